@@ -1,0 +1,87 @@
+"""What an output is made of: fingerprints, checksums, the code's commit, software and hardware.
+
+Written beside every output. Nothing here holds a time, a path or a host name, so equal work gives equal bytes.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pipeline
+
+_PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "h5py", "numpy", "scikit-learn")
+
+
+def fingerprint(content: Mapping[str, Any]) -> str:
+    """SHA-256 over canonical JSON, as 64 hexadecimal digits: equal content, equal fingerprint."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, 64 hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def describe(device: str | None = None) -> dict[str, Any]:
+    """The code's commit, the versions of what computes, and the hardware it computed on."""
+    return {
+        "feddifrc": pipeline.__version__,
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "hardware": hardware(device),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit that the code was run from, "-dirty" added where it was changed since; None outside git."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def hardware(device: str | None = None) -> dict[str, Any]:
+    """Processor, number of usable cores, and the GPU's name where `device` is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found: dict[str, Any] = {"cpu": _cpu_name(), "cores": cores}
+    if device and device.startswith("cuda"):
+        import torch
+
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes readable JSON with a stable order, through a temporary name so that no half file is ever seen."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,5 @@
+"""Stage extract-features: the frozen diffusion model, run once over a data set -> data/features/<set>."""
+
+from stages.extract_features.run import run
+
+__all__ = ["run"]

@@ -1,0 +1,98 @@
+"""From a decoder block's map to a short vector: one PCA per layer, then the energy of each component.
+
+The paper reduces layers 2-4 to 256, 128 and 128 dimensions and fuses them. The authors' code fits the PCA anew on
+every batch, so that axes mean something else each time; here each layer has one basis, fitted once on a sample of the
+training images from their exact covariance. Moments are accumulated batch by batch in float64 (Chan, Golub and
+LeVeque, 1979) and decomposed on the CPU: streaming, and equal to the PCA of all rows at once to 1e-13.
+"""
+
+import numpy as np
+import torch
+
+from pipeline.feature_store import LayerBasis
+
+
+class Moments:
+    """Count, mean and scatter matrix of the C-dimensional vectors seen so far, in float64."""
+
+    def __init__(self, channels: int, device: str = "cpu") -> None:
+        """No vectors yet."""
+        self.count = 0
+        self.mean = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(channels, channels, dtype=torch.float64, device=device)
+
+    def update(self, maps: torch.Tensor) -> None:
+        """Adds every position of maps (B, C, h, w) as one vector."""
+        rows = maps.permute(0, 2, 3, 1).flatten(0, 2).double()  # (B*h*w, C)
+        mean = rows.mean(0)
+        centred = rows - mean
+        shift = mean - self.mean
+        total = self.count + len(rows)
+        self.scatter += centred.T @ centred + torch.outer(shift, shift) * (self.count * len(rows) / total)
+        self.mean += shift * (len(rows) / total)
+        self.count = total
+
+
+def fit_basis(moments: Moments, dims: int) -> LayerBasis:
+    """PCA of the vectors in `moments`.
+
+    Args:
+        moments: of at least two vectors.
+        dims: components to keep; capped at the number of channels.
+
+    Returns:
+        Components by descending variance; the sign of each makes its largest entry positive, so that two fits of the
+        same data agree.
+    """
+    covariance = (moments.scatter / (moments.count - 1)).cpu().numpy()
+    variance, vectors = np.linalg.eigh(covariance)  # ascending
+    variance, components = np.maximum(variance[::-1], 0), vectors[:, ::-1].T
+    largest = np.abs(components).argmax(axis=1)
+    components = components * np.sign(components[np.arange(len(components)), largest])[:, None]
+    dims = min(dims, len(components))
+    return LayerBasis(
+        mean=moments.mean.cpu().numpy(),
+        components=np.ascontiguousarray(components[:dims]),
+        explained_variance=variance[:dims].copy(),
+        total_variance=float(variance.sum()),
+    )
+
+
+class Projector:
+    """Applies the layers' bases on the device: maps of all layers -> one fused representation."""
+
+    def __init__(self, layers: dict[str, LayerBasis], device: str) -> None:
+        """Holds the bases as float32 on `device`; the fused vector keeps the order of `layers`."""
+        self._layers = {
+            name: (_float32(basis.mean, device), _float32(basis.components, device)) for name, basis in layers.items()
+        }
+
+    def __call__(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Energies of the principal components.
+
+        Args:
+            features: layer -> float32 (B, C_l, h_l, w_l).
+
+        Returns:
+            float32 (B, D), D the sum of the layers' dims, all >= 0: per component the L2 norm over space, as the
+            authors pool (sign and place are lost, so the sign of a component does not matter).
+        """
+        parts = []
+        for name, (mean, components) in self._layers.items():
+            centred = features[name].flatten(2) - mean[:, None]  # (B, C_l, h*w)
+            parts.append((components @ centred).norm(dim=2))  # (B, d_l)
+        return torch.cat(parts, dim=1)
+
+
+def column_ranges(channels: dict[str, int], dims: list[int]) -> dict[str, list[int]]:
+    """Layer -> [first column, one past its last] in the fused vector; a layer has min(dims, channels) columns."""
+    ranges, start = {}, 0
+    for (layer, count), wanted in zip(channels.items(), dims, strict=True):
+        stop = start + min(wanted, count)
+        ranges[layer] = [start, stop]
+        start = stop
+    return ranges
+
+
+def _float32(array: np.ndarray, device: str) -> torch.Tensor:
+    return torch.from_numpy(array).to(device, torch.float32)

@@ -1,0 +1,5 @@
+"""Stage prepare-backbone: the frozen diffusion model -> models/<name>, and what it is -> data/backbones/<name>.json."""
+
+from stages.prepare_backbone.run import run
+
+__all__ = ["run"]

@@ -1,0 +1,111 @@
+"""Runs the stage: puts a diffusers pipeline directory at models/<name> and writes down exactly what it is.
+
+The weights are neither DVC's nor git's: a team shares features, and whoever has those trains without the weights.
+What DVC tracks is the manifest, with the hash of every file that decides the features.
+"""
+
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+from pipeline import provenance
+from pipeline.config import Config
+from pipeline.errors import PipelineError
+
+log = logging.getLogger(__name__)
+
+_EMBEDDED = Path(__file__).parent / "tiny-sd"
+_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+_FILES = ("model_index.json", *(f"{part}/*{suffix}" for part in _PARTS for suffix in (".json", ".txt", ".safetensors")))
+
+
+def run(config: Config, train: bool = False) -> Path:
+    """Makes models/<name> from the source that params.yaml names.
+
+    Args:
+        config: the project's configuration.
+        train: train tiny-sd anew instead of copying its shipped weights.
+
+    Returns:
+        The manifest's path.
+
+    Raises:
+        PipelineError: the source is not there, cannot be downloaded, or lacks a part or its safetensors weights.
+    """
+    params = config.params.prepare_backbone
+    target = config.backbone_dir
+    if train and params.source != "embedded":
+        raise PipelineError(f"--train makes tiny-sd: it goes with source: embedded, not {params.source}")
+    directory = config.root / params.source
+    if train:
+        from stages.prepare_backbone import tiny_sd
+
+        tiny_sd.train(_emptied(target))
+    elif params.source == "embedded":
+        shutil.copytree(_EMBEDDED, _emptied(target))
+    elif directory.is_dir():
+        _emptied(target).symlink_to(directory.resolve(), target_is_directory=True)
+    else:
+        _download(params.source, params.revision, target)
+    files = _hash_files(target)
+    provenance.write_json(
+        _with_parent(config.backbone_manifest),
+        {"name": params.name, "source": _public_name(params.source, directory), "revision": params.revision}
+        | {"files": files},
+    )
+    log.info("%s: %d files", target, len(files))
+    return config.backbone_manifest
+
+
+def _download(hub_id: str, revision: str | None, target: Path) -> None:
+    """Fetches the safetensors weights of the parts we need; what is there already is not fetched again."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
+        raise PipelineError(f"prepare_backbone.source = {hub_id!r} is neither embedded, nor a directory, nor a hub id")
+    if revision is None:
+        raise PipelineError(
+            f"set prepare_backbone.revision to a commit of {hub_id} (its page on the hub lists them): "
+            "without one the model could change under the features"
+        )
+    from huggingface_hub import snapshot_download
+
+    if target.is_symlink():
+        target.unlink()
+    try:
+        snapshot_download(hub_id, revision=revision, allow_patterns=list(_FILES), local_dir=target)
+    except Exception as error:  # the hub's client raises many unrelated types
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise PipelineError(
+            f"cannot download {hub_id} at {revision} from the model hub ({reason}): check the network and the id, "
+            "or set prepare_backbone.source to a directory that holds the model"
+        ) from None
+
+
+def _hash_files(directory: Path) -> dict[str, str]:
+    """SHA-256 of each file that decides the features, by its path inside the directory."""
+    files = sorted({path for pattern in _FILES for path in directory.glob(pattern)})
+    present = {path.relative_to(directory).as_posix() for path in files}
+    if "model_index.json" not in present:
+        raise PipelineError(f"{directory} is not a diffusers pipeline directory: it has no model_index.json")
+    for part in ("unet", "vae", "text_encoder"):
+        if not any(name.startswith(f"{part}/") and name.endswith(".safetensors") for name in present):
+            raise PipelineError(f"{directory}/{part} has no .safetensors weights (other formats are not loaded)")
+    return {path.relative_to(directory).as_posix(): provenance.file_sha256(path) for path in files}
+
+
+def _public_name(source: str, directory: Path) -> str:
+    """The source as others should read it: a directory's last name, not where it stands on this machine."""
+    return directory.name if directory.is_dir() else source
+
+
+def _emptied(target: Path) -> Path:
+    if target.is_symlink():
+        target.unlink()
+    shutil.rmtree(target, ignore_errors=True)
+    return _with_parent(target)
+
+
+def _with_parent(path: Path) -> Path:
+    os.makedirs(path.parent, exist_ok=True)
+    return path

@@ -1,0 +1,1 @@
+"""What runs a method: `local` in one process. Methods know nothing of engines."""
