@@ -103,6 +103,9 @@ class FedDifRC(Section):
     algorithm: Literal["feddifrc"]
     tdcl_weight: float = Field(ge=0, description="weight of the text-driven contrastive loss; 0 switches it off")
     tdcl_targets: Literal["raw", "centred", "standardised"] = Field(description="scale of the prompted targets")
+    tdcl_normalisation: Literal["none", "representation", "scalar"] = Field(
+        description="what divides TDCL's cosine: nothing, the mean distance U per representation, or its batch mean"
+    )
     temperature: float = Field(gt=0, description="TDCL's tau")
     ndcr_weight: float = Field(ge=0, description="weight of the consistency loss; 0 switches it off")
     ndcr_targets: Literal["raw", "centred", "standardised"] = Field(description="scale of the denoising targets")

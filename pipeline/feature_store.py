@@ -398,7 +398,9 @@ def lock(staging: Path) -> Iterator[None]:
         yield
 
 
-def new_manifest(content: Content, rows: int, rows_per_shard: int, prompts_per_image: int, made_by: Mapping) -> Manifest:
+def new_manifest(
+    content: Content, rows: int, rows_per_shard: int, prompts_per_image: int, made_by: Mapping
+) -> Manifest:
     """The manifest of a set of which nothing has been computed yet."""
     return Manifest(
         format_version=FORMAT_VERSION,

@@ -19,9 +19,7 @@ def prompts_per_image(negatives: Literal["all"] | int, num_classes: int) -> int:
     return num_classes if negatives == "all" else min(negatives + 1, num_classes)
 
 
-def assign_prompts(
-    labels: np.ndarray, negatives: Literal["all"] | int, text_embeddings: np.ndarray
-) -> np.ndarray:
+def assign_prompts(labels: np.ndarray, negatives: Literal["all"] | int, text_embeddings: np.ndarray) -> np.ndarray:
     """The class of each prompt of each image; the image's own class is always among them.
 
     Args:

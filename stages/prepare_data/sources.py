@@ -25,7 +25,9 @@ def digits(image_size: int) -> Source:
 
     bunch = load_digits()
     small = np.uint8(np.rint(bunch.images * (255 / 16)))
-    resized = [np.asarray(Image.fromarray(image).resize((image_size,) * 2, Image.Resampling.BICUBIC)) for image in small]
+    resized = [
+        np.asarray(Image.fromarray(image).resize((image_size,) * 2, Image.Resampling.BICUBIC)) for image in small
+    ]
     images = np.repeat(np.stack(resized)[..., None], 3, axis=3)  # (N, H, W, 3)
     everything = Images(images, bunch.target.astype(np.int64))
     test_rows = round(_DIGITS_TEST_FRACTION * len(everything))

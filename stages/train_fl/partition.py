@@ -53,9 +53,7 @@ def _draw_dirichlet(
         if share.sum() == 0:  # alpha is so small that all of the class fell to clients who are full
             share = np.array([len(part) < fair_size for part in parts], float)
         cuts = (np.cumsum(share / share.sum())[:-1] * len(shuffled)).astype(int)
-        parts = [
-            np.concatenate([part, dealt]) for part, dealt in zip(parts, np.split(shuffled, cuts), strict=True)
-        ]
+        parts = [np.concatenate([part, dealt]) for part, dealt in zip(parts, np.split(shuffled, cuts), strict=True)]
     return parts
 
 

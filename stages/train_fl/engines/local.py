@@ -91,8 +91,6 @@ def sample_clients(clients: list[ClientData], schedule: Schedule, number: int) -
     return sorted(int(client) for client in drawn)
 
 
-
-
 def _check_finite(metrics: Metrics, client: int, number: int) -> None:
     if not all(np.isfinite(value) for value in metrics.values()):
         raise PipelineError(

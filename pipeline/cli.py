@@ -1,0 +1,189 @@
+"""The command line: parse, check the configuration, run one stage.
+
+A stage and its libraries are imported only inside its command, so that --help answers at once. Every key of a stage's
+section in params.yaml is a flag of its command, made from the configuration's types; a flag overrides the key for one
+run. Exit codes: 0 done, 1 a mistake or fault that is named in one line, 2 a wrong command line, 130 interrupted.
+"""
+
+import contextlib
+import errno
+import functools
+import importlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline import __version__
+from pipeline.errors import PipelineError
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+
+class StageCommand(click.Command):
+    """A command whose flags are the keys of one section of params.yaml; its function gets the checked `config`."""
+
+    def __init__(self, *args: Any, section: str, **kwargs: Any) -> None:
+        """Remembers the section; its keys are read when help or flags are asked for."""
+        super().__init__(*args, **kwargs)
+        self._section = section
+
+    @functools.cached_property
+    def _flags(self) -> list[click.Option]:
+        from pipeline.config import Params, Section
+
+        model = Params.model_fields[self._section].annotation
+        assert isinstance(model, type) and issubclass(model, Section)
+        return [
+            click.Option([f"--{name.replace('_', '-')}", f"key_{name}"], metavar="VALUE", help=f"{field.description}.")
+            for name, field in model.model_fields.items()
+        ]
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The command's own options, a flag for each key, and --set for any other key."""
+        *own, help_option = super().get_params(ctx)
+        return [*own, *self._flags, _SET, help_option]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Checks the configuration and calls the command."""
+        from pipeline import config
+
+        overrides = {}
+        for option in self._flags:
+            assert option.name
+            text = ctx.params.pop(option.name)
+            if text is not None:
+                overrides[f"{self._section}.{option.name.removeprefix('key_')}"] = config.parse_value(text)
+        for assignment in ctx.params.pop("assignments"):
+            key, equals, text = assignment.partition("=")
+            if not equals:
+                raise click.BadParameter(f"{assignment!r} is not KEY=VALUE", param_hint="--set")
+            overrides[key] = config.parse_value(text)
+        ctx.params["config"] = config.load(ctx.obj, overrides)
+        return super().invoke(ctx)
+
+
+_SET = click.Option(
+    ["--set", "assignments"], multiple=True, metavar="KEY=VALUE", help="Override any key, dotted; repeatable."
+)
+
+
+class _Main(click.Group):
+    """Turns errors that users can act on into one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command."""
+        with _one_line_errors():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except PipelineError as error:
+        raise click.ClickException(str(error)) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        raise click.ClickException(
+            f"{error.strerror}{where}: what was finished before is kept; make room or give access, and run again"
+        ) from None
+
+
+@click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="pipeline")
+@click.option("--params", type=click.Path(path_type=Path), default="params.yaml", help="The parameter file.")
+@click.option("--quiet", is_flag=True, help="Only warnings and errors.")
+@click.pass_context
+def main(ctx: click.Context, params: Path, quiet: bool) -> None:
+    """FedDifRC in two stages: run the frozen diffusion model once, train federated from its cached features.
+
+    \b
+    Examples:
+      pipeline prepare-data && pipeline prepare-backbone
+      pipeline extract-features
+      pipeline train-fl --method feddifrc --partition dir005 --seed 0
+      pipeline report
+    """
+    ctx.obj = params
+    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", force=True)
+    for library in ("httpx", "matplotlib", "PIL"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+
+
+@main.command("prepare-data", cls=StageCommand, section="prepare_data")
+def prepare_data(config: "Config") -> None:
+    """Images -> data/datasets/<name>.
+
+    \b
+    Examples:
+      pipeline prepare-data
+      pipeline prepare-data --name cifar10 --source folder --path ~/cifar10 --train-subset 2000
+    """
+    _report_path(_stage("prepare_data").run(config))
+
+
+@main.command("prepare-backbone", cls=StageCommand, section="prepare_backbone")
+@click.option("--train", is_flag=True, help="Train tiny-sd anew instead of using its shipped weights (40 minutes).")
+def prepare_backbone(config: "Config", train: bool) -> None:
+    """The frozen diffusion model -> models/<name>.
+
+    \b
+    Examples:
+      pipeline prepare-backbone
+      pipeline prepare-backbone --train
+      pipeline prepare-backbone --name sd15 --source stable-diffusion-v1-5/stable-diffusion-v1-5 --revision COMMIT
+    """
+    _report_path(_stage("prepare_backbone").run(config, train=train))
+
+
+@main.command("extract-features", cls=StageCommand, section="extract_features")
+def extract_features(config: "Config") -> None:
+    """Stage 1: the frozen model, run once per image and prompt -> data/features/<set>. Resumes if killed.
+
+    \b
+    Examples:
+      pipeline extract-features
+      pipeline extract-features --timestep 100 --set runtime.device=cuda
+    """
+    _report_path(_stage("extract_features").run(config))
+
+
+@main.command("train-fl", cls=StageCommand, section="train_fl")
+@click.option("--method", required=True, help="A name under methods: in params.yaml.")
+@click.option("--partition", required=True, help="A name under partitions: in params.yaml.")
+@click.option("--seed", required=True, type=click.IntRange(min=0), help="Seed of everything random in the run.")
+def train_fl(config: "Config", method: str, partition: str, seed: int) -> None:
+    """Stage 2: one federated run from images and cached features -> results/<run>.
+
+    \b
+    Examples:
+      pipeline train-fl --method fedavg --partition dir05 --seed 0
+      pipeline train-fl --method feddifrc --partition dir005 --seed 1 --evaluate-on validation
+      pipeline train-fl --method feddifrc --partition dir005 --seed 1 --set methods.feddifrc.temperature=0.1
+    """
+    _report_path(_stage("train_fl").run(config, method, partition, seed))
+
+
+@main.command("report", cls=StageCommand, section="report")
+def report(config: "Config") -> None:
+    """Results of the sweep -> report/index.html, one self-contained page.
+
+    \b
+    Example:
+      pipeline report --title "FedDifRC on CIFAR-10"
+    """
+    _report_path(_stage("report").run(config))
+
+
+def _stage(name: str) -> Any:
+    return importlib.import_module(f"stages.{name}")
+
+
+def _report_path(path: Path) -> None:
+    click.echo(path)
