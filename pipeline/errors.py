@@ -1,4 +1,4 @@
-"""The one exception that reaches users: it says what is wrong, where, and what to do, and is shown without traceback."""
+"""The one exception that reaches users: it says what is wrong, where and what to do; shown without a traceback."""
 
 
 class PipelineError(Exception):

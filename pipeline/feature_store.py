@@ -342,7 +342,7 @@ def read_manifest(path: Path) -> Manifest:
     """Reads and checks manifest.json of the set in folder `path`.
 
     Raises:
-        PipelineError: it is missing, not a manifest, of another format version, or its fingerprint is not its content's.
+        PipelineError: it is missing, no manifest, of another format version, or its fingerprint is not its content's.
     """
     file = path / "manifest.json"
     try:

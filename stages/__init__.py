@@ -1,0 +1,1 @@
+"""The stages, one folder each; they share nothing but `pipeline`."""

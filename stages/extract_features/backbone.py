@@ -125,7 +125,8 @@ def decoder_channels(path: Path, up_block_indices: list[int]) -> dict[str, int]:
         raise PipelineError(f"{path}/unet is not a UNet2DConditionModel ({error})") from None
     if max(up_block_indices) >= len(channels):
         raise PipelineError(
-            f"extract_features.up_block_indices = {up_block_indices}: {path.name} has up blocks 0 to {len(channels) - 1}"
+            f"extract_features.up_block_indices = {up_block_indices}: {path.name} has up blocks "
+            f"0 to {len(channels) - 1}"
         )
     return {f"up_blocks.{index}": channels[index] for index in up_block_indices}
 

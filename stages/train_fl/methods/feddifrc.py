@@ -6,7 +6,7 @@ F are the prompted and H the denoising representations of the same image, read f
 non-negative and nearly parallel between images. A target is therefore taken as it is ("raw"), with the mean
 subtracted ("centred"), or with the mean subtracted and divided by the standard deviation per dimension
 ("standardised"); mean and deviation are those of the denoising representations on the basis images. In the paper the
-condition of F is the local model's own feature and so moves every round; a cache cannot hold that, and F is static here.
+condition of F is the local model's own feature and so moves every round; a cache cannot hold that: F is static.
 """
 
 from dataclasses import dataclass
