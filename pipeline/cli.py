@@ -101,7 +101,7 @@ def _one_line_errors() -> Iterator[None]:
 @click.option("--quiet", is_flag=True, help="Only warnings and errors.")
 @click.pass_context
 def main(ctx: click.Context, params: Path, quiet: bool) -> None:
-    """FedDifRC in two stages: run the frozen diffusion model once, train federated from its cached features.
+    r"""FedDifRC in two stages: run the frozen diffusion model once, train federated from its cached features.
 
     \b
     Examples:
@@ -118,7 +118,7 @@ def main(ctx: click.Context, params: Path, quiet: bool) -> None:
 
 @main.command("prepare-data", cls=StageCommand, section="prepare_data")
 def prepare_data(config: "Config") -> None:
-    """Images -> data/datasets/<name>.
+    r"""Images -> data/datasets/<name>.
 
     \b
     Examples:
@@ -131,7 +131,7 @@ def prepare_data(config: "Config") -> None:
 @main.command("prepare-backbone", cls=StageCommand, section="prepare_backbone")
 @click.option("--train", is_flag=True, help="Train tiny-sd anew instead of using its shipped weights (40 minutes).")
 def prepare_backbone(config: "Config", train: bool) -> None:
-    """The frozen diffusion model -> models/<name>.
+    r"""The frozen diffusion model -> models/<name>.
 
     \b
     Examples:
@@ -144,7 +144,7 @@ def prepare_backbone(config: "Config", train: bool) -> None:
 
 @main.command("extract-features", cls=StageCommand, section="extract_features")
 def extract_features(config: "Config") -> None:
-    """Stage 1: the frozen model, run once per image and prompt -> data/features/<set>. Resumes if killed.
+    r"""Stage 1: the frozen model, run once per image and prompt -> data/features/<set>. Resumes if killed.
 
     \b
     Examples:
@@ -159,7 +159,7 @@ def extract_features(config: "Config") -> None:
 @click.option("--partition", required=True, help="A name under partitions: in params.yaml.")
 @click.option("--seed", required=True, type=click.IntRange(min=0), help="Seed of everything random in the run.")
 def train_fl(config: "Config", method: str, partition: str, seed: int) -> None:
-    """Stage 2: one federated run from images and cached features -> results/<run>.
+    r"""Stage 2: one federated run from images and cached features -> results/<run>.
 
     \b
     Examples:
@@ -172,7 +172,7 @@ def train_fl(config: "Config", method: str, partition: str, seed: int) -> None:
 
 @main.command("report", cls=StageCommand, section="report")
 def report(config: "Config") -> None:
-    """Results of the sweep -> report/index.html, one self-contained page.
+    r"""Results of the sweep -> report/index.html, one self-contained page.
 
     \b
     Example:

@@ -172,6 +172,6 @@ def _check(content: Images, split: str, class_names: list[str]) -> None:
 
 
 def _content_sha256(content: Images) -> str:
-    digest = hashlib.sha256(np.ascontiguousarray(content.images))
-    digest.update(np.ascontiguousarray(content.labels, dtype="<i8"))
+    digest = hashlib.sha256(np.ascontiguousarray(content.images).data)
+    digest.update(np.ascontiguousarray(content.labels, dtype="<i8").data)
     return digest.hexdigest()

@@ -149,7 +149,7 @@ class Features:
         for row in range(len(sums)):
             checksum = 0
             for name in _FIELDS:
-                checksum = zlib.crc32(np.ascontiguousarray(getattr(self, name)[row : row + 1]), checksum)
+                checksum = zlib.crc32(np.ascontiguousarray(getattr(self, name)[row : row + 1]).data, checksum)
             sums[row] = checksum
         return sums
 

@@ -8,6 +8,7 @@ because diffusers would then take the last kept block for the final one and skip
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -134,7 +135,7 @@ def decoder_channels(path: Path, up_block_indices: list[int]) -> dict[str, int]:
 class _PassThrough(nn.Module):
     """Stands in for an up block whose output nobody reads: takes its skip connections, returns its input."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: Any) -> None:
         super().__init__()
         self.resnets = [None] * len(block.resnets)  # the UNet counts them to deal out its skip connections
         self.has_cross_attention = getattr(block, "has_cross_attention", False)

@@ -41,7 +41,7 @@ def render_digits(num_images: int, rng: np.random.Generator) -> Iterator[tuple[n
         digit = int(rng.integers(10))
         glyph = _glyph(digit, _FONTS[rng.integers(len(_FONTS))])
         image = _coarsen(_weight(_bend(glyph, rng), rng), rng)
-        yield np.repeat(np.uint8(np.clip(image, 0, 1) * 255)[..., None], 3, axis=2), digit
+        yield np.repeat((np.clip(image, 0, 1) * 255).astype(np.uint8)[..., None], 3, axis=2), digit
 
 
 @cache

@@ -24,7 +24,7 @@ def digits(image_size: int) -> Source:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    small = np.uint8(np.rint(bunch.images * (255 / 16)))
+    small = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
     resized = [
         np.asarray(Image.fromarray(image).resize((image_size,) * 2, Image.Resampling.BICUBIC)) for image in small
     ]

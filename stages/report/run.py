@@ -69,7 +69,7 @@ def run(config: Config) -> Path:
         partitions=sweep.partitions,
         seeds=sweep.seeds,
         summary=summary,
-        best={p: max(sweep.methods, key=lambda m, p=p: summary[p][m]["mean_accuracy"]) for p in sweep.partitions},
+        best={p: _best(summary[p]) for p in sweep.partitions},
         curves=_draw_curves(runs, sweep.partitions, sweep.methods),
         clients=_draw_clients(runs, sweep.partitions, sweep.methods[0]),
         settings=json.dumps(first.config, indent=2),
@@ -100,6 +100,10 @@ def _read(config: Config, method: str, partition: str, seed: int) -> Run:
         ) from None
     except (ValueError, KeyError) as error:
         raise PipelineError(f"{folder} does not hold a whole run ({error!r}): train it again") from None
+
+
+def _best(by_method: dict[str, dict[str, float]]) -> str:
+    return max(by_method, key=lambda method: by_method[method]["mean_accuracy"])
 
 
 def _summarise(runs: list[Run]) -> dict[str, float]:

@@ -8,6 +8,7 @@ mean of variances leaves out the variance between clients' means, as in all publ
 batches is taken from the first participant.
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -53,7 +54,8 @@ def weighted_mean(updates: list[ClientUpdate]) -> Weights:
     mean = {}
     for name, first in updates[0].weights.items():
         if first.is_floating_point():
-            mean[name] = sum(update.weights[name] * (update.num_samples / total) for update in updates)
+            parts = [update.weights[name] * (update.num_samples / total) for update in updates]
+            mean[name] = torch.stack(parts).sum(0)
         else:
             mean[name] = first.clone()
     return mean
