@@ -33,7 +33,7 @@ class StageCommand(click.Command):
 
     @functools.cached_property
     def _flags(self) -> list[click.Option]:
-        from pipeline.config import Params, Section
+        from pipeline.params import Params, Section
 
         model = Params.model_fields[self._section].annotation
         assert isinstance(model, type) and issubclass(model, Section)

@@ -2,11 +2,12 @@
 
 A prepared data set is a folder:
 
-    manifest.json   name, source, licence, class names, image size; per split: rows and SHA-256 of its content
-    train.h5        images uint8 (N, H, W, 3), labels int64 (N,), in the order that gives samples their index
+    manifest.json   name, source, licence, class and domain names, image size; per split: rows, SHA-256 of content
+    train.h5        images uint8 (N, H, W, 3), labels and domains int64 (N,), in the order of the samples' index
     test.h5         the same for the standard test split
 
-Labels are positions in `class_names` by construction. The data set's hash covers pixels, labels and class names:
+Labels are positions in `class_names` and domains in `domain_names`, by construction; most data sets have one domain,
+named as they are. The data set's hash covers pixels, labels, domains and both lists of names:
 features extracted from one data set cannot be used with another by mistake.
 """
 
@@ -26,10 +27,16 @@ SPLITS = ("train", "test")
 
 @dataclass(frozen=True)
 class Images:
-    """Images of one split: images uint8 (N, H, W, 3) in 0..255, labels int64 (N,) in 0..K-1."""
+    """Images of one split: images uint8 (N, H, W, 3) in 0..255; labels and domains int64 (N,), counted from 0."""
 
     images: np.ndarray
     labels: np.ndarray
+    domains: np.ndarray
+
+    @classmethod
+    def of_one_domain(cls, images: np.ndarray, labels: np.ndarray) -> "Images":
+        """Images that all come from domain 0."""
+        return cls(images, labels, np.zeros(len(labels), np.int64))
 
     def __len__(self) -> int:
         """Number of images."""
@@ -37,7 +44,7 @@ class Images:
 
     def take(self, index: np.ndarray) -> "Images":
         """The images at these positions, in this order."""
-        return Images(self.images[index], self.labels[index])
+        return Images(self.images[index], self.labels[index], self.domains[index])
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,7 @@ class Source:
     class_names: list[str]
     splits: dict[str, Images]
     licence: str
+    domain_names: list[str] | None = None  # None: one domain, named as the data set
 
 
 class PreparedDataset:
@@ -63,6 +71,7 @@ class PreparedDataset:
         try:
             content = json.loads(manifest.read_text(encoding="utf-8"))
             self.class_names: list[str] = content["class_names"]
+            self.domain_names: list[str] = content["domain_names"]
             self.image_size: int = content["image_size"]
             self.name: str = content["name"]
             self._splits: dict[str, dict] = content["splits"]
@@ -73,8 +82,9 @@ class PreparedDataset:
 
     @property
     def hash(self) -> str:
-        """SHA-256 that stands for pixels, labels and class names."""
-        return provenance.fingerprint({"class_names": self.class_names, "splits": self._splits})
+        """SHA-256 that stands for pixels, labels, domains and their names."""
+        names = {"class_names": self.class_names, "domain_names": self.domain_names}
+        return provenance.fingerprint({**names, "splits": self._splits})
 
     def rows(self, split: str) -> int:
         """Number of images in a split."""
@@ -89,7 +99,7 @@ class PreparedDataset:
         file = self.path / f"{split}.h5"
         try:
             with h5py.File(file, "r") as h5:
-                loaded = Images(h5["images"][()], h5["labels"][()])
+                loaded = Images(h5["images"][()], h5["labels"][()], h5["domains"][()])
         except (OSError, KeyError) as error:
             raise PipelineError(f"{file} cannot be read ({error}): run `pipeline prepare-data` again") from None
         if _content_sha256(loaded) != self._splits[split]["sha256"]:
@@ -112,18 +122,20 @@ def write(path: Path, name: str, source_name: str, source: Source) -> Path:
         `path`.
 
     Raises:
-        PipelineError: a split is empty, or a label is outside the class names.
+        PipelineError: a split is empty, or a label is outside the class names or a domain outside the domain names.
     """
     path.mkdir(parents=True, exist_ok=True)
     (path / "manifest.json").unlink(missing_ok=True)
+    domain_names = source.domain_names or [name]
     splits = {}
     for split in SPLITS:
         content = source.splits[split]
-        _check(content, split, source.class_names)
+        _check(content, split, source.class_names, domain_names)
         temporary = path / f"{split}.h5.tmp"
         with h5py.File(temporary, "w") as h5:
             h5.create_dataset("images", data=content.images)
             h5.create_dataset("labels", data=content.labels)
+            h5.create_dataset("domains", data=content.domains)
         temporary.replace(path / f"{split}.h5")
         splits[split] = {"rows": len(content), "sha256": _content_sha256(content)}
     manifest = {
@@ -131,6 +143,7 @@ def write(path: Path, name: str, source_name: str, source: Source) -> Path:
         "source": source_name,
         "licence": source.licence,
         "class_names": source.class_names,
+        "domain_names": domain_names,
         "image_size": int(source.splits["train"].images.shape[1]),
         "splits": splits,
     }
@@ -164,14 +177,17 @@ def stratified_split(labels: np.ndarray, count: int, rng: np.random.Generator) -
     return chosen, np.setdiff1d(np.arange(len(labels)), chosen)
 
 
-def _check(content: Images, split: str, class_names: list[str]) -> None:
+def _check(content: Images, split: str, class_names: list[str], domain_names: list[str]) -> None:
     if len(content) == 0:
         raise PipelineError(f"the {split} split has no images")
     if content.labels.min() < 0 or content.labels.max() >= len(class_names):
         raise PipelineError(f"the {split} split has a label outside the {len(class_names)} class names")
+    if content.domains.min() < 0 or content.domains.max() >= len(domain_names):
+        raise PipelineError(f"the {split} split has a domain outside the {len(domain_names)} domain names")
 
 
 def _content_sha256(content: Images) -> str:
     digest = hashlib.sha256(np.ascontiguousarray(content.images).data)
     digest.update(np.ascontiguousarray(content.labels, dtype="<i8").data)
+    digest.update(np.ascontiguousarray(content.domains, dtype="<i8").data)
     return digest.hexdigest()

@@ -303,6 +303,10 @@ class FeatureSet:
             self._fill(rows, np.flatnonzero(shard_of == shard), int(shard), index)
         return rows
 
+    def positive_prompts(self, rows: Features) -> np.ndarray:
+        """Which of its P prompts matches each image: int64 (n,), columns of `rows.prompted`."""
+        return (rows.prompt_class == rows.label[:, None]).argmax(1)
+
     def verify(self) -> None:
         """Reads every byte: file checksums, row checksums, labels, index coverage, finiteness.
 

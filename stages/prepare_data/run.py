@@ -1,6 +1,7 @@
 """Runs the stage: reads the source, subsets it if asked, writes the prepared data set."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,4 +48,4 @@ def _subset(source: Source, count: int, rng: np.random.Generator) -> Source:
     if count > len(train):
         raise PipelineError(f"prepare_data.train_subset = {count}: the training split has {len(train)} images")
     chosen, _ = datasets.stratified_split(train.labels, count, rng)
-    return Source(source.class_names, {**source.splits, "train": train.take(chosen)}, source.licence)
+    return replace(source, splits={**source.splits, "train": train.take(chosen)})

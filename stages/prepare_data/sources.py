@@ -29,7 +29,7 @@ def digits(image_size: int) -> Source:
         np.asarray(Image.fromarray(image).resize((image_size,) * 2, Image.Resampling.BICUBIC)) for image in small
     ]
     images = np.repeat(np.stack(resized)[..., None], 3, axis=3)  # (N, H, W, 3)
-    everything = Images(images, bunch.target.astype(np.int64))
+    everything = Images.of_one_domain(images, bunch.target.astype(np.int64))
     test_rows = round(_DIGITS_TEST_FRACTION * len(everything))
     rng = seeding.numpy_generator(_DIGITS_SPLIT_SEED, "digits", "train/test split")
     test, train = datasets.stratified_split(everything.labels, test_rows, rng)
@@ -56,7 +56,7 @@ def cifar10(root: Path, image_size: int) -> Source:
             "or use source: folder"
         ) from None
     splits = {
-        split: Images(_resize_all(half.data, image_size), np.asarray(half.targets, np.int64))
+        split: Images.of_one_domain(_resize_all(half.data, image_size), np.asarray(half.targets, np.int64))
         for split, half in halves.items()
     }
     return Source(list(halves["train"].classes), splits, "see https://www.cs.toronto.edu/~kriz/cifar.html")
@@ -100,7 +100,7 @@ def _read_tree(root: Path, image_size: int) -> tuple[list[str], Images]:
     labels = np.asarray(tree.targets, np.int64)
     for row, (path, _) in enumerate(track(tree.samples, f"read {root.name}", len(tree), "image")):
         images[row] = _read_image(Path(path), image_size)
-    return [name.replace("_", " ") for name in tree.classes], Images(images, labels)
+    return [name.replace("_", " ") for name in tree.classes], Images.of_one_domain(images, labels)
 
 
 def _read_image(path: Path, image_size: int) -> np.ndarray:

@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline import provenance, seeding
-from pipeline.config import Config, FedDifRC
+from pipeline.config import Config
 from pipeline.datasets import Images, PreparedDataset, stratified_split
 from pipeline.errors import PipelineError
 from pipeline.feature_store import FeatureSet
+from pipeline.params import FedDifRC
 from pipeline.progress import progress_bar
 from stages.train_fl import methods, models, partition
 from stages.train_fl.client_data import ClientData, Guidance
@@ -168,7 +169,7 @@ def _client_data(train: Images, train_index: np.ndarray, features: FeatureSet | 
     rows = features.read(train_index)
     if not np.array_equal(rows.label, train.labels):
         raise PipelineError(f"{features.path}: labels differ from the data set's: run `pipeline extract-features`")
-    positive = (rows.prompt_class == rows.label[:, None]).argmax(1)
+    positive = features.positive_prompts(rows)
     return ClientData(
         images,
         labels,

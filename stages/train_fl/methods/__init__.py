@@ -2,9 +2,9 @@
 
 import torch
 
-from pipeline.config import FedAvg as FedAvgParams
-from pipeline.config import FedDifRC as FedDifRCParams
-from pipeline.config import Section
+from pipeline.params import FedAvg as FedAvgParams
+from pipeline.params import FedDifRC as FedDifRCParams
+from pipeline.params import Section
 from stages.train_fl.methods.base import ClientState, ClientUpdate, Method, Metrics, ServerState, Weights
 from stages.train_fl.methods.fedavg import FedAvg
 from stages.train_fl.methods.feddifrc import FedDifRC, GuidanceSettings, make_targets

@@ -1,0 +1,154 @@
+"""What params.yaml may hold: one section a stage, every key with its type, its range and what it means.
+
+No key has a default here: params.yaml is the only place for values, so what a run used can be read in one place. The
+command line makes its flags, and --help its texts, from these descriptions.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+"""Names a folder, a DVC stage or a run: letters, digits, - and _."""
+
+
+class Section(BaseModel):
+    """A section of params.yaml: strict types, no unknown keys, immutable."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class PrepareData(Section):
+    """Images -> data/datasets/<name>."""
+
+    name: Name = Field(description="names data/datasets/<name>")
+    source: Literal["digits", "cifar10", "folder"] = Field(
+        description="digits (scikit-learn), cifar10 (torchvision) or folder (ImageFolder layout)"
+    )
+    path: str | None = Field(description="folder: its root; cifar10: where torchvision keeps its download")
+    image_size: int = Field(ge=8, le=1024, description="images are stored at this height and width, pixels")
+    train_subset: int | None = Field(ge=1, description="keep this many training images, stratified by class")
+    seed: int = Field(ge=0, description="seed of the subset and of splits that the source does not give")
+
+
+class PrepareBackbone(Section):
+    """The frozen diffusion model -> models/<name> and data/backbones/<name>.json."""
+
+    name: Name = Field(description="names models/<name>")
+    source: str = Field(
+        min_length=1, description="embedded (tiny-sd), a directory in diffusers format, or a hub id such as org/model"
+    )
+    revision: str | None = Field(description="hub id only: the commit, tag or branch to pin")
+
+
+class ExtractFeatures(Section):
+    """Stage 1. Only what decides the features: every key here is part of the fingerprint."""
+
+    version: int = Field(ge=1, description="version of the computation; must equal what this code computes")
+    timestep: int = Field(ge=0, le=999, description="diffusion timestep of the noised latents")
+    up_block_indices: list[Annotated[int, Field(ge=0, le=7)]] = Field(
+        min_length=1, description="decoder blocks to read, counted from 0; 1,2,3 are the paper's layers 2-4"
+    )
+    dims: list[Annotated[int, Field(ge=1)]] = Field(
+        min_length=1, description="PCA dimensions kept per block, at most its channels"
+    )
+    image_size: int = Field(ge=8, le=2048, description="images are resized to this before encoding, pixels")
+    prompt_template: str = Field(pattern=r"\{class_name\}", description="conditional prompt; {class_name} is filled in")
+    denoise_prompt: str = Field(description="generic prompt of the denoising representation")
+    negatives: Literal["all"] | Annotated[int, Field(ge=1)] = Field(
+        description="non-matching prompts per image: all other classes, or the K nearest by text embedding"
+    )
+    noise_seed: int = Field(ge=0, description="seed of the per-image noise")
+    basis_images: int = Field(ge=2, description="training images on which the PCA basis is fitted")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(description="the frozen model computes in this type")
+    rows_per_shard: int = Field(ge=1, description="images per HDF5 shard")
+
+
+class TrainFL(Section):
+    """Stage 2: what all methods share."""
+
+    model: Literal["small_cnn", "resnet10"] = Field(description="the clients' network")
+    num_clients: int = Field(ge=1, description="clients the training set is dealt to")
+    clients_per_round: int = Field(ge=1, description="clients sampled each round")
+    num_rounds: int = Field(ge=1, description="communication rounds")
+    local_epochs: int = Field(ge=1, description="epochs over a client's data per round")
+    batch_size: int = Field(ge=1, description="local batch size")
+    learning_rate: float = Field(gt=0, description="SGD's rate")
+    momentum: float = Field(ge=0, lt=1, description="SGD's momentum; the buffer starts anew each round")
+    weight_decay: float = Field(ge=0, description="SGD's L2 penalty")
+    augmentation: Literal["none", "crop", "crop-flip"] = Field(
+        description="of training images: none, a random crop after padding by 1/8, or that and a random flip"
+    )
+    evaluate_on: Literal["test", "validation"] = Field(
+        description="validation holds out a part of the training set: use it for every choice"
+    )
+    validation_fraction: float = Field(gt=0, lt=1, description="the part held out when evaluate_on is validation")
+
+
+class FedAvg(Section):
+    """McMahan et al., AISTATS 2017."""
+
+    algorithm: Literal["fedavg"]
+
+
+class FedDifRC(Section):
+    """Wang et al., ICCV 2025."""
+
+    algorithm: Literal["feddifrc"]
+    tdcl_weight: float = Field(ge=0, description="weight of the text-driven contrastive loss; 0 switches it off")
+    tdcl_targets: Literal["raw", "centred", "standardised"] = Field(description="scale of the prompted targets")
+    tdcl_normalisation: Literal["none", "representation", "scalar"] = Field(
+        description="what divides TDCL's cosine: nothing, the mean distance U per representation, or its batch mean"
+    )
+    temperature: float = Field(gt=0, description="TDCL's tau")
+    ndcr_weight: float = Field(ge=0, description="weight of the consistency loss; 0 switches it off")
+    ndcr_targets: Literal["raw", "centred", "standardised"] = Field(description="scale of the denoising targets")
+
+
+class Dirichlet(Section):
+    """Per-class Dirichlet over clients."""
+
+    kind: Literal["dirichlet"]
+    alpha: float = Field(gt=0, description="concentration; small is heterogeneous")
+    min_samples: int = Field(ge=1, description="draw again until every client has this many samples")
+
+
+class Sweep(Section):
+    """The runs of `dvc repro` and the rows of the report: methods x partitions x seeds."""
+
+    methods: list[Name] = Field(min_length=1)
+    partitions: list[Name] = Field(min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+
+
+class Report(Section):
+    """The page."""
+
+    title: str = Field(min_length=1, description="heading of the page")
+
+
+class Runtime(Section):
+    """Speed, never numbers: DVC does not track this section."""
+
+    device: str = Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
+    unet_batch_size: int = Field(ge=1, description="(image, prompt) pairs per UNet pass")
+
+
+METHODS: tuple[type[Section], ...] = (FedAvg, FedDifRC)
+PARTITIONS: tuple[type[Section], ...] = (Dirichlet,)
+Method = Annotated[FedAvg | FedDifRC, Field(discriminator="algorithm")]
+Partition = Dirichlet
+
+
+class Params(Section):
+    """All of params.yaml."""
+
+    prepare_data: PrepareData
+    prepare_backbone: PrepareBackbone
+    extract_features: ExtractFeatures
+    train_fl: TrainFL
+    methods: dict[Name, Method] = Field(min_length=1)
+    partitions: dict[Name, Partition] = Field(min_length=1)
+    sweep: Sweep
+    report: Report
+    runtime: Runtime
