@@ -4,14 +4,10 @@ Guidance acts on the embedding. Where its length differs from that of the cached
 stands between them; it is drawn from its own generator, so the rest of the network starts equal with or without it.
 """
 
-from typing import Literal
-
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, ResNet
 
 from pipeline import seeding
-
-ModelName = Literal["small_cnn", "resnet10"]
+from stages.train_fl.encoders import ENCODERS, EncoderName
 
 
 class FLModel(nn.Module):
@@ -30,7 +26,7 @@ class FLModel(nn.Module):
         return self.projector(embedding), self.classifier(embedding)
 
 
-def build(name: ModelName, num_classes: int, seed: int, guidance_dim: int | None = None) -> FLModel:
+def build(name: EncoderName, num_classes: int, seed: int, guidance_dim: int | None = None) -> FLModel:
     """A model with weights drawn for this seed.
 
     Args:
@@ -40,40 +36,10 @@ def build(name: ModelName, num_classes: int, seed: int, guidance_dim: int | None
         seed: of the initial weights.
         guidance_dim: D of the cached representations; None for methods that use none.
     """
-    encoder, embedding_dim = _ENCODERS[name]
+    encoder, embedding_dim = ENCODERS[name]
     with seeding.scoped_global_torch_seed(seed, "model"):
         model = FLModel(encoder(), embedding_dim, num_classes)
     if guidance_dim not in (None, embedding_dim):
         with seeding.scoped_global_torch_seed(seed, "projector"):
             model.projector = nn.Linear(embedding_dim, guidance_dim)
     return model
-
-
-def _small_cnn() -> nn.Module:
-    """Three convolutions with ReLU and pooling, then a linear embedding: 0.2 million parameters at any image size."""
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(4),
-        nn.Flatten(),
-        nn.Linear(64 * 4 * 4, 144),
-    )
-
-
-def _resnet10() -> nn.Module:
-    """ResNet-10 (one basic block a stage) with the CIFAR stem: a 3x3 first convolution and no max pooling."""
-    resnet = ResNet(BasicBlock, [1, 1, 1, 1])
-    resnet.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")
-    resnet.maxpool = nn.Identity()
-    resnet.fc = nn.Identity()
-    return resnet
-
-
-_ENCODERS = {"small_cnn": (_small_cnn, 144), "resnet10": (_resnet10, 512)}

@@ -57,7 +57,7 @@ def run(config: Config, method_name: str, partition_name: str, seed: int) -> Pat
     )
     guidance_dim = features.manifest.content.num_dims if features else None
     model = models.build(params.model, len(dataset.class_names), seed, guidance_dim).to(device)
-    local_sgd = methods.LocalSGD(model, params.learning_rate, params.momentum, params.weight_decay)
+    local_sgd = methods.LocalSGD(model, params.momentum, params.weight_decay)
     method = methods.build(method_params, local_sgd, _statistics(features, device))
     everyone = _client_data(train, train_index, features)
     clients = [everyone.take(torch.from_numpy(part)).to(device) for part in parts]
@@ -72,6 +72,7 @@ def run(config: Config, method_name: str, partition_name: str, seed: int) -> Pat
         params.clients_per_round,
         params.local_epochs,
         params.batch_size,
+        params.learning_rate,
         params.augmentation,
         seed,
     )

@@ -20,6 +20,7 @@ class Schedule:
     clients_per_round: int
     local_epochs: int
     batch_size: int
+    learning_rate: float
     augmentation: Augmentation
     seed: int
 
@@ -63,7 +64,7 @@ def run(method: Method, weights: Weights, clients: list[ClientData], schedule: S
                 clients[client], schedule.local_epochs, schedule.batch_size, schedule.augmentation, generator
             )
             update, states[client], client_metrics = method.client_update(
-                server.weights, server.broadcast, states[client], batches
+                server.weights, server.broadcast, states[client], batches, schedule.learning_rate
             )
             _check_finite(client_metrics, client, number)
             updates.append(update)

@@ -47,9 +47,9 @@ class Method(Protocol):
         """A client's state before it first takes part."""
 
     def client_update(
-        self, weights: Weights, broadcast: Weights, state: ClientState, batches: Batches
+        self, weights: Weights, broadcast: Weights, state: ClientState, batches: Batches, learning_rate: float
     ) -> tuple[ClientUpdate, ClientState, Metrics]:
-        """Local training from the global weights; changes none of its arguments."""
+        """Local training from the global weights at this round's learning rate; changes none of its arguments."""
 
     def server_update(self, state: ServerState, updates: list[ClientUpdate]) -> tuple[ServerState, Metrics]:
         """Aggregation of one round's updates; changes none of its arguments."""

@@ -33,10 +33,10 @@ class FedAvg:
         return {}
 
     def client_update(
-        self, weights: Weights, broadcast: Weights, state: ClientState, batches: Batches
+        self, weights: Weights, broadcast: Weights, state: ClientState, batches: Batches, learning_rate: float
     ) -> tuple[ClientUpdate, ClientState, Metrics]:
         """Local SGD on `objective`."""
-        update, metrics = self._local_sgd(weights, batches, self.objective)
+        update, metrics = self._local_sgd(weights, batches, learning_rate, self.objective)
         return update, state, metrics
 
     def server_update(self, state: ServerState, updates: list[ClientUpdate]) -> tuple[ServerState, Metrics]:

@@ -18,16 +18,17 @@ class LocalSGD:
     """A network to train in and the optimiser's settings; the momentum buffer starts anew each round."""
 
     model: nn.Module
-    learning_rate: float
     momentum: float
     weight_decay: float
 
-    def __call__(self, weights: Weights, batches: Batches, objective: Objective) -> tuple[ClientUpdate, Metrics]:
+    def __call__(
+        self, weights: Weights, batches: Batches, learning_rate: float, objective: Objective
+    ) -> tuple[ClientUpdate, Metrics]:
         """Trains from `weights`; returns the update and the mean of each term of the loss over samples."""
         self.model.load_state_dict(weights)
         self.model.train()
         optimizer = torch.optim.SGD(
-            self.model.parameters(), self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
+            self.model.parameters(), learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
         )
         sums: dict[str, Tensor] = {}
         num_seen = num_steps = 0
