@@ -1,0 +1,105 @@
+"""The stages under DVC: what runs again, what does not, and what a killed extraction leaves."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY, write_params
+
+BIN = Path(sys.executable).parent
+SWEEP = {"sweep.methods": ["fedavg", "feddifrc"], "sweep.partitions": ["dir05"], "sweep.seeds": [0]}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A project under DVC, without git, that has been run once; its venv is not activated, as after `make repro`."""
+    root = tmp_path_factory.mktemp("dvc project")
+    shutil.copy(REPOSITORY / "dvc.yaml", root)
+    shutil.copy(REPOSITORY / ".dvcignore", root)
+    write_params(root, SWEEP)
+    (root / ".venv").mkdir()
+    (root / ".venv" / "bin").symlink_to(BIN)
+    dvc(root, "init", "--no-scm", "--quiet")
+    shutil.copytree(REPOSITORY / ".dvc" / "plots", root / ".dvc" / "plots", dirs_exist_ok=True)
+    output = dvc(root, "repro")
+    assert ran(output) == {"prepare-data", "prepare-backbone", "extract-features", *TRAINING, "report"}
+    return root
+
+
+TRAINING = {"train-fl@fedavg-dir05-0", "train-fl@feddifrc-dir05-0"}
+
+
+def command(*arguments: str) -> list[str]:
+    return [str(BIN / "dvc"), *arguments]
+
+
+def environment(root: Path) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("DVC_")}
+    kept["PATH"] = os.pathsep.join(p for p in kept["PATH"].split(os.pathsep) if Path(p) != BIN)
+    return kept | {"DVC_SITE_CACHE_DIR": str(root / ".dvc" / "site"), "DVC_NO_ANALYTICS": "1"}
+
+
+def dvc(root: Path, *arguments: str) -> str:
+    done = subprocess.run(command(*arguments), cwd=root, env=environment(root), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def ran(output: str) -> set[str]:
+    return {line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")}
+
+
+def test_nothing_runs_twice_and_a_comment_costs_nothing(root):
+    with (root / "params.yaml").open("a") as stream:
+        stream.write("# a comment\n")
+    assert ran(dvc(root, "repro")) == set()
+
+
+def test_speed_settings_cost_nothing(root):
+    write_params(root, {**SWEEP, "runtime.unet_batch_size": 64})
+    assert ran(dvc(root, "repro")) == set()
+
+
+def test_a_training_parameter_extracts_nothing_and_needs_no_weights(root):
+    shutil.rmtree(root / "models")
+    write_params(root, {**SWEEP, "train_fl.num_rounds": 3})
+    assert ran(dvc(root, "repro")) == {*TRAINING, "report"}
+
+
+def test_metrics_and_plots_are_declared(root):
+    metrics = json.loads(dvc(root, "metrics", "show", "--json"))[""]["data"]
+    assert "results/fedavg-dir05-s0/metrics.json" in metrics
+    plots = json.loads(dvc(root, "plots", "show", "--json"))["data"]["Accuracy per method"][0]
+    assert {row["method"] for row in plots["content"]["data"]["values"]} == {"fedavg", "feddifrc"}
+    assert len((root / "report" / "curves.csv").read_text().splitlines()) == 1 + 2 * 3
+
+
+def test_an_extraction_killed_under_dvc_resumes_on_the_next_repro(root):
+    write_params(root, {**SWEEP, "extract_features.timestep": 200, "extract_features.rows_per_shard": 10})
+    shutil.rmtree(root / "models", ignore_errors=True)  # not DVC's: the extraction says how to make them again
+    done = subprocess.run(
+        command("repro", "extract-features"), cwd=root, env=environment(root), capture_output=True, text=True
+    )
+    assert done.returncode != 0 and "run `pipeline prepare-backbone`" in done.stderr
+    prepare = [str(BIN / "pipeline"), "--quiet", "prepare-backbone"]
+    subprocess.run(prepare, cwd=root, check=True, capture_output=True)
+
+    process = subprocess.Popen(
+        command("repro", "extract-features"),
+        cwd=root, env=environment(root), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    staging = root / ".pipeline" / "staging"
+    while process.poll() is None and not list(staging.glob("*-10/shard-00002.h5")):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    output = dvc(root, "repro", "extract-features")
+    assert ran(output) == {"extract-features"}
+    assert "resuming" in output

@@ -1,0 +1,138 @@
+"""Both stages through the command line, and what happens when they are stopped or given the wrong things."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from pipeline.feature_store import FeatureSet
+from tests.conftest import invoke, write_params
+
+RUN = ("train-fl", "--partition", "dir05", "--seed", "0", "--method")
+
+
+def test_from_images_to_report(project):
+    for method in ("fedavg", "feddifrc"):
+        result = invoke(project, *RUN, method)
+        assert result.exit_code == 0, result.output
+        folder = project / "results" / f"{method}-dir05-s0"
+        with (folder / "rounds.csv").open() as stream:
+            rows = list(csv.DictReader(stream))
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert [row["round"] for row in rows] == ["1", "2"]
+        assert metrics["final_accuracy"] == float(rows[-1]["accuracy"])
+        assert metrics["samples_per_second"] > 0
+        assert json.loads((folder / "config.json").read_text())["seed"] == 0
+        with safe_open(folder / "model.safetensors", "np") as weights:
+            assert all(np.isfinite(weights.get_tensor(name)).all() for name in weights.keys())
+    assert "train_tdcl" in rows[0] and "train_ndcr" in rows[0]
+    result = invoke(project, "report")
+    assert result.exit_code == 0, result.output
+    page = (project / "report" / "index.html").read_text()
+    assert "feddifrc" in page and f"{100 * metrics['mean_last5_accuracy']:.2f}" in page
+    assert not re.findall(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//""", page)  # nothing is fetched
+
+
+def test_equal_seeds_give_equal_bytes(project):
+    def files():
+        folder = project / "results" / "feddifrc-dir05-s0"
+        return [(folder / name).read_bytes() for name in ("rounds.csv", "partition.json", "model.safetensors")]
+
+    assert invoke(project, *RUN, "feddifrc").exit_code == 0
+    first = files()
+    assert invoke(project, *RUN, "feddifrc").exit_code == 0
+    assert files() == first
+
+
+def test_every_image_has_its_features(extracted):
+    features = FeatureSet(extracted / "data" / "features" / "digits-tiny-sd-t300")
+    rows = features.read(np.arange(120))
+    assert rows.index.tolist() == list(range(120))
+    assert rows.prompted.shape == (120, 10, 144)
+    assert (rows.prompted > 0).all()  # energies
+    features.verify()
+
+
+def test_the_prompt_reaches_the_features(extracted):
+    rows = FeatureSet(extracted / "data" / "features" / "digits-tiny-sd-t300").read(np.arange(120))
+    distance = np.linalg.norm(rows.prompted[:, 0].astype(float) - rows.prompted[:, 1].astype(float), axis=1)
+    assert distance.min() > 0
+
+
+def spawn(root, *arguments):
+    command = [sys.executable, "-m", "pipeline", "--params", str(root / "params.yaml"), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_an_extraction_killed_half_way_resumes_to_the_same_bytes(extracted, tmp_path):
+    changes = {"extract_features.rows_per_shard": 10}  # 12 shards
+    for name in ("whole", "killed"):
+        root = tmp_path / name
+        root.mkdir()
+        write_params(root, changes)
+        (root / "models").symlink_to(extracted / "models")
+        (root / "data").mkdir()
+        for part in ("datasets", "backbones"):
+            (root / "data" / part).symlink_to(extracted / "data" / part)
+    assert spawn(tmp_path / "whole", "extract-features").wait() == 0
+
+    process = spawn(tmp_path / "killed", "extract-features")
+    staging = tmp_path / "killed" / ".pipeline" / "staging"
+    while process.poll() is None and len(list(staging.glob("*/shard-*.h5"))) < 3:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "data" / "features").exists()
+
+    again = spawn(tmp_path / "killed", "extract-features")
+    _, log = again.communicate()
+    assert again.returncode == 0, log
+    done = int(re.search(r"resuming: (\d+) of 12 shards are done", log)[1])
+    assert done >= 2
+    assert f"{120 - 10 * done} images" in log  # only the missing ones were computed
+    sets = [tmp_path / name / "data" / "features" / "digits-tiny-sd-t300" for name in ("whole", "killed")]
+    assert sorted(file.name for file in sets[0].iterdir()) == sorted(file.name for file in sets[1].iterdir())
+    for file in sets[0].iterdir():
+        assert file.read_bytes() == (sets[1] / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((*RUN, "fedprix"), "params.yaml has no methods.fedprix; it has fedavg"),
+        ((*RUN, "fedavg", "--batch-size", "0"), "train_fl.batch_size = 0: input should be greater than or equal to 1"),
+        (("extract-features", "--timestep", "x"), "extract_features.timestep = 'x': input should be a valid integer"),
+        (("extract-features", "--version", "99"), "this program computes version"),
+        ((*RUN, "feddifrc", "--set", "extract_features.timestep=7"), "holds no feature set: run `pipeline extract"),
+        (("prepare-data", "--source", "folder", "--path", "nowhere"), "nowhere is not a folder"),
+        (("prepare-backbone", "--source", "org/model"), "set prepare_backbone.revision to a commit of org/model"),
+        (("prepare-backbone", "--source", "some where"), "is neither embedded, nor a directory, nor a hub id"),
+        (("report", "--set", "sweep.seeds=[7]"), "is missing: run `pipeline train-fl --method fedavg"),
+    ],
+)
+def test_a_mistake_is_one_line(project, arguments, message):
+    result = invoke(project, *arguments)
+    assert result.exit_code == 1
+    assert message in result.output
+    assert len(result.output.strip().splitlines()) == 1
+
+
+def test_without_a_network_the_hub_is_one_line(project):
+    result = invoke(project, "prepare-backbone", "--name", "x", "--source", "org/model", "--revision", "main")
+    assert result.exit_code == 1
+    assert "cannot download org/model at main from the model hub" in result.output
+
+
+@pytest.mark.parametrize("command", ["prepare-data", "prepare-backbone", "extract-features", "train-fl", "report"])
+def test_help_has_an_example(command, project):
+    result = invoke(project, command, "--help")
+    assert result.exit_code == 0
+    assert "Example" in result.output and f"pipeline {command}" in result.output
