@@ -124,6 +124,8 @@ def prepare_data(config: "Config") -> None:
     Examples:
       pipeline prepare-data
       pipeline prepare-data --name cifar10 --source folder --path ~/cifar10 --train-subset 2000
+      pipeline prepare-data --name office --source domain-folder --path ~/office_caltech_10 --image-size 224
+      pipeline prepare-data --name tiny --source tiny-imagenet --path ~/tiny-imagenet-200 --broken-images skip
     """
     _report_path(_stage("prepare_data").run(config))
 

@@ -2,59 +2,75 @@
 
 A prepared data set is a folder:
 
-    manifest.json   name, source, licence, class and domain names, image size; per split: rows, SHA-256 of content
+    manifest.json   name, source, licence, class and domain names, image size; per split: rows, SHA-256 of content;
+                    the broken images that were left out
     train.h5        images uint8 (N, H, W, 3), labels and domains int64 (N,), in the order of the samples' index
     test.h5         the same for the standard test split
 
 Labels are positions in `class_names` and domains in `domain_names`, by construction; most data sets have one domain,
 named as they are. The data set's hash covers pixels, labels, domains and both lists of names:
 features extracted from one data set cannot be used with another by mistake.
+
+Images may exceed memory. They are written block by block, contiguous and uncompressed, and read through a memory map:
+pages come from the disk as rows are asked for, and processes that read the same data set share them. The price is
+disk space, a byte per channel of every pixel. The folder appears whole or not at all, and equal inputs give equal
+bytes.
 """
 
+import contextlib
+import fcntl
 import hashlib
-import json
-from dataclasses import dataclass
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import h5py
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline import provenance
 from pipeline.errors import PipelineError
+from pipeline.images import Images, Skipped, Source, Split, images_per_block, stratified_split
 
-SPLITS = ("train", "test")
+__all__ = ["Images", "Manifest", "PreparedDataset", "Source", "stratified_split", "write"]
 
-
-@dataclass(frozen=True)
-class Images:
-    """Images of one split: images uint8 (N, H, W, 3) in 0..255; labels and domains int64 (N,), counted from 0."""
-
-    images: np.ndarray
-    labels: np.ndarray
-    domains: np.ndarray
-
-    @classmethod
-    def of_one_domain(cls, images: np.ndarray, labels: np.ndarray) -> "Images":
-        """Images that all come from domain 0."""
-        return cls(images, labels, np.zeros(len(labels), np.int64))
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.labels)
-
-    def take(self, index: np.ndarray) -> "Images":
-        """The images at these positions, in this order."""
-        return Images(self.images[index], self.labels[index], self.domains[index])
+SplitName = Literal["train", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "test")
+_PREPARE_AGAIN = "run `pipeline prepare-data` again, or `dvc pull` a good copy"
 
 
-@dataclass(frozen=True)
-class Source:
-    """A data set as its source gives it, before it is written."""
+class SplitEntry(BaseModel):
+    """A split in the manifest: its number of images, and the SHA-256 of images, labels and domains."""
 
-    class_names: list[str]
-    splits: dict[str, Images]
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    rows: int = Field(ge=1)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Manifest(BaseModel):
+    """The data set's manifest.json; `skipped` lists the broken images that are in no split."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: str
+    source: str
     licence: str
-    domain_names: list[str] | None = None  # None: one domain, named as the data set
+    class_names: list[str] = Field(min_length=1)
+    domain_names: list[str] = Field(min_length=1)
+    image_size: int = Field(ge=1)
+    splits: dict[SplitName, SplitEntry] = Field(min_length=2)
+    skipped: dict[SplitName, list[Skipped]]
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 that stands for pixels, labels, domains and their names."""
+        splits = {split: self.splits[split].model_dump() for split in SPLITS}
+        names = {"class_names": self.class_names, "domain_names": self.domain_names}
+        return provenance.fingerprint({**names, "splits": splits})
 
 
 class PreparedDataset:
@@ -67,31 +83,25 @@ class PreparedDataset:
             PipelineError: there is none, or its manifest cannot be read.
         """
         self.path = path
-        manifest = path / "manifest.json"
-        try:
-            content = json.loads(manifest.read_text(encoding="utf-8"))
-            self.class_names: list[str] = content["class_names"]
-            self.domain_names: list[str] = content["domain_names"]
-            self.image_size: int = content["image_size"]
-            self.name: str = content["name"]
-            self._splits: dict[str, dict] = content["splits"]
-        except FileNotFoundError:
-            raise PipelineError(f"{manifest} is missing: run `pipeline prepare-data`, or `dvc pull` it") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise PipelineError(f"{manifest} cannot be read ({error!r}): run `pipeline prepare-data` again") from None
+        self.manifest = _read_manifest(path / "manifest.json")
+        self.name = self.manifest.name
+        self.class_names = self.manifest.class_names
+        self.domain_names = self.manifest.domain_names
+        self.image_size = self.manifest.image_size
 
     @property
     def hash(self) -> str:
         """SHA-256 that stands for pixels, labels, domains and their names."""
-        names = {"class_names": self.class_names, "domain_names": self.domain_names}
-        return provenance.fingerprint({**names, "splits": self._splits})
+        return self.manifest.hash
 
-    def rows(self, split: str) -> int:
+    def rows(self, split: SplitName) -> int:
         """Number of images in a split."""
-        return self._splits[split]["rows"]
+        return self.manifest.splits[split].rows
 
-    def load(self, split: str) -> Images:
-        """Reads a whole split into memory and checks it against the manifest.
+    def load(self, split: SplitName) -> Images:
+        """Opens a split as a read-only memory map and checks all of it against the manifest.
+
+        The check reads the file once, in bounded memory. Labels and domains are arrays in memory.
 
         Raises:
             PipelineError: the file is missing, truncated, or does not hold what the manifest says.
@@ -99,21 +109,24 @@ class PreparedDataset:
         file = self.path / f"{split}.h5"
         try:
             with h5py.File(file, "r") as h5:
-                loaded = Images(h5["images"][()], h5["labels"][()], h5["domains"][()])
-        except (OSError, KeyError) as error:
-            raise PipelineError(f"{file} cannot be read ({error}): run `pipeline prepare-data` again") from None
-        if _content_sha256(loaded) != self._splits[split]["sha256"]:
-            raise PipelineError(
-                f"{file} does not hold the {split} images of its manifest: run `pipeline prepare-data` again"
-            )
+                loaded = Images(_map(file, h5["images"]), h5["labels"][()], h5["domains"][()])
+        except FileNotFoundError:
+            raise PipelineError(f"{file} is missing: {_PREPARE_AGAIN}") from None
+        except (OSError, KeyError, ValueError, RuntimeError, AttributeError) as error:
+            raise PipelineError(f"{file} is not a whole {split} split ({error}): {_PREPARE_AGAIN}") from None
+        entry, size = self.manifest.splits[split], self.image_size
+        promised = {"images": (entry.rows, size, size, 3), "labels": (entry.rows,), "domains": (entry.rows,)}
+        found = {name: values.shape for name, values in vars(loaded).items()}
+        if found != promised or _sha256(loaded) != entry.sha256:
+            raise PipelineError(f"{file} does not hold the {split} images of its manifest: {_PREPARE_AGAIN}")
         return loaded
 
 
 def write(path: Path, name: str, source_name: str, source: Source) -> Path:
-    """Writes a prepared data set; the manifest comes last, so a folder with a manifest is whole.
+    """Writes a prepared data set in place of what stood at `path`, whole or not at all.
 
     Args:
-        path: folder to write.
+        path: the data set's folder.
         name: the data set's name.
         source_name: where it came from.
         source: images, labels and class names; every split of the same image size.
@@ -122,72 +135,163 @@ def write(path: Path, name: str, source_name: str, source: Source) -> Path:
         `path`.
 
     Raises:
-        PipelineError: a split is empty, or a label is outside the class names or a domain outside the domain names.
+        PipelineError: a split is empty, a label is outside the class names or a domain outside the domain names,
+            two classes or domains share a name, the disk is too small, or another process writes the same data set.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "manifest.json").unlink(missing_ok=True)
     domain_names = source.domain_names or [name]
-    splits = {}
+    _check_names(source.class_names, "class")
+    _check_names(domain_names, "domain")
     for split in SPLITS:
-        content = source.splits[split]
-        _check(content, split, source.class_names, domain_names)
-        temporary = path / f"{split}.h5.tmp"
-        with h5py.File(temporary, "w") as h5:
-            h5.create_dataset("images", data=content.images)
-            h5.create_dataset("labels", data=content.labels)
-            h5.create_dataset("domains", data=content.domains)
-        temporary.replace(path / f"{split}.h5")
-        splits[split] = {"rows": len(content), "sha256": _content_sha256(content)}
-    manifest = {
-        "name": name,
-        "source": source_name,
-        "licence": source.licence,
-        "class_names": source.class_names,
-        "domain_names": domain_names,
-        "image_size": int(source.splits["train"].images.shape[1]),
-        "splits": splits,
-    }
-    provenance.write_json(path / "manifest.json", manifest)
+        _check_positions(source.splits[split], split, len(source.class_names), len(domain_names))
+    with _folder_in_place_of(path) as folder:
+        _check_space(folder, source)
+        entries, skipped = {}, {}
+        for split in SPLITS:
+            entries[split], skipped[split] = _write_split(folder / f"{split}.h5", split, source.splits[split])
+        manifest = Manifest(
+            name=name,
+            source=source_name,
+            licence=source.licence,
+            class_names=source.class_names,
+            domain_names=domain_names,
+            image_size=source.splits["train"].image_size,
+            splits=entries,
+            skipped=skipped,
+        )
+        provenance.write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
     return path
 
 
-def stratified_split(labels: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draws `count` samples with each class in proportion, and the rest.
-
-    Classes get floor(count * share) samples; what is left over goes to the classes with the largest remainders
-    (Hamilton's method), ties to the smaller label.
-
-    Args:
-        labels: int64 (N,).
-        count: how many to draw, 0 <= count <= N.
-        rng: decides which samples of a class are drawn.
-
-    Returns:
-        Two ascending int64 arrays of positions, (count,) and (N - count,).
-    """
-    classes, sizes = np.unique(labels, return_counts=True)
-    quota = sizes * count / len(labels)
-    take = np.floor(quota).astype(np.int64)
-    for position in np.argsort(-(quota - take), kind="stable")[: count - take.sum()]:
-        take[position] += 1
-    drawn = [
-        rng.permutation(np.flatnonzero(labels == label))[:number] for label, number in zip(classes, take, strict=True)
-    ]
-    chosen = np.sort(np.concatenate(drawn))
-    return chosen, np.setdiff1d(np.arange(len(labels)), chosen)
+def _read_manifest(file: Path) -> Manifest:
+    try:
+        return Manifest.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        raise PipelineError(f"{file} is missing: run `pipeline prepare-data`, or `dvc pull` it") from None
+    except ValidationError as error:
+        detail = error.errors()[0]
+        problem = ": ".join(filter(None, [".".join(map(str, detail["loc"])), detail["msg"]]))
+        raise PipelineError(f"{file} is not the manifest of a data set ({problem}): {_PREPARE_AGAIN}") from None
+    except OSError as error:
+        raise PipelineError(f"{file} cannot be read ({error.strerror}): {_PREPARE_AGAIN}") from None
 
 
-def _check(content: Images, split: str, class_names: list[str], domain_names: list[str]) -> None:
+def _write_split(file: Path, split: SplitName, content: Split) -> tuple[SplitEntry, list[Skipped]]:
+    """Writes a split as its blocks come; labels and domains of skipped images are left out with them."""
+    digest, kept, skipped, size = hashlib.sha256(), [np.empty(0, np.int64)], [], content.image_size
+    written = 0
+    with h5py.File(file, "w") as h5:
+        images = h5.create_dataset("images", (len(content), size, size, 3), np.uint8)
+        for block in content.blocks():
+            images[written : written + len(block.rows)] = block.images
+            digest.update(np.ascontiguousarray(block.images).data)
+            written += len(block.rows)
+            kept.append(block.rows)
+            skipped += block.skipped
+    if written == 0:
+        raise PipelineError(f"the {split} split has no readable image; the first is {skipped[0].path}")
+    if written < len(content):
+        _keep_first_images(file, written)
+    rows = np.concatenate(kept)
+    labels, domains = content.labels[rows], content.domains[rows]
+    with h5py.File(file, "a") as h5:
+        h5.create_dataset("labels", data=labels.astype("<i8", copy=False))
+        h5.create_dataset("domains", data=domains.astype("<i8", copy=False))
+    _sync(file)
+    return SplitEntry(rows=written, sha256=_finish(digest, labels, domains)), skipped
+
+
+def _keep_first_images(file: Path, count: int) -> None:
+    """Writes the file anew with its first `count` images: a contiguous dataset cannot shrink."""
+    shorter = file.with_name(file.name + ".shorter")
+    with h5py.File(file, "r") as old, h5py.File(shorter, "w") as new:
+        size = old["images"].shape[1]
+        images = new.create_dataset("images", (count, size, size, 3), np.uint8)
+        step = images_per_block(size)
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            images[start:stop] = old["images"][start:stop]
+    shorter.replace(file)
+
+
+@contextlib.contextmanager
+def _folder_in_place_of(path: Path) -> Iterator[Path]:
+    """An empty folder to fill; it takes `path`'s place if the block ends well, and vanishes if it does not."""
+    staging, old = path.with_name(f"{path.name}.tmp"), path.with_name(f"{path.name}.old")
+    staging.mkdir(parents=True, exist_ok=True)
+    handle = os.open(staging, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PipelineError(f"another process is writing {path}: wait until it has ended") from None
+        try:
+            for leftover in staging.iterdir():
+                leftover.unlink()
+            yield staging
+            os.fsync(handle)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+        if os.path.lexists(path):
+            path.replace(old)
+        staging.replace(path)
+        _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        os.close(handle)
+
+
+def _check_names(names: list[str], kind: str) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise PipelineError(f"two {kind} folders or labels are named {twice[0]!r}: a name must say which one is meant")
+
+
+def _check_positions(content: Split, split: SplitName, num_classes: int, num_domains: int) -> None:
     if len(content) == 0:
         raise PipelineError(f"the {split} split has no images")
-    if content.labels.min() < 0 or content.labels.max() >= len(class_names):
-        raise PipelineError(f"the {split} split has a label outside the {len(class_names)} class names")
-    if content.domains.min() < 0 or content.domains.max() >= len(domain_names):
-        raise PipelineError(f"the {split} split has a domain outside the {len(domain_names)} domain names")
+    if content.labels.min() < 0 or content.labels.max() >= num_classes:
+        raise PipelineError(f"the {split} split has a label outside the {num_classes} class names")
+    if content.domains.min() < 0 or content.domains.max() >= num_domains:
+        raise PipelineError(f"the {split} split has a domain outside the {num_domains} domain names")
 
 
-def _content_sha256(content: Images) -> str:
-    digest = hashlib.sha256(np.ascontiguousarray(content.images).data)
-    digest.update(np.ascontiguousarray(content.labels, dtype="<i8").data)
-    digest.update(np.ascontiguousarray(content.domains, dtype="<i8").data)
+def _check_space(folder: Path, source: Source) -> None:
+    needed = sum(len(content) * 3 * content.image_size**2 for content in source.splits.values())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise PipelineError(
+            f"the data set needs {needed / 1e9:.1f} GB and {folder.parent} has {free / 1e9:.1f} GB free: "
+            "make room, or lower prepare_data.image_size or train_subset"
+        )
+
+
+def _sha256(content: Images) -> str:
+    """SHA-256 over images, labels and domains, in this order; blocks are read one at a time."""
+    digest = hashlib.sha256()
+    for block in content.blocks():
+        digest.update(np.ascontiguousarray(block.images).data)
+    return _finish(digest, content.labels, content.domains)
+
+
+def _finish(digest: "hashlib._Hash", labels: np.ndarray, domains: np.ndarray) -> str:
+    for values in (labels, domains):
+        digest.update(np.ascontiguousarray(values, dtype="<i8").data)
     return digest.hexdigest()
+
+
+def _map(file: Path, dataset: h5py.Dataset) -> np.ndarray:
+    """A read-only memory map of a contiguous dataset."""
+    offset = dataset.id.get_offset()
+    if offset is None:
+        raise ValueError(f"dataset {dataset.name} is not contiguous")
+    return np.memmap(file, dataset.dtype, "r", offset, dataset.shape)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

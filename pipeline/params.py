@@ -12,6 +12,13 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 """Names a folder, a DVC stage or a run: letters, digits, - and _."""
 
 
+ImageSource = Literal[
+    "digits", "cifar10", "cifar100", "svhn", "mnist", "usps", "flowers102", "fgvc-aircraft", "stanford-cars",
+    "tiny-imagenet", "digits-five", "folder", "domain-folder",
+]  # fmt: skip
+"""Where images may come from; `stages.prepare_data.sources` reads each."""
+
+
 class Section(BaseModel):
     """A section of params.yaml: strict types, no unknown keys, immutable."""
 
@@ -22,12 +29,19 @@ class PrepareData(Section):
     """Images -> data/datasets/<name>."""
 
     name: Name = Field(description="names data/datasets/<name>")
-    source: Literal["digits", "cifar10", "folder"] = Field(
-        description="digits (scikit-learn), cifar10 (torchvision) or folder (ImageFolder layout)"
+    source: ImageSource = Field(
+        description="digits (scikit-learn); folder (<class>/<image>), domain-folder (<domain>/<class>/<image>); or a "
+        "data set by its name: cifar10, cifar100, svhn, mnist, usps, flowers102, fgvc-aircraft, stanford-cars, "
+        "tiny-imagenet, digits-five"
     )
-    path: str | None = Field(description="folder: its root; cifar10: where torchvision keeps its download")
+    path: str | None = Field(
+        description="the folder that holds the source's files; null: data/raw/<source>. digits needs none"
+    )
     image_size: int = Field(ge=8, le=1024, description="images are stored at this height and width, pixels")
     train_subset: int | None = Field(ge=1, description="keep this many training images, stratified by class")
+    broken_images: Literal["stop", "skip"] = Field(
+        description="stop at an image that cannot be read, or skip it and list it in the data set's manifest.json"
+    )
     seed: int = Field(ge=0, description="seed of the subset and of splits that the source does not give")
 
 

@@ -1,6 +1,7 @@
-"""Runs the stage: reads the source, subsets it if asked, writes the prepared data set."""
+"""Runs the stage: lists the source, subsets it if asked, reads the images while it writes the prepared data set."""
 
 import logging
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import numpy as np
 
 from pipeline import datasets, seeding
 from pipeline.config import Config
-from pipeline.datasets import Source
+from pipeline.datasets import PreparedDataset
 from pipeline.errors import PipelineError
-from stages.prepare_data import sources
+from pipeline.images import Source, stratified_split
+from stages.prepare_data.sources import SOURCES
 
 log = logging.getLogger(__name__)
 
@@ -22,30 +24,37 @@ def run(config: Config) -> Path:
         Its folder.
 
     Raises:
-        PipelineError: the source is missing, holds a broken image, or is smaller than the subset asked for.
+        PipelineError: the source is missing, holds a broken image that is not to be skipped, or is smaller than the
+            subset asked for.
     """
     params = config.params.prepare_data
-    if params.source == "digits":
-        source = sources.digits(params.image_size)
-    elif params.source == "cifar10":
-        root = config.root / (params.path or "data/raw/cifar10")
-        source = sources.cifar10(root, params.image_size)
-    else:
-        if params.path is None:
-            raise PipelineError("prepare_data.source is folder: set prepare_data.path to the folder of images")
-        rng = seeding.numpy_generator(params.seed, "train/test split")
-        source = sources.image_folder(config.root / params.path, params.image_size, rng)
+    root = config.root / Path(params.path or f"data/raw/{params.source}").expanduser()
+    source = SOURCES[params.source](root, params)
     if params.train_subset is not None:
         source = _subset(source, params.train_subset, seeding.numpy_generator(params.seed, "train subset"))
-    path = datasets.write(config.dataset_dir, params.name, params.source, source)
-    counts = ", ".join(f"{len(images)} {split}" for split, images in source.splits.items())
-    log.info("%s: %s images of %d classes", path, counts, len(source.class_names))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # a strange image is decoded or named, not remarked on
+        path = datasets.write(config.dataset_dir, params.name, params.source, source)
+    _log_outcome(PreparedDataset(path))
     return path
 
 
 def _subset(source: Source, count: int, rng: np.random.Generator) -> Source:
+    """Keeps `count` training images, each class of each domain in proportion."""
     train = source.splits["train"]
     if count > len(train):
         raise PipelineError(f"prepare_data.train_subset = {count}: the training split has {len(train)} images")
-    chosen, _ = datasets.stratified_split(train.labels, count, rng)
+    chosen, _ = stratified_split(train.domains * len(source.class_names) + train.labels, count, rng)
     return replace(source, splits={**source.splits, "train": train.take(chosen)})
+
+
+def _log_outcome(dataset: PreparedDataset) -> None:
+    counts = ", ".join(f"{dataset.rows(split)} {split}" for split in datasets.SPLITS)
+    domains = f", {len(dataset.domain_names)} domains" if len(dataset.domain_names) > 1 else ""
+    log.info("%s: %s images of %d classes%s", dataset.path, counts, len(dataset.class_names), domains)
+    skipped = [image for images in dataset.manifest.skipped.values() for image in images]
+    if skipped:
+        log.warning(
+            "%d broken images were left out, the first is %s (%s); %s lists them all",
+            len(skipped), skipped[0].path, skipped[0].reason, dataset.path / "manifest.json",
+        )  # fmt: skip

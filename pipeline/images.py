@@ -1,0 +1,132 @@
+"""Images with their labels and domains, in memory or read block by block, and how a data set is split.
+
+A source hands over each split as a `Split`: `Images` holds its pixels, others read them only while they are written.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, Self
+
+import numpy as np
+
+BLOCK_BYTES = 16 * 2**20
+"""Images are read, hashed and written in blocks of about this size."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An image that was left out: its path relative to the source's root, and why it could not be read."""
+
+    path: str
+    reason: str
+
+
+class Block(NamedTuple):
+    """Consecutive images of a split: rows int64 (b,), positions in the split; images uint8 (b, H, W, 3)."""
+
+    rows: np.ndarray
+    images: np.ndarray
+    skipped: list[Skipped]
+
+
+class Split(Protocol):
+    """What a source gives for one split; `Images` is one, in memory, and a source may read lazily instead."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 (N,), counted from 0."""
+
+    @property
+    def domains(self) -> np.ndarray:
+        """int64 (N,), counted from 0."""
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of every image, pixels."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def take(self, index: np.ndarray) -> Self:
+        """The images at these positions, in this order."""
+
+    def blocks(self) -> Iterator[Block]:
+        """All images in order; rows that were skipped are in no block's `rows`."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images of one split: images uint8 (N, H, W, 3) in 0..255; labels and domains int64 (N,), counted from 0.
+
+    `images` is an array or a read-only memory map; indexing it by an array of positions gives an array.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    domains: np.ndarray
+
+    @classmethod
+    def of_one_domain(cls, images: np.ndarray, labels: np.ndarray) -> "Images":
+        """Images that all come from domain 0."""
+        return cls(images, labels, np.zeros(len(labels), np.int64))
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.labels)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width, pixels."""
+        return int(self.images.shape[1])
+
+    def take(self, index: np.ndarray) -> "Images":
+        """The images at these positions, in this order, in memory."""
+        return Images(self.images[index], self.labels[index], self.domains[index])
+
+    def blocks(self) -> Iterator[Block]:
+        """All images, in blocks of about `BLOCK_BYTES`."""
+        step = images_per_block(self.image_size)
+        for start in range(0, len(self), step):
+            rows = np.arange(start, min(start + step, len(self)))
+            yield Block(rows, self.images[start : start + step], [])
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set as its source gives it, before it is written."""
+
+    class_names: list[str]
+    splits: Mapping[str, Split]
+    licence: str
+    domain_names: list[str] | None = None  # None: one domain, named as the data set
+
+
+def images_per_block(image_size: int) -> int:
+    """How many RGB images of this height and width make about `BLOCK_BYTES`; at least one."""
+    return max(1, BLOCK_BYTES // (3 * image_size**2))
+
+
+def stratified_split(labels: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Draws `count` samples with each class in proportion, and the rest.
+
+    Classes get floor(count * share) samples; what is left over goes to the classes with the largest remainders
+    (Hamilton's method), ties to the smaller label.
+
+    Args:
+        labels: int64 (N,).
+        count: how many to draw, 0 <= count <= N.
+        rng: decides which samples of a class are drawn.
+
+    Returns:
+        Two ascending int64 arrays of positions, (count,) and (N - count,).
+    """
+    classes, sizes = np.unique(labels, return_counts=True)
+    quota = sizes * count / len(labels)
+    take = np.floor(quota).astype(np.int64)
+    for position in np.argsort(-(quota - take), kind="stable")[: count - take.sum()]:
+        take[position] += 1
+    drawn = [
+        rng.permutation(np.flatnonzero(labels == label))[:number] for label, number in zip(classes, take, strict=True)
+    ]
+    chosen = np.sort(np.concatenate(drawn))
+    return chosen, np.setdiff1d(np.arange(len(labels)), chosen)

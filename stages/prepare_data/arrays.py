@@ -1,0 +1,142 @@
+"""Data sets that their release holds as arrays: scikit-learn's digits, and MNIST, USPS, SVHN, CIFAR by torchvision.
+
+Class names are worded to be prompts and stand in the order of the labels by construction: digits are numbered as they
+are named (SVHN's release calls zero 10; torchvision makes it 0), CIFAR's names come from the release's own table.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import seeding
+from pipeline.errors import PipelineError
+from pipeline.images import Source, stratified_split
+from pipeline.params import PrepareData
+from stages.prepare_data.lazy_images import ImageArrays, LazyImages
+
+_DIGITS_TEST_FRACTION = 0.2
+_DIGITS_SPLIT_SEED = 0  # fixed: every user has the same digits test set
+_HANDWRITTEN = [f"handwritten number {digit}" for digit in range(10)]
+
+
+def digits(root: Path, params: PrepareData) -> Source:
+    """The 1,797 handwritten digits of the UCI optical recognition set, as scikit-learn ships them.
+
+    8x8 pixels of 0..16 are scaled to 0..255 and resized bicubically; 1,438 train, 359 test, a fixed stratified
+    split. Nothing is read from `root`.
+    """
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
+    everything = LazyImages.of(ImageArrays(grey, params.image_size), bunch.target)
+    test_rows = round(_DIGITS_TEST_FRACTION * len(everything))
+    rng = seeding.numpy_generator(_DIGITS_SPLIT_SEED, "digits", "train/test split")
+    test, train = stratified_split(everything.labels, test_rows, rng)
+    splits = {"train": everything.take(train), "test": everything.take(test)}
+    return Source(_HANDWRITTEN, splits, "CC BY 4.0 (UCI Optical Recognition of Handwritten Digits)")
+
+
+def mnist(root: Path, params: PrepareData) -> Source:
+    """MNIST: 60,000 and 10,000 grey images of 28x28.
+
+    Raises:
+        PipelineError: it is not in `root` and cannot be downloaded, or it is damaged.
+    """
+    from torchvision.datasets import MNIST
+
+    files = "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz and the two t10k files"
+    read = reader("MNIST", root, f"{files} in {root / 'MNIST' / 'raw'}")
+    splits = {
+        split: _split(half.data.numpy(), half.targets.numpy(), params)
+        for split, half in (
+            ("train", read(MNIST, train=True, download=True)),
+            ("test", read(MNIST, train=False, download=True)),
+        )
+    }
+    return Source(_HANDWRITTEN, splits, "CC BY-SA 3.0")
+
+
+def usps(root: Path, params: PrepareData) -> Source:
+    """USPS in LIBSVM's form: 7,291 and 2,007 grey images of 16x16.
+
+    Raises:
+        PipelineError: as `mnist`.
+    """
+    from torchvision.datasets import USPS
+
+    read = reader("USPS", root, f"usps.bz2 and usps.t.bz2 in {root}")
+    train, test = read(USPS, train=True, download=True), read(USPS, train=False, download=True)
+    splits = {"train": _split(train.data, train.targets, params), "test": _split(test.data, test.targets, params)}
+    return Source(_HANDWRITTEN, splits, "unknown: published for research")
+
+
+def svhn(root: Path, params: PrepareData) -> Source:
+    """SVHN's cropped digits: 73,257 and 26,032 colour images of 32x32; its easier "extra" images are left out.
+
+    Raises:
+        PipelineError: as `mnist`.
+    """
+    from torchvision.datasets import SVHN
+
+    read = reader("SVHN", root, f"train_32x32.mat and test_32x32.mat in {root}")
+    splits = {}
+    for split in ("train", "test"):
+        half = read(SVHN, split=split, download=True)
+        splits[split] = _split(half.data.transpose(0, 2, 3, 1), half.labels, params)  # (N, C, H, W) -> (N, H, W, C)
+    return Source([f"street view house number {digit}" for digit in range(10)], splits, "non-commercial use only")
+
+
+def cifar10(root: Path, params: PrepareData) -> Source:
+    """CIFAR-10: 50,000 and 10,000 colour images of 32x32.
+
+    Raises:
+        PipelineError: as `mnist`.
+    """
+    from torchvision.datasets import CIFAR10
+
+    return _cifar(CIFAR10, "CIFAR-10", root, params)
+
+
+def cifar100(root: Path, params: PrepareData) -> Source:
+    """CIFAR-100 with its 100 fine labels: 50,000 and 10,000 colour images of 32x32.
+
+    Raises:
+        PipelineError: as `mnist`.
+    """
+    from torchvision.datasets import CIFAR100
+
+    return _cifar(CIFAR100, "CIFAR-100", root, params)
+
+
+def reader(title: str, root: Path, what_where: str) -> Callable[..., Any]:
+    """A function that calls a torchvision data set's class and turns whatever goes wrong into one line.
+
+    torchvision downloads only what is not there, and checks MD5 sums where it knows them. Damaged files make it raise
+    almost anything.
+    """
+
+    def read(dataset: Callable[..., Any], **kwargs: Any) -> Any:
+        try:
+            return dataset(root, **kwargs)
+        except Exception as error:
+            problem = " ".join(str(error).split()) or type(error).__name__
+            raise PipelineError(
+                f"{title} is not whole in {root} and could not be downloaded ({problem}): put {what_where}"
+            ) from error
+
+    return read
+
+
+def _cifar(dataset: Any, title: str, root: Path, params: PrepareData) -> Source:
+    read = reader(title, root, f"{dataset.filename} in {root}, or use prepare_data.source: folder")
+    train, test = read(dataset, train=True, download=True), read(dataset, train=False, download=True)
+    splits = {"train": _split(train.data, train.targets, params), "test": _split(test.data, test.targets, params)}
+    names = [name.replace("_", " ") for name in train.classes]
+    return Source(names, splits, "see https://www.cs.toronto.edu/~kriz/cifar.html")
+
+
+def _split(images: np.ndarray, labels: np.ndarray | list[int], params: PrepareData) -> LazyImages:
+    return LazyImages.of(ImageArrays(images, params.image_size), np.asarray(labels))

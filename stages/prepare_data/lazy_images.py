@@ -1,0 +1,142 @@
+"""Images that are read only while they are written: by several threads, in order, in bounded memory.
+
+Pillow lets go of Python's global lock while it decodes and resizes, so threads use all cores; they share the list of
+files and need no copies, which processes would.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from PIL import Image
+
+from pipeline.errors import PipelineError
+from pipeline.images import Block, Skipped, images_per_block
+from pipeline.progress import progress_bar
+from stages.prepare_data.decode import BrokenImageError, read_image, resize
+
+_MAX_IMAGES_PER_TASK = 64
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files under a root, addressed by position in `paths`, which are relative to it."""
+
+    root: Path
+    paths: list[str]
+    image_size: int
+    rows_cut: int = 0  # rows of pixels to remove at the bottom of every image
+
+    def read(self, position: int) -> np.ndarray:
+        """uint8 (H, W, 3); raises BrokenImageError."""
+        return read_image(self.root / self.paths[position], self.image_size, self.rows_cut)
+
+    def name(self, position: int) -> str:
+        """The path relative to the root, readable even where its bytes are not UTF-8."""
+        return os.fsencode(self.paths[position]).decode("utf-8", "backslashreplace")
+
+
+@dataclass(frozen=True)
+class ImageArrays:
+    """Images in memory, uint8 (N, H, W) grey or (N, H, W, 3), as some sources hold them."""
+
+    images: np.ndarray
+    image_size: int
+    root: Path = Path()
+
+    def read(self, position: int) -> np.ndarray:
+        """uint8 (H, W, 3)."""
+        image = np.asarray(resize(Image.fromarray(self.images[position]), self.image_size))
+        return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
+
+    def name(self, position: int) -> str:
+        """Its position."""
+        return f"image {position}"
+
+
+@dataclass(frozen=True)
+class LazyImages:
+    """A split whose images `reader` gives by `positions`, int64 (N,); labels and domains are int64 (N,)."""
+
+    reader: ImageFiles | ImageArrays
+    positions: np.ndarray
+    labels: np.ndarray
+    domains: np.ndarray
+    skip_broken: bool
+
+    @classmethod
+    def of(
+        cls,
+        reader: ImageFiles | ImageArrays,
+        labels: np.ndarray,
+        domains: np.ndarray | None = None,
+        skip_broken: bool = False,
+    ) -> Self:
+        """All images of a reader; of one domain if none are given."""
+        labels = np.asarray(labels, np.int64)
+        domains = np.zeros_like(labels) if domains is None else np.asarray(domains, np.int64)
+        return cls(reader, np.arange(len(labels)), labels, domains, skip_broken)
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.positions)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width, pixels."""
+        return self.reader.image_size
+
+    def take(self, index: np.ndarray) -> Self:
+        """The images at these positions, in this order; none is read."""
+        return replace(self, positions=self.positions[index], labels=self.labels[index], domains=self.domains[index])
+
+    def blocks(self) -> Iterator[Block]:
+        """All images in order.
+
+        Raises:
+            PipelineError: an image is broken and broken images are not skipped; names the first in order.
+        """
+        step = min(_MAX_IMAGES_PER_TASK, images_per_block(self.image_size))
+        ranges = [range(start, min(start + step, len(self))) for start in range(0, len(self), step)]
+        with progress_bar(len(self), "read images", "image") as bar:
+            for rows, block in zip(ranges, _in_order(self._read_block, ranges), strict=True):
+                yield block
+                bar.update(len(rows))
+
+    def _read_block(self, rows: range) -> Block:
+        images, read, skipped = [], [], []
+        for row in rows:
+            position = int(self.positions[row])
+            try:
+                images.append(self.reader.read(position))
+                read.append(row)
+            except BrokenImageError as error:
+                if not self.skip_broken:
+                    raise PipelineError(
+                        f"{self.reader.root / self.reader.name(position)} is not a readable image ({error}): "
+                        "mend or remove it, or set prepare_data.broken_images: skip"
+                    ) from None
+                skipped.append(Skipped(self.reader.name(position), str(error)))
+        pixels = np.stack(images) if images else np.empty((0, self.image_size, self.image_size, 3), np.uint8)
+        return Block(np.array(read, np.int64), pixels, skipped)
+
+
+def _in_order(work: Callable[[range], Block], items: Iterable[range]) -> Iterator[Block]:
+    """work(item) for every item, computed by a thread a core, given in order; few are under way at a time."""
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    under_way: deque[Future[Block]] = deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for item in items:
+            under_way.append(pool.submit(work, item))
+            if len(under_way) > 2 * workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
