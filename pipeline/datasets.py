@@ -24,6 +24,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -109,17 +110,22 @@ class PreparedDataset:
         file = self.path / f"{split}.h5"
         try:
             with h5py.File(file, "r") as h5:
-                loaded = Images(_map(file, h5["images"]), h5["labels"][()], h5["domains"][()])
+                on_disk = Images(h5["images"], h5["labels"][()], h5["domains"][()])
+                as_promised = self._as_promised(split, on_disk)
+                loaded = replace(on_disk, images=_map(file, h5["images"]))
         except FileNotFoundError:
             raise PipelineError(f"{file} is missing: {_PREPARE_AGAIN}") from None
-        except (OSError, KeyError, ValueError, RuntimeError, AttributeError) as error:
+        except (OSError, KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
             raise PipelineError(f"{file} is not a whole {split} split ({error}): {_PREPARE_AGAIN}") from None
-        entry, size = self.manifest.splits[split], self.image_size
-        promised = {"images": (entry.rows, size, size, 3), "labels": (entry.rows,), "domains": (entry.rows,)}
-        found = {name: values.shape for name, values in vars(loaded).items()}
-        if found != promised or _sha256(loaded) != entry.sha256:
+        if not as_promised:
             raise PipelineError(f"{file} does not hold the {split} images of its manifest: {_PREPARE_AGAIN}")
         return loaded
+
+    def _as_promised(self, split: SplitName, content: Images) -> bool:
+        entry, size = self.manifest.splits[split], self.image_size
+        promised = {"images": (entry.rows, size, size, 3), "labels": (entry.rows,), "domains": (entry.rows,)}
+        found = {name: values.shape for name, values in vars(content).items()}
+        return found == promised and _sha256(content) == entry.sha256
 
 
 def write(path: Path, name: str, source_name: str, source: Source) -> Path:
