@@ -121,9 +121,8 @@ def stratified_split(labels: np.ndarray, count: int, rng: np.random.Generator) -
         Two ascending int64 arrays of positions, (count,) and (N - count,).
     """
     classes, sizes = np.unique(labels, return_counts=True)
-    quota = sizes * count / len(labels)
-    take = np.floor(quota).astype(np.int64)
-    for position in np.argsort(-(quota - take), kind="stable")[: count - take.sum()]:
+    take, remainder = np.divmod(sizes * count, len(labels))
+    for position in np.argsort(-remainder, kind="stable")[: count - take.sum()]:
         take[position] += 1
     drawn = [
         rng.permutation(np.flatnonzero(labels == label))[:number] for label, number in zip(classes, take, strict=True)

@@ -139,4 +139,6 @@ def _cifar(dataset: Any, title: str, root: Path, params: PrepareData) -> Source:
 
 
 def _split(images: np.ndarray, labels: np.ndarray | list[int], params: PrepareData) -> LazyImages:
+    if len(images) != len(labels):
+        raise PipelineError(f"{params.source} has {len(images)} images and {len(labels)} labels: fetch it anew")
     return LazyImages.of(ImageArrays(images, params.image_size), np.asarray(labels))

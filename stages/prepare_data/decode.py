@@ -53,6 +53,8 @@ def read_image(path: Path, image_size: int, rows_cut: int = 0) -> np.ndarray:
         if error.errno is not None and error.errno not in _NOT_A_FILE:
             raise PipelineError(f"{path} cannot be read: {error.strerror}") from None
         raise BrokenImageError(_reason(error, path)) from None
+    except MemoryError:
+        raise PipelineError(f"{path}: out of memory while decoding it") from None
     except Exception as error:  # damaged bytes make Pillow's decoders raise almost anything
         raise BrokenImageError(_reason(error, path)) from None
 

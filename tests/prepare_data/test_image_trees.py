@@ -5,7 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import colours, save_plain
+
+from tests.prepare_data.image_files import colours, save_plain
 
 
 def tree(root, classes, per_class=5, start=0):
@@ -195,4 +196,4 @@ def test_what_is_wrong_with_a_tree_is_one_line(prepare, tmp_path, source, make, 
     assert result.exit_code == 1
     assert message in result.output
     assert result.output.count("\n") == 1
-    assert not result.dir.exists()
+    assert not result.folder.exists()

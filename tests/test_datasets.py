@@ -1,0 +1,225 @@
+"""The prepared data set: what is written is read back, block by block, whole or not at all."""
+
+import fcntl
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pipeline import datasets, images, provenance
+from pipeline.datasets import Images, PreparedDataset, Source, stratified_split, write
+from pipeline.errors import PipelineError
+from pipeline.images import Block, Skipped
+
+SIZE = 8
+
+
+def make_images(rows, seed):
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (rows, SIZE, SIZE, 3), np.uint8)
+    return Images(pixels, rng.integers(0, 3, rows), rng.integers(0, 2, rows))
+
+
+def make_source(**changes):
+    source = Source(["a", "b", "c"], {"train": make_images(17, 0), "test": make_images(4, 1)}, "none", ["x", "y"])
+    return replace(source, **changes)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Five images a block."""
+    monkeypatch.setattr(images, "BLOCK_BYTES", 5 * 3 * SIZE * SIZE)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return write(tmp_path / "sets" / "ours", "ours", "made", make_source())
+
+
+def test_what_is_written_is_read(small_blocks, path):
+    dataset = PreparedDataset(path)
+    assert (dataset.class_names, dataset.domain_names, dataset.image_size) == (["a", "b", "c"], ["x", "y"], SIZE)
+    for split, expected in (("train", make_images(17, 0)), ("test", make_images(4, 1))):
+        loaded = dataset.load(split)
+        assert len(loaded) == dataset.rows(split) == len(expected)
+        for name, values in vars(expected).items():
+            assert np.array_equal(getattr(loaded, name), values)
+
+
+def test_images_are_a_read_only_map_and_rows_are_arrays(path):
+    loaded = PreparedDataset(path).load("train")
+    assert isinstance(loaded.images, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        loaded.images[0] = 0
+    index = np.array([16, 0, 3])
+    taken, expected = loaded.take(index), make_images(17, 0)
+    for rows in (loaded.images[index], taken.images):
+        assert type(rows) is np.ndarray and rows.flags.writeable
+        assert np.array_equal(rows, expected.images[index])
+    assert np.array_equal(taken.labels, expected.labels[index])
+    assert np.array_equal(taken.domains, expected.domains[index])
+    assert np.array_equal(loaded.take(index).take(np.array([2])).images[0], expected.images[3])
+
+
+def test_the_map_outlives_a_replaced_set(path):
+    loaded = PreparedDataset(path).load("train")
+    write(path, "ours", "made", make_source(splits={"train": make_images(2, 7), "test": make_images(2, 8)}))
+    assert np.array_equal(loaded.images, make_images(17, 0).images)
+    assert PreparedDataset(path).rows("train") == 2
+
+
+def test_the_hash_is_of_pixels_labels_domains_and_names(small_blocks, path, tmp_path):
+    splits = {}
+    for split, content in (("train", make_images(17, 0)), ("test", make_images(4, 1))):
+        data = (
+            content.images.tobytes() + content.labels.astype("<i8").tobytes() + content.domains.astype("<i8").tobytes()
+        )
+        splits[split] = {"rows": len(content), "sha256": hashlib.sha256(data).hexdigest()}
+    names = {"class_names": ["a", "b", "c"], "domain_names": ["x", "y"]}
+    assert PreparedDataset(path).hash == provenance.fingerprint({**names, "splits": splits})
+
+    train = make_images(17, 0)
+    changes = [
+        {"class_names": ["b", "a", "c"]},
+        {"domain_names": ["y", "x"]},
+        {"splits": {"train": replace(train, labels=(train.labels + 1) % 3), "test": make_images(4, 1)}},
+        {"splits": {"train": replace(train, domains=1 - train.domains), "test": make_images(4, 1)}},
+        {"splits": {"train": replace(train, images=train.images[::-1]), "test": make_images(4, 1)}},
+    ]
+    others = [write(tmp_path / str(k), "ours", "made", make_source(**change)) for k, change in enumerate(changes)]
+    hashes = {PreparedDataset(other).hash for other in [path, *others]}
+    assert len(hashes) == 1 + len(changes)
+    renamed = write(tmp_path / "renamed", "theirs", "made elsewhere", make_source(licence="another"))
+    assert PreparedDataset(renamed).hash == PreparedDataset(path).hash
+
+
+def test_equal_inputs_give_equal_bytes_whatever_the_block_size(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "BLOCK_BYTES", 1)
+    again = write(tmp_path / "again", "ours", "made", make_source())
+    for file in path.iterdir():
+        assert file.read_bytes() == (again / file.name).read_bytes()
+    assert sorted(file.name for file in path.iterdir()) == ["manifest.json", "test.h5", "train.h5"]
+
+
+class Gappy(Images):
+    """Images of which every third is broken, and the whole of rows 4 to 7."""
+
+    def blocks(self):
+        for start in range(0, len(self), 4):
+            rows = np.arange(start, min(start + 4, len(self)))
+            good = rows[(rows % 3 != 0) & ((rows < 4) | (rows > 7))]
+            yield Block(good, self.images[good], [Skipped(f"{row}.png", "bad") for row in rows if row not in good])
+
+
+def test_skipped_images_take_their_labels_and_domains_with_them(small_blocks, tmp_path):
+    train = make_images(17, 0)
+    source = make_source(splits={"train": Gappy(**vars(train)), "test": make_images(4, 1)})
+    gappy = write(tmp_path / "gappy", "ours", "made", source)
+    kept = np.array([1, 2, 8, 10, 11, 13, 14, 16])
+    clean = make_source(splits={"train": train.take(kept), "test": make_images(4, 1)})
+    expected = write(tmp_path / "clean", "ours", "made", clean)
+    assert (gappy / "train.h5").read_bytes() == (expected / "train.h5").read_bytes()
+    assert PreparedDataset(gappy).hash == PreparedDataset(expected).hash
+    skipped = [image.path for image in PreparedDataset(gappy).manifest.skipped["train"]]
+    assert skipped == [f"{row}.png" for row in (0, 3, 4, 5, 6, 7, 9, 12, 15)]
+
+
+def test_one_domain_is_named_as_the_set(tmp_path):
+    splits = {split: Images.of_one_domain(np.zeros((2, 8, 8, 3), np.uint8), np.arange(2)) for split in datasets.SPLITS}
+    dataset = PreparedDataset(write(tmp_path / "one", "one", "made", Source(["a", "b"], splits, "none")))
+    assert dataset.domain_names == ["one"]
+    assert dataset.load("test").domains.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"class_names": ["a", "b"]}, "train split has a label outside the 2 class names"),
+        ({"domain_names": ["x"]}, "train split has a domain outside the 1 domain names"),
+        ({"class_names": ["a", "b", "b"]}, "named 'b'"),
+        ({"splits": {"train": make_images(3, 0), "test": make_images(0, 0)}}, "the test split has no images"),
+    ],
+)
+def test_a_source_that_contradicts_itself_changes_nothing(path, change, message):
+    before = PreparedDataset(path).hash
+    with pytest.raises(PipelineError, match=message):
+        write(path, "ours", "made", make_source(**change))
+    assert PreparedDataset(path).hash == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+class Dying(Images):
+    """Images whose third block never comes: the process is killed."""
+
+    def blocks(self):
+        for number, block in enumerate(super().blocks()):
+            if number == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield block
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from pipeline import images
+from tests.test_datasets import Dying, SIZE, make_images, make_source, write
+images.BLOCK_BYTES = 5 * 3 * SIZE * SIZE
+splits = {"train": Dying(**vars(make_images(17, 3))), "test": make_images(4, 1)}
+write(Path(sys.argv[1]), "ours", "made", make_source(splits=splits))
+"""
+
+
+def test_a_killed_run_leaves_the_old_set_or_none(path, tmp_path):
+    before = PreparedDataset(path).hash
+    for target in (path, tmp_path / "sets" / "fresh"):
+        killed = subprocess.run([sys.executable, "-c", KILLED, str(target)], check=False, cwd=os.getcwd())
+        assert killed.returncode == -signal.SIGKILL
+    assert PreparedDataset(path).hash == before
+    PreparedDataset(path).load("train")
+    with pytest.raises(PipelineError, match="is missing: run `pipeline prepare-data`"):
+        PreparedDataset(tmp_path / "sets" / "fresh")
+    write(tmp_path / "sets" / "fresh", "ours", "made", make_source())  # what the killed run left is cleared
+    assert sorted(entry.name for entry in (tmp_path / "sets" / "fresh").iterdir()) == [
+        "manifest.json",
+        "test.h5",
+        "train.h5",
+    ]
+
+
+def test_a_second_writer_is_sent_away(path):
+    staging = path.with_name("ours.tmp")
+    staging.mkdir()
+    handle = os.open(staging, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(PipelineError, match="another process is writing .*ours"):
+        write(path, "ours", "made", make_source())
+    os.close(handle)
+    assert staging.exists()
+    write(path, "ours", "made", make_source())
+
+
+def test_a_full_disk_is_seen_before_anything_is_decoded(path, monkeypatch):
+    class Endless(Images):
+        image_size = 10**7
+
+        def blocks(self):
+            raise AssertionError("decoded")
+
+    source = make_source(splits={"train": Endless(**vars(make_images(17, 0))), "test": make_images(4, 1)})
+    with pytest.raises(PipelineError, match=r"needs 5100000.0 GB and .* free"):  # 17 * 3 * 1e14 bytes
+        write(path, "ours", "made", source)
+    PreparedDataset(path).load("train")
+
+
+def test_stratified_split_by_hand():
+    # shares of 4 out of 6, 3, 1: 2.4, 1.2, 0.4 -> 2, 1, 0 and one more to the largest remainder, the first of two
+    labels = np.array([0] * 6 + [1] * 3 + [2])
+    chosen, rest = stratified_split(labels, 4, np.random.default_rng(0))
+    assert np.bincount(labels[chosen], minlength=3).tolist() == [3, 1, 0]
+    assert np.array_equal(np.sort(np.concatenate([chosen, rest])), np.arange(10))
+    assert (np.diff(chosen) > 0).all() and (np.diff(rest) > 0).all()
