@@ -116,7 +116,7 @@ class PreparedDataset:
         except FileNotFoundError:
             raise PipelineError(f"{file} is missing: {_PREPARE_AGAIN}") from None
         except (OSError, KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
-            raise PipelineError(f"{file} is not a whole {split} split ({error}): {_PREPARE_AGAIN}") from None
+            raise PipelineError(f"{file} is not a whole {split} split ({_in_words(error)}): {_PREPARE_AGAIN}") from None
         if not as_promised:
             raise PipelineError(f"{file} does not hold the {split} images of its manifest: {_PREPARE_AGAIN}")
         return loaded
@@ -142,7 +142,8 @@ def write(path: Path, name: str, source_name: str, source: Source) -> Path:
 
     Raises:
         PipelineError: a split is empty, a label is outside the class names or a domain outside the domain names,
-            two classes or domains share a name, the disk is too small, or another process writes the same data set.
+            two classes or domains share a name, another process writes the same data set, or the disk is full; what
+            stood at `path` is kept.
     """
     domain_names = source.domain_names or [name]
     _check_names(source.class_names, "class")
@@ -235,8 +236,10 @@ def _folder_in_place_of(path: Path) -> Iterator[Path]:
                 leftover.unlink()
             yield staging
             os.fsync(handle)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(staging, ignore_errors=True)
+            if isinstance(error, OSError | RuntimeError):  # h5py's, when a write fails
+                raise PipelineError(f"{path} cannot be written ({_in_words(error)}): what was there is kept") from error
             raise
         shutil.rmtree(old, ignore_errors=True)
         if os.path.lexists(path):
@@ -293,6 +296,13 @@ def _map(file: Path, dataset: h5py.Dataset) -> np.ndarray:
     if offset is None:
         raise ValueError(f"dataset {dataset.name} is not contiguous")
     return np.memmap(file, dataset.dtype, "r", offset, dataset.shape)
+
+
+def _in_words(error: Exception) -> str:
+    """The system's reason where there is one, else what h5py says, on one line."""
+    causes = [error, error.__context__]
+    codes = [cause.errno for cause in causes if isinstance(cause, OSError) and cause.errno is not None]
+    return os.strerror(codes[0]) if codes else " ".join(str(error).split())
 
 
 def _sync(path: Path) -> None:

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -214,6 +215,19 @@ def test_a_full_disk_is_seen_before_anything_is_decoded(path, monkeypatch):
     with pytest.raises(PipelineError, match=r"needs 5100000.0 GB and .* free"):  # 17 * 3 * 1e14 bytes
         write(path, "ours", "made", source)
     PreparedDataset(path).load("train")
+
+
+def test_a_disk_that_fills_up_half_way_is_named(path):
+    before = PreparedDataset(path).hash
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # the nearest to a full disk that needs no disk
+    try:
+        with pytest.raises(PipelineError, match=r"ours cannot be written \(File too large\): what was there is kept"):
+            write(path, "ours", "made", make_source(splits={"train": make_images(2000, 0), "test": make_images(4, 1)}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert PreparedDataset(path).hash == before
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_stratified_split_by_hand():
