@@ -184,6 +184,7 @@ def test_a_killed_run_leaves_the_old_set_or_none(path, tmp_path):
     PreparedDataset(path).load("train")
     with pytest.raises(PipelineError, match="is missing: run `pipeline prepare-data`"):
         PreparedDataset(tmp_path / "sets" / "fresh")
+    (tmp_path / "sets" / "fresh.tmp" / "train.h5.shorter").write_bytes(b"half")
     write(tmp_path / "sets" / "fresh", "ours", "made", make_source())  # what the killed run left is cleared
     assert sorted(entry.name for entry in (tmp_path / "sets" / "fresh").iterdir()) == [
         "manifest.json",

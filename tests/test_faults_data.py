@@ -52,6 +52,10 @@ def replace_dataset(name, **options):
     return change
 
 
+def reshape(shape):
+    return lambda h5: replace_dataset("images", data=h5["images"][()].reshape(shape))(h5)
+
+
 FAULTS = {
     "empty": lambda file: file.write_bytes(b""),
     "one byte": lambda file: file.write_bytes(b"\x89"),
@@ -70,6 +74,7 @@ FAULTS = {
     "images are a group": lambda file: rewrite(file, lambda h5: (h5.__delitem__("images"), h5.create_group("images"))),
     "compressed": lambda file: rewrite(file, replace_dataset("images", compression="gzip")),
     "another shape": lambda file: rewrite(file, replace_dataset("images", data=np.zeros((20, 4, 8, 3), np.uint8))),
+    "the same bytes in another shape": lambda file: rewrite(file, reshape((20, 16, 4, 3))),
     "another type": lambda file: rewrite(file, replace_dataset("images", data=np.zeros((20, 8, 8, 3), np.float32))),
     "labels are text": lambda file: rewrite(file, replace_dataset("labels", data=["a"] * 20)),
     "labels are a table": lambda file: rewrite(file, replace_dataset("labels", data=np.zeros((20, 2), np.int64))),

@@ -65,6 +65,7 @@ def test_svhn_calls_zero_zero(prepare, tmp_path, monkeypatch):
     split_list = {}
     for split, digits in (("train", [3, 0, 9]), ("test", [7, 1])):
         images = np.stack([np.full((32, 32, 3), (10 * n, n, 200)) for n in digits], axis=3)  # (H, W, C, N)
+        images[0, 5] = 255  # row 0, column 5
         labels = np.array([[n or 10] for n in digits], np.uint8)  # the release calls zero 10
         file = tmp_path / f"{split}_32x32.mat"
         scipy.io.savemat(file, {"X": images.astype(np.uint8), "y": labels})
@@ -75,6 +76,7 @@ def test_svhn_calls_zero_zero(prepare, tmp_path, monkeypatch):
     names = [dataset.class_names[label] for label in train.labels]
     assert names == ["street view house number 3", "street view house number 0", "street view house number 9"]
     assert colours(train.images) == [(30, 3, 200), (0, 0, 200), (90, 9, 200)]
+    assert (train.images[:, 0, 5] == 255).all() and not (train.images[:, 5, 0] == 255).all()
     assert dataset.load("test").labels.tolist() == [7, 1]
 
 
