@@ -56,12 +56,13 @@ class StageCommand(click.Command):
             assert option.name
             text = ctx.params.pop(option.name)
             if text is not None:
-                overrides[f"{self._section}.{option.name.removeprefix('key_')}"] = config.parse_value(text)
+                key = f"{self._section}.{option.name.removeprefix('key_')}"
+                overrides[key] = config.parse_value(key, text)
         for assignment in ctx.params.pop("assignments"):
             key, equals, text = assignment.partition("=")
-            if not equals:
+            if not (key and equals):
                 raise click.BadParameter(f"{assignment!r} is not KEY=VALUE", param_hint="--set")
-            overrides[key] = config.parse_value(text)
+            overrides[key] = config.parse_value(key, text)
         ctx.params["config"] = config.load(ctx.obj, overrides)
         return super().invoke(ctx)
 

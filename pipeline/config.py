@@ -4,15 +4,16 @@ An unknown key, a missing one, a wrong type or a value out of range is one line 
 is allowed. The file is read as YAML 1.2, as DVC reads it (PyYAML's 1.1 would make `1e-4` a string).
 """
 
-import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from pipeline.errors import PipelineError
-from pipeline.params import METHODS, PARTITIONS, Params, Section
+from pipeline.explain import explain, models_of
+from pipeline.params import Params, Section
 
 
 class Config:
@@ -74,22 +75,38 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
         overrides: dotted key -> value, put over the file's values for this run ("train_fl.num_rounds": 3).
 
     Raises:
-        PipelineError: the file is missing or not YAML, or a key is unknown, missing, of a wrong type or range.
+        PipelineError: the file is missing or not YAML, a key is unknown, missing, of a wrong type or range, or the
+            sweep names what there is not.
     """
-    values = _read_yaml(path)
-    for key, value in (overrides or {}).items():
+    values, overrides = _read_yaml(path), overrides or {}
+    for key, value in overrides.items():
         _set(values, key, value)
+
+    def where(key: str) -> str:
+        typed = any(f"{key}.".startswith(f"{other}.") or other.startswith(f"{key}.") for other in overrides)
+        return "command line" if typed else str(path)
+
     try:
-        return Config(Params.model_validate(values), path.resolve().parent)
+        params = Params.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(path, detail) for detail in error.errors()]
-        raise PipelineError("\n".join(lines)) from None
+        raise PipelineError(explain(error, values, where)) from None
+    _check_sweep(params, where)
+    return Config(params, path.resolve().parent)
 
 
-def parse_value(text: str) -> Any:
-    """A value typed on the command line, read as it would be in params.yaml; an empty text is an empty string."""
+def parse_value(key: str, text: str) -> Any:
+    """A value typed on the command line for a dotted key.
+
+    Where the key takes text, the text is the value as it stands ("007" is a name), and null is none; elsewhere it is
+    read as it would be in params.yaml.
+    """
     from ruamel.yaml import YAML, YAMLError
 
+    fields = _fields(key)
+    if text in ("null", "~") and any(_accepts(field, None) for field in fields):
+        return None
+    if any(_accepts(field, text) for field in fields):
+        return text
     try:
         value = YAML(typ="safe", pure=True).load(text)
     except YAMLError:
@@ -97,19 +114,43 @@ def parse_value(text: str) -> Any:
     return text if value is None and text not in ("null", "~") else value
 
 
+def _fields(dotted_key: str) -> list[FieldInfo]:
+    """What is declared for a key: nothing if it is unknown, several where methods share its name."""
+    section, _, rest = dotted_key.partition(".")
+    name = rest.rpartition(".")[2]
+    return [model.model_fields[name] for model in models_of(section) if name in model.model_fields]
+
+
+def _accepts(field: FieldInfo, value: Any) -> bool:
+    annotation: Any = Annotated[field.annotation, field]
+    try:
+        TypeAdapter(annotation).validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml.error import MarkedYAMLError
 
     try:
         values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PipelineError(f"{path} is missing: run in the project's folder, or name the file by --params") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PipelineError(f"{path} cannot be read: {error}") from None
+    except UnicodeDecodeError as error:
+        raise PipelineError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise PipelineError(f"{path} cannot be read: {error.strerror}") from None
+    except MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        problem = error.problem or error.context or "it cannot be parsed"
+        raise PipelineError(f"{path}{line} is not YAML: {' '.join(problem.split())}") from None
     except YAMLError as error:
         raise PipelineError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise PipelineError(f"{path} must hold sections (prepare_data, ...), not {type(values).__name__}")
+        found = "nothing" if values is None else type(values).__name__
+        raise PipelineError(f"{path} must hold sections (prepare_data, ...), it holds {found}")
     return values
 
 
@@ -122,28 +163,15 @@ def _set(values: dict[str, Any], dotted_key: str, value: Any) -> None:
     values[key] = value
 
 
-def _explain(path: Path, detail: Mapping[str, Any]) -> str:
-    """One line of the form `params.yaml: train_fl.batch_size = 0: input should be greater than or equal to 1`."""
-    location = [str(part) for part in detail["loc"] if not str(part).startswith(("constrained-", "literal[", "int"))]
-    if len(location) > 3 and location[0] in ("methods", "partitions"):
-        location = [*location[:2], *location[3:]]  # pydantic names the union's branch here
-    key = ".".join(location)
-    kind, message = detail["type"], detail["msg"][0].lower() + detail["msg"][1:]
-    if kind == "missing":
-        return f"{path}: {key} is missing"
-    if kind == "extra_forbidden":
-        allowed = _allowed_keys(location[:-1])
-        near = difflib.get_close_matches(location[-1], allowed, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"allowed here: {', '.join(allowed)}"
-        return f"{path}: {key} is not a known key; {hint}"
-    return f"{path}: {key} = {detail['input']!r}: {message}"
-
-
-def _allowed_keys(section: list[str]) -> list[str]:
-    if not section:
-        return list(Params.model_fields)
-    if section[0] in ("methods", "partitions"):
-        models = METHODS if section[0] == "methods" else PARTITIONS
-        return sorted({name for model in models for name in model.model_fields})
-    annotation = Params.model_fields[section[0]].annotation
-    return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, Section) else []
+def _check_sweep(params: Params, where: Callable[[str], str]) -> None:
+    """Every method and partition that the sweep names has its settings."""
+    for section, names, known in (
+        ("methods", params.sweep.methods, params.methods),
+        ("partitions", params.sweep.partitions, params.partitions),
+    ):
+        for name in names:
+            if name not in known:
+                key = f"sweep.{section}"
+                raise PipelineError(
+                    f"{where(key)}: {key} names {name}, which is not under {section}: {', '.join(known)}"
+                )

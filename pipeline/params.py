@@ -20,9 +20,9 @@ ImageSource = Literal[
 
 
 class Section(BaseModel):
-    """A section of params.yaml: strict types, no unknown keys, immutable."""
+    """A section of params.yaml: strict types, finite numbers, no unknown keys, immutable."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class PrepareData(Section):

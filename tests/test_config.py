@@ -1,0 +1,271 @@
+"""params.yaml and the flags over it: every mistake is one line with the place, the key, its value, what is allowed."""
+
+import shutil
+
+import pytest
+
+from pipeline import config
+from pipeline.errors import PipelineError
+from tests.conftest import REPOSITORY, invoke
+
+
+@pytest.fixture
+def params(tmp_path):
+    """The repository's own params.yaml, and a function that replaces a piece of it."""
+    file = tmp_path / "params.yaml"
+    shutil.copy(REPOSITORY / "params.yaml", file)
+
+    def edit(old, new):
+        text = file.read_text()
+        assert text.count(old) >= 1, old
+        file.write_text(text.replace(old, new, 1))
+        return file
+
+    return edit
+
+
+@pytest.fixture
+def file(params):
+    return params("", "")
+
+
+def complaint(file, overrides=None):
+    with pytest.raises(PipelineError) as caught:
+        config.load(file, overrides)
+    return str(caught.value).replace(str(file.parent) + "/", "")
+
+
+def test_the_repositorys_own_file_is_valid_and_its_values_arrive(file):
+    loaded = config.load(file)
+    assert loaded.params.extract_features.timestep == 300
+    assert loaded.params.train_fl.weight_decay == 1e-5
+    assert loaded.dataset_dir == file.parent / "data" / "datasets" / "digits"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        # unknown keys, with the nearest known one or what is allowed
+        (
+            "  timestep: 300",
+            "  timestep: 300\n  time_step: 1",
+            "extract_features.time_step is not a known key; did you mean timestep?",
+        ),
+        ("report:\n", "reports: {}\nreport:\n", "reports is not a known key; did you mean report?"),
+        ("report:\n", "xyz: {}\nreport:\n", "xyz is not a known key; allowed here: prepare_data, prepare_backbone,"),
+        (
+            "    algorithm: fedavg\n",
+            "    algorithm: fedavg\n    xyz: 1\n",
+            "methods.fedavg.xyz is not a known key; allowed here: algorithm",
+        ),
+        (
+            "    temperature:",
+            "    temprature: 1\n    temperature:",
+            "methods.feddifrc.temprature is not a known key; did you mean temperature?",
+        ),
+        # missing ones
+        ("  timestep: 300", "", "extract_features.timestep is missing"),
+        ("  fedavg:\n    algorithm: fedavg\n", "  fedavg: {}\n", "methods.fedavg.algorithm is missing"),
+        # wrong types
+        ("  timestep: 300", "  timestep: yes", "extract_features.timestep = 'yes': input should be a valid integer"),
+        ("  timestep: 300", "  timestep: true", "extract_features.timestep = True: input should be a valid integer"),
+        ("  timestep: 300", "  timestep: 3.0", "extract_features.timestep = 3.0: input should be a valid integer"),
+        ("  timestep: 300", "  timestep:", "extract_features.timestep = None: input should be a valid integer"),
+        ("  name: digits ", "  name: 7 ", "prepare_data.name = 7: input should be a valid string"),
+        ("  seeds: [0, 1, 2]", "  seeds: 0", "sweep.seeds = 0: input should be a valid list"),
+        ("  seeds: [0, 1, 2]", "  seeds: [0, -1]", "sweep.seeds.1 = -1: input should be greater than or equal to 0"),
+        (
+            "  fedavg:\n    algorithm: fedavg\n",
+            "  fedavg: 3\n",
+            "methods.fedavg = 3: must be a section with its keys below it",
+        ),
+        # out of range
+        (
+            "  timestep: 300",
+            "  timestep: 1000",
+            "extract_features.timestep = 1000: input should be less than or equal to 999",
+        ),
+        (
+            "  image_size: 32",
+            "  image_size: 7",
+            "prepare_data.image_size = 7: input should be greater than or equal to 8",
+        ),
+        ("  learning_rate: 0.01", "  learning_rate: 0", "train_fl.learning_rate = 0: input should be greater than 0"),
+        (
+            "  learning_rate: 0.01",
+            "  learning_rate: .nan",
+            "train_fl.learning_rate = nan: input should be a finite number",
+        ),
+        (
+            "  learning_rate: 0.01",
+            "  learning_rate: .inf",
+            "train_fl.learning_rate = inf: input should be a finite number",
+        ),
+        ("  name: digits ", "  name: ../x ", "prepare_data.name = '../x': string should match pattern"),
+        (
+            "  broken_images: stop",
+            "  broken_images: ignore",
+            "prepare_data.broken_images = 'ignore': input should be 'stop' or 'skip'",
+        ),
+        (
+            "    algorithm: fedavg\n",
+            "    algorithm: fedavgg\n",
+            "methods.fedavg.algorithm = 'fedavgg': input should be one of 'fedavg',",
+        ),
+        ("  fedavg:\n", "  fed.avg:\n", "methods.fed.avg is no good name: string should match pattern"),
+        # one line a key, whatever it may be
+        (
+            "  negatives: all",
+            "  negatives: some",
+            "extract_features.negatives = 'some': input should be 'all' or input should be a valid integer",
+        ),
+        # the sweep's names
+        (
+            "  methods: [fedavg,",
+            "  methods: [fedavgg,",
+            "sweep.methods names fedavgg, which is not under methods: fedavg,",
+        ),
+        (
+            "  partitions: [dir005,",
+            "  partitions: [dir5,",
+            "sweep.partitions names dir5, which is not under partitions: dir005,",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(params, old, new, line):
+    message = complaint(params(old, new))
+    assert message.startswith(f"params.yaml: {line}")
+    assert "\n" not in message
+
+
+def test_two_mistakes_are_two_lines(params):
+    params("  timestep: 300", "  timestep: -1")
+    lines = complaint(params("  image_size: 32", "  imagesize: 32")).splitlines()
+    assert lines == [
+        "params.yaml: prepare_data.image_size is missing",
+        "params.yaml: prepare_data.imagesize is not a known key; did you mean image_size?",
+        "params.yaml: extract_features.timestep = -1: input should be greater than or equal to 0",
+    ]
+
+
+def test_a_missing_section(params):
+    file = params("report:\n", "sweeep: {}\nreport:\n")
+    text = file.read_text()
+    file.write_text(text.replace(text[text.index("partitions:  ") : text.index("sweep:  ")], ""))
+    lines = complaint(file).splitlines()
+    assert lines == [
+        "params.yaml: partitions is missing",
+        "params.yaml: sweeep is not a known key; did you mean sweep?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (b"", "params.yaml must hold sections (prepare_data, ...), it holds nothing"),
+        (b"- a\n", "params.yaml must hold sections (prepare_data, ...), it holds list"),
+        (b"a: 1\n---\nb: 2\n", "params.yaml, line 2 is not YAML: "),
+        (b"a:\n  b: [1\nc: 2\n", "params.yaml, line 3 is not YAML: expected ',' or ']'"),
+        (b"a:\n\tb: 1\n", "params.yaml, line 2 is not YAML: found character"),
+        (b"a:\n  b: 1\n  b: 2\n", 'params.yaml, line 3 is not YAML: found duplicate key "b"'),
+        (
+            b"a: !!python/object/apply:os.getcwd []\n",
+            "params.yaml, line 1 is not YAML: could not determine a constructor",
+        ),
+        (b"a: *nowhere\n", "params.yaml, line 1 is not YAML: found undefined alias"),
+        (b"a: \xff\n", "params.yaml is not UTF-8 text: invalid start byte at byte 3"),
+        (b"a: \x00\n", "params.yaml is not YAML: "),
+    ],
+)
+def test_what_is_not_yaml_is_one_line(file, text, line):
+    file.write_bytes(text)
+    message = complaint(file)
+    assert message.startswith(line)
+    assert "\n" not in message
+
+
+def test_a_file_that_is_not_there_or_a_folder(tmp_path):
+    assert complaint(tmp_path / "nowhere.yaml").startswith("nowhere.yaml is missing: run in the project's folder")
+    (tmp_path / "folder").mkdir()
+    assert complaint(tmp_path / "folder") == "folder cannot be read: Is a directory"
+
+
+def test_numbers_are_read_as_yaml_1_2(params):
+    params("  learning_rate: 0.01", "  learning_rate: 1e-4")
+    params("  weight_decay: 0.00001", "  weight_decay: 1E-3")
+    loaded = config.load(params("  timestep: 300", "  timestep: 010"))  # no octal
+    assert loaded.params.train_fl.learning_rate == 0.0001
+    assert loaded.params.train_fl.weight_decay == 0.001
+    assert loaded.params.extract_features.timestep == 10
+
+
+def test_words_stay_words_as_in_yaml_1_2(params):
+    assert config.load(params("  name: digits ", "  name: no ")).params.prepare_data.name == "no"
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("train_fl.num_rounds", "3", 3),
+        ("train_fl.learning_rate", "1e-4", 0.0001),
+        ("extract_features.up_block_indices", "[1, 2]", [1, 2]),
+        ("extract_features.negatives", "5", 5),
+        ("extract_features.negatives", "all", "all"),
+        ("extract_features.denoise_prompt", "", ""),
+        ("prepare_data.name", "007", "007"),
+        ("prepare_data.path", "12", "12"),
+        ("prepare_data.path", "a: b", "a: b"),
+        ("prepare_data.path", "null", None),
+        ("prepare_data.train_subset", "null", None),
+        ("report.title", "2024-01-01", "2024-01-01"),
+        ("report.title", "# [not YAML", "# [not YAML"),
+        ("methods.feddifrc.temperature", "1e-2", 0.01),
+        ("sweep.methods", "[fedavg]", ["fedavg"]),
+        ("nowhere.known", "3", 3),
+        ("nowhere", "x", "x"),
+    ],
+)
+def test_a_value_on_the_command_line_is_what_its_key_takes(key, text, value):
+    read = config.parse_value(key, text)
+    assert (read, type(read)) == (value, type(value))
+
+
+def test_flags_and_set_go_over_the_file(file):
+    loaded = config.load(
+        file, {"train_fl.num_rounds": 3, "methods.feddifrc.temperature": 0.1, "prepare_data.path": "x"}
+    )
+    assert loaded.params.train_fl.num_rounds == 3
+    assert loaded.params.methods["feddifrc"].temperature == 0.1
+    assert loaded.params.train_fl.batch_size == config.load(file).params.train_fl.batch_size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--image-size", "7"], "command line: prepare_data.image_size = 7: input should be greater than"),
+        (["--image-size", ""], "command line: prepare_data.image_size = '': input should be a valid integer"),
+        (["--set", "sweep.seeds=[1, -2]"], "command line: sweep.seeds.1 = -2: input should be greater than"),
+        (["--set", "prepare_dat.seed=1"], "command line: prepare_dat is not a known key; did you mean prepare_data?"),
+        (["--set", "prepare_data.sed=1"], "command line: prepare_data.sed is not a known key; did you mean seed?"),
+        (["--set", "prepare_data=3"], "command line: prepare_data = 3: must be a section with its keys below it"),
+        (["--set", "report.title.x=1"], "cannot set report.title.x: title is a value, not a section"),
+        (["--set", "methods.new.algorithm=x"], "command line: methods.new.algorithm = 'x': input should be one of"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(file, arguments, line):
+    result = invoke(file.parent, "prepare-data", *arguments)
+    assert (result.exit_code, result.output.count("\n")) == (1, 1)
+    assert result.output.startswith(f"Error: {line}")
+    assert not (file.parent / "data").exists()
+
+
+@pytest.mark.parametrize("assignment", ["train_fl.num_rounds", "=3", ""])
+def test_set_without_a_key_or_a_value(file, assignment):
+    result = invoke(file.parent, "prepare-data", "--set", assignment)
+    assert result.exit_code == 2
+    assert "is not KEY=VALUE" in result.output
+
+
+def test_settings_of_an_unknown_name(file):
+    with pytest.raises(PipelineError, match=r"params.yaml has no methods\.nope; it has fedavg, feddifrc"):
+        config.load(file).settings("methods", "nope")
