@@ -6,6 +6,7 @@ files and files whose name does not end as an image's are no images. Folders wit
 one that leads back to a folder it stands in is not.
 """
 
+import logging
 import os
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from pipeline.images import Source, stratified_split
 from pipeline.params import PrepareData
 from stages.prepare_data.decode import EXTENSIONS
 from stages.prepare_data.lazy_images import ImageFiles, LazyImages
+
+log = logging.getLogger(__name__)
 
 _TEST_FRACTION = 0.2
 _UNKNOWN_TERMS = "unknown: see the folder's own terms"
@@ -48,6 +51,11 @@ def folder(root: Path, params: PrepareData) -> Source:
     """
     _require(root.is_dir(), f"{root} is not a folder: set prepare_data.path to a tree of <class>/<image> folders")
     classes, halves = _halves(root, root, params.seed)
+    if in_every_class := _folders_in_every(root, classes):
+        log.warning(
+            "every class folder of %s holds folders named %s: if these are the classes, set source: domain-folder",
+            root, in_every_class,
+        )  # fmt: skip
     splits = {split: _lazy(root, [half], params) for split, half in halves.items()}
     return Source([_words(name) for name in classes], splits, _UNKNOWN_TERMS)
 
@@ -68,7 +76,7 @@ def domain_folder(
     read = {domain: _halves(root, root / domain, params.seed, domain) for domain in domains}
     every_class = sorted({name for classes, _ in read.values() for name in classes})
     for domain, (classes, _) in read.items():
-        missing = ", ".join(sorted(set(every_class) - set(classes)))
+        missing = _some(set(every_class) - set(classes))
         _require(not missing, f"{root / domain} lacks class folders that other domains have: {missing}")
     splits = {split: _lazy(root, [halves[split] for _, halves in read.values()], params) for split in ("train", "test")}
     names = [(class_name or _words)(name) for name in every_class]
@@ -136,7 +144,7 @@ def _halves(root: Path, tree: Path, seed: int, *stream: str) -> tuple[list[str],
         test_dir = tree / ("test" if (tree / "test").is_dir() else "val")
         classes, train = _tree(root, tree / "train")
         test_classes, test = _tree(root, test_dir)
-        differing = ", ".join(sorted(set(classes) ^ set(test_classes)))
+        differing = _some(set(classes) ^ set(test_classes))
         _require(not differing, f"{tree}: train and {test_dir.name} differ in their class folders: {differing}")
         return classes, {"train": train, "test": test}
     classes, everything = _tree(root, tree)
@@ -216,6 +224,21 @@ def _words(folder_name: str) -> str:
     except UnicodeEncodeError:
         raise PipelineError(f"the folder {os.fsencode(folder_name)!r} has no UTF-8 name: rename it") from None
     return unicodedata.normalize("NFC", folder_name).replace("_", " ").strip() or folder_name
+
+
+def _folders_in_every(root: Path, classes: list[str]) -> str:
+    """Names of at least two folders that each class folder holds, or nothing."""
+    if any(not (root / name).is_dir() for name in classes):  # they stand in train and test
+        return ""
+    held = [{entry.name for entry in os.scandir(root / name) if _is_folder(entry)} for name in classes]
+    shared = set.intersection(*held)
+    return _some(shared) if len(shared) > 1 else ""
+
+
+def _some(names: set[str]) -> str:
+    """The first five names, and how many more there are."""
+    first, more = sorted(names)[:5], len(names) - 5
+    return ", ".join(first) + (f" and {more} more" if more > 0 else "")
 
 
 def _lines(file: Path) -> list[str]:

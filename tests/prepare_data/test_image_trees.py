@@ -104,6 +104,16 @@ def test_a_subset_of_domains_keeps_their_shares(prepare, tmp_path):
     assert np.bincount(2 * data.domains + data.labels).tolist() == [10, 10, 5, 5]
 
 
+def test_a_tree_of_domains_read_as_a_folder_is_remarked_on(prepare, tmp_path):
+    for domain in ("amazon", "dslr"):
+        tree(tmp_path / "in" / domain, ["bike", "mug"])
+    remark = "holds folders named bike, mug: if these are the classes, set source: domain-folder"
+    assert remark in prepare(source="folder", path=tmp_path / "in").output
+    assert remark not in prepare(source="domain-folder", path=tmp_path / "in").output
+    tree(tmp_path / "plain", ["a", "b"])
+    assert "domain-folder" not in prepare(source="folder", path=tmp_path / "plain").output
+
+
 def test_digits_five_is_named_in_words(prepare, tmp_path):
     for domain in ("mnist", "syn"):
         tree(tmp_path / "in" / domain, map(str, range(10)), 2)
