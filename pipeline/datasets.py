@@ -17,13 +17,9 @@ disk space, a byte per channel of every pixel. The folder appears whole or not a
 bytes.
 """
 
-import contextlib
-import fcntl
 import hashlib
-import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -33,6 +29,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline import provenance
+from pipeline.atomic import folder_in_place_of, in_words, sync
 from pipeline.errors import PipelineError
 from pipeline.images import Images, Skipped, Source, Split, images_per_block, stratified_split
 
@@ -116,7 +113,7 @@ class PreparedDataset:
         except FileNotFoundError:
             raise PipelineError(f"{file} is missing: {_PREPARE_AGAIN}") from None
         except (OSError, KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
-            raise PipelineError(f"{file} is not a whole {split} split ({_in_words(error)}): {_PREPARE_AGAIN}") from None
+            raise PipelineError(f"{file} is not a whole {split} split ({in_words(error)}): {_PREPARE_AGAIN}") from None
         if not as_promised:
             raise PipelineError(f"{file} does not hold the {split} images of its manifest: {_PREPARE_AGAIN}")
         return loaded
@@ -142,15 +139,17 @@ def write(path: Path, name: str, source_name: str, source: Source) -> Path:
 
     Raises:
         PipelineError: a split is empty, a label is outside the class names or a domain outside the domain names,
-            two classes or domains share a name, another process writes the same data set, or the disk is full; what
-            stood at `path` is kept.
+            two classes or domains share a name, image sizes differ, another process writes the same data set, or the
+            disk is full; what stood at `path` is kept.
     """
     domain_names = source.domain_names or [name]
     _check_names(source.class_names, "class")
     _check_names(domain_names, "domain")
+    if source.splits["train"].image_size != source.splits["test"].image_size:
+        raise PipelineError(f"the splits of {name} differ in the size of their images")
     for split in SPLITS:
         _check_positions(source.splits[split], split, len(source.class_names), len(domain_names))
-    with _folder_in_place_of(path) as folder:
+    with folder_in_place_of(path) as folder:
         _check_space(folder, source)
         entries, skipped = {}, {}
         for split in SPLITS:
@@ -203,7 +202,7 @@ def _write_split(file: Path, split: SplitName, content: Split) -> tuple[SplitEnt
     with h5py.File(file, "a") as h5:
         h5.create_dataset("labels", data=labels.astype("<i8", copy=False))
         h5.create_dataset("domains", data=domains.astype("<i8", copy=False))
-    _sync(file)
+    sync(file)
     return SplitEntry(rows=written, sha256=_finish(digest, labels, domains)), skipped
 
 
@@ -218,37 +217,6 @@ def _keep_first_images(file: Path, count: int) -> None:
             stop = min(start + step, count)
             images[start:stop] = old["images"][start:stop]
     shorter.replace(file)
-
-
-@contextlib.contextmanager
-def _folder_in_place_of(path: Path) -> Iterator[Path]:
-    """An empty folder to fill; it takes `path`'s place if the block ends well, and vanishes if it does not."""
-    staging, old = path.with_name(f"{path.name}.tmp"), path.with_name(f"{path.name}.old")
-    staging.mkdir(parents=True, exist_ok=True)
-    handle = os.open(staging, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PipelineError(f"another process is writing {path}: wait until it has ended") from None
-        try:
-            for leftover in staging.iterdir():
-                leftover.unlink()
-            yield staging
-            os.fsync(handle)
-        except BaseException as error:
-            shutil.rmtree(staging, ignore_errors=True)
-            if isinstance(error, OSError | RuntimeError):  # h5py's, when a write fails
-                raise PipelineError(f"{path} cannot be written ({_in_words(error)}): what was there is kept") from error
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-        if os.path.lexists(path):
-            path.replace(old)
-        staging.replace(path)
-        _sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        os.close(handle)
 
 
 def _check_names(names: list[str], kind: str) -> None:
@@ -296,18 +264,3 @@ def _map(file: Path, dataset: h5py.Dataset) -> np.ndarray:
     if offset is None:
         raise ValueError(f"dataset {dataset.name} is not contiguous")
     return np.memmap(file, dataset.dtype, "r", offset, dataset.shape)
-
-
-def _in_words(error: Exception) -> str:
-    """The system's reason where there is one, else what h5py says, on one line."""
-    causes = [error, error.__context__]
-    codes = [cause.errno for cause in causes if isinstance(cause, OSError) and cause.errno is not None]
-    return os.strerror(codes[0]) if codes else " ".join(str(error).split())
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -26,6 +26,9 @@ def make_images(rows, seed):
     return Images(pixels, rng.integers(0, 3, rows), rng.integers(0, 2, rows))
 
 
+LARGER = Images.of_one_domain(np.zeros((2, 9, 9, 3), np.uint8), np.zeros(2, np.int64))
+
+
 def make_source(**changes):
     source = Source(["a", "b", "c"], {"train": make_images(17, 0), "test": make_images(4, 1)}, "none", ["x", "y"])
     return replace(source, **changes)
@@ -144,6 +147,7 @@ def test_one_domain_is_named_as_the_set(tmp_path):
         ({"domain_names": ["x"]}, "train split has a domain outside the 1 domain names"),
         ({"class_names": ["a", "b", "b"]}, "named 'b'"),
         ({"splits": {"train": make_images(3, 0), "test": make_images(0, 0)}}, "the test split has no images"),
+        ({"splits": {"train": make_images(3, 0), "test": LARGER}}, "the splits of ours differ in the size"),
     ],
 )
 def test_a_source_that_contradicts_itself_changes_nothing(path, change, message):
@@ -212,9 +216,9 @@ def test_a_full_disk_is_seen_before_anything_is_decoded(path, monkeypatch):
         def blocks(self):
             raise AssertionError("decoded")
 
-    source = make_source(splits={"train": Endless(**vars(make_images(17, 0))), "test": make_images(4, 1)})
-    with pytest.raises(PipelineError, match=r"needs 5100000.0 GB and .* free"):  # 17 * 3 * 1e14 bytes
-        write(path, "ours", "made", source)
+    splits = {"train": Endless(**vars(make_images(16, 0))), "test": Endless(**vars(make_images(4, 1)))}
+    with pytest.raises(PipelineError, match=r"needs 6000000.0 GB and .* free"):  # 20 * 3 * 1e14 bytes
+        write(path, "ours", "made", make_source(splits=splits))
     PreparedDataset(path).load("train")
 
 

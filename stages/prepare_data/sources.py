@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline.images import Source
 from pipeline.params import PrepareData
 from stages.prepare_data import arrays, listed, trees
+from stages.prepare_data.tiny_imagenet import tiny_imagenet
 
 SOURCES: dict[str, Callable[[Path, PrepareData], Source]] = {
     "digits": arrays.digits,
@@ -22,7 +23,7 @@ SOURCES: dict[str, Callable[[Path, PrepareData], Source]] = {
     "flowers102": listed.flowers102,
     "fgvc-aircraft": listed.fgvc_aircraft,
     "stanford-cars": listed.stanford_cars,
-    "tiny-imagenet": trees.tiny_imagenet,
+    "tiny-imagenet": tiny_imagenet,
     "digits-five": trees.digits_five,
     "folder": trees.folder,
     "domain-folder": trees.domain_folder,

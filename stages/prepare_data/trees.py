@@ -1,4 +1,4 @@
-"""Data sets that are trees of image files: ImageFolder layout, with or without domains, and Tiny-ImageNet.
+"""Data sets that are trees of image files: ImageFolder layout, with or without domains.
 
 A class is a folder and its name is the class name ("_" read as a space), so that names and labels agree by
 construction: labels count the class folders in the order of their names, as torchvision's ImageFolder does. Hidden
@@ -49,14 +49,14 @@ def folder(root: Path, params: PrepareData) -> Source:
     Raises:
         PipelineError: the folder is missing, a class folder has no image, or the splits' classes differ.
     """
-    _require(root.is_dir(), f"{root} is not a folder: set prepare_data.path to a tree of <class>/<image> folders")
+    require(root.is_dir(), f"{root} is not a folder: set prepare_data.path to a tree of <class>/<image> folders")
     classes, halves = _halves(root, root, params.seed)
     if in_every_class := _folders_in_every(root, classes):
         log.warning(
             "every class folder of %s holds folders named %s: if these are the classes, set source: domain-folder",
             root, in_every_class,
         )  # fmt: skip
-    splits = {split: _lazy(root, [half], params) for split, half in halves.items()}
+    splits = {split: lazy_split(root, [half], params) for split, half in halves.items()}
     return Source([_words(name) for name in classes], splits, _UNKNOWN_TERMS)
 
 
@@ -71,14 +71,16 @@ def domain_folder(
     Raises:
         PipelineError: as `folder`, and when a domain lacks a class folder that another has.
     """
-    _require(root.is_dir(), f"{root} is not a folder: set prepare_data.path to a tree of <domain>/<class>/<image>")
+    require(root.is_dir(), f"{root} is not a folder: set prepare_data.path to a tree of <domain>/<class>/<image>")
     domains = _subfolders(root)
     read = {domain: _halves(root, root / domain, params.seed, domain) for domain in domains}
     every_class = sorted({name for classes, _ in read.values() for name in classes})
     for domain, (classes, _) in read.items():
         missing = _some(set(every_class) - set(classes))
-        _require(not missing, f"{root / domain} lacks class folders that other domains have: {missing}")
-    splits = {split: _lazy(root, [halves[split] for _, halves in read.values()], params) for split in ("train", "test")}
+        require(not missing, f"{root / domain} lacks class folders that other domains have: {missing}")
+    splits = {
+        split: lazy_split(root, [halves[split] for _, halves in read.values()], params) for split in ("train", "test")
+    }
     names = [(class_name or _words)(name) for name in every_class]
     return Source(names, splits, licence, [_words(domain) for domain in domains])
 
@@ -93,49 +95,8 @@ def digits_five(root: Path, params: PrepareData) -> Source:
     """
     source = domain_folder(root, params, lambda digit: f"number {digit}", "that of its domains' data sets")
     expected = [f"number {digit}" for digit in range(10)]
-    _require(source.class_names == expected, f"{root}: the class folders of every domain must be 0 to 9")
+    require(source.class_names == expected, f"{root}: the class folders of every domain must be 0 to 9")
     return source
-
-
-def tiny_imagenet(root: Path, params: PrepareData) -> Source:
-    """Tiny-ImageNet as it is released: train/<wnid>/images/, val/images/ with val_annotations.txt, words.txt.
-
-    Labels count the wnids in sorted order, the order of ImageFolder; wnids.txt, whose order is another, only says which
-    there are. A class name is the first of its synonyms in words.txt that no other class has. Validation images are
-    the test split: the release's own test images have no labels.
-
-    Raises:
-        PipelineError: a file of the release is missing, or speaks of an unknown class.
-    """
-    for name in ("wnids.txt", "words.txt", "train", "val/val_annotations.txt", "val/images"):
-        where = "unpack tiny-imagenet-200.zip and set prepare_data.path to the folder that holds wnids.txt"
-        _require((root / name).exists(), f"{root / name} is missing: {where}")
-    wnids = sorted(_lines(root / "wnids.txt"))
-    label_of = {wnid: label for label, wnid in enumerate(wnids)}
-    train = [(path, label_of[wnid]) for wnid in wnids for path in _images_of_class(root, root / "train" / wnid)]
-    test = []
-    for line in _lines(root / "val" / "val_annotations.txt"):
-        file, wnid, *_ = line.split("\t") + [""]
-        _require(wnid in label_of, f"{root / 'val' / 'val_annotations.txt'}: {wnid!r} of {file} is not in wnids.txt")
-        test.append((f"val/images/{file}", label_of[wnid]))
-    splits = {
-        split: _lazy(root, [Listing([path for path, _ in rows], np.array([label for _, label in rows]))], params)
-        for split, rows in (("train", train), ("test", test))
-    }
-    return Source(_synset_names(root, wnids), splits, "that of ImageNet: non-commercial research and education")
-
-
-def _synset_names(root: Path, wnids: list[str]) -> list[str]:
-    """One name per wnid, in their order, all different."""
-    synonyms_of = dict(line.split("\t", 1) for line in _lines(root / "words.txt") if "\t" in line)
-    missing = [wnid for wnid in wnids if wnid not in synonyms_of]
-    _require(not missing, f"{root / 'words.txt'} has no words for {', '.join(missing[:3])}")
-    synonyms = [[word.strip() for word in synonyms_of[wnid].split(",")] for wnid in wnids]
-    shared = {word for own in synonyms for word in own if sum(word in other for other in synonyms) > 1}
-    return [
-        next((word for word in own if word not in shared), f"{own[0]} {wnid}")
-        for wnid, own in zip(wnids, synonyms, strict=True)
-    ]
 
 
 def _halves(root: Path, tree: Path, seed: int, *stream: str) -> tuple[list[str], dict[str, Listing]]:
@@ -145,10 +106,10 @@ def _halves(root: Path, tree: Path, seed: int, *stream: str) -> tuple[list[str],
         classes, train = _tree(root, tree / "train")
         test_classes, test = _tree(root, test_dir)
         differing = _some(set(classes) ^ set(test_classes))
-        _require(not differing, f"{tree}: train and {test_dir.name} differ in their class folders: {differing}")
+        require(not differing, f"{tree}: train and {test_dir.name} differ in their class folders: {differing}")
         return classes, {"train": train, "test": test}
     classes, everything = _tree(root, tree)
-    _require(classes != ["train"], f"{tree} has a train folder but neither test nor val beside it: add one")
+    require(classes != ["train"], f"{tree} has a train folder but neither test nor val beside it: add one")
     test_rows = max(1, round(_TEST_FRACTION * len(everything.labels)))
     rng = seeding.numpy_generator(seed, "train/test split", *stream)
     in_test, in_train = stratified_split(everything.labels, test_rows, rng)
@@ -160,16 +121,16 @@ def _tree(root: Path, tree: Path) -> tuple[list[str], Listing]:
     classes = _subfolders(tree)
     paths, labels = [], []
     for label, name in enumerate(classes):
-        found = _images_of_class(root, tree / name)
+        found = images_of_class(root, tree / name)
         paths += found
         labels += [label] * len(found)
     return classes, Listing(paths, np.array(labels, np.int64))
 
 
-def _images_of_class(root: Path, class_dir: Path) -> list[str]:
+def images_of_class(root: Path, class_dir: Path) -> list[str]:
     """Paths relative to `root`, sorted by folder, then name, as ImageFolder does."""
     found = sorted(_image_files(str(class_dir), frozenset()), key=os.path.split)
-    _require(bool(found), f"{class_dir} has no images (names ending in {', '.join(EXTENSIONS[:5])}, ...)")
+    require(bool(found), f"{class_dir} has no images (names ending in {', '.join(EXTENSIONS[:5])}, ...)")
     return [path.removeprefix(f"{root}{os.sep}") for path in found]
 
 
@@ -205,11 +166,11 @@ def _subfolders(directory: Path) -> list[str]:
         names = sorted(entry.name for entry in os.scandir(directory) if _is_folder(entry) and entry.name[0] != ".")
     except OSError as error:
         raise PipelineError(f"{directory} cannot be read: {error.strerror}") from None
-    _require(bool(names), f"{directory} has no folders: it must be a tree of <class>/<image>")
+    require(bool(names), f"{directory} has no folders: it must be a tree of <class>/<image>")
     return names
 
 
-def _lazy(root: Path, listings: list[Listing], params: PrepareData) -> LazyImages:
+def lazy_split(root: Path, listings: list[Listing], params: PrepareData) -> LazyImages:
     """Listings one after the other, each a domain."""
     paths = [path for listing in listings for path in listing.paths]
     labels = np.concatenate([listing.labels for listing in listings])
@@ -241,13 +202,15 @@ def _some(names: set[str]) -> str:
     return ", ".join(first) + (f" and {more} more" if more > 0 else "")
 
 
-def _lines(file: Path) -> list[str]:
+def lines(file: Path) -> list[str]:
+    """The lines of a text file that are not blank."""
     try:
         return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise PipelineError(f"{file} cannot be read ({error})") from None
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raises PipelineError with this message unless the condition holds."""
     if not condition:
         raise PipelineError(message)

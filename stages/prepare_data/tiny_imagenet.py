@@ -1,0 +1,54 @@
+"""Tiny-ImageNet, whose release is a tree of its own kind: class folders for training, one list for validation.
+
+The names must be looked up by wnid: the list of wnids and the order of the class folders differ, and code that pairs
+them by position prompts with the wrong words.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.images import Source
+from pipeline.params import PrepareData
+from stages.prepare_data.trees import Listing, images_of_class, lazy_split, lines, require
+
+
+def tiny_imagenet(root: Path, params: PrepareData) -> Source:
+    """Tiny-ImageNet as it is released: train/<wnid>/images/, val/images/ with val_annotations.txt, words.txt.
+
+    Labels count the wnids in sorted order, the order of ImageFolder; wnids.txt, whose order is another, only says which
+    there are. A class name is the first of its synonyms in words.txt that no other class has. Validation images are
+    the test split: the release's own test images have no labels.
+
+    Raises:
+        PipelineError: a file of the release is missing, or speaks of an unknown class.
+    """
+    for name in ("wnids.txt", "words.txt", "train", "val/val_annotations.txt", "val/images"):
+        where = "unpack tiny-imagenet-200.zip and set prepare_data.path to the folder that holds wnids.txt"
+        require((root / name).exists(), f"{root / name} is missing: {where}")
+    wnids = sorted(lines(root / "wnids.txt"))
+    label_of = {wnid: label for label, wnid in enumerate(wnids)}
+    train = [(path, label_of[wnid]) for wnid in wnids for path in images_of_class(root, root / "train" / wnid)]
+    test = []
+    for line in lines(root / "val" / "val_annotations.txt"):
+        file, wnid, *_ = line.split("\t") + [""]
+        require(wnid in label_of, f"{root / 'val' / 'val_annotations.txt'}: {wnid!r} of {file} is not in wnids.txt")
+        test.append((f"val/images/{file}", label_of[wnid]))
+    splits = {
+        split: lazy_split(root, [Listing([path for path, _ in rows], np.array([label for _, label in rows]))], params)
+        for split, rows in (("train", train), ("test", test))
+    }
+    return Source(_synset_names(root, wnids), splits, "that of ImageNet: non-commercial research and education")
+
+
+def _synset_names(root: Path, wnids: list[str]) -> list[str]:
+    """One name per wnid, in their order, all different."""
+    synonyms_of = dict(line.split("\t", 1) for line in lines(root / "words.txt") if "\t" in line)
+    missing = [wnid for wnid in wnids if wnid not in synonyms_of]
+    require(not missing, f"{root / 'words.txt'} has no words for {', '.join(missing[:3])}")
+    synonyms = [[word.strip() for word in synonyms_of[wnid].split(",")] for wnid in wnids]
+    shared = {word for own in synonyms for word in own if sum(word in other for other in synonyms) > 1}
+    return [
+        next((word for word in own if word not in shared), f"{own[0]} {wnid}")
+        for wnid, own in zip(wnids, synonyms, strict=True)
+    ]
