@@ -269,3 +269,8 @@ def test_set_without_a_key_or_a_value(file, assignment):
 def test_settings_of_an_unknown_name(file):
     with pytest.raises(PipelineError, match=r"params.yaml has no methods\.nope; it has fedavg, feddifrc"):
         config.load(file).settings("methods", "nope")
+
+
+def test_only_the_keys_of_the_chosen_algorithm_are_offered(params):
+    message = complaint(params("    algorithm: fedavg\n", "    algorithm: fedavg\n    tempreture: 1\n"))
+    assert message == "params.yaml: methods.fedavg.tempreture is not a known key; allowed here: algorithm"
