@@ -23,7 +23,16 @@ if TYPE_CHECKING:
     from pipeline.config import Config
 
 
-class StageCommand(click.Command):
+class _ExamplesAsWritten(click.Command):
+    """Keeps the lines of a help text's examples: click's mark for that, in a raw docstring, is two characters."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Puts the mark in."""
+        super().__init__(*args, **kwargs)
+        self.help = self.help and self.help.replace("\\b\n", "\b\n")
+
+
+class StageCommand(_ExamplesAsWritten):
     """A command whose flags are the keys of one section of params.yaml; its function gets the checked `config`."""
 
     def __init__(self, *args: Any, section: str, **kwargs: Any) -> None:
@@ -72,7 +81,7 @@ _SET = click.Option(
 )
 
 
-class _Main(click.Group):
+class _Main(_ExamplesAsWritten, click.Group):
     """Turns errors that users can act on into one line and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:

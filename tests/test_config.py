@@ -274,3 +274,9 @@ def test_settings_of_an_unknown_name(file):
 def test_only_the_keys_of_the_chosen_algorithm_are_offered(params):
     message = complaint(params("    algorithm: fedavg\n", "    algorithm: fedavg\n    tempreture: 1\n"))
     assert message == "params.yaml: methods.fedavg.tempreture is not a known key; allowed here: algorithm"
+
+
+def test_help_shows_examples_line_by_line(file):
+    lines = invoke(file.parent, "prepare-data", "--help").output.splitlines()
+    assert "    pipeline prepare-data" in lines and "  Examples:" in lines
+    assert "    pipeline extract-features" in invoke(file.parent, "--help").output.splitlines()
