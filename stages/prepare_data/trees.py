@@ -82,7 +82,7 @@ def domain_folder(
         split: lazy_split(root, [halves[split] for _, halves in read.values()], params) for split in ("train", "test")
     }
     names = [(class_name or _words)(name) for name in every_class]
-    return Source(names, splits, licence, [_words(domain) for domain in domains])
+    return Source(names, splits, licence, [_readable(domain) for domain in domains])
 
 
 def digits_five(root: Path, params: PrepareData) -> Source:
@@ -180,11 +180,17 @@ def lazy_split(root: Path, listings: list[Listing], params: PrepareData) -> Lazy
 
 
 def _words(folder_name: str) -> str:
+    """The class name that a folder's name stands for."""
+    return _readable(folder_name).replace("_", " ").strip() or folder_name
+
+
+def _readable(folder_name: str) -> str:
+    """A folder's name in the one form that every file system's way of writing accents comes to."""
     try:
         folder_name.encode()
     except UnicodeEncodeError:
         raise PipelineError(f"the folder {os.fsencode(folder_name)!r} has no UTF-8 name: rename it") from None
-    return unicodedata.normalize("NFC", folder_name).replace("_", " ").strip() or folder_name
+    return unicodedata.normalize("NFC", folder_name)
 
 
 def _folders_in_every(root: Path, classes: list[str]) -> str:
