@@ -155,15 +155,22 @@ def prepare_backbone(config: "Config", train: bool) -> None:
 
 
 @main.command("extract-features", cls=StageCommand, section="extract_features")
-def extract_features(config: "Config") -> None:
+@click.option("--shard-range", metavar="A:B", help="Compute shards A to B - 1 only, as one job of a batch queue.")
+@click.option("--dry-run", is_flag=True, help="Print what it would cost, after timing a few batches; write nothing.")
+def extract_features(config: "Config", shard_range: str | None, dry_run: bool) -> None:
     r"""Stage 1: the frozen model, run once per image and prompt -> data/features/<set>. Resumes if killed.
 
     \b
     Examples:
-      pipeline extract-features
+      pipeline extract-features --dry-run
       pipeline extract-features --timestep 100 --set runtime.device=cuda
+      accelerate launch --num_processes 8 -m pipeline extract-features
+      pipeline extract-features --shard-range 0:4
     """
-    _report_path(_stage("extract_features").run(config))
+    if dry_run:
+        click.echo("\n".join(_stage("extract_features").estimate(config).lines()))
+    else:
+        _report_path(_stage("extract_features").run(config, shard_range))
 
 
 @main.command("train-fl", cls=StageCommand, section="train_fl")

@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 """Names a folder, a DVC stage or a run: letters, digits, - and _."""
 
+Layer = Annotated[str, StringConstraints(pattern=r"^(up_blocks|transformer_blocks)\.\d+$")]
+"""Names a layer of the frozen model."""
+
 
 ImageSource = Literal[
     "digits", "cifar10", "cifar100", "svhn", "mnist", "usps", "flowers102", "fgvc-aircraft", "stanford-cars",
@@ -60,19 +63,39 @@ class ExtractFeatures(Section):
 
     version: int = Field(ge=1, description="version of the computation; must equal what this code computes")
     timestep: int = Field(ge=0, le=999, description="diffusion timestep of the noised latents")
-    up_block_indices: list[Annotated[int, Field(ge=0, le=7)]] = Field(
-        min_length=1, description="decoder blocks to read, counted from 0; 1,2,3 are the paper's layers 2-4"
+    layers: Literal["auto"] | list[Layer] = Field(
+        min_length=1,
+        description="layers to read, up_blocks.N or transformer_blocks.N; auto is the backbone's own choice (a UNet's "
+        "last three up blocks, the paper's layers 2-4)",
     )
     dims: list[Annotated[int, Field(ge=1)]] = Field(
-        min_length=1, description="PCA dimensions kept per block, at most its channels"
+        min_length=1, description="PCA dimensions kept per layer, at most its channels"
     )
     image_size: int = Field(ge=8, le=2048, description="images are resized to this before encoding, pixels")
-    prompt_template: str = Field(pattern=r"\{class_name\}", description="conditional prompt; {class_name} is filled in")
+    prompts: Literal["class", "self-supervised"] = Field(
+        description="one prompt per class, or without labels: one that fits every image, and random words"
+    )
+    prompt_templates: list[Annotated[str, StringConstraints(pattern=r"\{class_name\}")]] = Field(
+        min_length=1,
+        description="conditional prompt, {class_name} filled in with a class or word; the embeddings are averaged",
+    )
+    class_prompts: str | None = Field(
+        description="file (YAML or JSON): class name -> text, or list of texts, to take instead of the templates"
+    )
+    self_supervised_prompt: str = Field(description="self-supervised: the prompt that fits every image")
+    negative_words: str | None = Field(
+        description="self-supervised: file of words, one a line, to draw negatives from; null: Tiny-ImageNet's classes"
+    )
     denoise_prompt: str = Field(description="generic prompt of the denoising representation")
     negatives: Literal["all"] | Annotated[int, Field(ge=1)] = Field(
-        description="non-matching prompts per image: all other classes, or the K nearest by text embedding"
+        description="non-matching prompts per image: all others, or K: the nearest by text embedding (class), or drawn "
+        "at random (self-supervised)"
     )
-    noise_seed: int = Field(ge=0, description="seed of the per-image noise")
+    image_conditioning: str | None = Field(
+        description="directory of a CLIP image encoder whose embedding is added to the prompts'; null is without"
+    )
+    noise_seed: int = Field(ge=0, description="seed of the per-image noise, the basis images and random negatives")
+    basis: str = Field(min_length=1, description="auto fits the PCA basis; or the path of a basis.h5 to share")
     basis_images: int = Field(ge=2, description="training images on which the PCA basis is fitted")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="the frozen model computes in this type")
     rows_per_shard: int = Field(ge=1, description="images per HDF5 shard")
@@ -145,7 +168,12 @@ class Runtime(Section):
     """Speed, never numbers: DVC does not track this section."""
 
     device: str = Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
-    unet_batch_size: int = Field(ge=1, description="(image, prompt) pairs per UNet pass")
+    unet_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        description="(image, prompt) pairs per batch of the frozen model; auto fills a GPU's memory, and is 16 on the "
+        "CPU, where batches are computed side by side"
+    )
+    compile: bool = Field(description="compile the frozen model (torch.compile): minutes once, faster passes on a GPU")
+    cache_latents: bool = Field(description="keep the images' latents under .pipeline/ for the next extraction")
 
 
 METHODS: tuple[type[Section], ...] = (FedAvg, FedDifRC)

@@ -32,12 +32,16 @@ def file_sha256(path: Path) -> str:
 
 def describe(device: str | None = None) -> dict[str, Any]:
     """The code's commit, the versions of what computes, and the hardware it computed on."""
+    return software() | {"hardware": hardware(device)}
+
+
+def software() -> dict[str, Any]:
+    """The code's commit and the versions of what computes."""
     return {
         "feddifrc": pipeline.__version__,
         "commit": git_commit(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "hardware": hardware(device),
     }
 
 
@@ -57,10 +61,17 @@ def hardware(device: str | None = None) -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found: dict[str, Any] = {"cpu": _cpu_name(), "cores": cores}
     if device and device.startswith("cuda"):
-        import torch
-
-        found["gpu"] = torch.cuda.get_device_name(device)
+        found["gpu"] = processor(device)
     return found
+
+
+def processor(device: str) -> str:
+    """The name of the GPU or processor behind a torch device."""
+    if not device.startswith("cuda"):
+        return _cpu_name()
+    import torch
+
+    return torch.cuda.get_device_name(device)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,42 +1,132 @@
-"""Which prompts an image is shown with: its own class, and the classes it must not be taken for.
+"""Which prompts an image is shown with: one that matches it, and some that it must not be taken for.
 
-Text is encoded once per class, never per image. With few classes every class is a prompt, in class order; with many,
-an image gets its own class and the K classes nearest to it by text embedding, the hardest negatives.
+Supervised: a prompt per class, "a photo of a {class}"; the one of the image's class matches. With few classes all
+others are negatives, in class order; with many, the K nearest by text embedding, the hardest to tell apart.
+Self-supervised (no label is read): "a photo of a similar object" matches every image, and its negatives are
+"a photo of a {word}" for K words drawn per image, by default from Tiny-ImageNet's 200 classes.
+A prompt may have several texts, whose embeddings are averaged. Text is encoded once per prompt, never per image.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
+from pipeline import seeding
+from pipeline.errors import PipelineError
+from pipeline.params import ExtractFeatures
 
-def class_prompts(template: str, class_names: list[str]) -> list[str]:
-    """One prompt per class: `template` with {class_name} filled in."""
-    return [template.replace("{class_name}", name) for name in class_names]
-
-
-def prompts_per_image(negatives: Literal["all"] | int, num_classes: int) -> int:
-    """P: all classes, or one positive and the negatives asked for."""
-    return num_classes if negatives == "all" else min(negatives + 1, num_classes)
+_TINY_IMAGENET = Path(__file__).parent / "tiny_imagenet.txt"
 
 
-def assign_prompts(labels: np.ndarray, negatives: Literal["all"] | int, text_embeddings: np.ndarray) -> np.ndarray:
-    """The class of each prompt of each image; the image's own class is always among them.
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of a feature set, numbered from 0: per prompt its texts; and what tells which one matches."""
+
+    texts: list[list[str]]
+    positive: Literal["label", "first"]
+
+
+def build(params: ExtractFeatures, class_names: list[str], root: Path) -> PromptSet:
+    """All prompts that the configuration asks for.
 
     Args:
-        labels: int64 (n,).
+        params: the stage's section.
+        class_names: of the data set.
+        root: where relative paths start.
+
+    Raises:
+        PipelineError: a file of prompts or words cannot be used.
+    """
+    if params.prompts == "self-supervised":
+        words = _read_words(root / params.negative_words if params.negative_words else _TINY_IMAGENET)
+        return PromptSet([[params.self_supervised_prompt], *_fill(params.prompt_templates, words)], "first")
+    texts = _fill(params.prompt_templates, class_names)
+    if params.class_prompts:
+        for name, own in _read_class_prompts(root / params.class_prompts, class_names).items():
+            texts[class_names.index(name)] = own
+    return PromptSet(texts, "label")
+
+
+def assign(
+    prompts: PromptSet,
+    negatives: Literal["all"] | int,
+    labels: np.ndarray,
+    index: np.ndarray,
+    similarity: np.ndarray,
+    seed: int,
+) -> np.ndarray:
+    """The prompts of each image, as numbers in `prompts.texts`; the matching one is always among them.
+
+    Args:
+        prompts: all prompts.
         negatives: "all" or K >= 1.
-        text_embeddings: float (num_classes, E), one pooled embedding per class.
+        labels: int64 (n,), not read if the first prompt is the positive one.
+        index: int64 (n,), the images' positions in the data set, which key the random draws.
+        similarity: float (len(prompts.texts), E), a text embedding per prompt.
+        seed: of the draws.
 
     Returns:
-        int16 (n, P). Class order if every class is a prompt; else the positive first, then the K nearest negatives,
-        nearest first, ties to the smaller label.
+        int16 (n, P). In their order if every prompt is taken; else the positive first, then K negatives: the nearest,
+        nearest first, ties to the smaller number; or, self-supervised, drawn without repetition.
     """
-    num_classes = len(text_embeddings)
-    count = prompts_per_image(negatives, num_classes)
-    if count == num_classes:
-        return np.tile(np.arange(num_classes, dtype=np.int16), (len(labels), 1))
-    unit = text_embeddings / np.linalg.norm(text_embeddings, axis=1, keepdims=True)
-    similarity = unit @ unit.T
-    np.fill_diagonal(similarity, np.inf)  # a class is nearest to itself
-    nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :count]
-    return nearest.astype(np.int16)[labels]
+    total = len(prompts.texts)
+    count = total if negatives == "all" else min(negatives + 1, total)
+    if count == total:
+        return np.tile(np.arange(total, dtype=np.int16), (len(index), 1))
+    if prompts.positive == "label":
+        return _nearest(similarity, count)[labels]
+    drawn = np.zeros((len(index), count), np.int16)
+    for row, image in enumerate(index):
+        rng = seeding.numpy_generator(seed, "negatives", int(image))
+        drawn[row, 1:] = 1 + rng.choice(total - 1, count - 1, replace=False)
+    return drawn
+
+
+def _nearest(similarity: np.ndarray, count: int) -> np.ndarray:
+    """int16 (K, count): each prompt itself, then those of the highest cosine."""
+    unit = similarity / np.linalg.norm(similarity, axis=1, keepdims=True)
+    cosine = unit @ unit.T
+    np.fill_diagonal(cosine, np.inf)
+    return np.argsort(-cosine, axis=1, kind="stable")[:, :count].astype(np.int16)
+
+
+def _fill(templates: list[str], names: list[str]) -> list[list[str]]:
+    return [[template.replace("{class_name}", name) for template in templates] for name in names]
+
+
+def _read_words(file: Path) -> list[str]:
+    """One word or name a line."""
+    try:
+        words = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise PipelineError(f"extract_features.negative_words: {file} cannot be read ({error})") from None
+    if not words or len(set(words)) < len(words):
+        raise PipelineError(f"extract_features.negative_words: {file} needs one word a line, none twice")
+    return words
+
+
+def _read_class_prompts(file: Path, class_names: list[str]) -> dict[str, list[str]]:
+    """Class name -> its texts, from YAML or JSON (which is YAML): a text, or a list of texts to be averaged."""
+    key = f"extract_features.class_prompts: {file}"
+    for name, texts in (content := _read_mapping(file, key)).items():
+        if name not in class_names:
+            raise PipelineError(f"{key} names {name!r}, which is no class of the data set ({', '.join(class_names)})")
+        content[name] = texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise PipelineError(f"{key}: {name!r} needs a text or a list of texts, not {texts!r}")
+    return content
+
+
+def _read_mapping(file: Path, key: str) -> dict[str, Any]:
+    from ruamel.yaml import YAML, YAMLError
+
+    try:
+        content = YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise PipelineError(f"{key} cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(content, Mapping):
+        raise PipelineError(f"{key} must map class names to prompts")
+    return {str(name): texts for name, texts in content.items()}

@@ -44,9 +44,8 @@ def fit_basis(moments: Moments, dims: int) -> LayerBasis:
         Components by descending variance; the sign of each makes its largest entry positive, so that two fits of the
         same data agree.
     """
-    covariance = (moments.scatter / (moments.count - 1)).cpu().numpy()
-    variance, vectors = np.linalg.eigh(covariance)  # ascending
-    variance, components = np.maximum(variance[::-1], 0), vectors[:, ::-1].T
+    variance, vectors = torch.linalg.eigh(moments.scatter.cpu() / (moments.count - 1))  # ascending
+    variance, components = np.maximum(variance.numpy()[::-1], 0), vectors.numpy()[:, ::-1].T
     largest = np.abs(components).argmax(axis=1)
     components = components * np.sign(components[np.arange(len(components)), largest])[:, None]
     dims = min(dims, len(components))

@@ -1,240 +1,181 @@
 """Runs stage 1: every training image through the frozen model once per prompt, into a checked, resumable feature set.
 
-Per image the VAE encodes once, one noise is drawn from a generator keyed by (noise_seed, index) and shared by all its
-prompts, and the pairs (image, prompt) fill UNet batches of a fixed size. Features therefore do not depend on batch
-size, shard size or order, up to the float16 rounding of sums that a batch's shape may reorder.
+plan.py             what is to be extracted
+backbones/          frozen diffusion models
+prompts.py          which prompts an image is shown with
+image_conditioning.py  optionally, the image itself as part of the prompt
+extraction.py       the computation
+representation.py   maps -> PCA -> pooled representation
+basis.py            the PCA basis, fitted or shared
+batching.py         batches that fit the memory
+latents.py          latents kept for the next extraction
+scheduling.py       who computes which shard
+estimate.py         what it will cost
 """
 
-import json
 import logging
 import os
-import shutil
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from pipeline import feature_store, provenance, seeding
 from pipeline.config import Config
-from pipeline.datasets import Images, PreparedDataset
 from pipeline.errors import PipelineError
-from pipeline.feature_store import Basis, Content, Features, FeatureSetWriter, LayerBasis, Manifest
+from pipeline.feature_store import Basis, Features, FeatureSetWriter, Plan
 from pipeline.progress import progress_bar
-from stages.extract_features import prompts, representation
-from stages.extract_features.backbone import StableDiffusionBackbone, decoder_channels
-from stages.extract_features.representation import Moments, Projector
+from stages.extract_features import backbones, batching, scheduling
+from stages.extract_features import basis as pca
+from stages.extract_features import plan as planning
+from stages.extract_features.extraction import Extraction, HostInput
+from stages.extract_features.image_conditioning import ImageEncoder
+from stages.extract_features.latents import LatentCache
+from stages.extract_features.plan import Job
+from stages.extract_features.representation import Projector
+from stages.extract_features.scheduling import Claim
 
 log = logging.getLogger(__name__)
 
-EXTRACTION_VERSION = 1
-"""Raise it, here and in params.yaml, whenever the features change; tests hold golden features against it."""
 
+def run(config: Config, shard_range: str | None = None) -> Path:
+    """Extracts the feature set that params.yaml describes, or some shards of it, continuing where a killed run stopped.
 
-def run(config: Config) -> Path:
-    """Extracts the feature set that params.yaml describes, continuing where a killed run stopped.
+    Args:
+        config: the project's configuration.
+        shard_range: "A:B" computes shards A to B - 1 only; whoever finishes the last one puts the set together.
 
     Returns:
-        Its folder.
+        The set's folder; the folder in which it is being made if shards are missing still.
 
     Raises:
         PipelineError: the data set or the backbone is missing or changed, or the configuration does not fit them.
+        SystemExit: 143, on SIGTERM.
     """
-    params = config.params.extract_features
-    if params.version != EXTRACTION_VERSION:
-        raise PipelineError(
-            f"params.yaml has extract_features.version: {params.version}, but this program computes version "
-            f"{EXTRACTION_VERSION}: set it to extract anew, or use the program that made your features"
-        )
-    dataset = PreparedDataset(config.dataset_dir)
-    manifest = _plan(config, dataset)
+    job = planning.make(config)
     target = config.features_dir
-    if _is_complete(target, manifest):
+    if _is_complete(target, job.plan):
         log.info("%s is complete already", target)
         return target
-    staging = _staging_root(config) / f"{manifest.fingerprint[:16]}-{manifest.rows_per_shard}"
-    with feature_store.lock(staging):
-        writer = FeatureSetWriter(staging, manifest)
-        if not manifest.complete:
-            Extraction(config, dataset, writer).run()
-        writer.publish(target)
-    _drop_delivered(staging)
+    rank, world_size = scheduling.rank_and_world_size()
+    if rank:
+        logging.getLogger("stages").setLevel(logging.WARNING)
+    shards = scheduling.order_of_shards(job.plan.num_shards, shard_range, rank, world_size)
+    staging = _state_dir(config) / "staging" / f"{job.plan.content.fingerprint[:16]}-{job.plan.rows_per_shard}"
+    writer = FeatureSetWriter(staging, job.plan, provenance.processor(job.device))
+    writer.forget_damaged(shard for shard in shards if shard % world_size == rank)
+    with scheduling.finish_batch_on_sigterm() as check:
+        if not writer.has_basis() or any(not writer.has_shard(shard) for shard in shards):
+            with batching.reproducible(job.device, getattr(torch, config.params.extract_features.dtype)):
+                _Run(job, writer, check).all(shards)
+        return _deliver(writer, target)
+
+
+def load(job: Job, check: Callable[[], None] = lambda: None) -> Extraction:
+    """Loads the frozen models and makes them ready for the job's data set."""
+    params = job.config.params.extract_features
+    backbone = backbones.load(job.config.backbone_dir, params.layers, job.device, getattr(torch, params.dtype))
+    encoder_dir = planning.image_encoder_dir(job.config)
+    encoder = ImageEncoder(encoder_dir, job.device) if encoder_dir else None
+    data = job.dataset.load("train")
+    return Extraction(backbone, encoder, job.prompts, params, job.config.params.runtime, data, check)
+
+
+class _Run:
+    """One process's part of an extraction."""
+
+    def __init__(self, job: Job, writer: FeatureSetWriter, check: Callable[[], None]) -> None:
+        self._job, self._writer, self._check = job, writer, check
+        self._extraction = load(job, check)
+        self._cache = LatentCache(_latents_dir(job))
+
+    def all(self, shards: list[int]) -> None:
+        """The basis, then the shards: first those that nobody holds, then those that others did not finish."""
+        plan = self._job.plan
+        projector = Projector(self._basis().layers, self._job.device)
+        missing = [shard for shard in shards if not self._writer.has_shard(shard)]
+        if len(missing) < len(shards):
+            log.info("resuming: %d of %d shards are done", len(shards) - len(missing), len(shards))
+        started, images = time.perf_counter(), 0
+        with progress_bar(sum(len(plan.shard_rows(shard)) for shard in missing), "extract", "image") as bar:
+            for wait in (False, True):
+                claims = scheduling.claim_missing(self._writer, missing, wait, self._check)
+                images += self._shards(claims, projector, bar)
+        seconds = time.perf_counter() - started
+        passes = images * (1 + self._extraction.prompts_per_image)
+        log.info("%d images, %d passes in %.1f s: %.1f images/s", images, passes, seconds, images / seconds)
+
+    def _shards(self, claims: Iterator[Claim], projector: Projector, bar: Any) -> int:
+        """Computes the claimed shards; the next one's images are read and the last one's file written meanwhile."""
+        images = 0
+        writing: Future[None] | None = None
+        with ThreadPoolExecutor(1, "write") as disk:
+            for claim, host in scheduling.prepare_ahead(claims, self._host_input):
+                index = np.array(self._job.plan.shard_rows(claim.shard))
+                latents = self._latents(claim.shard, host.images)
+                features, redone = self._extraction.represent(
+                    index, self._extraction.inputs(host, latents), projector, bar
+                )
+                if writing:
+                    writing.result()
+                writing = disk.submit(self._write, claim, features, redone)
+                images += len(index)
+            if writing:
+                writing.result()
+        return images
+
+    def _host_input(self, shard: int) -> HostInput:
+        return self._extraction.host_input(np.array(self._job.plan.shard_rows(shard)))
+
+    def _latents(self, shard: int, images: np.ndarray) -> torch.Tensor:
+        cached = self._cache.load(shard)
+        if cached is not None:
+            return torch.from_numpy(cached).to(self._job.device)
+        latents = self._extraction.encode(images)
+        self._cache.save(shard, latents.cpu().numpy())
+        return latents
+
+    def _write(self, claim: Claim, features: Features, redone: int) -> None:
+        with claim.held:
+            self._writer.write_shard(claim.shard, features, redone)
+
+    def _basis(self) -> Basis:
+        """Reads the basis; the first process to come fits it, or takes the one given from elsewhere."""
+        with self._writer.lock("basis", check=self._check):
+            if not self._writer.has_basis():
+                basis = self._make_basis()
+                self._writer.write_basis(basis)
+                pca.plot_explained_variance(basis, self._writer.path / "explained_variance.svg")
+                for name, share in pca.explained(basis).items():
+                    dims = len(basis.layers[name].components)
+                    log.info("basis of %s: %d dims explain %.1f %%", name, dims, 100 * share)
+        return self._writer.basis()
+
+    def _make_basis(self) -> Basis:
+        params, plan = self._job.config.params.extract_features, self._job.plan
+        if shared := planning.shared_basis(self._job.config):
+            return pca.read_shared(shared, self._extraction.backbone.channels, plan.content.layers)
+        order = seeding.numpy_generator(params.noise_seed, "basis images").permutation(plan.rows)
+        return self._extraction.fit_basis(np.sort(order[: params.basis_images]))
+
+
+def _deliver(writer: FeatureSetWriter, target: Path) -> Path:
+    """Puts the set together if it is complete and nobody has done so."""
+    if missing := writer.missing_shards:
+        log.info("%d of %d shards are missing still", len(missing), writer.plan.num_shards)
+        return writer.path
+    with writer.lock("set"):
+        if not _is_complete(target, writer.plan):
+            writer.publish(target)
+            writer.drop_delivered_neighbours()
     return target
 
 
-class Extraction:
-    """One run of the frozen model over what a writer still lacks."""
-
-    def __init__(self, config: Config, dataset: PreparedDataset, writer: FeatureSetWriter) -> None:
-        """Loads the model and encodes the prompts."""
-        self.params = config.params.extract_features
-        self.batch_size = config.params.runtime.unet_batch_size
-        self.writer = writer
-        self.data = dataset.load("train")
-        device = resolve_device(config.params.runtime.device)
-        self.backbone = StableDiffusionBackbone(
-            config.backbone_dir, self.params.up_block_indices, device, getattr(torch, self.params.dtype)
-        )
-        texts = prompts.class_prompts(self.params.prompt_template, dataset.class_names)
-        self.prompt_embeds, pooled = self.backbone.encode_prompts([*texts, self.params.denoise_prompt])
-        self.prompt_class = prompts.assign_prompts(self.data.labels, self.params.negatives, pooled[:-1])
-
-    def run(self) -> None:
-        """Computes the basis if it is missing, then the missing shards."""
-        manifest = self.writer.manifest
-        basis = self._basis()
-        projector = Projector(basis.layers, self.backbone.device)
-        missing = self.writer.missing_shards
-        if len(missing) < manifest.num_shards:
-            log.info("resuming: %d of %d shards are done", manifest.num_shards - len(missing), manifest.num_shards)
-        images = sum(len(manifest.shard_rows(shard)) for shard in missing)
-        started = time.perf_counter()
-        with progress_bar(images, "extract", "image") as bar:
-            for shard in missing:
-                index = np.array(manifest.shard_rows(shard))
-                self.writer.write_shard(shard, self._represent_shard(index, projector, bar))
-        seconds = time.perf_counter() - started
-        passes = images * (1 + manifest.prompts_per_image)
-        log.info("%d images, %d UNet passes in %.1f s: %.1f images/s", images, passes, seconds, images / seconds)
-
-    def _basis(self) -> Basis:
-        if self.writer.manifest.basis:
-            return feature_store.read_basis(self.writer.path, self.writer.manifest)
-        rng = seeding.numpy_generator(self.params.noise_seed, "basis images")
-        count = min(self.params.basis_images, len(self.data))
-        basis = self._fit_basis(np.sort(rng.permutation(len(self.data))[:count]))
-        self.writer.write_basis(basis)
-        for name, layer in basis.layers.items():
-            explained = layer.explained_variance.sum() / layer.total_variance
-            log.info("basis of %s: %d dims explain %.1f %%", name, len(layer.components), 100 * explained)
-        return basis
-
-    def _fit_basis(self, index: np.ndarray) -> Basis:
-        """Two passes over a sample of images: the layers' PCA, then mean and std of what it makes of them."""
-        moments = {layer: Moments(channels) for layer, channels in self.backbone.channels.items()}
-        noisy = self._noisy_latents(index)
-        with progress_bar(2 * len(index), "fit basis", "image") as bar:
-            for rows in _chunks(len(index), self.batch_size):
-                for layer, maps in self._denoise(noisy[rows]).items():
-                    moments[layer].update(maps.cpu())
-                bar.update(len(noisy[rows]))
-            layers: dict[str, LayerBasis] = {
-                layer: representation.fit_basis(moments[layer], dims)
-                for layer, dims in zip(moments, self.params.dims, strict=True)
-            }
-            projector = Projector(layers, self.backbone.device)
-            denoised = []
-            for rows in _chunks(len(index), self.batch_size):
-                denoised.append(projector(self._denoise(noisy[rows])).double().cpu().numpy())
-                bar.update(len(noisy[rows]))
-        pooled = np.concatenate(denoised)  # (n, D)
-        return Basis(layers, pooled.mean(0), pooled.std(0))
-
-    def _denoise(self, noisy: torch.Tensor) -> dict[str, torch.Tensor]:
-        generic = self.prompt_embeds[-1:].expand(len(noisy), -1, -1)
-        return self.backbone.features(noisy, self.params.timestep, generic)
-
-    def _represent_shard(self, index: np.ndarray, projector: Projector, bar) -> Features:
-        """All representations of these images; pairs (image, prompt) are flattened into batches of one size."""
-        noisy = self._noisy_latents(index)
-        own = self.prompt_class[index]  # (n, P)
-        generic = np.full((len(index), 1), len(self.prompt_embeds) - 1)
-        text = torch.from_numpy(np.concatenate([generic, own], axis=1).astype(np.int64)).flatten()  # (n * (1+P),)
-        image = torch.arange(len(index)).repeat_interleave(1 + own.shape[1])
-        pooled = []
-        for rows in _chunks(len(text), self.batch_size):
-            embeds = self.prompt_embeds[text[rows].to(self.backbone.device)]
-            maps = self.backbone.features(noisy[image[rows].to(noisy.device)], self.params.timestep, embeds)
-            pooled.append(projector(maps).half().cpu().numpy())
-            bar.update(len(text[rows]) / (1 + own.shape[1]))
-        table = np.concatenate(pooled).reshape(len(index), 1 + own.shape[1], -1)  # (n, 1+P, D)
-        return Features(index, self.data.labels[index], table[:, 0], table[:, 1:], own)
-
-    def _noisy_latents(self, index: np.ndarray) -> torch.Tensor:
-        """float32 (n, C, h, w) on the device: each image's latents under its own noise."""
-        images: Images = self.data.take(index)
-        latents = torch.cat(
-            [
-                self.backbone.encode_images(images.images[rows], self.params.image_size)
-                for rows in _chunks(len(index), _VAE_BATCH)
-            ]
-        )
-        noise = torch.stack(
-            [
-                torch.randn(
-                    latents.shape[1:], generator=seeding.torch_generator(self.params.noise_seed, "noise", int(sample))
-                )
-                for sample in index
-            ]
-        )
-        return self.backbone.add_noise(latents, noise.to(latents.device), self.params.timestep)
-
-
-_VAE_BATCH = 32
-
-
-def resolve_device(device: str) -> str:
-    """The device to compute on; "auto" is the first GPU, or else the CPU."""
-    if device != "auto":
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise PipelineError(f"runtime.device = {device}: this machine has no usable CUDA GPU; use auto or cpu")
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _plan(config: Config, dataset: PreparedDataset) -> Manifest:
-    """The manifest of the set to extract, from the configuration, the data set and the backbone's hashes."""
-    params = config.params.extract_features
-    if len(params.dims) != len(params.up_block_indices):
-        raise PipelineError(
-            f"extract_features.dims = {params.dims} must have one entry for each of up_block_indices = "
-            f"{params.up_block_indices}"
-        )
-    backbone = _checked_backbone(config)
-    channels = decoder_channels(config.backbone_dir, params.up_block_indices)
-    content = Content(
-        extraction_version=params.version,
-        dataset_hash=dataset.hash,
-        class_names=dataset.class_names,
-        backbone={name: sha for name, sha in backbone["files"].items() if name != "model_index.json"},
-        layers=representation.column_ranges(channels, params.dims),
-        **params.model_dump(
-            include={
-                "timestep",
-                "image_size",
-                "prompt_template",
-                "denoise_prompt",
-                "negatives",
-                "noise_seed",
-                "basis_images",
-                "dtype",
-            }
-        ),
-    )
-    made_by = {
-        "dataset": dataset.name,
-        "backbone": {key: backbone[key] for key in ("name", "source", "revision")},
-        **provenance.describe(resolve_device(config.params.runtime.device)),
-    }
-    count = prompts.prompts_per_image(params.negatives, len(dataset.class_names))
-    return feature_store.new_manifest(content, dataset.rows("train"), params.rows_per_shard, count, made_by)
-
-
-def _checked_backbone(config: Config) -> dict:
-    """The backbone's manifest, after checking that the weights are those it names."""
-    try:
-        backbone = json.loads(config.backbone_manifest.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PipelineError(f"{config.backbone_manifest} is missing: run `pipeline prepare-backbone`") from None
-    for name, sha256 in backbone["files"].items():
-        file = config.backbone_dir / name
-        if not file.exists() or provenance.file_sha256(file) != sha256:
-            problem = "differs from" if file.exists() else "is missing but named in"
-            raise PipelineError(f"{file} {problem} {config.backbone_manifest}: run `pipeline prepare-backbone`")
-    return backbone
-
-
-def _is_complete(target: Path, planned: Manifest) -> bool:
+def _is_complete(target: Path, plan: Plan) -> bool:
     if not (target / "manifest.json").exists():
         return False
     try:
@@ -242,26 +183,26 @@ def _is_complete(target: Path, planned: Manifest) -> bool:
     except PipelineError as error:
         log.warning("extracting anew: %s", error)
         return False
-    return found.fingerprint == planned.fingerprint and found.rows_per_shard == planned.rows_per_shard
+    return (found.fingerprint, found.rows_per_shard) == (plan.content.fingerprint, plan.rows_per_shard)
 
 
-def _staging_root(config: Config) -> Path:
+def _latents_dir(job: Job) -> Path | None:
+    """One folder per data set, VAE, image size, shard size and whatever else decides the latents' last bits."""
+    if not job.config.params.runtime.cache_latents:
+        return None
+    content = job.plan.content
+    deciding = {
+        "version": content.extraction_version,
+        "dataset": content.dataset_hash,
+        "vae": {name: sha256 for name, sha256 in content.backbone.items() if name.startswith("vae/")},
+        "image_size": content.image_size,
+        "dtype": content.dtype,
+        "rows_per_shard": job.plan.rows_per_shard,
+        "processor": provenance.processor(job.device),
+    }
+    return _state_dir(job.config) / "latents" / provenance.fingerprint(deciding)[:16]
+
+
+def _state_dir(config: Config) -> Path:
     """Outside every DVC out, because DVC deletes those before it runs a stage; under DVC, in the real repository."""
-    return Path(os.environ.get("DVC_ROOT", config.root)) / ".pipeline" / "staging"
-
-
-def _drop_delivered(current: Path) -> None:
-    """Removes the staging folders of other sets that were finished, and so delivered; unfinished ones stay."""
-    for other in current.parent.iterdir():
-        if other == current or not (other / "manifest.json").exists():
-            continue
-        try:
-            finished = feature_store.read_manifest(other).complete
-        except PipelineError:
-            continue
-        if finished:
-            shutil.rmtree(other, ignore_errors=True)
-
-
-def _chunks(total: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+    return Path(os.environ.get("DVC_ROOT", config.root)) / ".pipeline"

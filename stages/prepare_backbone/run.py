@@ -4,6 +4,7 @@ The weights are neither DVC's nor git's: a team shares features, and whoever has
 What DVC tracks is the manifest, with the hash of every file that decides the features.
 """
 
+import json
 import logging
 import os
 import re
@@ -17,8 +18,12 @@ from pipeline.errors import PipelineError
 log = logging.getLogger(__name__)
 
 _EMBEDDED = Path(__file__).parent / "tiny-sd"
-_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-_FILES = ("model_index.json", *(f"{part}/*{suffix}" for part in _PARTS for suffix in (".json", ".txt", ".safetensors")))
+_TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+_PARTS = ("unet", "transformer", "vae", "scheduler", *_TEXT)
+_SUFFIXES = (".json", ".txt", ".model", ".safetensors")
+_FILES = ("model_index.json", *(f"{part}/*{suffix}" for part in _PARTS for suffix in _SUFFIXES))
+_VARIANTS = ("*.fp16.*", "*.bf16.*", "*.non_ema.*")
+"""Other precisions and training states of the same weights, which are never loaded."""
 
 
 def run(config: Config, train: bool = False) -> Path:
@@ -73,7 +78,9 @@ def _download(hub_id: str, revision: str | None, target: Path) -> None:
     if target.is_symlink():
         target.unlink()
     try:
-        snapshot_download(hub_id, revision=revision, allow_patterns=list(_FILES), local_dir=target)
+        snapshot_download(
+            hub_id, revision=revision, allow_patterns=list(_FILES), ignore_patterns=list(_VARIANTS), local_dir=target
+        )
     except Exception as error:  # the hub's client raises many unrelated types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PipelineError(
@@ -84,14 +91,30 @@ def _download(hub_id: str, revision: str | None, target: Path) -> None:
 
 def _hash_files(directory: Path) -> dict[str, str]:
     """SHA-256 of each file that decides the features, by its path inside the directory."""
-    files = sorted({path for pattern in _FILES for path in directory.glob(pattern)})
+    found = {path for pattern in _FILES for path in directory.glob(pattern)}
+    files = sorted(path for path in found if not any(path.match(variant) for variant in _VARIANTS))
     present = {path.relative_to(directory).as_posix() for path in files}
-    if "model_index.json" not in present:
-        raise PipelineError(f"{directory} is not a diffusers pipeline directory: it has no model_index.json")
-    for part in ("unet", "vae", "text_encoder"):
+    for part in _models(directory):
         if not any(name.startswith(f"{part}/") and name.endswith(".safetensors") for name in present):
             raise PipelineError(f"{directory}/{part} has no .safetensors weights (other formats are not loaded)")
     return {path.relative_to(directory).as_posix(): provenance.file_sha256(path) for path in files}
+
+
+def _models(directory: Path) -> list[str]:
+    """The parts that have weights, as model_index.json lists them: a denoiser, the VAE, any text encoders."""
+    index_file = directory / "model_index.json"
+    try:
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        parts = [part for part in _PARTS if (index.get(part) or [None])[0] is not None]
+    except FileNotFoundError:
+        raise PipelineError(f"{directory} is not a diffusers pipeline directory: it has no model_index.json") from None
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, IndexError) as error:
+        raise PipelineError(f"{index_file} cannot be read ({error!r})") from None
+    if "vae" not in parts or not {"unet", "transformer"} & set(parts):
+        raise PipelineError(
+            f"{index_file} names no vae, or neither a unet nor a transformer: no latent diffusion model"
+        )
+    return [part for part in parts if part.startswith(("unet", "transformer", "vae", "text_encoder"))]
 
 
 def _public_name(source: str, directory: Path) -> str:

@@ -1,0 +1,187 @@
+"""Reads a feature set: nothing damaged, incomplete or foreign is read without being named."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+from pydantic import ValidationError
+
+from pipeline.errors import PipelineError
+from pipeline.feature_store.schema import (
+    EXTRACT_AGAIN,
+    FIELDS,
+    FORMAT_VERSION,
+    Basis,
+    Features,
+    FileEntry,
+    LayerBasis,
+    Manifest,
+)
+
+
+class FeatureSet:
+    """A complete set, opened for reading."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens the set in folder `path`; sizes are checked here, rows as they are read.
+
+        Raises:
+            PipelineError: there is none, it is incomplete, or a file is missing or of another size.
+        """
+        self.path = path
+        self.manifest = read_manifest(path)
+        have, want = len(self.manifest.shards), self.manifest.num_shards
+        if have != want:
+            raise PipelineError(f"{path} is incomplete ({have} of {want} shards): run `pipeline extract-features`")
+        for entry in self._entries():
+            if problem := entry.size_difference(path):
+                raise PipelineError(f"{problem}: {EXTRACT_AGAIN}")
+
+    def basis(self) -> Basis:
+        """The PCA basis and the statistics beside it."""
+        return read_basis(self.path, self.manifest.basis, self.manifest.fingerprint, list(self.manifest.content.layers))
+
+    def read(self, index: np.ndarray) -> Features:
+        """The rows of these samples, in this order, checked against their checksums.
+
+        Args:
+            index: int64 (n,), positions in the training split.
+
+        Raises:
+            PipelineError: a sample is not in the set, or a row's bytes are not what was written.
+        """
+        index = np.asarray(index, np.int64)
+        if len(index) and (index.min() < 0 or index.max() >= self.manifest.rows):
+            raise PipelineError(f"{self.path} holds samples 0 to {self.manifest.rows - 1}, not {index.max()}")
+        n, p, d = len(index), self.manifest.prompts_per_image, self.manifest.content.num_dims
+        shapes = {"index": (n,), "label": (n,), "denoised": (n, d), "prompted": (n, p, d), "prompt_class": (n, p)}
+        rows = Features(**{name: np.empty(shapes[name], dtype) for name, dtype in FIELDS.items()})
+        shard_of = index // self.manifest.rows_per_shard
+        for shard in np.unique(shard_of):
+            self._fill(rows, np.flatnonzero(shard_of == shard), int(shard), index)
+        return rows
+
+    def positive_prompts(self, rows: Features) -> np.ndarray:
+        """Which of its P prompts matches each image: int64 (n,), columns of `rows.prompted`.
+
+        That of its class, or in a self-supervised set the first prompt, which every image has: no label is read then.
+        """
+        matching = rows.label[:, None] if self.manifest.content.positive == "label" else 0
+        return (rows.prompt_class == matching).argmax(1)
+
+    def verify(self) -> None:
+        """Reads every byte: file checksums, row checksums, labels, index coverage, finiteness.
+
+        Raises:
+            PipelineError: names the first file that is not what was written.
+        """
+        for entry in self._entries():
+            if problem := entry.difference(self.path):
+                raise PipelineError(f"{problem}: {EXTRACT_AGAIN}")
+        for shard in self.manifest.shards:
+            rows = self.read(np.array(self.manifest.shard_rows(shard)))
+            if not (np.isfinite(rows.denoised).all() and np.isfinite(rows.prompted).all()):
+                raise PipelineError(f"{self.path}, shard {shard}: features are not finite: {EXTRACT_AGAIN}")
+
+    def _entries(self) -> list[FileEntry]:
+        return [self.manifest.basis, *self.manifest.shards.values()]
+
+    def _fill(self, rows: Features, places: np.ndarray, shard: int, index: np.ndarray) -> None:
+        """Copies one shard's part of `index` into `rows`."""
+        file = self.path / self.manifest.shards[shard].file
+        local = index[places] - shard * self.manifest.rows_per_shard
+        with _open(file, self.manifest.fingerprint) as h5:
+            try:
+                for name in FIELDS:
+                    getattr(rows, name)[places] = _map(file, h5[name])[local]
+                stored = _map(file, h5["crc32"])[local]
+            except (KeyError, ValueError, IndexError, OSError) as error:
+                raise PipelineError(f"{file} does not have the layout of a shard ({error}): {EXTRACT_AGAIN}") from None
+        got = Features(**{name: getattr(rows, name)[places] for name in FIELDS})
+        wrong = np.flatnonzero((got.crc32() != stored) | (got.index != index[places]))
+        if len(wrong):
+            raise PipelineError(f"{file}: row {local[wrong[0]]} is corrupt (checksum differs): {EXTRACT_AGAIN}")
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Reads and checks manifest.json of the set in folder `path`.
+
+    Raises:
+        PipelineError: it is missing, no manifest, of another format version, or its fingerprint is not its content's.
+    """
+    file = path / "manifest.json"
+    try:
+        manifest = Manifest.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        raise PipelineError(f"{path} holds no feature set: run `pipeline extract-features`, or `dvc pull` it") from None
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"])) or "the whole file"
+        raise PipelineError(f"{file} is not a manifest ({where}: {error.errors()[0]['msg']})") from None
+    except OSError as error:
+        raise PipelineError(f"{file} cannot be read ({error})") from None
+    if manifest.format_version != FORMAT_VERSION:
+        raise PipelineError(
+            f"{file} has format version {manifest.format_version}, this program reads {FORMAT_VERSION}: update it"
+        )
+    if manifest.fingerprint != manifest.content.fingerprint:
+        raise PipelineError(f"{file} was changed by hand: its fingerprint is not that of its content")
+    return manifest
+
+
+def read_basis(path: Path, entry: FileEntry, fingerprint: str, layers: list[str]) -> Basis:
+    """Reads basis.h5 of the set in folder `path`, finished or not.
+
+    Raises:
+        PipelineError: it is missing, corrupt, or another set's.
+    """
+    if problem := entry.difference(path):
+        raise PipelineError(f"{problem}: {EXTRACT_AGAIN}")
+    with _open(path / entry.file, fingerprint) as h5:
+        return _basis(h5, layers)
+
+
+def read_basis_file(file: Path, layers: list[str]) -> Basis:
+    """Reads the basis.h5 of any set, to be shared.
+
+    Raises:
+        PipelineError: it is missing, no basis, or of other layers.
+    """
+    try:
+        with h5py.File(file, "r") as h5:
+            if set(h5["layers"]) != set(layers):
+                raise PipelineError(f"{file} is a basis of {', '.join(h5['layers'])}, not of {', '.join(layers)}")
+            return _basis(h5, layers)
+    except FileNotFoundError:
+        raise PipelineError(f"{file} is missing: extract_features.basis names it; auto fits a basis") from None
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise PipelineError(f"{file} is not a basis.h5 ({error})") from None
+
+
+def _basis(h5: h5py.File, names: list[str]) -> Basis:
+    layers = {}
+    for name in names:
+        fields = {field: value[()] for field, value in h5[f"layers/{name}"].items()}
+        layers[name] = LayerBasis(**fields | {"total_variance": float(fields["total_variance"])})
+    return Basis(layers, h5["mean"][()], h5["std"][()])
+
+
+@contextlib.contextmanager
+def _open(file: Path, fingerprint: str) -> Iterator[h5py.File]:
+    try:
+        h5 = h5py.File(file, "r")
+    except OSError as error:
+        raise PipelineError(f"{file} is not a whole HDF5 file ({error}): {EXTRACT_AGAIN}") from None
+    with h5:
+        if h5.attrs.get("fingerprint") != fingerprint:
+            raise PipelineError(f"{file} belongs to another feature set (fingerprint differs): {EXTRACT_AGAIN}")
+        yield h5
+
+
+def _map(file: Path, dataset: h5py.Dataset) -> np.ndarray:
+    """A read-only memory map of a contiguous dataset: fancy indexing through h5py is a hundred times slower."""
+    offset = dataset.id.get_offset()
+    if offset is None:
+        raise ValueError(f"dataset {dataset.name} is not contiguous")
+    return np.memmap(file, dataset.dtype, "r", offset, dataset.shape)

@@ -1,0 +1,286 @@
+"""Makes a feature set shard by shard, by one process or many, continuing what killed ones left.
+
+Every file gets its own entry beside it, and every file its own lock (flock), held by whoever computes it and let go by
+the system if that process dies. So no process needs to know of the others, and the folder may stand on any file system
+with working locks that all of them see.
+"""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+import h5py
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline import provenance
+from pipeline.errors import PipelineError
+from pipeline.feature_store.reader import read_basis, read_manifest
+from pipeline.feature_store.schema import FIELDS, FORMAT_VERSION, Basis, Features, FileEntry, Manifest, Plan
+
+log = logging.getLogger(__name__)
+
+_OVERHEAD = 16 * 1024  # bytes of a file besides its arrays' (HDF5's own structures), at most
+
+
+class _Entry(BaseModel):
+    """An entry on disk; a shard is projected on the basis whose hash it names."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    fingerprint: str
+    basis_sha256: str
+    entry: FileEntry
+
+
+class FeatureSetWriter:
+    """A set in the making, in a staging folder."""
+
+    def __init__(self, staging: Path, plan: Plan, hardware: str) -> None:
+        """Opens the folder; keeps every file of an earlier run that is still what its entry says.
+
+        Args:
+            staging: the folder; one per fingerprint and shard size.
+            plan: the set to be made.
+            hardware: what this process computes on, entered with each file that it writes.
+        """
+        self.path, self.plan = staging, plan
+        self.fingerprint = plan.content.fingerprint
+        self._hardware = hardware
+        self._basis: FileEntry | None = None
+        staging.mkdir(parents=True, exist_ok=True)
+
+    def has_basis(self) -> bool:
+        """Whether basis.h5 stands; reads the whole file the first time."""
+        if self._basis is None:
+            found = self._read_entry("basis")
+            if found and not found.entry.difference(self.path):
+                self._basis = found.entry
+        return self._basis is not None
+
+    def has_shard(self, shard: int) -> bool:
+        """Whether a shard stands, by its size, and is projected on our basis."""
+        found = self._read_entry(f"shard-{shard:05d}")
+        if not found or not self.has_basis() or found.basis_sha256 != self._basis_entry.sha256:
+            return False
+        return not found.entry.size_difference(self.path)
+
+    def forget_damaged(self, shards: Iterable[int]) -> None:
+        """Reads every byte of these shards, and makes those missing that are not what their entries say."""
+        for shard in shards:
+            found = self._read_entry(f"shard-{shard:05d}")
+            if found and (problem := found.entry.difference(self.path)):
+                log.warning("%s: computing it again", problem)
+                (self.path / f"shard-{shard:05d}.json").unlink(missing_ok=True)
+
+    @property
+    def missing_shards(self) -> list[int]:
+        """The shards still to be computed, ascending."""
+        return [shard for shard in range(self.plan.num_shards) if not self.has_shard(shard)]
+
+    def basis(self) -> Basis:
+        """Reads basis.h5."""
+        return read_basis(self.path, self._basis_entry, self.fingerprint, list(self.plan.content.layers))
+
+    def write_basis(self, basis: Basis) -> None:
+        """Writes basis.h5 and enters it; shards projected on another basis no longer count."""
+        arrays = [basis.mean, basis.std, *(v for layer in basis.layers.values() for v in vars(layer).values())]
+        with self._new_file("basis.h5", sum(np.asarray(array).nbytes for array in arrays)) as h5:
+            h5.attrs["fingerprint"] = self.fingerprint
+            h5.create_dataset("mean", data=basis.mean)
+            h5.create_dataset("std", data=basis.std)
+            for name, layer in basis.layers.items():
+                group = h5.create_group(f"layers/{name}")
+                for field, value in vars(layer).items():
+                    group.create_dataset(field, data=value)
+        self._basis = self._enter("basis", rows=0, redone=0)
+
+    def write_shard(self, shard: int, features: Features, redone_in_float32: int) -> None:
+        """Writes a shard and enters it.
+
+        Raises:
+            PipelineError: a feature is not finite, or the disk is full.
+        """
+        for name in ("denoised", "prompted"):
+            if not np.isfinite(getattr(features, name)).all():
+                raise PipelineError(
+                    f"shard {shard}: {name} features are not finite even in float32, or exceed float16's 65504: "
+                    "the backbone does not work at this image_size and timestep"
+                )
+        name = f"shard-{shard:05d}"
+        with self._new_file(f"{name}.h5", sum(array.nbytes for array in vars(features).values())) as h5:
+            h5.attrs["fingerprint"] = self.fingerprint
+            for field, dtype in FIELDS.items():
+                h5.create_dataset(field, data=getattr(features, field).astype(dtype, copy=False))
+            h5.create_dataset("crc32", data=features.crc32())
+        self._enter(name, rows=len(features.index), redone=redone_in_float32)
+
+    @contextlib.contextmanager
+    def lock(self, name: str, wait: bool = True, check: Callable[[], None] = lambda: None) -> Iterator[bool]:
+        """Holds the lock of this name, and says whether it is held.
+
+        Args:
+            name: what is to be made: "basis", "shard-00000", "set".
+            wait: wait, saying so, while another process holds it; else do without.
+            check: called while waiting; may raise to stop.
+
+        Raises:
+            PipelineError: the file system has no locks.
+        """
+        (self.path / "locks").mkdir(exist_ok=True)
+        with (self.path / "locks" / name).open("a+", encoding="utf-8") as stream:
+            held = self._acquire(stream)
+            if wait and not held:
+                stream.seek(0)
+                log.info("%s is being made by process %s: waiting for it", name, stream.read().strip() or "?")
+            while wait and not held:
+                check()
+                time.sleep(0.1)
+                held = self._acquire(stream)
+            yield held
+
+    def publish(self, target: Path) -> None:
+        """Puts the complete set at `target`, whole or not at all, by hard links where the file system has them.
+
+        The staging copy stays: should the caller be killed before it has noted the result, nothing is computed twice.
+        """
+        manifest = self._manifest()
+        provenance.write_json(self.path / "manifest.json", manifest.model_dump(mode="json"))
+        incoming = target.with_name(target.name + ".tmp")
+        shutil.rmtree(incoming, ignore_errors=True)
+        incoming.mkdir(parents=True)
+        names = [manifest.basis.file, *(entry.file for entry in manifest.shards.values()), "manifest.json"]
+        for name in [*names, *(plot.name for plot in self.path.glob("*.svg"))]:
+            _link_or_copy(self.path / name, incoming / name)
+        shutil.rmtree(target, ignore_errors=True)
+        incoming.replace(target)
+
+    def drop_delivered_neighbours(self) -> None:
+        """Removes the staging folders of other sets that were published; unfinished ones stay."""
+        for other in self.path.parent.iterdir():
+            if other != self.path and (other / "manifest.json").exists():
+                with contextlib.suppress(PipelineError):
+                    read_manifest(other)
+                    shutil.rmtree(other, ignore_errors=True)
+
+    @property
+    def _basis_entry(self) -> FileEntry:
+        assert self._basis
+        return self._basis
+
+    def _acquire(self, stream: TextIO) -> bool:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise PipelineError(f"{self.path}: no file locks here ({error.strerror}), which extraction needs") from None
+        stream.seek(0)
+        stream.truncate()
+        stream.write(str(os.getpid()))
+        stream.flush()
+        return True
+
+    def _manifest(self) -> Manifest:
+        entries = {shard: self._read_entry(f"shard-{shard:05d}") for shard in range(self.plan.num_shards)}
+        shards = {shard: found.entry for shard, found in entries.items() if found}
+        hardware = sorted({entry.hardware for entry in [self._basis_entry, *shards.values()]})
+        content = self.plan.content
+        return Manifest(
+            format_version=FORMAT_VERSION,
+            fingerprint=self.fingerprint,
+            content=content,
+            rows=self.plan.rows,
+            rows_per_shard=self.plan.rows_per_shard,
+            prompts_per_image=content.prompts_per_image,
+            redone_in_float32=sum(entry.redone_in_float32 for entry in shards.values()),
+            basis=self._basis_entry,
+            shards=shards,
+            provenance=self.plan.provenance | {"hardware": hardware},
+        )
+
+    def _read_entry(self, name: str) -> _Entry | None:
+        try:
+            found = _Entry.model_validate_json((self.path / f"{name}.json").read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
+        return found if found.fingerprint == self.fingerprint else None
+
+    def _enter(self, name: str, rows: int, redone: int) -> FileEntry:
+        path = self.path / f"{name}.h5"
+        entry = FileEntry(
+            file=path.name,
+            rows=rows,
+            bytes=path.stat().st_size,
+            sha256=provenance.file_sha256(path),
+            redone_in_float32=redone,
+            hardware=self._hardware,
+        )
+        basis_sha256 = entry.sha256 if name == "basis" else self._basis_entry.sha256
+        found = _Entry(fingerprint=self.fingerprint, basis_sha256=basis_sha256, entry=entry)
+        with _full_disk(self.path / f"{name}.json"):
+            provenance.write_json(self.path / f"{name}.json", found.model_dump(mode="json"))
+            _sync(self.path)
+        return entry
+
+    @contextlib.contextmanager
+    def _new_file(self, name: str, size: int) -> Iterator[h5py.File]:
+        temporary = self.path / f"{name}.tmp"
+        with _full_disk(temporary):
+            try:
+                _reserve(temporary, size + _OVERHEAD)
+                with h5py.File(temporary, "w") as h5:
+                    yield h5
+                _sync(temporary)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+            temporary.replace(self.path / name)
+            _sync(self.path)
+
+
+@contextlib.contextmanager
+def _full_disk(file: Path) -> Iterator[None]:
+    """A full disk, quota or file size limit in one line; HDF5 gives the error's number only in its text."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        stated = re.search(r"errno = (\d+)", str(error))
+        number = getattr(error, "errno", None) or (int(stated[1]) if stated else None)
+        if number not in full:
+            raise
+        raise PipelineError(
+            f"{file} cannot be written ({os.strerror(number)}): what was finished before is kept; make room and run "
+            "the same command again"
+        ) from None
+
+
+def _reserve(file: Path, size: int) -> None:
+    """Fails now if the disk has no room for `size` bytes: HDF5, failing while it writes, prints many pages."""
+    with file.open("wb") as stream:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(stream.fileno(), 0, size)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,85 @@
+"""Frozen diffusion models as feature extractors, one file a family, chosen by what a diffusers directory holds.
+
+base.py      the protocol that extraction sees, and what every diffusers directory has in common
+unet.py      Stable Diffusion 1.x, 2.x and XL, and any other text-conditioned UNet2DConditionModel
+pixart.py    PixArt: a transformer with cross-attention to T5
+dit.py       DiT: a transformer conditioned on ImageNet's classes
+sd3.py       Stable Diffusion 3: a joint text and image transformer, flow matching
+text.py      CLIP and T5 text encoders
+"""
+
+import json
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+
+from pipeline.errors import PipelineError
+from stages.extract_features.backbones.base import Backbone, Conditioning, DiffusersBackbone
+from stages.extract_features.backbones.dit import DiTBackbone
+from stages.extract_features.backbones.pixart import PixArtBackbone
+from stages.extract_features.backbones.sd3 import StableDiffusion3Backbone
+from stages.extract_features.backbones.unet import UNetBackbone
+
+__all__ = ["Backbone", "Conditioning", "family", "layer_channels", "load"]
+
+for _library in (diffusers.utils.logging, transformers.utils.logging):  # their notes and bars say nothing to users
+    _library.set_verbosity_error()
+    _library.disable_progress_bar()
+
+_FAMILIES: dict[str, type[DiffusersBackbone]] = {
+    "UNet2DConditionModel": UNetBackbone,
+    "PixArtTransformer2DModel": PixArtBackbone,
+    "DiTTransformer2DModel": DiTBackbone,
+    "SD3Transformer2DModel": StableDiffusion3Backbone,
+}
+
+
+def load(path: Path, layers: list[str] | str, device: str, dtype: torch.dtype) -> Backbone:
+    """Loads the model in a diffusers directory as the family that its denoiser belongs to.
+
+    Args:
+        path: a diffusers pipeline directory with safetensors weights.
+        layers: names of the layers to read, or "auto" for the family's own choice.
+        device: torch device; "meta" builds the denoiser and the VAE without weights, for counting.
+        dtype: the denoiser computes in this type.
+
+    Raises:
+        PipelineError: it is of no family known here, has no such layer, or a part cannot be loaded.
+    """
+    return family(path)(path, layers, device, dtype)
+
+
+def layer_channels(path: Path, layers: list[str] | str) -> dict[str, int]:
+    """Layer -> number of channels, from the model's configuration alone.
+
+    Raises:
+        PipelineError: as `load`.
+    """
+    return family(path).layer_channels(path, layers)
+
+
+def family(path: Path) -> type[DiffusersBackbone]:
+    """The class that extracts from this directory, by the class of its denoiser.
+
+    Raises:
+        PipelineError: there is no readable model_index.json, or the denoiser is of another kind.
+    """
+    try:
+        index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+        name = (index.get("unet") or index["transformer"])[1]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PipelineError(f"{path}/model_index.json names no denoiser ({error!r}): not a diffusers model") from None
+    if name == "Transformer2DModel":  # how PixArt and DiT were saved before diffusers split the class
+        name = _split_class(path)
+    if name not in _FAMILIES:
+        raise PipelineError(f"{path}: features of a {name} cannot be extracted; known are {', '.join(_FAMILIES)}")
+    return _FAMILIES[name]
+
+
+def _split_class(path: Path) -> str:
+    norm = diffusers.DiTTransformer2DModel.load_config(path / "transformer").get("norm_type")
+    return {"ada_norm_single": "PixArtTransformer2DModel", "ada_norm_zero": "DiTTransformer2DModel"}.get(
+        norm, f"Transformer2DModel with norm_type {norm}"
+    )

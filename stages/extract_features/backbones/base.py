@@ -1,0 +1,276 @@
+"""What extraction asks of a frozen diffusion model, and what all diffusers directories have in common.
+
+Images are encoded by the VAE once (the posterior's mean: deterministic), prompts by the text encoders once, and the
+noised latents go through the denoiser once per prompt, its layers read by forward hooks (Tang et al., DIFT, NeurIPS
+2023). What the denoiser was trained to predict, noise or velocity, does not matter: only its inner maps are read, and
+its schedule says how a timestep mixes latents and noise. Nothing past the last layer asked for is computed.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.errors import PipelineError
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """K encoded prompts.
+
+    Attributes:
+        tensors: what the denoiser takes, by the backbone's own names, each (K, ...) on the device.
+        similarity: float32 (K, E) on the CPU, one embedding per prompt, to tell which prompts are near each other.
+    """
+
+    tensors: dict[str, Tensor]
+    similarity: Tensor
+
+    def __len__(self) -> int:
+        """K."""
+        return len(self.similarity)
+
+    def take(self, index: Tensor) -> Self:
+        """The prompts at `index` (B,), in this order; repeats are allowed."""
+        taken = {name: tensor[index.to(tensor.device)] for name, tensor in self.tensors.items()}
+        return type(self)(taken, self.similarity[index.to(self.similarity.device)])
+
+    def average(self, sizes: list[int]) -> Self:
+        """Averages consecutive groups of `sizes` prompts: embeddings by their mean, masks of tokens by their union."""
+
+        def means(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return torch.stack([group.amax(0) for group in tensor.split(sizes)])
+            return torch.stack([group.float().mean(0) for group in tensor.split(sizes)]).to(tensor.dtype)
+
+        if set(sizes) == {1}:
+            return self
+        return type(self)({name: means(tensor) for name, tensor in self.tensors.items()}, means(self.similarity))
+
+    def to(self, device: str) -> Self:
+        """The same prompts for a denoiser on another device."""
+        return type(self)({name: tensor.to(device) for name, tensor in self.tensors.items()}, self.similarity)
+
+
+class Backbone(Protocol):
+    """A frozen diffusion model, as extraction sees it."""
+
+    device: str
+    channels: dict[str, int]
+    """Layer name -> number of channels C_l, in the order asked for."""
+
+    def encode_images(self, images: np.ndarray, image_size: int) -> Tensor:
+        """uint8 (B, H, W, 3) -> latents, float32 (B, C, h, w) on the device."""
+
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """Encodes each prompt; the text encoders are loaded for the call and freed after it."""
+
+    def with_image(self, conditioning: Conditioning, embeddings: Tensor) -> Conditioning:
+        """Adds an image embedding (B, E) to every token of B prompts."""
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
+        """Latents noised to a timestep, all float32 (B, C, h, w)."""
+
+    def features(self, noisy: Tensor, timestep: int, conditioning: Conditioning) -> dict[str, Tensor]:
+        """One pass: float32 (B, C, h, w) and B prompts -> layer name -> float32 (B, C_l, h_l, w_l)."""
+
+    def compile(self) -> None:
+        """Compiles the denoiser; the next pass of each batch size takes minutes, those after it less."""
+
+    def in_float32(self) -> "Backbone":
+        """The same model computing in float32, loaded anew: weights rounded to 16 bits would not be the same."""
+
+
+class DiffusersBackbone:
+    """A diffusers pipeline directory: a denoiser, an AutoencoderKL and a noise schedule, frozen."""
+
+    component: ClassVar[str]
+    """The denoiser's folder."""
+    model_class: ClassVar[Any]
+
+    def __init__(self, path: Path, layers: list[str] | str, device: str, dtype: torch.dtype) -> None:
+        """Loads denoiser and VAE; the denoiser computes in `dtype`, the VAE in bfloat16 or float32.
+
+        The VAE never computes in float16, which Stable Diffusion XL's overflows.
+
+        Raises:
+            PipelineError: a part cannot be loaded, or the denoiser has no such layer.
+        """
+        self.path, self.layers, self.device, self.dtype = path, layers, device, dtype
+        self.channels = self.layer_channels(path, layers)
+        self._vae_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        self._model = load_part(self.model_class, path / self.component, device)
+        self._vae = load_part(AutoencoderKL, path / "vae", device)
+        self._vae.decoder = nn.Identity()  # never used: its memory is better spent on batches
+        self._maps = threading.local()  # batches may be computed side by side
+        for layer in self.channels:
+            self._model.get_submodule(layer).register_forward_hook(self._keep(layer))
+        self._drop_tail()
+        self._model.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self._vae.to(device, self._vae_dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    @classmethod
+    def layer_channels(cls, path: Path, layers: list[str] | str) -> dict[str, int]:
+        """Layer -> number of channels, from the configuration alone; "auto" is the family's own choice."""
+        try:
+            config: dict[str, Any] = cls.model_class.load_config(path / cls.component)
+            known, chosen = cls._known_layers(config)
+        except (OSError, ValueError, KeyError) as error:
+            raise PipelineError(f"{path / cls.component}/config.json cannot be read ({error})") from None
+        wanted = chosen if layers == "auto" else layers
+        for layer in wanted:
+            if layer not in known:
+                raise PipelineError(
+                    f"extract_features.layers names {layer}, but {path.name} has {next(iter(known))} "
+                    f"to {next(reversed(known))}"
+                )
+        return {layer: known[layer] for layer in wanted}
+
+    @torch.inference_mode()
+    def encode_images(self, images: np.ndarray, image_size: int) -> Tensor:
+        """VAE latents: the posterior's mean, shifted and scaled as the denoiser expects them.
+
+        Args:
+            images: uint8 (B, H, W, 3).
+            image_size: images are resized to this square, bicubically, before encoding.
+
+        Returns:
+            float32 (B, C, h, w) on the device.
+        """
+        pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, H, W)
+        if pixels.shape[-2:] != (image_size, image_size):
+            pixels = functional.interpolate(pixels, (image_size, image_size), mode="bicubic", antialias=True)
+            pixels = pixels.clamp(-1, 1)
+        pixels = pixels.to(self._vae_dtype, memory_format=torch.channels_last)
+        mean = self._vae.encode(pixels).latent_dist.mean.float()
+        return (mean - (self._vae.config.shift_factor or 0)) * self._vae.config.scaling_factor
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
+        """sqrt(alpha_bar_t) * latents + sqrt(1 - alpha_bar_t) * noise (Ho et al., NeurIPS 2020, eq. 4)."""
+        alpha_bar = self._alphas_cumprod[timestep].item()
+        return alpha_bar**0.5 * latents + (1 - alpha_bar) ** 0.5 * noise
+
+    @torch.inference_mode()
+    def features(self, noisy: Tensor, timestep: int, conditioning: Conditioning) -> dict[str, Tensor]:
+        """One pass of the denoiser; see `Backbone.features`."""
+        self._maps.of_layer = {}
+        self._denoise(noisy.to(self.dtype, memory_format=torch.channels_last), timestep, conditioning.tensors)
+        return {layer: self._maps.of_layer[layer].float() for layer in self.channels}
+
+    def with_image(self, conditioning: Conditioning, embeddings: Tensor) -> Conditioning:
+        """Adds an image embedding (B, E) to every token of B prompts, as the authors' code does.
+
+        Raises:
+            PipelineError: the prompts have no token states, or of another width.
+        """
+        states = conditioning.tensors.get("encoder_hidden_states")
+        if states is None or states.shape[-1] != embeddings.shape[-1]:
+            width = "no prompt embeddings" if states is None else f"prompt embeddings of {states.shape[-1]} numbers"
+            raise PipelineError(
+                f"extract_features.image_conditioning embeds images in {embeddings.shape[-1]} numbers, "
+                f"but {self.path.name} has {width}"
+            )
+        states = states + embeddings[:, None].to(states)  # (B, T, E)
+        return Conditioning(conditioning.tensors | {"encoder_hidden_states": states}, conditioning.similarity)
+
+    def compile(self) -> None:
+        """Compiles the denoiser in place."""
+        self._model.compile()
+
+    def in_float32(self) -> Backbone:
+        """The same model, loaded anew in float32."""
+        return type(self)(self.path, self.layers, self.device, torch.float32)
+
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """Encodes each prompt; see `Backbone.encode_prompts`."""
+        raise NotImplementedError
+
+    @classmethod
+    def _known_layers(cls, config: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
+        """All layers with their channels, in order, and the names that "auto" stands for."""
+        raise NotImplementedError
+
+    def _denoise(self, noisy: Tensor, timestep: int, conditioning: dict[str, Tensor]) -> None:
+        """Calls the denoiser."""
+        raise NotImplementedError
+
+    def _drop_tail(self) -> None:
+        """Removes what comes after the last layer asked for."""
+        raise NotImplementedError
+
+    def _image_map(self, output: Any) -> Tensor:
+        """What a layer returned -> its map, (B, C_l, h_l, w_l)."""
+        return output
+
+    @property
+    def _alphas_cumprod(self) -> Tensor:
+        """float32 (T,), from the model's own schedule: any DDPM-type scheduler's configuration has these keys."""
+        if not hasattr(self, "_schedule"):
+            self._schedule = DDIMScheduler.from_config(DDIMScheduler.load_config(self.path / "scheduler"))
+        return self._schedule.alphas_cumprod
+
+    def _keep(self, layer: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            self._maps.of_layer[layer] = self._image_map(output)
+
+        return hook
+
+
+class TokenBackbone(DiffusersBackbone):
+    """A transformer over patches: its tokens become maps of half the latents' side (for patches of two)."""
+
+    component = "transformer"
+
+    @classmethod
+    def _known_layers(cls, config: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
+        """The blocks; "auto" ends the depth's first third, half and two thirds, the paper being silent on these."""
+        depth, channels = config["num_layers"], config["num_attention_heads"] * config["attention_head_dim"]
+        ends = sorted({max(0, round(depth * share) - 1) for share in (1 / 3, 1 / 2, 2 / 3)})
+        known = {f"transformer_blocks.{block}": channels for block in range(depth)}
+        return known, [f"transformer_blocks.{block}" for block in ends]
+
+    def features(self, noisy: Tensor, timestep: int, conditioning: Conditioning) -> dict[str, Tensor]:
+        """One pass of the denoiser; see `Backbone.features`.
+
+        Raises:
+            PipelineError: the latents' side is not a multiple of the patch's.
+        """
+        patch = self._model.config.patch_size
+        height, width = noisy.shape[-2:]
+        if height % patch or width % patch:
+            raise PipelineError(
+                f"extract_features.image_size gives latents of {height}x{width}, which patches of {patch} do not fill"
+            )
+        self._maps.grid = (height // patch, width // patch)
+        return super().features(noisy, timestep, conditioning)
+
+    def _image_map(self, output: Tensor) -> Tensor:
+        return output.transpose(1, 2).unflatten(2, self._maps.grid)  # (B, N, C) -> (B, C, h/2, w/2)
+
+    def _drop_tail(self) -> None:
+        """Later blocks are cut off: nothing in a transformer's forward depends on how many there are."""
+        last = max(int(layer.split(".")[1]) for layer in self.channels)
+        self._model.transformer_blocks = self._model.transformer_blocks[: last + 1]
+
+
+def load_part(model_class: Any, path: Path, device: str) -> Any:
+    """One model of a pipeline directory, float32; on "meta" without its weights.
+
+    Raises:
+        PipelineError: it is missing, of another class, or has no safetensors weights.
+    """
+    try:
+        if device == "meta":
+            with torch.device("meta"):
+                return model_class.from_config(model_class.load_config(path))
+        return model_class.from_pretrained(path, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PipelineError(f"{path} cannot be loaded as a {model_class.__name__} ({reason})") from None

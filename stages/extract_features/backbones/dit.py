@@ -1,0 +1,50 @@
+"""DiT: a diffusion transformer conditioned on ImageNet's classes, not on text (Peebles and Xie, ICCV 2023).
+
+A prompt is therefore the name of one of its classes, as model_index.json lists them, or "" for the class-free
+embedding: set `prompt_templates: ["{class_name}"]`, and map a data set's classes to ImageNet's by `class_prompts`.
+"""
+
+import json
+from functools import cached_property
+
+import torch
+from diffusers import DiTTransformer2DModel
+from torch import Tensor
+
+from pipeline.errors import PipelineError
+from stages.extract_features.backbones.base import Conditioning, TokenBackbone
+
+
+class DiTBackbone(TokenBackbone):
+    """A DiTTransformer2DModel."""
+
+    model_class = DiTTransformer2DModel
+
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """Class numbers (K,); prompts are compared by the first block's class embeddings.
+
+        Raises:
+            PipelineError: a prompt is none of the model's classes.
+        """
+        for prompt in prompts:
+            if prompt not in self._classes:
+                raise PipelineError(
+                    f"{self.path.name} is conditioned on {len(self._classes) - 1} classes, and {prompt!r} is none: set "
+                    'extract_features.prompt_templates to ["{class_name}"] and class_prompts to names it has'
+                )
+        labels = torch.tensor([self._classes[prompt] for prompt in prompts], device=self.device)
+        table = self._model.transformer_blocks[0].norm1.emb.class_embedder.embedding_table
+        with torch.inference_mode():
+            return Conditioning({"class_labels": labels}, table(labels).float().cpu())
+
+    @cached_property
+    def _classes(self) -> dict[str, int]:
+        """Each of a class's names -> its number; "" -> the embedding for no class."""
+        index = json.loads((self.path / "model_index.json").read_text(encoding="utf-8"))
+        labels: dict[str, str] = index.get("id2label", {})
+        named = {name.strip(): int(number) for number, names in labels.items() for name in names.split(",")}
+        return named | {"": self._model.config.num_embeds_ada_norm}
+
+    def _denoise(self, noisy: Tensor, timestep: int, conditioning: dict[str, Tensor]) -> None:
+        timesteps = torch.full((len(noisy),), timestep, device=noisy.device)
+        self._model(noisy, timestep=timesteps, return_dict=False, **conditioning)

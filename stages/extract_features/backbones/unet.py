@@ -1,0 +1,84 @@
+"""Stable Diffusion 1.x, 2.x and XL: a UNet read at its decoder's blocks (Rombach et al., CVPR 2022).
+
+The paper's "layers 2-4" are the last three up blocks: 1, 2, 3 of Stable Diffusion 1 and 2 (1280, 640, 320 channels),
+0, 1, 2 of XL. Blocks after the last one asked for become a stub that passes its input on. Cutting the list
+`unet.up_blocks` short instead would be silently wrong where the latent side is not a multiple of 8, because diffusers
+would then take the last kept block for the final one and skip its upsampling size.
+"""
+
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from pipeline.errors import PipelineError
+from stages.extract_features.backbones.base import Conditioning, DiffusersBackbone
+from stages.extract_features.backbones.text import clip_states
+
+
+class UNetBackbone(DiffusersBackbone):
+    """A UNet2DConditionModel with one CLIP text encoder, or two as Stable Diffusion XL."""
+
+    component = "unet"
+    model_class = UNet2DConditionModel
+
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """Token states (K, T, E); XL joins its encoders' states and adds the second one's pooled embedding."""
+        if not self._is_xl:
+            states, pooled = clip_states(self.path, "", prompts, self.device, projected=False)
+            return Conditioning({"encoder_hidden_states": states.to(self.dtype)}, pooled.float().cpu())
+        parts = [
+            clip_states(self.path, number, prompts, self.device, projected=True)
+            for number in ("", "_2")
+            if (self.path / f"text_encoder{number}").is_dir()  # XL's refiner has the second encoder alone
+        ]
+        states = torch.cat([states for states, _ in parts], dim=-1)
+        pooled = parts[-1][1]
+        tensors = {"encoder_hidden_states": states.to(self.dtype), "text_embeds": pooled.to(self.dtype)}
+        return Conditioning(tensors, pooled.float().cpu())
+
+    @classmethod
+    def _known_layers(cls, config: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
+        """The up blocks; "auto" is the last three."""
+        kind = config.get("addition_embed_type")
+        if kind not in (None, "text_time") or config.get("class_embed_type"):
+            raise PipelineError(f"a UNet with addition_embed_type {kind} or class embeddings is not supported")
+        channels = config["block_out_channels"][::-1]
+        known = {f"up_blocks.{block}": count for block, count in enumerate(channels)}
+        return known, list(known)[-3:]
+
+    @property
+    def _is_xl(self) -> bool:
+        return self._model.config.addition_embed_type == "text_time"
+
+    def _denoise(self, noisy: Tensor, timestep: int, conditioning: dict[str, Tensor]) -> None:
+        added = None
+        if self._is_xl:
+            added = {"text_embeds": conditioning["text_embeds"], "time_ids": self._time_ids(noisy)}
+        states = conditioning["encoder_hidden_states"]
+        self._model(noisy, timestep, encoder_hidden_states=states, added_cond_kwargs=added, return_dict=False)
+
+    def _time_ids(self, noisy: Tensor) -> Tensor:
+        """XL's micro-conditioning (B, 6): original size, crop corner, target size; the image is seen whole."""
+        side = noisy.shape[-1] * 2 ** (len(self._vae.config.block_out_channels) - 1)
+        return noisy.new_tensor([side, side, 0, 0, side, side]).expand(len(noisy), -1)
+
+    def _drop_tail(self) -> None:
+        last = max(int(layer.split(".")[1]) for layer in self.channels)
+        for block in range(last + 1, len(self._model.up_blocks)):
+            self._model.up_blocks[block] = _PassThrough(self._model.up_blocks[block])
+        self._model.conv_norm_out = None
+        self._model.conv_out = nn.Identity()
+
+
+class _PassThrough(nn.Module):
+    """Stands in for an up block whose output nobody reads: takes its skip connections, returns its input."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.resnets = [None] * len(block.resnets)  # the UNet counts them to deal out its skip connections
+        self.has_cross_attention = getattr(block, "has_cross_attention", False)
+
+    def forward(self, hidden_states: Tensor, **unused: object) -> Tensor:
+        return hidden_states

@@ -1,0 +1,59 @@
+"""The PCA basis of a feature set: fitted on a seeded sample of its images, or given from elsewhere.
+
+Federated nodes that extract their own sets share one basis.h5, so that their features mean the same. The plot shows how
+much of each layer's variance its leading components hold.
+"""
+
+from pathlib import Path
+
+from pipeline import feature_store
+from pipeline.errors import PipelineError
+from pipeline.feature_store import Basis
+
+
+def read_shared(file: Path, channels: dict[str, int], ranges: dict[str, list[int]]) -> Basis:
+    """Reads a basis made for another set.
+
+    Args:
+        file: its basis.h5.
+        channels: layer -> channels of this set's backbone.
+        ranges: layer -> columns of this set.
+
+    Raises:
+        PipelineError: it is missing, or of other layers, channels or dimensions.
+    """
+    basis = feature_store.read_basis_file(file, list(channels))
+    for layer, (start, stop) in ranges.items():
+        found, wanted = basis.layers[layer].components.shape, (stop - start, channels[layer])
+        if found != wanted:
+            raise PipelineError(
+                f"{file}: {layer} has {found[0]} components of {found[1]} channels, this set needs {wanted[0]} of "
+                f"{wanted[1]}: set extract_features.dims, layers and the backbone as they were when it was fitted"
+            )
+    if basis.mean.shape != (stop,) or basis.std.shape != (stop,):
+        raise PipelineError(f"{file}: mean and std are not of {stop} dimensions: not a whole basis.h5")
+    return basis
+
+
+def explained(basis: Basis) -> dict[str, float]:
+    """Layer -> share of its total variance that its components hold, 0 to 1."""
+    return {
+        name: float(layer.explained_variance.sum() / layer.total_variance) if layer.total_variance else 1.0
+        for name, layer in basis.layers.items()
+    }
+
+
+def plot_explained_variance(basis: Basis, file: Path) -> None:
+    """Draws, per layer, the share of variance held by the first k components; the same basis gives the same bytes."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": "explained variance"}):
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.add_subplot(xlabel="components", ylabel="explained variance", ylim=(0, 1.02), xscale="log")
+        for name, layer in basis.layers.items():
+            share = layer.explained_variance.cumsum() / (layer.total_variance or 1)
+            axes.plot(range(1, len(share) + 1), share, label=f"{name} ({len(share)} of {len(layer.mean)} channels)")
+        axes.legend()
+        axes.grid(alpha=0.3)
+        figure.savefig(file, metadata={"Date": None})

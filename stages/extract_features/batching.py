@@ -1,0 +1,177 @@
+"""Batches of one fixed shape, of a size that fits the memory, and the same numbers whatever that is.
+
+On a GPU batches follow one another, as large as memory allows; one that does not fit is halved and tried again. On the
+CPU small batches are computed side by side, each on one thread: what a batch gives then depends neither on how many
+threads there are nor (measured, for batches of 16 and more) on what else is in it, so features are the same bytes for
+any number of cores and processes. The last batch is filled up by repeating its last row, so that shapes never change.
+"""
+
+import contextlib
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import PipelineError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+CPU_BATCH = 16
+_LARGEST = 512  # pairs; beyond it a GPU gains nothing, and 32-bit indices of large maps overflow
+_CPU_BYTES_PER_POSITION = 64 * 1024  # of a latent, in a Stable Diffusion UNet's pass, float32: enough for its layers
+
+
+class Batcher:
+    """Calls a function for batches of rows and hands the results on in order."""
+
+    def __init__(self, batch_size: int, workers: int = 1, check: Callable[[], None] = lambda: None) -> None:
+        """Sets the sizes.
+
+        Args:
+            batch_size: rows per call.
+            workers: batches computed side by side; 1 on a GPU.
+            check: called before each batch; may raise to stop.
+        """
+        self.batch_size, self._workers, self._check = batch_size, workers, check
+        self._resizing = threading.Lock()
+
+    @property
+    def parallel_rows(self) -> int:
+        """Rows in work at a time."""
+        return self.batch_size * self._workers
+
+    def map(self, compute: Callable[[Tensor], T], total: int) -> Iterator[tuple[slice, T]]:
+        """Yields (rows, compute(index)) for rows 0 to `total`, in order.
+
+        `index` is int64 (batch_size,); where fewer rows are left its last entry is repeated, and the results beyond
+        `rows` are to be dropped.
+
+        Raises:
+            PipelineError: not even one row fits into memory.
+        """
+        if self._workers == 1:
+            for rows in self._slices(total):
+                yield from self._fitting(compute, rows)
+            return
+        pending: deque[Future[list[tuple[slice, T]]]] = deque()
+        with ThreadPoolExecutor(self._workers) as pool:
+            try:
+                for rows in self._slices(total):
+                    pending.append(pool.submit(lambda part: list(self._fitting(compute, part)), rows))
+                    if len(pending) > self._workers:
+                        yield from pending.popleft().result()
+                while pending:
+                    yield from pending.popleft().result()
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def table(self, compute: Callable[[Tensor], Tensor], total: int, done: Callable[[int], Any]) -> Tensor:
+        """Rows of results (B, ...) of all batches, one after the other: (total, ...)."""
+        parts = []
+        for rows, result in self.map(compute, total):
+            parts.append(result[: rows.stop - rows.start])
+            done(rows.stop - rows.start)
+        return torch.cat(parts)
+
+    def _slices(self, total: int) -> Iterator[slice]:
+        start = 0
+        while start < total:
+            stop = min(start + self.batch_size, total)
+            yield slice(start, stop)
+            start = stop
+
+    def _fitting(self, compute: Callable[[Tensor], T], rows: slice) -> Iterator[tuple[slice, T]]:
+        """The rows in one batch or, where memory does not hold it, in batches of half the size."""
+        self._check()
+        size, full = rows.stop - rows.start, self.batch_size
+        if size <= full:
+            result, fits = self._attempt(compute, rows, full)
+            if fits:
+                yield rows, result
+                return
+            self._halve(full)
+        step = self.batch_size  # may shrink again meanwhile
+        for start in range(rows.start, rows.stop, step):
+            yield from self._fitting(compute, slice(start, min(start + step, rows.stop)))
+
+    @staticmethod
+    def _attempt(compute: Callable[[Tensor], T], rows: slice, size: int) -> tuple[Any, bool]:
+        index = torch.arange(rows.start, rows.start + size).clamp(max=rows.stop - 1)
+        try:
+            return compute(index), True
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+        return None, False  # outside the handler, which would hold the batch's tensors in its traceback
+
+    def _halve(self, full: int) -> None:
+        with self._resizing:
+            if self.batch_size < full:  # another batch has done so
+                return
+            if full == 1:
+                raise PipelineError(
+                    "not even a batch of one fits into memory: take a larger device or a smaller image_size"
+                )
+            self.batch_size = full // 2
+            log.warning("out of memory with batches of %d: going on with %d", full, self.batch_size)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def workers_for(device: str, positions: int) -> int:
+    """How many batches to compute side by side: one on a GPU; on the CPU one per core, as far as memory reaches.
+
+    Args:
+        device: torch device.
+        positions: height times width of a latent.
+    """
+    if device != "cpu":
+        return 1
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fitting = available // (CPU_BATCH * positions * _CPU_BYTES_PER_POSITION)
+    return max(1, min(torch.get_num_threads(), fitting))
+
+
+def largest_batch(compute: Callable[[Tensor], Any], device: str) -> int:
+    """The batch size that fills a GPU's free memory to four fifths, found by measuring two small batches.
+
+    Returns:
+        A power of two from 1 to 512; on a device without memory statistics, 16.
+    """
+    if not device.startswith("cuda"):
+        return CPU_BATCH
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    free -= torch.cuda.memory_allocated(device)
+    peaks = []
+    for size in (4, 8):
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        compute(torch.zeros(size, dtype=torch.int64))
+        torch.cuda.synchronize(device)
+        peaks.append(torch.cuda.max_memory_allocated(device) - before)
+    torch.cuda.empty_cache()
+    per_row = max(1, (peaks[1] - peaks[0]) / 4)
+    fitting = int(0.8 * free / per_row)
+    return 1 << (min(max(fitting, 1), _LARGEST).bit_length() - 1)
+
+
+@contextlib.contextmanager
+def reproducible(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """One thread per batch on the CPU; on a GPU fixed algorithms, and no TF32 where float32 was asked for."""
+    if device == "cpu":
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+    else:
+        with torch.backends.cudnn.flags(deterministic=True, benchmark=False, allow_tf32=dtype != torch.float32):
+            yield

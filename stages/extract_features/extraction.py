@@ -1,0 +1,219 @@
+"""The computation itself: images -> latents -> noised latents -> maps per prompt -> pooled representations.
+
+Per image the VAE encodes once and one noise is drawn from a generator keyed by (noise_seed, index), shared by all its
+prompts; pairs (image, prompt) are flattened into batches of a fixed shape. Only (pairs, D) float16 leave the device,
+once a shard. A pair whose features overflow the model's 16-bit type is computed again in float32.
+"""
+
+import functools
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline import seeding
+from pipeline.datasets import Images
+from pipeline.feature_store import Basis, Features
+from pipeline.params import ExtractFeatures, Runtime
+from pipeline.progress import progress_bar
+from stages.extract_features import batching, prompts, representation
+from stages.extract_features.backbones import Backbone, Conditioning
+from stages.extract_features.batching import Batcher
+from stages.extract_features.image_conditioning import ImageEncoder
+from stages.extract_features.prompts import PromptSet
+from stages.extract_features.representation import Moments, Projector
+
+log = logging.getLogger(__name__)
+
+
+class HostInput(NamedTuple):
+    """What the processor prepares of n images: uint8 (n, H, W, 3) and their noise, float32 (n, C, h, w)."""
+
+    images: np.ndarray
+    noise: Tensor
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """n images on the device: noised latents float32 (n, C, h, w); image embeddings (n + 1, E), the last zero."""
+
+    noisy: Tensor
+    embeddings: Tensor | None
+
+
+class Extraction:
+    """A frozen model, ready to represent images."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        image_encoder: ImageEncoder | None,
+        prompt_set: PromptSet,
+        params: ExtractFeatures,
+        runtime: Runtime,
+        data: Images,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Encodes the prompts and finds the batch size; `check` is called before each batch and may raise to stop."""
+        self.backbone, self.params, self.data, self._check = backbone, params, data, check
+        self._image_encoder, self._prompt_set = image_encoder, prompt_set
+        self.conditioning = self._encode_prompts(backbone)
+        self.prompts_per_image = len(self.prompts_of(np.zeros(1, np.int64))[0])
+        self.latent_shape = backbone.encode_images(data.take(np.zeros(1, np.int64)).images, params.image_size).shape[1:]
+        positions = int(np.prod(self.latent_shape[1:]))
+        workers = batching.workers_for(backbone.device, positions)
+        if runtime.compile:
+            backbone.compile()
+        self.batcher = Batcher(self._batch_size(runtime), workers, check)
+        vae_batch = max(1, min(32, 32 * 256**2 // params.image_size**2)) if workers == 1 else batching.CPU_BATCH
+        self._vae_batcher = Batcher(batching.CPU_BATCH if backbone.device == "cpu" else vae_batch, workers, check)
+        if runtime.compile:
+            self._warm_up()
+
+    def prompts_of(self, index: np.ndarray) -> np.ndarray:
+        """int16 (n, P): the prompts of these images."""
+        similarity = self.conditioning.similarity.numpy()[:-1]
+        labels = self.data.labels[index]
+        return prompts.assign(
+            self._prompt_set, self.params.negatives, labels, index, similarity, self.params.noise_seed
+        )
+
+    def host_input(self, index: np.ndarray) -> HostInput:
+        """Reads these images and draws their noise: the processor's part, to be done ahead of the device's."""
+        noise = [
+            torch.randn(
+                self.latent_shape, generator=seeding.torch_generator(self.params.noise_seed, "noise", int(sample))
+            )
+            for sample in index
+        ]
+        return HostInput(self.data.take(index).images, torch.stack(noise))
+
+    def encode(self, images: np.ndarray) -> Tensor:
+        """uint8 (n, H, W, 3) -> latents, float32 (n, C, h, w) on the device."""
+
+        def batch(index: Tensor) -> Tensor:
+            return self.backbone.encode_images(images[index.numpy()], self.params.image_size)
+
+        return self._vae_batcher.table(batch, len(images), lambda done: None)
+
+    def inputs(self, host: HostInput, latents: Tensor) -> Inputs:
+        """Noises the latents, and embeds the images where they condition."""
+        noisy = self.backbone.add_noise(latents, host.noise.to(latents.device), self.params.timestep)
+        if self._image_encoder is None:
+            return Inputs(noisy, None)
+        encoder = self._image_encoder
+
+        def batch(rows: Tensor) -> Tensor:
+            return encoder(host.images[rows.numpy()])
+
+        table = self._vae_batcher.table(batch, len(noisy), lambda done: None)
+        return Inputs(noisy, torch.cat([table, torch.zeros_like(table[:1])]))
+
+    def represent(self, index: np.ndarray, inputs: Inputs, projector: Projector, bar: Any) -> tuple[Features, int]:
+        """All representations of these images, and how many pairs were redone in float32."""
+        own = self.prompts_of(index)  # (n, P)
+        generic = np.full((len(index), 1), len(self.conditioning) - 1)
+        text = torch.from_numpy(np.concatenate([generic, own], axis=1).astype(np.int64)).flatten()  # (n * (1+P),)
+        image = torch.arange(len(index)).repeat_interleave(1 + own.shape[1])
+
+        def batch(rows: Tensor) -> Tensor:
+            maps = self.maps(inputs, image[rows], text[rows])
+            return projector(maps).half()
+
+        table = self.batcher.table(batch, len(text), lambda done: bar.update(done / (1 + own.shape[1])))
+        redone = self._redo_overflows(table, inputs, image, text, projector)
+        values = table.cpu().numpy().reshape(len(index), 1 + own.shape[1], -1)  # (n, 1+P, D)
+        return Features(index, self.data.labels[index], values[:, 0], values[:, 1:], own), redone
+
+    def fit_basis(self, index: np.ndarray) -> Basis:
+        """PCA of the layers over these images' denoising maps, in one pass; and a second one for mean and std.
+
+        The statistics are of what the finished basis makes of the same images, so they can only be had after it.
+        """
+        host = self.host_input(index)
+        inputs = self.inputs(host, self.encode(host.images))
+        device = "cpu" if self.backbone.device == "mps" else self.backbone.device  # mps has no float64
+        moments = {layer: Moments(channels, device) for layer, channels in self.backbone.channels.items()}
+        text = torch.full((len(index),), len(self.conditioning) - 1)
+
+        def batch(rows: Tensor) -> dict[str, Tensor]:
+            return self.maps(inputs, rows, text[rows])
+
+        with progress_bar(2 * len(index), "fit basis", "image") as bar:
+            for rows, maps in self.batcher.map(batch, len(index)):
+                for layer, of_batch in maps.items():
+                    for part in of_batch[: rows.stop - rows.start].split(batching.CPU_BATCH):  # the same for any batch
+                        moments[layer].update(part.to(device))
+                bar.update(rows.stop - rows.start)
+            dims = dict(zip(moments, self.params.dims, strict=True))
+            layers = {layer: representation.fit_basis(moments[layer], dims[layer]) for layer in moments}
+            projector = Projector(layers, self.backbone.device)
+            pooled = self.batcher.table(lambda rows: projector(batch(rows)), len(index), bar.update)
+        pooled_values = pooled.double().cpu().numpy()  # (n, D)
+        return Basis(layers, pooled_values.mean(0), pooled_values.std(0))
+
+    def maps(self, inputs: Inputs, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        """Layer -> maps of the pairs (image, text), float32 (B, C_l, h_l, w_l)."""
+        return self._maps_by(self.backbone, self.conditioning, inputs, image, text)
+
+    def _maps_by(
+        self, backbone: Backbone, conditioning: Conditioning, inputs: Inputs, image: Tensor, text: Tensor
+    ) -> dict[str, Tensor]:
+        """The generic prompt, the last, is never given the image."""
+        chosen = conditioning.take(text)
+        if inputs.embeddings is not None:
+            none = len(inputs.embeddings) - 1
+            row = torch.where(text == len(conditioning) - 1, none, image)
+            chosen = backbone.with_image(chosen, inputs.embeddings[row.to(inputs.embeddings.device)])
+        return backbone.features(inputs.noisy[image.to(inputs.noisy.device)], self.params.timestep, chosen)
+
+    def _redo_overflows(self, table: Tensor, inputs: Inputs, image: Tensor, text: Tensor, projector: Projector) -> int:
+        """Computes again, in float32, the rows of `table` that are not finite; returns how many."""
+        overflown = torch.nonzero(~table.isfinite().all(1)).flatten().cpu()
+        if self.params.dtype == "float32" or not len(overflown):
+            return 0
+        backbone, conditioning = self._in_float32
+        image, text = image[overflown], text[overflown]
+
+        def batch(rows: Tensor) -> Tensor:
+            return projector(self._maps_by(backbone, conditioning, inputs, image[rows], text[rows])).half()
+
+        batcher = Batcher(min(batching.CPU_BATCH, self.batcher.batch_size), check=self._check)
+        table[overflown.to(table.device)] = batcher.table(batch, len(overflown), lambda done: None)
+        log.warning("%d of %d passes overflowed %s: redone in float32", len(overflown), len(table), self.params.dtype)
+        return len(overflown)
+
+    @functools.cached_property
+    def _in_float32(self) -> tuple[Backbone, Conditioning]:
+        backbone = self.backbone.in_float32()
+        return backbone, self._encode_prompts(backbone)
+
+    def _encode_prompts(self, backbone: Backbone) -> Conditioning:
+        """All prompts, texts of one averaged; the generic one comes last."""
+        texts = [*self._prompt_set.texts, [self.params.denoise_prompt]]
+        return backbone.encode_prompts([text for group in texts for text in group]).average(list(map(len, texts)))
+
+    def _batch_size(self, runtime: Runtime) -> int:
+        if runtime.unet_batch_size != "auto":
+            return runtime.unet_batch_size
+        if self.backbone.device == "cpu":
+            return batching.CPU_BATCH
+        size = batching.largest_batch(self._blank_pass, self.backbone.device)
+        log.info("batches of %d passes fit into memory", size)
+        return size
+
+    def _blank_pass(self, rows: Tensor) -> dict[str, Tensor]:
+        noisy = torch.zeros(len(rows), *self.latent_shape, device=self.backbone.device)
+        return self.backbone.features(noisy, self.params.timestep, self.conditioning.take(rows * 0))
+
+    def _warm_up(self) -> None:
+        started = time.perf_counter()
+        self._blank_pass(torch.zeros(self.batcher.batch_size, dtype=torch.int64))
+        if self.backbone.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        log.info("compiled in %.1f s", time.perf_counter() - started)

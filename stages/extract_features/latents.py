@@ -1,0 +1,52 @@
+"""Latents kept from one extraction for the next, by `runtime.cache_latents`.
+
+A sweep of timesteps or layers then encodes each image once: at Stable Diffusion's size that costs more than a pass.
+They are speed, never numbers: float32, as computed, and keyed by all that decides them, down to the device and the
+batches, so a feature set is the same with them and without. What is damaged is computed again.
+"""
+
+import logging
+import zlib
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+
+class LatentCache:
+    """Latents of a data set, one file a shard; without a folder it keeps nothing."""
+
+    def __init__(self, folder: Path | None) -> None:
+        """Uses `folder`, which is made when first needed."""
+        self._folder = folder
+
+    def load(self, shard: int) -> np.ndarray | None:
+        """float32 (n, C, h, w), or None if they are not there whole."""
+        if self._folder is None or not (file := self._file(shard)).exists():
+            return None
+        try:
+            with h5py.File(file, "r") as h5:
+                latents, checksum = h5["latents"][()], h5.attrs["crc32"]
+        except (OSError, KeyError):
+            checksum, latents = None, np.empty(0)
+        if checksum != zlib.crc32(latents.data):
+            log.warning("%s is damaged: encoding its images again", file)
+            return None
+        return latents
+
+    def save(self, shard: int, latents: np.ndarray) -> None:
+        """Keeps float32 (n, C, h, w)."""
+        if self._folder is None:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        temporary = self._file(shard).with_suffix(".tmp")
+        with h5py.File(temporary, "w") as h5:
+            h5.create_dataset("latents", data=latents)
+            h5.attrs["crc32"] = zlib.crc32(np.ascontiguousarray(latents).data)
+        temporary.replace(self._file(shard))
+
+    def _file(self, shard: int) -> Path:
+        assert self._folder
+        return self._folder / f"latents-{shard:05d}.h5"

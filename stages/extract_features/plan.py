@@ -1,0 +1,133 @@
+"""What is to be extracted: from the configuration, the data set and the backbone's hashes; no model is loaded."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline import provenance
+from pipeline.config import Config
+from pipeline.datasets import PreparedDataset
+from pipeline.errors import PipelineError
+from pipeline.feature_store import Content, Plan
+from stages.extract_features import backbones, basis, image_conditioning, prompts, representation
+from stages.extract_features.prompts import PromptSet
+
+EXTRACTION_VERSION = 1
+"""Raise it, here and in params.yaml, whenever the features change; tests hold golden features against it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """An extraction: the configuration, the data set, its prompts, the set they make, and the device."""
+
+    config: Config
+    dataset: PreparedDataset
+    prompts: PromptSet
+    plan: Plan
+    device: str
+
+
+def make(config: Config) -> Job:
+    """Plans the feature set that params.yaml describes.
+
+    Raises:
+        PipelineError: the data set or the backbone is missing or changed, or the configuration does not fit them.
+    """
+    params = config.params.extract_features
+    if params.version != EXTRACTION_VERSION:
+        raise PipelineError(
+            f"params.yaml has extract_features.version: {params.version}, but this program computes version "
+            f"{EXTRACTION_VERSION}: set it to extract anew, or use the program that made your features"
+        )
+    dataset = PreparedDataset(config.dataset_dir)
+    backbone = _checked_backbone(config)
+    channels = backbones.layer_channels(config.backbone_dir, params.layers)
+    if len(params.dims) != len(channels):
+        raise PipelineError(
+            f"extract_features.dims = {params.dims} must have one entry for each of layers = {list(channels)}"
+        )
+    prompt_set = prompts.build(params, dataset.class_names, config.root)
+    content = Content(
+        extraction_version=params.version,
+        dataset_hash=dataset.hash,
+        class_names=dataset.class_names,
+        backbone={name: sha for name, sha in backbone["files"].items() if name != "model_index.json"},
+        layers=representation.column_ranges(channels, params.dims),
+        prompts=prompt_set.texts,
+        positive=prompt_set.positive,
+        image_conditioning=_hashes_of_image_encoder(config),
+        basis_images=params.basis_images if params.basis == "auto" else None,
+        basis_sha256=_hash_of_shared_basis(config, channels),
+        **params.model_dump(include={"timestep", "image_size", "denoise_prompt", "negatives", "noise_seed", "dtype"}),
+    )
+    made_by = {
+        "dataset": dataset.name,
+        "backbone": {key: backbone[key] for key in ("name", "source", "revision")},
+        **provenance.software(),
+    }
+    plan = Plan(content, dataset.rows("train"), params.rows_per_shard, made_by)
+    return Job(config, dataset, prompt_set, plan, resolve_device(config.params.runtime.device))
+
+
+def resolve_device(device: str) -> str:
+    """The device to compute on; "auto" is a GPU where there is one, of several the one of this process's local rank.
+
+    Raises:
+        PipelineError: a GPU is asked for that is not there.
+    """
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise PipelineError(f"runtime.device = {device}: this machine has no usable CUDA GPU; use auto or cpu")
+    if device != "cuda":
+        return device
+    if int(local_rank) >= torch.cuda.device_count():
+        raise PipelineError(f"local rank {local_rank} has no GPU: launch {torch.cuda.device_count()} processes here")
+    return f"cuda:{local_rank}"
+
+
+def image_encoder_dir(config: Config) -> Path | None:
+    """Where the image encoder stands; None without image conditioning."""
+    path = config.params.extract_features.image_conditioning
+    return config.root / path if path else None
+
+
+def shared_basis(config: Config) -> Path | None:
+    """The basis given from elsewhere; None if it is to be fitted."""
+    path = config.params.extract_features.basis
+    return None if path == "auto" else config.root / path
+
+
+def _hashes_of_image_encoder(config: Config) -> dict[str, str] | None:
+    path = image_encoder_dir(config)
+    return image_conditioning.file_hashes(path) if path else None
+
+
+def _hash_of_shared_basis(config: Config, channels: dict[str, int]) -> str | None:
+    file = shared_basis(config)
+    if file is None:
+        return None
+    basis.read_shared(file, channels, representation.column_ranges(channels, config.params.extract_features.dims))
+    return provenance.file_sha256(file)
+
+
+def _checked_backbone(config: Config) -> dict:
+    """The backbone's manifest, after checking that the weights are those it names."""
+    file = config.backbone_manifest
+    try:
+        backbone = json.loads(file.read_text(encoding="utf-8"))
+        hashes: dict[str, str] = {name: str(sha256) for name, sha256 in backbone["files"].items()}
+    except FileNotFoundError:
+        raise PipelineError(f"{file} is missing: run `pipeline prepare-backbone`") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PipelineError(f"{file} cannot be read ({error!r}): run `pipeline prepare-backbone`") from None
+    for name, sha256 in hashes.items():
+        part = config.backbone_dir / name
+        if not part.exists() or provenance.file_sha256(part) != sha256:
+            problem = "differs from" if part.exists() else "is missing but named in"
+            raise PipelineError(f"{part} {problem} {file}: run `pipeline prepare-backbone`")
+    return backbone

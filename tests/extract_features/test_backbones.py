@@ -1,0 +1,219 @@
+"""Each family of models: its layers bit for bit against the whole denoiser, its noise and its prompts by hand."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines import DiffusionPipeline
+
+from pipeline.errors import PipelineError
+from stages.extract_features import backbones
+from tests.extract_features import tiny_models
+from tests.extract_features.tiny_models import FAMILIES
+
+PROMPTS = {"dit": ["goldfish", "tench", ""]}
+TEXTS = ["a photo of a cat", "a photo of a dog", ""]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {name: build(root / name) for name, build in FAMILIES.items()}
+
+
+class _Done(Exception):
+    pass
+
+
+def oracle(path, layers, noisy, timestep, conditioning):
+    """The untouched denoiser; its forward is left by an exception once the last layer has run."""
+    backbone = backbones.load(path, layers, "cpu", torch.float32)
+    denoiser = backbone.model_class.from_pretrained(path / backbone.component).eval()
+    denoiser.to(memory_format=torch.channels_last)
+    seen = {}
+
+    def hook(layer, last):
+        def keep(module, inputs, output):
+            seen[layer] = output[1] if isinstance(output, tuple) else output
+            if last:
+                raise _Done
+
+        return keep
+
+    for layer in layers:
+        denoiser.get_submodule(layer).register_forward_hook(hook(layer, layer == layers[-1]))
+    backbone._model = denoiser
+    with torch.no_grad(), pytest.raises(_Done):
+        backbone._maps.of_layer = {}
+        backbone._denoise(noisy.to(memory_format=torch.channels_last), timestep, conditioning.tensors)
+    return seen
+
+
+@pytest.mark.parametrize("latents", [32, 28, 7])
+@pytest.mark.parametrize("last", [0, 1, 2, 3])
+def test_unet_tail_is_exact(models, latents, last):
+    layers = [f"up_blocks.{block}" for block in range(last + 1)]
+    backbone = backbones.load(models["sd"], layers, "cpu", torch.float32)
+    conditioning = backbone.encode_prompts(TEXTS[:2])
+    noisy = torch.randn(2, 4, latents, latents, generator=torch.Generator().manual_seed(0))
+    expected = oracle(models["sd"], layers, noisy, 300, conditioning)
+    for layer, maps in backbone.features(noisy, 300, conditioning).items():
+        assert torch.equal(maps, expected[layer]), layer
+
+
+@pytest.mark.parametrize("latents", [32, 28, 7])
+@pytest.mark.parametrize("last", [0, 2])
+def test_xl_tail_is_exact(models, latents, last):
+    layers = [f"up_blocks.{block}" for block in range(last + 1)]
+    backbone = backbones.load(models["sdxl"], layers, "cpu", torch.float32)
+    conditioning = backbone.encode_prompts(TEXTS[:2])
+    noisy = torch.randn(2, 4, latents, latents, generator=torch.Generator().manual_seed(0))
+    expected = oracle(models["sdxl"], layers, noisy, 300, conditioning)
+    for layer, maps in backbone.features(noisy, 300, conditioning).items():
+        assert torch.equal(maps, expected[layer]), layer
+
+
+@pytest.mark.parametrize("latents", [32, 28, 14])
+@pytest.mark.parametrize("name", ["pixart", "dit", "sd3"])
+def test_transformer_tail_is_exact(models, name, latents):
+    layers = ["transformer_blocks.1", "transformer_blocks.3"]
+    backbone = backbones.load(models[name], layers, "cpu", torch.float32)
+    conditioning = backbone.encode_prompts(PROMPTS.get(name, TEXTS)[:2])
+    noisy = torch.randn(
+        2, backbone._model.config.in_channels, latents, latents, generator=torch.Generator().manual_seed(0)
+    )
+    expected = oracle(models[name], layers, noisy, 300, conditioning)
+    for layer, maps in backbone.features(noisy, 300, conditioning).items():
+        tokens = expected[layer]
+        side = latents // 2
+        assert maps.shape == (2, 24, side, side)
+        for row, column in [(0, 0), (0, side - 1), (side - 1, 0), (3, 5)]:
+            assert torch.equal(maps[:, :, row, column], tokens[:, row * side + column])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_backbone_says_its_layers_and_their_channels(models, name):
+    expected = {
+        "sd": {"up_blocks.1": 24, "up_blocks.2": 16, "up_blocks.3": 16},
+        "sdxl": {"up_blocks.0": 32, "up_blocks.1": 24, "up_blocks.2": 16},
+    }.get(name, {f"transformer_blocks.{block}": 24 for block in (1, 2, 3)})  # ends of 2, 3 and 4 of 6 blocks
+    assert backbones.layer_channels(models[name], "auto") == expected
+    backbone = backbones.load(models[name], "auto", "cpu", torch.float32)
+    images = np.zeros((1, 32, 32, 3), np.uint8)
+    latents = backbone.encode_images(images, 64)
+    assert latents.shape[-2:] == (8, 8)
+    conditioning = backbone.encode_prompts(PROMPTS.get(name, TEXTS)[:1])
+    found = {layer: maps.shape[1] for layer, maps in backbone.features(latents, 300, conditioning).items()}
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prompts_change_the_features(models, name):
+    backbone = backbones.load(models[name], "auto", "cpu", torch.float32)
+    conditioning = backbone.encode_prompts(PROMPTS.get(name, TEXTS))
+    assert conditioning.similarity.shape[0] == 3
+    noisy = torch.randn(1, backbone._model.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(0)).expand(
+        3, -1, -1, -1
+    )
+    for maps in backbone.features(noisy, 300, conditioning).values():
+        assert not torch.allclose(maps[0], maps[1], atol=1e-6)
+        assert not torch.allclose(maps[1], maps[2], atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_noise_follows_the_models_schedule(tmp_path, prediction_type):
+    path = tiny_models.sd(tmp_path / "m", DDIMScheduler, prediction_type)
+    backbone = backbones.load(path, "auto", "cpu", torch.float32)
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2  # "scaled linear"
+    alpha_bar = np.cumprod(1 - betas)[300]
+    latents, noise = torch.full((1, 4, 2, 2), 2.0), torch.full((1, 4, 2, 2), -1.0)
+    expected = np.sqrt(alpha_bar) * 2 - np.sqrt(1 - alpha_bar)
+    assert backbone.add_noise(latents, noise, 300).unique().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_v_prediction_model_gives_the_maps_that_an_epsilon_model_gives(tmp_path):
+    found = []
+    for prediction_type in ("epsilon", "v_prediction"):
+        path = tiny_models.sd(tmp_path / prediction_type, DDIMScheduler, prediction_type)
+        backbone = backbones.load(path, "auto", "cpu", torch.float32)
+        noisy = torch.ones(1, 4, 8, 8)
+        found.append(backbone.features(noisy, 300, backbone.encode_prompts(["x"]))["up_blocks.3"])
+    assert torch.equal(*found)
+
+
+def test_flow_matching_mixes_on_a_straight_line(models):
+    backbone = backbones.load(models["sd3"], "auto", "cpu", torch.float32)
+    latents, noise = torch.full((1, 16, 2, 2), 2.0), torch.full((1, 16, 2, 2), -1.0)
+    assert backbone.add_noise(latents, noise, 300).unique().item() == pytest.approx(0.7 * 2 - 0.3)
+    schedule = FlowMatchEulerDiscreteScheduler(shift=1.0)  # unshifted, its 300 is the same mixture
+    same = schedule.scale_noise(latents, torch.tensor([300.0]), noise)
+    assert same.unique().item() == pytest.approx(0.7 * 2 - 0.3)
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_latents_are_the_scaled_mean(models, name):
+    backbone = backbones.load(models[name], "auto", "cpu", torch.float32)
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    reference = AutoencoderKL.from_pretrained(models[name] / "vae").eval()
+    pixels = torch.from_numpy(images.transpose(0, 3, 1, 2) / 127.5 - 1).float()
+    with torch.no_grad():
+        mean = reference.encode(pixels).latent_dist.mean
+    shift, scale = {"sd": (0, 0.18215), "sd3": (0.0609, 1.5305)}[name]
+    torch.testing.assert_close(backbone.encode_images(images, 64), (mean - shift) * scale, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
+def test_text_is_encoded_as_the_models_own_pipeline_does(models, name):
+    import diffusers
+
+    classes = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline"}
+    pipeline_class: type[DiffusionPipeline] = getattr(diffusers, classes[name])
+    extra = dict(safety_checker=None, feature_extractor=None) if name == "sd" else {}
+    pipe = pipeline_class.from_pretrained(models[name], **extra)
+    if name == "sd3":
+        states, _, pooled, _ = pipe.encode_prompt(TEXTS, None, None, do_classifier_free_guidance=False)
+    elif name == "sdxl":
+        states, _, pooled, _ = pipe.encode_prompt(TEXTS, do_classifier_free_guidance=False)
+    else:
+        states, _ = pipe.encode_prompt(TEXTS, "cpu", 1, False)
+    got = backbones.load(models[name], "auto", "cpu", torch.float32).encode_prompts(TEXTS)
+    torch.testing.assert_close(got.tensors["encoder_hidden_states"], states)
+    if name != "sd":
+        torch.testing.assert_close(got.tensors.get("text_embeds", got.tensors.get("pooled_projections")), pooled)
+
+
+def test_sd3_works_without_t5(tmp_path):
+    backbone = backbones.load(tiny_models.sd3(tmp_path / "m", t5=False), "auto", "cpu", torch.float32)
+    states = backbone.encode_prompts(["a"]).tensors["encoder_hidden_states"]
+    assert states.shape == (1, 24 + 256, 64) and not states[:, 24:].any()
+
+
+def test_pixart_of_1024_pixels_takes_sizes(tmp_path):
+    path = tiny_models.pixart(tmp_path / "m", sample_size=128)
+    backbone = backbones.load(path, ["transformer_blocks.0"], "cpu", torch.float32)
+    assert backbone._model.use_additional_conditions
+    backbone.features(torch.zeros(2, 4, 8, 8), 10, backbone.encode_prompts(["a", "b"]))
+
+
+def test_averaged_templates_and_masks():
+    conditioning = backbones.Conditioning(
+        {"states": torch.tensor([[1.0], [3.0], [5.0]]), "mask": torch.tensor([[1, 0], [1, 1], [1, 0]])},
+        torch.tensor([[2.0], [4.0], [6.0]]),
+    )
+    averaged = conditioning.average([2, 1])
+    assert averaged.tensors["states"].tolist() == [[2.0], [5.0]]
+    assert averaged.tensors["mask"].tolist() == [[1, 1], [1, 0]]
+    assert averaged.similarity.tolist() == [[3.0], [6.0]]
+
+
+def test_mistakes_are_named(models, tmp_path):
+    with pytest.raises(PipelineError, match=r"names up_blocks.4, but sd has up_blocks.0 to up_blocks.3"):
+        backbones.layer_channels(models["sd"], ["up_blocks.4"])
+    with pytest.raises(PipelineError, match="patches of 2 do not fill"):
+        backbone = backbones.load(models["sd3"], "auto", "cpu", torch.float32)
+        backbone.features(torch.zeros(1, 16, 7, 7), 300, backbone.encode_prompts(["a"]))
+    with pytest.raises(PipelineError, match="'a dog' is none"):
+        backbones.load(models["dit"], "auto", "cpu", torch.float32).encode_prompts(["a dog"])
+    (tmp_path / "model_index.json").write_text('{"transformer": ["diffusers", "FluxTransformer2DModel"]}')
+    with pytest.raises(PipelineError, match="features of a FluxTransformer2DModel cannot"):
+        backbones.family(tmp_path)

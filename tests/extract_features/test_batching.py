@@ -1,0 +1,87 @@
+"""Batches: order, fixed shapes, and what happens when memory is short."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from pipeline.errors import PipelineError
+from stages.extract_features.batching import Batcher
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("total", [0, 1, 4, 11])
+def test_rows_come_in_order_and_shapes_never_change(workers, total):
+    seen = []
+
+    def compute(index):
+        time.sleep(0.002 * (5 - int(index[0]) % 5))  # later batches may be done earlier
+        seen.append(len(index))
+        return index * 10
+
+    rows = [row for part, out in Batcher(4, workers).map(compute, total) for row in out[: part.stop - part.start]]
+    assert rows == [10 * n for n in range(total)]
+    assert set(seen) <= {4}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_out_of_memory_halves_the_batch_and_goes_on(workers):
+    sizes = []
+
+    def compute(index):
+        sizes.append(len(index))
+        if len(index) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return index.float()
+
+    batcher = Batcher(8, workers)
+    table = batcher.table(compute, 19, lambda done: None)
+    assert table.tolist() == list(range(19))
+    assert batcher.batch_size == 2
+    assert set(sizes) == {8, 4, 2}
+
+
+def test_real_memory_runs_out_on_the_cpu_too():
+    def compute(index):
+        if len(index) > 1:
+            torch.empty(2**50)  # a petabyte
+        return index
+
+    assert Batcher(2).table(compute, 3, lambda done: None).tolist() == [0, 1, 2]
+
+
+def test_a_batch_of_one_that_does_not_fit_is_named():
+    def compute(index):
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(PipelineError, match="not even a batch of one"):
+        list(Batcher(4).map(compute, 4))
+
+
+def test_other_errors_are_not_swallowed():
+    def compute(index):
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        list(Batcher(4, 2).map(compute, 9))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_check_stops_between_batches(workers):
+    asked = threading.Event()
+    done = []
+
+    def check():
+        if asked.is_set():
+            raise SystemExit(143)
+
+    def compute(index):
+        done.append(1)
+        if len(done) == 2:
+            asked.set()
+        return index
+
+    with pytest.raises(SystemExit):
+        list(Batcher(1, workers, check).map(compute, 50))
+    assert len(done) <= 4

@@ -1,0 +1,300 @@
+"""Whole extractions of a few digits: equal bytes however they are run, and as a loop of single passes has them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import seeding
+from pipeline.config import load
+from pipeline.datasets import PreparedDataset
+from pipeline.feature_store import FeatureSet
+from stages.extract_features import backbones
+from stages.extract_features.cost import count_flops
+from tests.conftest import invoke
+from tests.extract_features import tiny_models
+from tests.extract_features.fixtures import extract, project
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def launch(root: Path, *arguments: str, before: tuple[str, ...] = (), **environment: str) -> subprocess.Popen:
+    command = [*(before or (sys.executable,)), "-m", "pipeline", "extract-features", *arguments]
+    return subprocess.Popen(
+        command, cwd=root, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    """40 digits with tiny-sd, in 5 shards, extracted by one process."""
+    root = project(tmp_path_factory.mktemp("digits") / "p", rows_per_shard=8)
+    extract(root)
+    return root
+
+
+@pytest.fixture
+def unextracted(digits, tmp_path) -> Path:
+    """The same project, without features."""
+    (tmp_path / "params.yaml").write_bytes((digits / "params.yaml").read_bytes())
+    (tmp_path / "models").symlink_to(digits / "models")
+    (tmp_path / "data").mkdir()
+    for part in ("datasets", "backbones"):
+        (tmp_path / "data" / part).symlink_to(digits / "data" / part)
+    return tmp_path
+
+
+TINY = dict(negatives=1, dims=[8, 8, 8], basis_images=6, rows_per_shard=10, image_size=64)
+SET = Path("data") / "features" / "digits-tiny-sd-t300"
+
+
+def test_features_are_those_of_one_pass_at_a_time(digits):
+    config = load(digits / "params.yaml")
+    params = config.params.extract_features
+    data = PreparedDataset(config.dataset_dir).load("train")
+    features = FeatureSet(digits / SET)
+    rows, basis = features.read(np.arange(40)), features.basis()
+    backbone = backbones.load(config.backbone_dir, "auto", "cpu", torch.float32)
+    names = PreparedDataset(config.dataset_dir).class_names
+    conditioning = backbone.encode_prompts([f"a photo of a {name}" for name in names] + [""])
+    for image in (0, 17, 39):
+        latents = backbone.encode_images(data.images[image : image + 1], params.image_size)
+        noise = torch.randn(latents.shape[1:], generator=seeding.torch_generator(0, "noise", image))[None]
+        noisy = backbone.add_noise(latents, noise, 300)
+        for prompt in (0, 3, 10):
+            maps = backbone.features(noisy, 300, conditioning.take(torch.tensor([prompt])))
+            expected = []
+            for layer, found in maps.items():
+                pca = basis.layers[layer]
+                columns = found[0].double().numpy().reshape(len(pca.mean), -1)  # (C, h*w)
+                for component in pca.components:
+                    scores = [component @ (columns[:, place] - pca.mean) for place in range(columns.shape[1])]
+                    expected.append(np.sqrt(np.square(scores).sum()))
+            got = rows.denoised[image] if prompt == 10 else rows.prompted[image, prompt]
+            np.testing.assert_allclose(got, expected, rtol=2e-3, atol=2e-3)  # float16 is good to 5e-4
+
+
+def test_threads_and_batches_change_no_byte(digits, unextracted):
+    settings = ("--set", "runtime.unet_batch_size=48", "--set", "runtime.cache_latents=true")
+    process = launch(unextracted, *settings, OMP_NUM_THREADS="3")
+    assert process.wait() == 0, process.stderr.read()
+    assert contents(unextracted / SET) == contents(digits / SET)
+
+
+def test_shard_size_changes_no_feature(digits, unextracted):
+    found = FeatureSet(extract(unextracted, "--rows-per-shard", "17")).read(np.arange(40))
+    expected = FeatureSet(digits / SET).read(np.arange(40))
+    for name in vars(expected):
+        assert np.array_equal(getattr(found, name), getattr(expected, name)), name
+
+
+def test_accelerate_launch_gives_the_bytes_of_one_process(digits, unextracted):
+    accelerate = str(Path(sys.executable).parent / "accelerate")
+    options = ("--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
+    process = launch(unextracted, before=(accelerate, "launch", *options, "--dynamo_backend", "no"))
+    out, log = process.communicate()
+    assert process.returncode == 0, log
+    assert contents(unextracted / SET) == contents(digits / SET)
+
+
+def test_shard_ranges_make_the_set_once_all_are_there(digits, unextracted):
+    staging = extract(unextracted, "--shard-range", "3:5")
+    assert sorted(file.name for file in staging.glob("*.h5")) == ["basis.h5", "shard-00003.h5", "shard-00004.h5"]
+    assert not (unextracted / SET).exists()
+    assert extract(unextracted, "--shard-range", "0:3") == unextracted / SET
+    assert contents(unextracted / SET) == contents(digits / SET)
+    result = invoke(unextracted, "extract-features", "--timestep", "5", "--shard-range", "4:9")
+    assert result.exit_code == 1 and "0 <= A < B <= 5 shards" in result.output
+
+
+def test_sigterm_ends_between_batches_and_the_next_run_goes_on(digits, unextracted):
+    process = launch(unextracted, OMP_NUM_THREADS="1")
+    while process.poll() is None and not list(unextracted.glob(".pipeline/staging/*/shard-00001.json")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate()
+    assert process.returncode == 143, log
+    assert "stopped by SIGTERM" in log and "Traceback" not in log
+    assert not list(unextracted.glob(".pipeline/staging/*/*.tmp"))
+    extract(unextracted)
+    assert contents(unextracted / SET) == contents(digits / SET)
+
+
+def test_a_damaged_shard_in_staging_is_computed_again(digits, unextracted):
+    staging = extract(unextracted, "--shard-range", "0:2")
+    shard = staging / "shard-00001.h5"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    extract(unextracted)
+    assert contents(unextracted / SET) == contents(digits / SET)
+
+
+def test_cached_latents_are_used_and_damage_is_noticed(digits, unextracted):
+    cached = ("--set", "runtime.cache_latents=true", "--shard-range", "0:1")
+    extract(unextracted, *cached)
+    (file,) = unextracted.glob(".pipeline/latents/*/latents-00000.h5")
+    before = file.stat().st_mtime_ns
+    first = extract(unextracted, *cached, "--timestep", "100") / "shard-00000.h5"
+    assert file.stat().st_mtime_ns == before
+    expected = first.read_bytes()
+    first.with_suffix(".json").unlink()
+    data = bytearray(file.read_bytes())
+    data[-1000] ^= 1
+    file.write_bytes(data)
+    assert (extract(unextracted, *cached, "--timestep", "100") / "shard-00000.h5").read_bytes() == expected
+    assert file.stat().st_mtime_ns != before
+
+
+def test_a_basis_can_be_shared(digits, unextracted, tmp_path):
+    own = digits / SET / "basis.h5"
+    shared = extract(unextracted, "--basis", str(own), "--timestep", "100")
+    manifest = FeatureSet(shared).manifest
+    assert manifest.content.basis_images is None and manifest.content.basis_sha256 is not None
+    ours, theirs = FeatureSet(shared).basis(), FeatureSet(digits / SET).basis()
+    assert np.array_equal(ours.mean, theirs.mean)
+    assert all(np.array_equal(ours.layers[name].components, theirs.layers[name].components) for name in ours.layers)
+    for arguments, message in [
+        (("--dims", "[8, 8, 8]"), "has 64 components of 64 channels, this set needs 8 of 64"),
+        (("--layers", "[up_blocks.1]", "--dims", "[64]"), "is a basis of up_blocks.1, up_blocks.2, up_blocks.3, not"),
+        (("--basis", "nowhere.h5"), "nowhere.h5 is missing"),
+        (("--basis", "params.yaml"), "is not a basis.h5"),
+    ]:
+        result = invoke(unextracted, "extract-features", "--basis", str(own), *arguments)
+        assert result.exit_code == 1 and message in result.output, result.output
+
+
+def test_self_supervised_features_read_no_label(unextracted):
+    words = unextracted / "words.txt"
+    words.write_text("cat\ndog\nsun\nmoon\n")
+    folder = extract(
+        unextracted, "--prompts", "self-supervised", "--negative-words", "words.txt", "--negatives", "2",
+        "--denoise-prompt", "a photo of a visual object",
+    )  # fmt: skip
+    opened = FeatureSet(folder)
+    rows = opened.read(np.arange(40))
+    assert rows.prompted.shape[1] == 3 and (rows.prompt_class[:, 0] == 0).all()
+    assert opened.positive_prompts(rows).tolist() == [0] * 40
+    assert opened.manifest.content.prompts[0] == ["a photo of a similar object"]
+
+
+def test_nearest_negatives_reach_the_set(unextracted):
+    opened = FeatureSet(extract(unextracted, "--negatives", "2", "--shard-range", "0:5"))
+    rows = opened.read(np.arange(40))
+    assert rows.prompt_class.shape == (40, 3)
+    positive = opened.positive_prompts(rows)
+    assert (rows.prompt_class[np.arange(40), positive] == rows.label).all()
+
+
+def test_the_content_of_a_prompt_file_is_part_of_the_fingerprint(unextracted):
+    folders = set()
+    for text in ("a curly three", "[a three, 3]"):
+        (unextracted / "own.yaml").write_text(f"handwritten number 3: {text}\n")
+        folders.add(extract(unextracted, "--class-prompts", "own.yaml", "--shard-range", "0:1"))
+    assert len(folders) == 2
+
+
+def test_half_precision_overflow_is_redone_in_float32_and_counted(tmp_path):
+    source = tiny_models.sd(tmp_path / "loud")
+    unet = source / "unet" / "diffusion_pytorch_model.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(unet)
+    weights["up_blocks.2.resnets.0.conv1.weight"] *= 1e7  # beyond float16 inside the block, normalised before its end
+    weights["up_blocks.2.resnets.0.conv1.bias"] *= 1e7
+    save_file(weights, unet, metadata={"format": "pt"})
+    root = project(
+        tmp_path / "p", images=10, source=source, **TINY,
+    )  # fmt: skip
+    reference = FeatureSet(extract(root)).read(np.arange(10))
+    shared = ("--basis", str(next(root.glob("data/features/*/basis.h5"))))
+    opened = FeatureSet(extract(root, *shared, "--dtype", "float16", "--shard-range", "0:1"))
+    assert opened.manifest.redone_in_float32 == 10 * 3
+    found = opened.read(np.arange(10))
+    np.testing.assert_allclose(found.prompted, reference.prompted, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(found.denoised, reference.denoised, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bit_types_are_close(digits, unextracted, dtype):
+    shared = ("--basis", str(digits / SET / "basis.h5"), "--dtype", dtype)
+    found = FeatureSet(extract(unextracted, *shared)).read(np.arange(40)).denoised.astype(float)
+    expected = FeatureSet(digits / SET).read(np.arange(40)).denoised.astype(float)
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert 0 < error < {"bfloat16": 0.02, "float16": 0.003}[dtype]
+
+
+@pytest.mark.parametrize("family", ["sdxl", "pixart", "sd3"])
+def test_every_family_runs_through_the_command_line(tmp_path, family):
+    source = tiny_models.FAMILIES[family](tmp_path / family)
+    root = project(
+        tmp_path / "p", images=10, source=source, **TINY, prompt_templates=["a {class_name}", "the {class_name}"],
+    )  # fmt: skip
+    opened = FeatureSet(extract(root))
+    opened.verify()
+    assert opened.manifest.content.num_dims == 24
+    assert all(name.split("/")[0] in json.loads((source / "model_index.json").read_text())
+               for name in opened.manifest.content.backbone)  # fmt: skip
+
+
+def test_image_conditioning_changes_prompted_features_alone(tmp_path):
+    source = tiny_models.sd(tmp_path / "sd")
+    root = project(
+        tmp_path / "p", images=10, source=source, **TINY,
+    )  # fmt: skip
+    without = FeatureSet(extract(root)).read(np.arange(10))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        tiny_models.clip_vision().save_pretrained(root / "clip")
+        tiny_models.clip_vision(projection=20).save_pretrained(root / "clip20")
+    conditioned = FeatureSet(extract(root, "--image-conditioning", "clip")).read(np.arange(10))
+    assert np.array_equal(conditioned.denoised, without.denoised)
+    assert not np.allclose(conditioned.prompted, without.prompted, atol=1e-2)
+    result = invoke(root, "extract-features", "--image-conditioning", "clip20")
+    assert result.exit_code == 1 and "embeds images in 20 numbers, but sd has prompt embeddings of 16" in result.output
+    result = invoke(root, "extract-features", "--image-conditioning", "nowhere")
+    assert result.exit_code == 1 and "has no .safetensors weights" in result.output
+
+
+def test_a_dry_run_says_what_it_will_cost_and_writes_nothing(unextracted):
+    result = invoke(unextracted, "extract-features", "--dry-run", "--negatives", "2")
+    assert result.exit_code == 0
+    assert "40 in 5 shards" in result.output and "4 per image, 160 in all" in result.output
+    assert sorted(path.name for path in unextracted.iterdir()) == ["data", "models", "params.yaml"]
+    # a row: 144 dims x 2 bytes x (1 denoised + 3 prompted), 3 prompt numbers of 2 bytes, index, label, checksum
+    assert f"{40 * (144 * 2 * 4 + 3 * 2 + 8 + 8 + 4) / 1e6:.1f} MB" in result.output
+
+
+def test_flops_are_counted_up_to_the_last_layer(tmp_path):
+    path = tiny_models.sd(tmp_path / "sd")
+    backbone = backbones.load(path, "auto", "cpu", torch.float32)
+    conditioning = backbone.encode_prompts(["a"])
+    counted = [count_flops(path, [f"up_blocks.{block}"], 64, conditioning) for block in range(4)]
+    assert counted[0][0] == counted[3][0]
+    assert counted[0][1] < counted[1][1] < counted[2][1] < counted[3][1]
+    expected = 0  # convolutions and linear layers of the VAE's encoder, and its one attention, by their definition
+    vae = backbone._vae
+
+    def hook(module, inputs, output):
+        nonlocal expected
+        if isinstance(module, torch.nn.Conv2d):
+            expected += 2 * output.numel() * module.in_channels * module.kernel_size[0] * module.kernel_size[1]
+        elif isinstance(module, torch.nn.Linear):
+            expected += 2 * output.numel() * module.in_features
+        else:
+            tokens, channels = inputs[0].shape[-1] * inputs[0].shape[-2], inputs[0].shape[1]
+            expected += 2 * 2 * tokens * tokens * channels  # scores, and their sum over values
+
+    kinds = (torch.nn.Conv2d, torch.nn.Linear, type(vae.encoder.mid_block.attentions[0]))
+    for module in vae.modules():
+        if isinstance(module, kinds):
+            module.register_forward_hook(hook)
+    backbone.encode_images(np.zeros((1, 64, 64, 3), np.uint8), 64)
+    assert counted[0][0] == expected

@@ -1,0 +1,28 @@
+"""Who takes which shard."""
+
+import contextlib
+
+import pytest
+
+from pipeline.errors import PipelineError
+from stages.extract_features.scheduling import Claim, order_of_shards, prepare_ahead
+
+
+def test_own_shards_first_then_the_others():
+    assert order_of_shards(5, None, 0, 1) == [0, 1, 2, 3, 4]
+    assert order_of_shards(5, None, 1, 2) == [1, 3, 0, 2, 4]
+    assert order_of_shards(9, "2:6", 2, 3) == [2, 5, 3, 4]
+
+
+@pytest.mark.parametrize("text", ["", "1", "2:2", "3:2", "0:6", "-1:2", "a:b"])
+def test_a_wrong_range_is_named(text):
+    with pytest.raises(PipelineError, match=r"must be A:B with 0 <= A < B <= 5 shards"):
+        order_of_shards(5, text, 0, 1)
+
+
+def test_each_claim_comes_with_what_was_prepared():
+    claims = [Claim(shard, contextlib.ExitStack()) for shard in (4, 7, 9)]
+    assert [(claim.shard, made) for claim, made in prepare_ahead(iter(claims), lambda shard: -shard)] == [
+        (4, -4), (7, -7), (9, -9)
+    ]  # fmt: skip
+    assert list(prepare_ahead(iter([]), lambda shard: shard)) == []
