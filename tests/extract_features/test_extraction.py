@@ -195,7 +195,7 @@ def test_nearest_negatives_reach_the_set(unextracted):
 
 def test_the_content_of_a_prompt_file_is_part_of_the_fingerprint(unextracted):
     folders = set()
-    for text in ("a curly three", "[a three, 3]"):
+    for text in ("a curly three", "[a three, a 3]"):
         (unextracted / "own.yaml").write_text(f"handwritten number 3: {text}\n")
         folders.add(extract(unextracted, "--class-prompts", "own.yaml", "--shard-range", "0:1"))
     assert len(folders) == 2
