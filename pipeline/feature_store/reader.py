@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -19,6 +20,9 @@ from pipeline.feature_store.schema import (
     LayerBasis,
     Manifest,
 )
+
+_BLOCK = 256  # rows copied and checked at a time: they stay in the processor's cache between the two
+_PARALLEL = 4  # threads of a long reading; copying and checksums let go of the interpreter
 
 
 class FeatureSet:
@@ -38,6 +42,7 @@ class FeatureSet:
         for entry in self._entries():
             if problem := entry.size_difference(path):
                 raise PipelineError(f"{problem}: {EXTRACT_AGAIN}")
+        self._maps: dict[int, dict[str, np.ndarray]] = {}
 
     def basis(self) -> Basis:
         """The PCA basis and the statistics beside it."""
@@ -59,8 +64,18 @@ class FeatureSet:
         shapes = {"index": (n,), "label": (n,), "denoised": (n, d), "prompted": (n, p, d), "prompt_class": (n, p)}
         rows = Features(**{name: np.empty(shapes[name], dtype) for name, dtype in FIELDS.items()})
         shard_of = index // self.manifest.rows_per_shard
-        for shard in np.unique(shard_of):
-            self._fill(rows, np.flatnonzero(shard_of == shard), int(shard), index)
+        parts = [
+            (int(shard), places)
+            for shard in np.unique(shard_of)
+            for places in _blocks(np.flatnonzero(shard_of == shard))
+        ]
+        if len(parts) < _PARALLEL:  # a training batch: threads would cost more than they gain
+            for shard, places in parts:
+                self._fill(rows, places, shard, index)
+        else:
+            with ThreadPoolExecutor(_PARALLEL) as pool:
+                for _ in pool.map(lambda part: self._fill(rows, part[1], part[0], index), parts):
+                    pass
         return rows
 
     def positive_prompts(self, rows: Features) -> np.ndarray:
@@ -89,20 +104,42 @@ class FeatureSet:
         return [self.manifest.basis, *self.manifest.shards.values()]
 
     def _fill(self, rows: Features, places: np.ndarray, shard: int, index: np.ndarray) -> None:
-        """Copies one shard's part of `index` into `rows`."""
-        file = self.path / self.manifest.shards[shard].file
+        """Copies one block of one shard into `rows` and checks it."""
+        maps = self._open_shard(shard)
         local = index[places] - shard * self.manifest.rows_per_shard
-        with _open(file, self.manifest.fingerprint) as h5:
-            try:
-                for name in FIELDS:
-                    getattr(rows, name)[places] = _map(file, h5[name])[local]
-                stored = _map(file, h5["crc32"])[local]
-            except (KeyError, ValueError, IndexError, OSError) as error:
-                raise PipelineError(f"{file} does not have the layout of a shard ({error}): {EXTRACT_AGAIN}") from None
-        got = Features(**{name: getattr(rows, name)[places] for name in FIELDS})
-        wrong = np.flatnonzero((got.crc32() != stored) | (got.index != index[places]))
+        into, source = _as_slice(places), _as_slice(local)
+        for name in FIELDS:
+            getattr(rows, name)[into] = maps[name][source]
+        got = Features(**{name: getattr(rows, name)[into] for name in FIELDS})
+        wrong = np.flatnonzero((got.crc32() != maps["crc32"][source]) | (got.index != index[places]))
         if len(wrong):
+            file = self.path / self.manifest.shards[shard].file
             raise PipelineError(f"{file}: row {local[wrong[0]]} is corrupt (checksum differs): {EXTRACT_AGAIN}")
+
+    def _open_shard(self, shard: int) -> dict[str, np.ndarray]:
+        """The shard's datasets as memory maps, made once; no HDF5 handle stays open, so processes may fork."""
+        if shard not in self._maps:
+            file = self.path / self.manifest.shards[shard].file
+            with _open(file, self.manifest.fingerprint) as h5:
+                try:
+                    maps = {name: _map(file, h5[name]) for name in (*FIELDS, "crc32")}
+                except (KeyError, ValueError, OSError) as error:
+                    raise PipelineError(
+                        f"{file} does not have the layout of a shard ({error}): {EXTRACT_AGAIN}"
+                    ) from None
+            self._check_layout(file, shard, maps)
+            self._maps[shard] = maps
+        return self._maps[shard]
+
+    def _check_layout(self, file: Path, shard: int, maps: dict[str, np.ndarray]) -> None:
+        n, p, d = len(self.manifest.shard_rows(shard)), self.manifest.prompts_per_image, self.manifest.content.num_dims
+        shapes = {"index": (n,), "label": (n,), "denoised": (n, d), "prompted": (n, p, d), "prompt_class": (n, p)}
+        for name, shape in shapes.items():
+            if maps[name].shape != shape or maps[name].dtype != np.dtype(FIELDS[name]):
+                raise PipelineError(
+                    f"{file} does not have the layout of a shard ({name} is {maps[name].dtype} {maps[name].shape}, "
+                    f"not {FIELDS[name]} {shape}): {EXTRACT_AGAIN}"
+                )
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -184,4 +221,15 @@ def _map(file: Path, dataset: h5py.Dataset) -> np.ndarray:
     offset = dataset.id.get_offset()
     if offset is None:
         raise ValueError(f"dataset {dataset.name} is not contiguous")
-    return np.memmap(file, dataset.dtype, "r", offset, dataset.shape)
+    return np.asarray(np.memmap(file, dataset.dtype, "r", offset, dataset.shape))
+
+
+def _blocks(places: np.ndarray) -> list[np.ndarray]:
+    return [places[start : start + _BLOCK] for start in range(0, len(places), _BLOCK)]
+
+
+def _as_slice(positions: np.ndarray) -> np.ndarray | slice:
+    """Consecutive positions as a slice, which is copied at memory speed."""
+    first, count = int(positions[0]), len(positions)
+    consecutive = positions[-1] - first == count - 1 and (np.diff(positions) == 1).all()
+    return slice(first, first + count) if consecutive else positions

@@ -187,10 +187,12 @@ class Features:
 
     def crc32(self) -> np.ndarray:
         """uint32 (n,): CRC-32 over each row's fields, little-endian, in the order of this class."""
+        fields = [np.ascontiguousarray(getattr(self, name)) for name in FIELDS]
+        rows = [(field.reshape(-1).view(np.uint8).data, field.nbytes // len(field)) for field in fields if len(field)]
         sums = np.empty(len(self.index), np.uint32)
         for row in range(len(sums)):
             checksum = 0
-            for name in FIELDS:
-                checksum = zlib.crc32(np.ascontiguousarray(getattr(self, name)[row : row + 1]).data, checksum)
+            for data, size in rows:
+                checksum = zlib.crc32(data[row * size : (row + 1) * size], checksum)
             sums[row] = checksum
         return sums
