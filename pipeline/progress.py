@@ -1,5 +1,7 @@
-"""Progress bars with time left, drawn on stderr when it is a terminal and silent when it is not."""
+"""Progress with speed and time left: a bar on stderr where it is a terminal, else a line in the log every minute."""
 
+import io
+import logging
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
@@ -9,14 +11,34 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
+_SECONDS_PER_LINE = 60
+
 
 def progress_bar(total: int, description: str, unit: str) -> "tqdm":
     """A bar to be moved by its `update(count)`; a context manager."""
     from tqdm import tqdm
 
-    bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}, {remaining} left, {rate_fmt}]"
-    silent = not sys.stderr.isatty()
-    return tqdm(total=total, desc=description, unit=unit, disable=silent, bar_format=bar_format, dynamic_ncols=True)
+    bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}, {remaining} left, {rate_fmt}{postfix}]"
+    if sys.stderr.isatty():
+        return tqdm(total=total, desc=description, unit=unit, bar_format=bar_format, dynamic_ncols=True)
+
+    class Lines(tqdm):
+        def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+            if 0 < self.n < self.total:
+                log.info("%s", self)
+            return True
+
+    bar_format = bar_format.replace("|{bar}|", ",")
+    return Lines(
+        total=total,
+        desc=description,
+        unit=unit,
+        bar_format=bar_format,
+        file=io.StringIO(),
+        mininterval=_SECONDS_PER_LINE,
+    )
 
 
 def track(items: Iterable[T], description: str, total: int, unit: str = "step") -> Iterator[T]:

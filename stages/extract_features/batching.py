@@ -173,5 +173,6 @@ def reproducible(device: str, dtype: torch.dtype) -> Iterator[None]:
         finally:
             torch.set_num_threads(threads)
     else:
-        with torch.backends.cudnn.flags(deterministic=True, benchmark=False, allow_tf32=dtype != torch.float32):
+        tf32 = dtype != torch.float32
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32):
             yield

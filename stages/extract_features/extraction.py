@@ -70,8 +70,9 @@ class Extraction:
         if runtime.compile:
             backbone.compile()
         self.batcher = Batcher(self._batch_size(runtime), workers, check)
-        vae_batch = max(1, min(32, 32 * 256**2 // params.image_size**2)) if workers == 1 else batching.CPU_BATCH
-        self._vae_batcher = Batcher(batching.CPU_BATCH if backbone.device == "cpu" else vae_batch, workers, check)
+        pixels = params.image_size**2
+        vae_batch = batching.CPU_BATCH if backbone.device == "cpu" else max(1, min(32, 32 * 256**2 // pixels))
+        self._vae_batcher = Batcher(min(vae_batch, self.batcher.batch_size), workers, check)
         if runtime.compile:
             self._warm_up()
 

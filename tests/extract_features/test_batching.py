@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.errors import PipelineError
-from stages.extract_features.batching import Batcher
+from stages.extract_features.batching import Batcher, reproducible
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -85,3 +85,20 @@ def test_the_check_stops_between_batches(workers):
     with pytest.raises(SystemExit):
         list(Batcher(1, workers, check).map(compute, 50))
     assert len(done) <= 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_computes_by_fixed_algorithms_and_float32_without_tf32(dtype):
+    cudnn = torch.backends.cudnn
+    before = (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)
+    with reproducible("cuda:0", dtype):
+        assert (cudnn.enabled, cudnn.benchmark, cudnn.deterministic) == (True, False, True)
+        assert cudnn.allow_tf32 == (dtype != torch.float32)
+    assert (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == before
+
+
+def test_the_cpu_computes_a_batch_on_one_thread():
+    before = torch.get_num_threads()
+    with reproducible("cpu", torch.float32):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before

@@ -1,0 +1,239 @@
+"""Extraction beside the way one would write it with diffusers alone: same images, passes, model and basis, one run.
+
+(a) ours: what `pipeline extract-features` runs, without the writing.
+(b) diffusers: for every image and prompt, one after the other, the prompt is encoded, the image goes through the VAE,
+    is noised and goes through the whole UNet in float32, hooks read the up blocks, PCA and pooling follow: as DIFT's
+    published code and those built on it do. It is timed on fewer images, being slower.
+
+Both give the same features, which is checked. FLOPs are counted by torch's counter; what is reached of the device's
+matrix peak is said beside that peak, measured here. Models are loaded, compiled and warmed up before the clock starts.
+
+    python benchmarks/extract.py                                         # tiny-sd on the CPU
+    python benchmarks/extract.py --real-size sd15 --images 1 --classes 1 --image-size 224
+    python benchmarks/extract.py --real-size sd21 --image-size 224 --images 512 --device cuda --dtype bfloat16
+"""
+
+import json
+import resource
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import stable_diffusion
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from ruamel.yaml import YAML
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from pipeline import provenance, seeding
+from pipeline.datasets import Images
+from pipeline.params import ExtractFeatures, Runtime
+from stages.extract_features import backbones, batching
+from stages.extract_features.cost import count_flops
+from stages.extract_features.extraction import Extraction
+from stages.extract_features.prompts import PromptSet
+from stages.extract_features.representation import Projector
+
+ROOT = Path(__file__).parents[1]
+TINY_SD = ROOT / "stages" / "prepare_backbone" / "tiny-sd"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What both ways are given."""
+
+    path: Path
+    params: ExtractFeatures
+    runtime: Runtime
+    data: Images
+    prompts: list[str]
+    device: str
+
+
+@click.command()
+@click.option("--backbone", type=click.Path(path_type=Path), default=TINY_SD, help="A Stable Diffusion directory.")
+@click.option("--real-size", type=click.Choice(list(stable_diffusion.SIZES)), help="Random weights of this size.")
+@click.option("--images", default=256, help="Images for ours.")
+@click.option("--baseline-images", default=8, help="Images for diffusers alone; 0 leaves it out.")
+@click.option("--classes", multiple=True, type=int, default=[10], help='Prompts per image besides ""; repeatable.')
+@click.option("--image-size", default=32, help="Pixels.")
+@click.option("--device", default="cpu")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")
+@click.option("--batch", default="auto", help="Pairs per batch.")
+@click.option("--compile", "compiled", is_flag=True)
+def main(
+    backbone: Path, real_size: str | None, images: int, baseline_images: int, classes: list[int], image_size: int,
+    device: str, dtype: str, batch: str, compiled: bool,
+) -> None:  # fmt: skip
+    """Measures, prints the table, then one JSON line."""
+    sections = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params = ExtractFeatures(**sections["extract_features"] | {"image_size": image_size, "dtype": dtype})
+    size = int(batch) if batch.isdigit() else batch
+    runtime = Runtime(**sections["runtime"] | {"device": device, "unet_batch_size": size, "compile": compiled})
+    pixels = seeding.numpy_generator(0, "benchmark").integers(0, 256, (images, image_size, image_size, 3), np.uint8)
+    data = Images.of_one_domain(pixels, np.zeros(images, np.int64))
+    with tempfile.TemporaryDirectory() as folder:
+        path = stable_diffusion.save(real_size, Path(folder) / real_size) if real_size else backbone
+        rows = []
+        for count in classes:
+            names = [f"a photo of a handwritten number {n}" for n in range(count)]
+            rows.append(_measure(Job(path, params, runtime, data, names, device), baseline_images))
+        peak = _matrix_peak(device, dtype)
+    _print_table(rows, peak)
+    setting = {"model": real_size or backbone.name, "image_size": image_size, "dtype": dtype, "compile": compiled}
+    result = {"setting": setting, "rows": rows, "matrix_peak_tflops": peak / 1e12}
+    click.echo(json.dumps(result | {"provenance": provenance.describe(device)}))
+
+
+def _measure(job: Job, baseline_images: int) -> dict:
+    """One row of the table: both ways with this many prompts."""
+    with batching.reproducible(job.device, getattr(torch, job.params.dtype)):
+        row, projector, ours = _measure_ours(job)
+    if baseline_images:
+        count = min(baseline_images, len(job.data))
+        baseline = DiffusersAlone(job, projector)
+        baseline.represent(0)
+        seconds, theirs = _timed(job.device, lambda: np.stack([baseline.represent(n) for n in range(count)]))
+        row["baseline_images_per_second"] = count / seconds
+        row["ratio"] = row["images_per_second"] / row["baseline_images_per_second"]
+        row["relative_difference"] = float(np.linalg.norm(ours[:count] - theirs) / np.linalg.norm(theirs))
+    return row
+
+
+def _measure_ours(job: Job) -> tuple[dict, Projector, np.ndarray]:
+    """Ours alone: its part of the row, the basis, and the features."""
+    started = time.perf_counter()
+    backbone = backbones.load(job.path, job.params.layers, job.device, getattr(torch, job.params.dtype))
+    prompt_set = PromptSet([[text] for text in job.prompts], "label")
+    extraction = Extraction(backbone, None, prompt_set, job.params, job.runtime, job.data)
+    projector = Projector(extraction.fit_basis(np.arange(min(len(job.data), 16))).layers, job.device)
+    _ours(extraction, projector, min(len(job.data), extraction.batcher.parallel_rows))
+    _wait(job.device)
+    ready = time.perf_counter() - started
+    _reset_memory(job.device)
+    seconds, ours = _timed(job.device, lambda: _ours(extraction, projector, len(job.data)))
+    passes = 1 + len(job.prompts)
+    vae, one_pass = count_flops(job.path, job.params.layers, job.params.image_size, extraction.conditioning)
+    rate, flops = len(job.data) / seconds, vae + passes * one_pass
+    row = {
+        "passes": passes,
+        "batch": extraction.batcher.batch_size,
+        "seconds_until_ready": ready,
+        "images_per_second": rate,
+        "flops_per_image": flops,
+        "flops_per_second": rate * flops,
+        "peak_memory_bytes": _peak_memory(job.device),
+    }
+    return row, projector, ours
+
+
+def _ours(extraction: Extraction, projector: Projector, count: int) -> np.ndarray:
+    """float32 (count, 1 + prompts, D)."""
+    index = np.arange(count)
+    host = extraction.host_input(index)
+    features, _ = extraction.represent(
+        index, extraction.inputs(host, extraction.encode(host.images)), projector, _NoBar
+    )
+    return np.concatenate([features.denoised[:, None], features.prompted], axis=1).astype(np.float32)
+
+
+class _NoBar:
+    @staticmethod
+    def update(count: float) -> None:
+        pass
+
+
+class DiffusersAlone:
+    """A pass at a time, everything anew in each, as one would write it with diffusers' classes."""
+
+    def __init__(self, job: Job, projector: Projector) -> None:
+        """Loads the models in float32 and hooks the UNet's up blocks."""
+        self.job, self.projector = job, projector
+        self.unet = UNet2DConditionModel.from_pretrained(job.path / "unet").to(job.device, torch.float32).eval()
+        self.vae = AutoencoderKL.from_pretrained(job.path / "vae").to(job.device, torch.float32).eval()
+        self.text = CLIPTextModel.from_pretrained(job.path / "text_encoder").to(job.device, torch.float32).eval()
+        self.tokenizer = CLIPTokenizer.from_pretrained(job.path / "tokenizer")
+        self.scheduler = DDIMScheduler.from_pretrained(job.path / "scheduler")
+        self.maps: dict[str, torch.Tensor] = {}
+        for block in (1, 2, 3):
+            self.unet.up_blocks[block].register_forward_hook(self._keep(f"up_blocks.{block}"))
+
+    @torch.no_grad()
+    def represent(self, image: int) -> np.ndarray:
+        """float32 (1 + prompts, D)."""
+        return np.concatenate([self._one_pass(image, prompt) for prompt in ["", *self.job.prompts]])
+
+    def _one_pass(self, image: int, prompt: str) -> np.ndarray:
+        tokens = self.tokenizer(
+            prompt,
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        states = self.text(tokens.input_ids.to(self.job.device)).last_hidden_state
+        pixels = torch.from_numpy(self.job.data.images[image]).to(self.job.device).float() / 127.5 - 1
+        latents = self.vae.encode(pixels.permute(2, 0, 1)[None]).latent_dist.mean * self.vae.config.scaling_factor
+        noise = torch.randn(latents.shape[1:], generator=seeding.torch_generator(0, "noise", image))[None]
+        timestep = torch.tensor([self.job.params.timestep], device=self.job.device)
+        noisy = self.scheduler.add_noise(latents, noise.to(self.job.device), timestep)
+        self.unet(noisy, timestep, encoder_hidden_states=states)
+        return self.projector(self.maps).cpu().numpy()
+
+    def _keep(self, layer: str):
+        def hook(module, inputs, output) -> None:
+            self.maps[layer] = output
+
+        return hook
+
+
+def _matrix_peak(device: str, dtype: str) -> float:
+    """FLOP/s of a large matrix product in this type: the best of five."""
+    side = 8192 if device.startswith("cuda") else 1024
+    left, right = (torch.ones(side, side, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    left @ right
+    return max(2 * side**3 / _timed(device, lambda: left @ right)[0] for _ in range(5))
+
+
+def _timed(device: str, action) -> tuple[float, np.ndarray]:
+    _wait(device)
+    started = time.perf_counter()
+    result = action()
+    _wait(device)
+    return time.perf_counter() - started, result
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def _reset_memory(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak_memory(device: str) -> int:
+    """Of the GPU; on the CPU of the whole process since it started."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _print_table(rows: list[dict], peak: float) -> None:
+    click.echo(f"matrix product: {peak / 1e12:.3g} TFLOP/s")
+    click.echo("passes  batch  GFLOP/image  images/s  of peak  memory GB  diffusers images/s  ratio  difference")
+    for row in rows:
+        baseline = f"{row.get('baseline_images_per_second', 0):18.3g}  {row.get('ratio', 0):5.1f}"
+        click.echo(
+            f"{row['passes']:6}  {row['batch']:5}  {row['flops_per_image'] / 1e9:11.4g}  "
+            f"{row['images_per_second']:8.3g}  {row['flops_per_second'] / peak:7.1%}  "
+            f"{row['peak_memory_bytes'] / 1e9:9.2f}  {baseline}  {row.get('relative_difference', 0):10.1e}"
+        )
+
+
+if __name__ == "__main__":
+    main()

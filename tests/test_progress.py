@@ -1,0 +1,25 @@
+"""Progress where nobody watches."""
+
+import logging
+import time
+
+from pipeline import progress
+
+
+def test_a_log_gets_a_line_now_and_then(caplog, monkeypatch):
+    monkeypatch.setattr(progress, "_SECONDS_PER_LINE", 0.05)
+    caplog.set_level(logging.INFO)
+    with progress.progress_bar(100, "extract", "image") as bar:
+        for _ in range(100):
+            time.sleep(0.002)
+            bar.update()
+    assert 1 <= len(caplog.messages) <= 5
+    assert (
+        caplog.messages[0].startswith("extract:") and "left" in caplog.messages[0] and "image/s" in caplog.messages[0]
+    )
+
+
+def test_short_work_says_nothing(caplog):
+    caplog.set_level(logging.INFO)
+    assert list(progress.track(range(5), "x", 5)) == list(range(5))
+    assert not caplog.messages
