@@ -216,5 +216,5 @@ class Extraction:
         started = time.perf_counter()
         self._blank_pass(torch.zeros(self.batcher.batch_size, dtype=torch.int64))
         if self.backbone.device.startswith("cuda"):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.backbone.device)
         log.info("compiled in %.1f s", time.perf_counter() - started)

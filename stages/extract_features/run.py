@@ -149,7 +149,6 @@ class _Run:
             if not self._writer.has_basis():
                 basis = self._make_basis()
                 self._writer.write_basis(basis)
-                pca.plot_explained_variance(basis, self._writer.path / "explained_variance.svg")
                 for name, share in pca.explained(basis).items():
                     dims = len(basis.layers[name].components)
                     log.info("basis of %s: %d dims explain %.1f %%", name, dims, 100 * share)
@@ -170,6 +169,7 @@ def _deliver(writer: FeatureSetWriter, target: Path) -> Path:
         return writer.path
     with writer.lock("set"):
         if not _is_complete(target, writer.plan):
+            pca.plot_explained_variance(writer.basis(), writer.path / "explained_variance.svg")
             writer.publish(target)
             writer.drop_delivered_neighbours()
     return target
