@@ -2,7 +2,8 @@
 
 A stage and its libraries are imported only inside its command, so that --help answers at once. Every key of a stage's
 section in params.yaml is a flag of its command, made from the configuration's types; a flag overrides the key for one
-run. Exit codes: 0 done, 1 a mistake or fault that is named in one line, 2 a wrong command line, 130 interrupted.
+run. Exit codes: 0 done, 1 a mistake or fault that is named in one line, 2 a wrong command line, 130 interrupted,
+143 stopped by SIGTERM, resumable.
 """
 
 import contextlib

@@ -26,7 +26,7 @@ def progress_bar(total: int, description: str, unit: str) -> "tqdm":
 
     class Lines(tqdm):
         def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-            if 0 < self.n < self.total:
+            if msg is None and 0 < self.n < self.total:  # the message that clears a line at the end is ""
                 log.info("%s", self)
             return True
 

@@ -3,6 +3,8 @@
 import logging
 import time
 
+import pytest
+
 from pipeline import progress
 
 
@@ -22,4 +24,7 @@ def test_a_log_gets_a_line_now_and_then(caplog, monkeypatch):
 def test_short_work_says_nothing(caplog):
     caplog.set_level(logging.INFO)
     assert list(progress.track(range(5), "x", 5)) == list(range(5))
+    with pytest.raises(ValueError), progress.progress_bar(5, "x", "step") as bar:
+        bar.update()
+        raise ValueError
     assert not caplog.messages

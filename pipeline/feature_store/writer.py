@@ -21,7 +21,7 @@ import h5py
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline import provenance
+from pipeline import atomic, provenance
 from pipeline.errors import PipelineError
 from pipeline.feature_store.reader import read_basis, read_manifest
 from pipeline.feature_store.schema import FIELDS, FORMAT_VERSION, Basis, Features, FileEntry, Manifest, Plan
@@ -154,14 +154,10 @@ class FeatureSetWriter:
         """
         manifest = self._manifest()
         provenance.write_json(self.path / "manifest.json", manifest.model_dump(mode="json"))
-        incoming = target.with_name(target.name + ".tmp")
-        shutil.rmtree(incoming, ignore_errors=True)
-        incoming.mkdir(parents=True)
         names = [manifest.basis.file, *(entry.file for entry in manifest.shards.values()), "manifest.json"]
-        for name in [*names, *(plot.name for plot in self.path.glob("*.svg"))]:
-            _link_or_copy(self.path / name, incoming / name)
-        shutil.rmtree(target, ignore_errors=True)
-        incoming.replace(target)
+        with atomic.folder_in_place_of(target) as incoming:
+            for name in [*names, *(plot.name for plot in self.path.glob("*.svg"))]:
+                _link_or_copy(self.path / name, incoming / name)
 
     def drop_delivered_neighbours(self) -> None:
         """Removes the staging folders of other sets that were published; unfinished ones stay."""
@@ -228,7 +224,7 @@ class FeatureSetWriter:
         found = _Entry(fingerprint=self.fingerprint, basis_sha256=basis_sha256, entry=entry)
         with _full_disk(self.path / f"{name}.json"):
             provenance.write_json(self.path / f"{name}.json", found.model_dump(mode="json"))
-            _sync(self.path)
+            atomic.sync(self.path)
         return entry
 
     @contextlib.contextmanager
@@ -239,12 +235,12 @@ class FeatureSetWriter:
                 _reserve(temporary, size + _OVERHEAD)
                 with h5py.File(temporary, "w") as h5:
                     yield h5
-                _sync(temporary)
+                atomic.sync(temporary)
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
             temporary.replace(self.path / name)
-            _sync(self.path)
+            atomic.sync(self.path)
 
 
 @contextlib.contextmanager
@@ -276,11 +272,4 @@ def _link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        atomic.sync(target)

@@ -67,7 +67,7 @@ def test_features_are_those_of_one_pass_at_a_time(digits):
     names = PreparedDataset(config.dataset_dir).class_names
     conditioning = backbone.encode_prompts([f"a photo of a {name}" for name in names] + [""])
     for image in (0, 17, 39):
-        latents = backbone.encode_images(data.images[image : image + 1], params.image_size)
+        latents = backbone.encode_images(data.take(np.array([image])).images, params.image_size)
         noise = torch.randn(latents.shape[1:], generator=seeding.torch_generator(0, "noise", image))[None]
         noisy = backbone.add_noise(latents, noise, 300)
         for prompt in (0, 3, 10):
