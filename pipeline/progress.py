@@ -38,6 +38,7 @@ def progress_bar(total: int, description: str, unit: str) -> "tqdm":
         bar_format=bar_format,
         file=io.StringIO(),
         mininterval=_SECONDS_PER_LINE,
+        leave=False,
     )
 
 
