@@ -1,7 +1,8 @@
 """What params.yaml may hold: one section a stage, every key with its type, its range and what it means.
 
-No key has a default here: params.yaml is the only place for values, so what a run used can be read in one place. The
-command line makes its flags, and --help its texts, from these descriptions.
+No key has a default here: params.yaml is the only place for values, so what a run used can be read in one place (an
+absent `guidance` section is no value: it means that a method has none). The command line makes its flags, and --help
+its texts, from these descriptions.
 """
 
 from typing import Annotated, Literal
@@ -82,6 +83,9 @@ class TrainFL(Section):
     """Stage 2: what all methods share."""
 
     model: Literal["small_cnn", "resnet10"] = Field(description="the clients' network")
+    projection_dim: int | None = Field(
+        ge=1, description="every method's model gets MOON's projection head of this length before its classifier"
+    )
     num_clients: int = Field(ge=1, description="clients the training set is dealt to")
     clients_per_round: int = Field(ge=1, description="clients sampled each round")
     num_rounds: int = Field(ge=1, description="communication rounds")
@@ -99,16 +103,9 @@ class TrainFL(Section):
     validation_fraction: float = Field(gt=0, lt=1, description="the part held out when evaluate_on is validation")
 
 
-class FedAvg(Section):
-    """McMahan et al., AISTATS 2017."""
+class Guidance(Section):
+    """FedDifRC's two losses and their targets; on top of any method as its `guidance` section."""
 
-    algorithm: Literal["fedavg"]
-
-
-class FedDifRC(Section):
-    """Wang et al., ICCV 2025."""
-
-    algorithm: Literal["feddifrc"]
     tdcl_weight: float = Field(ge=0, description="weight of the text-driven contrastive loss; 0 switches it off")
     tdcl_targets: Literal["raw", "centred", "standardised"] = Field(description="scale of the prompted targets")
     tdcl_normalisation: Literal["none", "representation", "scalar"] = Field(
@@ -117,6 +114,106 @@ class FedDifRC(Section):
     temperature: float = Field(gt=0, description="TDCL's tau")
     ndcr_weight: float = Field(ge=0, description="weight of the consistency loss; 0 switches it off")
     ndcr_targets: Literal["raw", "centred", "standardised"] = Field(description="scale of the denoising targets")
+    ndcr_form: Literal["normalised-l2", "l2", "kl"] = Field(
+        description="NDCR: squared distance of unit vectors, of vectors as they are, or the authors' code's KL"
+    )
+    layers: Literal["all"] | list[str] = Field(
+        description="decoder layers whose columns guide: all, or names as in the feature set's manifest (up_blocks.1)"
+    )
+
+
+class _Method(Section):
+    """What every method may have: an absent `guidance` section means none."""
+
+    guidance: Guidance | None = Field(default=None, description="FedDifRC's losses on top of this method")
+
+
+class FedAvg(_Method):
+    """McMahan et al., AISTATS 2017."""
+
+    algorithm: Literal["fedavg"]
+
+
+class FedProx(_Method):
+    """Li et al., MLSys 2020."""
+
+    algorithm: Literal["fedprox"]
+    proximal_mu: float = Field(ge=0, description="weight of the squared distance to the global weights; 0 is FedAvg")
+
+
+Weighting = Literal["uniform", "samples"]
+
+
+class Scaffold(_Method):
+    """Karimireddy et al., ICML 2020, option II."""
+
+    algorithm: Literal["scaffold"]
+    server_learning_rate: float = Field(gt=0, description="the server's step towards the participants' mean")
+    weighting: Weighting = Field(description="the mean over participants: uniform (paper) or by samples")
+
+
+class FedNova(_Method):
+    """Wang et al., NeurIPS 2020."""
+
+    algorithm: Literal["fednova"]
+    proximal_mu: float = Field(ge=0, description="FedProx's term in the local objective; 0 is plain SGD")
+    server_momentum: float = Field(ge=0, lt=1, description="momentum of the server's step")
+
+
+class Moon(_Method):
+    """Li et al., CVPR 2021."""
+
+    algorithm: Literal["moon"]
+    contrastive_weight: float = Field(ge=0, description="weight of the model-contrastive loss (mu)")
+    temperature: float = Field(gt=0, description="its temperature (T)")
+
+
+class FedNH(_Method):
+    """Dai et al., AAAI 2023."""
+
+    algorithm: Literal["fednh"]
+    smoothing: float = Field(ge=0, le=1, description="share of the old prototypes that the server keeps (rho)")
+    scale: float = Field(gt=0, description="initial value of the trainable factor on the cosines")
+    weighting: Weighting = Field(description="the mean over participants: uniform (authors' code) or by samples")
+
+
+class FedCR(_Method):
+    """Zhang et al., ICML 2023."""
+
+    algorithm: Literal["fedcr"]
+    latent_dim: int = Field(ge=1, description="length of the stochastic representation")
+    num_draws: int = Field(ge=1, description="noise draws per sample and step")
+    kl_weight: float = Field(ge=0, description="weight of the divergence from the class's prior (beta)")
+    prior_step: float = Field(ge=0, le=1, description="how far the priors move each round (beta2); 0 keeps N(0, 1)")
+    weighting: Weighting = Field(description="the mean over participants: uniform (authors' code) or by samples")
+
+
+class FedDyn(_Method):
+    """Acar et al., ICLR 2021."""
+
+    algorithm: Literal["feddyn"]
+    alpha: float = Field(ge=0, description="weight of the dynamic regulariser; 0 switches it off")
+
+
+class FedAvgM(_Method):
+    """Hsu et al., 2019."""
+
+    algorithm: Literal["fedavgm"]
+    server_momentum: float = Field(ge=0, lt=1, description="momentum of the server's step; 0 is FedAvg")
+    server_learning_rate: float = Field(gt=0, description="the server's step")
+
+
+class FedProto(_Method):
+    """Tan et al., AAAI 2022, with FedAvg's aggregation of the weights."""
+
+    algorithm: Literal["fedproto"]
+    prototype_weight: float = Field(ge=0, description="weight of the distance to the class's global prototype")
+
+
+class FedDifRC(Guidance):
+    """Wang et al., ICCV 2025: FedAvg with guidance."""
+
+    algorithm: Literal["feddifrc"]
 
 
 class Dirichlet(Section):
@@ -148,9 +245,14 @@ class Runtime(Section):
     unet_batch_size: int = Field(ge=1, description="(image, prompt) pairs per UNet pass")
 
 
-METHODS: tuple[type[Section], ...] = (FedAvg, FedDifRC)
+METHODS: tuple[type[Section], ...] = (
+    FedAvg, FedProx, Scaffold, FedNova, Moon, FedNH, FedCR, FedDyn, FedAvgM, FedProto, FedDifRC,
+)  # fmt: skip
 PARTITIONS: tuple[type[Section], ...] = (Dirichlet,)
-Method = Annotated[FedAvg | FedDifRC, Field(discriminator="algorithm")]
+Method = Annotated[
+    FedAvg | FedProx | Scaffold | FedNova | Moon | FedNH | FedCR | FedDyn | FedAvgM | FedProto | FedDifRC,
+    Field(discriminator="algorithm"),
+]
 Partition = Dirichlet
 
 

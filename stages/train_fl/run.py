@@ -22,12 +22,13 @@ from pipeline.config import Config
 from pipeline.datasets import Images, PreparedDataset, stratified_split
 from pipeline.errors import PipelineError
 from pipeline.feature_store import FeatureSet
-from pipeline.params import FedDifRC
+from pipeline.params import Guidance as GuidanceParams
 from pipeline.progress import progress_bar
 from stages.train_fl import methods, models, partition
 from stages.train_fl.client_data import ClientData, Guidance
 from stages.train_fl.engines import local
 from stages.train_fl.evaluate import evaluate
+from stages.train_fl.methods.feddifrc import columns, prepare
 
 log = logging.getLogger(__name__)
 
@@ -48,18 +49,24 @@ def run(config: Config, method_name: str, partition_name: str, seed: int) -> Pat
     dataset = PreparedDataset(config.dataset_dir)
     device = _device(config.params.runtime.device)
     train, train_index, held_out = _split(dataset, config, seed)
-    features = _features(config, dataset) if isinstance(method_params, FedDifRC) else None
+    guidance_params = methods.guidance_of(method_params)
+    features = _features(config, dataset) if guidance_params else None
     parts = partition.dirichlet(
         train.labels,
         params.num_clients,
         rng=seeding.numpy_generator(seed, "partition"),
         **partition_params.model_dump(exclude={"kind"}),
     )
-    guidance_dim = features.manifest.content.num_dims if features else None
-    model = models.build(params.model, len(dataset.class_names), seed, guidance_dim).to(device)
-    local_sgd = methods.LocalSGD(model, params.momentum, params.weight_decay)
-    method = methods.build(method_params, local_sgd, _statistics(features, device))
-    everyone = _client_data(train, train_index, features)
+    everyone = _client_data(train, train_index, features, guidance_params)
+    model = models.build(
+        params.model,
+        len(dataset.class_names),
+        seed,
+        len(columns(guidance_params, features.manifest.content.layers)) if features and guidance_params else None,
+        params.projection_dim,
+        **methods.model_parts(method_params),
+    ).to(device)
+    method = methods.build(method_params, model, params.momentum, params.weight_decay, params.num_clients)
     clients = [everyone.take(torch.from_numpy(part)).to(device) for part in parts]
     test_images, test_labels = _tensors(held_out)
     test_images, test_labels = test_images.to(device), test_labels.to(device)
@@ -156,26 +163,23 @@ def _features(config: Config, dataset: PreparedDataset) -> FeatureSet:
     return features
 
 
-def _statistics(features: FeatureSet | None, device: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-    if features is None:
-        return None
-    basis = features.basis()
-    return torch.from_numpy(basis.mean).float().to(device), torch.from_numpy(basis.std).float().to(device)
-
-
-def _client_data(train: Images, train_index: np.ndarray, features: FeatureSet | None) -> ClientData:
+def _client_data(
+    train: Images, train_index: np.ndarray, features: FeatureSet | None, guidance: GuidanceParams | None
+) -> ClientData:
     images, labels = _tensors(train)
-    if features is None:
+    if features is None or guidance is None:
         return ClientData(images, labels)
     rows = features.read(train_index)
     if not np.array_equal(rows.label, train.labels):
         raise PipelineError(f"{features.path}: labels differ from the data set's: run `pipeline extract-features`")
-    positive = features.positive_prompts(rows)
-    return ClientData(
-        images,
-        labels,
-        Guidance(torch.from_numpy(rows.denoised), torch.from_numpy(rows.prompted), torch.from_numpy(positive)),
+    cached = Guidance(
+        torch.from_numpy(rows.denoised),
+        torch.from_numpy(rows.prompted),
+        torch.from_numpy(features.positive_prompts(rows)),
     )
+    basis, layers = features.basis(), features.manifest.content.layers
+    mean, std = torch.from_numpy(basis.mean), torch.from_numpy(basis.std)
+    return ClientData(images, labels, prepare(cached, guidance, layers, mean, std))
 
 
 def _tensors(data: Images) -> tuple[torch.Tensor, torch.Tensor]:

@@ -74,7 +74,7 @@ def run(method: Method, weights: Weights, clients: list[ClientData], schedule: S
         sizes = [update.num_samples for update in updates]
         yield Round(
             number=number,
-            weights=server.weights,
+            weights=method.reported_weights(server),
             participants=participants,
             num_samples=sum(sizes) * schedule.local_epochs,
             num_steps=sum(update.num_steps for update in updates),
