@@ -169,17 +169,25 @@ def extract_features(config: "Config") -> None:
 @main.command("train-fl", cls=StageCommand, section="train_fl")
 @click.option("--method", required=True, help="A name under methods: in params.yaml.")
 @click.option("--partition", required=True, help="A name under partitions: in params.yaml.")
-@click.option("--seed", required=True, type=click.IntRange(min=0), help="Seed of everything random in the run.")
-def train_fl(config: "Config", method: str, partition: str, seed: int) -> None:
-    r"""Stage 2: one federated run from images and cached features -> results/<run>.
+@click.option(
+    "--seed",
+    "seeds",
+    required=True,
+    multiple=True,
+    type=click.IntRange(min=0),
+    help="Seed of everything random in a run; repeat it for several runs.",
+)
+def train_fl(config: "Config", method: str, partition: str, seeds: tuple[int, ...]) -> None:
+    r"""Stage 2: one federated run a seed from images and cached features -> results/<run>. Resumes if killed.
 
     \b
     Examples:
-      pipeline train-fl --method fedavg --partition dir05 --seed 0
+      pipeline train-fl --method fedavg --partition dir05 --seed 0 --seed 1 --seed 2
       pipeline train-fl --method feddifrc --partition dir005 --seed 1 --evaluate-on validation
       pipeline train-fl --method feddifrc --partition dir005 --seed 1 --set methods.feddifrc.temperature=0.1
     """
-    _report_path(_stage("train_fl").run(config, method, partition, seed))
+    for seed in dict.fromkeys(seeds):
+        _report_path(_stage("train_fl").run(config, method, partition, seed))
 
 
 @main.command("report", cls=StageCommand, section="report")

@@ -4,6 +4,7 @@ An unknown key, a missing one, a wrong type or a value out of range is one line 
 is allowed. The file is read as YAML 1.2, as DVC reads it (PyYAML's 1.1 would make `1e-4` a string).
 """
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -45,6 +46,19 @@ class Config:
         p = self.params
         set_name = f"{p.prepare_data.name}-{p.prepare_backbone.name}-t{p.extract_features.timestep}"
         return self.root / "data" / "features" / set_name
+
+    @property
+    def synthetic_dir(self) -> Path:
+        """The images that the frozen model generated of the data set's classes."""
+        return self.root / "data" / "datasets" / f"{self.params.prepare_data.name}-synthetic"
+
+    @property
+    def state_dir(self) -> Path:
+        """What unfinished work left for resuming: outside every DVC out, because DVC deletes those before a stage.
+
+        Under DVC it stands in the real repository, also in an experiment's temporary copy.
+        """
+        return Path(os.environ.get("DVC_ROOT", self.root)) / ".pipeline"
 
     @property
     def results_dir(self) -> Path:

@@ -82,20 +82,35 @@ class ExtractFeatures(Section):
 class TrainFL(Section):
     """Stage 2: what all methods share."""
 
-    model: Literal["small_cnn", "resnet10"] = Field(description="the clients' network")
+    model: Literal["small_cnn", "resnet10", "resnet18", "mobilenet_v2"] = Field(description="the clients' encoder")
+    normalisation: Literal["batch", "group"] = Field(
+        description="the encoder's layers: BatchNorm, or GroupNorm in its place (small_cnn has none)"
+    )
+    precision: Literal["float32", "bfloat16"] = Field(description="of the encoder's arithmetic; bfloat16 by autocast")
     projection_dim: int | None = Field(
         ge=1, description="every method's model gets MOON's projection head of this length before its classifier"
     )
-    num_clients: int = Field(ge=1, description="clients the training set is dealt to")
+    num_clients: int = Field(
+        ge=1, description="clients the training set is dealt to (label-skew and domain may set their own number)"
+    )
     clients_per_round: int = Field(ge=1, description="clients sampled each round")
     num_rounds: int = Field(ge=1, description="communication rounds")
     local_epochs: int = Field(ge=1, description="epochs over a client's data per round")
     batch_size: int = Field(ge=1, description="local batch size")
-    learning_rate: float = Field(gt=0, description="SGD's rate")
+    learning_rate: float = Field(gt=0, description="SGD's rate in the first round")
+    learning_rate_decay: float = Field(gt=0, le=1, description="multiplies the rate after every round; 1 keeps it")
     momentum: float = Field(ge=0, lt=1, description="SGD's momentum; the buffer starts anew each round")
     weight_decay: float = Field(ge=0, description="SGD's L2 penalty")
-    augmentation: Literal["none", "crop", "crop-flip"] = Field(
-        description="of training images: none, a random crop after padding by 1/8, or that and a random flip"
+    augmentation: Literal["none", "crop", "crop-flip", "views"] = Field(
+        description="of training images: none, a random crop after padding by 1/8, that and a random flip, or "
+        "self-supervised views (resized crop, flip, colour)"
+    )
+    imbalance_factor: float = Field(
+        gt=0, le=1, description="long tail before any partition: the last class's size to the first's; 1 keeps all"
+    )
+    balance_with_synthetic: Literal["none", "mean", "largest"] = Field(
+        description="top up every class of every client with images of the synthesize stage, to the client's mean or "
+        "largest class size"
     )
     evaluate_on: Literal["test", "validation"] = Field(
         description="validation holds out a part of the training set: use it for every choice"
@@ -217,11 +232,51 @@ class FedDifRC(Guidance):
 
 
 class Dirichlet(Section):
-    """Per-class Dirichlet over clients."""
+    """Per-class Dirichlet over clients, the common algorithm."""
 
     kind: Literal["dirichlet"]
     alpha: float = Field(gt=0, description="concentration; small is heterogeneous")
     min_samples: int = Field(ge=1, description="draw again until every client has this many samples")
+
+
+class DirichletBalanced(Section):
+    """The FedDifRC authors' variant: Dirichlet inside groups of clients, then equal sizes."""
+
+    kind: Literal["dirichlet-balanced"]
+    alpha: float = Field(gt=0, description="concentration; small is heterogeneous")
+    group_size: int = Field(ge=1, description="clients per group; 5 in the authors' code")
+
+
+class LabelSkew(Section):
+    """NID2, in FedDisco's definition: biased clients of a few classes and unbiased ones of all, equal sizes."""
+
+    kind: Literal["label-skew"]
+    n_biased: int = Field(ge=0, description="biased clients")
+    classes_per_biased: int = Field(ge=1, description="classes of each biased client")
+    n_unbiased: int = Field(ge=0, description="clients with all classes")
+
+
+class ClassesPerClient(Section):
+    """k classes per client."""
+
+    kind: Literal["classes-per-client"]
+    num_classes_each: int = Field(ge=1, description="k")
+
+
+class IID(Section):
+    """Random parts of equal size."""
+
+    kind: Literal["iid"]
+
+
+class ByDomain(Section):
+    """Each client draws from one domain."""
+
+    kind: Literal["domain"]
+    clients_per_domain: Literal["even"] | list[Annotated[int, Field(ge=0)]] = Field(
+        description="clients of each domain, in the data set's order; even: train_fl.num_clients dealt evenly"
+    )
+    samples_fraction: float = Field(gt=0, le=1, description="each client's share of its domain")
 
 
 class Sweep(Section):
@@ -242,18 +297,23 @@ class Runtime(Section):
     """Speed, never numbers: DVC does not track this section."""
 
     device: str = Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
+    num_threads: int | None = Field(ge=1, description="train-fl: CPU threads per operation; null: torch's choice")
+    channels_last: bool = Field(description="train-fl: images in channels-last memory format")
+    checkpoint_every: int = Field(ge=1, description="train-fl: rounds between checkpoints")
     unet_batch_size: int = Field(ge=1, description="(image, prompt) pairs per UNet pass")
 
 
 METHODS: tuple[type[Section], ...] = (
     FedAvg, FedProx, Scaffold, FedNova, Moon, FedNH, FedCR, FedDyn, FedAvgM, FedProto, FedDifRC,
 )  # fmt: skip
-PARTITIONS: tuple[type[Section], ...] = (Dirichlet,)
+PARTITIONS: tuple[type[Section], ...] = (Dirichlet, DirichletBalanced, LabelSkew, ClassesPerClient, IID, ByDomain)
 Method = Annotated[
     FedAvg | FedProx | Scaffold | FedNova | Moon | FedNH | FedCR | FedDyn | FedAvgM | FedProto | FedDifRC,
     Field(discriminator="algorithm"),
 ]
-Partition = Dirichlet
+Partition = Annotated[
+    Dirichlet | DirichletBalanced | LabelSkew | ClassesPerClient | IID | ByDomain, Field(discriminator="kind")
+]
 
 
 class Params(Section):

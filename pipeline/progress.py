@@ -14,7 +14,7 @@ def progress_bar(total: int, description: str, unit: str) -> "tqdm":
     """A bar to be moved by its `update(count)`; a context manager."""
     from tqdm import tqdm
 
-    bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}, {remaining} left, {rate_fmt}]"
+    bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}, {remaining} left, {rate_fmt}{postfix}]"
     silent = not sys.stderr.isatty()
     return tqdm(total=total, desc=description, unit=unit, disable=silent, bar_format=bar_format, dynamic_ncols=True)
 

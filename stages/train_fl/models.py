@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline import seeding
-from stages.train_fl.encoders import ENCODERS, EncoderName
+from stages.train_fl.encoders import Encoder, EncoderSettings
 
 
 class CosineClassifier(nn.Module):
@@ -85,7 +85,7 @@ class FLModel(nn.Module):
 
 
 def build(
-    name: EncoderName,
+    settings: EncoderSettings,
     num_classes: int,
     seed: int,
     guidance_dim: int | None = None,
@@ -96,8 +96,7 @@ def build(
     """A model with weights drawn for this seed.
 
     Args:
-        name: "small_cnn" (embedding 144, the length of tiny-sd's representations) or "resnet10" (512, as in the paper,
-            the length of Stable Diffusion's).
+        settings: the encoder.
         num_classes: length of the logits.
         seed: of the initial weights.
         guidance_dim: D of the representations that guide; None for methods that use none.
@@ -106,9 +105,10 @@ def build(
         latent_dim: length of FedCR's Gaussian bottleneck, None for none.
         cosine_scale: initial factor of FedNH's cosine classifier, None for a linear classifier.
     """
-    encoder, embedding_dim = ENCODERS[name]
     with seeding.scoped_global_torch_seed(seed, "model"):
-        model = FLModel(encoder(), embedding_dim, num_classes)
+        encoder = Encoder(settings)
+        embedding_dim = encoder.embedding_dim
+        model = FLModel(encoder, embedding_dim, num_classes)
     if projection_dim:
         with seeding.scoped_global_torch_seed(seed, "projection head"):
             model.projection_head = nn.Sequential(
