@@ -231,6 +231,21 @@ class FedDifRC(Guidance):
     algorithm: Literal["feddifrc"]
 
 
+class SimSiam(_Method):
+    """Chen and He, CVPR 2021, under FedAvg: training without labels."""
+
+    algorithm: Literal["simsiam"]
+    head_dim: int = Field(ge=1, description="length of the projection; the predictor's bottleneck is a quarter of it")
+    knn_neighbours: int = Field(ge=1, description="k of the k-NN classifier that judges the embeddings")
+
+
+class SelfSupervisedFedDifRC(Guidance):
+    """Wang et al., ICCV 2025, without labels: FedAvg on the two guidance losses alone."""
+
+    algorithm: Literal["feddifrc-self-supervised"]
+    knn_neighbours: int = Field(ge=1, description="k of the k-NN classifier that judges the embeddings")
+
+
 class Dirichlet(Section):
     """Per-class Dirichlet over clients, the common algorithm."""
 
@@ -305,10 +320,23 @@ class Runtime(Section):
 
 METHODS: tuple[type[Section], ...] = (
     FedAvg, FedProx, Scaffold, FedNova, Moon, FedNH, FedCR, FedDyn, FedAvgM, FedProto, FedDifRC,
+    SimSiam, SelfSupervisedFedDifRC,
 )  # fmt: skip
 PARTITIONS: tuple[type[Section], ...] = (Dirichlet, DirichletBalanced, LabelSkew, ClassesPerClient, IID, ByDomain)
 Method = Annotated[
-    FedAvg | FedProx | Scaffold | FedNova | Moon | FedNH | FedCR | FedDyn | FedAvgM | FedProto | FedDifRC,
+    FedAvg
+    | FedProx
+    | Scaffold
+    | FedNova
+    | Moon
+    | FedNH
+    | FedCR
+    | FedDyn
+    | FedAvgM
+    | FedProto
+    | FedDifRC
+    | SimSiam
+    | SelfSupervisedFedDifRC,
     Field(discriminator="algorithm"),
 ]
 Partition = Annotated[

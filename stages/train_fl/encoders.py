@@ -58,7 +58,7 @@ class Encoder(nn.Module):
             return self.network(images).float()
 
 
-class BatchNorm2d(nn.BatchNorm2d):
+class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm that also trains where a batch has one value per channel: one image on a 1x1 map.
 
     Such a batch has no variance, and torch refuses it. It is normalised by the running statistics, as in evaluation,
@@ -66,12 +66,20 @@ class BatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
+        """(B, C, ...) -> (B, C, ...)."""
         if self.training and input.numel() == input.shape[1]:
             return functional.batch_norm(
                 input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
         return super().forward(input)
+
+
+class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+    """Of vectors (B, C)."""
+
+
+class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+    """Of maps (B, C, H, W)."""
 
 
 def _group_norm(channels: int) -> nn.Module:

@@ -11,6 +11,7 @@ from torch.nn import functional
 from stages.train_fl.augmentation import to_model_range
 from stages.train_fl.client_data import ClientData
 from stages.train_fl.federation import HeldOut
+from stages.train_fl.models import FLModel
 
 Predictor = Callable[[Tensor], Tensor]
 """Images uint8 (N, 3, H, W) -> predicted labels int64 (N,), on the device."""
@@ -21,10 +22,10 @@ _BATCH = 500
 class Evaluator(Protocol):
     """What a kind of training is judged by."""
 
-    def scores(self, model: nn.Module) -> dict[str, float]:
+    def scores(self, model: FLModel) -> dict[str, float]:
         """Held-out accuracy and loss of the model as it stands, after every round."""
 
-    def final(self, model: nn.Module) -> tuple[Predictor, dict[str, float]]:
+    def final(self, model: FLModel) -> tuple[Predictor, dict[str, float]]:
         """The last model's predictor, and what else is said of it."""
 
 
@@ -35,11 +36,11 @@ class Classification:
         """Judges on `held_out`."""
         self._held_out = held_out
 
-    def scores(self, model: nn.Module) -> dict[str, float]:
+    def scores(self, model: FLModel) -> dict[str, float]:
         """Accuracy and mean cross-entropy."""
         return evaluate(model, self._held_out.images, self._held_out.labels)
 
-    def final(self, model: nn.Module) -> tuple[Predictor, dict[str, float]]:
+    def final(self, model: FLModel) -> tuple[Predictor, dict[str, float]]:
         """The classifier; nothing else."""
         model.eval()
         device = self._held_out.labels.device

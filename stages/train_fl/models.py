@@ -7,12 +7,14 @@ differs from that of the cached representations, a linear projector stands betwe
 own generator, so the encoder starts equal with or without the rest.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline import seeding
-from stages.train_fl.encoders import Encoder, EncoderSettings
+from stages.train_fl.encoders import BatchNorm1d, Encoder, EncoderSettings
 
 
 class CosineClassifier(nn.Module):
@@ -56,6 +58,31 @@ class GaussianBottleneck(nn.Module):
         return self.distribution(features)[0]
 
 
+class SimSiamHeads(nn.Module):
+    """SimSiam's projection (three layers) and predictor (two, a bottleneck of a quarter), in the classifier's place.
+
+    The projection's last layer is normalised without a ReLU and the predictor's output not at all, as in the paper.
+    """
+
+    def __init__(self, embedding_dim: int, head_dim: int, norm_layer: Callable[[int], nn.Module]) -> None:
+        """Every hidden layer is followed by `norm_layer` and ReLU."""
+        super().__init__()
+        hidden = max(1, head_dim // 4)
+        self.projection = nn.Sequential(
+            nn.Linear(embedding_dim, head_dim, bias=False), norm_layer(head_dim), nn.ReLU(),
+            nn.Linear(head_dim, head_dim, bias=False), norm_layer(head_dim), nn.ReLU(),
+            nn.Linear(head_dim, head_dim, bias=False), norm_layer(head_dim),
+        )  # fmt: skip
+        self.predictor = nn.Sequential(
+            nn.Linear(head_dim, hidden, bias=False), norm_layer(hidden), nn.ReLU(), nn.Linear(hidden, head_dim)
+        )
+
+    def forward(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Float (B, D) -> projections and predictions, each (B, head_dim)."""
+        projections = self.projection(embeddings)
+        return projections, self.predictor(projections)
+
+
 class FLModel(nn.Module):
     """An encoder, a classifier on its embedding, and a projector to the space of the guidance."""
 
@@ -92,6 +119,7 @@ def build(
     projection_dim: int | None = None,
     latent_dim: int | None = None,
     cosine_scale: float | None = None,
+    simsiam_dim: int | None = None,
 ) -> FLModel:
     """A model with weights drawn for this seed.
 
@@ -104,6 +132,7 @@ def build(
             None for no head.
         latent_dim: length of FedCR's Gaussian bottleneck, None for none.
         cosine_scale: initial factor of FedNH's cosine classifier, None for a linear classifier.
+        simsiam_dim: length of SimSiam's projection, whose heads then take the classifier's place.
     """
     with seeding.scoped_global_torch_seed(seed, "model"):
         encoder = Encoder(settings)
@@ -127,6 +156,10 @@ def build(
                 else nn.Linear(embedding_dim, num_classes)
             )
         model.embedding_dim = embedding_dim
+    if simsiam_dim:
+        with seeding.scoped_global_torch_seed(seed, "simsiam heads"):
+            norm_layer = BatchNorm1d if settings.normalisation == "batch" else nn.LayerNorm
+            model.classifier = SimSiamHeads(embedding_dim, simsiam_dim, norm_layer)
     if guidance_dim not in (None, embedding_dim):
         with seeding.scoped_global_torch_seed(seed, "projector"):
             model.projector = nn.Linear(embedding_dim, guidance_dim)

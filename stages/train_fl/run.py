@@ -16,7 +16,7 @@ import torch
 from pipeline import provenance
 from pipeline.config import Config
 from pipeline.errors import PipelineError
-from pipeline.params import Runtime, Section
+from pipeline.params import Runtime, Section, SelfSupervisedFedDifRC, SimSiam
 from pipeline.progress import progress_bar
 from stages.train_fl import evaluate, federation, methods, models, records
 from stages.train_fl.checkpoint import Checkpoint
@@ -25,8 +25,12 @@ from stages.train_fl.engines import local
 from stages.train_fl.evaluate import Classification, Evaluator
 from stages.train_fl.federation import Federation
 from stages.train_fl.methods import Method
+from stages.train_fl.models import FLModel
+from stages.train_fl.probes import Probes
 
 log = logging.getLogger(__name__)
+
+SelfSupervised = SimSiam | SelfSupervisedFedDifRC
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ def run(config: Config, method_name: str, partition_name: str, seed: int) -> Pat
         PipelineError: a name is unknown, data or features are missing or do not belong together, or training diverged.
     """
     job = Job(config, method_name, partition_name, seed)
+    if isinstance(job.method, SimSiam) and config.params.train_fl.augmentation == "none":
+        raise PipelineError("simsiam compares two views of an image: set train_fl.augmentation to views (or crop)")
     guidance, partition = methods.guidance_of(job.method), job.partition
     device = prepare_torch(config.params.runtime)
     data = federation.load(config, partition, seed, guidance, device)
@@ -87,7 +93,7 @@ def run(config: Config, method_name: str, partition_name: str, seed: int) -> Pat
     settings = _settings(job, data)
     key = provenance.fingerprint(settings | _numerics(config, device))[:16]
     checkpoint = Checkpoint(config.state_dir / "checkpoints" / f"{job.path.name}-{key}")
-    evaluator = Classification(data.held_out)
+    evaluator = _evaluator(job, data)
     record = _train(job, data, model, method, evaluator, checkpoint, device)
     _finish(job, data, model, evaluator, record)
     provenance.write_json(job.path / "config.json", settings | {"provenance": provenance.describe(device)})
@@ -115,7 +121,7 @@ def prepare_torch(runtime: Runtime) -> str:
     return device
 
 
-def _build(job: Job, data: Federation, device: str) -> tuple[torch.nn.Module, Method]:
+def _build(job: Job, data: Federation, device: str) -> tuple[FLModel, Method]:
     """The network and the method that trains it."""
     params, runtime = job.config.params.train_fl, job.config.params.runtime
     encoder = EncoderSettings(params.model, params.normalisation, params.precision, runtime.channels_last)
@@ -130,10 +136,17 @@ def _build(job: Job, data: Federation, device: str) -> tuple[torch.nn.Module, Me
     return model, methods.build(job.method, model, params.momentum, params.weight_decay, len(data.clients))
 
 
+def _evaluator(job: Job, data: Federation) -> Evaluator:
+    """The classifier's accuracy, or for training without labels a k-NN classifier's and a linear probe's."""
+    if isinstance(job.method, SelfSupervised):
+        return Probes(data.clients, data.held_out, job.method.knn_neighbours)
+    return Classification(data.held_out)
+
+
 def _train(
     job: Job,
     data: Federation,
-    model: torch.nn.Module,
+    model: FLModel,
     method: Method,
     evaluator: Evaluator,
     checkpoint: Checkpoint,
@@ -162,9 +175,7 @@ def _train(
     return record
 
 
-def _finish(
-    job: Job, data: Federation, model: torch.nn.Module, evaluator: Evaluator, record: records.RunRecord
-) -> None:
+def _finish(job: Job, data: Federation, model: FLModel, evaluator: Evaluator, record: records.RunRecord) -> None:
     """Writes the weights, the accuracy by client and by domain, and the run in a few numbers."""
     predictor, extra = evaluator.final(model)
     records.write_weights(job.path, model.state_dict())

@@ -16,6 +16,7 @@ from stages.train_fl.methods.fedprox import FedProx
 from stages.train_fl.methods.local_sgd import LocalSGD
 from stages.train_fl.methods.moon import Moon
 from stages.train_fl.methods.scaffold import Scaffold
+from stages.train_fl.methods.self_supervised import SelfSupervisedFedDifRC, SimSiam
 from stages.train_fl.models import FLModel
 
 __all__ = [
@@ -43,8 +44,10 @@ _METHODS: dict[type[params.Section], type[FedAvg]] = {
     params.FedAvgM: FedAvgM,
     params.FedProto: FedProto,
     params.FedDifRC: FedAvg,
+    params.SimSiam: SimSiam,
+    params.SelfSupervisedFedDifRC: SelfSupervisedFedDifRC,
 }
-_PARTS = {"scale": "cosine_scale", "latent_dim": "latent_dim"}
+_PARTS = {"scale": "cosine_scale", "latent_dim": "latent_dim", "head_dim": "simsiam_dim"}
 
 
 def guidance_of(section: params.Section) -> params.Guidance | None:
@@ -69,9 +72,9 @@ def build(section: params.Section, model: FLModel, momentum: float, weight_decay
     """
     guidance = guidance_of(section)
     local_sgd = LocalSGD(model, momentum, weight_decay, GuidanceLoss(guidance) if guidance else None)
-    if isinstance(section, params.FedDifRC):
-        return FedAvg(local_sgd)
-    settings = section.model_dump(exclude={"algorithm", "guidance", *_PARTS})
+    if isinstance(section, params.Guidance):
+        return _METHODS[type(section)](local_sgd)
+    settings = section.model_dump(exclude={"algorithm", "guidance", "knn_neighbours", *_PARTS})
     if isinstance(section, (params.Scaffold, params.FedDyn)):
         settings["num_clients"] = num_clients
     return _METHODS[type(section)](local_sgd, **settings)
