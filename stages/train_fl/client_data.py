@@ -118,6 +118,12 @@ class Batches:
                 self.loading.seconds += time.perf_counter() - started
                 yield batch
 
+    def samples(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every sample once, in order and without augmentation: images float (B, 3, H, W) and labels int64 (B,)."""
+        data, device = self.data, self.device or self.data.labels.device
+        for images, labels in zip(data.images.split(self.batch_size), data.labels.split(self.batch_size), strict=True):
+            yield to_model_range(images.to(device)), labels.to(device)
+
     def _gather(self, index: Tensor) -> Batch:
         data, device = self.data, self.device or self.data.labels.device
         images = data.images[index].to(device, non_blocking=True)

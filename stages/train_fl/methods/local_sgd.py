@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stages.train_fl.client_data import Batch, Batches, to_model_range
+from stages.train_fl.client_data import Batch, Batches
 from stages.train_fl.methods.base import ClientUpdate, Metrics, Weights
 from stages.train_fl.methods.feddifrc import GuidanceLoss
 from stages.train_fl.models import FLModel
@@ -80,10 +80,9 @@ class LocalSGD:
         last epoch still moves the model; FedNH's as here, but on augmented images.)
         """
         self.model.eval()
-        data, size = batches.data, batches.batch_size
         parts = [
-            class_sums(function(self.model, to_model_range(images)), labels, self.model.num_classes)
-            for images, labels in zip(data.images.split(size), data.labels.split(size), strict=True)
+            class_sums(function(self.model, images), labels, self.model.num_classes)
+            for images, labels in batches.samples()
         ]
         sums, counts = zip(*parts, strict=True)
         return torch.stack(sums).sum(0), torch.stack(counts).sum(0)
