@@ -213,6 +213,43 @@ def report(config: "Config") -> None:
     _report_path(_stage("report").run(config))
 
 
+@main.command("preset")
+@click.argument("name", required=False)
+@click.option("--run", "run_it", is_flag=True, help="Run the pipeline after it: dvc repro, or its DVC experiments.")
+@click.pass_obj
+def preset(params: Path, name: str | None, run_it: bool) -> None:
+    r"""Merge presets/NAME.yaml into params.yaml; without NAME, list the presets.
+
+    \b
+    Examples:
+      pipeline preset
+      pipeline preset digits-table --run
+      git checkout params.yaml
+    """
+    from pipeline import presets
+
+    if name is None:
+        for known, text in presets.describe(params.resolve().parent / "presets").items():
+            click.echo(f"{known:24} {text}")
+        return
+    experiments = presets.apply(name, params.resolve())
+    _report_path(params)
+    for changes in experiments if run_it else []:
+        _dvc(params.resolve().parent, changes)
+
+
+def _dvc(root: Path, changes: dict[str, Any]) -> None:
+    """Runs the pipeline under DVC, with other values as an experiment; exits with its code if it fails."""
+    import subprocess
+    import sys
+
+    sets = [word for key, value in changes.items() for word in ("--set-param", f"{key}={value}")]
+    command = ["exp", "run", *sets] if sets else ["repro"]
+    done = subprocess.run([sys.executable, "-m", "dvc", *command], cwd=root, check=False)
+    if done.returncode:
+        raise click.exceptions.Exit(done.returncode)
+
+
 def _stage(name: str) -> Any:
     return importlib.import_module(f"stages.{name}")
 

@@ -92,7 +92,7 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
         PipelineError: the file is missing or not YAML, a key is unknown, missing, of a wrong type or range, or the
             sweep names what there is not.
     """
-    values, overrides = _read_yaml(path), overrides or {}
+    values, overrides = read_yaml(path), overrides or {}
     for key, value in overrides.items():
         _set(values, key, value)
 
@@ -144,7 +144,12 @@ def _accepts(field: FieldInfo, value: Any) -> bool:
     return True
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds sections.
+
+    Raises:
+        PipelineError: it is missing, cannot be read, is not YAML, or holds something else.
+    """
     from ruamel.yaml import YAML, YAMLError
     from ruamel.yaml.error import MarkedYAMLError
 
