@@ -7,7 +7,13 @@ from stages.train_fl.client_data import Batches, ClientData, Guidance
 from stages.train_fl.methods import LocalSGD
 from stages.train_fl.models import CosineClassifier, FLModel, GaussianBottleneck
 
+torch.set_num_threads(1)  # for tensors this small, threads only wait for one another
+
 CLASSES, DIM, PROMPTS = 3, 6, 3
+GUIDANCE = dict(
+    tdcl_weight=1.0, tdcl_targets="raw", tdcl_normalisation="none", temperature=0.1, ndcr_weight=1.0,
+    ndcr_targets="raw", ndcr_form="normalised-l2", layers="all",
+)  # fmt: skip
 
 
 def tiny_model(latent_dim=None, cosine_scale=None):
@@ -34,7 +40,8 @@ def client(size, seed):
     images = torch.randint(256, (size, 3, 8, 8), generator=g, dtype=torch.uint8)
     labels = torch.randint(CLASSES, (size,), generator=g)
     rows = Guidance(
-        torch.randn(size, DIM, generator=g), nn.functional.normalize(torch.randn(size, PROMPTS, DIM, generator=g), dim=2),
+        torch.randn(size, DIM, generator=g),
+        nn.functional.normalize(torch.randn(size, PROMPTS, DIM, generator=g), dim=2),
         labels,
     )  # fmt: skip
     return ClientData(images, labels, rows)

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from method_fixtures import client, local_sgd, state_of, to_bytes, train
+from method_fixtures import GUIDANCE, client, local_sgd, state_of, to_bytes, train
 
 from pipeline.params import Guidance as GuidanceParams
 from stages.train_fl.methods.fedavg import FedAvg
@@ -22,10 +22,7 @@ SAME_STEPS = [client(size, seed) for seed, size in enumerate((5, 7, 8))]  # two 
 
 
 def guidance(**changes):
-    values = dict(
-        tdcl_weight=0.0, tdcl_targets="raw", tdcl_normalisation="none", temperature=0.04, ndcr_weight=0.0,
-        ndcr_targets="raw", ndcr_form="normalised-l2", layers="all",
-    )  # fmt: skip
+    values = GUIDANCE | dict(tdcl_weight=0.0, ndcr_weight=0.0)
     return GuidanceLoss(GuidanceParams(**(values | changes)))
 
 

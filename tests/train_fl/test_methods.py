@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from method_fixtures import CLASSES, DIM, batches, client, local_sgd, state_of, to_bytes, train
+from method_fixtures import CLASSES, DIM, GUIDANCE, batches, client, local_sgd, state_of, to_bytes, train
 from safetensors.torch import load, save
 from torch.nn import functional
 
@@ -22,10 +22,6 @@ from stages.train_fl.methods.moon import Moon
 
 CLIENTS = [client(size, seed) for seed, size in enumerate((5, 11, 8))]
 LR, WD = 0.1, 0.01
-GUIDANCE = dict(
-    tdcl_weight=1.0, tdcl_targets="raw", tdcl_normalisation="none", temperature=0.1, ndcr_weight=1.0,
-    ndcr_targets="raw", ndcr_form="normalised-l2", layers="all",
-)  # fmt: skip
 SECTIONS = [
     params.FedAvg(algorithm="fedavg"),
     params.FedProx(algorithm="fedprox", proximal_mu=0.1),
@@ -468,8 +464,8 @@ def test_fedcrs_priors_are_products_of_experts():
                 for i in range(len(each)):
                     if each.labels[i] == c:
                         features = model.encoder(to_model_range(each.images[i : i + 1]))
-                        raw = model.bottleneck.linear(features)[0]
-                        expert = float(raw[q]), math.log(1 + math.exp(float(raw[4 + q])))
+                        raw = model.bottleneck.linear(features)[0].tolist()
+                        expert = raw[q], math.log(1 + math.exp(raw[4 + q]))
                         prior = product_of_two(prior, expert)
             expected = 0.5 * 0.0 + 0.5 * prior[0], 0.5 * 1.0 + 0.5 * prior[1]
             got = new.broadcast["mean"][c, q].item(), new.broadcast["std"][c, q].item()
