@@ -9,7 +9,7 @@ from method_fixtures import CLASSES, DIM, GUIDANCE, batches, client, local_sgd, 
 from safetensors.torch import load, save
 from torch.nn import functional
 
-from pipeline import params
+from pipeline import params, seeding
 from stages.train_fl.client_data import to_model_range
 from stages.train_fl.engines import local
 from stages.train_fl.losses import prototype_loss, unit
@@ -290,6 +290,19 @@ def test_fednova_sends_its_normaliser():
     assert update.extras["normaliser"].item() == fednova.normaliser(6, 0.9, 0.05)
 
 
+def test_fednovas_server_momentum_by_hand():
+    method = fednova.FedNova(local_sgd(), 0.0, 0.5)
+    weights = state_of(method._local_sgd.model)
+    steps = {"normaliser": torch.tensor(3.0)}
+    server = ServerState(weights)
+    for moved in (-1.0, -1.5, -1.75):  # every client moves by -1, so v = 1, 0.5 + 1, 0.75 + 1
+        update = ClientUpdate({name: value - 1 for name, value in server.weights.items()}, 8, 3, steps)
+        new, _ = method.server_update(server, [update, update])
+        for name in method._local_sgd.parameter_names:
+            assert torch.allclose(new.weights[name] - server.weights[name], torch.tensor(moved), atol=1e-5)
+        server = new
+
+
 # FedDyn
 
 
@@ -343,6 +356,8 @@ def test_the_engine_reports_feddyns_mean_and_not_the_servers_point():
 def test_moons_first_participation_has_no_contrast_and_later_ones_contrast_with_the_previous_model():
     method = Moon(local_sgd(), 5.0, 0.5)
     start = state_of(method._local_sgd.model)
+    for name in method._local_sgd.parameter_names:
+        start[name] *= 1.1  # not the weights that the method was made with
     first, state, metrics = method.client_update(start, {}, {}, batches(CLIENTS[1]), LR)
     plain, _, _ = FedAvg(local_sgd()).client_update(start, {}, {}, batches(CLIENTS[1]), LR)
     assert metrics["contrastive"] == 0 and to_bytes(first.weights) == to_bytes(plain.weights)
@@ -471,6 +486,42 @@ def test_fedcrs_priors_are_products_of_experts():
             got = new.broadcast["mean"][c, q].item(), new.broadcast["std"][c, q].item()
             assert got == pytest.approx(expected, abs=1e-5)
     assert new.broadcast["std"][2].tolist() == [1.0] * 4  # nobody has class 2
+
+
+def test_fedcr_keeps_the_prior_of_a_class_that_nobody_has():
+    mean, std = torch.full((2, 1), 0.3), torch.full((2, 1), 0.2)
+    precision, shift, counts = (
+        torch.tensor([[[4.0], [0.0]]]),
+        torch.tensor([[[2.0], [0.0]]]),
+        torch.tensor([[3.0, 0.0]]),
+    )
+    new_mean, new_std = fedcr.new_priors(mean, std, precision, shift, counts, 1.0)
+    assert new_mean[:, 0].tolist() == pytest.approx([2 / 5, 0.3])
+    assert new_std[:, 0].tolist() == pytest.approx([5**-0.5, 0.2])
+
+
+def test_fedcr_trains_on_the_mean_over_draws_and_the_reverse_divergence():
+    draws, beta = 3, 0.1
+    method = fedcr.FedCR(local_sgd(latent_dim=4), draws, beta, 1.0, "uniform")
+    start = state_of(method._local_sgd.model)
+    prior = {"mean": randn(CLASSES, 4).float(), "std": randn(CLASSES, 4, seed=1).float().exp()}
+    data = batches(CLIENTS[1], epochs=1, batch_size=11)  # one step
+    _, _, metrics = method.client_update(start, prior, {}, data, LR)
+    model = local_sgd(latent_dim=4).model.train()
+    batch = next(iter(batches(CLIENTS[1], epochs=1, batch_size=11)))
+    out = model.bottleneck.linear(model.encoder(batch.images)).detach()
+    m, s = out[:, :4], (1 + out[:, 4:].exp()).log()
+    noise = torch.randn(draws, 11, 4, generator=seeding.torch_generator(0, "fedcr noise"))
+    entropy = divergence = 0.0
+    for i in range(11):
+        y = int(batch.labels[i])
+        for each in range(draws):
+            logits = model.classifier(m[i] + s[i] * noise[each, i]).tolist()
+            entropy += (math.log(sum(map(math.exp, logits))) - logits[y]) / (11 * draws)
+        p = torch.distributions.Normal(prior["mean"][y], prior["std"][y])
+        divergence += torch.distributions.kl_divergence(p, torch.distributions.Normal(m[i], s[i])).sum().item() / 11
+    assert metrics["cross_entropy"] == pytest.approx(entropy, rel=1e-5)
+    assert metrics["divergence"] == pytest.approx(beta * divergence, rel=1e-5)
 
 
 def test_fedcrs_noise_leaves_the_order_of_batches_alone():
