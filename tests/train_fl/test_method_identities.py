@@ -3,7 +3,6 @@
 import math
 
 import pytest
-from method_fixtures import GUIDANCE, client, local_sgd, state_of, to_bytes, train
 
 from pipeline.params import Guidance as GuidanceParams
 from stages.train_fl.methods.fedavg import FedAvg
@@ -15,6 +14,7 @@ from stages.train_fl.methods.fedproto import FedProto
 from stages.train_fl.methods.fedprox import FedProx
 from stages.train_fl.methods.moon import Moon
 from stages.train_fl.methods.scaffold import Scaffold
+from tests.train_fl.method_fixtures import GUIDANCE, client, local_sgd, state_of, to_bytes, train
 
 EQUAL = [client(8, seed) for seed in range(3)]
 UNEQUAL = [client(size, seed) for seed, size in enumerate((5, 11, 8))]

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from method_fixtures import CLASSES, DIM, GUIDANCE, batches, client, local_sgd, state_of, to_bytes, train
 from safetensors.torch import load, save
 from torch.nn import functional
 
@@ -19,6 +18,7 @@ from stages.train_fl.methods.fedavgm import FedAvgM, server_momentum_step
 from stages.train_fl.methods.feddyn import FedDyn
 from stages.train_fl.methods.fedprox import FedProx, add_proximal_gradient, proximal_penalty
 from stages.train_fl.methods.moon import Moon
+from tests.train_fl.method_fixtures import CLASSES, DIM, GUIDANCE, batches, client, local_sgd, state_of, to_bytes, train
 
 CLIENTS = [client(size, seed) for seed, size in enumerate((5, 11, 8))]
 LR, WD = 0.1, 0.01
@@ -337,8 +337,9 @@ def test_feddyn_equals_the_loop_over_rounds():
 
 def test_the_engine_reports_feddyns_mean_and_not_the_servers_point():
     method = FedDyn(local_sgd(), 3, 0.3)
-    schedule = local.Schedule(2, 3, 1, 4, LR, "none", 0)
-    reported = [done.weights for done in local.run(method, state_of(method._local_sgd.model), CLIENTS, schedule)]
+    schedule = local.Schedule(2, 3, 1, 4, LR, 1.0, "none", 0)
+    start = local.begin(method, state_of(method._local_sgd.model), 3)
+    reported = [done.weights for done in local.run(method, start, CLIENTS, schedule)]
     served = []
 
     class Spy(FedDyn):
@@ -346,7 +347,7 @@ def test_the_engine_reports_feddyns_mean_and_not_the_servers_point():
             served.append(self._average(updates, "uniform"))
             return super().server_update(state, updates)
 
-    list(local.run(Spy(local_sgd(), 3, 0.3), state_of(local_sgd().model), CLIENTS, schedule))
+    list(local.run(Spy(local_sgd(), 3, 0.3), start, CLIENTS, schedule))
     assert all(close(got, mean, 1e-6) for got, mean in zip(reported, served, strict=True))
 
 

@@ -4,17 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from method_fixtures import GUIDANCE, batches, client, local_sgd, state_of, tiny_model, to_bytes
 from torch import nn
 
 from pipeline import config, params
 from pipeline.errors import PipelineError
 from stages.train_fl import methods, models
 from stages.train_fl.client_data import Guidance
+from stages.train_fl.encoders import EncoderSettings
 from stages.train_fl.losses import ndcr_loss, tdcl_loss
 from stages.train_fl.methods.feddifrc import GuidanceLoss, columns, prepare
+from tests.train_fl.method_fixtures import GUIDANCE, batches, client, local_sgd, state_of, tiny_model, to_bytes
 
 LAYERS = {"up_blocks.1": [0, 2], "up_blocks.2": [2, 5], "up_blocks.3": [5, 6]}
+SMALL_CNN = EncoderSettings("small_cnn", "batch", "float32", False)
 PARAMS_YAML = Path(__file__).parents[2] / "params.yaml"
 N, P, D = 5, 3, 6
 
@@ -107,7 +109,7 @@ def test_each_term_can_be_trained_alone(off, left):
 
 def test_fewer_layers_train_through_a_projector():
     settings = section(layers=["up_blocks.2"])
-    model = models.build("small_cnn", 3, 0, len(columns(settings, LAYERS)))
+    model = models.build(SMALL_CNN, 3, 0, len(columns(settings, LAYERS)))
     assert model.projector.out_features == 3
     rows = prepare(cached(), settings, LAYERS, MEAN, STD)
     data = client(N, 0)
@@ -133,10 +135,10 @@ def test_a_projector_that_no_term_reaches_keeps_its_weights_under_every_correcti
 
 
 def test_parts_leave_the_encoder_as_it_was_drawn():
-    plain = models.build("small_cnn", 3, 7)
+    plain = models.build(SMALL_CNN, 3, 7)
     parts = dict(projection_dim=16), dict(latent_dim=8), dict(cosine_scale=2.0), dict(projection_dim=16, latent_dim=8)
     for part in parts:
-        model = models.build("small_cnn", 3, 7, 5, **part)
+        model = models.build(SMALL_CNN, 3, 7, 5, **part)
         assert to_bytes(state_of(model.encoder)) == to_bytes(state_of(plain.encoder))
         embeddings, logits = model(torch.zeros(2, 3, 32, 32))
         assert embeddings.shape == (2, part.get("latent_dim") or part.get("projection_dim") or 144)
@@ -162,11 +164,10 @@ def test_every_entry_of_params_yaml_makes_a_method_that_trains():
         model.model_fields["algorithm"].annotation.__args__[0] for model in params.METHODS
     }
     for entry in entries.values():
-        parts = methods.model_parts(entry)
-        if "latent_dim" in parts:
-            parts["latent_dim"] = 6
-        method = methods.build(entry, tiny_model(**parts), 0.9, 0.0, 3)
-        server = method.init_server(state_of(method._local_sgd.model))
+        guidance_dim = 6 if methods.guidance_of(entry) else None
+        model = models.build(SMALL_CNN, 3, 0, guidance_dim, **methods.model_parts(entry))
+        method = methods.build(entry, model, 0.9, 0.0, 3)
+        server = method.init_server(state_of(model))
         update, _, _ = method.client_update(server.weights, server.broadcast, {}, batches(client(8, 0)), 0.1)
         assert set(method.server_update(server, [update])[0].weights) == set(server.weights)
 
