@@ -49,7 +49,7 @@ def tdcl_loss(
     """
     z = unit(embeddings)
     f = prompted if prompted_is_unit else unit(prompted)
-    similarity = torch.bmm(f, z[:, :, None])[:, :, 0]  # (B, P)
+    similarity = torch.einsum("bd,bpd->bp", z, f)
     if normalisation != "none":
         distance = torch.cdist(z.detach(), f.flatten(0, 1)).mean(0).view_as(similarity)  # U(F_bp)
         if normalisation == "scalar":
