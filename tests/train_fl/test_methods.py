@@ -236,6 +236,22 @@ def test_scaffolds_server_by_hand():
     assert all(torch.allclose(value, torch.full_like(value, 2.5)) for value in again.broadcast.values())
 
 
+def test_scaffolds_server_control_stays_the_mean_of_all_clients_controls():
+    method = scaffold.Scaffold(local_sgd(), 3, 1.0, "uniform")
+    server = method.init_server(state_of(method._local_sgd.model))
+    states = [method.init_client(server.weights) for _ in CLIENTS]
+    for participants in ((0, 1), (1, 2), (0, 2)):
+        updates = []
+        for k in participants:
+            update, states[k], _ = method.client_update(
+                server.weights, server.broadcast, states[k], batches(CLIENTS[k], k), LR
+            )
+            updates.append(update)
+        server, _ = method.server_update(server, updates)
+    for name, value in server.broadcast.items():
+        assert torch.allclose(value, sum(state[name] for state in states) / 3, atol=1e-5)
+
+
 # FedNova
 
 
