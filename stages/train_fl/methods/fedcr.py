@@ -11,7 +11,8 @@ The divergence is the authors' code's, the reverse of the bound's: the prior's d
 bound's would explode. Their loop over samples and the sums here are the same product. Their flag beta2 is 0 by
 default, which never moves the priors; their README uses 1, and so do we. A class that no participant has keeps its
 prior. The authors keep the classifier local and test each client's model; here, as for every method, all is averaged
-and the global model is tested, at z = m (they average 30 draws). Guidance acts on m. Experts are made after training, of clean images.
+and the global model is tested, at z = m (they average 30 draws). Guidance acts on m. Experts are made after training,
+of clean images.
 """
 
 import functools
