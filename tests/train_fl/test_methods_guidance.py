@@ -188,6 +188,14 @@ def test_a_wrong_setting_is_named(key, value, message):
         config.load(PARAMS_YAML, {key: value})
 
 
+def test_training_without_labels_and_losses_is_named():
+    entry = params.SelfSupervisedFedDifRC(
+        algorithm="feddifrc-self-supervised", knn_neighbours=5, **GUIDANCE | dict(tdcl_weight=0.0, ndcr_weight=0.0)
+    )
+    with pytest.raises(PipelineError, match="has nothing to train on: set tdcl_weight or ndcr_weight"):
+        methods.build(entry, tiny_model(), 0.9, 0.0, 1)
+
+
 def test_an_override_of_one_methods_guidance_leaves_the_others():
     entries = config.load(PARAMS_YAML, {"methods.fedprox-feddifrc.guidance.temperature": 0.5}).params.methods
     assert methods.guidance_of(entries["fedprox-feddifrc"]).temperature == 0.5

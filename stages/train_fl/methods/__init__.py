@@ -3,6 +3,7 @@
 from typing import Any
 
 from pipeline import params
+from pipeline.errors import PipelineError
 from stages.train_fl.methods.base import ClientState, ClientUpdate, Method, Metrics, ServerState, Weights
 from stages.train_fl.methods.fedavg import FedAvg
 from stages.train_fl.methods.fedavgm import FedAvgM
@@ -69,9 +70,14 @@ def build(section: params.Section, model: FLModel, momentum: float, weight_decay
         momentum: of local SGD.
         weight_decay: of local SGD.
         num_clients: N, all clients, which SCAFFOLD's and FedDyn's servers must know.
+
+    Raises:
+        PipelineError: training without labels has both of its losses switched off.
     """
     guidance = guidance_of(section)
     local_sgd = LocalSGD(model, momentum, weight_decay, GuidanceLoss(guidance) if guidance else None)
+    if isinstance(section, params.SelfSupervisedFedDifRC) and not section.tdcl_weight + section.ndcr_weight:
+        raise PipelineError(f"{section.algorithm} has nothing to train on: set tdcl_weight or ndcr_weight above 0")
     if isinstance(section, params.Guidance):
         return _METHODS[type(section)](local_sgd)
     settings = section.model_dump(exclude={"algorithm", "guidance", "knn_neighbours", *_PARTS})
