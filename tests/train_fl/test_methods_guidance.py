@@ -178,9 +178,10 @@ def test_every_entry_of_params_yaml_makes_a_method_that_trains():
         ("methods.fedprox.proximal_mu", -1, r"methods.fedprox.proximal_mu = -1: input should be"),
         ("methods.fedprox.mu", 1, r"methods.fedprox.mu is not a known key"),
         ("methods.fedprox-feddifrc.guidance.temperature", 0, r"temperature = 0: input should be greater than 0"),
+        ("methods.fedprox-feddifrc.guidance.tempratur", 1, r"tempratur is not a known key; did you mean temperature"),
         ("methods.feddifrc.ndcr_form", "cosine", r"methods.feddifrc.ndcr_form = 'cosine'"),
         ("methods.fedavg.guidance", {}, r"methods.fedavg.guidance.tdcl_weight is missing"),
-        ("methods.fedavg.algorithm", "fedsgd", r"methods.fedavg = "),
+        ("methods.fedavg.algorithm", "fedsgd", r"methods.fedavg.* 'fedprox', 'scaffold'"),
     ],
 )  # fmt: skip
 def test_a_wrong_setting_is_named(key, value, message):
