@@ -5,6 +5,7 @@ the same bytes (the seconds excepted).
 """
 
 import logging
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -167,6 +168,11 @@ def _train(
             started = time.perf_counter()
             model.load_state_dict(done.weights)
             scores = evaluator.scores(model)
+            if not math.isfinite(scores["loss"]):
+                raise PipelineError(
+                    f"training diverged: the global model of round {done.number} has a held-out loss of "
+                    f"{scores['loss']}; lower train_fl.learning_rate"
+                )
             record.add(done, scores, time.perf_counter() - started)
             if done.number % every == 0 and done.number < schedule.num_rounds:
                 checkpoint.save(done.progress, record.rows)

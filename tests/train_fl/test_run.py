@@ -124,6 +124,21 @@ def test_a_killed_run_goes_on_to_the_same_bytes(undisturbed, killed, caplog, mom
     equal(undisturbed, resumed)
 
 
+@pytest.mark.parametrize("method", ["scaffold", "fednova", "moon", "fednh", "fedcr", "feddyn", "fedavgm", "fedproto"])
+def test_every_state_is_in_the_checkpoint(tmp_path, caplog, method):
+    paths = []
+    for name in ("whole", "resumed"):
+        (tmp_path / name).mkdir()
+        project = tiny_project.make(tmp_path / name, train_fl__num_rounds=3)
+        if name == "resumed":
+            with pytest.raises(KeyboardInterrupt):
+                _interrupt_after(project, rounds=2, method=method)
+        with caplog.at_level("INFO"):
+            paths.append(run(project, method, "dir", 0))
+    assert "going on after round 2 of 3" in caplog.text
+    equal(*paths)
+
+
 def test_a_damaged_checkpoint_is_said_and_not_used(undisturbed, tmp_path, caplog):
     project = tiny_project.make(tmp_path)
     with pytest.raises(KeyboardInterrupt):
@@ -208,7 +223,7 @@ def test_long_tail_comes_before_the_partition(tmp_path):
     assert np.sum(counts, 0).tolist() == [16, 8, 4]  # 16 * 0.25^(c/2)
 
 
-def _interrupt_after(project, rounds: int) -> None:
+def _interrupt_after(project, rounds: int, method: str = "fedavg") -> None:
     """Ctrl-C in the middle of the round after `rounds`."""
     original, calls = local.client_batches, 0
 
@@ -221,7 +236,7 @@ def _interrupt_after(project, rounds: int) -> None:
 
     local.client_batches = interrupted
     try:
-        run(project, "fedavg", "dir", 0)
+        run(project, method, "dir", 0)
     finally:
         local.client_batches = original
 
