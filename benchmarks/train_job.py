@@ -44,7 +44,7 @@ class Job:
 
     def model(self) -> FLModel:
         """The network, the same for everyone."""
-        return models.build(EncoderSettings(self.encoder, "batch", "float32", False), NUM_CLASSES, seed=0)
+        return models.build(EncoderSettings(self.encoder, "batch", "float32", True), NUM_CLASSES, seed=0)
 
 
 def seconds_a_round(marks: list[float]) -> dict[str, float]:
