@@ -4,6 +4,7 @@ An unknown key, a missing one, a wrong type or a value out of range is one line 
 is allowed. The file is read as YAML 1.2, as DVC reads it (PyYAML's 1.1 would make `1e-4` a string).
 """
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,6 +48,19 @@ class Config:
         return self.root / "data" / "features" / set_name
 
     @property
+    def synthetic_dir(self) -> Path:
+        """The images that the frozen model generated of the data set's classes."""
+        return self.root / "data" / "datasets" / f"{self.params.prepare_data.name}-synthetic"
+
+    @property
+    def state_dir(self) -> Path:
+        """What unfinished work left for resuming: outside every DVC out, because DVC deletes those before a stage.
+
+        Under DVC it stands in the real repository, also in an experiment's temporary copy.
+        """
+        return Path(os.environ.get("DVC_ROOT", self.root)) / ".pipeline"
+
+    @property
     def results_dir(self) -> Path:
         """One folder a run."""
         return self.root / "results"
@@ -78,7 +92,7 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
         PipelineError: the file is missing or not YAML, a key is unknown, missing, of a wrong type or range, or the
             sweep names what there is not.
     """
-    values, overrides = _read_yaml(path), overrides or {}
+    values, overrides = read_yaml(path), overrides or {}
     for key, value in overrides.items():
         _set(values, key, value)
 
@@ -130,7 +144,12 @@ def _accepts(field: FieldInfo, value: Any) -> bool:
     return True
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds sections.
+
+    Raises:
+        PipelineError: it is missing, cannot be read, is not YAML, or holds something else.
+    """
     from ruamel.yaml import YAML, YAMLError
     from ruamel.yaml.error import MarkedYAMLError
 

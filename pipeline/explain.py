@@ -95,4 +95,12 @@ def _allowed_keys(section: list[str | int], values: Mapping[str, Any]) -> list[s
         return list(Params.model_fields)
     name = str(section[1]) if len(section) > 1 else None
     models = models_of(str(section[0]), name, values)
+    for part in section[2:]:  # a section inside a method's: guidance
+        models = [inner for model in models for inner in _sections(model.model_fields[str(part)].annotation)]
     return sorted({name for model in models for name in model.model_fields})
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    return [
+        kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, Section)
+    ]

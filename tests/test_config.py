@@ -267,13 +267,13 @@ def test_set_without_a_key_or_a_value(file, assignment):
 
 
 def test_settings_of_an_unknown_name(file):
-    with pytest.raises(PipelineError, match=r"params.yaml has no methods\.nope; it has fedavg, feddifrc"):
+    with pytest.raises(PipelineError, match=r"params.yaml has no methods\.nope; it has fedavg, fedprox, "):
         config.load(file).settings("methods", "nope")
 
 
 def test_only_the_keys_of_the_chosen_algorithm_are_offered(params):
     message = complaint(params("    algorithm: fedavg\n", "    algorithm: fedavg\n    tempreture: 1\n"))
-    assert message == "params.yaml: methods.fedavg.tempreture is not a known key; allowed here: algorithm"
+    assert message == "params.yaml: methods.fedavg.tempreture is not a known key; allowed here: algorithm, guidance"
 
 
 def test_help_shows_examples_line_by_line(file):

@@ -1,13 +1,20 @@
-"""A client's share of the training set, as tensors in memory, and the batches drawn from it."""
+"""A client's share of the training set, and the batches drawn from it.
 
+Samples stay where the data were placed (on the device, in the host's memory, or guidance in the shards); a batch is
+gathered there, moved if it must be, and augmented on the device. No DataLoader, no worker processes.
+"""
+
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-Augmentation = Literal["none", "crop", "crop-flip"]
+from stages.train_fl.augmentation import Augmentation, augment, to_model_range
+
+__all__ = ["Augmentation", "Batch", "Batches", "ClientData", "Guidance", "GuidanceRows", "Stopwatch", "to_model_range"]
 
 
 @dataclass(frozen=True)
@@ -22,14 +29,31 @@ class Guidance:
         """The rows at `index`."""
         return Guidance(self.denoised[index], self.prompted[index], self.positive[index])
 
+    def to(self, device: str | torch.device) -> "Guidance":
+        """The same rows on a device."""
+        return Guidance(
+            *(value.to(device, non_blocking=True) for value in (self.denoised, self.prompted, self.positive))
+        )
+
+
+class GuidanceRows(Protocol):
+    """Guidance in memory, or whatever reads it row by row."""
+
+    def take(self, index: Tensor) -> Guidance:
+        """The rows at `index`, in memory."""
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Images float32 (B, 3, H, W) in [-1, 1], labels int64 (B,), and the rows of guidance where a method has it."""
+    """Images float32 (B, 3, H, W) in [-1, 1], labels int64 (B,), and the rows of guidance where a method has it.
+
+    `second_view` is another random view of the same images, for methods that ask for two.
+    """
 
     images: Tensor
     labels: Tensor
     guidance: Guidance | None = None
+    second_view: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -38,30 +62,31 @@ class ClientData:
 
     images: Tensor
     labels: Tensor
-    guidance: Guidance | None = None
+    guidance: GuidanceRows | None = None
 
     def __len__(self) -> int:
         """Number of samples, n."""
         return len(self.labels)
 
-    def take(self, index: Tensor) -> "ClientData":
-        """The samples at `index`."""
-        guidance = self.guidance.take(index) if self.guidance else None
-        return ClientData(self.images[index], self.labels[index], guidance)
-
     def to(self, device: str) -> "ClientData":
-        """The same data on a device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        guidance = self.guidance and Guidance(**{k: v.to(device) for k, v in vars(self.guidance).items()})
-        return replace(self, guidance=guidance, **moved)
+        """The same data on a device; guidance that is read row by row stays where it is."""
+        guidance = self.guidance.to(device) if isinstance(self.guidance, Guidance) else self.guidance
+        return ClientData(self.images.to(device), self.labels.to(device), guidance)
+
+
+@dataclass
+class Stopwatch:
+    """Seconds spent in something, summed."""
+
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Batches:
     """The batches of one local training: every sample once an epoch, in a new random order each time.
 
-    The last batch of an epoch may be smaller. Augmentation changes the images alone; the cached representations are
-    those of the clean image. Order and augmentation come from `generator`, which is on the CPU.
+    The last batch of an epoch may be smaller, down to a single image. Augmentation changes the images alone; the
+    cached representations are those of the clean image. Order and augmentation come from `generator`, on the CPU.
     """
 
     data: ClientData
@@ -69,39 +94,43 @@ class Batches:
     batch_size: int
     augmentation: Augmentation
     generator: torch.Generator
+    device: str | None = None  # where batches are wanted; None: where the data are
+    num_views: int = 1
+    loading: Stopwatch = field(default_factory=Stopwatch)
 
     @property
     def num_samples(self) -> int:
         """Samples of the client, each counted once."""
         return len(self.data)
 
+    def with_two_views(self) -> "Batches":
+        """The same batches, each with a second view."""
+        return replace(self, num_views=2)
+
     def __iter__(self) -> Iterator[Batch]:
-        """Draws the batches."""
-        data = self.data
-        for _ in range(self.epochs):
-            order = torch.randperm(len(data), generator=self.generator).to(data.labels.device)
+        """Draws the batches; `loading` counts the host's seconds in it."""
+        home = self.data.labels.device
+        for _ in range(self.epochs if len(self.data) else 0):
+            order = torch.randperm(len(self.data), generator=self.generator).to(home)
             for index in order.split(self.batch_size):
-                images = to_model_range(_augment(data.images[index], self.augmentation, self.generator))
-                yield Batch(images, data.labels[index], data.guidance.take(index) if data.guidance else None)
+                started = time.perf_counter()
+                batch = self._gather(index)
+                self.loading.seconds += time.perf_counter() - started
+                yield batch
 
+    def samples(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every sample once, in order and without augmentation: images float (B, 3, H, W) and labels int64 (B,)."""
+        data, device = self.data, self.device or self.data.labels.device
+        for images, labels in zip(data.images.split(self.batch_size), data.labels.split(self.batch_size), strict=True):
+            yield to_model_range(images.to(device)), labels.to(device)
 
-def to_model_range(images: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-def _augment(images: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
-    """A random crop of the zero-padded image (by an eighth of its side), and for "crop-flip" a random mirror image."""
-    if augmentation == "none":
-        return images
-    n, _, height, width = images.shape
-    pad = height // 8
-    padded = torch.nn.functional.pad(images, (pad,) * 4)
-    top, left = torch.randint(2 * pad + 1, (2, n, 1, 1), generator=generator).to(images.device)
-    rows = top + torch.arange(height, device=images.device)[:, None]  # (n, H, 1)
-    columns = left + torch.arange(width, device=images.device)  # (n, 1, W)
-    if augmentation == "crop-flip":
-        flip = torch.rand((n, 1, 1), generator=generator).to(images.device) < 0.5
-        columns = torch.where(flip, columns.flip(2), columns)
-    sample = torch.arange(n, device=images.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[sample, rows, columns].permute(0, 3, 1, 2)  # (n, 3, H, W)
+    def _gather(self, index: Tensor) -> Batch:
+        data, device = self.data, self.device or self.data.labels.device
+        images = data.images[index].to(device, non_blocking=True)
+        views = [augment(images, self.augmentation, self.generator) for _ in range(self.num_views)]
+        return Batch(
+            views[0],
+            data.labels[index].to(device, non_blocking=True),
+            data.guidance.take(index).to(device) if data.guidance is not None else None,
+            views[1] if self.num_views == 2 else None,
+        )

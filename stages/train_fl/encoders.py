@@ -1,15 +1,92 @@
-"""The encoders of the clients' networks: images float (B, 3, H, W) in [-1, 1] -> embeddings (B, embedding_dim)."""
+"""The encoders of the clients' networks: images float (B, 3, H, W) in [-1, 1] -> embeddings (B, embedding_dim).
 
+small_cnn      144 dims, the length of tiny-sd's representations; no normalisation layers
+resnet10, 18   512 dims, the paper's ResNet with the CIFAR stem (He et al., CVPR 2016)
+mobilenet_v2   512 dims, the last 1x1 convolution narrowed from 1280 as the authors do for fine-grained data (Sandler
+               et al., CVPR 2018); its first two strides are 1, for images of 32 to 64 pixels
+
+"group" puts GroupNorm in every BatchNorm's place (Hsieh et al., ICML 2020, who find BatchNorm at fault on skewed
+clients): at most 32 groups, as many as divide the channels.
+"""
+
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.models.mobilenetv2 import MobileNetV2
 from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.ops import Conv2dNormActivation
 
-EncoderName = Literal["small_cnn", "resnet10"]
+EncoderName = Literal["small_cnn", "resnet10", "resnet18", "mobilenet_v2"]
+NormLayer = Callable[[int], nn.Module]
 
 
-def small_cnn() -> nn.Module:
+@dataclass(frozen=True)
+class EncoderSettings:
+    """Which encoder, its normalisation layers, and how it computes."""
+
+    name: EncoderName
+    normalisation: Literal["batch", "group"]
+    precision: Literal["float32", "bfloat16"]
+    channels_last: bool
+
+
+class Encoder(nn.Module):
+    """A network, the length of its embedding, and the number and memory format it computes in."""
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        """Draws the weights from torch's global generator."""
+        super().__init__()
+        construct, self.embedding_dim = _ENCODERS[settings.name]
+        self.network = construct(BatchNorm2d if settings.normalisation == "batch" else _group_norm)
+        self._bfloat16 = settings.precision == "bfloat16"
+        self._channels_last = settings.channels_last
+        if settings.channels_last:
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images float32 (B, 3, H, W) -> embeddings float32 (B, embedding_dim)."""
+        if self._channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        if not self._bfloat16:
+            return self.network(images)
+        with torch.autocast(images.device.type, torch.bfloat16):
+            return self.network(images).float()
+
+
+class _BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm that also trains where a batch has one value per channel: one image on a 1x1 map.
+
+    Such a batch has no variance, and torch refuses it. It is normalised by the running statistics, as in evaluation,
+    and leaves them as they are; any other batch, of a single image too, is treated as always.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, ...) -> (B, C, ...)."""
+        if self.training and input.numel() == input.shape[1]:
+            return functional.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        return super().forward(input)
+
+
+class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+    """Of vectors (B, C)."""
+
+
+class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+    """Of maps (B, C, H, W)."""
+
+
+def _group_norm(channels: int) -> nn.Module:
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
+def _small_cnn(norm_layer: NormLayer) -> nn.Module:
     """Three convolutions with ReLU and pooling, then a linear embedding: 0.2 million parameters at any image size."""
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1),
@@ -26,18 +103,34 @@ def small_cnn() -> nn.Module:
     )
 
 
-def resnet10() -> nn.Module:
-    """ResNet-10 (one basic block a stage) with the CIFAR stem: a 3x3 first convolution and no max pooling."""
-    resnet = ResNet(BasicBlock, [1, 1, 1, 1])
-    resnet.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")
-    resnet.maxpool = nn.Identity()
-    resnet.fc = nn.Identity()
-    return resnet
+def _resnet(blocks_per_stage: int) -> Callable[[NormLayer], nn.Module]:
+    """Basic blocks behind the CIFAR stem: a 3x3 first convolution and no max pooling."""
+
+    def construct(norm_layer: NormLayer) -> nn.Module:
+        resnet = ResNet(BasicBlock, [blocks_per_stage] * 4, norm_layer=norm_layer)
+        resnet.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")
+        resnet.maxpool = nn.Identity()
+        resnet.fc = nn.Identity()
+        return resnet
+
+    return construct
 
 
-ENCODERS: dict[EncoderName, tuple[Callable[[], nn.Module], int]] = {
-    "small_cnn": (small_cnn, 144),
-    "resnet10": (resnet10, 512),
+def _mobilenet_v2(norm_layer: NormLayer) -> nn.Module:
+    """MobileNetV2's features at strides for small images, pooled."""
+    stages = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 3, 2], [6, 320, 1, 1]]
+    features = MobileNetV2(inverted_residual_setting=stages, norm_layer=norm_layer).features
+    features[0][0].stride = (1, 1)
+    features[-1] = Conv2dNormActivation(320, 512, 1, norm_layer=norm_layer, activation_layer=nn.ReLU6)
+    nn.init.kaiming_normal_(features[-1][0].weight, mode="fan_out")
+    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+_ENCODERS: dict[EncoderName, tuple[Callable[[NormLayer], nn.Module], int]] = {
+    "small_cnn": (_small_cnn, 144),
+    "resnet10": (_resnet(1), 512),
+    "resnet18": (_resnet(2), 512),
+    "mobilenet_v2": (_mobilenet_v2, 512),
 }
 """Name -> (constructor, embedding_dim)."""

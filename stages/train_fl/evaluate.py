@@ -1,14 +1,54 @@
-"""Accuracy and loss of the global model on held-out images."""
+"""The global model on held-out images: accuracy and loss, and accuracy by domain and by client."""
 
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stages.train_fl.client_data import to_model_range
+from stages.train_fl.augmentation import to_model_range
+from stages.train_fl.client_data import ClientData
+from stages.train_fl.federation import HeldOut
+from stages.train_fl.models import FLModel
+
+Predictor = Callable[[Tensor], Tensor]
+"""Images uint8 (N, 3, H, W) -> predicted labels int64 (N,), on the device."""
+
+_BATCH = 500
+
+
+class Evaluator(Protocol):
+    """What a kind of training is judged by."""
+
+    def scores(self, model: FLModel) -> dict[str, float]:
+        """Held-out accuracy and loss of the model as it stands, after every round."""
+
+    def final(self, model: FLModel) -> tuple[Predictor, dict[str, float]]:
+        """The last model's predictor, and what else is said of it."""
+
+
+class Classification:
+    """Supervised training: the model's own classifier."""
+
+    def __init__(self, held_out: HeldOut) -> None:
+        """Judges on `held_out`."""
+        self._held_out = held_out
+
+    def scores(self, model: FLModel) -> dict[str, float]:
+        """Accuracy and mean cross-entropy."""
+        return evaluate(model, self._held_out.images, self._held_out.labels)
+
+    def final(self, model: FLModel) -> tuple[Predictor, dict[str, float]]:
+        """The classifier; nothing else."""
+        model.eval()
+        device = self._held_out.labels.device
+        return lambda images: in_batches(lambda batch: model(batch)[1].argmax(1), images, device), {}
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 500) -> dict[str, float]:
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = _BATCH) -> dict[str, float]:
     """Evaluates a model as it stands, with BatchNorm in evaluation mode.
 
     Args:
@@ -28,3 +68,48 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int =
         right += (logits.argmax(1) == truth).sum()
         loss += functional.cross_entropy(logits, truth, reduction="sum")
     return {"accuracy": right.item() / len(labels), "loss": loss.item() / len(labels)}
+
+
+@torch.inference_mode()
+def in_batches(function: Callable[[Tensor], Tensor], images: Tensor, device: torch.device) -> Tensor:
+    """`function` of all images uint8 (N, 3, H, W), wherever they are, computed on `device` in the model's range."""
+    return torch.cat([function(to_model_range(batch.to(device))) for batch in images.split(_BATCH)])
+
+
+def by_domain(predictor: Predictor, held_out: HeldOut, domain_names: list[str]) -> dict[str, float]:
+    """Accuracy on each domain's held-out images; domains without any are left out."""
+    right = predictor(held_out.images) == held_out.labels
+    masks = {name: held_out.domains == domain for domain, name in enumerate(domain_names)}
+    return {name: right[mask].double().mean().item() for name, mask in masks.items() if mask.any()}
+
+
+def by_client(
+    predictor: Predictor, clients: list[ClientData], held_out: HeldOut, cell_counts: np.ndarray
+) -> list[dict[str, float | int | None]]:
+    """How the global model serves each client.
+
+    Args:
+        predictor: of the global model.
+        clients: every client's samples.
+        held_out: evaluation data.
+        cell_counts: int64 (num_clients, num_domains * num_classes).
+
+    Returns:
+        Per client: num_samples; train_accuracy on its own samples; held_out_accuracy, the mean of the held-out
+        accuracies of its (domain, class) cells weighted by the client's samples in them. None without samples.
+    """
+    right = (predictor(held_out.images) == held_out.labels).cpu().numpy()
+    num_classes = cell_counts.shape[1] // (int(held_out.domains.max()) + 1)
+    cells = (held_out.domains * num_classes + held_out.labels).cpu().numpy()
+    seen = np.bincount(cells, minlength=cell_counts.shape[1])
+    accuracy = np.bincount(cells, right, cell_counts.shape[1]) / np.maximum(seen, 1)
+    rows: list[dict[str, float | int | None]] = []
+    for client, (data, own) in enumerate(zip(clients, cell_counts, strict=True)):
+        weights = own * (seen > 0)
+        train = held = None
+        if len(data):
+            train = (predictor(data.images).cpu() == data.labels.cpu()).double().mean().item()
+        if weights.sum():
+            held = float(weights @ accuracy / weights.sum())
+        rows.append({"client": client, "num_samples": len(data), "train_accuracy": train, "held_out_accuracy": held})
+    return rows

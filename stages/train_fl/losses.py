@@ -1,7 +1,8 @@
-"""FedDifRC's two losses (Wang et al., ICCV 2025) as pure functions of tensors.
+"""The losses of the methods as pure functions of tensors, each the mean over the batch.
 
-Both compare a sample's embedding z_i with that sample's own cached representations, and only with those: the authors'
-code pairs embeddings with other samples' negatives, which makes the loss change when a batch is permuted.
+FedDifRC's two compare a sample's embedding z_i with that sample's own cached representations, and only with those: the
+authors' code pairs embeddings with other samples' negatives, which makes the loss change when a batch is permuted.
+Written a^ below is a / max(|a|, 1e-12), so that a dead embedding (all zeros) gives no NaN, as it does in that code.
 """
 
 from typing import Literal
@@ -11,6 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 
 Normalisation = Literal["none", "representation", "scalar"]
+NDCRForm = Literal["normalised-l2", "l2", "kl"]
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Float (..., D) -> the same directions with length 1; a zero vector stays zero."""
+    return functional.normalize(vectors, dim=-1)
 
 
 def tdcl_loss(
@@ -19,8 +26,9 @@ def tdcl_loss(
     positive: Tensor,
     temperature: float,
     normalisation: Normalisation = "none",
+    prompted_is_unit: bool = False,
 ) -> Tensor:
-    """Text-driven contrastive learning.
+    """Text-driven contrastive learning (FedDifRC).
 
     mean_i log(1 + sum_j exp(s(z_i, F_ij) / tau) / exp(s(z_i, F_i+) / tau)), which is the cross-entropy of the
     similarities to the sample's own prompted representations with the matching prompt as the right class.
@@ -32,13 +40,15 @@ def tdcl_loss(
         temperature: tau > 0; the authors use 0.04.
         normalisation: what divides the cosine similarity. "none": nothing, as in the authors' code.
             "representation": U(F), the mean distance of all the batch's unit embeddings to the unit representation F
-            (paper). "scalar": the mean of U over all of the batch's representations.
+            (paper; that it is taken per representation and passes no gradient is our reading), at least 1e-6.
+            "scalar": the mean of U over all of the batch's representations.
+        prompted_is_unit: `prompted` already has length 1 in D, so it need not be normalised again at every step.
 
     Returns:
-        The mean over the batch, scalar, in [0, inf); log(P) if all representations are equal.
+        Scalar in [0, inf); log(P) if all representations are equal.
     """
-    z = functional.normalize(embeddings, dim=1)
-    f = functional.normalize(prompted, dim=2)
+    z = unit(embeddings)
+    f = prompted if prompted_is_unit else unit(prompted)
     similarity = torch.einsum("bd,bpd->bp", z, f)
     if normalisation != "none":
         distance = torch.cdist(z.detach(), f.flatten(0, 1)).mean(0).view_as(similarity)  # U(F_bp)
@@ -48,20 +58,83 @@ def tdcl_loss(
     return functional.cross_entropy(similarity / temperature, positive)
 
 
-def ndcr_loss(embeddings: Tensor, denoised: Tensor) -> Tensor:
-    """Noise-driven consistency regularisation.
-
-    mean_i sum_q (z_iq - H_iq)^2 with z_i and H_i scaled to unit length (paper's L2 form), that is 2 - 2 cos(z_i, H_i).
-    The authors' code takes the KL divergence of softmaxes of the same unit vectors instead, whose gradient is a
-    thousandth of this at D = 512.
+def ndcr_loss(
+    embeddings: Tensor, denoised: Tensor, form: NDCRForm = "normalised-l2", denoised_is_unit: bool = False
+) -> Tensor:
+    """Noise-driven consistency regularisation (FedDifRC).
 
     Args:
         embeddings: float (B, D).
         denoised: float (B, D); receives no gradient.
+        form: "normalised-l2": sum_q (z^_iq - H^_iq)^2 = 2 - 2 cos(z_i, H_i), the paper's L2 form on unit vectors.
+            "l2": sum_q (z_iq - H_iq)^2, the paper's form to the letter; wants targets of order 1.
+            "kl": KL(softmax(H^_i) || softmax(z^_i)), what the authors' code computes; softmax of a unit vector is
+            almost uniform, so value and gradient are a thousandth of the first form's at D = 512.
+        denoised_is_unit: `denoised` already has length 1, so it need not be normalised again at every step.
 
     Returns:
-        The mean over the batch, scalar, in [0, 4].
+        Scalar, at least 0; at most 4 in the first form.
     """
-    z = functional.normalize(embeddings, dim=1)
-    h = functional.normalize(denoised, dim=1)
+    if form == "l2":
+        return (embeddings - denoised).square().sum(1).mean()
+    z = unit(embeddings)
+    h = denoised if denoised_is_unit else unit(denoised)
+    if form == "kl":
+        return functional.kl_div(z.log_softmax(1), h.softmax(1), reduction="batchmean")
     return (z - h).square().sum(1).mean()
+
+
+def moon_loss(embeddings: Tensor, global_embeddings: Tensor, previous_embeddings: Tensor, temperature: float) -> Tensor:
+    """MOON's model-contrastive loss with one previous model (Li et al., CVPR 2021, equation 3).
+
+    mean_i -log(e^{g_i/T} / (e^{g_i/T} + e^{p_i/T})) with g_i and p_i the cosines of z_i to what the global and the
+    client's previous model make of the same image; computed as softplus((p_i - g_i) / T).
+
+    Args:
+        embeddings: float (B, D), of the model in training.
+        global_embeddings: float (B, D), of the global model; constant.
+        previous_embeddings: float (B, D), of the client's previous model; constant.
+        temperature: T > 0; the authors use 0.5. At infinity the loss is log 2 and its gradient exactly zero.
+
+    Returns:
+        Scalar in (0, inf).
+    """
+    z = unit(embeddings)
+    difference = (z * (unit(previous_embeddings) - unit(global_embeddings))).sum(1)
+    return functional.softplus(difference / temperature).mean()
+
+
+def prototype_loss(embeddings: Tensor, labels: Tensor, prototypes: Tensor, known: Tensor) -> Tensor:
+    """FedProto's distance to the class's global prototype: mean over B and D of (z_i - C_{y_i})^2.
+
+    Args:
+        embeddings: float (B, D).
+        labels: int64 (B,).
+        prototypes: float (K, D); constant.
+        known: bool (K,): the class has a prototype. Samples of the others add 0 to the mean, as in the authors' code.
+
+    Returns:
+        Scalar, at least 0.
+    """
+    difference = (embeddings - prototypes[labels]) * known[labels, None]
+    return difference.square().mean()
+
+
+def gaussian_kl(mean: Tensor, std: Tensor, other_mean: Tensor, other_std: Tensor) -> Tensor:
+    """KL(N(mean, std^2) || N(other_mean, other_std^2)) of diagonal Gaussians, summed over D, averaged over B.
+
+    FedCR calls it with the class's prior first and the encoder second, as its code does in training; the bound it is
+    derived from has them the other way round, which would explode as the prior's deviation shrinks.
+
+    Args:
+        mean: float (B, D).
+        std: float (B, D), positive.
+        other_mean: float (B, D).
+        other_std: float (B, D), positive.
+
+    Returns:
+        Scalar, at least 0.
+    """
+    ratio = (std / other_std).square()
+    shift = ((mean - other_mean) / other_std).square()
+    return 0.5 * (ratio + shift - 1 - ratio.log()).sum(1).mean()

@@ -1,39 +1,80 @@
-"""Runs one federated run: data, partition, model, method, engine -> results/<run>.
+"""Runs one federated run: load -> partition -> clients -> method -> engine -> evaluate -> write.
 
-rounds.csv         one row a round: accuracy and loss held out, training losses; equal seeds give equal bytes
-partition.json     every client's samples and label counts
-model.safetensors  the last global weights
-config.json        the resolved settings, the hashes of data set and features, software and hardware
-metrics.json       final, best and mean-of-last-five accuracy; seconds and samples per second
+What it leaves in results/<run> is told in `records`. A run that was killed goes on from its last checkpoint and ends in
+the same bytes (the seconds excepted).
 """
 
-import csv
 import logging
+import math
+import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import save_file
 
-from pipeline import provenance, seeding
+from pipeline import provenance
 from pipeline.config import Config
-from pipeline.datasets import Images, PreparedDataset, stratified_split
 from pipeline.errors import PipelineError
-from pipeline.feature_store import FeatureSet
-from pipeline.params import FedDifRC
+from pipeline.params import Runtime, Section, SelfSupervisedFedDifRC, SimSiam
 from pipeline.progress import progress_bar
-from stages.train_fl import methods, models, partition
-from stages.train_fl.client_data import ClientData, Guidance
+from stages.train_fl import evaluate, federation, methods, models, records
+from stages.train_fl.checkpoint import Checkpoint
+from stages.train_fl.encoders import EncoderSettings
 from stages.train_fl.engines import local
-from stages.train_fl.evaluate import evaluate
+from stages.train_fl.evaluate import Classification, Evaluator
+from stages.train_fl.federation import Federation
+from stages.train_fl.methods import Method
+from stages.train_fl.models import FLModel
+from stages.train_fl.probes import Probes
 
 log = logging.getLogger(__name__)
 
+SelfSupervised = SimSiam | SelfSupervisedFedDifRC
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the sweep, by the names and settings that params.yaml gives it."""
+
+    config: Config
+    method_name: str
+    partition_name: str
+    seed: int
+
+    @property
+    def method(self) -> Section:
+        """The method's settings."""
+        return self.config.settings("methods", self.method_name)
+
+    @property
+    def partition(self) -> Section:
+        """The partition's settings."""
+        return self.config.settings("partitions", self.partition_name)
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return self.config.run_dir(self.method_name, self.partition_name, self.seed)
+
+    def schedule(self) -> local.Schedule:
+        """Rounds, sampling and local training."""
+        params = self.config.params.train_fl
+        keys = (
+            "num_rounds",
+            "clients_per_round",
+            "local_epochs",
+            "batch_size",
+            "learning_rate",
+            "learning_rate_decay",
+            "augmentation",
+        )
+        return local.Schedule(**params.model_dump(include=set(keys)), seed=self.seed)
+
 
 def run(config: Config, method_name: str, partition_name: str, seed: int) -> Path:
-    """Trains one method on one partition with one seed.
+    """Trains one method on one partition with one seed, going on from a checkpoint where there is one.
 
     Returns:
         The run's folder.
@@ -41,167 +82,136 @@ def run(config: Config, method_name: str, partition_name: str, seed: int) -> Pat
     Raises:
         PipelineError: a name is unknown, data or features are missing or do not belong together, or training diverged.
     """
-    params = config.params.train_fl
-    method_params = config.settings("methods", method_name)
-    partition_params = config.settings("partitions", partition_name)
-    torch.use_deterministic_algorithms(True)
-    dataset = PreparedDataset(config.dataset_dir)
-    device = _device(config.params.runtime.device)
-    train, train_index, held_out = _split(dataset, config, seed)
-    features = _features(config, dataset) if isinstance(method_params, FedDifRC) else None
-    parts = partition.dirichlet(
-        train.labels,
-        params.num_clients,
-        rng=seeding.numpy_generator(seed, "partition"),
-        **partition_params.model_dump(exclude={"kind"}),
-    )
-    guidance_dim = features.manifest.content.num_dims if features else None
-    model = models.build(params.model, len(dataset.class_names), seed, guidance_dim).to(device)
-    local_sgd = methods.LocalSGD(model, params.momentum, params.weight_decay)
-    method = methods.build(method_params, local_sgd, _statistics(features, device))
-    everyone = _client_data(train, train_index, features)
-    clients = [everyone.take(torch.from_numpy(part)).to(device) for part in parts]
-    test_images, test_labels = _tensors(held_out)
-    test_images, test_labels = test_images.to(device), test_labels.to(device)
+    job = Job(config, method_name, partition_name, seed)
+    if isinstance(job.method, SimSiam) and config.params.train_fl.augmentation == "none":
+        raise PipelineError("simsiam compares two views of an image: set train_fl.augmentation to views (or crop)")
+    guidance, partition = methods.guidance_of(job.method), job.partition
+    device = prepare_torch(config.params.runtime)
+    data = federation.load(config, partition, seed, guidance, device)
+    model, method = _build(job, data, device)
+    job.path.mkdir(parents=True, exist_ok=True)
+    records.write_partition(job.path, data)
+    settings = _settings(job, data)
+    key = provenance.fingerprint(settings | _numerics(config, device))[:16]
+    checkpoint = Checkpoint(config.state_dir / "checkpoints" / f"{job.path.name}-{key}")
+    evaluator = _evaluator(job, data)
+    record = _train(job, data, model, method, evaluator, checkpoint, device)
+    _finish(job, data, model, evaluator, record)
+    provenance.write_json(job.path / "config.json", settings | {"provenance": provenance.describe(device)})
+    checkpoint.remove()
+    return job.path
 
-    path = config.run_dir(method_name, partition_name, seed)
-    path.mkdir(parents=True, exist_ok=True)
-    _write_partition(path, parts, train, train_index, dataset.class_names)
-    schedule = local.Schedule(
-        params.num_rounds,
-        params.clients_per_round,
-        params.local_epochs,
-        params.batch_size,
-        params.learning_rate,
-        params.augmentation,
-        seed,
-    )
+
+def prepare_torch(runtime: Runtime) -> str:
+    """Sets torch to deterministic algorithms and the number of threads; returns the device to train on.
+
+    On a GPU an operation that has no deterministic form warns instead of failing.
+
+    Raises:
+        PipelineError: a GPU is asked for and there is none.
+    """
+    device = runtime.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device.startswith("cuda") and not torch.cuda.is_available():
+        raise PipelineError(f"runtime.device = {device}: this machine has no usable CUDA GPU; use auto or cpu")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
+    torch.use_deterministic_algorithms(True, warn_only=device != "cpu")
+    if runtime.num_threads is not None:
+        torch.set_num_threads(runtime.num_threads)
+    return device
+
+
+def _build(job: Job, data: Federation, device: str) -> tuple[FLModel, Method]:
+    """The network and the method that trains it."""
+    params, runtime = job.config.params.train_fl, job.config.params.runtime
+    encoder = EncoderSettings(params.model, params.normalisation, params.precision, runtime.channels_last)
+    model = models.build(
+        encoder,
+        len(data.dataset.class_names),
+        job.seed,
+        data.guidance_dim,
+        params.projection_dim,
+        **methods.model_parts(job.method),
+    ).to(device)
+    return model, methods.build(job.method, model, params.momentum, params.weight_decay, len(data.clients))
+
+
+def _evaluator(job: Job, data: Federation) -> Evaluator:
+    """The classifier's accuracy, or for training without labels a k-NN classifier's and a linear probe's."""
+    if isinstance(job.method, SelfSupervised):
+        return Probes(data.clients, data.held_out, job.method.knn_neighbours)
+    return Classification(data.held_out)
+
+
+def _train(
+    job: Job,
+    data: Federation,
+    model: FLModel,
+    method: Method,
+    evaluator: Evaluator,
+    checkpoint: Checkpoint,
+    device: str,
+) -> records.RunRecord:
+    """All rounds that are left; leaves the last global weights in `model`."""
+    schedule, every = job.schedule(), job.config.params.runtime.checkpoint_every
     weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    started = time.perf_counter()
-    rows: list[dict[str, Any]] = []
-    seconds = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
-    samples = 0
-    with progress_bar(params.num_rounds, path.name, "round") as bar:
-        for done in local.run(method, weights, clients, schedule):
-            weights = done.weights
-            clock = time.perf_counter()
-            model.load_state_dict(weights)
-            scores = evaluate(model, test_images, test_labels)
-            seconds["evaluate"] += time.perf_counter() - clock
-            seconds["train"] += done.train_seconds
-            seconds["aggregate"] += done.aggregate_seconds
-            samples += done.num_samples
-            rows.append(
-                {"round": done.number, **scores, **{f"train_{k}": v for k, v in done.train_metrics.items()}}
-                | {"num_clients": len(done.participants), "num_samples": done.num_samples}
-            )
-            _write_rounds(path / "rounds.csv", rows)
+    earlier = checkpoint.load(device)
+    start, rows = earlier or (local.begin(method, weights, len(data.clients)), None)
+    record = records.RunRecord(job.path, rows)
+    model.load_state_dict(start.server.weights)
+    if earlier:
+        log.info("%s: going on after round %d of %d", job.path.name, start.number, schedule.num_rounds)
+    with progress_bar(schedule.num_rounds, job.path.name, "round") as bar:
+        bar.update(start.number)
+        for done in local.run(method, start, data.clients, schedule, device):
+            started = time.perf_counter()
+            model.load_state_dict(done.weights)
+            scores = evaluator.scores(model)
+            if not math.isfinite(scores["loss"]):
+                raise PipelineError(
+                    f"training diverged: the global model of round {done.number} has a held-out loss of "
+                    f"{scores['loss']}; lower train_fl.learning_rate"
+                )
+            record.add(done, scores, time.perf_counter() - started)
+            if done.number % every == 0 and done.number < schedule.num_rounds:
+                checkpoint.save(done.progress, record.rows)
             bar.set_postfix_str(f"accuracy {scores['accuracy']:.3f}")
             bar.update()
-    save_file({name: value.cpu().contiguous() for name, value in weights.items()}, path / "model.safetensors")
-    provenance.write_json(
-        path / "config.json",
-        {
-            "method": {"name": method_name, **method_params.model_dump()},
-            "partition": {"name": partition_name, **partition_params.model_dump()},
-            "seed": seed,
-            "train_fl": params.model_dump(),
-            "dataset": {"name": dataset.name, "hash": dataset.hash},
-            "features": features.manifest.fingerprint if features else None,
-            "provenance": provenance.describe(device),
-        },
-    )
-    accuracies = [row["accuracy"] for row in rows]
-    metrics = {
-        "final_accuracy": accuracies[-1],
-        "best_accuracy": max(accuracies),
-        "mean_last5_accuracy": float(np.mean(accuracies[-5:])),
-        "wall_seconds": time.perf_counter() - started,
-        "samples_per_second": samples / seconds["train"],
-        "seconds": seconds,
+    return record
+
+
+def _finish(job: Job, data: Federation, model: FLModel, evaluator: Evaluator, record: records.RunRecord) -> None:
+    """Writes the weights, the accuracy by client and by domain, and the run in a few numbers."""
+    predictor, extra = evaluator.final(model)
+    records.write_weights(job.path, model.state_dict())
+    clients = evaluate.by_client(predictor, data.clients, data.held_out, data.cell_counts)
+    records.write_csv(job.path / "clients.csv", clients)
+    domains = evaluate.by_domain(predictor, data.held_out, data.dataset.domain_names)
+    mean = sum(domains.values()) / len(domains)
+    metrics = record.metrics() | extra | {"domain_accuracy": domains, "mean_domain_accuracy": mean}
+    provenance.write_json(job.path / "metrics.json", metrics)
+    log.info("%s: accuracy %.4f (mean of last five rounds)", job.path.name, metrics["mean_last5_accuracy"])
+
+
+def _settings(job: Job, data: Federation) -> dict[str, Any]:
+    """All that decides the run."""
+    return {
+        "method": {"name": job.method_name, **job.method.model_dump()},
+        "partition": {"name": job.partition_name, **job.partition.model_dump()},
+        "seed": job.seed,
+        "train_fl": job.config.params.train_fl.model_dump(),
+        "dataset": {"name": data.dataset.name, "hash": data.dataset.hash},
+        "features": data.features.manifest.fingerprint if data.features else None,
+        "synthetic": data.synthetic_hash,
     }
-    provenance.write_json(path / "metrics.json", metrics)
-    log.info("%s: accuracy %.4f (mean of last five rounds)", path.name, metrics["mean_last5_accuracy"])
-    return path
 
 
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise PipelineError(f"runtime.device = {name}: this machine has no usable CUDA GPU; use auto or cpu")
-    return name
-
-
-def _split(dataset: PreparedDataset, config: Config, seed: int) -> tuple[Images, np.ndarray, Images]:
-    """The images clients train on, their positions in the training split, and the images held out."""
-    params = config.params.train_fl
-    train = dataset.load("train")
-    if params.evaluate_on == "test":
-        return train, np.arange(len(train)), dataset.load("test")
-    rng = seeding.numpy_generator(seed, "validation split")
-    count = max(1, round(params.validation_fraction * len(train)))
-    held_out, kept = stratified_split(train.labels, count, rng)
-    return train.take(kept), kept, train.take(held_out)
-
-
-def _features(config: Config, dataset: PreparedDataset) -> FeatureSet:
-    features = FeatureSet(config.features_dir)
-    if features.manifest.content.dataset_hash != dataset.hash:
-        raise PipelineError(
-            f"{features.path} was extracted from another data set (hash "
-            f"{features.manifest.content.dataset_hash[:12]}) than {dataset.path} (hash {dataset.hash[:12]}): "
-            "run `pipeline extract-features`"
-        )
-    return features
-
-
-def _statistics(features: FeatureSet | None, device: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-    if features is None:
-        return None
-    basis = features.basis()
-    return torch.from_numpy(basis.mean).float().to(device), torch.from_numpy(basis.std).float().to(device)
-
-
-def _client_data(train: Images, train_index: np.ndarray, features: FeatureSet | None) -> ClientData:
-    images, labels = _tensors(train)
-    if features is None:
-        return ClientData(images, labels)
-    rows = features.read(train_index)
-    if not np.array_equal(rows.label, train.labels):
-        raise PipelineError(f"{features.path}: labels differ from the data set's: run `pipeline extract-features`")
-    positive = features.positive_prompts(rows)
-    return ClientData(
-        images,
-        labels,
-        Guidance(torch.from_numpy(rows.denoised), torch.from_numpy(rows.prompted), torch.from_numpy(positive)),
-    )
-
-
-def _tensors(data: Images) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 (N, 3, H, W) and int64 (N,)."""
-    return torch.from_numpy(np.ascontiguousarray(data.images.transpose(0, 3, 1, 2))), torch.from_numpy(data.labels)
-
-
-def _write_partition(
-    path: Path, parts: list[np.ndarray], train: Images, train_index: np.ndarray, class_names: list[str]
-) -> None:
-    counts = partition.label_counts(parts, train.labels, len(class_names))
-    provenance.write_json(
-        path / "partition.json",
-        {
-            "class_names": class_names,
-            "label_counts": counts.tolist(),
-            "clients": [train_index[part].tolist() for part in parts],
-        },
-    )
-
-
-def _write_rounds(path: Path, rows: list[dict[str, Any]]) -> None:
-    """All rounds so far, through a temporary name: a killed run leaves whole rows."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
+def _numerics(config: Config, device: str) -> dict[str, Any]:
+    """What moves the last bits of a number, and so belongs to a checkpoint that promises equal bytes."""
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "channels_last": config.params.runtime.channels_last,
+        "torch": torch.__version__,
+    }

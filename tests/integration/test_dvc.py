@@ -29,7 +29,7 @@ def root(tmp_path_factory) -> Path:
     dvc(root, "init", "--no-scm", "--quiet")
     shutil.copytree(REPOSITORY / ".dvc" / "plots", root / ".dvc" / "plots", dirs_exist_ok=True)
     output = dvc(root, "repro")
-    assert ran(output) == {"prepare-data", "prepare-backbone", "extract-features", *TRAINING, "report"}
+    assert ran(output) == {"prepare-data", "prepare-backbone", "extract-features", "synthesize", *TRAINING, "report"}
     return root
 
 

@@ -1,0 +1,83 @@
+"""Writes the accuracies of a preset's runs into docs/reproduction.md, between the marks that bear its name.
+
+    pipeline preset digits-table --run
+    python benchmarks/reproduction.py digits-table
+
+Every run must have been made with what params.yaml says now; a run of other settings is named and nothing is written.
+"""
+
+import json
+import statistics
+from pathlib import Path
+
+import click
+
+from pipeline import config
+from pipeline.config import Config
+from pipeline.errors import PipelineError
+
+ROOT = Path(__file__).parents[1]
+
+
+@click.command()
+@click.argument("preset")
+@click.option("--params", type=click.Path(path_type=Path), default=ROOT / "params.yaml", help="The parameter file.")
+@click.option("--page", type=click.Path(path_type=Path), default=ROOT / "docs" / "reproduction.md", help="The page.")
+def main(preset: str, params: Path, page: Path) -> None:
+    """Fills the table of PRESET."""
+    try:
+        table = make_table(config.load(params))
+        page.write_text(put(page.read_text(encoding="utf-8"), preset, table), encoding="utf-8")
+    except PipelineError as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(table)
+
+
+def make_table(project: Config) -> str:
+    """Methods by partitions, of the sweep in params.yaml."""
+    sweep = project.params.sweep
+    lines = [["method", *sweep.partitions], ["---"] * (1 + len(sweep.partitions))]
+    commits = set()
+    for method in sweep.methods:
+        cells = []
+        for partition in sweep.partitions:
+            runs = [_read(project, method, partition, seed) for seed in sweep.seeds]
+            accuracies = [100 * accuracy for accuracy, _ in runs]
+            commits |= {commit for _, commit in runs}
+            spread = f" ± {statistics.stdev(accuracies):.2f}" if len(runs) > 1 else ""
+            cells.append(f"{statistics.mean(accuracies):.2f}{spread}")
+        lines.append([method, *cells])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    seeds = ", ".join(map(str, sweep.seeds))
+    return f"{table}\n\nSeeds {seeds}; commit {', '.join(sorted(commit[:12] for commit in commits))}."
+
+
+def put(page: str, preset: str, table: str) -> str:
+    """The page with `table` between the marks of `preset`."""
+    start, end = f"<!-- {preset} -->\n", f"<!-- /{preset} -->"
+    if start not in page or end not in page:
+        raise PipelineError(f"the page has no marks {start.strip()} and {end}")
+    return page[: page.index(start) + len(start)] + table + "\n" + page[page.index(end) :]
+
+
+def _read(project: Config, method: str, partition: str, seed: int) -> tuple[float, str]:
+    """A run's accuracy and commit, after checking that it was made with these settings."""
+    folder = project.run_dir(method, partition, seed)
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"{folder} does not hold a finished run ({error}): run `dvc repro`") from None
+    wanted = {
+        "train_fl": project.params.train_fl.model_dump(),
+        "method": {"name": method, **project.settings("methods", method).model_dump()},
+        "partition": {"name": partition, **project.settings("partitions", partition).model_dump()},
+    }
+    for key, value in wanted.items():
+        if settings[key] != value:
+            raise PipelineError(f"{folder} was made with another {key} than params.yaml has: run `dvc repro`")
+    return metrics["mean_last5_accuracy"], settings["provenance"]["commit"] or "unknown"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""How fast stage 2 is, in ratios of one run on one machine.
+
+steps       FedAvg on the local engine against a bare PyTorch loop of the same steps (same model, batches, optimiser),
+            and FedDifRC against FedAvg, per step, targets' gathering included; both on ResNet-10 and the small CNN
+simulators  rounds per hour of the local engine against Flower's Ray simulation and apple/pfl-research's simulator, on
+            the same small FedAvg job: of the whole job, start included, and of its rounds after the first; skipped,
+            and said, where they are not installed
+
+Measurements that are compared alternate and the median of their ratios over the repeats is taken, so that a busy
+moment of the machine falls on both. A table for people; one JSON line comes last.
+
+    python benchmarks/train.py --peers /tmp/peers/bin/python
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch.nn import functional
+from train_job import Job, seconds_a_round
+
+from pipeline import config, params, provenance
+from stages.train_fl import methods
+from stages.train_fl.augmentation import to_model_range
+from stages.train_fl.client_data import ClientData, Guidance
+from stages.train_fl.encoders import EncoderName
+from stages.train_fl.engines import local
+from stages.train_fl.methods import Method, feddifrc
+from stages.train_fl.models import FLModel
+from stages.train_fl.placement import GuidanceSource
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+PROMPTS = 10
+ENCODERS: tuple[EncoderName, ...] = ("resnet10", "small_cnn")
+
+
+@click.command()
+@click.option("--steps", default=40, show_default=True, help="Training steps a measurement.")
+@click.option("--repeats", default=9, show_default=True, help="Measurements of each kind.")
+@click.option("--rounds", default=6, show_default=True, help="Rounds of the simulators' job.")
+@click.option("--clients", default=8, show_default=True, help="Its clients.")
+@click.option("--samples", default=256, show_default=True, help="Its images a client.")
+@click.option("--peers", default=sys.executable, help="A Python with the requirements of benchmarks/requirements.txt.")
+@click.option("--threads", type=int, default=None, help="CPU threads per operation; torch's own choice if not given.")
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+def main(
+    steps: int, repeats: int, rounds: int, clients: int, samples: int, peers: str, threads: int | None, device: str
+) -> None:
+    """Measures and prints."""
+    if threads:
+        torch.set_num_threads(threads)
+    result: dict[str, Any] = {"steps": {}, "threads": torch.get_num_threads()}
+    click.echo(f"{'per step':12}{'bare':>10}{'fedavg':>10}{'feddifrc':>10}{'fedavg/bare':>14}{'feddifrc/fedavg':>17}")
+    for encoder in ENCODERS:
+        row = result["steps"][encoder] = _steps(encoder, steps, repeats, device)
+        times = "".join(f"{1e3 * row[name]:>7.2f} ms" for name in ("bare", "fedavg", "feddifrc"))
+        click.echo(f"{encoder:12}{times}{row['fedavg_over_bare']:>14.3f}{row['feddifrc_over_fedavg']:>17.3f}")
+    result["cache"] = _cache_reading()
+    job = Job("small_cnn", clients, samples, rounds, 1, 64, 0.01, 0.9)
+    result["simulators"] = _simulators(job, peers)
+    provenance_of = provenance.describe(device if device != "cpu" else None)
+    click.echo(json.dumps(result | {"provenance": provenance_of}))
+
+
+def _steps(encoder: EncoderName, steps: int, repeats: int, device: str) -> dict[str, float]:
+    """Seconds a step of each kind, and the median ratios."""
+    job = Job(encoder, 1, 64 * steps, 1, 1, 64, 0.01, 0.9)
+    images, labels = job.client(0)
+    data = ClientData(images, labels).to(device)
+    section = config.load(ROOT / "params.yaml").settings("methods", "feddifrc")
+    assert isinstance(section, params.FedDifRC)
+    guided = ClientData(images, labels, _targets(section, len(labels), _embedding_dim(job), labels)).to(device)
+    fedavg = methods.build(params.FedAvg(algorithm="fedavg"), job.model().to(device), 0.9, 0.0, 1)
+    guidance = methods.build(section, job.model().to(device), 0.9, 0.0, 1)
+    bare_model = job.model().to(device)
+    kinds: dict[str, Callable[[], None]] = {
+        "bare": lambda: _bare(bare_model, data, job),
+        "fedavg": lambda: _engine(fedavg, data, job, device),
+        "feddifrc": lambda: _engine(guidance, guided, job, device),
+    }
+    for run in kinds.values():
+        run()  # memory, threads and kernels are warm after it
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(repeats):
+        for name, run in kinds.items():
+            seconds[name].append(_timed(run, device) / steps)
+    ratio = {
+        f"{above}_over_{below}": statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
+        for above, below in (("fedavg", "bare"), ("feddifrc", "fedavg"))
+    }
+    return {name: statistics.median(values) for name, values in seconds.items()} | ratio
+
+
+def _bare(model: FLModel, data: ClientData, job: Job) -> None:
+    """What anybody would write: no engine, no method, no metrics."""
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), job.learning_rate, momentum=job.momentum, fused=True)
+    order = torch.randperm(len(data)).to(data.labels.device)
+    for index in order.split(job.batch_size):
+        loss = functional.cross_entropy(model(to_model_range(data.images[index]))[1], data.labels[index])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+
+def _engine(method: Method, data: ClientData, job: Job, device: str) -> None:
+    """A whole round of the local engine with one client: sampling, training, aggregation."""
+    schedule = local.Schedule(1, 1, 1, job.batch_size, job.learning_rate, 1.0, "none", 0)
+    weights = {name: value.to(device) for name, value in job.model().state_dict().items()}
+    list(local.run(method, local.begin(method, weights, 1), [data], schedule, device))
+
+
+def _embedding_dim(job: Job) -> int:
+    return job.model().embedding_dim
+
+
+def _targets(section: params.FedDifRC, count: int, dims: int, labels: torch.Tensor) -> Guidance:
+    """Targets from a random cache in the type that the shards have, prepared as the stage prepares them."""
+    generator = torch.Generator().manual_seed(0)
+    cached = Guidance(
+        torch.rand((count, dims), generator=generator).half(),
+        torch.rand((count, PROMPTS, dims), generator=generator).half(),
+        labels,
+    )
+    return feddifrc.prepare(cached, section, {"up_blocks.1": [0, dims]}, torch.full((dims,), 0.5), torch.ones(dims))
+
+
+def _timed(run: Callable[[], None], device: str) -> float:
+    started = time.perf_counter()
+    run()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def _cache_reading() -> dict[str, float] | None:
+    """Seconds an image that a run spends once, on reading and preparing the project's feature set."""
+    from pipeline.datasets import PreparedDataset
+    from pipeline.errors import PipelineError
+    from pipeline.feature_store import FeatureSet
+
+    project = config.load(ROOT / "params.yaml")
+    section = project.settings("methods", "feddifrc")
+    assert isinstance(section, params.FedDifRC)
+    try:
+        features, rows = FeatureSet(project.features_dir), PreparedDataset(project.dataset_dir).rows("train")
+    except PipelineError as error:
+        click.echo(f"reading the cache: skipped ({error})")
+        return None
+    started = time.perf_counter()
+    GuidanceSource(features, section).read(torch.arange(rows).numpy())
+    seconds = time.perf_counter() - started
+    train = project.params.train_fl
+    epochs = train.num_rounds * train.local_epochs * train.clients_per_round / train.num_clients
+    click.echo(f"reading the cache: {1e6 * seconds / rows:.0f} us an image, once a run of {epochs:.0f} epochs")
+    return {"seconds_per_image": seconds / rows, "epochs": epochs}
+
+
+def _simulators(job: Job, peers: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"local engine": _local_rounds(job)}
+    ours = found["local engine"]
+    click.echo(
+        f"\n{'':14}{'first round':>13}{'later rounds':>14}{'rounds/h':>10}{'job: we are':>13}{'later: we are':>15}"
+    )
+    _print_simulator("local engine", ours, ours)
+    for name, script in (("flower (ray)", "train_flower.py"), ("pfl", "train_pfl.py")):
+        answer = _peer(script, job, peers)
+        if isinstance(answer, str):
+            click.echo(f"{name:14} skipped: {answer}")
+            continue
+        ratios = {key: answer[f"{key}_seconds"] / ours[f"{key}_seconds"] for key in ("job", "round")}
+        found[name] = answer | {"ratios": ratios}
+        _print_simulator(name, answer, ours)
+    return found
+
+
+def _local_rounds(job: Job) -> dict[str, float]:
+    """The job on the local engine, in this process."""
+    clients = [ClientData(*job.client(k)) for k in range(job.num_clients)]
+    method = methods.build(params.FedAvg(algorithm="fedavg"), job.model(), job.momentum, 0.0, job.num_clients)
+    schedule = local.Schedule(
+        job.num_rounds, job.num_clients, job.local_epochs, job.batch_size, job.learning_rate, 1.0, "none", 0
+    )
+    weights = dict(job.model().state_dict())
+    marks = [time.perf_counter()]
+    for _ in local.run(method, local.begin(method, weights, job.num_clients), clients, schedule):
+        marks.append(time.perf_counter())
+    return seconds_a_round(marks)
+
+
+def _peer(script: str, job: Job, python: str) -> dict[str, Any] | str:
+    """What the script's JSON line says, or why there is none."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+    }
+    command = [python, str(HERE / script), job.to_json()]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        return f"{reason} (see benchmarks/requirements.txt)"
+    return json.loads(lines[-1])
+
+
+def _print_simulator(name: str, times: dict[str, float], ours: dict[str, float]) -> None:
+    job, later = (times[key] / ours[key] for key in ("job_seconds", "round_seconds"))
+    per_hour = 3600 * times["num_rounds"] / times["job_seconds"]
+    click.echo(
+        f"{name:14}{times['first_round_seconds']:>11.2f} s{times['round_seconds']:>12.3f} s{per_hour:>10.0f}"
+        f"{job:>12.2f}x{later:>14.2f}x"
+    )
+
+
+if __name__ == "__main__":
+    main()

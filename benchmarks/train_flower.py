@@ -1,0 +1,77 @@
+"""The job of `train_job` on Flower's Ray simulation, written as Flower's own PyTorch quickstart is: one JSON line."""
+
+import functools
+import json
+import logging
+import sys
+import time
+
+import flwr
+import ray
+import torch
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+from flwr.simulation import run_simulation
+from torch.nn import functional
+from train_job import Job, seconds_a_round
+
+from stages.train_fl.augmentation import to_model_range
+
+JOB = Job.from_json(sys.argv[1])
+marks: list[float] = []
+
+
+def train(message: Message, context: Context, job: Job) -> Message:
+    """Local SGD on the node's own images."""
+    images, labels = _client(job, int(context.node_config["partition-id"]))
+    model = job.model()
+    model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), job.learning_rate, momentum=job.momentum, fused=True)
+    for _ in range(job.local_epochs):
+        for index in torch.randperm(len(labels)).split(job.batch_size):
+            loss = functional.cross_entropy(model(to_model_range(images[index]))[1], labels[index])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+    content = {
+        "arrays": ArrayRecord(model.state_dict()),
+        "metrics": MetricRecord({"num-examples": len(labels)}),
+    }
+    return Message(content=RecordDict(content), reply_to=message)
+
+
+@functools.cache
+def _client(job: Job, client_id: int):
+    """Made once in each of Ray's processes."""
+    return job.client(client_id)
+
+
+def serve(grid: Grid, context: Context) -> None:
+    """Rounds of Flower's own FedAvg; its evaluation hook is our clock."""
+    arrays = ArrayRecord(JOB.model().state_dict())
+    strategy = FedAvg(fraction_train=1.0, fraction_evaluate=0.0, min_available_nodes=JOB.num_clients)
+    strategy.start(
+        grid,
+        arrays,
+        num_rounds=JOB.num_rounds,
+        evaluate_fn=lambda number, _: marks.append(time.perf_counter()) if number else None,
+    )
+
+
+def main() -> None:
+    """Runs the simulation; every core trains one client at a time. The clock starts before Ray does."""
+    marks.append(time.perf_counter())
+    logging.disable(logging.WARNING)
+    server, client = ServerApp(), ClientApp()
+    server.main()(serve)
+    client.train()(functools.partial(train, job=JOB))
+    resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    run_simulation(server, client, num_supernodes=JOB.num_clients, backend_config=resources)
+    versions = {"flwr": flwr.__version__, "ray": ray.__version__, "torch": torch.__version__}
+    sys.stdout.write(json.dumps(seconds_a_round(marks) | {"versions": versions}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Presets: named settings, as `presets/<name>.yaml`, that are merged into params.yaml.
+
+params.yaml stays the one source of truth that DVC reads; a preset is written into it, comments kept, and `git diff`
+shows what it changed. A key replaces its value; under `methods` and `partitions` an entry replaces the entry of its
+name, whole. `base: NAME` takes that preset first. `experiments` is not merged: it lists values of keys by which the
+whole pipeline is run several times, each as a DVC experiment.
+"""
+
+import difflib
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline import config
+from pipeline.errors import PipelineError
+
+
+def describe(folder: Path) -> dict[str, str]:
+    """Every preset in `folder` by name, with the first line of its file, which says what it is."""
+    return {
+        file.stem: file.read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip()
+        for file in sorted(folder.glob("*.yaml"))
+    }
+
+
+def apply(name: str, params_file: Path) -> list[dict[str, Any]]:
+    """Merges a preset of the project into its params.yaml, or, if the result would not be valid, changes nothing.
+
+    Args:
+        name: of a file in presets/ beside `params_file`.
+        params_file: the project's params.yaml.
+
+    Returns:
+        The experiments that the preset asks for, each as dotted key -> value; a single empty one if it asks for none.
+
+    Raises:
+        PipelineError: there is no such preset, it is not YAML, or it does not fit the configuration.
+    """
+    merged = _read(name, params_file.parent / "presets")
+    experiments = merged.pop("experiments", {})
+    yaml = _round_trip()
+    try:
+        values = yaml.load(params_file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PipelineError(f"{params_file} is missing: run in the project's folder") from None
+    for section, keys in merged.items():
+        present = values.setdefault(section, {})
+        present.update({key: _in_flow(value) for key, value in keys.items() if present.get(key, ...) != value})
+    temporary = params_file.with_name(params_file.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        yaml.dump(values, stream)
+    combinations = [dict(zip(experiments, chosen, strict=True)) for chosen in itertools.product(*experiments.values())]
+    try:
+        for changes in combinations:
+            config.load(temporary, changes)
+    except PipelineError as error:
+        temporary.unlink()
+        raise PipelineError(str(error).replace(str(temporary), f"preset {name}")) from None
+    temporary.replace(params_file)
+    return combinations
+
+
+def _read(name: str, folder: Path) -> dict[str, Any]:
+    """A preset with its bases under it: section -> keys."""
+    file = folder / f"{name}.yaml"
+    if not file.exists():
+        known = [path.stem for path in sorted(folder.glob("*.yaml"))]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known) or 'none'}"
+        raise PipelineError(f"{folder} has no preset {name}; {hint}")
+    own = config.read_yaml(file)
+    base = own.pop("base", None)
+    return _over(_read(base, folder) if base else {}, own)
+
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    return {**below, **{section: {**below.get(section, {}), **keys} for section, keys in above.items()}}
+
+
+def _round_trip() -> Any:
+    """A YAML reader and writer that keeps comments, quotes and the word null."""
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 120
+    yaml.representer.add_representer(
+        type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
+    return yaml
+
+
+def _in_flow(value: Any) -> Any:
+    """Lists as [a, b], as params.yaml has them."""
+    from ruamel.yaml.comments import CommentedSeq
+
+    if isinstance(value, dict):
+        return {key: _in_flow(inner) for key, inner in value.items()}
+    if not isinstance(value, list):
+        return value
+    sequence = CommentedSeq(value)
+    sequence.fa.set_flow_style()
+    return sequence

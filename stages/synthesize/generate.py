@@ -1,0 +1,86 @@
+"""Text-to-image with the frozen model itself: the same weights that guide FedDifRC (Rombach et al., CVPR 2022).
+
+Classifier-free guidance (Ho and Salimans, 2022) and deterministic DDIM steps (Song et al., ICLR 2021, eta 0). The first
+noise of image k of class c comes from a CPU generator keyed (seed, c, k): an image does not depend on how many others
+are made, nor, up to rounding, on the batch it is made in.
+"""
+
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
+
+from pipeline import seeding
+from pipeline.errors import PipelineError
+from pipeline.params import Synthesize
+
+
+class Generator:
+    """The model, loaded once for all classes."""
+
+    def __init__(self, path: Path, params: Synthesize, image_size: int, batch_size: int, device: str) -> None:
+        """Loads a diffusers pipeline directory with safetensors weights.
+
+        Args:
+            path: the directory.
+            params: steps, guidance, seed and type.
+            image_size: generated images are resized to this square, bicubically.
+            batch_size: images at a time.
+            device: torch device.
+
+        Raises:
+            PipelineError: it cannot be loaded.
+        """
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            self._pipe = StableDiffusionPipeline.from_pretrained(
+                path,
+                dtype=getattr(torch, params.dtype),
+                use_safetensors=True,
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise PipelineError(f"{path} cannot be loaded as a Stable Diffusion pipeline ({reason})") from None
+        self._pipe.scheduler = DDIMScheduler.from_config(self._pipe.scheduler.config)
+        self._pipe.set_progress_bar_config(disable=True)
+        self._pipe.to(device)
+        self._params, self._image_size, self._batch_size = params, image_size, batch_size
+
+    def __call__(self, label: int, class_name: str, count: int) -> np.ndarray:
+        """Images 0 to count - 1 of a class: uint8 (count, image_size, image_size, 3)."""
+        numbers = range(count)
+        batches = [numbers[start : start + self._batch_size] for start in range(0, count, self._batch_size)]
+        return np.concatenate([self._batch(label, class_name, batch) for batch in batches])
+
+    def _batch(self, label: int, class_name: str, numbers: range) -> np.ndarray:
+        unet = self._pipe.unet
+        shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+        noise = torch.stack(
+            [
+                torch.randn(shape, generator=seeding.torch_generator(self._params.seed, "synthesize", label, number))
+                for number in numbers
+            ]
+        )
+        prompt = self._params.prompt_template.replace("{class_name}", class_name)
+        images = self._pipe(
+            [prompt] * len(numbers),
+            num_inference_steps=self._params.num_inference_steps,
+            guidance_scale=self._params.guidance_scale,
+            latents=noise.to(self._pipe.device, unet.dtype),
+            output_type="np",
+        ).images  # float (B, H, W, 3) in [0, 1]
+        pixels = (255 * np.clip(images, 0, 1)).round().astype(np.uint8)
+        return np.stack([self._resize(image) for image in pixels])
+
+    def _resize(self, image: np.ndarray) -> np.ndarray:
+        if image.shape[0] == self._image_size:
+            return image
+        return np.asarray(Image.fromarray(image).resize((self._image_size,) * 2, Image.Resampling.BICUBIC))

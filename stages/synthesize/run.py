@@ -1,0 +1,117 @@
+"""Runs the stage: images of every class from the frozen model, as a prepared data set.
+
+`synthesize.images_per_class` images of a class are its training split; one more is its test split, so that the set is
+a data set like any other. With 0, the value for everyone who does not balance clients, nothing is generated and the
+folder says so. Classes are kept under .pipeline as they are finished: a killed run makes none twice.
+"""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from pipeline import datasets, provenance
+from pipeline.config import Config
+from pipeline.datasets import Images, PreparedDataset, Source
+from pipeline.errors import PipelineError
+from pipeline.progress import track
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config) -> Path:
+    """Generates images of the prepared data set's classes.
+
+    Returns:
+        Their folder.
+
+    Raises:
+        PipelineError: the data set or the model is missing or changed.
+    """
+    params, target = config.params.synthesize, config.synthetic_dir
+    if params.images_per_class == 0:
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        provenance.write_json(target / "manifest.json", {"images_per_class": 0})
+        return target
+    dataset = PreparedDataset(config.dataset_dir)
+    weights = _checked_backbone(config)
+    content = {"params": params.model_dump(), "weights": weights, "classes": dataset.class_names}
+    key = provenance.fingerprint(content | {"image_size": dataset.image_size})[:16]
+    staging = config.state_dir / "synthesize" / key
+    staging.mkdir(parents=True, exist_ok=True)
+    classes = _generate(config, dataset, staging)
+    splits = {
+        "train": _split(classes, slice(0, params.images_per_class)),
+        "test": _split(classes, slice(params.images_per_class, None)),
+    }
+    backbone = config.params.prepare_backbone.name
+    source = Source(dataset.class_names, splits, f"as the terms of {backbone}, which generated the images")
+    datasets.write(target, target.name, backbone, source)
+    shutil.rmtree(staging)
+    log.info("%s: %d images of each of %d classes", target, params.images_per_class, len(classes))
+    return target
+
+
+def _generate(config: Config, dataset: PreparedDataset, staging: Path) -> list[np.ndarray]:
+    """Per class its images, uint8 (images_per_class + 1, H, W, 3); what stands in `staging` is not made again."""
+    params, runtime = config.params.synthesize, config.params.runtime
+    files = [staging / f"class-{label:05d}.safetensors" for label in range(len(dataset.class_names))]
+    generator = None
+    for label, file in enumerate(track(files, "synthesize", len(files), "class")):
+        if _is_whole(file):
+            continue
+        if generator is None:
+            from stages.synthesize.generate import Generator
+
+            generator = Generator(
+                config.backbone_dir,
+                params,
+                dataset.image_size,
+                runtime.synthesize_batch_size,
+                _device(runtime.device),
+            )
+        images = generator(label, dataset.class_names[label], params.images_per_class + 1)
+        temporary = file.with_name(file.name + ".tmp")
+        save_file({"images": np.ascontiguousarray(images)}, temporary)  # it writes the buffer as it lies
+        temporary.replace(file)
+    return [load_file(file)["images"] for file in files]
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        return "images" in load_file(file)
+    except (OSError, SafetensorError):
+        return False
+
+
+def _split(classes: list[np.ndarray], rows: slice) -> Images:
+    chosen = [images[rows] for images in classes]
+    labels = np.repeat(np.arange(len(chosen)), [len(images) for images in chosen])
+    return Images.of_one_domain(np.concatenate(chosen), labels)
+
+
+def _checked_backbone(config: Config) -> dict[str, str]:
+    """The hash of every file of the model, after checking that they are those of its manifest."""
+    try:
+        files = json.loads(config.backbone_manifest.read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        raise PipelineError(f"{config.backbone_manifest} is missing: run `pipeline prepare-backbone`") from None
+    for name, sha256 in files.items():
+        file = config.backbone_dir / name
+        if not file.exists() or provenance.file_sha256(file) != sha256:
+            raise PipelineError(f"{file} is not what {config.backbone_manifest} says: run `pipeline prepare-backbone`")
+    return files
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise PipelineError(f"runtime.device = {name}: this machine has no usable CUDA GPU; use auto or cpu")
+    return name

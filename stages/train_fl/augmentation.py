@@ -1,0 +1,74 @@
+"""Random changes of training images, on the device, a whole batch at once; draws come from a generator on the CPU.
+
+"crop" shifts the zero-padded image by up to an eighth of its side, as is usual on CIFAR; "crop-flip" also mirrors half
+of the images. "views" is for self-supervised learning (Chen et al., SimCLR, ICML 2020): a crop of a fifth to all of the
+area resized to the image's size, a mirror image, and changes of brightness, contrast and saturation.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Augmentation = Literal["none", "crop", "crop-flip", "views"]
+
+
+def to_model_range(images: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def augment(images: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
+    """One random view of each image.
+
+    Args:
+        images: uint8 (n, 3, H, W).
+        augmentation: what is changed.
+        generator: on the CPU.
+
+    Returns:
+        float32 (n, 3, H, W) in [-1, 1].
+    """
+    if augmentation == "views":
+        return _colour(_resized_crop(to_model_range(images), generator), generator)
+    if augmentation != "none":
+        images = _shift(images, augmentation == "crop-flip", generator)
+    return to_model_range(images)
+
+
+def _shift(images: Tensor, flips: bool, generator: torch.Generator) -> Tensor:
+    n, _, height, width = images.shape
+    pad = height // 8
+    padded = functional.pad(images, (pad,) * 4)
+    top, left = torch.randint(2 * pad + 1, (2, n, 1, 1), generator=generator).to(images.device)
+    rows = top + torch.arange(height, device=images.device)[:, None]  # (n, H, 1)
+    columns = left + torch.arange(width, device=images.device)  # (n, 1, W)
+    if flips:
+        flip = torch.rand((n, 1, 1), generator=generator).to(images.device) < 0.5
+        columns = torch.where(flip, columns.flip(2), columns)
+    sample = torch.arange(n, device=images.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[sample, rows, columns].permute(0, 3, 1, 2)  # (n, 3, H, W)
+
+
+def _resized_crop(images: Tensor, generator: torch.Generator) -> Tensor:
+    """A square of 20 to 100 % of the area, anywhere inside, mirrored half of the time, bilinearly to full size."""
+    draws = torch.rand((4, len(images)), generator=generator).to(images.device)
+    side = (0.2 + 0.8 * draws[0]).sqrt()  # of the full side, 2
+    centre_x, centre_y = (2 * draws[1] - 1) * (1 - side), (2 * draws[2] - 1) * (1 - side)
+    mirrored = torch.where(draws[3] < 0.5, -side, side)
+    zero = torch.zeros_like(side)
+    affine = torch.stack([mirrored, zero, centre_x, zero, side, centre_y], 1).view(-1, 2, 3)
+    grid = functional.affine_grid(affine, list(images.shape), align_corners=False)
+    return functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+
+
+def _colour(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Brightness, contrast and saturation, each by a factor of 0.6 to 1.4."""
+    draws = 0.6 + 0.8 * torch.rand((3, len(images), 1, 1, 1), generator=generator).to(images.device)
+    unit = (images + 1) / 2 * draws[0]
+    mean = unit.mean((1, 2, 3), keepdim=True)
+    unit = mean + (unit - mean) * draws[1]
+    grey = unit.mean(1, keepdim=True)
+    unit = grey + (unit - grey) * draws[2]
+    return unit.clamp(0, 1) * 2 - 1

@@ -1,0 +1,113 @@
+"""Checkpoints of a run: all server and client state between two rounds, and the rows written so far.
+
+    round-00010.safetensors   every tensor, named server/<field>/<name> or client/<id>/<name>
+    checkpoint.json           the round, the number of clients, the tensors' file, SHA-256 and order, the rows
+
+Tensors are written first and the JSON, which names them, is replaced last: a kill at any moment leaves the checkpoint
+before or the one after, whole. Optimisers start anew each round and random draws are keyed by round, so nothing else
+is needed to go on to the same bytes. A folder is keyed by all that decides the run. No pickle.
+"""
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline import provenance
+from stages.train_fl.engines.local import Progress
+from stages.train_fl.methods import ServerState
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoint:
+    """The checkpoint of one run."""
+
+    def __init__(self, folder: Path) -> None:
+        """Kept in `folder`, which is made when first needed."""
+        self._folder = folder
+        self._index = folder / "checkpoint.json"
+
+    def save(self, progress: Progress, records: dict[str, Any]) -> None:
+        """Writes a checkpoint, then drops the one before.
+
+        Args:
+            progress: the federation between two rounds.
+            records: what else the run needs to go on, as JSON.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        file = self._folder / f"round-{progress.number:05d}.safetensors"
+        temporary = file.with_name(file.name + ".tmp")
+        tensors = _flatten(progress)
+        save_file(tensors, temporary)
+        _sync(temporary)
+        temporary.replace(file)
+        content = {
+            "round": progress.number,
+            "num_clients": len(progress.clients),
+            "file": file.name,
+            "sha256": provenance.file_sha256(file),
+            "tensors": list(tensors),
+            "records": records,
+        }
+        provenance.write_json(self._index, content)
+        _sync(self._index)
+        for old in self._folder.glob("round-*"):
+            if old != file:
+                old.unlink(missing_ok=True)
+
+    def load(self, device: str) -> tuple[Progress, dict[str, Any]] | None:
+        """The progress, its tensors on `device`, and the records; None, said aloud, where it is damaged, or absent."""
+        try:
+            content = json.loads(self._index.read_text(encoding="utf-8"))
+            file = self._folder / content["file"]
+            if provenance.file_sha256(file) != content["sha256"]:
+                raise ValueError(f"{file.name} is not what was written")
+            loaded = load_file(file, device=device)
+            tensors = {name: loaded[name] for name in content["tensors"]}  # the format does not keep their order
+            return _unflatten(tensors, content["round"], content["num_clients"]), content["records"]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            log.warning("%s cannot be used (%s): starting from the first round", self._index, error)
+            return None
+
+    def remove(self) -> None:
+        """Drops the checkpoint: the run is finished."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _flatten(progress: Progress) -> dict[str, Tensor]:
+    """Own copies on the CPU: states may share tensors, which the format refuses."""
+    named = {
+        f"server/{field.name}/{name}": tensor
+        for field in fields(ServerState)
+        for name, tensor in getattr(progress.server, field.name).items()
+    }
+    for client, state in enumerate(progress.clients):
+        named |= {f"client/{client}/{name}": tensor for name, tensor in state.items()}
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in named.items()}
+
+
+def _unflatten(tensors: dict[str, Tensor], number: int, num_clients: int) -> Progress:
+    server: dict[str, dict[str, Tensor]] = {field.name: {} for field in fields(ServerState)}
+    clients: list[dict[str, Tensor]] = [{} for _ in range(num_clients)]
+    for path, tensor in tensors.items():
+        owner, part, name = path.split("/", 2)
+        (server[part] if owner == "server" else clients[int(part)])[name] = tensor
+    return Progress(number, ServerState(**server), clients)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

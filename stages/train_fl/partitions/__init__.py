@@ -1,0 +1,80 @@
+"""How the training set is dealt to clients: one kind of partition, one pure function.
+
+Every function takes plain arrays and numbers and a generator, and returns per client an ascending int64 array of
+positions in `labels`; no sample goes to two clients. `deal` calls the one that a `partitions:` entry names.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import PipelineError
+from pipeline.params import Section
+from stages.train_fl.partitions.dirichlet import dirichlet, dirichlet_balanced
+from stages.train_fl.partitions.domains import by_domain, even_clients_per_domain
+from stages.train_fl.partitions.label_skew import classes_per_client, label_skew
+from stages.train_fl.partitions.long_tail import long_tail
+from stages.train_fl.partitions.statistics import heterogeneity, label_counts
+
+__all__ = [
+    "by_domain",
+    "classes_per_client",
+    "deal",
+    "dirichlet",
+    "dirichlet_balanced",
+    "even_clients_per_domain",
+    "heterogeneity",
+    "iid",
+    "label_counts",
+    "label_skew",
+    "long_tail",
+]
+
+
+def deal(
+    settings: Section, labels: np.ndarray, domains: np.ndarray, num_clients: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Deals by the kind that `settings` names.
+
+    Args:
+        settings: a `partitions:` entry.
+        labels: int64 (N,).
+        domains: int64 (N,), counted from 0.
+        num_clients: number of parts; label-skew and a domain partition with a list of counts set their own.
+        rng: source of all draws.
+
+    Raises:
+        PipelineError: the settings do not fit the data.
+    """
+    values: dict[str, Any] = settings.model_dump()
+    kind = values.pop("kind")
+    if kind == "label-skew":
+        return label_skew(labels, **values, rng=rng)
+    if kind == "domain":
+        counts = values["clients_per_domain"]
+        if counts == "even":
+            counts = even_clients_per_domain(num_clients, int(domains.max()) + 1)
+        return by_domain(domains, counts, values["samples_fraction"], rng)
+    kinds: dict[str, Any] = {
+        "dirichlet": dirichlet,
+        "dirichlet-balanced": dirichlet_balanced,
+        "classes-per-client": classes_per_client,
+        "iid": iid,
+    }
+    return kinds[kind](labels, num_clients, **values, rng=rng)
+
+
+def iid(labels: np.ndarray, num_clients: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Shuffles and cuts into parts whose sizes differ by one at most.
+
+    Args:
+        labels: int64 (N,); only their number matters.
+        num_clients: number of parts, at most N.
+        rng: source of the order.
+
+    Raises:
+        PipelineError: there are fewer samples than clients.
+    """
+    if num_clients > len(labels):
+        raise PipelineError(f"{len(labels)} samples cannot be dealt to {num_clients} clients")
+    return [np.sort(part) for part in np.array_split(rng.permutation(len(labels)), num_clients)]

@@ -1,0 +1,40 @@
+"""A picture of clients x classes; matplotlib is imported only when one is drawn."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+_MAX_NUMBERED_CELLS = 400
+
+
+def draw(path: Path, counts: np.ndarray, class_names: list[str]) -> None:
+    """Writes an SVG heat map of samples per client and class; equal counts give equal bytes.
+
+    Args:
+        path: the file.
+        counts: int64 (num_clients, num_classes).
+        class_names: one per column.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    num_clients, num_classes = counts.shape
+    figure = Figure(figsize=(2 + 0.45 * min(num_classes, 40), 1.6 + 0.3 * min(num_clients, 40)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(counts, cmap="Blues", aspect="auto", vmin=0)
+    figure.colorbar(image, label="samples")
+    axes.set(xlabel="class", ylabel="client", yticks=_ticks(num_clients), xticks=_ticks(num_classes))
+    axes.set_xticklabels([class_names[k] for k in _ticks(num_classes)], rotation=40, ha="right")
+    if counts.size <= _MAX_NUMBERED_CELLS:
+        for (client, label), count in np.ndenumerate(counts):
+            colour = "white" if count > counts.max() / 2 else "black"
+            axes.text(label, client, str(count), ha="center", va="center", fontsize=7, color=colour)
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "feddifrc", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    path.write_bytes(buffer.getvalue())
+
+
+def _ticks(count: int) -> list[int]:
+    return list(range(0, count, max(1, count // 40)))

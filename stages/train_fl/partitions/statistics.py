@@ -1,0 +1,61 @@
+"""How heterogeneous a partition is, in numbers that papers quote, from the label counts alone.
+
+With p_k the label shares of client k, g those of all dealt samples and w_k = n_k / n: total variation
+TV_k = 1/2 sum |p_k - g| (Zhao et al.'s "EMD" is 2 TV); the generalised Jensen-Shannon divergence H(g) - sum w_k H(p_k),
+which is the mutual information of client and label; the mean Hellinger distance of two clients; effective classes
+2^H(p_k). Means over clients are unweighted and leave out clients without samples; logarithms are to base 2.
+"""
+
+import numpy as np
+
+
+def label_counts(parts: list[np.ndarray], labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Samples per client and class: int64 (num_clients, num_classes)."""
+    return np.stack([np.bincount(labels[part], minlength=num_classes) for part in parts])
+
+
+def heterogeneity(counts: np.ndarray) -> dict[str, float | None]:
+    """Statistics of a partition.
+
+    Args:
+        counts: int64 (num_clients, num_classes), samples; at least one client has some.
+
+    Returns:
+        total_variation: mean TV_k, 0 to 1. emd: mean of 2 TV_k. jensen_shannon_bits: 0 to log2(num_clients).
+        hellinger: mean over pairs of clients, 0 to 1. effective_classes, classes_present: means, 1 to num_classes.
+        size_cv: population standard deviation of sizes over their mean. size_gini: 0 (equal) to 1.
+        size_max_over_min: None where a client has no samples.
+    """
+    all_sizes = counts.sum(1)
+    held = counts[all_sizes > 0]
+    sizes = held.sum(1)
+    shares = held / sizes[:, None]
+    pooled = held.sum(0) / sizes.sum()
+    variation = 0.5 * np.abs(shares - pooled).sum(1)
+    entropy = _entropy_bits(shares)
+    statistics = {
+        "total_variation": variation.mean(),
+        "emd": 2 * variation.mean(),
+        "jensen_shannon_bits": max(0.0, _entropy_bits(pooled) - (sizes / sizes.sum()) @ entropy),
+        "hellinger": _mean_hellinger(shares),
+        "effective_classes": (2**entropy).mean(),
+        "classes_present": (held > 0).sum(1).mean(),
+        "size_cv": all_sizes.std() / all_sizes.mean(),
+        "size_gini": np.abs(all_sizes[:, None] - all_sizes).mean() / (2 * all_sizes.mean()),
+    }
+    ratio = float(all_sizes.max() / all_sizes.min()) if all_sizes.min() else None
+    return {name: float(value) for name, value in statistics.items()} | {"size_max_over_min": ratio}
+
+
+def _entropy_bits(shares: np.ndarray) -> np.ndarray:
+    """Over the last axis; 0 log 0 is 0."""
+    return -(shares * np.log2(np.where(shares > 0, shares, 1))).sum(-1)
+
+
+def _mean_hellinger(shares: np.ndarray) -> float:
+    """Mean over unordered pairs of sqrt(1 - sum sqrt(p q)); 0 for a single client."""
+    if len(shares) < 2:
+        return 0.0
+    overlap = np.sqrt(shares) @ np.sqrt(shares).T
+    first, second = np.triu_indices(len(shares), 1)
+    return float(np.sqrt(np.clip(1 - overlap[first, second], 0, None)).mean())

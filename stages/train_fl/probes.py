@@ -1,0 +1,70 @@
+"""What frozen embeddings are worth: a k-NN classifier after every round, a linear probe at the end.
+
+Both are fitted on all clients' training images with their labels and judged on the held-out images, by scikit-learn.
+k-NN is by cosine similarity with votes weighted by 1 / distance; its loss is the cross-entropy of the votes' shares,
+each at least 1e-3. The probe is multinomial logistic regression on standardised embeddings. They judge an encoder;
+they are no part of training.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.train_fl.client_data import ClientData
+from stages.train_fl.evaluate import Predictor, in_batches
+from stages.train_fl.federation import HeldOut
+from stages.train_fl.models import FLModel
+
+_SMALLEST_SHARE = 1e-3
+
+
+class Probes:
+    """Judges embeddings; an `evaluate.Evaluator`."""
+
+    def __init__(self, clients: list[ClientData], held_out: HeldOut, neighbours: int) -> None:
+        """Fits on the clients' images, judges on `held_out`."""
+        self._clients = [client for client in clients if len(client)]
+        self._held_out = held_out
+        self._labels = np.concatenate([client.labels.cpu().numpy() for client in self._clients])
+        self._neighbours = min(neighbours, len(self._labels))
+
+    def scores(self, model: FLModel) -> dict[str, float]:
+        """Accuracy and loss of the k-NN classifier."""
+        from sklearn.neighbors import KNeighborsClassifier
+
+        knn = KNeighborsClassifier(self._neighbours, metric="cosine", weights="distance")
+        knn.fit(self._train_embeddings(model), self._labels)
+        shares = knn.predict_proba(self._embed(model, self._held_out.images))
+        truth = self._held_out.labels.cpu().numpy()
+        right = knn.classes_[shares.argmax(1)] == truth
+        of_truth = (shares * (knn.classes_ == truth[:, None])).sum(1)
+        loss = -np.log(np.maximum(of_truth, _SMALLEST_SHARE)).mean()
+        return {"accuracy": float(right.mean()), "loss": float(loss)}
+
+    def final(self, model: FLModel) -> tuple[Predictor, dict[str, float]]:
+        """The linear probe, and the accuracy of both."""
+        probe = self._fit_probe(self._train_embeddings(model))
+
+        def predict(images: Tensor) -> Tensor:
+            return torch.from_numpy(probe.predict(self._embed(model, images))).to(self._held_out.labels.device)
+
+        right = predict(self._held_out.images) == self._held_out.labels
+        accuracy = {"linear_probe_accuracy": right.double().mean().item()}
+        return predict, accuracy | {"knn_accuracy": self.scores(model)["accuracy"]}
+
+    def _fit_probe(self, embeddings: np.ndarray) -> Any:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(embeddings, self._labels)
+
+    def _train_embeddings(self, model: FLModel) -> np.ndarray:
+        return np.concatenate([self._embed(model, client.images) for client in self._clients])
+
+    def _embed(self, model: FLModel, images: Tensor) -> np.ndarray:
+        """float32 (N, embedding_dim)."""
+        model.eval()
+        return in_batches(model.embed, images, self._held_out.labels.device).cpu().numpy()

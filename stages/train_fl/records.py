@@ -1,0 +1,109 @@
+"""What a run leaves in results/<run>.
+
+rounds.csv         one row a round: accuracy and loss held out, training losses, bytes sent; equal seeds, equal bytes
+timing.csv         one row a round: seconds of loading, training, aggregation and evaluation
+clients.csv        one row a client: samples, and the final global model's accuracy for it
+partition.json     every client's samples and label counts, and statistics of heterogeneity
+partition.svg      the same as a picture
+model.safetensors  the last global weights
+metrics.json       final, best and mean-of-last-five accuracy, by domain; seconds, samples per second, bytes
+config.json        the resolved settings, the hashes of data set and features, software and hardware
+"""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import save_file
+
+from pipeline import provenance
+from stages.train_fl.engines.local import Round
+from stages.train_fl.federation import Federation
+from stages.train_fl.methods import Weights
+from stages.train_fl.partitions import heterogeneity, picture
+
+Row = dict[str, Any]
+
+
+class RunRecord:
+    """The rows of a run's rounds so far, kept in its folder after every round."""
+
+    def __init__(self, path: Path, earlier: dict[str, list[Row]] | None = None) -> None:
+        """Starts in folder `path`, or goes on from the `rows` of an earlier record."""
+        self.path = path
+        earlier = earlier or {"rounds": [], "timing": []}
+        self._rounds, self._timing = earlier["rounds"], earlier["timing"]
+        path.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def rows(self) -> dict[str, list[Row]]:
+        """All rows so far, as JSON."""
+        return {"rounds": self._rounds, "timing": self._timing}
+
+    def add(self, done: Round, scores: dict[str, float], evaluate_seconds: float) -> None:
+        """Adds a round and writes the tables, whole: a killed run leaves whole rows."""
+        self._rounds.append(
+            {"round": done.number, **scores, **{f"train_{k}": v for k, v in done.train_metrics.items()}}
+            | {"num_clients": len(done.participants), "num_samples": done.num_samples}
+            | {"bytes_down": done.bytes_down, "bytes_up": done.bytes_up}
+        )
+        self._timing.append(
+            {
+                "round": done.number,
+                "load": done.load_seconds,
+                "train": done.train_seconds - done.load_seconds,
+                "aggregate": done.aggregate_seconds,
+                "evaluate": evaluate_seconds,
+            }
+        )
+        write_csv(self.path / "rounds.csv", self._rounds)
+        write_csv(self.path / "timing.csv", self._timing)
+
+    def metrics(self) -> dict[str, Any]:
+        """The run in a few numbers."""
+        accuracies = [row["accuracy"] for row in self._rounds]
+        parts = ("load", "train", "aggregate", "evaluate")
+        seconds = {part: sum(row[part] for row in self._timing) for part in parts}
+        samples = sum(row["num_samples"] for row in self._rounds)
+        return {
+            "final_accuracy": accuracies[-1],
+            "best_accuracy": max(accuracies),
+            "mean_last5_accuracy": float(np.mean(accuracies[-5:])),
+            "wall_seconds": sum(seconds.values()),
+            "samples_per_second": samples / (seconds["load"] + seconds["train"]),
+            "seconds": seconds,
+            "bytes_down": sum(row["bytes_down"] for row in self._rounds),
+            "bytes_up": sum(row["bytes_up"] for row in self._rounds),
+        }
+
+
+def write_partition(path: Path, data: Federation) -> None:
+    """partition.json and partition.svg in folder `path`."""
+    class_names = data.dataset.class_names
+    content = {
+        "class_names": class_names,
+        "label_counts": data.label_counts.tolist(),
+        "synthetic_counts": data.synthetic_counts.tolist(),
+        "heterogeneity": heterogeneity(data.label_counts),
+        "clients": [part.tolist() for part in data.parts],
+    }
+    provenance.write_json(path / "partition.json", content)
+    picture.draw(path / "partition.svg", data.label_counts, class_names)
+
+
+def write_weights(path: Path, weights: Weights) -> None:
+    """model.safetensors in folder `path`."""
+    temporary = path / "model.safetensors.tmp"
+    save_file({name: value.cpu().contiguous() for name, value in weights.items()}, temporary)
+    temporary.replace(path / "model.safetensors")
+
+
+def write_csv(file: Path, rows: list[Row]) -> None:
+    """A table, through a temporary name."""
+    temporary = file.with_name(file.name + ".tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(file)

