@@ -36,6 +36,7 @@ def make(root: Path, **overrides) -> config.Config:
     repository = Path(__file__).parents[2]
     (root / "params.yaml").write_text((repository / "params.yaml").read_text())
     changes = OVERRIDES | {key.replace("__", "."): value for key, value in overrides.items()}
+    changes.setdefault("sweep.partitions", list(changes["partitions"]))
     made = config.load(root / "params.yaml", changes)
     splits = {"train": images(48, 0), "test": images(24, 1)}
     datasets.write(made.dataset_dir, "tiny", "test", Source(CLASSES, splits, "none", ["left", "right"]))
