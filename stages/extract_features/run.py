@@ -14,7 +14,6 @@ estimate.py         what it will cost
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -65,7 +64,7 @@ def run(config: Config, shard_range: str | None = None) -> Path:
     if rank:
         logging.getLogger("stages").setLevel(logging.WARNING)
     shards = scheduling.order_of_shards(job.plan.num_shards, shard_range, rank, world_size)
-    staging = _state_dir(config) / "staging" / f"{job.plan.content.fingerprint[:16]}-{job.plan.rows_per_shard}"
+    staging = config.state_dir / "staging" / f"{job.plan.content.fingerprint[:16]}-{job.plan.rows_per_shard}"
     writer = FeatureSetWriter(staging, job.plan, provenance.processor(job.device))
     writer.forget_damaged(shard for shard in shards if shard % world_size == rank)
     with scheduling.finish_batch_on_sigterm() as check:
@@ -200,9 +199,4 @@ def _latents_dir(job: Job) -> Path | None:
         "rows_per_shard": job.plan.rows_per_shard,
         "processor": provenance.processor(job.device),
     }
-    return _state_dir(job.config) / "latents" / provenance.fingerprint(deciding)[:16]
-
-
-def _state_dir(config: Config) -> Path:
-    """Outside every DVC out, because DVC deletes those before it runs a stage; under DVC, in the real repository."""
-    return Path(os.environ.get("DVC_ROOT", config.root)) / ".pipeline"
+    return job.config.state_dir / "latents" / provenance.fingerprint(deciding)[:16]

@@ -1,12 +1,13 @@
 """A project small enough to train in a test: 48 images of 8x8 pixels, three classes, two domains."""
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from pipeline import config, datasets
 from pipeline.datasets import Images, Source
-from pipeline.feature_store import Basis, Content, Features, FeatureSetWriter, LayerBasis, new_manifest
+from pipeline.feature_store import Basis, Content, Features, FeatureSetWriter, LayerBasis, Plan
 
 CLASSES = ["round", "square", "flat"]
 SIZE, DIMS = 8, 6
@@ -43,23 +44,25 @@ def make(root: Path, **overrides) -> config.Config:
     return made
 
 
-def add_features(project: config.Config) -> None:
+def add_features(project: config.Config, positive: Literal["label", "first"] = "label") -> None:
     """Random representations of the training images under one prompt per class, the image's own among them."""
     dataset = datasets.PreparedDataset(project.dataset_dir)
     train = dataset.load("train")
     content = Content(
         extraction_version=1, dataset_hash=dataset.hash, class_names=CLASSES, backbone={}, timestep=300,
-        image_size=SIZE, layers={"up_blocks.1": [0, DIMS]}, prompt_template="{class_name}", denoise_prompt="",
-        negatives="all", noise_seed=0, basis_images=4, dtype="float32",
+        image_size=SIZE, layers={"up_blocks.1": [0, DIMS]}, prompts=[[name] for name in CLASSES],
+        positive=positive, image_conditioning=None, denoise_prompt="", negatives="all", noise_seed=0, basis_images=4,
+        basis_sha256=None, dtype="float32",
     )  # fmt: skip
-    writer = FeatureSetWriter(project.state_dir / "features", new_manifest(content, len(train), 20, 3, {}))
+    plan = Plan(content, len(train), 20, {})
+    writer = FeatureSetWriter(project.state_dir / "features", plan, "test")
     layer = LayerBasis(np.zeros(DIMS), np.eye(DIMS), np.ones(DIMS), float(DIMS))
     writer.write_basis(Basis({"up_blocks.1": layer}, np.zeros(DIMS), np.ones(DIMS)))
     rng = np.random.default_rng(0)
     for shard in writer.missing_shards:
-        index = np.array(writer.manifest.shard_rows(shard))
+        index = np.array(plan.shard_rows(shard))
         denoised = rng.random((len(index), DIMS)).astype(np.float16)
         prompted = rng.random((len(index), 3, DIMS)).astype(np.float16)
         classes = np.tile(np.arange(3, dtype=np.int16), (len(index), 1))
-        writer.write_shard(shard, Features(index, train.labels[index], denoised, prompted, classes))
+        writer.write_shard(shard, Features(index, train.labels[index], denoised, prompted, classes), 0)
     writer.publish(project.features_dir)
