@@ -88,6 +88,8 @@ def run(config: Config, method_name: str, partition_name: str, seed: int) -> Pat
     guidance, partition = methods.guidance_of(job.method), job.partition
     device = prepare_torch(config.params.runtime)
     data = federation.load(config, partition, seed, guidance, device)
+    if isinstance(job.method, SelfSupervisedFedDifRC):
+        _check_no_label_was_shown(data)
     model, method = _build(job, data, device)
     job.path.mkdir(parents=True, exist_ok=True)
     records.write_partition(job.path, data)
@@ -100,6 +102,15 @@ def run(config: Config, method_name: str, partition_name: str, seed: int) -> Pat
     provenance.write_json(job.path / "config.json", settings | {"provenance": provenance.describe(device)})
     checkpoint.remove()
     return job.path
+
+
+def _check_no_label_was_shown(data: Federation) -> None:
+    assert data.features
+    if data.features.manifest.content.positive != "first":
+        raise PipelineError(
+            f"{data.features.path} was extracted with prompts that name each image's class, which training without "
+            "labels must not see: set extract_features.prompts to self-supervised and extract"
+        )
 
 
 def prepare_torch(runtime: Runtime) -> str:
