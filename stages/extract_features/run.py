@@ -10,7 +10,7 @@ basis.py            the PCA basis, fitted or shared
 batching.py         batches that fit the memory
 latents.py          latents kept for the next extraction
 scheduling.py       who computes which shard
-estimate.py         what it will cost
+cost.py             what it will cost
 """
 
 import logging

@@ -187,7 +187,7 @@ def _train(
             record.add(done, scores, time.perf_counter() - started)
             if done.number % every == 0 and done.number < schedule.num_rounds:
                 checkpoint.save(done.progress, record.rows)
-            bar.set_postfix_str(f"accuracy {scores['accuracy']:.3f}")
+            bar.set_postfix_str(f"accuracy {scores['accuracy']:.3f}", refresh=False)
             bar.update()
     return record
 
