@@ -36,5 +36,5 @@ format: $(STAMP)  ## Format and mend what ruff can
 lock: $(STAMP)  ## Write requirements.lock anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --extra dev --no-header --no-annotate pyproject.toml --output-file requirements.lock
 
-clean:  ## Remove what an extraction left for resuming
+clean:  ## Remove what unfinished extractions and runs left for resuming, and kept latents
 	rm -rf .pipeline

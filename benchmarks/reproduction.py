@@ -68,14 +68,7 @@ def _read(project: Config, method: str, partition: str, seed: int) -> tuple[floa
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise PipelineError(f"{folder} does not hold a finished run ({error}): run `dvc repro`") from None
-    wanted = {
-        "train_fl": project.params.train_fl.model_dump(),
-        "method": {"name": method, **project.settings("methods", method).model_dump()},
-        "partition": {"name": partition, **project.settings("partitions", partition).model_dump()},
-    }
-    for key, value in wanted.items():
-        if settings[key] != value:
-            raise PipelineError(f"{folder} was made with another {key} than params.yaml has: run `dvc repro`")
+    project.check_settings_of_run(folder, settings, method, partition)
     return metrics["mean_last5_accuracy"], settings["provenance"]["commit"] or "unknown"
 
 

@@ -1,4 +1,8 @@
-"""Folders that appear whole or not at all, whatever happens to the process that fills them."""
+"""Files and folders that appear whole or not at all, whatever happens to the process that fills them.
+
+Nothing is ever written in place: DVC links its cache into the project, and a file changed there would change in the
+cache, and in every other place that links to it.
+"""
 
 import contextlib
 import fcntl
@@ -46,6 +50,13 @@ def folder_in_place_of(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, UTF-8, in place of what stood there."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8", newline="")
+    temporary.replace(path)
 
 
 def sync(path: Path) -> None:

@@ -80,6 +80,30 @@ class Config:
             raise PipelineError(f"params.yaml has no {section}.{name}; it has {', '.join(known)}")
         return known[name]
 
+    def settings_of_run(self, method: str, partition: str) -> dict[str, Any]:
+        """The settings that decide a run, as its config.json holds them.
+
+        Raises:
+            PipelineError: there is no such method or partition.
+        """
+        return {
+            "method": {"name": method, **self.settings("methods", method).model_dump()},
+            "partition": {"name": partition, **self.settings("partitions", partition).model_dump()},
+            "train_fl": self.params.train_fl.model_dump(),
+        }
+
+    def check_settings_of_run(self, folder: Path, found: Mapping[str, Any], method: str, partition: str) -> None:
+        """Checks that a run, by its config.json, was made with the present settings.
+
+        Raises:
+            PipelineError: it was not; names what differs.
+        """
+        for section, wanted in self.settings_of_run(method, partition).items():
+            if found.get(section) != wanted:
+                raise PipelineError(
+                    f"{folder} was made with another {section} than params.yaml has: train it again, or run `dvc repro`"
+                )
+
 
 def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """Reads and checks params.yaml.

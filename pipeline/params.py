@@ -60,7 +60,7 @@ class PrepareBackbone(Section):
 
 
 class ExtractFeatures(Section):
-    """Stage 1. Only what decides the features: every key here is part of the fingerprint."""
+    """Stage 1. Only what decides the features: every key but rows_per_shard is part of the fingerprint."""
 
     version: int = Field(ge=1, description="version of the computation; must equal what this code computes")
     timestep: int = Field(ge=0, le=999, description="diffusion timestep of the noised latents")
@@ -343,7 +343,7 @@ class Report(Section):
 
 
 class Runtime(Section):
-    """Speed, never numbers: DVC does not track this section."""
+    """Speed, and of numbers at most the last bits: DVC does not track this section."""
 
     device: str = Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
     unet_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(

@@ -19,7 +19,7 @@ from pipeline.errors import PipelineError
 def describe(folder: Path) -> dict[str, str]:
     """Every preset in `folder` by name, with the first line of its file, which says what it is."""
     return {
-        file.stem: file.read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip()
+        file.stem: file.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
         for file in sorted(folder.glob("*.yaml"))
     }
 
@@ -39,11 +39,9 @@ def apply(name: str, params_file: Path) -> list[dict[str, Any]]:
     """
     merged = _read(name, params_file.parent / "presets")
     experiments = merged.pop("experiments", {})
+    config.load(params_file)  # mistakes that are there already are named first
     yaml = _round_trip()
-    try:
-        values = yaml.load(params_file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PipelineError(f"{params_file} is missing: run in the project's folder") from None
+    values = yaml.load(params_file.read_text(encoding="utf-8"))
     for section, keys in merged.items():
         present = values.setdefault(section, {})
         present.update({key: _in_flow(value) for key, value in keys.items() if present.get(key, ...) != value})

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pipeline
+from pipeline import atomic
 
 _PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "h5py", "numpy", "scikit-learn")
 
@@ -76,9 +77,7 @@ def processor(device: str) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes readable JSON with a stable order, through a temporary name so that no half file is ever seen."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    atomic.write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def _cpu_name() -> str:

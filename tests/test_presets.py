@@ -63,3 +63,16 @@ def test_the_command_lists_and_merges(project):
     assert all(name in listed.output for name in SHIPPED)
     assert invoke(project, "preset", "digits-ablation").exit_code == 0
     assert config.load(project / "params.yaml").params.sweep.methods == ["fedavg", "tdcl", "ndcr", "feddifrc"]
+
+
+def test_a_base_sets_whatever_its_presets_change():
+    """So that one preset after another leaves nothing of the first behind."""
+    folder = REPOSITORY / "presets"
+    for file in folder.glob("*.yaml"):
+        own = config.read_yaml(file)
+        if "base" not in own:
+            continue
+        base = config.read_yaml(folder / f"{own['base']}.yaml")
+        for section in set(own) - {"base", "sweep", "methods", "partitions", "report", "experiments"}:
+            missing = set(own[section]) - set(base[section])
+            assert not missing, f"{file.name}: {section} {missing}"

@@ -23,11 +23,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline import atomic, provenance
 from pipeline.errors import PipelineError
-from pipeline.feature_store.reader import read_basis, read_manifest
+from pipeline.feature_store.reader import read_basis
 from pipeline.feature_store.schema import FIELDS, FORMAT_VERSION, Basis, Features, FileEntry, Manifest, Plan
 
 log = logging.getLogger(__name__)
 
+_DELIVERED = "delivered"  # marks a staging folder whose set stands in its place
 _OVERHEAD = 16 * 1024  # bytes of a file besides its arrays' (HDF5's own structures), at most
 
 
@@ -153,19 +154,19 @@ class FeatureSetWriter:
         The staging copy stays: should the caller be killed before it has noted the result, nothing is computed twice.
         """
         manifest = self._manifest()
-        provenance.write_json(self.path / "manifest.json", manifest.model_dump(mode="json"))
-        names = [manifest.basis.file, *(entry.file for entry in manifest.shards.values()), "manifest.json"]
+        names = [manifest.basis.file, *(entry.file for entry in manifest.shards.values())]
         with atomic.folder_in_place_of(target) as incoming:
             for name in [*names, *(plot.name for plot in self.path.glob("*.svg"))]:
                 _link_or_copy(self.path / name, incoming / name)
+            provenance.write_json(incoming / "manifest.json", manifest.model_dump(mode="json"))
+            atomic.sync(incoming / "manifest.json")
+        (self.path / _DELIVERED).touch()
 
     def drop_delivered_neighbours(self) -> None:
         """Removes the staging folders of other sets that were published; unfinished ones stay."""
         for other in self.path.parent.iterdir():
-            if other != self.path and (other / "manifest.json").exists():
-                with contextlib.suppress(PipelineError):
-                    read_manifest(other)
-                    shutil.rmtree(other, ignore_errors=True)
+            if other != self.path and (other / _DELIVERED).exists():
+                shutil.rmtree(other, ignore_errors=True)
 
     @property
     def _basis_entry(self) -> FileEntry:

@@ -4,9 +4,10 @@ Federated nodes that extract their own sets share one basis.h5, so that their fe
 much of each layer's variance its leading components hold.
 """
 
+import io
 from pathlib import Path
 
-from pipeline import feature_store
+from pipeline import atomic, feature_store
 from pipeline.errors import PipelineError
 from pipeline.feature_store import Basis
 
@@ -56,4 +57,6 @@ def plot_explained_variance(basis: Basis, file: Path) -> None:
             axes.plot(range(1, len(share) + 1), share, label=f"{name} ({len(share)} of {len(layer.mean)} channels)")
         axes.legend()
         axes.grid(alpha=0.3)
-        figure.savefig(file, metadata={"Date": None})
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    atomic.write_text(file, buffer.getvalue())

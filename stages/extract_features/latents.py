@@ -12,6 +12,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from pipeline import atomic
+
 log = logging.getLogger(__name__)
 
 
@@ -37,15 +39,19 @@ class LatentCache:
         return latents
 
     def save(self, shard: int, latents: np.ndarray) -> None:
-        """Keeps float32 (n, C, h, w)."""
+        """Keeps float32 (n, C, h, w); where that fails, says so and goes on: they can be made again."""
         if self._folder is None:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
         temporary = self._file(shard).with_suffix(".tmp")
-        with h5py.File(temporary, "w") as h5:
-            h5.create_dataset("latents", data=latents)
-            h5.attrs["crc32"] = zlib.crc32(np.ascontiguousarray(latents).data)
-        temporary.replace(self._file(shard))
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with h5py.File(temporary, "w") as h5:
+                h5.create_dataset("latents", data=latents)
+                h5.attrs["crc32"] = zlib.crc32(np.ascontiguousarray(latents).data)
+            temporary.replace(self._file(shard))
+        except (OSError, RuntimeError) as error:  # h5py's, when a write fails
+            log.warning("latents are not kept for the next extraction: %s (%s)", self._folder, atomic.in_words(error))
+            temporary.unlink(missing_ok=True)
 
     def _file(self, shard: int) -> Path:
         assert self._folder

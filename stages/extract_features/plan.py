@@ -1,13 +1,10 @@
 """What is to be extracted: from the configuration, the data set and the backbone's hashes; no model is loaded."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from pipeline import provenance
+from pipeline import devices, provenance
 from pipeline.config import Config
 from pipeline.datasets import PreparedDataset
 from pipeline.errors import PipelineError
@@ -69,25 +66,7 @@ def make(config: Config) -> Job:
         **provenance.software(),
     }
     plan = Plan(content, dataset.rows("train"), params.rows_per_shard, made_by)
-    return Job(config, dataset, prompt_set, plan, resolve_device(config.params.runtime.device))
-
-
-def resolve_device(device: str) -> str:
-    """The device to compute on; "auto" is a GPU where there is one, of several the one of this process's local rank.
-
-    Raises:
-        PipelineError: a GPU is asked for that is not there.
-    """
-    local_rank = os.environ.get("LOCAL_RANK", "0")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise PipelineError(f"runtime.device = {device}: this machine has no usable CUDA GPU; use auto or cpu")
-    if device != "cuda":
-        return device
-    if int(local_rank) >= torch.cuda.device_count():
-        raise PipelineError(f"local rank {local_rank} has no GPU: launch {torch.cuda.device_count()} processes here")
-    return f"cuda:{local_rank}"
+    return Job(config, dataset, prompt_set, plan, devices.resolve(config.params.runtime.device))
 
 
 def image_encoder_dir(config: Config) -> Path | None:

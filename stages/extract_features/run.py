@@ -103,17 +103,20 @@ class _Run:
         with progress_bar(sum(len(plan.shard_rows(shard)) for shard in missing), "extract", "image") as bar:
             for wait in (False, True):
                 claims = scheduling.claim_missing(self._writer, missing, wait, self._check)
-                images += self._shards(claims, projector, bar)
+                images += self._shards(claims, projector, bar, ahead=not wait)
         seconds = time.perf_counter() - started
         passes = images * (1 + self._extraction.prompts_per_image)
         log.info("%d images, %d passes in %.1f s: %.1f images/s", images, passes, seconds, images / seconds)
 
-    def _shards(self, claims: Iterator[Claim], projector: Projector, bar: Any) -> int:
-        """Computes the claimed shards; the next one's images are read and the last one's file written meanwhile."""
+    def _shards(self, claims: Iterator[Claim], projector: Projector, bar: Any, ahead: bool) -> int:
+        """Computes the claimed shards; the next one's images are read and the last one's file written meanwhile.
+
+        Not `ahead` of locks that are waited for: who holds one shard while waiting for another may wait for ever.
+        """
         images = 0
         writing: Future[None] | None = None
         with ThreadPoolExecutor(1, "write") as disk:
-            for claim, host in scheduling.prepare_ahead(claims, self._host_input):
+            for claim, host in scheduling.prepare(claims, self._host_input, ahead):
                 index = np.array(self._job.plan.shard_rows(claim.shard))
                 latents = self._latents(claim.shard, host.images)
                 features, redone = self._extraction.represent(
@@ -123,6 +126,8 @@ class _Run:
                     writing.result()
                 writing = disk.submit(self._write, claim, features, redone)
                 images += len(index)
+                if not ahead:
+                    writing.result()
             if writing:
                 writing.result()
         return images

@@ -73,12 +73,15 @@ def claim_missing(
             held.close()
 
 
-def prepare_ahead(claims: Iterator[Claim], prepare: Callable[[int], T]) -> Iterator[tuple[Claim, T]]:
-    """Calls `prepare` for each claimed shard in a thread, one shard ahead of the one being worked on."""
+def prepare(claims: Iterator[Claim], read: Callable[[int], T], ahead: bool) -> Iterator[tuple[Claim, T]]:
+    """Calls `read` for each claimed shard; `ahead`: in a thread, one shard ahead of the one being worked on."""
+    if not ahead:
+        yield from ((claim, read(claim.shard)) for claim in claims)
+        return
     pending: deque[tuple[Claim, Future[T]]] = deque()
     with ThreadPoolExecutor(1, "prepare") as pool:
         for claim in claims:
-            pending.append((claim, pool.submit(prepare, claim.shard)))
+            pending.append((claim, pool.submit(read, claim.shard)))
             if len(pending) > 1:
                 earlier, prepared = pending.popleft()
                 yield earlier, prepared.result()

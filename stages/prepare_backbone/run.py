@@ -65,7 +65,7 @@ def run(config: Config, train: bool = False) -> Path:
 
 
 def _download(hub_id: str, revision: str | None, target: Path) -> None:
-    """Fetches the safetensors weights of the parts we need; what is there already is not fetched again."""
+    """Fetches the safetensors weights of the parts we need; what is there of the same revision is not fetched again."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
         raise PipelineError(f"prepare_backbone.source = {hub_id!r} is neither embedded, nor a directory, nor a hub id")
     if revision is None:
@@ -75,8 +75,10 @@ def _download(hub_id: str, revision: str | None, target: Path) -> None:
         )
     from huggingface_hub import snapshot_download
 
-    if target.is_symlink():
-        target.unlink()
+    mark, model = target / ".source", f"{hub_id}@{revision}"
+    if target.is_symlink() or not mark.exists() or mark.read_text(encoding="utf-8") != model:
+        _emptied(target).mkdir()
+        mark.write_text(model, encoding="utf-8")
     try:
         snapshot_download(
             hub_id, revision=revision, allow_patterns=list(_FILES), ignore_patterns=list(_VARIANTS), local_dir=target

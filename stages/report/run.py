@@ -19,7 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
-from pipeline import provenance  # noqa: E402
+from pipeline import atomic, provenance  # noqa: E402
 from pipeline.config import Config  # noqa: E402
 from pipeline.errors import PipelineError  # noqa: E402
 
@@ -74,7 +74,7 @@ def run(config: Config) -> Path:
         clients=_draw_clients(runs, sweep.partitions, sweep.methods[0]),
         settings=json.dumps(first.config, indent=2),
     )
-    (folder / "index.html").write_text(page, encoding="utf-8")
+    atomic.write_text(folder / "index.html", page)
     return folder / "index.html"
 
 
@@ -83,12 +83,14 @@ def _read(config: Config, method: str, partition: str, seed: int) -> Run:
     try:
         with (folder / "rounds.csv").open(encoding="utf-8") as stream:
             rows = list(csv.DictReader(stream))
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config.check_settings_of_run(folder, settings, method, partition)
         return Run(
             method,
             partition,
             seed,
             json.loads((folder / "metrics.json").read_text(encoding="utf-8")),
-            json.loads((folder / "config.json").read_text(encoding="utf-8")),
+            settings,
             np.array(json.loads((folder / "partition.json").read_text(encoding="utf-8"))["label_counts"]),
             np.array([float(row["accuracy"]) for row in rows]),
             np.array([float(row["loss"]) for row in rows]),
@@ -118,14 +120,15 @@ def _summarise(runs: list[Run]) -> dict[str, float]:
 
 
 def _write_curves(path: Path, runs: dict[tuple[str, str], list[Run]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["method", "partition", "round", "accuracy", "loss"])
-        for (partition, method), group in runs.items():
-            accuracy = np.mean([run.accuracy for run in group], axis=0)
-            loss = np.mean([run.loss for run in group], axis=0)
-            for number, (a, b) in enumerate(zip(accuracy, loss, strict=True), start=1):
-                writer.writerow([method, partition, number, round(float(a), 6), round(float(b), 6)])
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["method", "partition", "round", "accuracy", "loss"])
+    for (partition, method), group in runs.items():
+        accuracy = np.mean([run.accuracy for run in group], axis=0)
+        loss = np.mean([run.loss for run in group], axis=0)
+        for number, (a, b) in enumerate(zip(accuracy, loss, strict=True), start=1):
+            writer.writerow([method, partition, number, round(float(a), 6), round(float(b), 6)])
+    atomic.write_text(path, stream.getvalue())
 
 
 def _draw_curves(runs: dict[tuple[str, str], list[Run]], partitions: list[str], methods: list[str]) -> str:

@@ -11,11 +11,10 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from pipeline import datasets, provenance
+from pipeline import datasets, devices, provenance
 from pipeline.config import Config
 from pipeline.datasets import Images, PreparedDataset, Source
 from pipeline.errors import PipelineError
@@ -74,7 +73,7 @@ def _generate(config: Config, dataset: PreparedDataset, staging: Path) -> list[n
                 params,
                 dataset.image_size,
                 runtime.synthesize_batch_size,
-                _device(runtime.device),
+                devices.resolve(runtime.device),
             )
         images = generator(label, dataset.class_names[label], params.images_per_class + 1)
         temporary = file.with_name(file.name + ".tmp")
@@ -99,19 +98,15 @@ def _split(classes: list[np.ndarray], rows: slice) -> Images:
 def _checked_backbone(config: Config) -> dict[str, str]:
     """The hash of every file of the model, after checking that they are those of its manifest."""
     try:
-        files = json.loads(config.backbone_manifest.read_text(encoding="utf-8"))["files"]
+        files = dict(json.loads(config.backbone_manifest.read_text(encoding="utf-8"))["files"])
     except FileNotFoundError:
         raise PipelineError(f"{config.backbone_manifest} is missing: run `pipeline prepare-backbone`") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PipelineError(
+            f"{config.backbone_manifest} cannot be read ({error!r}): run `pipeline prepare-backbone`"
+        ) from None
     for name, sha256 in files.items():
         file = config.backbone_dir / name
         if not file.exists() or provenance.file_sha256(file) != sha256:
             raise PipelineError(f"{file} is not what {config.backbone_manifest} says: run `pipeline prepare-backbone`")
     return files
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise PipelineError(f"runtime.device = {name}: this machine has no usable CUDA GPU; use auto or cpu")
-    return name

@@ -10,7 +10,6 @@ is needed to go on to the same bytes. A folder is keyed by all that decides the 
 
 import json
 import logging
-import os
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline import provenance
+from pipeline import atomic, provenance
 from stages.train_fl.engines.local import Progress
 from stages.train_fl.methods import ServerState
 
@@ -47,7 +46,7 @@ class Checkpoint:
         temporary = file.with_name(file.name + ".tmp")
         tensors = _flatten(progress)
         save_file(tensors, temporary)
-        _sync(temporary)
+        atomic.sync(temporary)
         temporary.replace(file)
         content = {
             "round": progress.number,
@@ -58,7 +57,7 @@ class Checkpoint:
             "records": records,
         }
         provenance.write_json(self._index, content)
-        _sync(self._index)
+        atomic.sync(self._index)
         for old in self._folder.glob("round-*"):
             if old != file:
                 old.unlink(missing_ok=True)
@@ -103,11 +102,3 @@ def _unflatten(tensors: dict[str, Tensor], number: int, num_clients: int) -> Pro
         owner, part, name = path.split("/", 2)
         (server[part] if owner == "server" else clients[int(part)])[name] = tensor
     return Progress(number, ServerState(**server), clients)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

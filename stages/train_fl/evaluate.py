@@ -84,7 +84,7 @@ def by_domain(predictor: Predictor, held_out: HeldOut, domain_names: list[str]) 
 
 
 def by_client(
-    predictor: Predictor, clients: list[ClientData], held_out: HeldOut, cell_counts: np.ndarray
+    predictor: Predictor, clients: list[ClientData], held_out: HeldOut, cell_counts: np.ndarray, num_classes: int
 ) -> list[dict[str, float | int | None]]:
     """How the global model serves each client.
 
@@ -92,14 +92,14 @@ def by_client(
         predictor: of the global model.
         clients: every client's samples.
         held_out: evaluation data.
-        cell_counts: int64 (num_clients, num_domains * num_classes).
+        cell_counts: int64 (num_clients, num_domains * num_classes), cell = domain * num_classes + label.
+        num_classes: K.
 
     Returns:
         Per client: num_samples; train_accuracy on its own samples; held_out_accuracy, the mean of the held-out
         accuracies of its (domain, class) cells weighted by the client's samples in them. None without samples.
     """
     right = (predictor(held_out.images) == held_out.labels).cpu().numpy()
-    num_classes = cell_counts.shape[1] // (int(held_out.domains.max()) + 1)
     cells = (held_out.domains * num_classes + held_out.labels).cpu().numpy()
     seen = np.bincount(cells, minlength=cell_counts.shape[1])
     accuracy = np.bincount(cells, right, cell_counts.shape[1]) / np.maximum(seen, 1)

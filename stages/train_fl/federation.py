@@ -111,7 +111,8 @@ def _split(dataset: PreparedDataset, config: Config, seed: int) -> tuple[Images,
         return train, np.arange(len(train)), dataset.load("test")
     rng = seeding.numpy_generator(seed, "validation split")
     count = max(1, round(params.validation_fraction * len(train)))
-    held_out, kept = stratified_split(train.labels, count, rng)
+    cells = train.domains * len(dataset.class_names) + train.labels
+    held_out, kept = stratified_split(cells, count, rng)
     return train.take(kept), kept, train.take(held_out)
 
 

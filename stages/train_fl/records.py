@@ -11,13 +11,14 @@ config.json        the resolved settings, the hashes of data set and features, s
 """
 
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.torch import save_file
 
-from pipeline import provenance
+from pipeline import atomic, provenance
 from stages.train_fl.engines.local import Round
 from stages.train_fl.federation import Federation
 from stages.train_fl.methods import Weights
@@ -78,6 +79,13 @@ class RunRecord:
         }
 
 
+def start(path: Path) -> None:
+    """Makes the folder, and removes what only a finished run has: a run in the making is not taken for whole."""
+    path.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.json", "config.json", "clients.csv", "model.safetensors"):
+        (path / name).unlink(missing_ok=True)
+
+
 def write_partition(path: Path, data: Federation) -> None:
     """partition.json and partition.svg in folder `path`."""
     class_names = data.dataset.class_names
@@ -101,9 +109,8 @@ def write_weights(path: Path, weights: Weights) -> None:
 
 def write_csv(file: Path, rows: list[Row]) -> None:
     """A table, through a temporary name."""
-    temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(file)
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic.write_text(file, stream.getvalue())

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from pipeline import provenance
+from pipeline import devices, provenance
 from pipeline.config import Config
 from pipeline.errors import PipelineError
+from pipeline.feature_store import FeatureSet
 from pipeline.params import Runtime, Section, SelfSupervisedFedDifRC, SimSiam
 from pipeline.progress import progress_bar
 from stages.train_fl import evaluate, federation, methods, models, records
@@ -88,10 +89,10 @@ def run(config: Config, method_name: str, partition_name: str, seed: int) -> Pat
     guidance, partition = methods.guidance_of(job.method), job.partition
     device = prepare_torch(config.params.runtime)
     data = federation.load(config, partition, seed, guidance, device)
-    if isinstance(job.method, SelfSupervisedFedDifRC):
-        _check_no_label_was_shown(data)
+    if isinstance(job.method, SelfSupervised) and data.features:
+        _check_no_label_was_shown(data.features)
     model, method = _build(job, data, device)
-    job.path.mkdir(parents=True, exist_ok=True)
+    records.start(job.path)
     records.write_partition(job.path, data)
     settings = _settings(job, data)
     key = provenance.fingerprint(settings | _numerics(config, device))[:16]
@@ -104,11 +105,10 @@ def run(config: Config, method_name: str, partition_name: str, seed: int) -> Pat
     return job.path
 
 
-def _check_no_label_was_shown(data: Federation) -> None:
-    assert data.features
-    if data.features.manifest.content.positive != "first":
+def _check_no_label_was_shown(features: FeatureSet) -> None:
+    if features.manifest.content.positive != "first":
         raise PipelineError(
-            f"{data.features.path} was extracted with prompts that name each image's class, which training without "
+            f"{features.path} was extracted with prompts that name each image's class, which training without "
             "labels must not see: set extract_features.prompts to self-supervised and extract"
         )
 
@@ -121,11 +121,7 @@ def prepare_torch(runtime: Runtime) -> str:
     Raises:
         PipelineError: a GPU is asked for and there is none.
     """
-    device = runtime.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device.startswith("cuda") and not torch.cuda.is_available():
-        raise PipelineError(f"runtime.device = {device}: this machine has no usable CUDA GPU; use auto or cpu")
+    device = devices.resolve(runtime.device)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
     torch.use_deterministic_algorithms(True, warn_only=device != "cpu")
     if runtime.num_threads is not None:
@@ -196,7 +192,9 @@ def _finish(job: Job, data: Federation, model: FLModel, evaluator: Evaluator, re
     """Writes the weights, the accuracy by client and by domain, and the run in a few numbers."""
     predictor, extra = evaluator.final(model)
     records.write_weights(job.path, model.state_dict())
-    clients = evaluate.by_client(predictor, data.clients, data.held_out, data.cell_counts)
+    clients = evaluate.by_client(
+        predictor, data.clients, data.held_out, data.cell_counts, len(data.dataset.class_names)
+    )
     records.write_csv(job.path / "clients.csv", clients)
     domains = evaluate.by_domain(predictor, data.held_out, data.dataset.domain_names)
     mean = sum(domains.values()) / len(domains)
@@ -208,10 +206,8 @@ def _finish(job: Job, data: Federation, model: FLModel, evaluator: Evaluator, re
 def _settings(job: Job, data: Federation) -> dict[str, Any]:
     """All that decides the run."""
     return {
-        "method": {"name": job.method_name, **job.method.model_dump()},
-        "partition": {"name": job.partition_name, **job.partition.model_dump()},
+        **job.config.settings_of_run(job.method_name, job.partition_name),
         "seed": job.seed,
-        "train_fl": job.config.params.train_fl.model_dump(),
         "dataset": {"name": data.dataset.name, "hash": data.dataset.hash},
         "features": data.features.manifest.fingerprint if data.features else None,
         "synthetic": data.synthetic_hash,
@@ -225,4 +221,5 @@ def _numerics(config: Config, device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "channels_last": config.params.runtime.channels_last,
         "torch": torch.__version__,
+        "commit": provenance.git_commit(),
     }

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 
 from pipeline.errors import PipelineError
-from stages.extract_features.scheduling import Claim, order_of_shards, prepare_ahead
+from stages.extract_features.scheduling import Claim, order_of_shards, prepare
 
 
 def test_own_shards_first_then_the_others():
@@ -22,7 +22,7 @@ def test_a_wrong_range_is_named(text):
 
 def test_each_claim_comes_with_what_was_prepared():
     claims = [Claim(shard, contextlib.ExitStack()) for shard in (4, 7, 9)]
-    assert [(claim.shard, made) for claim, made in prepare_ahead(iter(claims), lambda shard: -shard)] == [
+    assert [(claim.shard, made) for claim, made in prepare(iter(claims), lambda shard: -shard, ahead=True)] == [
         (4, -4), (7, -7), (9, -9)
     ]  # fmt: skip
-    assert list(prepare_ahead(iter([]), lambda shard: shard)) == []
+    assert list(prepare(iter([]), lambda shard: shard, ahead=True)) == []

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline import atomic
+
 _MAX_NUMBERED_CELLS = 400
 
 
@@ -30,10 +32,10 @@ def draw(path: Path, counts: np.ndarray, class_names: list[str]) -> None:
         for (client, label), count in np.ndenumerate(counts):
             colour = "white" if count > counts.max() / 2 else "black"
             axes.text(label, client, str(count), ha="center", va="center", fontsize=7, color=colour)
-    buffer = io.BytesIO()
+    buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "feddifrc", "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    path.write_bytes(buffer.getvalue())
+    atomic.write_text(path, buffer.getvalue())
 
 
 def _ticks(count: int) -> list[int]:

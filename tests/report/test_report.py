@@ -1,0 +1,57 @@
+"""The report: its numbers, what it refuses, and that it changes nothing but itself."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from tests.conftest import invoke, write_params
+
+TRAIN = ("train-fl", "--partition", "dir05", "--method", "fedavg", "--seed", "0", "--seed", "1")
+
+
+@pytest.fixture
+def trained(project):
+    write_params(project, {"sweep.methods": ["fedavg"], "sweep.seeds": [0, 1]})
+    assert invoke(project, *TRAIN).exit_code == 0
+    return project
+
+
+def test_the_summary_is_mean_and_sample_deviation_over_seeds(trained):
+    for seed, accuracy in ((0, 0.5), (1, 0.7)):
+        file = trained / "results" / f"fedavg-dir05-s{seed}" / "metrics.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"mean_last5_accuracy": accuracy}))
+    assert invoke(trained, "report").exit_code == 0
+    summary = json.loads((trained / "report" / "summary.json").read_text())["dir05"]["fedavg"]
+    assert summary["mean_accuracy"] == pytest.approx(0.6)
+    assert summary["std_accuracy"] == pytest.approx(np.sqrt(0.02))  # deviations 0.1 and 0.1, divided by n - 1
+    assert "60.00 ± 14.14" in (trained / "report" / "index.html").read_text()
+
+
+def test_runs_of_other_settings_are_refused(trained):
+    result = invoke(trained, "report", "--set", "train_fl.num_rounds=7")
+    assert result.exit_code == 1
+    assert "fedavg-dir05-s0 was made with another train_fl than params.yaml has" in result.output
+
+
+def test_nothing_is_written_in_place(trained, tmp_path_factory):
+    """DVC links its cache into the project: what is changed in place would change in the cache as well."""
+    assert invoke(trained, "report").exit_code == 0
+    cache = tmp_path_factory.mktemp("cache")
+    files = [*(trained / "report").iterdir(), *(trained / "results").rglob("*.*")]
+    before = {}
+    for number, file in enumerate(files):
+        os.link(file, cache / str(number))
+        before[cache / str(number)] = file.read_bytes()
+    assert invoke(trained, *TRAIN, "--num-rounds", "1").exit_code == 0
+    assert invoke(trained, "report", "--title", "another", "--set", "train_fl.num_rounds=1").exit_code == 0
+    assert len(before) > 10
+    assert all(linked.read_bytes() == content for linked, content in before.items())
+
+
+def test_a_run_that_was_begun_again_is_not_taken_for_finished(trained):
+    run = trained / "results" / "fedavg-dir05-s0"
+    result = invoke(trained, *TRAIN, "--learning-rate", "1e30")
+    assert result.exit_code == 1 and "training diverged" in result.output
+    assert not (run / "metrics.json").exists()
