@@ -347,8 +347,8 @@ class Runtime(Section):
 
     device: str = Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
     unet_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
-        description="(image, prompt) pairs per batch of the frozen model; auto fills a GPU's memory, and is 16 on the "
-        "CPU, where batches are computed side by side"
+        description="(image, prompt) pairs per batch of the frozen model; auto fills a GPU's memory; 16 to 64 on "
+        "the CPU, where batches are computed side by side"
     )
     compile: bool = Field(description="compile the frozen model (torch.compile): minutes once, faster passes on a GPU")
     cache_latents: bool = Field(description="keep the images' latents under .pipeline/ for the next extraction")

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CPU_BATCH = 16
+_CORES = torch.get_num_threads()  # as found at the start: OMP_NUM_THREADS, or the cores there are
 _LARGEST = 512  # pairs; beyond it a GPU gains nothing, and 32-bit indices of large maps overflow
 _CPU_BYTES_PER_POSITION = 64 * 1024  # of a latent, in a Stable Diffusion UNet's pass, float32: enough for its layers
 
@@ -125,6 +126,11 @@ class Batcher:
             torch.cuda.empty_cache()
 
 
+def cpu_batch(positions: int) -> int:
+    """Pairs per batch on the CPU: 16, and up to 64 for latents so small that calls would outweigh a batch's work."""
+    return max(CPU_BATCH, min(64, 4096 // positions // CPU_BATCH * CPU_BATCH))
+
+
 def workers_for(device: str, positions: int) -> int:
     """How many batches to compute side by side: one on a GPU; on the CPU one per core, as far as memory reaches.
 
@@ -135,8 +141,8 @@ def workers_for(device: str, positions: int) -> int:
     if device != "cpu":
         return 1
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    fitting = available // (CPU_BATCH * positions * _CPU_BYTES_PER_POSITION)
-    return max(1, min(torch.get_num_threads(), fitting))
+    fitting = available // (cpu_batch(positions) * positions * _CPU_BYTES_PER_POSITION)
+    return max(1, min(_CORES, fitting))
 
 
 def largest_batch(compute: Callable[[Tensor], Any], device: str) -> int:

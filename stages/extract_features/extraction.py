@@ -203,7 +203,7 @@ class Extraction:
         if runtime.unet_batch_size != "auto":
             return runtime.unet_batch_size
         if self.backbone.device == "cpu":
-            return batching.CPU_BATCH
+            return batching.cpu_batch(int(np.prod(self.latent_shape[1:])))
         size = batching.largest_batch(self._blank_pass, self.backbone.device)
         log.info("batches of %d passes fit into memory", size)
         return size

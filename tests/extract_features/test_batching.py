@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pipeline.errors import PipelineError
+from stages.extract_features import batching
 from stages.extract_features.batching import Batcher, reproducible
 
 
@@ -102,3 +103,14 @@ def test_the_cpu_computes_a_batch_on_one_thread():
     with reproducible("cpu", torch.float32):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
+
+
+def test_every_core_works_although_each_batch_has_one_thread():
+    before = torch.get_num_threads()
+    with batching.reproducible("cpu", torch.float32):
+        assert torch.get_num_threads() == 1
+        assert batching.workers_for("cpu", positions=64) == before
+
+
+def test_small_latents_go_in_larger_batches_on_the_cpu():
+    assert [batching.cpu_batch(positions) for positions in (16, 64, 100, 784, 4096)] == [64, 64, 32, 16, 16]
