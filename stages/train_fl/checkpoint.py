@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline import atomic, provenance
+from pipeline.errors import PipelineError
 from stages.train_fl.engines.local import Progress
 from stages.train_fl.methods import ServerState
 
@@ -43,11 +44,8 @@ class Checkpoint:
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / f"round-{progress.number:05d}.safetensors"
-        temporary = file.with_name(file.name + ".tmp")
         tensors = _flatten(progress)
-        save_file(tensors, temporary)
-        atomic.sync(temporary)
-        temporary.replace(file)
+        save_tensors(file, tensors)
         content = {
             "round": progress.number,
             "num_clients": len(progress.clients),
@@ -81,6 +79,22 @@ class Checkpoint:
     def remove(self) -> None:
         """Drops the checkpoint: the run is finished."""
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a safetensors file, whole or not at all.
+
+    Raises:
+        PipelineError: it cannot be written.
+    """
+    temporary = file.with_name(file.name + ".tmp")
+    try:
+        save_file(tensors, temporary)
+        atomic.sync(temporary)
+        temporary.replace(file)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise PipelineError(f"{file} cannot be written ({error}): make room, and run again") from None
 
 
 def _flatten(progress: Progress) -> dict[str, Tensor]:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import save_file
 
 from pipeline import atomic, provenance
+from stages.train_fl.checkpoint import save_tensors
 from stages.train_fl.engines.local import Round
 from stages.train_fl.federation import Federation
 from stages.train_fl.methods import Weights
@@ -102,9 +102,7 @@ def write_partition(path: Path, data: Federation) -> None:
 
 def write_weights(path: Path, weights: Weights) -> None:
     """model.safetensors in folder `path`."""
-    temporary = path / "model.safetensors.tmp"
-    save_file({name: value.cpu().contiguous() for name, value in weights.items()}, temporary)
-    temporary.replace(path / "model.safetensors")
+    save_tensors(path / "model.safetensors", {name: value.cpu().contiguous() for name, value in weights.items()})
 
 
 def write_csv(file: Path, rows: list[Row]) -> None:

@@ -245,3 +245,13 @@ def _weights(path: Path):
     from safetensors.torch import load_file
 
     return load_file(path / "model.safetensors")
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    code = "import resource, pathlib, torch; from stages.train_fl.checkpoint import save_tensors; "
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); import signal; "
+    code += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    code += f"save_tensors(pathlib.Path({str(tmp_path / 'x.safetensors')!r}), {{'w': torch.zeros(10_000)}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "PipelineError" in done.stderr and "x.safetensors cannot be written" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -23,10 +23,10 @@ def by_domain(
         PipelineError: the counts are not one per domain, or a domain is too small for its clients.
     """
     num_domains = int(domains.max()) + 1
-    if len(clients_per_domain) != num_domains:
+    if len(clients_per_domain) != num_domains or not any(clients_per_domain):
         raise PipelineError(
             f"clients_per_domain = {clients_per_domain} must have one number for each of the data set's {num_domains} "
-            "domains"
+            "domains, not all of them 0"
         )
     parts = []
     for domain, count in enumerate(clients_per_domain):
