@@ -97,6 +97,9 @@ def _one_line_errors() -> Iterator[None]:
         yield
     except PipelineError as error:
         raise click.ClickException(str(error)) from None
+    except KeyboardInterrupt:
+        click.echo("\nInterrupted: what was finished is kept, and the same command goes on from there.", err=True)
+        raise click.exceptions.Exit(130) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             raise
@@ -221,7 +224,7 @@ def report(config: "Config") -> None:
     _report_path(_stage("report").run(config))
 
 
-@main.command("preset")
+@main.command("preset", cls=_ExamplesAsWritten)
 @click.argument("name", required=False)
 @click.option("--run", "run_it", is_flag=True, help="Run the pipeline after it: dvc repro, or its DVC experiments.")
 @click.pass_obj

@@ -180,14 +180,21 @@ def _deliver(writer: FeatureSetWriter, target: Path) -> Path:
 
 
 def _is_complete(target: Path, plan: Plan) -> bool:
+    """Whether the set stands there whole, by every file's checksum."""
     if not (target / "manifest.json").exists():
         return False
     try:
-        found = feature_store.FeatureSet(target).manifest
+        found = feature_store.FeatureSet(target)
+        if (found.manifest.fingerprint, found.manifest.rows_per_shard) != (
+            plan.content.fingerprint,
+            plan.rows_per_shard,
+        ):
+            return False
+        found.verify_files()
     except PipelineError as error:
-        log.warning("extracting anew: %s", error)
+        log.warning("made again: %s", str(error).partition(": delete it")[0])
         return False
-    return (found.fingerprint, found.rows_per_shard) == (plan.content.fingerprint, plan.rows_per_shard)
+    return True
 
 
 def _latents_dir(job: Job) -> Path | None:

@@ -92,6 +92,8 @@ def run(config: Config, method_name: str, partition_name: str, seed: int) -> Pat
     if isinstance(job.method, SelfSupervised) and data.features:
         _check_no_label_was_shown(data.features)
     model, method = _build(job, data, device)
+    if config.params.train_fl.clients_per_round > len(data.clients):
+        log.warning("train_fl.clients_per_round is above the %d clients there are: all take part", len(data.clients))
     records.start(job.path)
     records.write_partition(job.path, data)
     settings = _settings(job, data)

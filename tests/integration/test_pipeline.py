@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,8 +132,36 @@ def test_without_a_network_the_hub_is_one_line(project):
     assert "cannot download org/model at main from the model hub" in result.output
 
 
-@pytest.mark.parametrize("command", ["prepare-data", "prepare-backbone", "extract-features", "train-fl", "report"])
+COMMANDS = ["prepare-data", "prepare-backbone", "extract-features", "synthesize", "train-fl", "report", "preset"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(command, project):
     result = invoke(project, command, "--help")
     assert result.exit_code == 0
-    assert "Example" in result.output and f"pipeline {command}" in result.output
+    assert "Example" in result.output and f"\n    pipeline {command}" in result.output
+
+
+def test_an_interrupt_says_what_is_kept(project):
+    process = spawn(project, *RUN, "fedavg", "--num-rounds", "5000")
+    rounds = project / "results" / "fedavg-dir05-s0" / "rounds.csv"
+    while process.poll() is None and not rounds.exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, log = process.communicate()
+    assert process.returncode == 130
+    assert log.strip().splitlines()[-1].startswith("Interrupted: what was finished is kept")
+
+
+def test_a_complete_set_with_a_flipped_byte_is_made_again(extracted, tmp_path):
+    write_params(tmp_path, {})
+    (tmp_path / "models").symlink_to(extracted / "models")
+    shutil.copytree(extracted / "data", tmp_path / "data")
+    shard = tmp_path / "data" / "features" / "digits-tiny-sd-t300" / "shard-00001.h5"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    again = spawn(tmp_path, "extract-features")
+    _, log = again.communicate()
+    assert again.returncode == 0
+    assert "shard-00001.h5 is corrupt" in log
+    assert shard.read_bytes() == whole
