@@ -75,9 +75,9 @@ def _download(hub_id: str, revision: str | None, target: Path) -> None:
         )
     from huggingface_hub import snapshot_download
 
-    mark, model = target / ".source", f"{hub_id}@{revision}"
+    mark, model = target.with_name(f".{target.name}.source"), f"{hub_id}@{revision}"
     if target.is_symlink() or not mark.exists() or mark.read_text(encoding="utf-8") != model:
-        _emptied(target).mkdir()
+        _emptied(target)  # the hub's client would take any folder that stands there for the model
         mark.write_text(model, encoding="utf-8")
     try:
         snapshot_download(
