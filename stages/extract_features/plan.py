@@ -1,10 +1,9 @@
 """What is to be extracted: from the configuration, the data set and the backbone's hashes; no model is loaded."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import devices, provenance
+from pipeline import devices, frozen_model, provenance
 from pipeline.config import Config
 from pipeline.datasets import PreparedDataset
 from pipeline.errors import PipelineError
@@ -40,7 +39,7 @@ def make(config: Config) -> Job:
             f"{EXTRACTION_VERSION}: set it to extract anew, or use the program that made your features"
         )
     dataset = PreparedDataset(config.dataset_dir)
-    backbone = _checked_backbone(config)
+    backbone = frozen_model.read_checked(config)
     channels = backbones.layer_channels(config.backbone_dir, params.layers)
     if len(params.dims) != len(channels):
         raise PipelineError(
@@ -92,21 +91,3 @@ def _hash_of_shared_basis(config: Config, channels: dict[str, int]) -> str | Non
         return None
     basis.read_shared(file, channels, representation.column_ranges(channels, config.params.extract_features.dims))
     return provenance.file_sha256(file)
-
-
-def _checked_backbone(config: Config) -> dict:
-    """The backbone's manifest, after checking that the weights are those it names."""
-    file = config.backbone_manifest
-    try:
-        backbone = json.loads(file.read_text(encoding="utf-8"))
-        hashes: dict[str, str] = {name: str(sha256) for name, sha256 in backbone["files"].items()}
-    except FileNotFoundError:
-        raise PipelineError(f"{file} is missing: run `pipeline prepare-backbone`") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PipelineError(f"{file} cannot be read ({error!r}): run `pipeline prepare-backbone`") from None
-    for name, sha256 in hashes.items():
-        part = config.backbone_dir / name
-        if not part.exists() or provenance.file_sha256(part) != sha256:
-            problem = "differs from" if part.exists() else "is missing but named in"
-            raise PipelineError(f"{part} {problem} {file}: run `pipeline prepare-backbone`")
-    return backbone

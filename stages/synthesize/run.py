@@ -5,7 +5,6 @@ a data set like any other. With 0, the value for everyone who does not balance c
 folder says so. Classes are kept under .pipeline as they are finished: a killed run makes none twice.
 """
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -14,10 +13,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from pipeline import datasets, devices, provenance
+from pipeline import datasets, devices, frozen_model, provenance
 from pipeline.config import Config
 from pipeline.datasets import Images, PreparedDataset, Source
-from pipeline.errors import PipelineError
 from pipeline.progress import track
 
 log = logging.getLogger(__name__)
@@ -39,7 +37,7 @@ def run(config: Config) -> Path:
         provenance.write_json(target / "manifest.json", {"images_per_class": 0})
         return target
     dataset = PreparedDataset(config.dataset_dir)
-    weights = _checked_backbone(config)
+    weights = frozen_model.read_checked(config)["files"]
     content = {"params": params.model_dump(), "weights": weights, "classes": dataset.class_names}
     key = provenance.fingerprint(content | {"image_size": dataset.image_size})[:16]
     staging = config.state_dir / "synthesize" / key
@@ -93,20 +91,3 @@ def _split(classes: list[np.ndarray], rows: slice) -> Images:
     chosen = [images[rows] for images in classes]
     labels = np.repeat(np.arange(len(chosen)), [len(images) for images in chosen])
     return Images.of_one_domain(np.concatenate(chosen), labels)
-
-
-def _checked_backbone(config: Config) -> dict[str, str]:
-    """The hash of every file of the model, after checking that they are those of its manifest."""
-    try:
-        files = dict(json.loads(config.backbone_manifest.read_text(encoding="utf-8"))["files"])
-    except FileNotFoundError:
-        raise PipelineError(f"{config.backbone_manifest} is missing: run `pipeline prepare-backbone`") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PipelineError(
-            f"{config.backbone_manifest} cannot be read ({error!r}): run `pipeline prepare-backbone`"
-        ) from None
-    for name, sha256 in files.items():
-        file = config.backbone_dir / name
-        if not file.exists() or provenance.file_sha256(file) != sha256:
-            raise PipelineError(f"{file} is not what {config.backbone_manifest} says: run `pipeline prepare-backbone`")
-    return files
