@@ -135,6 +135,9 @@ class TrainFL(Section):
     learning_rate_decay: float = Field(gt=0, le=1, description="multiplies the rate after every round; 1 keeps it")
     momentum: float = Field(ge=0, lt=1, description="SGD's momentum; the buffer starts anew each round")
     weight_decay: float = Field(ge=0, description="SGD's L2 penalty")
+    gradient_clipping: float | None = Field(
+        gt=0, description="largest norm of a step's gradient; null: no limit (the code of FedNH, FedCR, FedDyn: 10)"
+    )
     augmentation: Literal["none", "crop", "crop-flip", "views"] = Field(
         description="of training images: none, a random crop after padding by 1/8, that and a random flip, or "
         "self-supervised views (resized crop, flip, colour)"

@@ -143,7 +143,8 @@ def _build(job: Job, data: Federation, device: str) -> tuple[FLModel, Method]:
         params.projection_dim,
         **methods.model_parts(job.method),
     ).to(device)
-    return model, methods.build(job.method, model, params.momentum, params.weight_decay, len(data.clients))
+    optimiser = (params.momentum, params.weight_decay)
+    return model, methods.build(job.method, model, *optimiser, len(data.clients), params.gradient_clipping)
 
 
 def _evaluator(job: Job, data: Federation) -> Evaluator:

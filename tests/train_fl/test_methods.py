@@ -128,6 +128,20 @@ def test_local_sgd_is_the_bare_loop():
     assert (update.num_samples, update.num_steps) == (11, 6)
 
 
+def test_clipping_shortens_a_long_gradient_and_leaves_a_short_one():
+    def step(limit):
+        sgd = replace(local_sgd(momentum=0.0, weight_decay=0.0), gradient_clipping=limit)
+        start = state_of(sgd.model)
+        update, _ = sgd(start, batches(CLIENTS[1], epochs=1, batch_size=11), LR, FedAvg(sgd).objective)
+        moved = [(update.weights[name] - start[name]).flatten() / -LR for name in sgd.parameter_names]
+        return update.weights, torch.cat(moved)
+
+    free, gradient = step(None)
+    assert to_bytes(step(1e6)[0]) == to_bytes(free)
+    limit = float(gradient.norm()) / 4
+    torch.testing.assert_close(step(limit)[1], gradient / 4, rtol=1e-4, atol=1e-6)
+
+
 # FedAvg and FedAvgM
 
 

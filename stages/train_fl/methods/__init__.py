@@ -61,7 +61,14 @@ def model_parts(section: params.Section) -> dict[str, Any]:
     return {part: getattr(section, key) for key, part in _PARTS.items() if hasattr(section, key)}
 
 
-def build(section: params.Section, model: FLModel, momentum: float, weight_decay: float, num_clients: int) -> Method:
+def build(
+    section: params.Section,
+    model: FLModel,
+    momentum: float,
+    weight_decay: float,
+    num_clients: int,
+    gradient_clipping: float | None = None,
+) -> Method:
     """The method of a `methods:` entry.
 
     Args:
@@ -70,12 +77,14 @@ def build(section: params.Section, model: FLModel, momentum: float, weight_decay
         momentum: of local SGD.
         weight_decay: of local SGD.
         num_clients: N, all clients, which SCAFFOLD's and FedDyn's servers must know.
+        gradient_clipping: largest norm of a step's gradient; None: no limit.
 
     Raises:
         PipelineError: training without labels has both of its losses switched off.
     """
     guidance = guidance_of(section)
-    local_sgd = LocalSGD(model, momentum, weight_decay, GuidanceLoss(guidance) if guidance else None)
+    loss = GuidanceLoss(guidance) if guidance else None
+    local_sgd = LocalSGD(model, momentum, weight_decay, loss, gradient_clipping)
     if isinstance(section, params.SelfSupervisedFedDifRC) and not section.tdcl_weight + section.ndcr_weight:
         raise PipelineError(f"{section.algorithm} has nothing to train on: set tdcl_weight or ndcr_weight above 0")
     if isinstance(section, params.Guidance):

@@ -1,16 +1,17 @@
 """The local training that methods share: SGD on a method's objective, from the global weights.
 
 A method may add terms to the loss (its objective) or correct the gradients before the optimiser sees them (control
-variates, proximal terms): inside the gradient, hence inside the momentum. FedDifRC's guidance is added here, so it goes
-on top of any method. Nothing in a step waits for the device: the terms are summed there and read once, at the end. The
-optimiser is PyTorch's fused SGD, one pass over the parameters, which on a CPU takes a third of the default's time.
+variates, proximal terms): inside the gradient, hence inside the momentum. Clipping acts on what comes of both, before
+weight decay, which the optimiser adds. FedDifRC's guidance is added here, so it goes on top of any method. Nothing in a
+step waits for the device: the terms are summed there and read once, at the end. The optimiser is PyTorch's fused SGD,
+one pass over the parameters, which on a CPU takes a third of the default's time.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from stages.train_fl.client_data import Batch, Batches
@@ -33,6 +34,7 @@ class LocalSGD:
     momentum: float
     weight_decay: float
     guidance: GuidanceLoss | None = None
+    gradient_clipping: float | None = None
     parameter_names: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -64,6 +66,8 @@ class LocalSGD:
             _sum(terms).backward()
             if correction:
                 correction(parameters, _gradients(parameters))
+            if self.gradient_clipping is not None:
+                nn.utils.clip_grad_norm_(parameters, self.gradient_clipping)
             optimizer.step()
             _accumulate(sums, terms, len(batch.labels))
             num_seen += len(batch.labels)
