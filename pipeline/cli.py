@@ -43,12 +43,17 @@ class StageCommand(_ExamplesAsWritten):
 
     @functools.cached_property
     def _flags(self) -> list[click.Option]:
+        from pipeline.explain import allowed
         from pipeline.params import Params, Section
 
         model = Params.model_fields[self._section].annotation
         assert isinstance(model, type) and issubclass(model, Section)
         return [
-            click.Option([f"--{name.replace('_', '-')}", f"key_{name}"], metavar="VALUE", help=f"{field.description}.")
+            click.Option(
+                [f"--{name.replace('_', '-')}", f"key_{name}"],
+                metavar="VALUE",
+                help=f"{field.description}.  [{allowed(field)}]",
+            )
             for name, field in model.model_fields.items()
         ]
 
@@ -200,7 +205,8 @@ def synthesize(config: "Config") -> None:
     type=click.IntRange(min=0),
     help="Seed of everything random in a run; repeat it for several runs.",
 )
-def train_fl(config: "Config", method: str, partition: str, seeds: tuple[int, ...]) -> None:
+@click.option("--overwrite", is_flag=True, help="Replace a finished run that other settings or data gave.")
+def train_fl(config: "Config", method: str, partition: str, seeds: tuple[int, ...], overwrite: bool) -> None:
     r"""Stage 2: one federated run a seed from images and cached features -> results/<run>. Resumes if killed.
 
     \b
@@ -210,7 +216,7 @@ def train_fl(config: "Config", method: str, partition: str, seeds: tuple[int, ..
       pipeline train-fl --method feddifrc --partition dir005 --seed 1 --set methods.feddifrc.temperature=0.1
     """
     for seed in dict.fromkeys(seeds):
-        _report_path(_stage("train_fl").run(config, method, partition, seed))
+        _report_path(_stage("train_fl").run(config, method, partition, seed, overwrite))
 
 
 @main.command("report", cls=StageCommand, section="report")
@@ -243,9 +249,14 @@ def preset(params: Path, name: str | None, run_it: bool) -> None:
         for known, text in presets.describe(params.resolve().parent / "presets").items():
             click.echo(f"{known:24} {text}")
         return
-    experiments = presets.apply(name, params.resolve())
+    applied = presets.apply(name, params.resolve())
+    for key, (old, new) in applied.changes.items():
+        click.echo(f"{key}: {old} -> {new}", err=True)
     _report_path(params)
-    for changes in experiments if run_it else []:
+    if not run_it:
+        click.echo(f"next: pipeline preset {name} --run, or dvc repro; git checkout {params} goes back", err=True)
+        return
+    for changes in applied.experiments:
         _dvc(params.resolve().parent, changes)
 
 

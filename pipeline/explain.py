@@ -1,14 +1,16 @@
 """What is wrong with the parameters, in words: a line a key, with where it was set, its value and what is allowed.
 
 Pydantic reports one error for every branch of a union that it tried, and names the branch in the key's path; here they
-become one line with the key as the user wrote it.
+become one line with the key as the user wrote it. `allowed` says the same beforehand, for --help.
 """
 
 import difflib
-from collections.abc import Callable, Mapping
-from typing import Any, get_args
+import types
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from pipeline.params import METHODS, PARTITIONS, Params, Section
 
@@ -49,6 +51,33 @@ def models_of(section: str, name: str | None = None, values: Mapping[str, Any] |
         return fitting or list(models)
     annotation = Params.model_fields[section].annotation if section in Params.model_fields else None
     return [annotation] if isinstance(annotation, type) and issubclass(annotation, Section) else []
+
+
+def allowed(field: FieldInfo) -> str:
+    """What a key may be, in few words: "cifar10, digits or folder", "an integer >= 1 or null", "all or [A, B, ...]"."""
+    words = _alternatives(field.annotation, field.metadata)
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _alternatives(annotation: Any, limits: Iterable[Any]) -> list[str]:
+    """The alternatives of a type, numbers with their limits."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        inner = [limit for extra in parts[1:] for limit in getattr(extra, "metadata", [extra])]
+        return _alternatives(parts[0], [*limits, *inner])
+    if origin in (Union, types.UnionType):
+        return [kind for part in parts for kind in _alternatives(part, limits)]
+    if origin is Literal:
+        return [str(value) for value in parts]
+    if origin is list:
+        return ["[A, B, ...]"]
+    if annotation not in (int, float):
+        return [{bool: "true or false", types.NoneType: "null"}.get(annotation, "text")]
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    bounds = [
+        f"{sign} {getattr(limit, name):g}" for limit in limits for name, sign in signs.items() if hasattr(limit, name)
+    ]
+    return [" ".join(["an integer" if annotation is int else "a number", " and ".join(bounds)]).strip()]
 
 
 def _problem(detail: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[str, str]:

@@ -9,11 +9,23 @@ whole pipeline is run several times, each as a DVC experiment.
 import difflib
 import itertools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline import config
 from pipeline.errors import PipelineError
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What a merge did: dotted key -> (old value, new value), None for none; and the experiments asked for.
+
+    Each experiment is dotted key -> value; a single empty one if the preset asks for none.
+    """
+
+    changes: dict[str, tuple[Any, Any]]
+    experiments: list[dict[str, Any]]
 
 
 def describe(folder: Path) -> dict[str, str]:
@@ -24,15 +36,12 @@ def describe(folder: Path) -> dict[str, str]:
     }
 
 
-def apply(name: str, params_file: Path) -> list[dict[str, Any]]:
+def apply(name: str, params_file: Path) -> Applied:
     """Merges a preset of the project into its params.yaml, or, if the result would not be valid, changes nothing.
 
     Args:
         name: of a file in presets/ beside `params_file`.
         params_file: the project's params.yaml.
-
-    Returns:
-        The experiments that the preset asks for, each as dotted key -> value; a single empty one if it asks for none.
 
     Raises:
         PipelineError: there is no such preset, it is not YAML, or it does not fit the configuration.
@@ -42,6 +51,7 @@ def apply(name: str, params_file: Path) -> list[dict[str, Any]]:
     config.load(params_file)  # mistakes that are there already are named first
     yaml = _round_trip()
     values = yaml.load(params_file.read_text(encoding="utf-8"))
+    before = config.read_yaml(params_file)
     for section, keys in merged.items():
         present = values.setdefault(section, {})
         present.update({key: _in_flow(value) for key, value in keys.items() if present.get(key, ...) != value})
@@ -56,7 +66,13 @@ def apply(name: str, params_file: Path) -> list[dict[str, Any]]:
         temporary.unlink()
         raise PipelineError(str(error).replace(str(temporary), f"preset {name}")) from None
     temporary.replace(params_file)
-    return combinations
+    changes = {
+        f"{section}.{key}": (before.get(section, {}).get(key), value)
+        for section, keys in merged.items()
+        for key, value in keys.items()
+        if before.get(section, {}).get(key) != value
+    }
+    return Applied(changes, combinations)
 
 
 def _read(name: str, folder: Path) -> dict[str, Any]:

@@ -276,6 +276,14 @@ def test_only_the_keys_of_the_chosen_algorithm_are_offered(params):
     assert message == "params.yaml: methods.fedavg.tempreture is not a known key; allowed here: algorithm, guidance"
 
 
+def test_help_says_what_a_key_may_be(file):
+    words = " ".join(invoke(file.parent, "train-fl", "--help").output.split())
+    assert "[small_cnn, resnet10, resnet18 or mobilenet_v2]" in words
+    assert "[a number > 0 and <= 1]" in words and "[an integer >= 1 or null]" in words
+    words = " ".join(invoke(file.parent, "extract-features", "--help").output.split())
+    assert "[auto or [A, B, ...]]" in words and "[all or an integer >= 1]" in words
+
+
 def test_help_shows_examples_line_by_line(file):
     lines = invoke(file.parent, "prepare-data", "--help").output.splitlines()
     assert "    pipeline prepare-data" in lines and "  Examples:" in lines

@@ -20,7 +20,7 @@ def project(tmp_path):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_preset_fits(project, name):
-    experiments = presets.apply(name, project / "params.yaml")
+    experiments = presets.apply(name, project / "params.yaml").experiments
     made = config.load(project / "params.yaml")
     for method in made.params.sweep.methods:
         made.settings("methods", method)
@@ -40,7 +40,9 @@ def test_the_papers_protocol(project):
 def test_a_merge_keeps_comments_and_other_values(project):
     (project / "presets" / "one.yaml").write_text("# one key\ntrain_fl: {num_rounds: 3}\nsweep: {seeds: [4, 5]}\n")
     before = (project / "params.yaml").read_text().splitlines()
-    presets.apply("one", project / "params.yaml")
+    said = invoke(project, "preset", "one")
+    assert "train_fl.num_rounds: 25 -> 3\nsweep.seeds: [0, 1, 2] -> [4, 5]\n" in said.output
+    assert "next: pipeline preset one --run" in said.output
     after = (project / "params.yaml").read_text().splitlines()
     added = [line for line in after if line not in before]
     assert [line.strip() for line in added] == ["num_rounds: 3", "seeds: [4, 5]"]

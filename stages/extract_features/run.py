@@ -57,13 +57,13 @@ def run(config: Config, shard_range: str | None = None) -> Path:
     """
     job = planning.make(config)
     target = config.features_dir
+    rank, world_size = scheduling.rank_and_world_size()
+    shards = scheduling.order_of_shards(job.plan.num_shards, shard_range, rank, world_size)
     if _is_complete(target, job.plan):
         log.info("%s is complete already", target)
         return target
-    rank, world_size = scheduling.rank_and_world_size()
     if rank:
         logging.getLogger("stages").setLevel(logging.WARNING)
-    shards = scheduling.order_of_shards(job.plan.num_shards, shard_range, rank, world_size)
     staging = config.state_dir / "staging" / f"{job.plan.content.fingerprint[:16]}-{job.plan.rows_per_shard}"
     writer = FeatureSetWriter(staging, job.plan, provenance.processor(job.device))
     writer.forget_damaged(shard for shard in shards if shard % world_size == rank)

@@ -12,12 +12,14 @@ config.json        the resolved settings, the hashes of data set and features, s
 
 import csv
 import io
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline import atomic, provenance
+from pipeline.errors import PipelineError
 from stages.train_fl.checkpoint import save_tensors
 from stages.train_fl.engines.local import Round
 from stages.train_fl.federation import Federation
@@ -77,6 +79,25 @@ class RunRecord:
             "bytes_down": sum(row["bytes_down"] for row in self._rounds),
             "bytes_up": sum(row["bytes_up"] for row in self._rounds),
         }
+
+
+def check_replaceable(path: Path, settings: dict[str, Any]) -> None:
+    """Checks that folder `path` holds no finished run of other settings or data, which would be lost.
+
+    Raises:
+        PipelineError: it does; names what differs.
+    """
+    try:
+        found = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # no finished run
+    wanted = json.loads(json.dumps(settings))
+    differing = [key for key in wanted if found.get(key) != wanted[key]]
+    if differing:
+        raise PipelineError(
+            f"{path} holds a finished run with another {' and '.join(differing)}: move or delete the folder, give "
+            "this run another name under methods or partitions, or say --overwrite"
+        )
 
 
 def start(path: Path) -> None:

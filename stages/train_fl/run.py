@@ -74,14 +74,22 @@ class Job:
         return local.Schedule(**params.model_dump(include=set(keys)), seed=self.seed)
 
 
-def run(config: Config, method_name: str, partition_name: str, seed: int) -> Path:
+def run(config: Config, method_name: str, partition_name: str, seed: int, overwrite: bool = False) -> Path:
     """Trains one method on one partition with one seed, going on from a checkpoint where there is one.
+
+    Args:
+        config: the project's configuration.
+        method_name: an entry of `methods:`.
+        partition_name: an entry of `partitions:`.
+        seed: of everything random.
+        overwrite: replace a finished run that other settings or data gave.
 
     Returns:
         The run's folder.
 
     Raises:
-        PipelineError: a name is unknown, data or features are missing or do not belong together, or training diverged.
+        PipelineError: a name is unknown, data or features are missing or do not belong together, the folder holds a
+            finished run of other settings, or training diverged.
     """
     job = Job(config, method_name, partition_name, seed)
     if isinstance(job.method, SimSiam) and config.params.train_fl.augmentation == "none":
@@ -94,9 +102,11 @@ def run(config: Config, method_name: str, partition_name: str, seed: int) -> Pat
     model, method = _build(job, data, device)
     if config.params.train_fl.clients_per_round > len(data.clients):
         log.warning("train_fl.clients_per_round is above the %d clients there are: all take part", len(data.clients))
+    settings = _settings(job, data)
+    if not overwrite:
+        records.check_replaceable(job.path, settings)
     records.start(job.path)
     records.write_partition(job.path, data)
-    settings = _settings(job, data)
     key = provenance.fingerprint(settings | _numerics(config, device))[:16]
     checkpoint = Checkpoint(config.state_dir / "checkpoints" / f"{job.path.name}-{key}")
     evaluator = _evaluator(job, data)

@@ -111,6 +111,8 @@ def test_shard_ranges_make_the_set_once_all_are_there(digits, unextracted):
     assert sorted(file.name for file in staging.glob("*.h5")) == ["basis.h5", "shard-00003.h5", "shard-00004.h5"]
     assert not (unextracted / SET).exists()
     assert extract(unextracted, "--shard-range", "0:3") == unextracted / SET
+    result = invoke(unextracted, "extract-features", "--shard-range", "4:9")  # a complete set has no more shards
+    assert result.exit_code == 1 and "4:9" in result.output
     assert contents(unextracted / SET) == contents(digits / SET)
     result = invoke(unextracted, "extract-features", "--timestep", "5", "--shard-range", "4:9")
     assert result.exit_code == 1 and "0 <= A < B <= 5 shards" in result.output

@@ -51,6 +51,19 @@ def test_what_a_run_leaves(undisturbed):
     assert metrics["mean_domain_accuracy"] == pytest.approx(metrics["final_accuracy"])
 
 
+def test_a_finished_run_of_other_settings_is_not_lost(tmp_path):
+    project = tiny_project.make(tmp_path, train_fl__num_rounds=1)
+    path = run(project, "fedavg", "iid", 0)
+    weights = (path / "model.safetensors").read_bytes()
+    assert run(project, "fedavg", "iid", 0) == path  # the same settings: the same run again
+    other = tiny_project.make(tmp_path, train_fl__num_rounds=2)
+    with pytest.raises(PipelineError, match="holds a finished run with another train_fl: .*--overwrite"):
+        run(other, "fedavg", "iid", 0)
+    assert (path / "model.safetensors").read_bytes() == weights
+    run(other, "fedavg", "iid", 0, overwrite=True)
+    assert len(rows(path / "rounds.csv")) == 2
+
+
 def test_accuracy_by_client_counts_its_own_samples(undisturbed):
     clients = rows(undisturbed / "clients.csv")
     partition = json.loads((undisturbed / "partition.json").read_text())

@@ -76,5 +76,7 @@ def iid(labels: np.ndarray, num_clients: int, rng: np.random.Generator) -> list[
         PipelineError: there are fewer samples than clients.
     """
     if num_clients > len(labels):
-        raise PipelineError(f"{len(labels)} samples cannot be dealt to {num_clients} clients")
+        raise PipelineError(
+            f"{len(labels)} samples cannot be dealt to {num_clients} clients: lower train_fl.num_clients"
+        )
     return [np.sort(part) for part in np.array_split(rng.permutation(len(labels)), num_clients)]

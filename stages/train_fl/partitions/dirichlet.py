@@ -73,7 +73,10 @@ def _draw_until(
 ) -> list[np.ndarray]:
     """Draws the samples in `pool` to clients, again and again, until each has `min_samples`; parts are by class."""
     if num_clients * min_samples > len(pool):
-        raise PipelineError(f"{len(pool)} samples cannot give each of {num_clients} clients {min_samples}")
+        raise PipelineError(
+            f"{len(pool)} samples cannot give each of {num_clients} clients {min_samples}: lower the partition's "
+            "min_samples or train_fl.num_clients, or raise prepare_data.train_subset"
+        )
     by_class = [pool[labels[pool] == label] for label in np.unique(labels[pool])]
     for _ in range(_MAX_DRAWS):
         parts = _draw(by_class, num_clients, alpha, len(pool) / num_clients, rng)
@@ -81,7 +84,8 @@ def _draw_until(
             return parts
     raise PipelineError(
         f"{_MAX_DRAWS} draws of a Dirichlet partition with alpha {alpha} gave none where each of {num_clients} clients "
-        f"has {min_samples} of {len(pool)} samples: lower min_samples or num_clients, or raise alpha"
+        f"has {min_samples} of {len(pool)} samples: lower the partition's min_samples or train_fl.num_clients, or "
+        "raise alpha"
     )
 
 
