@@ -220,14 +220,26 @@ def train_fl(config: "Config", method: str, partition: str, seeds: tuple[int, ..
 
 
 @main.command("report", cls=StageCommand, section="report")
-def report(config: "Config") -> None:
-    r"""Results of the sweep -> report/index.html, one self-contained page.
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["html", "markdown", "latex"]),
+    default="html",
+    show_default=True,
+    help="html writes the page; the others print the tables.",
+)
+def report(config: "Config", form: str) -> None:
+    r"""Results of the sweep -> report/index.html, one self-contained page; or its tables on the standard output.
 
     \b
-    Example:
+    Examples:
       pipeline report --title "FedDifRC on CIFAR-10"
+      pipeline report --format latex > tables.tex
     """
-    _report_path(_stage("report").run(config))
+    if form == "html":
+        _report_path(_stage("report").run(config))
+    else:
+        click.echo(_stage("report").as_text(config, form), nl=False)
 
 
 @main.command("preset", cls=_ExamplesAsWritten)

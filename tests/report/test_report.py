@@ -27,6 +27,9 @@ def test_the_summary_is_mean_and_sample_deviation_over_seeds(trained):
     assert summary["mean_accuracy"] == pytest.approx(0.6)
     assert summary["std_accuracy"] == pytest.approx(np.sqrt(0.02))  # deviations 0.1 and 0.1, divided by n - 1
     assert "60.00 ± 14.14" in (trained / "report" / "index.html").read_text()
+    invoke(trained, "report", "--set", "sweep.seeds=[1]")
+    assert "<b>70.00</b>" not in (page := (trained / "report" / "index.html").read_text())  # nothing to be best of
+    assert "70.00</td>" in page and "±" not in page.partition('id="curves"')[0].partition('id="accuracy"')[2]
 
 
 def test_runs_of_other_settings_are_refused(trained):
@@ -44,7 +47,7 @@ def test_nothing_is_written_in_place(trained, tmp_path_factory):
     for number, file in enumerate(files):
         os.link(file, cache / str(number))
         before[cache / str(number)] = file.read_bytes()
-    assert invoke(trained, *TRAIN, "--num-rounds", "1").exit_code == 0
+    assert invoke(trained, *TRAIN, "--overwrite", "--num-rounds", "1").exit_code == 0
     assert invoke(trained, "report", "--title", "another", "--set", "train_fl.num_rounds=1").exit_code == 0
     assert len(before) > 10
     assert all(linked.read_bytes() == content for linked, content in before.items())
@@ -52,6 +55,6 @@ def test_nothing_is_written_in_place(trained, tmp_path_factory):
 
 def test_a_run_that_was_begun_again_is_not_taken_for_finished(trained):
     run = trained / "results" / "fedavg-dir05-s0"
-    result = invoke(trained, *TRAIN, "--learning-rate", "1e30")
+    result = invoke(trained, *TRAIN, "--overwrite", "--learning-rate", "1e30")
     assert result.exit_code == 1 and "training diverged" in result.output
     assert not (run / "metrics.json").exists()

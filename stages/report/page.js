@@ -1,0 +1,30 @@
+// A click on a legend's method hides or shows its curves everywhere; a click on a table's heading sorts by it.
+for (const button of document.querySelectorAll(".legend button")) {
+  button.addEventListener("click", () => {
+    const shown = button.getAttribute("aria-pressed") !== "true";
+    const method = button.dataset.method;
+    for (const twin of document.querySelectorAll(`.legend button[data-method="${method}"]`)) {
+      twin.setAttribute("aria-pressed", shown);
+    }
+    for (const curve of document.querySelectorAll(`[id^="curve."][id$=".${method}"], [id^="bandcurve."][id$=".${method}"]`)) {
+      curve.classList.toggle("off", !shown);
+    }
+  });
+}
+
+for (const heading of document.querySelectorAll("th")) {
+  heading.querySelector("button").addEventListener("click", () => {
+    const descending = heading.getAttribute("aria-sort") !== "descending" && heading.cellIndex > 0
+      || heading.getAttribute("aria-sort") === "ascending";
+    for (const other of heading.parentNode.cells) other.removeAttribute("aria-sort");
+    heading.setAttribute("aria-sort", descending ? "descending" : "ascending");
+    const body = heading.closest("table").tBodies[0];
+    const key = (row) => row.cells[heading.cellIndex].dataset.value ?? row.cells[heading.cellIndex].textContent.trim();
+    const order = (a, b) => {
+      const [x, y] = [key(a), key(b)];
+      return x !== "" && y !== "" && !isNaN(x) && !isNaN(y) ? x - y : x.localeCompare(y, undefined, { numeric: true });
+    };
+    const rows = [...body.rows].sort((a, b) => (descending ? -order(a, b) : order(a, b)));
+    body.append(...rows);
+  });
+}

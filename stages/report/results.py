@@ -1,0 +1,169 @@
+"""The runs of the sweep as their folders tell them, and the statistics over seeds that papers quote.
+
+Accuracy is always the mean of the last five rounds' held-out accuracy (of all rounds, where there are fewer); the
+deviation is the sample standard deviation over seeds, and there is none for one seed.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import Config
+from pipeline.errors import PipelineError
+
+TIME_PARTS = ("load", "train", "aggregate", "evaluate")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run."""
+
+    name: str
+    method: str
+    partition: str
+    seed: int
+    metrics: dict[str, Any]
+    config: dict[str, Any]
+    class_names: list[str]
+    label_counts: np.ndarray  # int64 (num_clients, num_classes)
+    heterogeneity: dict[str, float | None]
+    client_accuracy: np.ndarray  # (num_clients,), held out; nan where a client's classes are not held out
+    accuracy: np.ndarray  # (num_rounds,)
+    loss: np.ndarray  # (num_rounds,)
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """Mean over seeds and sample standard deviation, None for one seed."""
+
+    mean: float
+    std: float | None
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Statistic":
+        """Of one value a seed."""
+        array = np.array(list(values), float)
+        return cls(float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None)
+
+    def percent(self) -> str:
+        """As "59.78 ± 15.39", or "59.78" for one seed."""
+        spread = "" if self.std is None else f" ± {100 * self.std:.2f}"
+        return f"{100 * self.mean:.2f}{spread}"
+
+
+@dataclass(frozen=True)
+class Results:
+    """All runs of the sweep, by partition and method, in the order of the seeds; and runs that it does not name."""
+
+    methods: list[str]
+    partitions: list[str]
+    seeds: list[int]
+    runs: dict[tuple[str, str], list[Run]]
+    others: list[str]
+
+    @property
+    def baseline(self) -> str | None:
+        """The method that gains are counted from: plain FedAvg, if the sweep has it."""
+        for method in self.methods:
+            settings = self.runs[self.partitions[0], method][0].config["method"]
+            if settings["algorithm"] == "fedavg" and not settings.get("guidance"):
+                return method
+        return None
+
+    @property
+    def all_runs(self) -> list[Run]:
+        """Every run of the sweep."""
+        return [run for group in self.runs.values() for run in group]
+
+    def accuracy(self, partition: str, method: str) -> Statistic:
+        """Over seeds."""
+        return Statistic.of(run.metrics["mean_last5_accuracy"] for run in self.runs[partition, method])
+
+    def mean_accuracy(self, method: str) -> Statistic:
+        """The mean over partitions, over seeds."""
+        per_seed = zip(*(self.runs[partition, method] for partition in self.partitions), strict=True)
+        return Statistic.of(np.mean([run.metrics["mean_last5_accuracy"] for run in runs]) for runs in per_seed)
+
+    def best(self, partition: str) -> str:
+        """The method of highest mean accuracy."""
+        return max(self.methods, key=lambda method: self.accuracy(partition, method).mean)
+
+    def rounds_to(self, partition: str, method: str, target: float) -> list[int | None]:
+        """Per seed the first round whose accuracy is at least `target`, counted from 1; None if none is."""
+        return [_first_at_least(run.accuracy, target) for run in self.runs[partition, method]]
+
+    def seconds(self, method: str) -> dict[str, float]:
+        """Mean seconds a run, by part."""
+        runs = [run for partition in self.partitions for run in self.runs[partition, method]]
+        return {part: float(np.mean([run.metrics["seconds"][part] for run in runs])) for part in TIME_PARTS}
+
+
+def read(config: Config) -> Results:
+    """Reads every run that the sweep in params.yaml names.
+
+    Raises:
+        PipelineError: a run is missing, unreadable or was made with other settings.
+    """
+    sweep = config.params.sweep
+    runs = {
+        (partition, method): [_read(config, method, partition, seed) for seed in sweep.seeds]
+        for partition in sweep.partitions
+        for method in sweep.methods
+    }
+    for group in runs.values():
+        if len({len(run.accuracy) for run in group}) > 1:
+            raise PipelineError(f"the seeds of {group[0].name} have different numbers of rounds: train them again")
+    named = {run.name for group in runs.values() for run in group}
+    present = sorted(file.parent.name for file in config.results_dir.glob("*/config.json"))
+    others = [name for name in present if name not in named]
+    return Results(sweep.methods, sweep.partitions, sweep.seeds, runs, others)
+
+
+def _read(config: Config, method: str, partition: str, seed: int) -> Run:
+    folder = config.run_dir(method, partition, seed)
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config.check_settings_of_run(folder, settings, method, partition)
+        deal = json.loads((folder / "partition.json").read_text(encoding="utf-8"))
+        rounds = _rows(folder / "rounds.csv")
+        return Run(
+            name=folder.name,
+            method=method,
+            partition=partition,
+            seed=seed,
+            metrics=json.loads((folder / "metrics.json").read_text(encoding="utf-8")),
+            config=settings,
+            class_names=deal["class_names"],
+            label_counts=np.array(deal["label_counts"]),
+            heterogeneity=deal["heterogeneity"],
+            client_accuracy=np.array([_number(row["held_out_accuracy"]) for row in _rows(folder / "clients.csv")]),
+            accuracy=np.array([float(row["accuracy"]) for row in rounds]),
+            loss=np.array([float(row["loss"]) for row in rounds]),
+        )
+    except FileNotFoundError as error:
+        raise PipelineError(
+            f"{error.filename} is missing: run `pipeline train-fl --method {method} --partition {partition} "
+            f"--seed {seed}`, or take the run out of sweep in params.yaml"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PipelineError(f"{folder} does not hold a whole run ({error!r}): train it again") from None
+
+
+def _rows(file: Path) -> list[dict[str, str]]:
+    with file.open(encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def _number(text: str) -> float:
+    return float(text) if text else math.nan
+
+
+def _first_at_least(values: np.ndarray, target: float) -> int | None:
+    reached = np.flatnonzero(values >= target)
+    return int(reached[0]) + 1 if len(reached) else None

@@ -1,0 +1,65 @@
+"""Folders of finished runs with made-up numbers, for reports of many runs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import config, provenance
+from stages.report import run
+from stages.train_fl import records
+from stages.train_fl.partitions import heterogeneity
+from tests.conftest import write_params
+
+
+def write_grid(root: Path, methods: list[str], partitions: list[str], seeds: list[int], num_rounds: int) -> Path:
+    """A project whose whole sweep has run, and its report."""
+    sweep = {"sweep.methods": methods, "sweep.partitions": partitions, "sweep.seeds": seeds}
+    project = config.load(write_params(root, sweep))
+    rng = np.random.default_rng(0)
+    for method in methods:
+        for partition in partitions:
+            for seed in seeds:
+                _write_run(project, method, partition, seed, num_rounds, rng)
+    run(project)
+    return root
+
+
+def _write_run(
+    project: config.Config, method: str, partition: str, seed: int, num_rounds: int, rng: np.random.Generator
+) -> None:
+    path = project.run_dir(method, partition, seed)
+    path.mkdir(parents=True)
+    accuracy = np.clip(np.linspace(0.1, rng.uniform(0.5, 0.95), num_rounds) + rng.normal(0, 0.02, num_rounds), 0, 1)
+    rows = [
+        {"round": number, "accuracy": float(value), "loss": float(2 - value)}
+        for number, value in enumerate(accuracy, start=1)
+    ]
+    records.write_csv(path / "rounds.csv", rows)
+    clients = [{"client": k, "num_samples": 30, "held_out_accuracy": float(rng.random())} for k in range(10)]
+    records.write_csv(path / "clients.csv", clients)
+    counts = rng.integers(0, 40, (10, 10))
+    provenance.write_json(
+        path / "partition.json",
+        {
+            "class_names": [f"class {k}" for k in range(10)],
+            "label_counts": counts.tolist(),
+            "heterogeneity": heterogeneity(counts),
+        },
+    )
+    metrics = {
+        "mean_last5_accuracy": float(accuracy[-5:].mean()),
+        "best_accuracy": float(accuracy.max()),
+        "seconds": {"load": 1.0, "train": 20.0, "aggregate": 0.1, "evaluate": 2.0},
+        "bytes_down": 10_000_000,
+        "bytes_up": 20_000_000,
+        "domain_accuracy": {"digits": float(accuracy[-1])},
+    }
+    (path / "metrics.json").write_text(json.dumps(metrics))
+    settings = project.settings_of_run(method, partition) | {
+        "seed": seed,
+        "dataset": {"name": "digits", "hash": "0" * 64},
+        "features": None,
+        "provenance": provenance.describe("cpu"),
+    }
+    provenance.write_json(path / "config.json", settings)

@@ -1,0 +1,109 @@
+"""The page in a real browser: no error, no request, the runs' numbers, legends that hide curves, tables that sort."""
+
+import json
+import re
+import shutil
+import time
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+from tests.report.grid import write_grid
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium: apt-get install chromium")
+
+METHODS = ["fedavg", "fedprox", "moon", "scaffold", "feddifrc"]
+PARTITIONS = ["dir005", "dir02", "dir05", "nid2"]
+SEEDS = [0, 1, 2]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return write_grid(tmp_path_factory.mktemp("grid"), METHODS, PARTITIONS, SEEDS, num_rounds=50)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(project, browser):
+    page = browser.new_page()
+    page.complaints = []
+    page.on("console", lambda message: page.complaints.append(message.text))
+    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    page.on("request", lambda request: page.complaints.append(request.url) if "index.html" not in request.url else None)
+    started = time.perf_counter()
+    page.goto((project / "report" / "index.html").as_uri(), wait_until="load")
+    page.seconds = time.perf_counter() - started
+    yield page
+    assert page.complaints == ["data:,"] or page.complaints == []
+    page.close()
+
+
+def test_it_opens_fast_and_is_light(project, page):
+    assert page.seconds < 2
+    assert (project / "report" / "index.html").stat().st_size < 5e6
+
+
+def test_it_shows_the_runs_numbers(project, page):
+    cells = page.locator("#table-accuracy tbody tr")
+    for row, method in enumerate(METHODS):
+        for column, partition in enumerate(PARTITIONS, start=1):
+            accuracies = [
+                json.loads((project / "results" / f"{method}-{partition}-s{s}" / "metrics.json").read_text())
+                for s in SEEDS
+            ]
+            values = [100 * metrics["mean_last5_accuracy"] for metrics in accuracies]
+            mean = sum(values) / 3
+            std = (sum((value - mean) ** 2 for value in values) / 2) ** 0.5
+            shown = cells.nth(row).locator("td").nth(column).inner_text()
+            assert re.match(rf"{mean:.2f} ± {std:.2f}", shown)
+    for row in range(3):
+        name, shown, best = page.locator("#table-provenance tbody tr").nth(row).locator("td").all_inner_texts()[:3]
+        metrics = json.loads((project / "results" / name / "metrics.json").read_text())
+        assert (shown, best) == (f"{100 * metrics['mean_last5_accuracy']:.2f}", f"{100 * metrics['best_accuracy']:.2f}")
+
+
+def test_a_click_on_the_legend_hides_a_curve_and_another_shows_it(page):
+    curve = page.locator('[id="curve.accuracy-dir02.moon"]')
+    other = page.locator('[id="curve.accuracy-dir02.fedavg"]')
+    button = page.locator('.legend button[data-method="moon"]').first
+    assert curve.is_visible() and other.is_visible()
+    button.click()
+    assert not curve.is_visible() and other.is_visible()
+    assert not page.locator('[id="bandcurve.accuracy-nid2.moon"]').is_visible()
+    button.click()
+    assert curve.is_visible()
+
+
+def test_a_click_on_a_heading_sorts(page):
+    def column() -> list[float]:
+        texts = page.locator("#table-accuracy tbody tr td:nth-child(3)").all_inner_texts()
+        return [float(text.split()[0]) for text in texts]
+
+    heading = page.locator("#table-accuracy th:nth-child(3) button")
+    heading.click()
+    assert column() == sorted(column(), reverse=True)
+    heading.click()
+    assert column() == sorted(column())
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone_and_the_dark(project, browser, scheme):
+    page = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme=scheme)
+    page.goto((project / "report" / "index.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    ink, paper = page.evaluate(
+        "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+    )
+    label = page.evaluate("getComputedStyle(document.querySelector('figure svg text')).fill")
+    bright = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, paper, label)]
+    assert (bright[0] < bright[1]) == (scheme == "light")
+    assert (bright[2] < bright[1]) == (scheme == "light")
+    page.close()

@@ -1,0 +1,88 @@
+"""The report's tables: gains, the best, rounds to accuracy and their three forms, on numbers worked out by hand."""
+
+import json
+
+import pytest
+
+from pipeline import config
+from stages.report import results, tables
+from tests.conftest import invoke
+from tests.report.grid import write_grid
+
+CURVES = {  # mean of the last five (all): 0.6 and 0.5 for FedAvg's seeds, 0.7 and 0.8 for FedProx's
+    ("fedavg", 0): [0.4, 0.6, 0.8],
+    ("fedavg", 1): [0.4, 0.5, 0.6],
+    ("fedprox", 0): [0.5, 0.7, 0.9],
+    ("fedprox", 1): [0.7, 0.8, 0.9],
+}
+
+
+@pytest.fixture
+def project(tmp_path):
+    write_grid(tmp_path, ["fedavg", "fedprox"], ["dir05"], [0, 1], num_rounds=3)
+    for (method, seed), curve in CURVES.items():
+        run = tmp_path / "results" / f"{method}-dir05-s{seed}"
+        rows = "".join(f"{number},{value},1.0\n" for number, value in enumerate(curve, start=1))
+        (run / "rounds.csv").write_text(f"round,accuracy,loss\n{rows}")
+        metrics = json.loads((run / "metrics.json").read_text()) | {"mean_last5_accuracy": sum(curve) / 3}
+        (run / "metrics.json").write_text(json.dumps(metrics))
+        (run / "clients.csv").write_text("client,held_out_accuracy\n0,0.2\n1,0.6\n2,\n")
+    return tmp_path
+
+
+def table(project, name):
+    made = tables.make(results.read(config.load(project / "params.yaml")))
+    return {table.name: table for table in made}[name]
+
+
+def texts(table):
+    return [[(cell.text, cell.remark) for cell in row[1:]] for row in table.rows]
+
+
+def test_accuracy_gain_and_best(project):
+    accuracy = table(project, "accuracy")
+    assert texts(accuracy) == [[("55.00 ± 7.07", "")], [("75.00 ± 7.07", "+20.00")]]
+    assert [row[1].best for row in accuracy.rows] == [False, True]
+    assert "mean of the last 3 rounds" in accuracy.note
+
+
+def test_rounds_to_the_baselines_accuracy(project):
+    # 0.55 is reached by FedAvg in rounds 2 and 3, by FedProx in rounds 2 and 1
+    assert texts(table(project, "rounds")) == [[("2.5", "")], [("1.5", "")]]
+
+
+def test_a_seed_that_never_gets_there_is_said(project):
+    run = project / "results" / "fedprox-dir05-s1" / "rounds.csv"
+    run.write_text("round,accuracy,loss\n1,0.1,1\n2,0.1,1\n3,0.1,1\n")
+    assert texts(table(project, "rounds"))[1] == [("2.0", "1 of 2 seeds")]
+
+
+def test_the_worst_client_and_the_spread(project):
+    assert texts(table(project, "clients")) == 2 * [
+        [("20.00", "σ 20.00")]
+    ]  # 0.2 and 0.6; the third has no class held out
+
+
+def test_markdown_and_latex(project):
+    markdown = invoke(project, "report", "--format", "markdown").output
+    assert (
+        "| method | dir05 |\n| --- | ---: |\n| fedavg | 55.00 ± 7.07 |\n| fedprox | **75.00 ± 7.07** (+20.00) |"
+        in markdown
+    )
+    latex = invoke(project, "report", "--format", "latex").output
+    assert "    fedprox & \\textbf{75.00 $\\pm$ 7.07} (+20.00) \\\\\n    \\bottomrule" in latex
+    assert "accuracy, \\%" in latex
+
+
+def test_runs_that_the_sweep_does_not_name_are_told(project):
+    result = invoke(project, "report", "--set", "sweep.methods=[fedavg]")
+    assert result.exit_code == 0
+    page = (project / "report" / "index.html").read_text()
+    assert "does not name them: fedprox-dir05-s0, fedprox-dir05-s1." in page
+
+
+def test_equal_results_give_equal_bytes(project):
+    invoke(project, "report")
+    first = (project / "report" / "index.html").read_bytes()
+    invoke(project, "report")
+    assert (project / "report" / "index.html").read_bytes() == first
