@@ -359,6 +359,8 @@ class Runtime(Section):
     num_threads: int | None = Field(ge=1, description="train-fl: CPU threads per operation; null: torch's choice")
     channels_last: bool = Field(description="train-fl: channels-last memory format, faster on CPUs and GPUs")
     checkpoint_every: int = Field(ge=1, description="train-fl: rounds between checkpoints")
+    tensorboard: bool = Field(description="train-fl: every round to tensorboard/<run> as well")
+    dvclive: bool = Field(description="train-fl: every round to dvclive/<run> as well")
 
 
 METHODS: tuple[type[Section], ...] = (

@@ -63,6 +63,14 @@ class RunRecord:
         write_csv(self.path / "rounds.csv", self._rounds)
         write_csv(self.path / "timing.csv", self._timing)
 
+    def values(self) -> list[dict[str, float]]:
+        """Every round's numbers so far, and its seconds."""
+        return [
+            {name: value for name, value in row.items() if name != "round"}
+            | {"seconds": sum(seconds for part, seconds in timing.items() if part != "round")}
+            for row, timing in zip(self._rounds, self._timing, strict=True)
+        ]
+
     def metrics(self) -> dict[str, Any]:
         """The run in a few numbers."""
         accuracies = [row["accuracy"] for row in self._rounds]

@@ -20,7 +20,7 @@ from pipeline.errors import PipelineError
 from pipeline.feature_store import FeatureSet
 from pipeline.params import Runtime, Section, SelfSupervisedFedDifRC, SimSiam
 from pipeline.progress import progress_bar
-from stages.train_fl import evaluate, federation, methods, models, records
+from stages.train_fl import evaluate, federation, loggers, methods, models, records
 from stages.train_fl.checkpoint import Checkpoint
 from stages.train_fl.encoders import EncoderSettings
 from stages.train_fl.engines import local
@@ -182,7 +182,10 @@ def _train(
     model.load_state_dict(start.server.weights)
     if earlier:
         log.info("%s: going on after round %d of %d", job.path.name, start.number, schedule.num_rounds)
-    with progress_bar(schedule.num_rounds, job.path.name, "round") as bar:
+    with (
+        loggers.watching(job.config, job.path.name, record) as watch,
+        progress_bar(schedule.num_rounds, job.path.name, "round") as bar,
+    ):
         bar.update(start.number)
         for done in local.run(method, start, data.clients, schedule, device):
             started = time.perf_counter()
@@ -194,6 +197,7 @@ def _train(
                     f"{scores['loss']}; lower train_fl.learning_rate"
                 )
             record.add(done, scores, time.perf_counter() - started)
+            watch()
             if done.number % every == 0 and done.number < schedule.num_rounds:
                 checkpoint.save(done.progress, record.rows)
             bar.set_postfix_str(f"accuracy {scores['accuracy']:.3f}", refresh=False)
