@@ -105,7 +105,8 @@ def clients_by_class(run: Run) -> str:
     axes.set(title=run.partition, xlabel="class", ylabel="client", xticks=shown)
     names = [textwrap.shorten(run.class_names[k], 14, placeholder="…") for k in shown]
     axes.set_xticklabels(
-        names if len(set(names)) == len(names) else shown, rotation=60 if len("".join(names)) > 30 else 0
+        names if len(set(names)) == len(names) else [str(k) for k in shown],
+        rotation=60 if len("".join(names)) > 30 else 0,
     )
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.invert_yaxis()
