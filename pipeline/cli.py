@@ -19,6 +19,7 @@ import click
 
 from pipeline import __version__
 from pipeline.errors import PipelineError
+from pipeline.features_cli import features
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -270,6 +271,9 @@ def preset(params: Path, name: str | None, run_it: bool) -> None:
         return
     for changes in applied.experiments:
         _dvc(params.resolve().parent, changes)
+
+
+main.add_command(features)
 
 
 def _dvc(root: Path, changes: dict[str, Any]) -> None:

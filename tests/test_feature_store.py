@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.feature_store import Basis, Content, Features, FeatureSet, FeatureSetWriter, LayerBasis, Plan
+from pipeline.feature_store import (
+    Basis,
+    Content,
+    Features,
+    FeatureSet,
+    FeatureSetWriter,
+    LayerBasis,
+    Plan,
+    verification,
+)
 
 ROWS, PER_SHARD, P, D = 10, 4, 3, 5
 
@@ -56,7 +65,7 @@ def test_rows_come_back_in_the_order_asked_for(tmp_path):
     assert got.index.tolist() == [9, 0, 5]
     assert np.array_equal(got.denoised[1], features(range(0, 4)).denoised[0])
     assert np.array_equal(got.prompted[2], features(range(4, 8)).prompted[1])
-    FeatureSet(tmp_path / "set").verify()
+    assert verification.faults(tmp_path / "set", full=True) == []
 
 
 def test_an_interrupted_set_continues_to_the_same_bytes(tmp_path):
@@ -178,7 +187,7 @@ def test_a_file_size_limit_is_one_line_and_loses_nothing(tmp_path):
     assert not list((tmp_path / "staging").glob("*.tmp"))
     assert writer.missing_shards == [1, 2]
     write(tmp_path / "staging", tmp_path / "set")
-    FeatureSet(tmp_path / "set").verify()
+    assert verification.faults(tmp_path / "set", full=True) == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small file system needs root")
@@ -196,6 +205,6 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
                 writer.write_shard(shard, features(writer.plan.shard_rows(shard)), 0)
         (small / "filler").unlink()
         write(small / "staging", tmp_path / "set")
-        FeatureSet(tmp_path / "set").verify()
+        assert verification.faults(tmp_path / "set", full=True) == []
     finally:
         subprocess.run(["umount", small], check=True)

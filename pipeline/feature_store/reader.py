@@ -26,23 +26,29 @@ _PARALLEL = 4  # threads of a long reading; copying and checksums let go of the 
 
 
 class FeatureSet:
-    """A complete set, opened for reading."""
+    """A set, opened for reading."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, unchecked: bool = False) -> None:
         """Opens the set in folder `path`; sizes are checked here, rows as they are read.
+
+        Args:
+            path: the folder.
+            unchecked: open it also if files are missing or damaged; each is then named when it is read.
 
         Raises:
             PipelineError: there is none, it is incomplete, or a file is missing or of another size.
         """
         self.path = path
         self.manifest = read_manifest(path)
+        self._maps: dict[int, dict[str, np.ndarray]] = {}
+        if unchecked:
+            return
         have, want = len(self.manifest.shards), self.manifest.num_shards
         if have != want:
             raise PipelineError(f"{path} is incomplete ({have} of {want} shards): run `pipeline extract-features`")
         for entry in self._entries():
             if problem := entry.size_difference(path):
                 raise PipelineError(f"{problem}: {EXTRACT_AGAIN}")
-        self._maps: dict[int, dict[str, np.ndarray]] = {}
 
     def basis(self) -> Basis:
         """The PCA basis and the statistics beside it."""
@@ -96,24 +102,12 @@ class FeatureSet:
             if problem := entry.difference(self.path):
                 raise PipelineError(f"{problem}: {EXTRACT_AGAIN}")
 
-    def verify(self) -> None:
-        """Reads every byte: file checksums, row checksums, labels, index coverage, finiteness.
-
-        Raises:
-            PipelineError: names the first file that is not what was written.
-        """
-        self.verify_files()
-        for shard in self.manifest.shards:
-            rows = self.read(np.array(self.manifest.shard_rows(shard)))
-            if not (np.isfinite(rows.denoised).all() and np.isfinite(rows.prompted).all()):
-                raise PipelineError(f"{self.path}, shard {shard}: features are not finite: {EXTRACT_AGAIN}")
-
     def _entries(self) -> list[FileEntry]:
         return [self.manifest.basis, *self.manifest.shards.values()]
 
     def _fill(self, rows: Features, places: np.ndarray, shard: int, index: np.ndarray) -> None:
         """Copies one block of one shard into `rows` and checks it."""
-        maps = self._open_shard(shard)
+        maps = self.open_shard(shard)
         local = index[places] - shard * self.manifest.rows_per_shard
         into, source = _as_slice(places), _as_slice(local)
         for name in FIELDS:
@@ -124,13 +118,19 @@ class FeatureSet:
             file = self.path / self.manifest.shards[shard].file
             raise PipelineError(f"{file}: row {local[wrong[0]]} is corrupt (checksum differs): {EXTRACT_AGAIN}")
 
-    def _open_shard(self, shard: int) -> dict[str, np.ndarray]:
-        """The shard's datasets as memory maps, made once; no HDF5 handle stays open, so processes may fork."""
+    def open_shard(self, shard: int) -> dict[str, np.ndarray]:
+        """The shard's datasets as memory maps, made once; no HDF5 handle stays open, so processes may fork.
+
+        Raises:
+            PipelineError: the file is missing, no whole HDF5 file, another set's, or not laid out as a shard.
+        """
         if shard not in self._maps:
+            if problem := self.manifest.shards[shard].size_difference(self.path):
+                raise PipelineError(f"{problem}: {EXTRACT_AGAIN}")
             file = self.path / self.manifest.shards[shard].file
             with _open(file, self.manifest.fingerprint) as h5:
                 try:
-                    maps = {name: _map(file, h5[name]) for name in (*FIELDS, "crc32")}
+                    maps = {name: _map(file, _own_dataset(h5, name)) for name in (*FIELDS, "crc32")}
                 except (KeyError, ValueError, OSError) as error:
                     raise PipelineError(
                         f"{file} does not have the layout of a shard ({error}): {EXTRACT_AGAIN}"
@@ -158,14 +158,25 @@ def read_manifest(path: Path) -> Manifest:
     """
     file = path / "manifest.json"
     try:
-        manifest = Manifest.model_validate_json(file.read_bytes())
+        text = file.read_bytes()
     except FileNotFoundError:
         raise PipelineError(f"{path} holds no feature set: run `pipeline extract-features`, or `dvc pull` it") from None
+    except OSError as error:
+        raise PipelineError(f"{file} cannot be read ({error})") from None
+    return parse_manifest(text, file)
+
+
+def parse_manifest(text: bytes, file: Path) -> Manifest:
+    """Checks the content of a manifest.json; `file` names it in errors.
+
+    Raises:
+        PipelineError: it is no manifest, of another format version, or its fingerprint is not its content's.
+    """
+    try:
+        manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"])) or "the whole file"
         raise PipelineError(f"{file} is not a manifest ({where}: {error.errors()[0]['msg']})") from None
-    except OSError as error:
-        raise PipelineError(f"{file} cannot be read ({error})") from None
     if manifest.format_version != FORMAT_VERSION:
         raise PipelineError(
             f"{file} has format version {manifest.format_version}, this program reads {FORMAT_VERSION}: update it"
@@ -205,11 +216,15 @@ def read_basis_file(file: Path, layers: list[str]) -> Basis:
 
 
 def _basis(h5: h5py.File, names: list[str]) -> Basis:
+    def read(name: str) -> np.ndarray:
+        return _own_dataset(h5, name)[()]
+
     layers = {}
     for name in names:
-        fields = {field: value[()] for field, value in h5[f"layers/{name}"].items()}
-        layers[name] = LayerBasis(**fields | {"total_variance": float(fields["total_variance"])})
-    return Basis(layers, h5["mean"][()], h5["std"][()])
+        fields = {field: read(f"layers/{name}/{field}") for field in h5[f"layers/{name}"]}
+        total = float(fields.pop("total_variance"))
+        layers[name] = LayerBasis(**fields, total_variance=total)
+    return Basis(layers, read("mean"), read("std"))
 
 
 @contextlib.contextmanager
@@ -222,6 +237,26 @@ def _open(file: Path, fingerprint: str) -> Iterator[h5py.File]:
         if h5.attrs.get("fingerprint") != fingerprint:
             raise PipelineError(f"{file} belongs to another feature set (fingerprint differs): {EXTRACT_AGAIN}")
         yield h5
+
+
+def _own_dataset(h5: h5py.File, name: str) -> h5py.Dataset:
+    """A dataset whose bytes stand in this file: HDF5 can link to others, which a received file must not make us read.
+
+    Raises:
+        ValueError: it is a link, or its bytes stand elsewhere.
+        KeyError: there is none.
+    """
+    parts = name.split("/")
+    for stop in range(1, len(parts) + 1):
+        path = "/".join(parts[:stop])
+        if path in h5 and not isinstance(h5.get(path, getlink=True), h5py.HardLink):
+            raise ValueError(f"{path} is a link to somewhere else")
+    dataset = h5[name]
+    if not isinstance(dataset, h5py.Dataset):
+        raise ValueError(f"{name} is not a dataset")
+    if dataset.external or dataset.is_virtual:
+        raise ValueError(f"the bytes of {name} stand in another file")
+    return dataset
 
 
 def _map(file: Path, dataset: h5py.Dataset) -> np.ndarray:

@@ -6,6 +6,7 @@ with working locks that all of them see.
 """
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import logging
@@ -28,7 +29,8 @@ from pipeline.feature_store.schema import FIELDS, FORMAT_VERSION, Basis, Feature
 
 log = logging.getLogger(__name__)
 
-_DELIVERED = "delivered"  # marks a staging folder whose set stands in its place
+PLAN = "plan.json"  # says what is being made, for who lists the sets
+DELIVERED = "delivered"  # marks a staging folder whose set stands in its place
 _OVERHEAD = 16 * 1024  # bytes of a file besides its arrays' (HDF5's own structures), at most
 
 
@@ -58,6 +60,9 @@ class FeatureSetWriter:
         self._hardware = hardware
         self._basis: FileEntry | None = None
         staging.mkdir(parents=True, exist_ok=True)
+        if not (staging / PLAN).exists():
+            with _full_disk(staging / PLAN):
+                provenance.write_json(staging / PLAN, dataclasses.asdict(plan) | {"content": plan.content.model_dump()})
 
     def has_basis(self) -> bool:
         """Whether basis.h5 stands; reads the whole file the first time."""
@@ -160,12 +165,12 @@ class FeatureSetWriter:
                 _link_or_copy(self.path / name, incoming / name)
             provenance.write_json(incoming / "manifest.json", manifest.model_dump(mode="json"))
             atomic.sync(incoming / "manifest.json")
-        (self.path / _DELIVERED).touch()
+        (self.path / DELIVERED).touch()
 
     def drop_delivered_neighbours(self) -> None:
         """Removes the staging folders of other sets that were published; unfinished ones stay."""
         for other in self.path.parent.iterdir():
-            if other != self.path and (other / _DELIVERED).exists():
+            if other != self.path and (other / DELIVERED).exists():
                 shutil.rmtree(other, ignore_errors=True)
 
     @property

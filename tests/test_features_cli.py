@@ -1,0 +1,167 @@
+"""`pipeline features`: sets listed, shown, verified and compared, as a user sees them."""
+
+import json
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+
+from pipeline.feature_store import FeatureSet, comparison
+from tests.conftest import invoke, write_params
+from tests.test_feature_store import D, P, features, open_writer, write
+
+
+@pytest.fixture
+def root(tmp_path):
+    write_params(tmp_path, {})
+    write(tmp_path / "made", tmp_path / "data" / "features" / "one")
+    return tmp_path
+
+
+def run(root, *arguments, code=0):
+    result = invoke(root, "features", *arguments)
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def damage(file, position=-1):
+    data = bytearray(file.read_bytes())
+    data[position] ^= 1
+    file.unlink()
+    file.write_bytes(data)
+
+
+def test_list_names_whole_broken_partial_and_unfinished_sets(root):
+    sets = root / "data" / "features"
+    for name in ("broken", "partial", "cut"):
+        shutil.copytree(sets / "one", sets / name)
+    (sets / "broken" / "manifest.json").write_text("{")
+    (sets / "partial" / "shard-00001.h5").unlink()
+    (sets / "cut" / "shard-00001.h5").write_bytes(b"short")
+    write(root / ".pipeline" / "staging" / "next", shards=[0], timestep=7)
+    lines = run(root, "list").splitlines()
+    states = dict(line.split(": ", 1) for line in lines if not line.startswith(" "))
+    assert states["one"] == "complete"
+    assert states["broken"].startswith("broken: ") and "is not a manifest" in states["broken"]
+    assert states["partial"] == "2 of 3 shards here: `dvc pull` the others"
+    assert "shard-00001.h5 has 5 bytes" in states["cut"]
+    assert states["next"].startswith("1 of 3 shards: run `pipeline extract-features`")
+    found = {one["name"]: one for one in json.loads(run(root, "list", "--json"))}
+    assert (found["one"]["rows"], found["one"]["timestep"], found["next"]["timestep"]) == (10, 300, 7)
+    assert found["broken"]["rows"] is None
+
+
+def test_show_is_a_card_also_of_a_tar(root):
+    card = run(root, "show", "one")
+    fingerprint = FeatureSet(root / "data" / "features" / "one").manifest.fingerprint
+    assert fingerprint in card and "at timestep 300, 32 px, in float32" in card
+    assert f"up_blocks.1 (columns 0 to {D - 1})" in card and f"{P} an image of a, b, c" in card
+    run(root, "export", "one", "-o", str(root / "one.tar"))
+    assert run(root, "show", str(root / "one.tar")) == card
+    assert json.loads(run(root, "show", "one", "--json"))["fingerprint"] == fingerprint
+    assert "there are: one" in run(root, "show", "two", code=1)
+
+
+def test_verify_finds_every_fault_and_says_what_to_do(root):
+    assert "one: whole" in run(root, "verify") and "every byte" in run(root, "verify", "--full", "one")
+    path = root / "data" / "features" / "one"
+    damage(path / "shard-00000.h5")
+    (path / "shard-00001.h5").unlink()
+    (path / "shard-00009.h5").write_bytes(b"")
+    quick = run(root, "verify", code=1)
+    assert "shard-00001.h5 is missing" in quick and "shard-00009.h5 is not in the manifest" in quick
+    full = run(root, "verify", "--full", code=1)
+    assert "shard-00000.h5 is corrupt (SHA-256 differs" in full and "shard-00001.h5 is missing" in full
+    assert "`dvc pull` a good copy" in full and "Traceback" not in full
+
+
+def rewritten(root, name, change):
+    """The set `one` as somebody would make it who changes a shard and mends every checksum after it."""
+    writer = open_writer(root / f"staging-{name}")
+    source = open_writer(root / "made")
+    source.has_basis()
+    writer.write_basis(source.basis())
+    for shard in range(3):
+        rows = features(writer.plan.shard_rows(shard))
+        writer.write_shard(shard, change(rows) if shard == 1 else rows, 0)
+    writer.publish(root / "data" / "features" / name)
+
+
+def test_verify_looks_into_rows_whose_checksums_are_right(root):
+    def not_finite(rows):
+        rows.denoised[2, 1] = np.inf
+        return rows
+
+    def other_label(rows):
+        rows.label[0] = 99
+        return rows
+
+    def other_rows(rows):
+        rows.index[:] += 1
+        return rows
+
+    import pipeline.feature_store.writer as writer_module
+
+    real, writer_module.np.isfinite = np.isfinite, lambda values: np.ones_like(values, bool)
+    try:
+        rewritten(root, "infinite", not_finite)
+    finally:
+        writer_module.np.isfinite = real
+    rewritten(root, "labels", other_label)
+    rewritten(root, "shifted", other_rows)
+    assert "features are not finite" in run(root, "verify", "--full", "infinite", code=1)
+    assert "label goes beyond 0 to 2" in run(root, "verify", "labels", code=1)
+    assert "does not hold samples 4 to 7 in order" in run(root, "verify", "shifted", code=1)
+
+
+def test_verify_reads_the_rows_own_checksums(root):
+    """A row that was changed by somebody who mended the file's checksum in the manifest, but not the row's."""
+    path = root / "data" / "features" / "one"
+    shard = path / "shard-00002.h5"
+    copy = shard.read_bytes()
+    shard.unlink()
+    shard.write_bytes(copy)
+    with h5py.File(shard, "r+") as h5:
+        h5["denoised"][1, 0] = 3
+    from pipeline import provenance
+
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["shards"]["2"]["sha256"] = provenance.file_sha256(shard)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert "1 rows are corrupt, the first 1" in run(root, "verify", "--full", code=1)
+
+
+def test_diff_names_settings_and_numbers(root):
+    write(root / "other", root / "data" / "features" / "two", timestep=100, noise_seed=3)
+    output = run(root, "diff", "one", "two")
+    assert "other features by fingerprint" in output
+    assert "content.timestep: 300 | 100" in output and "content.noise_seed: 0 | 3" in output
+    assert "denoised, up_blocks.1: 0.00 % of the numbers differ" in output
+
+    def nudge(rows):
+        rows.denoised[0, 2] += np.float16(0.5)
+        return rows
+
+    rewritten(root, "three", nudge)
+    sets = root / "data" / "features"
+    denoised, prompted = comparison.numbers(sets / "one", sets / "three")
+    assert (denoised.largest, prompted.largest) == (pytest.approx(0.5, abs=1e-3), 0)
+    assert denoised.share_unequal == pytest.approx(1 / (10 * D))
+    assert denoised.mean == pytest.approx(0.5 / (10 * D), abs=1e-4)
+    assert "the same features by fingerprint" in run(root, "diff", "one", "three")
+    run(root, "export", "two", "-o", str(root / "two.tar"))
+    assert "content.timestep: 300 | 100" in run(root, "diff", "one", str(root / "two.tar"))
+    assert json.loads(run(root, "diff", "one", "two", "--json"))["settings"]
+
+
+def test_export_and_import(root, tmp_path_factory):
+    run(root, "export", "one", "-o", str(root / "one.tar"))
+    other = tmp_path_factory.mktemp("other")
+    write_params(other, {})
+    output = run(other, "import", str(root / "one.tar"))
+    assert (
+        str(other / "data" / "features" / "one") in output and "params.yaml trains from digits-tiny-sd-t300" in output
+    )
+    assert "one: every byte" in run(other, "verify", "--full")
+    assert "missing.tar is missing" in run(other, "import", "missing.tar", code=1)
