@@ -2,6 +2,7 @@
 
 Every reading is of whole, checked rows through `FeatureSet`, as training does it: in order, and in random batches. The
 plain reading reads the files into memory; both are repeated and the best is taken, so both come from the page cache.
+`pipeline features verify --full` stands beside plain SHA-256 hashing of the same files.
 
     python benchmarks/cache.py --rows 8192 --prompts 10 --dims 512
 """
@@ -17,7 +18,16 @@ import click
 import numpy as np
 
 from pipeline import provenance
-from pipeline.feature_store import Basis, Content, Features, FeatureSet, FeatureSetWriter, LayerBasis, Plan
+from pipeline.feature_store import (
+    Basis,
+    Content,
+    Features,
+    FeatureSet,
+    FeatureSetWriter,
+    LayerBasis,
+    Plan,
+    verification,
+)
 
 
 @click.command()
@@ -46,6 +56,13 @@ def main(
             "read in order, plain": _best(repeats, lambda: [f.read_bytes() for f in sorted(root.glob("set/*.h5"))]),
             "read in order, cache": _best(repeats, lambda: _read_in_order(cache, rows, rows_per_shard)),
         }
+        if wrong := verification.faults(root / "set", full=True):
+            raise click.ClickException(wrong[0])
+        files = sorted(root.glob("set/*.h5"))
+        seconds |= {
+            "SHA-256": _best(repeats, lambda: [provenance.file_sha256(file) for file in files]),
+            "verify --full": _best(repeats, lambda: verification.faults(root / "set", full=True)),
+        }
         order = np.random.default_rng(0).permutation(rows)
         batches = [order[start : start + batch] for start in range(0, rows - batch + 1, batch)]
         seconds[f"read batches of {batch} at random, cache"] = _best(
@@ -58,9 +75,11 @@ def main(
     shares = {
         "write": rates["write, cache"] / rates["write, plain"],
         "read in order": rates["read in order, cache"] / rates["read in order, plain"],
+        "verify": rates["verify --full"] / rates["SHA-256"],
     }
     per_batch = 1000 * seconds[f"read batches of {batch} at random, cache"] / len(batches)
     click.echo(f"cache / plain: write {shares['write']:.0%}, read in order {shares['read in order']:.0%}")
+    click.echo(f"verify --full / SHA-256 of the same bytes: {shares['verify']:.0%}")
     click.echo(f"a random batch of {batch}: {per_batch:.2f} ms")
     result = {"megabytes": megabytes, "megabytes_per_second": rates, "share_of_plain": shares}
     click.echo(json.dumps(result | {"ms_per_random_batch": per_batch, "provenance": provenance.describe()}))
@@ -68,7 +87,7 @@ def main(
 
 def _content(prompts: int, dims: int) -> Content:
     return Content(
-        extraction_version=1, dataset_hash="", class_names=[], backbone={}, timestep=0, image_size=32,
+        extraction_version=1, dataset_hash="", class_names=["one"], backbone={}, timestep=0, image_size=32,
         layers={"layer": [0, dims]}, prompts=[[str(n)] for n in range(prompts)], positive="label", denoise_prompt="",
         negatives="all", noise_seed=0, basis_images=2, basis_sha256=None, image_conditioning=None, dtype="float32",
     )  # fmt: skip

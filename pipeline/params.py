@@ -56,7 +56,7 @@ class PrepareBackbone(Section):
     source: str = Field(
         min_length=1, description="embedded (tiny-sd), a directory in diffusers format, or a hub id such as org/model"
     )
-    revision: str | None = Field(description="hub id only: the commit, tag or branch to pin")
+    revision: str | None = Field(description="hub id only: the commit, 40 hexadecimal digits")
 
 
 class ExtractFeatures(Section):

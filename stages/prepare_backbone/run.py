@@ -68,10 +68,10 @@ def _download(hub_id: str, revision: str | None, target: Path) -> None:
     """Fetches the safetensors weights of the parts we need; what is there of the same revision is not fetched again."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
         raise PipelineError(f"prepare_backbone.source = {hub_id!r} is neither embedded, nor a directory, nor a hub id")
-    if revision is None:
+    if revision is None or not re.fullmatch("[0-9a-f]{40}", revision):
         raise PipelineError(
-            f"set prepare_backbone.revision to a commit of {hub_id} (its page on the hub lists them): "
-            "without one the model could change under the features"
+            f"set prepare_backbone.revision to a commit of {hub_id}, 40 hexadecimal digits (its page on the hub lists "
+            "them): a branch or tag could move, and the model change under the features"
         )
     from huggingface_hub import snapshot_download
 
