@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro report test lint format lock clean
+.PHONY: help setup repro report test lint format lock audit clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ format: $(STAMP)  ## Format and mend what ruff can
 
 lock: $(STAMP)  ## Write requirements.lock anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --extra dev --no-header --no-annotate pyproject.toml --output-file requirements.lock
+
+audit: $(STAMP)  ## Look the locked packages up in the database of known vulnerabilities (needs the network)
+	$(BIN)/uv tool run pip-audit --requirement requirements.lock --no-deps --disable-pip --strict
 
 clean:  ## Remove what unfinished extractions and runs left for resuming, and kept latents
 	rm -rf .pipeline

@@ -152,9 +152,19 @@ class DiffusersAlone:
     def __init__(self, job: Job, projector: Projector) -> None:
         """Loads the models in float32 and hooks the UNet's up blocks."""
         self.job, self.projector = job, projector
-        self.unet = UNet2DConditionModel.from_pretrained(job.path / "unet").to(job.device, torch.float32).eval()
-        self.vae = AutoencoderKL.from_pretrained(job.path / "vae").to(job.device, torch.float32).eval()
-        self.text = CLIPTextModel.from_pretrained(job.path / "text_encoder").to(job.device, torch.float32).eval()
+        self.unet = (
+            UNet2DConditionModel.from_pretrained(job.path / "unet", use_safetensors=True)
+            .to(job.device, torch.float32)
+            .eval()
+        )
+        self.vae = (
+            AutoencoderKL.from_pretrained(job.path / "vae", use_safetensors=True).to(job.device, torch.float32).eval()
+        )
+        self.text = (
+            CLIPTextModel.from_pretrained(job.path / "text_encoder", use_safetensors=True)
+            .to(job.device, torch.float32)
+            .eval()
+        )
         self.tokenizer = CLIPTokenizer.from_pretrained(job.path / "tokenizer")
         self.scheduler = DDIMScheduler.from_pretrained(job.path / "scheduler")
         self.maps: dict[str, torch.Tensor] = {}
