@@ -26,6 +26,11 @@ class Config:
         self.root = root
 
     @property
+    def home(self) -> Path:
+        """Where files stand that DVC does not track: the real repository, also in an experiment's temporary copy."""
+        return Path(os.environ.get("DVC_ROOT", self.root))
+
+    @property
     def dataset_dir(self) -> Path:
         """The prepared data set."""
         return self.root / "data" / "datasets" / self.params.prepare_data.name
@@ -33,7 +38,7 @@ class Config:
     @property
     def backbone_dir(self) -> Path:
         """The frozen model's weights, which neither git nor DVC tracks."""
-        return self.root / "models" / self.params.prepare_backbone.name
+        return self.home / "models" / self.params.prepare_backbone.name
 
     @property
     def backbone_manifest(self) -> Path:
@@ -54,11 +59,8 @@ class Config:
 
     @property
     def state_dir(self) -> Path:
-        """What unfinished work left for resuming: outside every DVC out, because DVC deletes those before a stage.
-
-        Under DVC it stands in the real repository, also in an experiment's temporary copy.
-        """
-        return Path(os.environ.get("DVC_ROOT", self.root)) / ".pipeline"
+        """What unfinished work left for resuming: outside every DVC out, because DVC deletes those before a stage."""
+        return self.home / ".pipeline"
 
     @property
     def results_dir(self) -> Path:

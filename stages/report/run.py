@@ -15,16 +15,21 @@ import numpy as np
 
 from pipeline import atomic, provenance
 from pipeline.config import Config
-from stages.report import figures, results, tables
+from stages.report import experiments, figures, results, tables
 from stages.report.results import Results
+from stages.report.tables import Table
 
 log = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
 
 
-def run(config: Config) -> Path:
+def run(config: Config, with_experiments: bool = False) -> Path:
     """Writes the report of the sweep in params.yaml.
+
+    Args:
+        config: the project's configuration.
+        with_experiments: add a table of DVC's experiments.
 
     Returns:
         The page.
@@ -35,11 +40,12 @@ def run(config: Config) -> Path:
     found = results.read(config)
     if found.others:
         log.warning("not in the report, because sweep in params.yaml does not name them: %s", ", ".join(found.others))
+    more = [experiments.table(config.root)] if with_experiments else []
     folder = config.root / "report"
     folder.mkdir(exist_ok=True)
     provenance.write_json(folder / "summary.json", _summary(found))
     _write_curves(folder / "curves.csv", found)
-    atomic.write_text(folder / "index.html", _page(config.params.report.title, found))
+    atomic.write_text(folder / "index.html", _page(config.params.report.title, found, more))
     return folder / "index.html"
 
 
@@ -53,7 +59,7 @@ def as_text(config: Config, form: str) -> str:
     return "\n".join(write(table) for table in tables.make(results.read(config)))
 
 
-def _page(title: str, found: Results) -> str:
+def _page(title: str, found: Results, more: list[Table | None]) -> str:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True)
     first_runs = [found.runs[partition, found.methods[0]][0] for partition in found.partitions]
     return environment.get_template("page.html.j2").render(
@@ -61,7 +67,7 @@ def _page(title: str, found: Results) -> str:
         subtitle=_subtitle(found),
         css=(_HERE / "page.css").read_text(encoding="utf-8"),
         js=(_HERE / "page.js").read_text(encoding="utf-8"),
-        tables={table.name: table for table in tables.make(found)},
+        tables={table.name: table for table in [*tables.make(found), *more] if table},
         colours=figures.colours(found.methods),
         accuracy_curves=figures.curves(found, "accuracy"),
         loss_curves=figures.curves(found, "loss"),

@@ -40,10 +40,10 @@ def watching(config: Config, run_name: str, record: RunRecord) -> Iterator[Calla
     others: list[Logger] = []
     with contextlib.ExitStack() as stack:
         if runtime.tensorboard:
-            others.append(TensorBoard(config.root / "tensorboard" / run_name))
+            others.append(TensorBoard(config.home / "tensorboard" / run_name))
             stack.callback(others[-1].close)
         if runtime.dvclive:
-            others.append(DVCLive(config.root / "dvclive" / run_name))
+            others.append(DVCLive(config.home / "dvclive" / run_name))
             stack.callback(others[-1].close)
         for logger in others:
             for number, values in enumerate(record.values(), start=1):
