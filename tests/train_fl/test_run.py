@@ -21,7 +21,6 @@ from tests.train_fl import tiny_project
 FILES = (
     "rounds.csv",
     "clients.csv",
-    "domains.csv",
     "partition.json",
     "partition.svg",
     "config.json",
