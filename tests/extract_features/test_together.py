@@ -74,7 +74,7 @@ def test_two_that_finish_together_put_the_set_together_once(tmp_path):
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(finish, range(2))) == [tmp_path / "set"] * 2
     assert len(published) == 1
-    FeatureSet(tmp_path / "set").verify()
+    FeatureSet(tmp_path / "set").verify_files()
 
 
 def test_a_delivered_set_is_cleared_away_only_when_nobody_uses_it(tmp_path):
