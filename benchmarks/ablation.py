@@ -8,7 +8,6 @@ a user would, and prints the mean over seeds of the mean accuracy of the last fi
 """
 
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from typing import Any
 import click
 from ruamel.yaml import YAML
 
-from pipeline import provenance
+from pipeline import accuracy, provenance
 
 OFF = {"tdcl_weight": 0.0, "ndcr_weight": 0.0}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -60,7 +59,7 @@ def main(project: Path, partitions: list[str], seeds: list[int], variants: list[
     width = max(map(len, table))
     click.echo(f"{'validation accuracy, %':<{width}}  " + "  ".join(f"{p:>14}" for p in partitions))
     for variant, by_partition in table.items():
-        cells = [f"{100 * _mean(a):6.2f} ± {100 * _std(a):5.2f}" for a in by_partition.values()]
+        cells = [accuracy.in_percent(a) for a in by_partition.values()]
         click.echo(f"{variant:<{width}}  " + "  ".join(f"{cell:>14}" for cell in cells))
     click.echo(json.dumps({"seeds": list(seeds), "accuracy": table, "provenance": provenance.describe()}))
 
@@ -86,14 +85,6 @@ def _train(root: Path, method: str, partition: str, seed: int) -> float:
     command += ["--method", method, "--partition", partition, "--seed", str(seed)]
     path = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
     return json.loads((Path(path) / "metrics.json").read_text(encoding="utf-8"))["mean_last5_accuracy"]
-
-
-def _mean(values: list[float]) -> float:
-    return statistics.fmean(values)
-
-
-def _std(values: list[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 if __name__ == "__main__":

@@ -7,12 +7,11 @@ Every run must have been made with what params.yaml says now; a run of other set
 """
 
 import json
-import statistics
 from pathlib import Path
 
 import click
 
-from pipeline import config
+from pipeline import accuracy, config
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 
@@ -42,14 +41,13 @@ def make_table(project: Config) -> str:
         cells = []
         for partition in sweep.partitions:
             runs = [_read(project, method, partition, seed) for seed in sweep.seeds]
-            accuracies = [100 * accuracy for accuracy, _ in runs]
             commits |= {commit for _, commit in runs}
-            spread = f" ± {statistics.stdev(accuracies):.2f}" if len(runs) > 1 else ""
-            cells.append(f"{statistics.mean(accuracies):.2f}{spread}")
+            cells.append(accuracy.in_percent([found for found, _ in runs]))
         lines.append([method, *cells])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    seeds = ", ".join(map(str, sweep.seeds))
-    return f"{table}\n\nSeeds {seeds}; commit {', '.join(sorted(commit[:12] for commit in commits))}."
+    words = f"{accuracy.rounds_in_words(project.params.train_fl.num_rounds)}; {accuracy.seeds_in_words(sweep.seeds)}"
+    commit = ", ".join(sorted(commit[:12] for commit in commits))
+    return f"{table}\n\n{words[0].upper()}{words[1:]}; commit {commit}."
 
 
 def put(page: str, preset: str, table: str) -> str:

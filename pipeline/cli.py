@@ -63,6 +63,15 @@ class StageCommand(_ExamplesAsWritten):
         *own, help_option = super().get_params(ctx)
         return [*own, *self._flags, _SET, help_option]
 
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Says how values are written."""
+        super().format_epilog(ctx, formatter)
+        formatter.write_paragraph()
+        formatter.write_text(
+            "A VALUE is written as in params.yaml, and a list in quotes: '[A, B]' or '[0.5, 1]'. Any key of another "
+            "section: --set sweep.seeds='[0, 1]'."
+        )
+
     def invoke(self, ctx: click.Context) -> Any:
         """Checks the configuration and calls the command."""
         from pipeline import config
@@ -248,8 +257,9 @@ def report(config: "Config", form: str, experiments: bool) -> None:
 @main.command("preset", cls=_ExamplesAsWritten)
 @click.argument("name", required=False)
 @click.option("--run", "run_it", is_flag=True, help="Run the pipeline after it: dvc repro, or its DVC experiments.")
+@click.option("--force", is_flag=True, help="Replace also edits of the parameter file that git does not hold.")
 @click.pass_obj
-def preset(params: Path, name: str | None, run_it: bool) -> None:
+def preset(params: Path, name: str | None, run_it: bool, force: bool) -> None:
     r"""Merge presets/NAME.yaml into params.yaml; without NAME, list the presets.
 
     \b
@@ -258,15 +268,18 @@ def preset(params: Path, name: str | None, run_it: bool) -> None:
       pipeline preset digits-table --run
       git checkout params.yaml
     """
+    import json
+
     from pipeline import presets
 
     if name is None:
         for known, text in presets.describe(params.resolve().parent / "presets").items():
             click.echo(f"{known:24} {text}")
         return
-    applied = presets.apply(name, params.resolve())
+    applied = presets.apply(name, params.resolve(), force)
     for key, (old, new) in applied.changes.items():
-        click.echo(f"{key}: {old} -> {new}", err=True)
+        whole = "replaced" if old else "added"
+        click.echo(f"{key}: {whole if isinstance(new, dict) else f'{json.dumps(old)} -> {json.dumps(new)}'}", err=True)
     _report_path(params)
     if not run_it:
         click.echo(f"next: pipeline preset {name} --run, or dvc repro; git checkout {params} goes back", err=True)

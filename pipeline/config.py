@@ -4,6 +4,7 @@ An unknown key, a missing one, a wrong type or a value out of range is one line 
 is allowed. The file is read as YAML 1.2, as DVC reads it (PyYAML's 1.1 would make `1e-4` a string).
 """
 
+import itertools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -92,6 +93,7 @@ class Config:
             "method": {"name": method, **self.settings("methods", method).model_dump()},
             "partition": {"name": partition, **self.settings("partitions", partition).model_dump()},
             "train_fl": self.params.train_fl.model_dump(),
+            "dataset": {"name": self.params.prepare_data.name},
         }
 
     def check_settings_of_run(self, folder: Path, found: Mapping[str, Any], method: str, partition: str) -> None:
@@ -100,11 +102,23 @@ class Config:
         Raises:
             PipelineError: it was not; names what differs.
         """
-        for section, wanted in self.settings_of_run(method, partition).items():
-            if found.get(section) != wanted:
-                raise PipelineError(
-                    f"{folder} was made with another {section} than params.yaml has: train it again, or run `dvc repro`"
-                )
+        if differing := differing_keys(found, self.settings_of_run(method, partition)):
+            raise PipelineError(
+                f"{folder} was made with another {', '.join(differing)} than params.yaml has: train it again, or run "
+                "`dvc repro`"
+            )
+
+
+def differing_keys(found: Any, wanted: Mapping[str, Any]) -> list[str]:
+    """The dotted keys of `wanted` that are missing or another in `found`, read from JSON; others there do not count."""
+    differing = []
+    for key, value in wanted.items():
+        present = found.get(key) if isinstance(found, Mapping) else None
+        if isinstance(value, Mapping) and isinstance(present, Mapping):
+            differing += [f"{key}.{inner}" for inner in differing_keys(present, value)]
+        elif present != value:
+            differing.append(key)
+    return differing
 
 
 def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -131,6 +145,7 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
     except ValidationError as error:
         raise PipelineError(explain(error, values, where)) from None
     _check_sweep(params, where)
+    _check_names_of_runs(params, where)
     return Config(params, path.resolve().parent)
 
 
@@ -202,9 +217,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def _set(values: dict[str, Any], dotted_key: str, value: Any) -> None:
     *parents, key = dotted_key.split(".")
     for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
+        section = values.get(parent, {})
+        if not isinstance(section, dict):
             raise PipelineError(f"cannot set {dotted_key}: {parent} is a value, not a section")
+        values[parent] = dict(section)  # where a YAML alias stands, others share it
+        values = values[parent]
     values[key] = value
 
 
@@ -220,3 +237,15 @@ def _check_sweep(params: Params, where: Callable[[str], str]) -> None:
                 raise PipelineError(
                     f"{where(key)}: {key} names {name}, which is not under {section}: {', '.join(known)}"
                 )
+
+
+def _check_names_of_runs(params: Params, where: Callable[[str], str]) -> None:
+    """Every method has a run's folder of its own on every partition: with hyphens in both names two may meet."""
+    owners: dict[str, tuple[str, str]] = {}
+    for pair in itertools.product(params.methods, params.partitions):
+        method, partition = owners.setdefault("-".join(pair), pair)
+        if (method, partition) != pair:
+            raise PipelineError(
+                f"{where('partitions')}: partitions: method {method} on partition {partition} and method {pair[0]} on "
+                f"partition {pair[1]} would both be results/{'-'.join(pair)}-s0: rename one of them"
+            )

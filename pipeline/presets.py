@@ -2,12 +2,14 @@
 
 params.yaml stays the one source of truth that DVC reads; a preset is written into it, comments kept, and `git diff`
 shows what it changed. A key replaces its value; under `methods` and `partitions` an entry replaces the entry of its
-name, whole. `base: NAME` takes that preset first. `experiments` is not merged: it lists values of keys by which the
-whole pipeline is run several times, each as a DVC experiment.
+name, whole. `base: NAME`, or a list of names, takes those presets first, later ones over earlier ones. `experiments`
+is not merged: it lists values of keys by which the whole pipeline is run several times, each as a DVC experiment.
+A value is lost by a merge only if it is asked for: one that neither git nor a preset holds stops it.
 """
 
 import difflib
 import itertools
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,15 +38,17 @@ def describe(folder: Path) -> dict[str, str]:
     }
 
 
-def apply(name: str, params_file: Path) -> Applied:
+def apply(name: str, params_file: Path, force: bool = False) -> Applied:
     """Merges a preset of the project into its params.yaml, or, if the result would not be valid, changes nothing.
 
     Args:
         name: of a file in presets/ beside `params_file`.
         params_file: the project's params.yaml.
+        force: replace also what was edited by hand and stands nowhere else.
 
     Raises:
-        PipelineError: there is no such preset, it is not YAML, or it does not fit the configuration.
+        PipelineError: there is no such preset, it is not YAML, or it does not fit the configuration; or it would
+            replace values that neither git nor a preset holds.
     """
     merged = _read(name, params_file.parent / "presets")
     experiments = merged.pop("experiments", {})
@@ -52,6 +56,11 @@ def apply(name: str, params_file: Path) -> Applied:
     yaml = _round_trip()
     values = yaml.load(params_file.read_text(encoding="utf-8"))
     before = config.read_yaml(params_file)
+    if not force and (lost := _held_nowhere(before, merged, params_file)):
+        raise PipelineError(
+            f"{params_file} has edits that git does not hold and preset {name} would replace ({', '.join(lost)}): "
+            f"`git add {params_file.name}` or commit them first, or say --force"
+        )
     for section, keys in merged.items():
         present = values.setdefault(section, {})
         present.update({key: _in_flow(value) for key, value in keys.items() if present.get(key, ...) != value})
@@ -84,12 +93,44 @@ def _read(name: str, folder: Path) -> dict[str, Any]:
         hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known) or 'none'}"
         raise PipelineError(f"{folder} has no preset {name}; {hint}")
     own = config.read_yaml(file)
-    base = own.pop("base", None)
-    return _over(_read(base, folder) if base else {}, own)
+    bases = own.pop("base", [])
+    below: dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        below = _over(below, _read(base, folder))
+    return _over(below, own)
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return {**below, **{section: {**below.get(section, {}), **keys} for section, keys in above.items()}}
+
+
+def _held_nowhere(before: Mapping[str, Any], merged: Mapping[str, Any], params_file: Path) -> list[str]:
+    """The keys that a merge changes and whose values stand neither in git nor in a preset; none outside of git."""
+    committed = _in_git(params_file)
+    if committed is None:
+        return []
+    folder = params_file.parent / "presets"
+    holders = [committed, *(_read(file.stem, folder) for file in folder.glob("*.yaml"))]
+    return [
+        f"{section}.{key}"
+        for section, keys in merged.items()
+        for key in keys
+        if before.get(section, {}).get(key, keys[key]) != keys[key]
+        and not any(holder.get(section, {}).get(key, ...) == before[section][key] for holder in holders)
+    ]
+
+
+def _in_git(file: Path) -> dict[str, Any] | None:
+    """The file as git's index has it, where `git checkout` takes it from; None if git does not know it."""
+    from ruamel.yaml import YAML, YAMLError
+
+    command = ["git", "show", f":./{file.name}"]
+    try:
+        found = subprocess.run(command, cwd=file.parent, capture_output=True, check=True).stdout
+        values = YAML(typ="safe", pure=True).load(found)
+    except (OSError, subprocess.CalledProcessError, YAMLError):
+        return None
+    return {s: keys for s, keys in values.items() if isinstance(keys, dict)} if isinstance(values, dict) else None
 
 
 def _round_trip() -> Any:

@@ -37,11 +37,12 @@ def test_the_page_gets_the_runs_of_the_sweep_and_no_others(benchmark, tmp_path):
     accuracy = (run(project, "fedavg", "iid", 0) / "rounds.csv").read_text().splitlines()[1].split(",")[1]
     table = reproduction.make_table(project)
     assert table.splitlines()[2] == f"| fedavg | {100 * float(accuracy):.2f} |"
+    assert table.splitlines()[-1].startswith("After the only round; one run, of seed 0 (n = 1); commit ")
     page = "before\n<!-- x -->\nold\n<!-- /x -->\nafter\n"
     assert reproduction.put(page, "x", "new") == "before\n<!-- x -->\nnew\n<!-- /x -->\nafter\n"
     with pytest.raises(PipelineError, match="no marks"):
         reproduction.put(page, "y", "new")
-    with pytest.raises(PipelineError, match="another train_fl than params.yaml has"):
+    with pytest.raises(PipelineError, match="another train_fl.num_rounds than params.yaml has"):
         reproduction.make_table(tiny_project.make(tmp_path, train_fl__num_rounds=2, **sweep))
 
 

@@ -59,9 +59,9 @@ def test_the_repositorys_own_file_is_valid_and_its_values_arrive(file):
             "methods.fedavg.xyz is not a known key; allowed here: algorithm",
         ),
         (
-            "    temperature:",
-            "    temprature: 1\n    temperature:",
-            "methods.feddifrc.temprature is not a known key; did you mean temperature?",
+            "  moon: {",
+            "  moon: {temprature: 1, ",
+            "methods.moon.temprature is not a known key; did you mean temperature?",
         ),
         # missing ones
         ("  timestep: 300", "", "extract_features.timestep is missing"),
@@ -276,12 +276,48 @@ def test_only_the_keys_of_the_chosen_algorithm_are_offered(params):
     assert message == "params.yaml: methods.fedavg.tempreture is not a known key; allowed here: algorithm, guidance"
 
 
+def test_what_takes_guidance_by_an_alias_has_its_own_value_when_set(params):
+    file = params("  simsiam:", "  moon-feddifrc: {algorithm: fedavg, guidance: *guidance}\n  simsiam:")
+    changed = "methods.fedprox-feddifrc.guidance.temperature"
+    methods = config.load(file, {changed: 0.1}).params.methods
+    found = {name: getattr(methods[name], "guidance", methods[name]).temperature for name in (
+        "fedprox-feddifrc", "moon-feddifrc", "feddifrc", "feddifrc-ssl"
+    )}  # fmt: skip
+    assert found == {"fedprox-feddifrc": 0.1, "moon-feddifrc": 0.04, "feddifrc": 0.04, "feddifrc-ssl": 0.04}
+
+
+def test_two_runs_of_one_name_are_refused(params):
+    params(
+        "  dir005: {kind", "  ssl-dir005: {kind: iid}\n  dir005: {kind"
+    )  # feddifrc-ssl on dir005, feddifrc on ssl-dir005
+    assert complaint(params("", "")) == (
+        "params.yaml: partitions: method feddifrc on partition ssl-dir005 and method feddifrc-ssl on partition dir005 "
+        "would both be results/feddifrc-ssl-dir005-s0: rename one of them"
+    )
+
+
+def test_differing_keys_are_named_as_they_are_written():
+    wanted = {"a": {"b": 1, "c": [1, 2], "d": {"e": None}}, "f": 0.1, "g": {"h": 1}}
+    assert (
+        config.differing_keys({"a": {"b": 1, "c": [1, 2], "d": {"e": None}, "x": 1}, "f": 0.1, "g": {"h": 1}}, wanted)
+        == []
+    )
+    assert config.differing_keys({"a": {"b": 2, "c": [1], "d": None}, "g": {}}, wanted) == [
+        "a.b",
+        "a.c",
+        "a.d",
+        "f",
+        "g.h",
+    ]
+
+
 def test_help_says_what_a_key_may_be(file):
     words = " ".join(invoke(file.parent, "train-fl", "--help").output.split())
     assert "[small_cnn, resnet10, resnet18 or mobilenet_v2]" in words
     assert "[a number > 0 and <= 1]" in words and "[an integer >= 1 or null]" in words
     words = " ".join(invoke(file.parent, "extract-features", "--help").output.split())
     assert "[auto or [A, B, ...]]" in words and "[all or an integer >= 1]" in words
+    assert "a list in quotes: '[A, B]'" in words
 
 
 def test_help_shows_examples_line_by_line(file):

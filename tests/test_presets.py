@@ -1,6 +1,7 @@
 """Presets: every one that ships fits, and a merge changes what it says and nothing else."""
 
 import shutil
+import subprocess
 
 import pytest
 
@@ -63,18 +64,66 @@ def test_a_preset_that_does_not_fit_changes_nothing(project):
 def test_the_command_lists_and_merges(project):
     listed = invoke(project, "preset")
     assert all(name in listed.output for name in SHIPPED)
-    assert invoke(project, "preset", "digits-ablation").exit_code == 0
+    said = invoke(project, "preset", "digits-ablation")
+    assert said.exit_code == 0 and "\nmethods.tdcl: added\n" in said.output
     assert config.load(project / "params.yaml").params.sweep.methods == ["fedavg", "tdcl", "ndcr", "feddifrc"]
 
 
+def git(folder, *arguments):
+    command = ["git", "-c", "user.name=x", "-c", "user.email=x@x", *arguments]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+
+
+def test_edits_that_stand_nowhere_else_are_not_lost(project):
+    params = project / "params.yaml"
+    git(project, "init")
+    git(project, "add", "params.yaml")
+    assert invoke(project, "preset", "cifar10-layers").exit_code == 0  # over what git holds
+    assert invoke(project, "preset", "digits-layers").exit_code == 0  # over what a preset holds
+    params.write_text(params.read_text().replace("num_rounds: 20", "num_rounds: 21").replace("title: Fed", "title: x"))
+    before = params.read_text()
+    assert "num_rounds: 21" in before
+    result = invoke(project, "preset", "digits-layers")
+    assert result.exit_code == 1 and len(result.output.splitlines()) == 1
+    assert "would replace (train_fl.num_rounds, report.title): `git add params.yaml` or commit" in result.output
+    assert params.read_text() == before
+    git(project, "add", "params.yaml")
+    assert invoke(project, "preset", "digits-layers").exit_code == 0
+    params.write_text(before.replace("num_rounds: 21", "num_rounds: 22"))
+    assert invoke(project, "preset", "digits-layers", "--force").exit_code == 0
+    assert config.load(params).params.train_fl.num_rounds == 20
+
+
+def test_edits_that_the_preset_leaves_alone_are_no_hindrance(project):
+    git(project, "init")
+    git(project, "add", "params.yaml")
+    params = project / "params.yaml"
+    params.write_text(params.read_text().replace("checkpoint_every: 10", "checkpoint_every: 3"))
+    assert invoke(project, "preset", "digits-layers").exit_code == 0
+    assert config.load(params).params.runtime.checkpoint_every == 3
+
+
+def test_digits_presets_are_those_of_cifar10_on_digits(project):
+    presets.apply("digits-layers", project / "params.yaml")
+    text = (project / "params.yaml").read_text()
+    assert "    <<: &guidance\n" in text and "guidance: *guidance}" in text  # what is shared stays so
+    made = config.load(project / "params.yaml").params
+    assert made.sweep.seeds == [0] and made.sweep.partitions == ["nid1_05"]
+    assert made.methods["layers23"].layers == ["up_blocks.1", "up_blocks.2"]
+    assert made.prepare_data.name == "digits" and made.train_fl.model == "small_cnn"
+
+
 def test_a_base_sets_whatever_its_presets_change():
-    """So that one preset after another leaves nothing of the first behind."""
+    """So that one preset after another leaves nothing of the first behind, and digits nothing of CIFAR-10."""
     folder = REPOSITORY / "presets"
+    digits, cifar10 = (config.read_yaml(folder / f"{name}.yaml") for name in ("digits", "cifar10"))
+    assert {s: set(keys) for s, keys in digits.items()} == {s: set(keys) for s, keys in cifar10.items()}
     for file in folder.glob("*.yaml"):
         own = config.read_yaml(file)
         if "base" not in own:
             continue
-        base = config.read_yaml(folder / f"{own['base']}.yaml")
+        last = own["base"] if isinstance(own["base"], str) else own["base"][-1]
+        base = config.read_yaml(folder / f"{last}.yaml")
         for section in set(own) - {"base", "sweep", "methods", "partitions", "report", "experiments"}:
             missing = set(own[section]) - set(base[section])
             assert not missing, f"{file.name}: {section} {missing}"

@@ -2,7 +2,8 @@
 
 Every file gets its own entry beside it, and every file its own lock (flock), held by whoever computes it and let go by
 the system if that process dies. So no process needs to know of the others, and the folder may stand on any file system
-with working locks that all of them see.
+with working locks that all of them see. All of them share one more lock, "in-use": a folder whose set was delivered is
+cleared away only when nobody has it.
 """
 
 import contextlib
@@ -59,7 +60,7 @@ class FeatureSetWriter:
         self.fingerprint = plan.content.fingerprint
         self._hardware = hardware
         self._basis: FileEntry | None = None
-        staging.mkdir(parents=True, exist_ok=True)
+        (staging / "locks").mkdir(parents=True, exist_ok=True)
         if not (staging / PLAN).exists():
             with _full_disk(staging / PLAN):
                 provenance.write_json(staging / PLAN, dataclasses.asdict(plan) | {"content": plan.content.model_dump()})
@@ -141,7 +142,6 @@ class FeatureSetWriter:
         Raises:
             PipelineError: the file system has no locks.
         """
-        (self.path / "locks").mkdir(exist_ok=True)
         with (self.path / "locks" / name).open("a+", encoding="utf-8") as stream:
             held = self._acquire(stream)
             if wait and not held:
@@ -152,6 +152,13 @@ class FeatureSetWriter:
                 time.sleep(0.1)
                 held = self._acquire(stream)
             yield held
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keeps the folder from being cleared away by another set's end, should ours be delivered meanwhile."""
+        with (self.path / "locks" / "in-use").open("a") as stream:
+            self._flock(stream, fcntl.LOCK_SH)
+            yield
 
     def publish(self, target: Path) -> None:
         """Puts the complete set at `target`, whole or not at all, by hard links where the file system has them.
@@ -168,10 +175,12 @@ class FeatureSetWriter:
         (self.path / DELIVERED).touch()
 
     def drop_delivered_neighbours(self) -> None:
-        """Removes the staging folders of other sets that were published; unfinished ones stay."""
+        """Removes the staging folders of other sets that were published; those unfinished or in use stay."""
         for other in self.path.parent.iterdir():
             if other != self.path and (other / DELIVERED).exists():
-                shutil.rmtree(other, ignore_errors=True)
+                with contextlib.suppress(FileNotFoundError), (other / "locks" / "in-use").open("a") as in_use:
+                    if self._flock(in_use, fcntl.LOCK_EX):
+                        shutil.rmtree(other, ignore_errors=True)
 
     @property
     def _basis_entry(self) -> FileEntry:
@@ -179,16 +188,21 @@ class FeatureSetWriter:
         return self._basis
 
     def _acquire(self, stream: TextIO) -> bool:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not self._flock(stream, fcntl.LOCK_EX):
             return False
-        except OSError as error:
-            raise PipelineError(f"{self.path}: no file locks here ({error.strerror}), which extraction needs") from None
         stream.seek(0)
         stream.truncate()
         stream.write(str(os.getpid()))
         stream.flush()
+        return True
+
+    def _flock(self, file: TextIO, kind: int) -> bool:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise PipelineError(f"{self.path}: no file locks here ({error.strerror}), which extraction needs") from None
         return True
 
     def _manifest(self) -> Manifest:

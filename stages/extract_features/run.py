@@ -66,8 +66,8 @@ def run(config: Config, shard_range: str | None = None) -> Path:
         logging.getLogger("stages").setLevel(logging.WARNING)
     staging = config.state_dir / "staging" / f"{job.plan.content.fingerprint[:16]}-{job.plan.rows_per_shard}"
     writer = FeatureSetWriter(staging, job.plan, provenance.processor(job.device))
-    writer.forget_damaged(shard for shard in shards if shard % world_size == rank)
-    with scheduling.finish_batch_on_sigterm() as check:
+    with writer.in_use(), scheduling.finish_batch_on_sigterm() as check:
+        writer.forget_damaged(shard for shard in shards if shard % world_size == rank)
         if not writer.has_basis() or any(not writer.has_shard(shard) for shard in shards):
             with batching.reproducible(job.device, getattr(torch, config.params.extract_features.dtype)):
                 _Run(job, writer, check).all(shards)

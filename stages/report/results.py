@@ -119,25 +119,39 @@ def read(config: Config) -> Results:
     for group in runs.values():
         if len({len(run.accuracy) for run in group}) > 1:
             raise PipelineError(f"the seeds of {group[0].name} have different numbers of rounds: train them again")
+    _check_one_origin([run for group in runs.values() for run in group])
     named = {run.name for group in runs.values() for run in group}
     present = sorted(file.parent.name for file in config.results_dir.glob("*/config.json"))
     others = [name for name in present if name not in named]
     return Results(sweep.methods, sweep.partitions, sweep.seeds, runs, others)
 
 
+def _check_one_origin(runs: Iterable[Run]) -> None:
+    """All runs were made from one data set, and those that are guided from one feature set."""
+    for origin in ("dataset", "features"):
+        found = {json.dumps(run.config[origin]): run.name for run in runs if run.config[origin]}
+        if len(found) > 1:
+            one, other = list(found.values())[:2]
+            raise PipelineError(f"{one} and {other} were made from another {origin} each: run `dvc repro`")
+
+
+def _json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def _read(config: Config, method: str, partition: str, seed: int) -> Run:
     folder = config.run_dir(method, partition, seed)
     try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        settings = _json(folder / "config.json")
         config.check_settings_of_run(folder, settings, method, partition)
-        deal = json.loads((folder / "partition.json").read_text(encoding="utf-8"))
+        deal = _json(folder / "partition.json")
         rounds = _rows(folder / "rounds.csv")
         return Run(
             name=folder.name,
             method=method,
             partition=partition,
             seed=seed,
-            metrics=json.loads((folder / "metrics.json").read_text(encoding="utf-8")),
+            metrics=_json(folder / "metrics.json") | _json(folder / "details.json"),
             config=settings,
             class_names=deal["class_names"],
             label_counts=np.array(deal["label_counts"]),

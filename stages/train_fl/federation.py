@@ -12,7 +12,6 @@ from pipeline.datasets import Images, PreparedDataset, stratified_split
 from pipeline.errors import PipelineError
 from pipeline.feature_store import FeatureSet
 from pipeline.params import Guidance as GuidanceParams
-from pipeline.params import Section
 from stages.train_fl import partitions, placement, synthetic
 from stages.train_fl.client_data import ClientData
 from stages.train_fl.placement import GuidanceOnDisk, GuidanceSource
@@ -43,12 +42,12 @@ class Federation:
     synthetic_hash: str | None  # of the generated images' data set, where clients got some
 
 
-def load(config: Config, partition: Section, seed: int, guidance: GuidanceParams | None, device: str) -> Federation:
+def load(config: Config, partition: str, seed: int, guidance: GuidanceParams | None, device: str) -> Federation:
     """Splits, thins out, deals and places the data set.
 
     Args:
         config: the project's configuration.
-        partition: a `partitions:` entry.
+        partition: the name of a `partitions:` entry.
         seed: of the validation split, the long tail, the partition and the choice of generated images.
         guidance: the method's, None for methods that need no cached representations.
         device: where training runs.
@@ -56,7 +55,7 @@ def load(config: Config, partition: Section, seed: int, guidance: GuidanceParams
     Raises:
         PipelineError: data are missing or damaged, or the settings do not fit them.
     """
-    params = config.params.train_fl
+    params, settings = config.params.train_fl, config.settings("partitions", partition)
     dataset = PreparedDataset(config.dataset_dir)
     features = _open_features(config, dataset) if guidance else None
     source = GuidanceSource(features, guidance) if features and guidance else None
@@ -65,7 +64,10 @@ def load(config: Config, partition: Section, seed: int, guidance: GuidanceParams
         kept = partitions.long_tail(train.labels, params.imbalance_factor, seeding.numpy_generator(seed, "long tail"))
         train, index = train.take(kept), index[kept]
     rng = seeding.numpy_generator(seed, "partition")
-    parts = partitions.deal(partition, train.labels, train.domains, params.num_clients, rng)
+    try:
+        parts = partitions.deal(settings, train.labels, train.domains, params.num_clients, rng)
+    except PipelineError as error:
+        raise PipelineError(f"partitions.{partition}: {error}") from None
     counts = partitions.label_counts(parts, train.labels, len(dataset.class_names))
     extra, synthetic_hash = _synthetic(config, dataset, bool(source), counts, seed)
     image_bytes = counts.sum() * train.images[0].nbytes + sum(images.images.nbytes for images in extra)

@@ -6,7 +6,8 @@ clients.csv        one row a client: samples, and the final global model's accur
 partition.json     every client's samples and label counts, and statistics of heterogeneity
 partition.svg      the same as a picture
 model.safetensors  the last global weights
-metrics.json       final, best and mean-of-last-five accuracy, by domain; seconds, samples per second, bytes
+details.json       accuracy by domain, seconds by part, samples per second, bytes
+metrics.json       mean-of-last-five, final and best accuracy, seconds; the mean over domains where there are several
 config.json        the resolved settings, the hashes of data set and features, software and hardware
 """
 
@@ -16,9 +17,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pipeline import atomic, provenance
+from pipeline import accuracy, atomic, provenance
+from pipeline.config import differing_keys
 from pipeline.errors import PipelineError
 from stages.train_fl.checkpoint import save_tensors
 from stages.train_fl.engines.local import Round
@@ -27,6 +27,7 @@ from stages.train_fl.methods import Weights
 from stages.train_fl.partitions import heterogeneity, picture
 
 Row = dict[str, Any]
+_PARTS = ("load", "train", "aggregate", "evaluate")
 
 
 class RunRecord:
@@ -71,19 +72,23 @@ class RunRecord:
             for row, timing in zip(self._rounds, self._timing, strict=True)
         ]
 
-    def metrics(self) -> dict[str, Any]:
-        """The run in a few numbers."""
+    def metrics(self) -> dict[str, float]:
+        """The run in a few numbers, each a column of `dvc metrics show`."""
         accuracies = [row["accuracy"] for row in self._rounds]
-        parts = ("load", "train", "aggregate", "evaluate")
-        seconds = {part: sum(row[part] for row in self._timing) for part in parts}
-        samples = sum(row["num_samples"] for row in self._rounds)
         return {
+            "mean_last5_accuracy": accuracy.of_run(accuracies),
             "final_accuracy": accuracies[-1],
             "best_accuracy": max(accuracies),
-            "mean_last5_accuracy": float(np.mean(accuracies[-5:])),
-            "wall_seconds": sum(seconds.values()),
-            "samples_per_second": samples / (seconds["load"] + seconds["train"]),
+            "wall_seconds": sum(row[part] for row in self._timing for part in _PARTS),
+        }
+
+    def details(self) -> dict[str, Any]:
+        """What else a run comes to: seconds by part, training samples per second, bytes."""
+        seconds = {part: sum(row[part] for row in self._timing) for part in _PARTS}
+        samples = sum(row["num_samples"] for row in self._rounds)
+        return {
             "seconds": seconds,
+            "samples_per_second": samples / (seconds["load"] + seconds["train"]),
             "bytes_down": sum(row["bytes_down"] for row in self._rounds),
             "bytes_up": sum(row["bytes_up"] for row in self._rounds),
         }
@@ -99,11 +104,9 @@ def check_replaceable(path: Path, settings: dict[str, Any]) -> None:
         found = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return  # no finished run
-    wanted = json.loads(json.dumps(settings))
-    differing = [key for key in wanted if found.get(key) != wanted[key]]
-    if differing:
+    if differing := differing_keys(found, settings):
         raise PipelineError(
-            f"{path} holds a finished run with another {' and '.join(differing)}: move or delete the folder, give "
+            f"{path} holds a finished run with another {', '.join(differing)}: move or delete the folder, give "
             "this run another name under methods or partitions, or say --overwrite"
         )
 
@@ -111,7 +114,7 @@ def check_replaceable(path: Path, settings: dict[str, Any]) -> None:
 def start(path: Path) -> None:
     """Makes the folder, and removes what only a finished run has: a run in the making is not taken for whole."""
     path.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.json", "config.json", "clients.csv", "model.safetensors"):
+    for name in ("metrics.json", "config.json", "clients.csv", "details.json", "model.safetensors"):
         (path / name).unlink(missing_ok=True)
 
 

@@ -7,6 +7,7 @@ the same bytes (the seconds excepted).
 import logging
 import math
 import os
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pipeline import devices, provenance
+from pipeline import accuracy, devices, provenance
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.feature_store import FeatureSet
@@ -48,11 +49,6 @@ class Job:
     def method(self) -> Section:
         """The method's settings."""
         return self.config.settings("methods", self.method_name)
-
-    @property
-    def partition(self) -> Section:
-        """The partition's settings."""
-        return self.config.settings("partitions", self.partition_name)
 
     @property
     def path(self) -> Path:
@@ -94,9 +90,9 @@ def run(config: Config, method_name: str, partition_name: str, seed: int, overwr
     job = Job(config, method_name, partition_name, seed)
     if isinstance(job.method, SimSiam) and config.params.train_fl.augmentation == "none":
         raise PipelineError("simsiam compares two views of an image: set train_fl.augmentation to views (or crop)")
-    guidance, partition = methods.guidance_of(job.method), job.partition
+    guidance = methods.guidance_of(job.method)
     device = prepare_torch(config.params.runtime)
-    data = federation.load(config, partition, seed, guidance, device)
+    data = federation.load(config, partition_name, seed, guidance, device)
     if isinstance(job.method, SelfSupervised) and data.features:
         _check_no_label_was_shown(data.features)
     model, method = _build(job, data, device)
@@ -214,10 +210,13 @@ def _finish(job: Job, data: Federation, model: FLModel, evaluator: Evaluator, re
     )
     records.write_csv(job.path / "clients.csv", clients)
     domains = evaluate.by_domain(predictor, data.held_out, data.dataset.domain_names)
-    mean = sum(domains.values()) / len(domains)
-    metrics = record.metrics() | extra | {"domain_accuracy": domains, "mean_domain_accuracy": mean}
+    provenance.write_json(job.path / "details.json", record.details() | {"domain_accuracy": domains})
+    if len(domains) > 1:
+        extra = extra | {"mean_domain_accuracy": statistics.fmean(domains.values())}
+    metrics = record.metrics() | extra
     provenance.write_json(job.path / "metrics.json", metrics)
-    log.info("%s: accuracy %.4f (mean of last five rounds)", job.path.name, metrics["mean_last5_accuracy"])
+    words = accuracy.rounds_in_words(job.config.params.train_fl.num_rounds)
+    log.info("%s: accuracy %.4f (%s)", job.path.name, metrics["mean_last5_accuracy"], words)
 
 
 def _settings(job: Job, data: Federation) -> dict[str, Any]:

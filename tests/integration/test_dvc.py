@@ -75,7 +75,7 @@ def test_a_training_parameter_extracts_nothing_and_needs_no_weights(root):
 
 def test_metrics_and_plots_are_declared(root):
     metrics = json.loads(dvc(root, "metrics", "show", "--json"))[""]["data"]
-    assert "results/fedavg-dir05-s0/metrics.json" in metrics
+    assert set(metrics) == {f"results/{method}-dir05-s0/metrics.json" for method in ("fedavg", "feddifrc")}
     plots = json.loads(dvc(root, "plots", "show", "--json"))["data"]["Accuracy per method"][0]
     assert {row["method"] for row in plots["content"]["data"]["values"]} == {"fedavg", "feddifrc"}
     assert len((root / "report" / "curves.csv").read_text().splitlines()) == 1 + 2 * 3

@@ -50,12 +50,15 @@ def _write_run(
     metrics = {
         "mean_last5_accuracy": float(accuracy[-5:].mean()),
         "best_accuracy": float(accuracy.max()),
+    }
+    details = {
         "seconds": {"load": 1.0, "train": 20.0, "aggregate": 0.1, "evaluate": 2.0},
         "bytes_down": 10_000_000,
         "bytes_up": 20_000_000,
         "domain_accuracy": {"digits": float(accuracy[-1])},
     }
     (path / "metrics.json").write_text(json.dumps(metrics))
+    (path / "details.json").write_text(json.dumps(details))
     settings = project.settings_of_run(method, partition) | {
         "seed": seed,
         "dataset": {"name": "digits", "hash": "0" * 64},

@@ -35,7 +35,25 @@ def test_the_summary_is_mean_and_sample_deviation_over_seeds(trained):
 def test_runs_of_other_settings_are_refused(trained):
     result = invoke(trained, "report", "--set", "train_fl.num_rounds=7")
     assert result.exit_code == 1
-    assert "fedavg-dir05-s0 was made with another train_fl than params.yaml has" in result.output
+    assert "fedavg-dir05-s0 was made with another train_fl.num_rounds than params.yaml has" in result.output
+
+
+def test_runs_of_other_data_are_refused(trained):
+    file = trained / "results" / "fedavg-dir05-s1" / "config.json"
+    whole = json.loads(file.read_text())
+    for changes, message in (
+        ({"dataset": {"name": "digits", "hash": "x"}}, "fedavg-dir05-s1 were made from another dataset each"),
+        ({"dataset": {"name": "x", "hash": "x"}}, "fedavg-dir05-s1 was made with another dataset.name than"),
+    ):
+        file.write_text(json.dumps(whole | changes))
+        result = invoke(trained, "report")
+        assert result.exit_code == 1 and message in result.output
+
+
+def test_other_runs_are_named(trained):
+    result = invoke(trained, "report", "--set", "sweep.seeds=[0]")
+    assert "sweep in params.yaml does not name them: fedavg-dir05-s1\n" in result.output
+    assert "one seed (n = 1)" in (trained / "report" / "index.html").read_text()
 
 
 def test_nothing_is_written_in_place(trained, tmp_path_factory):

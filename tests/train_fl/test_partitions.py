@@ -58,8 +58,16 @@ def test_a_small_alpha_is_more_heterogeneous():
 
 
 def test_impossible_minimum_is_named():
-    with pytest.raises(PipelineError, match="cannot give each of 10 clients 101"):
+    advice = "lower min_samples or train_fl.num_clients, or raise"
+    with pytest.raises(PipelineError, match=f"cannot give each of 10 clients 101: {advice} prepare_data.train_subset"):
         dirichlet(LABELS, 10, 1.0, 101, rng())
+    with pytest.raises(PipelineError, match=f"each of 2 clients has 2 of 4 samples: {advice} alpha"):
+        dirichlet(np.array([0, 0, 0, 1]), 2, 1e-9, 2, rng())  # all of a class goes to one client
+
+
+def test_the_balanced_variant_names_its_own_keys():
+    with pytest.raises(PipelineError, match="half of a fair share: lower group_size or raise alpha"):
+        dirichlet_balanced(np.zeros(20, np.int64), 5, 1e-9, 5, rng())  # one class, and all of it to one client
 
 
 @pytest.mark.parametrize("alpha, variation, divergence", [(0.05, 0.685, 1.81), (0.2, 0.569, 1.32), (0.5, 0.443, 0.85)])

@@ -18,7 +18,14 @@ from stages.train_fl.engines import local
 from stages.train_fl.placement import choose
 from tests.train_fl import tiny_project
 
-FILES = ("rounds.csv", "clients.csv", "partition.json", "partition.svg", "config.json", "model.safetensors")
+FILES = (
+    "rounds.csv",
+    "clients.csv",
+    "partition.json",
+    "partition.svg",
+    "config.json",
+    "model.safetensors",
+)
 
 
 def rows(file: Path) -> list[dict[str, str]]:
@@ -46,8 +53,11 @@ def test_what_a_run_leaves(undisturbed):
     assert sorted(sum(partition["clients"], [])) == list(range(48))
     metrics = json.loads((undisturbed / "metrics.json").read_text())
     assert metrics["final_accuracy"] == float(rounds[-1]["accuracy"])
+    accuracies = {"mean_last5_accuracy", "final_accuracy", "best_accuracy", "mean_domain_accuracy"}
+    assert set(metrics) == accuracies | {"wall_seconds"}  # each is a column of `dvc metrics show`
     # the test set has as many images of each domain, so the mean over domains is the accuracy
-    assert set(metrics["domain_accuracy"]) == {"left", "right"}
+    details = json.loads((undisturbed / "details.json").read_text())
+    assert set(details["domain_accuracy"]) == {"left", "right"} and details["samples_per_second"] > 0
     assert metrics["mean_domain_accuracy"] == pytest.approx(metrics["final_accuracy"])
 
 
@@ -57,7 +67,7 @@ def test_a_finished_run_of_other_settings_is_not_lost(tmp_path):
     weights = (path / "model.safetensors").read_bytes()
     assert run(project, "fedavg", "iid", 0) == path  # the same settings: the same run again
     other = tiny_project.make(tmp_path, train_fl__num_rounds=2)
-    with pytest.raises(PipelineError, match="holds a finished run with another train_fl: .*--overwrite"):
+    with pytest.raises(PipelineError, match="holds a finished run with another train_fl.num_rounds: .*--overwrite"):
         run(other, "fedavg", "iid", 0)
     assert (path / "model.safetensors").read_bytes() == weights
     run(other, "fedavg", "iid", 0, overwrite=True)
@@ -170,6 +180,12 @@ def test_other_settings_do_not_use_the_checkpoint(tmp_path, caplog):
     with caplog.at_level("INFO"):
         run(tiny_project.make(tmp_path, train_fl__learning_rate=0.02), "fedavg", "dir", 0)
     assert "going on" not in caplog.text
+
+
+def test_a_partition_that_does_not_fit_is_named(tmp_path):
+    project = tiny_project.make(tmp_path, partitions={"big": {"kind": "dirichlet", "alpha": 1.0, "min_samples": 13}})
+    with pytest.raises(PipelineError, match=r"^partitions.big: 48 samples cannot give each of 4 clients 13: lower"):
+        run(project, "fedavg", "big", 0)
 
 
 def test_divergence_names_round_and_client(tmp_path):

@@ -34,7 +34,17 @@ def dirichlet(
     Raises:
         PipelineError: no draw gives every client `min_samples`.
     """
+    if num_clients * min_samples > len(labels):
+        raise PipelineError(
+            f"{len(labels)} samples cannot give each of {num_clients} clients {min_samples}: lower min_samples or "
+            "train_fl.num_clients, or raise prepare_data.train_subset"
+        )
     parts = _draw_until(np.arange(len(labels)), labels, num_clients, alpha, min_samples, rng)
+    if parts is None:
+        raise PipelineError(
+            f"{_MAX_DRAWS} draws with alpha {alpha} gave none where each of {num_clients} clients has {min_samples} of "
+            f"{len(labels)} samples: lower min_samples or train_fl.num_clients, or raise alpha"
+        )
     return [np.sort(part) for part in parts]
 
 
@@ -64,29 +74,26 @@ def dirichlet_balanced(
     pools = np.split(rng.permutation(len(labels)), ends[:-1] * len(labels) // num_clients)
     line = []
     for pool, size in zip(pools, np.diff(ends, prepend=0), strict=True):
-        line += _draw_until(pool, labels, int(size), alpha, int(0.5 * len(pool) / size), rng)
+        parts = _draw_until(pool, labels, int(size), alpha, int(0.5 * len(pool) / size), rng)
+        if parts is None:
+            raise PipelineError(
+                f"{_MAX_DRAWS} draws with alpha {alpha} gave none where each of {size} clients has half of a fair "
+                "share: lower group_size or raise alpha"
+            )
+        line += parts
     return [np.sort(part) for part in np.array_split(np.concatenate(line), num_clients)]
 
 
 def _draw_until(
     pool: np.ndarray, labels: np.ndarray, num_clients: int, alpha: float, min_samples: int, rng: np.random.Generator
-) -> list[np.ndarray]:
+) -> list[np.ndarray] | None:
     """Draws the samples in `pool` to clients, again and again, until each has `min_samples`; parts are by class."""
-    if num_clients * min_samples > len(pool):
-        raise PipelineError(
-            f"{len(pool)} samples cannot give each of {num_clients} clients {min_samples}: lower the partition's "
-            "min_samples or train_fl.num_clients, or raise prepare_data.train_subset"
-        )
     by_class = [pool[labels[pool] == label] for label in np.unique(labels[pool])]
     for _ in range(_MAX_DRAWS):
         parts = _draw(by_class, num_clients, alpha, len(pool) / num_clients, rng)
         if min(map(len, parts)) >= min_samples:
             return parts
-    raise PipelineError(
-        f"{_MAX_DRAWS} draws of a Dirichlet partition with alpha {alpha} gave none where each of {num_clients} clients "
-        f"has {min_samples} of {len(pool)} samples: lower the partition's min_samples or train_fl.num_clients, or "
-        "raise alpha"
-    )
+    return None
 
 
 def _draw(

@@ -34,7 +34,8 @@ def by_domain(
         size = max(1, int(samples_fraction * len(members) + 1e-9))
         if count * size > len(members):
             raise PipelineError(
-                f"domain {domain} has {len(members)} samples, not {count} times {size}: lower samples_fraction"
+                f"domain {domain} has {len(members)} samples, not {count} times {size}: lower samples_fraction "
+                "or clients_per_domain"
             )
         parts += [np.sort(members[size * k : size * (k + 1)]) for k in range(count)]
     return parts

@@ -37,8 +37,8 @@ def label_skew(
     num_classes = len(classes)
     if classes_per_biased > num_classes or n_biased + n_unbiased == 0:
         raise PipelineError(
-            f"label-skew of {n_biased} biased clients with {classes_per_biased} classes each and {n_unbiased} unbiased "
-            f"ones does not fit a data set of {num_classes} classes"
+            f"n_biased = {n_biased} clients of classes_per_biased = {classes_per_biased} classes and n_unbiased = "
+            f"{n_unbiased} clients: does not fit a data set of {num_classes} classes"
         )
     owned = np.zeros((n_biased + n_unbiased, num_classes))  # each client's share of its samples, by class
     for client in range(n_biased):
@@ -48,7 +48,10 @@ def label_skew(
     demand = owned.sum(0)
     per_class = int((sizes[demand > 0] / demand[demand > 0]).min() / num_classes + 1e-9)  # of an unbiased client
     if per_class == 0:
-        raise PipelineError(f"{len(labels)} samples are too few for label-skew of {len(owned)} clients")
+        raise PipelineError(
+            f"{len(labels)} samples are too few for {len(owned)} clients of equal parts of their classes: lower "
+            "n_biased or n_unbiased, or raise prepare_data.train_subset"
+        )
     quota = np.floor(owned * (per_class * num_classes) + 1e-9).astype(int)  # (num_clients, num_classes)
     return _take(labels, classes, quota, rng)
 
@@ -73,7 +76,7 @@ def classes_per_client(
     classes, sizes = np.unique(labels, return_counts=True)
     num_classes = len(classes)
     if num_classes_each > num_classes:
-        raise PipelineError(f"num_classes_each = {num_classes_each}: the data set has {num_classes} classes")
+        raise PipelineError(f"num_classes_each = {num_classes_each}: lower it, the data set has {num_classes} classes")
     has = np.zeros((num_clients, num_classes), bool)
     for client in range(num_clients):
         first = client % num_classes

@@ -1,0 +1,100 @@
+"""Several processes on one set: none waits while it holds what another waits for, and one puts the set together."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from pipeline.feature_store import FeatureSet
+from stages.extract_features import scheduling
+from stages.extract_features.run import _deliver
+from tests.extract_features.fixtures import extract, project
+from tests.test_feature_store import features, open_writer, write
+
+
+def claims(writer, shards, wait):
+    return scheduling.claim_missing(writer, shards, wait, lambda: None)
+
+
+def is_free(staging, shard):
+    with open_writer(staging).lock(f"shard-{shard:05d}", wait=False) as held:
+        return held
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_process_that_waits_holds_one_shard(tmp_path, ahead):
+    writer = write(tmp_path, shards=())
+    prepared = scheduling.prepare(claims(writer, [0, 1, 2], wait=not ahead), lambda shard: shard, ahead)
+    claim, read = next(prepared)
+    assert (claim.shard, read) == (0, 0)
+    assert [is_free(tmp_path, shard) for shard in (0, 1, 2)] == [False, not ahead, True]
+    claim.held.close()
+    for later, _ in prepared:
+        later.held.close()
+
+
+def test_opposite_orders_do_not_wait_for_each_other(tmp_path):
+    """Each begins with the shard that the other has last: holding one while waiting for the next would never end."""
+    write(tmp_path, shards=())
+    begun, written = threading.Barrier(2, timeout=5), []
+
+    def work(order):
+        writer = open_writer(tmp_path)
+        writer.has_basis()
+        first = True
+        for claim, shard in scheduling.prepare(claims(writer, order, wait=True), lambda shard: shard, ahead=False):
+            if first:
+                begun.wait()
+                first = False
+            with claim.held:
+                writer.write_shard(shard, features(writer.plan.shard_rows(shard)), 0)
+                written.append(shard)
+
+    threads = [threading.Thread(target=work, args=[order], daemon=True) for order in ([0, 1, 2], [2, 1, 0])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in threads)
+    assert sorted(written) == [0, 1, 2]  # each once
+
+
+def test_two_that_finish_together_put_the_set_together_once(tmp_path):
+    write(tmp_path / "staging")
+    published, together = [], threading.Barrier(2, timeout=5)
+
+    def finish(number):
+        writer = open_writer(tmp_path / "staging")
+        publish = writer.publish
+        writer.publish = lambda target: (published.append(number), publish(target))
+        together.wait()
+        return _deliver(writer, tmp_path / "set")
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(finish, range(2))) == [tmp_path / "set"] * 2
+    assert len(published) == 1
+    FeatureSet(tmp_path / "set").verify_files()
+
+
+def test_a_delivered_set_is_cleared_away_only_when_nobody_uses_it(tmp_path):
+    used = write(tmp_path / "staging" / "one", tmp_path / "one")
+    ending = write(tmp_path / "staging" / "other", tmp_path / "other", timestep=100)
+    with used.in_use():  # by a second process that ends with the first
+        ending.drop_delivered_neighbours()
+        assert _deliver(used, tmp_path / "one") == tmp_path / "one"
+    ending.drop_delivered_neighbours()
+    assert [path.name for path in (tmp_path / "staging").iterdir()] == ["other"]
+
+
+def test_a_set_that_ends_does_not_take_another_ones_unfinished_work(tmp_path):
+    """Two sets side by side in one project: what is finished is cleared away, what is being made is not."""
+    root = project(tmp_path / "p", images=20, rows_per_shard=10)
+    extract(root)
+    unfinished = extract(root, "--timestep", "100", "--shard-range", "0:1")
+    ended = extract(root, "--timestep", "200")
+    assert ended.name.endswith("t200")
+    assert (unfinished / "shard-00000.h5").exists()
+    staged = sorted((root / ".pipeline" / "staging").iterdir())
+    assert len(staged) == 2 and unfinished in staged
+    assert np.array_equal(FeatureSet(extract(root, "--timestep", "100")).read(np.arange(20)).index, np.arange(20))
