@@ -1,15 +1,18 @@
 """DVC's experiments (`dvc exp run`) as one more table of the report: what each changed, and what came of it."""
 
 import json
+import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from pipeline import accuracy
 from pipeline.errors import PipelineError
 from stages.report.tables import Cell, Table
 
-_SUMMARY = "report/summary.json"
+_RUN = re.compile(r"results/(.+)-s\d+/metrics\.json")
 
 
 def table(root: Path) -> Table | None:
@@ -20,19 +23,19 @@ def table(root: Path) -> Table | None:
     """
     shown = _show(root)
     present = _data(shown[0])
-    rows, columns = [], _columns(present)
+    rows = []
     for commit in shown:
         for experiment in commit.get("experiments") or []:
             last = experiment["revs"][0]
-            if not last.get("error") and _columns(found := _data(last)):
-                columns |= _columns(found)
-                rows.append((experiment["name"] or last["rev"][:8], found))
+            if not last.get("error") and _runs(_data(last)):
+                rows.append((experiment["name"] or last["rev"][:8], _data(last)))
     if not rows:
         return None
+    columns = list(dict.fromkeys(run for data in [present, *(data for _, data in rows)] for run in _runs(data)))
     cells = [[Cell("here"), Cell(""), *_accuracies(present, columns)]]
     cells += [[Cell(name), Cell(_changes(present, found)), *_accuracies(found, columns)] for name, found in rows]
-    note = "Experiments of this project, and what each changed against params.yaml; mean accuracy over seeds, %."
-    header = ["experiment", "changed", *(", ".join(column) for column in columns)]
+    note = "What each changed against params.yaml, and its accuracy, %; mean ± standard deviation where it has seeds."
+    header = ["experiment", "changed", *columns]
     return Table("experiments", "Experiments", note, header, cells)
 
 
@@ -50,22 +53,22 @@ def _data(revision: dict[str, Any]) -> dict[str, Any]:
     return revision.get("data") or {}
 
 
-def _summary(data: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
-    return ((data.get("metrics") or {}).get(_SUMMARY) or {}).get("data") or {}
+def _runs(data: dict[str, Any]) -> dict[str, list[float]]:
+    """Accuracies over seeds by "method-partition", of the runs that an experiment holds."""
+    found: dict[str, list[float]] = {}
+    for file, content in (data.get("metrics") or {}).items():
+        run = _RUN.fullmatch(file)
+        if run and "mean_last5_accuracy" in (content.get("data") or {}):
+            found.setdefault(run[1], []).append(content["data"]["mean_last5_accuracy"])
+    return found
 
 
-def _columns(data: dict[str, Any]) -> dict[tuple[str, str], None]:
-    """(method, partition), in order."""
-    summary = _summary(data)
-    return {(method, partition): None for partition, methods in summary.items() for method in methods}
-
-
-def _accuracies(data: dict[str, Any], columns: dict[tuple[str, str], None]) -> list[Cell]:
-    cells = []
-    for method, partition in columns:
-        found = _summary(data).get(partition, {}).get(method)
-        cells.append(Cell(f"{100 * found['mean_accuracy']:.2f}", found["mean_accuracy"]) if found else Cell("–"))
-    return cells
+def _accuracies(data: dict[str, Any], columns: list[str]) -> list[Cell]:
+    runs = _runs(data)
+    return [
+        Cell(accuracy.in_percent(runs[column]), statistics.fmean(runs[column])) if column in runs else Cell("–")
+        for column in columns
+    ]
 
 
 def _changes(present: dict[str, Any], other: dict[str, Any]) -> str:
