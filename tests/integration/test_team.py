@@ -1,6 +1,7 @@
 """docs/sharing.md, run as it is written: three members with real repositories, storages and DVC.
 
-Each section's commands run as one script; a line `# params.yaml: key: value` sets the key. What the frozen model did is
+Each section's commands run as one script; a line `# params.yaml: key: value` sets the key, and
+`# dvc.yaml: without NAME` deletes a stage. What the frozen model did is
 counted by its own ledger, .pipeline/passes.csv, and where the model is not there, it did nothing.
 """
 
@@ -13,6 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.feature_store import FeatureSet
@@ -21,16 +23,28 @@ from tests.conftest import REPOSITORY, write_params
 BIN = Path(sys.executable).parent
 SET = Path("data") / "features" / "digits-tiny-sd-t300"
 GIT = {f"GIT_{who}_{what}": "member@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-SMALL = {"sweep.methods": ["feddifrc"], "sweep.partitions": ["dir05"], "sweep.seeds": [0], "train_fl.num_rounds": 1}
+SMALL = {
+    "prepare_data.train_subset": 60,
+    "extract_features.basis_images": 20,
+    "extract_features.rows_per_shard": 25,
+    "train_fl.num_rounds": 1,
+    "sweep.methods": ["feddifrc"],
+    "sweep.partitions": ["dir05"],
+    "sweep.seeds": [0],
+}
 RUN = ("train-fl", "--method", "feddifrc", "--partition", "dir05", "--seed", "0")
-SET_KEY = """
+EDIT = """
 import sys
 from ruamel.yaml import YAML
 yaml = YAML()
-params = yaml.load(open("params.yaml"))
-section, key = sys.argv[1].split(".")
-params[section][key] = YAML(typ="safe").load(sys.argv[2])
-yaml.dump(params, open("params.yaml", "w"))
+file, key, value = sys.argv[1:]
+content = yaml.load(open(file))
+if key == "without":
+    del content["stages"][value]
+else:
+    section, key = key.split(".")
+    content[section][key] = YAML(typ="safe").load(value)
+yaml.dump(content, open(file, "w"))
 """
 
 
@@ -60,8 +74,8 @@ class Team:
 
     def section(self, title: str, home: Path, port: int = 9000, **environment: str) -> str:
         """Runs the commands of a section of the page."""
-        set_key = f"{sys.executable} {self.root / 'set_key.py'}"
-        script = re.sub(r"# params\.yaml: ([\w.]+): (.*)", rf"{set_key} \1 '\2'", SECTIONS[title])
+        edit = f"{sys.executable} {self.root / 'edit.py'}"
+        script = re.sub(r"# ((?:params|dvc)\.yaml): ([\w.]+):? (.*)", rf"{edit} \1 \2 '\3'", SECTIONS[title])
         places = {"git@host:team/feddifrc.git": self.root / "hub.git", ":9000": f":{port}"}
         places |= {f"/srv/{name}": self.root / name for name in ("team", "cache")}
         for example, real in places.items():
@@ -109,15 +123,15 @@ def project_files(into: Path) -> None:
     write_params(into, SMALL)
 
 
-# 120 images, each with "" and ten prompts; 40 basis images, once for the basis and once for mean and deviation
-WHOLE_SET = 120 * 11 + 2 * 40
+# 60 images, each with "" and ten prompts; 20 basis images, once for the basis and once for mean and deviation
+WHOLE_SET = 60 * 11 + 2 * 20
 
 
 @pytest.fixture(scope="module")
 def team(tmp_path_factory) -> Team:
     """The team's repository and storage, after A has extracted and pushed."""
     team = Team(tmp_path_factory.mktemp("team"))
-    (team.root / "set_key.py").write_text(SET_KEY)
+    (team.root / "edit.py").write_text(EDIT)
     first = team.member("first")
     project_files(first)
     team.shell(team.root, "git init -q --bare -b main hub.git")
@@ -174,7 +188,7 @@ def test_some_shards_only(team):
     team.section("Some shards only", home)
     project = home / "feddifrc"
     assert sorted(contents(project / SET)) == ["basis.h5", "manifest.json", "shard-00001.h5"]
-    FeatureSet(project / SET, partial=True).read(range(50, 100))
+    FeatureSet(project / SET, partial=True).read(np.arange(25, 50))
     command = f"pipeline {' '.join(RUN)}"
     message = team.shell(project, f"! {command}")
     assert "lacks shard-00000.h5, shard-00002.h5 of the 3 shards" in message

@@ -1,14 +1,17 @@
 """What training eats: a foreign set is refused in one line that names both sides; only the rows it needs are read."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline import datasets, provenance
 from pipeline.datasets import Source
 from pipeline.errors import PipelineError
 from pipeline.feature_store import FeatureSet
+from stages import prepare_data
 from stages.train_fl import run
 from tests.train_fl import tiny_project
 
@@ -201,3 +204,35 @@ def test_many_missing_shards_are_one_short_line(blocks):
     features._absent = {k: entry.model_copy(update={"file": f"shard-{k:05d}.h5"}) for k in range(20)}
     with pytest.raises(PipelineError, match=r"lacks shard-00000.h5 and 19 more .*`dvc pull \S*tiny-tiny-sd-t300`"):
         features.require(np.arange(0, 400, 20))
+
+
+# The images are one's own
+
+
+def folder_of_images(root):
+    for split, count in (("train", 4), ("test", 2)):
+        for number, name in enumerate(("flat", "round", "square")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for k in range(count):
+                pixels = np.random.default_rng([number, k, split == "test"]).integers(0, 256, (8, 8, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{k}.png")
+    return root
+
+
+def test_a_received_set_goes_with_ones_own_copy_of_the_images(tmp_path):
+    projects = {}
+    for member in ("a", "b"):
+        images, root = folder_of_images(tmp_path / f"{member}s_images"), tmp_path / member
+        root.mkdir()
+        settings = {"prepare_data__source": "folder", "prepare_data__path": str(images), "train_fl__num_clients": 2}
+        projects[member] = tiny_project.make(root, **settings, **ROUND)
+        prepare_data.run(projects[member])
+    a, b = projects.values()
+    tiny_project.add_features(a)
+    shutil.copytree(a.features_dir, b.features_dir)  # all that B gets of A
+    first, second = (run(project, "feddifrc", "iid", 0) for project in (a, b))
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+    (tmp_path / "bs_images" / "train" / "flat" / "3.png").unlink()
+    prepare_data.run(b)
+    refused(b, "(12 images, hash ", "(11 images, hash ")

@@ -46,15 +46,16 @@ def make(root: Path, **overrides) -> config.Config:
 
 def content(project: config.Config) -> Content:
     """What a set extracted with the project's settings says of itself; its layers are made up."""
-    params = project.params.extract_features
+    params, dataset = project.params.extract_features, datasets.PreparedDataset(project.dataset_dir)
+    names = dataset.class_names
     by_class = params.prompts == "class"
     return Content(
         extraction_version=params.version,
-        dataset_hash=datasets.PreparedDataset(project.dataset_dir).hash,
-        class_names=CLASSES,
+        dataset_hash=dataset.hash,
+        class_names=names,
         backbone={},
         layers={"up_blocks.1": [0, DIMS]},
-        prompts=[["a photo of a " + name] for name in CLASSES] if by_class else [[params.self_supervised_prompt]] * 3,
+        prompts=[["a photo of a " + name] for name in names] if by_class else [[params.self_supervised_prompt]] * 3,
         positive="label" if by_class else "first",
         image_conditioning=None,
         basis_images=params.basis_images,
