@@ -6,6 +6,7 @@ sides and how to accept the set. What is not here cannot differ: the frozen mode
 name (`class_prompts`, `negative_words`), are no part of what a member needs for training.
 """
 
+from itertools import zip_longest
 from typing import Any
 
 from pipeline import frozen_model, provenance
@@ -81,8 +82,8 @@ def _check_settings(features: FeatureSet, config: Config) -> None:
         theirs = ", ".join(f"{key} {their!r}" for key, (their, _) in different.items())
         ours = ", ".join(f"{key} {our!r}" for key, (_, our) in different.items())
         raise PipelineError(
-            f"{features.path} was extracted with {theirs}, but extract_features here has {ours}: set the set's values "
-            f"in params.yaml to train from it, {_EXTRACT}"
+            f"{features.path} was extracted with {theirs}, but extract_features here has {ours}: give params.yaml "
+            f"the set's values to train from it, {_EXTRACT}"
         )
 
 
@@ -97,9 +98,9 @@ def _differences(content: Content, params: ExtractFeatures, basis: Basis) -> dic
     channels = [len(basis.layers[layer].mean) for layer in content.layers]
     if len(widths) != len(params.dims) or widths != [min(pair) for pair in zip(params.dims, channels, strict=True)]:
         values["dims"] = (widths, params.dims)
-    if (content.image_conditioning is None) != (params.image_conditioning is None):
-        values["image_conditioning"] = ("an image encoder" if content.image_conditioning else None,
-                                        params.image_conditioning)  # fmt: skip
+    conditioned = "an image encoder" if content.image_conditioning else None
+    if (conditioned is None) != (params.image_conditioning is None):
+        values["image_conditioning"] = (conditioned, params.image_conditioning)
     if values["prompts"][0] == values["prompts"][1]:
         values |= _text_difference(content, params)
     return {key: pair for key, pair in values.items() if pair[0] != pair[1]}
@@ -117,7 +118,7 @@ def _text_difference(content: Content, params: ExtractFeatures) -> dict[str, tup
         texts, kind = content.prompts, "prompt_templates"
     else:
         return {}
-    return next(({kind: pair} for pair in zip(texts, ours, strict=True) if pair[0] != pair[1]), {})
+    return next(({kind: pair} for pair in zip_longest(texts, ours) if pair[0] != pair[1]), {})
 
 
 def _basis_difference(content: Content, config: Config) -> dict[str, tuple[Any, Any]]:
@@ -129,7 +130,7 @@ def _basis_difference(content: Content, config: Config) -> dict[str, tuple[Any, 
         return {} if same else {key: (content.basis_images, params.basis_images)}
     given = f"the file {content.basis_sha256[:12]}" if content.basis_sha256 else "auto"
     same = content.basis_sha256 is not None and params.basis != "auto"
-    if same and file.exists() and provenance.file_sha256(file) != content.basis_sha256:
+    if same and file.is_file() and provenance.file_sha256(file) != content.basis_sha256:
         same = False
     return {} if same else {"basis": (given, params.basis)}
 

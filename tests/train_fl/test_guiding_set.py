@@ -70,6 +70,7 @@ SETTINGS = [
     ({"basis_images": None, "basis_sha256": "ab" * 32}, "basis 'the file abababababab'", "basis 'auto'"),
     ({"image_conditioning": {"a": "b"}}, "image_conditioning 'an image encoder'", "image_conditioning None"),
     ({"prompts": [["a round"], ["a square"], ["a flat"]]}, "['a round']", "prompt_templates ['a photo of a round']"),
+    ({"prompts": [["a photo of a round"]]}, "prompt_templates None", "prompt_templates ['a photo of a square']"),
     ({"positive": "first"}, "prompts 'self-supervised'", "prompts 'class'"),
     ({"timestep": 200, "dtype": "float16"}, "timestep 200, dtype 'float16'", "timestep 300, dtype 'float32'"),
 ]
@@ -78,7 +79,7 @@ SETTINGS = [
 @pytest.mark.parametrize(("theirs", "said_of_the_set", "said_of_ours"), SETTINGS)
 def test_other_settings_are_named_with_the_way_to_accept_the_set(project, theirs, said_of_the_set, said_of_ours):
     tiny_project.add_features(project, **theirs)  # put by hand in the place of ours
-    message = refused(project, "set the set's values in params.yaml to train from it, or run `pipeline extract")
+    message = refused(project, "give params.yaml the set's values to train from it, or run `pipeline extract")
     set_side, our_side = message.split(", but extract_features here has ")
     assert set_side.endswith(f"was extracted with {said_of_the_set}" if "[" not in said_of_the_set else said_of_the_set)
     assert our_side.startswith(said_of_ours)
