@@ -1,6 +1,7 @@
 """Reads a feature set: nothing damaged, incomplete or foreign is read without being named."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,18 +23,21 @@ from pipeline.feature_store.schema import (
 )
 
 _BLOCK = 256  # rows copied and checked at a time: they stay in the processor's cache between the two
+_LISTED = 8  # missing shards named one by one
 _PARALLEL = 4  # threads of a long reading; copying and checksums let go of the interpreter
 
 
 class FeatureSet:
     """A set, opened for reading."""
 
-    def __init__(self, path: Path, unchecked: bool = False) -> None:
+    def __init__(self, path: Path, unchecked: bool = False, partial: bool = False) -> None:
         """Opens the set in folder `path`; sizes are checked here, rows as they are read.
 
         Args:
             path: the folder.
             unchecked: open it also if files are missing or damaged; each is then named when it is read.
+            partial: shards may be missing, as where a colleague pulled some of them; `require` then says whether the
+                rows that are wanted are there.
 
         Raises:
             PipelineError: there is none, it is incomplete, or a file is missing or of another size.
@@ -41,14 +45,38 @@ class FeatureSet:
         self.path = path
         self.manifest = read_manifest(path)
         self._maps: dict[int, dict[str, np.ndarray]] = {}
+        self._absent: dict[int, FileEntry] = {}
         if unchecked:
             return
         have, want = len(self.manifest.shards), self.manifest.num_shards
         if have != want:
             raise PipelineError(f"{path} is incomplete ({have} of {want} shards): run `pipeline extract-features`")
+        if partial:
+            shards = self.manifest.shards.items()
+            self._absent = {shard: entry for shard, entry in shards if not (path / entry.file).exists()}
         for entry in self._entries():
             if problem := entry.size_difference(path):
                 raise PipelineError(f"{problem}: {EXTRACT_AGAIN}")
+
+    def require(self, index: np.ndarray) -> None:
+        """Checks that the shards of these samples are here.
+
+        Args:
+            index: int64 (n,), positions in the training split.
+
+        Raises:
+            PipelineError: some are not; names them, and the command that brings them.
+        """
+        needed = set((np.asarray(index, np.int64) // self.manifest.rows_per_shard).tolist())
+        missing = [entry.file for shard, entry in sorted(self._absent.items()) if shard in needed]
+        if missing:
+            here = os.path.relpath(self.path)
+            few = len(missing) <= _LISTED
+            files = ", ".join(missing) if few else f"{missing[0]} and {len(missing) - 1} more"
+            wanted = " ".join(f"{here}/{file}" for file in missing) if few else here
+            raise PipelineError(
+                f"{self.path} lacks {files} of the {len(needed)} shards that these samples are in: `dvc pull {wanted}`"
+            )
 
     def basis(self) -> Basis:
         """The PCA basis and the statistics beside it."""
@@ -103,7 +131,9 @@ class FeatureSet:
                 raise PipelineError(f"{problem}: {EXTRACT_AGAIN}")
 
     def _entries(self) -> list[FileEntry]:
-        return [self.manifest.basis, *self.manifest.shards.values()]
+        """The files that should be here."""
+        shards = self.manifest.shards.items()
+        return [self.manifest.basis, *(entry for shard, entry in shards if shard not in self._absent)]
 
     def _fill(self, rows: Features, places: np.ndarray, shard: int, index: np.ndarray) -> None:
         """Copies one block of one shard into `rows` and checks it."""

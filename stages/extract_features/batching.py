@@ -41,6 +41,7 @@ class Batcher:
             check: called before each batch; may raise to stop.
         """
         self.batch_size, self._workers, self._check = batch_size, workers, check
+        self.computed = 0  # rows so far, without those that fill up a batch
         self._resizing = threading.Lock()
 
     @property
@@ -57,6 +58,11 @@ class Batcher:
         Raises:
             PipelineError: not even one row fits into memory.
         """
+        for rows, result in self._map(compute, total):
+            self.computed += rows.stop - rows.start
+            yield rows, result
+
+    def _map(self, compute: Callable[[Tensor], T], total: int) -> Iterator[tuple[slice, T]]:
         if self._workers == 1:
             for rows in self._slices(total):
                 yield from self._fitting(compute, rows)

@@ -62,6 +62,7 @@ class Extraction:
         """Encodes the prompts and finds the batch size; `check` is called before each batch and may raise to stop."""
         self.backbone, self.params, self.data, self._check = backbone, params, data, check
         self._image_encoder, self._prompt_set = image_encoder, prompt_set
+        self._redone = 0
         self.conditioning = self._encode_prompts(backbone)
         self.prompts_per_image = len(self.prompts_of(np.zeros(1, np.int64))[0])
         self.latent_shape = backbone.encode_images(data.take(np.zeros(1, np.int64)).images, params.image_size).shape[1:]
@@ -75,6 +76,11 @@ class Extraction:
         self._vae_batcher = Batcher(min(vae_batch, self.batcher.batch_size), workers, check)
         if runtime.compile:
             self._warm_up()
+
+    @property
+    def passes(self) -> int:
+        """Passes of the denoiser so far: pairs of an image and a prompt, those redone in float32 counted again."""
+        return self.batcher.computed + self._redone
 
     def prompts_of(self, index: np.ndarray) -> np.ndarray:
         """int16 (n, P): the prompts of these images."""
@@ -186,6 +192,7 @@ class Extraction:
 
         batcher = Batcher(min(batching.CPU_BATCH, self.batcher.batch_size), check=self._check)
         table[overflown.to(table.device)] = batcher.table(batch, len(overflown), lambda done: None)
+        self._redone += batcher.computed
         log.warning("%d of %d passes overflowed %s: redone in float32", len(overflown), len(table), self.params.dtype)
         return len(overflown)
 

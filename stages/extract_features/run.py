@@ -11,6 +11,7 @@ batching.py         batches that fit the memory
 latents.py          latents kept for the next extraction
 scheduling.py       who computes which shard
 cost.py             what it will cost
+ledger.py           what it did cost
 """
 
 import logging
@@ -34,6 +35,7 @@ from stages.extract_features import plan as planning
 from stages.extract_features.extraction import Extraction, HostInput
 from stages.extract_features.image_conditioning import ImageEncoder
 from stages.extract_features.latents import LatentCache
+from stages.extract_features.ledger import Ledger
 from stages.extract_features.plan import Job
 from stages.extract_features.representation import Projector
 from stages.extract_features.scheduling import Claim
@@ -91,6 +93,7 @@ class _Run:
         self._job, self._writer, self._check = job, writer, check
         self._extraction = load(job, check)
         self._cache = LatentCache(_latents_dir(job))
+        self._ledger = Ledger(job.config.state_dir, job.config.features_dir.name, job.plan.content.fingerprint)
 
     def all(self, shards: list[int]) -> None:
         """The basis, then the shards: first those that nobody holds, then those that others did not finish."""
@@ -99,13 +102,13 @@ class _Run:
         missing = [shard for shard in shards if not self._writer.has_shard(shard)]
         if len(missing) < len(shards):
             log.info("resuming: %d of %d shards are done", len(shards) - len(missing), len(shards))
-        started, images = time.perf_counter(), 0
+        started, images, before = time.perf_counter(), 0, self._extraction.passes
         with progress_bar(sum(len(plan.shard_rows(shard)) for shard in missing), "extract", "image") as bar:
             for wait in (False, True):
                 claims = scheduling.claim_missing(self._writer, missing, wait, self._check)
                 images += self._shards(claims, projector, bar, ahead=not wait)
         seconds = time.perf_counter() - started
-        passes = images * (1 + self._extraction.prompts_per_image)
+        passes = self._extraction.passes - before
         log.info("%d images, %d passes in %.1f s: %.1f images/s", images, passes, seconds, images / seconds)
 
     def _shards(self, claims: Iterator[Claim], projector: Projector, bar: Any, ahead: bool) -> int:
@@ -117,14 +120,14 @@ class _Run:
         writing: Future[None] | None = None
         with ThreadPoolExecutor(1, "write") as disk:
             for claim, host in scheduling.prepare(claims, self._host_input, ahead):
-                index = np.array(self._job.plan.shard_rows(claim.shard))
+                index, before = np.array(self._job.plan.shard_rows(claim.shard)), self._extraction.passes
                 latents = self._latents(claim.shard, host.images)
                 features, redone = self._extraction.represent(
                     index, self._extraction.inputs(host, latents), projector, bar
                 )
                 if writing:
                     writing.result()
-                writing = disk.submit(self._write, claim, features, redone)
+                writing = disk.submit(self._write, claim, features, redone, self._extraction.passes - before)
                 images += len(index)
                 if not ahead:
                     writing.result()
@@ -143,9 +146,10 @@ class _Run:
         self._cache.save(shard, latents.cpu().numpy())
         return latents
 
-    def _write(self, claim: Claim, features: Features, redone: int) -> None:
+    def _write(self, claim: Claim, features: Features, redone: int, passes: int) -> None:
         with claim.held:
             self._writer.write_shard(claim.shard, features, redone)
+        self._ledger.enter(f"shard-{claim.shard:05d}.h5", passes)
 
     def _basis(self) -> Basis:
         """Reads the basis; the first process to come fits it, or takes the one given from elsewhere."""
@@ -153,6 +157,7 @@ class _Run:
             if not self._writer.has_basis():
                 basis = self._make_basis()
                 self._writer.write_basis(basis)
+                self._ledger.enter("basis.h5", self._extraction.passes)
                 for name, share in pca.explained(basis).items():
                     dims = len(basis.layers[name].components)
                     log.info("basis of %s: %d dims explain %.1f %%", name, dims, 100 * share)

@@ -12,7 +12,7 @@ from pipeline.datasets import Images, PreparedDataset, stratified_split
 from pipeline.errors import PipelineError
 from pipeline.feature_store import FeatureSet
 from pipeline.params import Guidance as GuidanceParams
-from stages.train_fl import partitions, placement, synthetic
+from stages.train_fl import guiding_set, partitions, placement, synthetic
 from stages.train_fl.client_data import ClientData
 from stages.train_fl.placement import GuidanceOnDisk, GuidanceSource
 
@@ -57,7 +57,7 @@ def load(config: Config, partition: str, seed: int, guidance: GuidanceParams | N
     """
     params, settings = config.params.train_fl, config.settings("partitions", partition)
     dataset = PreparedDataset(config.dataset_dir)
-    features = _open_features(config, dataset) if guidance else None
+    features = guiding_set.open_checked(config, dataset) if guidance else None
     source = GuidanceSource(features, guidance) if features and guidance else None
     train, index, held_out = _split(dataset, config, seed)
     if params.imbalance_factor < 1:
@@ -68,6 +68,8 @@ def load(config: Config, partition: str, seed: int, guidance: GuidanceParams | N
         parts = partitions.deal(settings, train.labels, train.domains, params.num_clients, rng)
     except PipelineError as error:
         raise PipelineError(f"partitions.{partition}: {error}") from None
+    if features:
+        features.require(np.concatenate([index[part] for part in parts]))
     counts = partitions.label_counts(parts, train.labels, len(dataset.class_names))
     extra, synthetic_hash = _synthetic(config, dataset, bool(source), counts, seed)
     image_bytes = counts.sum() * train.images[0].nbytes + sum(images.images.nbytes for images in extra)
@@ -91,18 +93,6 @@ def load(config: Config, partition: str, seed: int, guidance: GuidanceParams | N
         guidance_dim=source.num_dims if source else None,
         synthetic_hash=synthetic_hash,
     )
-
-
-def _open_features(config: Config, dataset: PreparedDataset) -> FeatureSet:
-    """The feature set that belongs to the data set."""
-    features = FeatureSet(config.features_dir)
-    of = features.manifest.content.dataset_hash
-    if of != dataset.hash:
-        raise PipelineError(
-            f"{features.path} was extracted from another data set (hash {of[:12]}) than {dataset.path} (hash "
-            f"{dataset.hash[:12]}): run `pipeline extract-features`"
-        )
-    return features
 
 
 def _split(dataset: PreparedDataset, config: Config, seed: int) -> tuple[Images, np.ndarray, Images]:

@@ -18,10 +18,9 @@ import torch
 from pipeline import accuracy, devices, provenance
 from pipeline.config import Config
 from pipeline.errors import PipelineError
-from pipeline.feature_store import FeatureSet
 from pipeline.params import Runtime, Section, SelfSupervisedFedDifRC, SimSiam
 from pipeline.progress import progress_bar
-from stages.train_fl import evaluate, federation, loggers, methods, models, records
+from stages.train_fl import evaluate, federation, guiding_set, loggers, methods, models, records
 from stages.train_fl.checkpoint import Checkpoint
 from stages.train_fl.encoders import EncoderSettings
 from stages.train_fl.engines import local
@@ -93,8 +92,8 @@ def run(config: Config, method_name: str, partition_name: str, seed: int, overwr
     guidance = methods.guidance_of(job.method)
     device = prepare_torch(config.params.runtime)
     data = federation.load(config, partition_name, seed, guidance, device)
-    if isinstance(job.method, SelfSupervised) and data.features:
-        _check_no_label_was_shown(data.features)
+    if data.features:
+        guiding_set.check_method(data.features, method_name, isinstance(job.method, SelfSupervised))
     model, method = _build(job, data, device)
     if config.params.train_fl.clients_per_round > len(data.clients):
         log.warning("train_fl.clients_per_round is above the %d clients there are: all take part", len(data.clients))
@@ -111,14 +110,6 @@ def run(config: Config, method_name: str, partition_name: str, seed: int, overwr
     provenance.write_json(job.path / "config.json", settings | {"provenance": provenance.describe(device)})
     checkpoint.remove()
     return job.path
-
-
-def _check_no_label_was_shown(features: FeatureSet) -> None:
-    if features.manifest.content.positive != "first":
-        raise PipelineError(
-            f"{features.path} was extracted with prompts that name each image's class, which training without "
-            "labels must not see: set extract_features.prompts to self-supervised and extract"
-        )
 
 
 def prepare_torch(runtime: Runtime) -> str:

@@ -300,3 +300,24 @@ def test_flops_are_counted_up_to_the_last_layer(tmp_path):
             module.register_forward_hook(hook)
     backbone.encode_images(np.zeros((1, 64, 64, 3), np.uint8), 64)
     assert counted[0][0] == expected
+
+
+def test_the_ledger_counts_the_passes_that_were_computed_here(digits, unextracted):
+    def ledger(root):
+        header, *lines = (root / ".pipeline" / "passes.csv").read_text().splitlines()
+        assert header == "set,fingerprint,file,passes"
+        rows = [line.split(",") for line in lines]
+        assert {(name, fingerprint) for name, fingerprint, _, _ in rows} == {
+            (SET.name, FeatureSet(digits / SET).manifest.fingerprint)
+        }
+        return {file: int(passes) for _, _, file, passes in rows}
+
+    # 20 basis images, once for the basis and once for mean and deviation; 8 images a shard, 10 prompts and ""
+    assert ledger(digits) == {"basis.h5": 2 * 20} | {f"shard-0000{shard}.h5": 8 * 11 for shard in range(5)}
+    extract(unextracted, "--shard-range", "0:2")
+    assert list(ledger(unextracted)) == ["basis.h5", "shard-00000.h5", "shard-00001.h5"]
+    extract(unextracted)
+    assert ledger(unextracted) == ledger(digits)
+    lines = (unextracted / ".pipeline" / "passes.csv").read_text()
+    extract(unextracted)  # complete already
+    assert (unextracted / ".pipeline" / "passes.csv").read_text() == lines

@@ -33,8 +33,8 @@ def test_simsiam_loss_by_hand():
 
 @pytest.mark.parametrize("method", ["simsiam", "feddifrc-ssl"])
 def test_a_run_reports_both_probes(tmp_path, method):
-    project = tiny_project.make(tmp_path, **ROUND)
-    tiny_project.add_features(project, positive="first")
+    project = tiny_project.make(tmp_path, extract_features__prompts="self-supervised", **ROUND)
+    tiny_project.add_features(project)
     metrics = json.loads((run(project, method, "iid", 0) / "metrics.json").read_text())
     assert metrics["final_accuracy"] == metrics["knn_accuracy"]
     assert 0 <= metrics["linear_probe_accuracy"] <= 1
@@ -42,7 +42,7 @@ def test_a_run_reports_both_probes(tmp_path, method):
 
 def test_features_that_know_the_label_are_refused(tmp_path):
     project = tiny_project.make(tmp_path, **ROUND)
-    tiny_project.add_features(project, positive="label")
+    tiny_project.add_features(project)
     with pytest.raises(PipelineError, match="prompts that name each image's class"):
         run(project, "feddifrc-ssl", "iid", 0)
 

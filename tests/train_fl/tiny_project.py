@@ -1,7 +1,6 @@
 """A project small enough to train in a test: 48 images of 8x8 pixels, three classes, two domains."""
 
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -15,6 +14,7 @@ SIZE, DIMS = 8, 6
 OVERRIDES = {
     "prepare_data.name": "tiny",
     "prepare_data.image_size": SIZE,
+    "extract_features.dims": [DIMS],
     "train_fl.num_clients": 4,
     "train_fl.clients_per_round": 2,
     "train_fl.num_rounds": 4,
@@ -44,17 +44,34 @@ def make(root: Path, **overrides) -> config.Config:
     return made
 
 
-def add_features(project: config.Config, positive: Literal["label", "first"] = "label") -> None:
-    """Random representations of the training images under one prompt per class, the image's own among them."""
-    dataset = datasets.PreparedDataset(project.dataset_dir)
-    train = dataset.load("train")
-    content = Content(
-        extraction_version=1, dataset_hash=dataset.hash, class_names=CLASSES, backbone={}, timestep=300,
-        image_size=SIZE, layers={"up_blocks.1": [0, DIMS]}, prompts=[[name] for name in CLASSES],
-        positive=positive, image_conditioning=None, denoise_prompt="", negatives="all", noise_seed=0, basis_images=4,
-        basis_sha256=None, dtype="float32",
-    )  # fmt: skip
-    plan = Plan(content, len(train), 20, {})
+def content(project: config.Config) -> Content:
+    """What a set extracted with the project's settings says of itself; its layers are made up."""
+    params, dataset = project.params.extract_features, datasets.PreparedDataset(project.dataset_dir)
+    names = dataset.class_names
+    by_class = params.prompts == "class"
+    return Content(
+        extraction_version=params.version,
+        dataset_hash=dataset.hash,
+        class_names=names,
+        backbone={},
+        layers={"up_blocks.1": [0, DIMS]},
+        prompts=[["a photo of a " + name] for name in names] if by_class else [[params.self_supervised_prompt]] * 3,
+        positive="label" if by_class else "first",
+        image_conditioning=None,
+        basis_images=params.basis_images,
+        basis_sha256=None,
+        **params.model_dump(include={"timestep", "image_size", "denoise_prompt", "negatives", "noise_seed", "dtype"}),
+    )
+
+
+def add_features(project: config.Config, **changes) -> None:
+    """Random representations of the training images under one prompt per class, the image's own among them.
+
+    `changes` are of what the set says of itself.
+    """
+    train = datasets.PreparedDataset(project.dataset_dir).load("train")
+    stated = Content(**content(project).model_dump() | changes)
+    plan = Plan(stated, len(train), 20, {})
     writer = FeatureSetWriter(project.state_dir / "features", plan, "test")
     layer = LayerBasis(np.zeros(DIMS), np.eye(DIMS), np.ones(DIMS), float(DIMS))
     writer.write_basis(Basis({"up_blocks.1": layer}, np.zeros(DIMS), np.ones(DIMS)))

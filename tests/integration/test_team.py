@@ -1,0 +1,254 @@
+"""docs/sharing.md, run as it is written: three members with real repositories, storages and DVC.
+
+Each section's commands run as one script; a line `# params.yaml: key: value` sets the key, and
+`# dvc.yaml: without NAME` deletes a stage. What the frozen model did is
+counted by its own ledger, .pipeline/passes.csv, and where the model is not there, it did nothing.
+"""
+
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.feature_store import FeatureSet
+from tests.conftest import REPOSITORY, invoke, write_params
+
+BIN = Path(sys.executable).parent
+SET = Path("data") / "features" / "digits-tiny-sd-t300"
+GIT = {f"GIT_{who}_{what}": "member@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+SMALL = {
+    "prepare_data.train_subset": 60,
+    "extract_features.basis_images": 20,
+    "extract_features.rows_per_shard": 25,
+    "train_fl.num_rounds": 1,
+    "sweep.methods": ["feddifrc"],
+    "sweep.partitions": ["dir05"],
+    "sweep.seeds": [0],
+}
+RUN = ("train-fl", "--method", "feddifrc", "--partition", "dir05", "--seed", "0")
+EDIT = """
+import sys
+from ruamel.yaml import YAML
+yaml = YAML()
+file, key, value = sys.argv[1:]
+content = yaml.load(open(file))
+if key == "without":
+    del content["stages"][value]
+else:
+    section, key = key.split(".")
+    content[section][key] = YAML(typ="safe").load(value)
+yaml.dump(content, open(file, "w"))
+"""
+
+
+@dataclass(frozen=True)
+class Team:
+    """Where the team's repository, storage and members are."""
+
+    root: Path
+
+    def member(self, name: str) -> Path:
+        """The member's home."""
+        home = self.root / name
+        home.mkdir(exist_ok=True)
+        return home
+
+    def shell(self, home: Path, script: str, **environment: str) -> str:
+        """What a script prints; it must succeed."""
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "GIT_", "AWS_"))}
+        own = {"DVC_SITE_CACHE_DIR": str(self.root / "site"), "DVC_NO_ANALYTICS": "1", "GIT_CONFIG_GLOBAL": os.devnull}
+        path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script], cwd=home, text=True, capture_output=True,
+            env=inherited | own | GIT | {"PATH": path} | environment,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def section(self, title: str, home: Path, port: int = 9000, **environment: str) -> str:
+        """Runs the commands of a section of the page."""
+        edit = f"{sys.executable} {self.root / 'edit.py'}"
+        script = re.sub(r"# ((?:params|dvc)\.yaml): ([\w.]+):? (.*)", rf"{edit} \1 \2 '\3'", SECTIONS[title])
+        places = {"git@host:team/feddifrc.git": self.root / "hub.git", ":9000": f":{port}"}
+        places |= {f"/srv/{name}": self.root / name for name in ("team", "cache")}
+        for example, real in places.items():
+            script = script.replace(example, str(real))
+        return self.shell(home, script, **environment)
+
+
+def sections() -> dict[str, str]:
+    """Title -> its commands."""
+    found: dict[str, str] = {}
+    for part in (REPOSITORY / "docs" / "sharing.md").read_text(encoding="utf-8").split("\n## ")[1:]:
+        title, _, text = part.partition("\n")
+        found[title] = "\n".join(line.strip() for line in text.splitlines() if line.startswith("    "))
+    return found
+
+
+SECTIONS = sections()
+
+
+def ran(output: str) -> set[str]:
+    return {line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def passes(project: Path) -> dict[str, int]:
+    """Set -> the passes of the frozen model that were computed in this project."""
+    file = project / ".pipeline" / "passes.csv"
+    counts: dict[str, int] = {}
+    for row in csv.DictReader(file.open()) if file.exists() else []:
+        counts[row["set"]] = counts.get(row["set"], 0) + int(row["passes"])
+    return counts
+
+
+def project_files(into: Path) -> None:
+    """A small project's files, as git has them."""
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
+        shutil.copy(REPOSITORY / name, into)
+    (into / ".dvc").mkdir()
+    for name in (".gitignore", "config"):
+        shutil.copy(REPOSITORY / ".dvc" / name, into / ".dvc")
+    shutil.copytree(REPOSITORY / ".dvc" / "plots", into / ".dvc" / "plots")
+    write_params(into, SMALL)
+
+
+# 60 images, each with "" and ten prompts; 20 basis images, once for the basis and once for mean and deviation
+WHOLE_SET = 60 * 11 + 2 * 20
+
+
+@pytest.fixture(scope="module")
+def team(tmp_path_factory) -> Team:
+    """The team's repository and storage, after A has extracted and pushed."""
+    team = Team(tmp_path_factory.mktemp("team"))
+    (team.root / "edit.py").write_text(EDIT)
+    first = team.member("first")
+    project_files(first)
+    team.shell(team.root, "git init -q --bare -b main hub.git")
+    team.shell(first, "git init -q -b main; git add -A; git commit -qm start; git push -q ../hub.git main")
+    a = team.member("a")
+    team.section("The storage, once", a)
+    output = team.section("A: extract and push", a)
+    assert ran(output) >= {"extract-features", "train-fl@feddifrc-dir05-0", "report"}
+    assert passes(a / "feddifrc") == {SET.name: WHOLE_SET}
+    return team
+
+
+def test_b_trains_without_a_pass_of_the_model_and_a_takes_over_the_run(team):
+    b = team.member("b")
+    output = team.section("B: train without the model", b)
+    mine, hers = b / "feddifrc", team.root / "a" / "feddifrc"
+    assert ran(output) == {"prepare-data", "train-fl@feddifrc-dir05-3"}
+    assert "Stage 'extract-features' didn't change" in output
+    assert "Pulling data for stage: 'prepare-data'" not in output  # the images are B's own
+    assert passes(mine) == {}
+    assert not (mine / "models").exists()
+    assert contents(mine / SET) == contents(hers / SET)
+    metrics = mine / "results" / "feddifrc-dir05-s3" / "metrics.json"
+    assert metrics.exists()
+
+    team.section("B shares the run", b)
+    output = team.section("A takes over B's run", team.root / "a")
+    assert ran(output) == set()
+    assert "Stage 'train-fl@feddifrc-dir05-3' is cached" in output
+    assert (hers / metrics.relative_to(mine)).read_bytes() == metrics.read_bytes()  # the seconds too: B's own
+    team.shell(hers, "git checkout -q .")
+
+
+def test_c_extracts_the_new_timestep_alone(team):
+    c = team.member("c")
+    output = team.section("C: another timestep", c)
+    project = c / "feddifrc"
+    assert ran(output) == {"extract-features"}
+    new = SET.with_name("digits-tiny-sd-t200")
+    assert passes(project) == {new.name: WHOLE_SET}
+    assert contents(project / SET) == contents(team.root / "a" / "feddifrc" / SET)
+    # both sets can be had by anyone, without a pass
+    other = team.member("other")
+    script = f"git clone -q {team.root}/hub.git p && cd p && dvc pull {SET} && git checkout -q timestep-200"
+    team.shell(other, f"{script} && dvc pull {new}")
+    assert contents(other / "p" / SET) == contents(project / SET)
+    assert contents(other / "p" / new) == contents(project / new)
+    assert passes(other / "p") == {}
+
+
+def test_some_shards_only(team, monkeypatch):
+    home = team.member("some")
+    team.section("Some shards only", home)
+    project = home / "feddifrc"
+    assert sorted(contents(project / SET)) == ["basis.h5", "manifest.json", "shard-00001.h5"]
+    FeatureSet(project / SET, partial=True).read(np.arange(25, 50))
+    monkeypatch.chdir(project)
+    refused = invoke(project, *RUN)
+    assert refused.exit_code == 1 and len(refused.output.strip().splitlines()) == 1
+    assert "lacks shard-00000.h5, shard-00002.h5 of the 3 shards" in refused.output
+    team.shell(project, re.search(r"`(dvc pull [^`]*)`", refused.output)[1])
+    assert invoke(project, *RUN).exit_code == 0
+    assert (project / "results" / "feddifrc-dir05-s0" / "metrics.json").exists()
+    assert passes(project) == {}
+
+
+@pytest.mark.parametrize("title", ["From another repository", "From another repository, tracked"])
+def test_a_set_from_another_repository_trains(team, title):
+    home = team.member(title.replace(" ", "_"))
+    project_files(home)
+    team.shell(home, "git init -q -b main; git add -A; git commit -qm ours")
+    team.section(title, home)
+    assert (home / "results" / "feddifrc-dir05-s0" / "metrics.json").exists()
+    assert not (home / "models").exists() and passes(home) == {}
+    tracked = team.shell(home, "git ls-files data").split()
+    assert tracked == ([f"{SET}.dvc"] if title.endswith("tracked") else [])
+
+
+def test_a_shared_cache_needs_no_copy(team):
+    (team.root / "cache").mkdir()
+    homes = [team.member(name) for name in ("desk", "lab")]
+    for home in homes:
+        team.shell(home, f"git clone -q {team.root}/hub.git feddifrc")
+        output = team.section("One machine: a shared cache instead of a storage", home)
+        assert ran(output) == set()
+    files = [home / "feddifrc" / SET / "shard-00000.h5" for home in homes]
+    assert files[0].samefile(files[1])
+    assert not os.stat(files[0]).st_mode & 0o222
+
+
+@pytest.fixture
+def s3():
+    """A server that speaks S3, on loopback; gives its port."""
+    import logging
+
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield server.get_host_and_port()[1]
+    server.stop()
+
+
+def test_push_and_pull_through_s3(team, s3):
+    import boto3
+
+    keys = {"AWS_ACCESS_KEY_ID": "team", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    client = boto3.client(
+        "s3", endpoint_url=f"http://127.0.0.1:{s3}", region_name="us-east-1",
+        aws_access_key_id="team", aws_secret_access_key="secret",
+    )  # fmt: skip
+    client.create_bucket(Bucket="team")
+    team.section("S3, MinIO and the like", team.root / "a", s3, **keys)
+    hers = contents(team.root / "a" / "feddifrc" / SET)
+    stored = client.list_objects_v2(Bucket="team")["Contents"]
+    assert {len(content) for content in hers.values()} < {item["Size"] for item in stored}  # and the list of them
+    home = team.member("far")
+    team.section("B pulls from S3", home, s3, **keys)
+    assert contents(home / "feddifrc" / SET) == hers

@@ -1,0 +1,239 @@
+"""What training eats: a foreign set is refused in one line that names both sides; only the rows it needs are read."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import datasets, provenance
+from pipeline.datasets import Source
+from pipeline.errors import PipelineError
+from pipeline.feature_store import FeatureSet
+from stages import prepare_data
+from stages.train_fl import run
+from tests.train_fl import tiny_project
+
+ROUND = {"train_fl__num_rounds": 1}
+
+
+def refused(project, *names: str, method: str = "feddifrc") -> str:
+    """The one line with which training refuses; it names all of `names`."""
+    with pytest.raises(PipelineError) as caught:
+        run(project, method, "iid", 0)
+    message = str(caught.value)
+    assert "\n" not in message
+    for name in names:
+        assert name in message, message
+    return message
+
+
+@pytest.fixture
+def project(tmp_path):
+    return tiny_project.make(tmp_path, **ROUND)
+
+
+def test_another_data_set_is_named_by_both_hashes_and_sizes(project):
+    tiny_project.add_features(project)
+    before = datasets.PreparedDataset(project.dataset_dir).hash
+    splits = {"train": tiny_project.images(45, 0), "test": tiny_project.images(24, 1)}
+    datasets.write(project.dataset_dir, "tiny", "test", Source(tiny_project.CLASSES, splits, "none", ["left", "right"]))
+    after = datasets.PreparedDataset(project.dataset_dir).hash
+    refused(project, f"(48 images, hash {before[:12]})", f"(45 images, hash {after[:12]})", "prepare the data set")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["round", "flat", "square"], "class 1 is 'square' in {set} and 'flat' in {data}, the same classes in another"),
+        (["round", "square", "oval"], "class 2 is 'flat' in {set} and 'oval' in {data}: prepare"),
+        (["round", "square", "flat", "oval"], "{set} was extracted for 3 classes and {data} has 4"),
+    ],
+)
+def test_other_class_names_and_another_order_are_named(project, names, message):
+    tiny_project.add_features(project)
+    file = project.dataset_dir / "manifest.json"
+    provenance.write_json(file, json.loads(file.read_text()) | {"class_names": names})
+    refused(project, message.format(set=project.features_dir, data=project.dataset_dir))
+
+
+SETTINGS = [
+    ({"image_size": 16}, "image_size 16", "image_size 32"),
+    ({"denoise_prompt": "a photo"}, "denoise_prompt 'a photo'", "denoise_prompt ''"),
+    ({"negatives": 2}, "negatives 2", "negatives 'all'"),
+    ({"noise_seed": 1}, "noise_seed 1", "noise_seed 0"),
+    ({"dtype": "bfloat16"}, "dtype 'bfloat16'", "dtype 'float32'"),
+    ({"extraction_version": 7}, "version 7", "version 1"),
+    ({"timestep": 200}, "timestep 200", "timestep 300"),
+    ({"basis_images": 4}, "basis_images 4", "basis_images 1000"),
+    ({"basis_images": None, "basis_sha256": "ab" * 32}, "basis 'the file abababababab'", "basis 'auto'"),
+    ({"image_conditioning": {"a": "b"}}, "image_conditioning 'an image encoder'", "image_conditioning None"),
+    ({"prompts": [["a round"], ["a square"], ["a flat"]]}, "['a round']", "prompt_templates ['a photo of a round']"),
+    ({"prompts": [["a photo of a round"]]}, "prompt_templates None", "prompt_templates ['a photo of a square']"),
+    ({"positive": "first"}, "prompts 'self-supervised'", "prompts 'class'"),
+    ({"timestep": 200, "dtype": "float16"}, "timestep 200, dtype 'float16'", "timestep 300, dtype 'float32'"),
+]
+
+
+@pytest.mark.parametrize(("theirs", "said_of_the_set", "said_of_ours"), SETTINGS)
+def test_other_settings_are_named_with_the_way_to_accept_the_set(project, theirs, said_of_the_set, said_of_ours):
+    tiny_project.add_features(project, **theirs)  # put by hand in the place of ours
+    message = refused(project, "give params.yaml the set's values to train from it, or run `pipeline extract")
+    set_side, our_side = message.split(", but extract_features here has ")
+    assert set_side.endswith(f"was extracted with {said_of_the_set}" if "[" not in said_of_the_set else said_of_the_set)
+    assert our_side.startswith(said_of_ours)
+
+
+def test_the_set_is_taken_once_params_say_what_it_says(tmp_path):
+    project = tiny_project.make(tmp_path, **ROUND)
+    tiny_project.add_features(project, dtype="bfloat16")
+    run(tiny_project.make(tmp_path, extract_features__dtype="bfloat16", **ROUND), "feddifrc", "iid", 0)
+
+
+def test_other_layers_and_dims_are_named(tmp_path):
+    project = tiny_project.make(tmp_path, extract_features__layers=["up_blocks.3"], **ROUND)
+    tiny_project.add_features(project)
+    refused(project, "with layers ['up_blocks.1']", "layers ['up_blocks.3']")
+    refused(tiny_project.make(tmp_path, extract_features__dims=[4], **ROUND), "with dims [6]", "dims [4]")
+    refused(tiny_project.make(tmp_path, extract_features__dims=[6, 4], **ROUND), "with dims [6]", "dims [6, 4]")
+    # as many dims as the layer has channels is all there can be
+    run(tiny_project.make(tmp_path, extract_features__dims=[256], **ROUND), "feddifrc", "iid", 0)
+
+
+def test_a_method_on_a_layer_that_the_set_lacks_is_named(tmp_path):
+    project = tiny_project.make(tmp_path, **{"methods.feddifrc__layers": ["up_blocks.2"]}, **ROUND)
+    tiny_project.add_features(project)
+    refused(project, "guidance.layers names up_blocks.2; the feature set has up_blocks.1")
+
+
+def test_another_frozen_model_is_named_and_none_is_needed(project):
+    tiny_project.add_features(project, backbone={"unet/config.json": "a" * 64})
+    run(project, "feddifrc", "iid", 0)  # the model's manifest is not here
+    project.backbone_manifest.parent.mkdir(parents=True)
+    ours = {"name": "tiny-sd", "source": "embedded", "revision": None}
+    files = {"unet/config.json": "a" * 64, "model_index.json": "c" * 64}
+    provenance.write_json(project.backbone_manifest, ours | {"files": files})
+    run(project, "feddifrc", "iid", 0)
+    provenance.write_json(project.backbone_manifest, ours | {"files": files | {"unet/config.json": "b" * 64}})
+    refused(project, "another frozen model", str(project.backbone_manifest), "source embedded", "unet/config.json")
+
+
+def test_a_manifest_changed_by_hand_is_named(project):
+    tiny_project.add_features(project, timestep=200)
+    file = project.features_dir / "manifest.json"
+    text = file.read_text().replace('"timestep": 200', '"timestep": 300')
+    file.unlink()  # staging holds the same file
+    file.write_text(text)
+    refused(project, "manifest.json was changed by hand: its fingerprint is not that of its content")
+
+
+def test_prompts_and_labels_go_together(tmp_path):
+    project = tiny_project.make(tmp_path, extract_features__prompts="self-supervised", **ROUND)
+    tiny_project.add_features(project)
+    refused(project, "self-supervised prompts, which name no class, but feddifrc trains with labels")
+
+
+# Only what it needs
+
+
+@pytest.fixture
+def blocks(tmp_path):
+    """Domain 0 is the first 16 images, in shard 0 of three; the client of `near` holds half of domain 0."""
+    partitions = {
+        "near": {"kind": "domain", "clients_per_domain": [1, 0], "samples_fraction": 0.5},
+        "iid": {"kind": "iid"},
+    }
+    project = tiny_project.make(tmp_path, partitions=partitions, **ROUND)
+    splits = {"train": tiny_project.images(48, 0), "test": tiny_project.images(24, 1)}
+    splits["train"].domains[:] = (np.arange(48) >= 16).astype(np.int64)
+    datasets.write(project.dataset_dir, "tiny", "test", Source(tiny_project.CLASSES, splits, "none", ["left", "right"]))
+    tiny_project.add_features(project)
+    return project
+
+
+def test_a_run_whose_rows_are_here_needs_no_other_shard(blocks):
+    whole = run(blocks, "feddifrc", "near", 0)
+    expected = (whole / "model.safetensors").read_bytes()
+    for shard in (1, 2):
+        (blocks.features_dir / f"shard-0000{shard}.h5").unlink()
+    assert (run(blocks, "feddifrc", "near", 0) / "model.safetensors").read_bytes() == expected
+    here = blocks.features_dir
+    with pytest.raises(PipelineError, match="lacks shard-00001.h5, shard-00002.h5 of the 3 shards") as caught:
+        run(blocks, "feddifrc", "iid", 0)
+    command = str(caught.value).partition("`dvc pull ")[2].rstrip("`").split()
+    assert [name.rpartition("/")[2] for name in command] == ["shard-00001.h5", "shard-00002.h5"]
+    assert all(name.endswith(f"{here.name}/shard-0000{k}.h5") for k, name in enumerate(command, 1))
+
+
+def test_a_run_reads_no_row_that_it_does_not_need(blocks):
+    needed = set(sum(json.loads((run(blocks, "feddifrc", "near", 0) / "partition.json").read_text())["clients"], []))
+    assert 0 < len(needed) < 16  # half of domain 0
+    damaged = min(set(range(16)) - needed)
+    _flip_row(blocks.features_dir / "shard-00000.h5", FeatureSet(blocks.features_dir), damaged)
+    run(blocks, "feddifrc", "near", 0)
+    _flip_row(blocks.features_dir / "shard-00000.h5", FeatureSet(blocks.features_dir), min(needed))
+    with pytest.raises(PipelineError, match=f"shard-00000.h5: row {min(needed)} is corrupt"):
+        run(blocks, "feddifrc", "near", 0)
+
+
+def _flip_row(file, features, row):
+    """Flips a bit of one row's denoised features, found by its bytes."""
+    needle = features.read(np.array([row])).denoised.tobytes()
+    data = bytearray(file.read_bytes())
+    data[data.index(needle)] ^= 1
+    file.unlink()
+    file.write_bytes(data)
+
+
+def test_a_partial_set_without_its_basis_or_with_a_short_shard_is_named(blocks):
+    shard = blocks.features_dir / "shard-00001.h5"
+    content = shard.read_bytes()
+    shard.unlink()
+    shard.write_bytes(content[:-1])
+    with pytest.raises(PipelineError, match="shard-00001.h5 has"):
+        run(blocks, "feddifrc", "near", 0)
+    shard.unlink()
+    (blocks.features_dir / "basis.h5").unlink()
+    with pytest.raises(PipelineError, match="basis.h5 is missing"):
+        run(blocks, "feddifrc", "near", 0)
+
+
+def test_many_missing_shards_are_one_short_line(blocks):
+    features = FeatureSet(blocks.features_dir, partial=True)
+    entry = features.manifest.shards[1]
+    features._absent = {k: entry.model_copy(update={"file": f"shard-{k:05d}.h5"}) for k in range(20)}
+    with pytest.raises(PipelineError, match=r"lacks shard-00000.h5 and 19 more .*`dvc pull \S*tiny-tiny-sd-t300`"):
+        features.require(np.arange(0, 400, 20))
+
+
+# The images are one's own
+
+
+def folder_of_images(root):
+    for split, count in (("train", 4), ("test", 2)):
+        for number, name in enumerate(("flat", "round", "square")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for k in range(count):
+                pixels = np.random.default_rng([number, k, split == "test"]).integers(0, 256, (8, 8, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{k}.png")
+    return root
+
+
+def test_a_received_set_goes_with_ones_own_copy_of_the_images(tmp_path):
+    projects = {}
+    for member in ("a", "b"):
+        images, root = folder_of_images(tmp_path / f"{member}s_images"), tmp_path / member
+        root.mkdir()
+        settings = {"prepare_data__source": "folder", "prepare_data__path": str(images), "train_fl__num_clients": 2}
+        projects[member] = tiny_project.make(root, **settings, **ROUND)
+        prepare_data.run(projects[member])
+    a, b = projects.values()
+    tiny_project.add_features(a)
+    shutil.copytree(a.features_dir, b.features_dir)  # all that B gets of A
+    first, second = (run(project, "feddifrc", "iid", 0) for project in (a, b))
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+    (tmp_path / "bs_images" / "train" / "flat" / "3.png").unlink()
+    prepare_data.run(b)
+    refused(b, "(12 images, hash ", "(11 images, hash ")
