@@ -8,7 +8,6 @@ with working locks that all of them see.
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import logging
 import os
 import re
@@ -16,13 +15,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
 
 import h5py
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline import atomic, provenance
+from pipeline import atomic, locks, provenance
 from pipeline.errors import PipelineError
 from pipeline.feature_store.reader import read_basis
 from pipeline.feature_store.schema import FIELDS, FORMAT_VERSION, Basis, Features, FileEntry, Manifest, Plan
@@ -141,16 +139,14 @@ class FeatureSetWriter:
         Raises:
             PipelineError: the file system has no locks.
         """
-        (self.path / "locks").mkdir(exist_ok=True)
-        with (self.path / "locks" / name).open("a+", encoding="utf-8") as stream:
-            held = self._acquire(stream)
+        with locks.opened(self.path / "locks" / name) as lock:
+            held = lock.take()
             if wait and not held:
-                stream.seek(0)
-                log.info("%s is being made by process %s: waiting for it", name, stream.read().strip() or "?")
+                log.info("%s is being made by %s: waiting for it", name, lock.holder())
             while wait and not held:
                 check()
                 time.sleep(0.1)
-                held = self._acquire(stream)
+                held = lock.take()
             yield held
 
     def publish(self, target: Path) -> None:
@@ -177,19 +173,6 @@ class FeatureSetWriter:
     def _basis_entry(self) -> FileEntry:
         assert self._basis
         return self._basis
-
-    def _acquire(self, stream: TextIO) -> bool:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            raise PipelineError(f"{self.path}: no file locks here ({error.strerror}), which extraction needs") from None
-        stream.seek(0)
-        stream.truncate()
-        stream.write(str(os.getpid()))
-        stream.flush()
-        return True
 
     def _manifest(self) -> Manifest:
         entries = {shard: self._read_entry(f"shard-{shard:05d}") for shard in range(self.plan.num_shards)}

@@ -8,6 +8,7 @@ partition.svg      the same as a picture
 model.safetensors  the last global weights
 metrics.json       final, best and mean-of-last-five accuracy, by domain; seconds, samples per second, bytes
 config.json        the resolved settings, the hashes of data set and features, software and hardware
+SHA256SUMS         the checksums of all these, written last: a run that has them is whole
 """
 
 import csv
@@ -111,7 +112,7 @@ def check_replaceable(path: Path, settings: dict[str, Any]) -> None:
 def start(path: Path) -> None:
     """Makes the folder, and removes what only a finished run has: a run in the making is not taken for whole."""
     path.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.json", "config.json", "clients.csv", "model.safetensors"):
+    for name in ("metrics.json", "config.json", "clients.csv", "model.safetensors", "SHA256SUMS"):
         (path / name).unlink(missing_ok=True)
 
 
