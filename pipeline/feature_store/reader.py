@@ -81,7 +81,7 @@ class FeatureSet:
             raise PipelineError(f"{self.path} holds samples 0 to {self.manifest.rows - 1}, not {index.max()}")
         shard_of = index // self.manifest.rows_per_shard
         for shard in np.unique(shard_of):
-            self._open_shard(int(shard))  # before memory is taken for the rows: a manifest may say anything
+            self.open_shard(int(shard))  # before memory is taken for the rows: a manifest may say anything
         n, p, d = len(index), self.manifest.prompts_per_image, self.manifest.content.num_dims
         shapes = {"index": (n,), "label": (n,), "denoised": (n, d), "prompted": (n, p, d), "prompt_class": (n, p)}
         rows = Features(**{name: np.empty(shapes[name], dtype) for name, dtype in FIELDS.items()})
