@@ -5,10 +5,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro report test lint format lock audit clean
+.PHONY: help setup repro report test test-faults lint format lock audit clean
 
 help:  ## Show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## Create .venv from requirements.lock and install the project
 
@@ -23,6 +23,9 @@ repro: $(STAMP)  ## Run the whole pipeline: data, features, training, report
 
 test: $(STAMP)  ## Run the tests
 	$(BIN)/python -m pytest
+
+test-faults: $(STAMP)  ## Try every fault and fuzz at length (about an hour), with a table at the end
+	HYPOTHESIS_PROFILE=large OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" tests/faults tests/fuzz
 
 lint: $(STAMP)  ## Check format, style and types
 	$(BIN)/ruff format --check .

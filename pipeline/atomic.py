@@ -34,29 +34,66 @@ def folder_in_place_of(path: Path) -> Iterator[Path]:
             raise PipelineError(f"another process is writing {path}: wait until it has ended") from None
         try:
             for leftover in staging.iterdir():
-                leftover.unlink()
+                remove(leftover)
             yield staging
             os.fsync(handle)
         except BaseException as error:
             shutil.rmtree(staging, ignore_errors=True)
             if isinstance(error, OSError | RuntimeError):  # h5py's, when a write fails
-                raise PipelineError(f"{path} cannot be written ({in_words(error)}): what was there is kept") from error
+                raise PipelineError(
+                    f"{path} cannot be written ({in_words(error)}): what was there is kept; make room or give access, "
+                    "and run again"
+                ) from error
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
         if os.path.lexists(path):
             path.replace(old)
         staging.replace(path)
         sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove(old)
     finally:
         os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, UTF-8, in place of what stood there."""
+    """Writes a text file, UTF-8, in place of what stood there.
+
+    Raises:
+        PipelineError: it cannot be written; what stood there is kept.
+    """
+    with whole_or_not_at_all(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+@contextlib.contextmanager
+def whole_or_not_at_all(path: Path) -> Iterator[Path]:
+    """A temporary name for a file; it takes `path`'s place if the block ends well, and vanishes if it does not.
+
+    Raises:
+        PipelineError: it cannot be written; what stood there is kept.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", newline="")
-    temporary.replace(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise PipelineError(
+                f"{path} cannot be written ({in_words(error)}): what was finished before is kept; make room or give "
+                "access, and run again"
+            ) from None
+        raise
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a whole folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -11,6 +11,9 @@ import errno
 import functools
 import importlib
 import logging
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,22 +109,55 @@ class _Main(_ExamplesAsWritten, click.Group):
             return super().invoke(ctx)
 
 
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
 @contextlib.contextmanager
 def _one_line_errors() -> Iterator[None]:
     try:
-        yield
+        with _sigterm_ends_as_ctrl_c_does():
+            yield
     except PipelineError as error:
         raise click.ClickException(str(error)) from None
-    except KeyboardInterrupt:
-        click.echo("\nInterrupted: what was finished is kept, and the same command goes on from there.", err=True)
-        raise click.exceptions.Exit(130) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-            raise
-        where = f" ({error.filename})" if error.filename else ""
+    except (KeyboardInterrupt, _Terminated) as error:
+        what, code = ("Stopped by SIGTERM", 143) if isinstance(error, _Terminated) else ("\nInterrupted", 130)
+        click.echo(f"{what}: what was finished is kept, and the same command goes on from there.", err=True)
+        raise click.exceptions.Exit(code) from None
+    except MemoryError:
         raise click.ClickException(
-            f"{error.strerror}{where}: what was finished before is kept; make room or give access, and run again"
+            "out of memory: what was finished before is kept; free some, or lower a batch size, and run again"
         ) from None
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = f" ({os.fsdecode(error.filename)})" if error.filename else ""
+        remedy = _REMEDIES.get(error.errno, "mend it")
+        raise click.ClickException(
+            f"{os.strerror(error.errno)}{where}: what was finished before is kept; {remedy}, and run again"
+        ) from None
+
+
+_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room")
+_REMEDIES |= dict.fromkeys((errno.EACCES, errno.EROFS, errno.EPERM), "give access")
+
+
+@contextlib.contextmanager
+def _sigterm_ends_as_ctrl_c_does() -> Iterator[None]:
+    """Unwinds the stack on SIGTERM, so that half-written files go; a second one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise _Terminated
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 @click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -6,6 +6,7 @@ is allowed. The file is read as YAML 1.2, as DVC reads it (PyYAML's 1.1 would ma
 
 import itertools
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +17,8 @@ from pydantic.fields import FieldInfo
 from pipeline.errors import PipelineError
 from pipeline.explain import explain, models_of
 from pipeline.params import Params, Section
+
+_MAX_OPEN_BRACKETS = 100
 
 
 class Config:
@@ -155,7 +158,7 @@ def parse_value(key: str, text: str) -> Any:
     Where the key takes text, the text is the value as it stands ("007" is a name), and null is none; elsewhere it is
     read as it would be in params.yaml.
     """
-    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml import YAMLError
 
     fields = _fields(key)
     if text in ("null", "~") and any(_accepts(field, None) for field in fields):
@@ -163,7 +166,7 @@ def parse_value(key: str, text: str) -> Any:
     if any(_accepts(field, text) for field in fields):
         return text
     try:
-        value = YAML(typ="safe", pure=True).load(text)
+        value = parse_yaml(text)
     except YAMLError:
         return text
     return text if value is None and text not in ("null", "~") else value
@@ -191,11 +194,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         PipelineError: it is missing, cannot be read, is not YAML, or holds something else.
     """
-    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml import YAMLError
     from ruamel.yaml.error import MarkedYAMLError
 
     try:
-        values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PipelineError(f"{path} is missing: run in the project's folder, or name the file by --params") from None
     except UnicodeDecodeError as error:
@@ -212,6 +215,31 @@ def read_yaml(path: Path) -> dict[str, Any]:
         found = "nothing" if values is None else type(values).__name__
         raise PipelineError(f"{path} must hold sections (prepare_data, ...), it holds {found}")
     return values
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML 1.2, no tags that make objects.
+
+    Raises:
+        YAMLError: it is not YAML, nested too deeply, or holds a date or number that is none: of these the library's
+            parser raises whatever comes.
+    """
+    from ruamel.yaml import YAML, YAMLError
+
+    depth = deepest = 0
+    for bracket in re.findall(r"[\[\]{}]", text):  # the parser's time grows with the square of those that are open
+        depth = max(0, depth + (1 if bracket in "[{" else -1))
+        deepest = max(deepest, depth)
+    if deepest > _MAX_OPEN_BRACKETS:
+        raise YAMLError("it is nested too deeply")
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except YAMLError:
+        raise
+    except RecursionError:
+        raise YAMLError("it is nested too deeply") from None
+    except Exception as error:
+        raise YAMLError(f"a value cannot be read ({error or type(error).__name__})") from None
 
 
 def _set(values: dict[str, Any], dotted_key: str, value: Any) -> None:

@@ -31,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pipeline import provenance
 from pipeline.atomic import folder_in_place_of, in_words, sync
 from pipeline.errors import PipelineError
+from pipeline.hdf5 import plain_dataset
 from pipeline.images import Images, Skipped, Source, Split, images_per_block, stratified_split
 
 __all__ = ["Images", "Manifest", "PreparedDataset", "Source", "stratified_split", "write"]
@@ -107,12 +108,14 @@ class PreparedDataset:
         file = self.path / f"{split}.h5"
         try:
             with h5py.File(file, "r") as h5:
+                for name in ("images", "labels", "domains"):
+                    plain_dataset(h5, name, file)
                 on_disk = Images(h5["images"], h5["labels"][()], h5["domains"][()])
                 as_promised = self._as_promised(split, on_disk)
                 loaded = replace(on_disk, images=_map(file, h5["images"]))
         except FileNotFoundError:
             raise PipelineError(f"{file} is missing: {_PREPARE_AGAIN}") from None
-        except (OSError, KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
+        except (OSError, KeyError, ValueError, RuntimeError, AttributeError, TypeError, MemoryError) as error:
             raise PipelineError(f"{file} is not a whole {split} split ({in_words(error)}): {_PREPARE_AGAIN}") from None
         if not as_promised:
             raise PipelineError(f"{file} does not hold the {split} images of its manifest: {_PREPARE_AGAIN}")
@@ -260,7 +263,4 @@ def _finish(digest: "hashlib._Hash", labels: np.ndarray, domains: np.ndarray) ->
 
 def _map(file: Path, dataset: h5py.Dataset) -> np.ndarray:
     """A read-only memory map of a contiguous dataset."""
-    offset = dataset.id.get_offset()
-    if offset is None:
-        raise ValueError(f"dataset {dataset.name} is not contiguous")
-    return np.memmap(file, dataset.dtype, "r", offset, dataset.shape)
+    return np.memmap(file, dataset.dtype, "r", dataset.id.get_offset(), dataset.shape)

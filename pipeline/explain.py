@@ -5,6 +5,7 @@ become one line with the key as the user wrote it. `allowed` says the same befor
 """
 
 import difflib
+import reprlib
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -92,14 +93,24 @@ def _problem(detail: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[str,
         return f"{key}.{context['discriminator'].strip(chr(39))}", " is missing"
     if kind == "union_tag_invalid":
         selector = context["discriminator"].strip("'")
-        return f"{key}.{selector}", f" = {context['tag']!r}: input should be one of {context['expected_tags']}"
+        return f"{key}.{selector}", f" = {_shown(context['tag'])}: input should be one of {context['expected_tags']}"
     if kind in ("model_type", "dict_type", "model_attributes_type"):
-        return key, f" = {given!r}: must be a section with its keys below it"
+        return key, f" = {_shown(given)}: must be a section with its keys below it"
     if kind == "extra_forbidden":
         return key, f" is not a known key; {_hint(str(location[-1]), _allowed_keys(location[:-1], values))}"
     if detail["loc"][-1] == "[key]":
         return key, f" is no good name: {message}"
-    return key, f" = {given!r}: {message}"
+    return key, f" = {_shown(given)}: {message}"
+
+
+def _shown(value: Any) -> str:
+    """A value as Python writes it, cut short: aliases make a small file a huge value."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 3, 200, 200, 200
+    try:
+        return short.repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def _as_written(loc: tuple[str | int, ...], values: Any, keep_last: bool) -> list[str | int]:

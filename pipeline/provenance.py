@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pipeline
 from pipeline import atomic
 
 _PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "h5py", "numpy", "scikit-learn")
+CHECKSUMS = "SHA256SUMS"
 
 
 def fingerprint(content: Mapping[str, Any]) -> str:
@@ -75,9 +76,36 @@ def processor(device: str) -> str:
     return torch.cuda.get_device_name(device)
 
 
+def write_checksums(folder: Path) -> None:
+    """Writes SHA256SUMS of the files in `folder`, as sha256sum does, but of hidden and unfinished ones."""
+    names = sorted(file.name for file in folder.iterdir() if file.is_file() and _is_content(file.name))
+    text = "".join(f"{file_sha256(folder / name)}  {name}\n" for name in names)
+    atomic.write_text(folder / CHECKSUMS, text)
+
+
+def changed_file(folder: Path, names: Iterable[str]) -> str | None:
+    """The first of these files in `folder` that is not what SHA256SUMS there says; itself if it is damaged.
+
+    Raises:
+        FileNotFoundError: it, or one of the files, is missing.
+    """
+    lines = (folder / CHECKSUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+    said = {name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
+    for name in names:
+        if name not in said:
+            return CHECKSUMS
+        if file_sha256(folder / name) != said[name]:
+            return name
+    return None
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes readable JSON with a stable order, through a temporary name so that no half file is ever seen."""
     atomic.write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _is_content(name: str) -> bool:
+    return name != CHECKSUMS and not name.startswith(".") and not name.endswith(".tmp")
 
 
 def _cpu_name() -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from pydantic import ValidationError
+from pydantic import BaseModel, StrictInt, ValidationError
 
+from pipeline import atomic
 from pipeline.errors import PipelineError
 from pipeline.feature_store.schema import (
     EXTRACT_AGAIN,
@@ -21,10 +22,18 @@ from pipeline.feature_store.schema import (
     LayerBasis,
     Manifest,
 )
+from pipeline.hdf5 import plain_dataset
 
 _BLOCK = 256  # rows copied and checked at a time: they stay in the processor's cache between the two
 _LISTED = 8  # missing shards named one by one
+_MALFORMED = (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError)  # what h5py raises
 _PARALLEL = 4  # threads of a long reading; copying and checksums let go of the interpreter
+
+
+class _Versioned(BaseModel):
+    """What a manifest of any format version says first; a newer one may have keys that are not known here."""
+
+    format_version: StrictInt
 
 
 class FeatureSet:
@@ -80,7 +89,11 @@ class FeatureSet:
 
     def basis(self) -> Basis:
         """The PCA basis and the statistics beside it."""
-        return read_basis(self.path, self.manifest.basis, self.manifest.fingerprint, list(self.manifest.content.layers))
+        content = self.manifest.content
+        basis = read_basis(self.path, self.manifest.basis, self.manifest.fingerprint, list(content.layers))
+        if any(len(basis.layers[name].components) != stop - start for name, (start, stop) in content.layers.items()):
+            raise PipelineError(f"{self.path / self.manifest.basis.file} does not fit the manifest: {EXTRACT_AGAIN}")
+        return basis
 
     def read(self, index: np.ndarray) -> Features:
         """The rows of these samples, in this order, checked against their checksums.
@@ -94,10 +107,12 @@ class FeatureSet:
         index = np.asarray(index, np.int64)
         if len(index) and (index.min() < 0 or index.max() >= self.manifest.rows):
             raise PipelineError(f"{self.path} holds samples 0 to {self.manifest.rows - 1}, not {index.max()}")
+        shard_of = index // self.manifest.rows_per_shard
+        for shard in np.unique(shard_of):
+            self.open_shard(int(shard))  # before memory is taken for the rows: a manifest may say anything
         n, p, d = len(index), self.manifest.prompts_per_image, self.manifest.content.num_dims
         shapes = {"index": (n,), "label": (n,), "denoised": (n, d), "prompted": (n, p, d), "prompt_class": (n, p)}
         rows = Features(**{name: np.empty(shapes[name], dtype) for name, dtype in FIELDS.items()})
-        shard_of = index // self.manifest.rows_per_shard
         parts = [
             (int(shard), places)
             for shard in np.unique(shard_of)
@@ -160,8 +175,8 @@ class FeatureSet:
             file = self.path / self.manifest.shards[shard].file
             with _open(file, self.manifest.fingerprint) as h5:
                 try:
-                    maps = {name: _map(file, _own_dataset(h5, name)) for name in (*FIELDS, "crc32")}
-                except (KeyError, ValueError, OSError) as error:
+                    maps = {name: _map(file, plain_dataset(h5, name, file)) for name in (*FIELDS, "crc32")}
+                except _MALFORMED as error:
                     raise PipelineError(
                         f"{file} does not have the layout of a shard ({error}): {EXTRACT_AGAIN}"
                     ) from None
@@ -172,11 +187,12 @@ class FeatureSet:
     def _check_layout(self, file: Path, shard: int, maps: dict[str, np.ndarray]) -> None:
         n, p, d = len(self.manifest.shard_rows(shard)), self.manifest.prompts_per_image, self.manifest.content.num_dims
         shapes = {"index": (n,), "label": (n,), "denoised": (n, d), "prompted": (n, p, d), "prompt_class": (n, p)}
-        for name, shape in shapes.items():
-            if maps[name].shape != shape or maps[name].dtype != np.dtype(FIELDS[name]):
+        for name, dtype in {**FIELDS, "crc32": "<u4"}.items():
+            shape = shapes.get(name, (n,))
+            if maps[name].shape != shape or maps[name].dtype != np.dtype(dtype):
                 raise PipelineError(
                     f"{file} does not have the layout of a shard ({name} is {maps[name].dtype} {maps[name].shape}, "
-                    f"not {FIELDS[name]} {shape}): {EXTRACT_AGAIN}"
+                    f"not {dtype} {shape}): {EXTRACT_AGAIN}"
                 )
 
 
@@ -192,7 +208,7 @@ def read_manifest(path: Path) -> Manifest:
     except FileNotFoundError:
         raise PipelineError(f"{path} holds no feature set: run `pipeline extract-features`, or `dvc pull` it") from None
     except OSError as error:
-        raise PipelineError(f"{file} cannot be read ({error})") from None
+        raise PipelineError(f"{file} cannot be read ({error}): {EXTRACT_AGAIN}") from None
     return parse_manifest(text, file)
 
 
@@ -203,16 +219,17 @@ def parse_manifest(text: bytes, file: Path) -> Manifest:
         PipelineError: it is no manifest, of another format version, or its fingerprint is not its content's.
     """
     try:
+        version = _Versioned.model_validate_json(text).format_version
+        if version != FORMAT_VERSION:
+            raise PipelineError(f"{file} has format version {version}, this program reads {FORMAT_VERSION}: update it")
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"])) or "the whole file"
-        raise PipelineError(f"{file} is not a manifest ({where}: {error.errors()[0]['msg']})") from None
-    if manifest.format_version != FORMAT_VERSION:
         raise PipelineError(
-            f"{file} has format version {manifest.format_version}, this program reads {FORMAT_VERSION}: update it"
-        )
+            f"{file} is not a manifest ({where}: {error.errors()[0]['msg']}): {EXTRACT_AGAIN}"
+        ) from None
     if manifest.fingerprint != manifest.content.fingerprint:
-        raise PipelineError(f"{file} was changed by hand: its fingerprint is not that of its content")
+        raise PipelineError(f"{file} was changed: its fingerprint is not that of its content: {EXTRACT_AGAIN}")
     return manifest
 
 
@@ -225,7 +242,10 @@ def read_basis(path: Path, entry: FileEntry, fingerprint: str, layers: list[str]
     if problem := entry.difference(path):
         raise PipelineError(f"{problem}: {EXTRACT_AGAIN}")
     with _open(path / entry.file, fingerprint) as h5:
-        return _basis(h5, layers)
+        try:
+            return _basis(h5, layers)
+        except _MALFORMED as error:
+            raise PipelineError(f"{path / entry.file} is not a basis.h5 ({error}): {EXTRACT_AGAIN}") from None
 
 
 def read_basis_file(file: Path, layers: list[str]) -> Basis:
@@ -241,60 +261,53 @@ def read_basis_file(file: Path, layers: list[str]) -> Basis:
             return _basis(h5, layers)
     except FileNotFoundError:
         raise PipelineError(f"{file} is missing: extract_features.basis names it; auto fits a basis") from None
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise PipelineError(f"{file} is not a basis.h5 ({error})") from None
+    except _MALFORMED as error:
+        raise PipelineError(f"{file} is not a basis.h5 ({error}): extract_features.basis names it") from None
 
 
 def _basis(h5: h5py.File, names: list[str]) -> Basis:
-    def read(name: str) -> np.ndarray:
-        return _own_dataset(h5, name)[()]
-
     layers = {}
     for name in names:
-        fields = {field: read(f"layers/{name}/{field}") for field in h5[f"layers/{name}"]}
-        total = float(fields.pop("total_variance"))
-        layers[name] = LayerBasis(**fields, total_variance=total)
-    return Basis(layers, read("mean"), read("std"))
+        mean, components = (_float64(h5, f"layers/{name}/{field}", n) for field, n in (("mean", 1), ("components", 2)))
+        explained = _float64(h5, f"layers/{name}/explained_variance", 1)
+        if components.shape != (len(explained), len(mean)):
+            raise ValueError(f"{name}: components of shape {components.shape}, not {(len(explained), len(mean))}")
+        total = float(_float64(h5, f"layers/{name}/total_variance", 0))
+        layers[name] = LayerBasis(mean, components, explained, total)
+    basis = Basis(layers, _float64(h5, "mean", 1), _float64(h5, "std", 1))
+    dims = sum(len(layer.components) for layer in layers.values())
+    if basis.mean.shape != (dims,) or basis.std.shape != (dims,):
+        raise ValueError(f"mean and std are not of {dims} dimensions")
+    return basis
+
+
+def _float64(h5: h5py.File, name: str, ndim: int) -> np.ndarray:
+    """A dataset of finite numbers that stand in this file."""
+    dataset = plain_dataset(h5, name, Path(h5.filename))
+    if dataset.dtype != np.float64 or dataset.ndim != ndim:
+        raise ValueError(f"{name} is {dataset.dtype} of shape {dataset.shape}, not float64 in {ndim} dimensions")
+    values = dataset[()]
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} is not finite")
+    return values
 
 
 @contextlib.contextmanager
 def _open(file: Path, fingerprint: str) -> Iterator[h5py.File]:
     try:
         h5 = h5py.File(file, "r")
-    except OSError as error:
-        raise PipelineError(f"{file} is not a whole HDF5 file ({error}): {EXTRACT_AGAIN}") from None
+        found = h5.attrs.get("fingerprint")
+    except _MALFORMED as error:
+        raise PipelineError(f"{file} is not a whole HDF5 file ({atomic.in_words(error)}): {EXTRACT_AGAIN}") from None
     with h5:
-        if h5.attrs.get("fingerprint") != fingerprint:
+        if not isinstance(found, str) or found != fingerprint:
             raise PipelineError(f"{file} belongs to another feature set (fingerprint differs): {EXTRACT_AGAIN}")
         yield h5
 
 
-def _own_dataset(h5: h5py.File, name: str) -> h5py.Dataset:
-    """A dataset whose bytes stand in this file: HDF5 can link to others, which a received file must not make us read.
-
-    Raises:
-        ValueError: it is a link, or its bytes stand elsewhere.
-        KeyError: there is none.
-    """
-    parts = name.split("/")
-    for stop in range(1, len(parts) + 1):
-        path = "/".join(parts[:stop])
-        if path in h5 and not isinstance(h5.get(path, getlink=True), h5py.HardLink):
-            raise ValueError(f"{path} is a link to somewhere else")
-    dataset = h5[name]
-    if not isinstance(dataset, h5py.Dataset):
-        raise ValueError(f"{name} is not a dataset")
-    if dataset.external or dataset.is_virtual:
-        raise ValueError(f"the bytes of {name} stand in another file")
-    return dataset
-
-
 def _map(file: Path, dataset: h5py.Dataset) -> np.ndarray:
     """A read-only memory map of a contiguous dataset: fancy indexing through h5py is a hundred times slower."""
-    offset = dataset.id.get_offset()
-    if offset is None:
-        raise ValueError(f"dataset {dataset.name} is not contiguous")
-    return np.asarray(np.memmap(file, dataset.dtype, "r", offset, dataset.shape))
+    return np.asarray(np.memmap(file, dataset.dtype, "r", dataset.id.get_offset(), dataset.shape))
 
 
 def _blocks(places: np.ndarray) -> list[np.ndarray]:

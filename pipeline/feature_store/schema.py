@@ -3,7 +3,7 @@
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -27,7 +27,7 @@ class FileEntry(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    file: str = Field(pattern=r"^(basis|shard-\d{5,})\.h5$")
+    file: str = Field(pattern=r"^(basis|shard-[0-9]{5,})\.h5$")
     rows: int = Field(ge=0)
     bytes: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -75,7 +75,9 @@ class Content(BaseModel):
     backbone: dict[str, str]
     timestep: int
     image_size: int
-    layers: dict[str, list[int]]
+    layers: dict[str, Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]] = Field(
+        min_length=1
+    )
     prompts: list[list[str]]
     positive: Literal["label", "first"]
     denoise_prompt: str
@@ -130,9 +132,9 @@ class Manifest(BaseModel):
     format_version: int
     fingerprint: str
     content: Content
-    rows: int
-    rows_per_shard: int
-    prompts_per_image: int
+    rows: int = Field(ge=1)
+    rows_per_shard: int = Field(ge=1)
+    prompts_per_image: int = Field(ge=1)
     redone_in_float32: int
     basis: FileEntry
     shards: dict[int, FileEntry]

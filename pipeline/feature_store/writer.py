@@ -9,7 +9,6 @@ cleared away only when nobody has it.
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import logging
 import os
 import re
@@ -17,13 +16,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
 
 import h5py
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline import atomic, provenance
+from pipeline import atomic, locks, provenance
 from pipeline.errors import PipelineError
 from pipeline.feature_store.reader import read_basis
 from pipeline.feature_store.schema import FIELDS, FORMAT_VERSION, Basis, Features, FileEntry, Manifest, Plan
@@ -142,22 +140,21 @@ class FeatureSetWriter:
         Raises:
             PipelineError: the file system has no locks.
         """
-        with (self.path / "locks" / name).open("a+", encoding="utf-8") as stream:
-            held = self._acquire(stream)
+        with locks.opened(self.path / "locks" / name) as lock:
+            held = lock.take()
             if wait and not held:
-                stream.seek(0)
-                log.info("%s is being made by process %s: waiting for it", name, stream.read().strip() or "?")
+                log.info("%s is being made by %s: waiting for it", name, lock.holder())
             while wait and not held:
                 check()
                 time.sleep(0.1)
-                held = self._acquire(stream)
+                held = lock.take()
             yield held
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
         """Keeps the folder from being cleared away by another set's end, should ours be delivered meanwhile."""
-        with (self.path / "locks" / "in-use").open("a") as stream:
-            self._flock(stream, fcntl.LOCK_SH)
+        with locks.opened(self.path / "locks" / "in-use") as lock:
+            lock.take(shared=True)
             yield
 
     def publish(self, target: Path) -> None:
@@ -178,32 +175,14 @@ class FeatureSetWriter:
         """Removes the staging folders of other sets that were published; those unfinished or in use stay."""
         for other in self.path.parent.iterdir():
             if other != self.path and (other / DELIVERED).exists():
-                with contextlib.suppress(FileNotFoundError), (other / "locks" / "in-use").open("a") as in_use:
-                    if self._flock(in_use, fcntl.LOCK_EX):
+                with locks.opened(other / "locks" / "in-use") as in_use:
+                    if in_use.take():
                         shutil.rmtree(other, ignore_errors=True)
 
     @property
     def _basis_entry(self) -> FileEntry:
         assert self._basis
         return self._basis
-
-    def _acquire(self, stream: TextIO) -> bool:
-        if not self._flock(stream, fcntl.LOCK_EX):
-            return False
-        stream.seek(0)
-        stream.truncate()
-        stream.write(str(os.getpid()))
-        stream.flush()
-        return True
-
-    def _flock(self, file: TextIO, kind: int) -> bool:
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            raise PipelineError(f"{self.path}: no file locks here ({error.strerror}), which extraction needs") from None
-        return True
 
     def _manifest(self) -> Manifest:
         entries = {shard: self._read_entry(f"shard-{shard:05d}") for shard in range(self.plan.num_shards)}

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline import seeding
+from pipeline import config, seeding
 from pipeline.errors import PipelineError
 from pipeline.params import ExtractFeatures
 
@@ -121,10 +121,10 @@ def _read_class_prompts(file: Path, class_names: list[str]) -> dict[str, list[st
 
 
 def _read_mapping(file: Path, key: str) -> dict[str, Any]:
-    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml import YAMLError
 
     try:
-        content = YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
+        content = config.parse_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, YAMLError) as error:
         raise PipelineError(f"{key} cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(content, Mapping):

@@ -11,7 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
-from pipeline import provenance
+from pipeline import atomic, provenance
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 
@@ -49,7 +49,7 @@ def run(config: Config, train: bool = False) -> Path:
 
         tiny_sd.train(_emptied(target))
     elif params.source == "embedded":
-        shutil.copytree(_EMBEDDED, _emptied(target))
+        _copy(_EMBEDDED, target)
     elif directory.is_dir():
         _emptied(target).symlink_to(directory.resolve(), target_is_directory=True)
     else:
@@ -62,6 +62,14 @@ def run(config: Config, train: bool = False) -> Path:
     )
     log.info("%s: %d files", target, len(files))
     return config.backbone_manifest
+
+
+def _copy(source: Path, target: Path) -> None:
+    with atomic.folder_in_place_of(target) as folder:
+        for file in sorted(path for path in source.rglob("*") if path.is_file()):
+            copy = _with_parent(folder / file.relative_to(source))
+            shutil.copyfile(file, copy)
+            atomic.sync(copy)
 
 
 def _download(hub_id: str, revision: str | None, target: Path) -> None:

@@ -187,10 +187,10 @@ def _words(folder_name: str) -> str:
 def _readable(folder_name: str) -> str:
     """A folder's name in the one form that every file system's way of writing accents comes to."""
     try:
-        folder_name.encode()
-    except UnicodeEncodeError:
+        name = os.fsencode(folder_name).decode()  # the bytes on disk, whatever the language of this session
+    except UnicodeDecodeError:
         raise PipelineError(f"the folder {os.fsencode(folder_name)!r} has no UTF-8 name: rename it") from None
-    return unicodedata.normalize("NFC", folder_name)
+    return unicodedata.normalize("NFC", name)
 
 
 def _folders_in_every(root: Path, classes: list[str]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline import provenance
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 
@@ -104,6 +105,9 @@ class Results:
         return {part: float(np.mean([run.metrics["seconds"][part] for run in runs])) for part in TIME_PARTS}
 
 
+_READ = ("config.json", "partition.json", "rounds.csv", "clients.csv", "metrics.json")
+
+
 def read(config: Config) -> Results:
     """Reads every run that the sweep in params.yaml names.
 
@@ -142,6 +146,8 @@ def _json(file: Path) -> Any:
 def _read(config: Config, method: str, partition: str, seed: int) -> Run:
     folder = config.run_dir(method, partition, seed)
     try:
+        if changed := provenance.changed_file(folder, _READ):
+            raise PipelineError(f"{folder / changed} is not what the run wrote: train it again, or `dvc checkout` it")
         settings = _json(folder / "config.json")
         config.check_settings_of_run(folder, settings, method, partition)
         deal = _json(folder / "partition.json")

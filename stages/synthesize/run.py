@@ -7,13 +7,14 @@ folder says so. Classes are kept under .pipeline as they are finished: a killed 
 
 import logging
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from pipeline import datasets, devices, frozen_model, provenance
+from pipeline import atomic, datasets, devices, frozen_model, locks, provenance
 from pipeline.config import Config
 from pipeline.datasets import Images, PreparedDataset, Source
 from pipeline.progress import track
@@ -41,16 +42,17 @@ def run(config: Config) -> Path:
     content = {"params": params.model_dump(), "weights": weights, "classes": dataset.class_names}
     key = provenance.fingerprint(content | {"image_size": dataset.image_size})[:16]
     staging = config.state_dir / "synthesize" / key
-    staging.mkdir(parents=True, exist_ok=True)
-    classes = _generate(config, dataset, staging)
-    splits = {
-        "train": _split(classes, slice(0, params.images_per_class)),
-        "test": _split(classes, slice(params.images_per_class, None)),
-    }
-    backbone = config.params.prepare_backbone.name
-    source = Source(dataset.class_names, splits, f"as the terms of {backbone}, which generated the images")
-    datasets.write(target, target.name, backbone, source)
-    shutil.rmtree(staging)
+    with locks.held(config.state_dir / "locks" / f"synthesize-{key}", str(target)):
+        staging.mkdir(parents=True, exist_ok=True)
+        classes = _generate(config, dataset, staging)
+        splits = {
+            "train": _split(classes, slice(0, params.images_per_class)),
+            "test": _split(classes, slice(params.images_per_class, None)),
+        }
+        backbone = config.params.prepare_backbone.name
+        source = Source(dataset.class_names, splits, f"as the terms of {backbone}, which generated the images")
+        datasets.write(target, target.name, backbone, source)
+        shutil.rmtree(staging)
     log.info("%s: %d images of each of %d classes", target, params.images_per_class, len(classes))
     return target
 
@@ -74,16 +76,23 @@ def _generate(config: Config, dataset: PreparedDataset, staging: Path) -> list[n
                 devices.resolve(runtime.device),
             )
         images = generator(label, dataset.class_names[label], params.images_per_class + 1)
-        temporary = file.with_name(file.name + ".tmp")
-        save_file({"images": np.ascontiguousarray(images)}, temporary)  # it writes the buffer as it lies
-        temporary.replace(file)
+        _save(file, np.ascontiguousarray(images))  # the format's writer takes the buffer as it lies
     return [load_file(file)["images"] for file in files]
+
+
+def _save(file: Path, images: np.ndarray) -> None:
+    with atomic.whole_or_not_at_all(file) as temporary:
+        try:
+            save_file({"images": images, "crc32": np.array([zlib.crc32(images.data)], np.uint32)}, temporary)
+        except SafetensorError as error:  # a full disk, among others
+            raise OSError(str(error)) from None
 
 
 def _is_whole(file: Path) -> bool:
     try:
-        return "images" in load_file(file)
-    except (OSError, SafetensorError):
+        found = load_file(file)
+        return zlib.crc32(found["images"].data) == found["crc32"][0]
+    except (OSError, KeyError, IndexError, BufferError, SafetensorError):
         return False
 
 

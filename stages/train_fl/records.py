@@ -9,6 +9,7 @@ model.safetensors  the last global weights
 details.json       accuracy by domain, seconds by part, samples per second, bytes
 metrics.json       mean-of-last-five, final and best accuracy, seconds; the mean over domains where there are several
 config.json        the resolved settings, the hashes of data set and features, software and hardware
+SHA256SUMS         the checksums of all these, written last: a run that has them is whole
 """
 
 import csv
@@ -114,7 +115,7 @@ def check_replaceable(path: Path, settings: dict[str, Any]) -> None:
 def start(path: Path) -> None:
     """Makes the folder, and removes what only a finished run has: a run in the making is not taken for whole."""
     path.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.json", "config.json", "clients.csv", "details.json", "model.safetensors"):
+    for name in ("metrics.json", "config.json", "clients.csv", "details.json", "model.safetensors", "SHA256SUMS"):
         (path / name).unlink(missing_ok=True)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pipeline import accuracy, devices, provenance
+from pipeline import accuracy, devices, locks, provenance
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.params import Runtime, Section, SelfSupervisedFedDifRC, SimSiam
@@ -97,19 +97,27 @@ def run(config: Config, method_name: str, partition_name: str, seed: int, overwr
     model, method = _build(job, data, device)
     if config.params.train_fl.clients_per_round > len(data.clients):
         log.warning("train_fl.clients_per_round is above the %d clients there are: all take part", len(data.clients))
+    lock = f"{job.path.name}-{provenance.fingerprint({'folder': str(job.path)})[:8]}"
+    with locks.held(config.state_dir / "locks" / lock, str(job.path)):
+        _make(job, data, model, method, device, overwrite)
+    return job.path
+
+
+def _make(job: Job, data: Federation, model: FLModel, method: Method, device: str, overwrite: bool) -> None:
+    """Trains and writes all that a run leaves; the checksums last, which mark it as whole."""
     settings = _settings(job, data)
     if not overwrite:
         records.check_replaceable(job.path, settings)
     records.start(job.path)
     records.write_partition(job.path, data)
-    key = provenance.fingerprint(settings | _numerics(config, device))[:16]
-    checkpoint = Checkpoint(config.state_dir / "checkpoints" / f"{job.path.name}-{key}")
+    key = provenance.fingerprint(settings | _numerics(job.config, device))[:16]
+    checkpoint = Checkpoint(job.config.state_dir / "checkpoints" / f"{job.path.name}-{key}")
     evaluator = _evaluator(job, data)
     record = _train(job, data, model, method, evaluator, checkpoint, device)
     _finish(job, data, model, evaluator, record)
     provenance.write_json(job.path / "config.json", settings | {"provenance": provenance.describe(device)})
+    provenance.write_checksums(job.path)
     checkpoint.remove()
-    return job.path
 
 
 def prepare_torch(runtime: Runtime) -> str:

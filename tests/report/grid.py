@@ -66,3 +66,4 @@ def _write_run(
         "provenance": provenance.describe("cpu"),
     }
     provenance.write_json(path / "config.json", settings)
+    provenance.write_checksums(path)

@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 
+from pipeline import provenance
 from tests.conftest import invoke, write_params
 
 TRAIN = ("train-fl", "--partition", "dir05", "--method", "fedavg", "--seed", "0", "--seed", "1")
@@ -22,6 +23,7 @@ def test_the_summary_is_mean_and_sample_deviation_over_seeds(trained):
     for seed, accuracy in ((0, 0.5), (1, 0.7)):
         file = trained / "results" / f"fedavg-dir05-s{seed}" / "metrics.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"mean_last5_accuracy": accuracy}))
+        provenance.write_checksums(file.parent)
     assert invoke(trained, "report").exit_code == 0
     summary = json.loads((trained / "report" / "summary.json").read_text())["dir05"]["fedavg"]
     assert summary["mean_accuracy"] == pytest.approx(0.6)

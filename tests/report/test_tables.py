@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pipeline import config
+from pipeline import config, provenance
 from stages.report import results, tables
 from tests.conftest import invoke
 from tests.report.grid import write_grid
@@ -27,6 +27,7 @@ def project(tmp_path):
         metrics = json.loads((run / "metrics.json").read_text()) | {"mean_last5_accuracy": sum(curve) / 3}
         (run / "metrics.json").write_text(json.dumps(metrics))
         (run / "clients.csv").write_text("client,held_out_accuracy\n0,0.2\n1,0.6\n2,\n")
+        provenance.write_checksums(run)
     return tmp_path
 
 
@@ -54,6 +55,7 @@ def test_rounds_to_the_baselines_accuracy(project):
 def test_a_seed_that_never_gets_there_is_said(project):
     run = project / "results" / "fedprox-dir05-s1" / "rounds.csv"
     run.write_text("round,accuracy,loss\n1,0.1,1\n2,0.1,1\n3,0.1,1\n")
+    provenance.write_checksums(run.parent)
     assert texts(table(project, "rounds"))[1] == [("2.0", "1 of 2 seeds")]
 
 

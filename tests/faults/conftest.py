@@ -1,0 +1,119 @@
+"""A small project that everything was run in, copies of it to be harmed, and the table of what was tried."""
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.faults import program
+
+SEED = int(os.environ.get("FAULTS_SEED", "0"))
+"""Decides every random moment; set it in the environment to try others."""
+
+
+@dataclass
+class Trial:
+    """A fault that is tried."""
+
+    lost: int = 0
+
+    def compare(self, expected: dict[str, bytes], found: dict[str, bytes]) -> None:
+        """Every file that should be there is, with the same bytes, and no other."""
+        wrong = [name for name, content in expected.items() if found.get(name) != content]
+        self.lost += len(wrong)
+        assert not wrong and set(found) == set(expected), (wrong, set(found) ^ set(expected))
+
+
+@dataclass
+class Ledger:
+    """Kind of fault -> [tried, survived, files lost]."""
+
+    rows: dict[str, list[int]] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def trial(self, kind: str) -> Iterator[Trial]:
+        """Counts one fault: as survived if the block ends well."""
+        row, trial = self.rows.setdefault(kind, [0, 0, 0]), Trial()
+        row[0] += 1
+        try:
+            yield trial
+            row[1] += 1
+        finally:
+            row[2] += trial.lost
+
+
+_LEDGER = Ledger()
+
+
+def pytest_report_header() -> str:
+    return f"faults: random moments by FAULTS_SEED={SEED}"
+
+
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    if not _LEDGER.rows or config.option.markexpr:
+        return
+    rows = [(kind, *counts) for kind, counts in _LEDGER.rows.items()]
+    rows.append(("all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])))
+    terminalreporter.write_line(f"\n| {'fault':58} | tried | survived | files lost |\n|{'-' * 60}|---|---|---|")
+    for kind, tried, survived, lost in rows:
+        terminalreporter.write_line(f"| {kind:58} | {tried:5} | {survived:8} | {lost:10} |")
+
+
+@pytest.fixture
+def trial():
+    """`with trial("kind of fault") as it:` enters a fault in the table."""
+    return _LEDGER.trial
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A command as it runs when nothing happens: seconds, file operations, and what it leaves."""
+
+    seconds: float
+    operations: int
+
+
+@dataclass(frozen=True)
+class Made:
+    """The project, and how its commands ran."""
+
+    root: Path
+    commands: dict[str, Undisturbed]
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory) -> Made:
+    """A project in which every stage has run; shared, never to be changed."""
+    root = tmp_path_factory.mktemp("made") / "project"
+    root.mkdir()
+    program.write_settings(root)
+    program.succeed(root, "--version")  # starts the fork server
+    commands = {}
+    for arguments in (("prepare-data",), ("prepare-backbone",), program.EXTRACT, program.SYNTHESIZE, program.TRAIN,
+                      ("report",)):  # fmt: skip
+        counted = root.parent / "count"
+        started = time.perf_counter()
+        program.succeed(root, *arguments, under=program.Conditions(counts_in=counted))
+        commands[arguments[0]] = Undisturbed(time.perf_counter() - started, int(counted.read_text()))
+    return Made(root, commands)
+
+
+@pytest.fixture
+def project(made, tmp_path) -> Path:
+    """A copy of the project to be harmed; the model is shared, by a link."""
+    root = tmp_path / "project"
+    shutil.copytree(made.root, root, ignore=shutil.ignore_patterns("models"))
+    (root / "models").symlink_to(made.root / "models")
+    return root
+
+
+def pytest_generate_tests(metafunc) -> None:
+    """`number` counts random moments: two of a kind always, and twenty among the long trials."""
+    if "number" in metafunc.fixturenames:
+        long = [pytest.param(number, marks=pytest.mark.faults) for number in range(2, 20)]
+        metafunc.parametrize("number", [0, 1, *long])

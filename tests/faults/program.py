@@ -1,0 +1,168 @@
+"""The program in processes of its own, to be killed, starved and misled.
+
+Every command runs `pipeline`'s own entry point in a real process. The processes are forked from one that has imported
+the libraries already (the standard library's fork server), so that a start takes milliseconds instead of seconds.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import write_params
+
+STAGES = ("prepare_data", "prepare_backbone", "extract_features", "synthesize", "train_fl", "report")
+_FORKED = multiprocessing.get_context("forkserver")
+_FORKED.set_forkserver_preload(
+    ["pipeline.cli", "sklearn.datasets", "matplotlib.figure", "matplotlib.backends.backend_svg", "h5py"]
+    + ["stages.synthesize.generate", *(f"stages.{name}" for name in STAGES)]
+)
+TIMEOUT = 120  # seconds after which a command counts as hanging
+
+SETTINGS: dict[str, Any] = {
+    "prepare_data.image_size": 8,
+    "prepare_data.train_subset": 24,
+    "extract_features.image_size": 32,
+    "extract_features.negatives": 1,
+    "extract_features.basis_images": 8,
+    "extract_features.rows_per_shard": 4,
+    "synthesize.num_inference_steps": 2,
+    "train_fl.num_rounds": 4,
+    "sweep.partitions": ["iid"],
+    "sweep.methods": ["feddifrc"],
+    "runtime.checkpoint_every": 1,
+    "runtime.num_threads": 1,
+}
+EXTRACT = ("extract-features",)
+TRAIN = ("train-fl", "--method", "feddifrc", "--partition", "iid", "--seed", "0")
+SYNTHESIZE = ("synthesize", "--images-per-class", "1")
+SET = Path("data/features/digits-tiny-sd-t300")
+DATA = Path("data/datasets/digits")
+RUN = Path("results/feddifrc-iid-s0")
+
+
+@dataclass
+class Command:
+    """A command that runs."""
+
+    process: Any
+    log: Path
+
+    @property
+    def output(self) -> str:
+        """What it has written to its standard output and error."""
+        return self.log.read_text(encoding="utf-8", errors="surrogateescape")
+
+    def end(self) -> int:
+        """Waits for its end; its exit code, that of a signal negative."""
+        self.process.join(TIMEOUT)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise AssertionError(f"hangs: {self.output}")
+        return self.process.exitcode
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a command is run under: its user, its environment, and the file operation at which it dies."""
+
+    uid: int | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    dies_at: int | None = None
+    counts_in: Path | None = None
+
+
+def start(root: Path, *arguments: str, log: Path | None = None, under: Conditions = Conditions()) -> Command:
+    """Starts a command in the project at `root`; what it says goes to a file outside it."""
+    log = log or root.parent / f"{root.name}.log"
+    log.touch()
+    process = _FORKED.Process(target=_child, args=(root, arguments, log, under))
+    process.start()
+    return Command(process, log)
+
+
+def run(root: Path, *arguments: str, **how: Any) -> tuple[int, str]:
+    """Runs a command to its end: its exit code and what it said."""
+    command = start(root, *arguments, **how)
+    return command.end(), command.output
+
+
+def succeed(root: Path, *arguments: str, **how: Any) -> str:
+    """Runs a command that must succeed; what it said."""
+    code, output = run(root, *arguments, **how)
+    assert code == 0, output
+    return output
+
+
+def refuse(root: Path, *arguments: str, says: Iterable[str], **how: Any) -> str:
+    """Runs a command that must end in one line of error, which says each of `says`; that line."""
+    code, output = run(root, *arguments, **how)
+    assert code == 1, (code, output)
+    line = error_line(output)
+    for words in says:
+        assert words in line, line
+    return line
+
+
+def error_line(output: str) -> str:
+    """The one line of error that an output ends in; nothing may stand around it that looks like a failure's inside."""
+    assert "Traceback" not in output and "HDF5-DIAG" not in output, output
+    lines = [line for line in output.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1 and output.splitlines()[-1] == lines[0], output
+    return lines[0]
+
+
+def contents(folder: Path, pattern: str = "*", leave_out: Iterable[str] = ()) -> dict[str, bytes]:
+    """Path -> bytes of all files below a folder."""
+    return {
+        file.relative_to(folder).as_posix(): file.read_bytes()
+        for file in sorted(folder.rglob(pattern))
+        if file.is_file() and file.name not in leave_out
+    }
+
+
+def write_settings(root: Path, **changes: Any) -> None:
+    """params.yaml of the small project."""
+    write_params(root, {**SETTINGS, **{key.replace("__", "."): value for key, value in changes.items()}})
+
+
+def _child(root: Path, arguments: tuple[str, ...], log: Path, under: Conditions) -> None:
+    os.environ.update({"OMP_NUM_THREADS": "1", **under.environment})
+    os.chdir(root)
+    handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o666)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    if under.uid is not None:
+        os.setgroups([])
+        os.setgid(under.uid)
+        os.setuid(under.uid)
+    from pipeline.cli import main
+
+    if under.dies_at is None and under.counts_in is None:
+        main(list(arguments), prog_name="pipeline")
+    operations = _Operations(under.dies_at)
+    try:
+        main(list(arguments), prog_name="pipeline")
+    finally:
+        if under.counts_in:
+            under.counts_in.write_text(str(operations.count))
+
+
+class _Operations:
+    """Counts what changes files, and dies, as by kill -9, before the given one."""
+
+    def __init__(self, dies_at: int | None) -> None:
+        self.count = 0
+        self._dies_at = dies_at
+        sys.addaudithook(self._see)
+
+    def _see(self, event: str, details: tuple[Any, ...]) -> None:
+        writes = event == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)
+        if writes or event in ("os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir"):
+            self.count += 1
+            if self.count == self._dies_at:
+                os.kill(os.getpid(), signal.SIGKILL)

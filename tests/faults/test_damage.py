@@ -1,0 +1,250 @@
+"""Files that are not what was written: named in one line or made again, nothing else touched, and then all is well."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from tests.faults import program
+from tests.faults.program import DATA, EXTRACT, RUN, SET, SYNTHESIZE, TRAIN
+
+PREPARE, BACKBONE, REPORT = ("prepare-data",), ("prepare-backbone",), ("report",)
+WEIGHTS = "models/tiny-sd/unet/diffusion_pytorch_model.safetensors"
+BALANCED = ("train-fl", "--method", "fedavg", "--partition", "iid", "--seed", "0", "--balance-with-synthetic", "mean")
+TRAIN_AGAIN = (*TRAIN, "--overwrite")
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    position = next(
+        (i for i, byte in enumerate(content) if content[i - 9 : i] == b'"sha256": '[-9:]), len(content) // 2
+    )
+    content[position + 2] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+DAMAGE = {"flipped": flip, "truncated": truncate, "empty": empty}
+
+# file, the command that reads it, what its line names, the commands that mend it
+READ = {
+    "images": (f"{DATA}/train.h5", EXTRACT, ["digits/train.h5", "`pipeline prepare-data`"], [PREPARE]),
+    "test-images": (f"{DATA}/test.h5", TRAIN, ["digits/test.h5", "`pipeline prepare-data`"], [PREPARE]),
+    "data-manifest": (f"{DATA}/manifest.json", TRAIN, ["digits", "run `pipeline "], [PREPARE]),
+    "weights": (WEIGHTS, EXTRACT, ["unet/diffusion_pytorch_model.safetensors", "`pipeline prepare-backbone`"],
+        [BACKBONE]),
+    "model-index": ("models/tiny-sd/model_index.json", EXTRACT, ["model_index.json", "prepare-backbone`"], [BACKBONE]),
+    "backbone-manifest": ("data/backbones/tiny-sd.json", EXTRACT, ["backbones/tiny-sd.json",
+        "prepare-backbone`"], [BACKBONE]),
+    "manifest": (f"{SET}/manifest.json", TRAIN, [f"{SET}", "extract-features`"], [EXTRACT]),
+    "basis": (f"{SET}/basis.h5", TRAIN, ["basis.h5", "extract-features`"], [EXTRACT]),
+    "shard": (f"{SET}/shard-00001.h5", TRAIN, ["shard-00001.h5", "extract-features`"], [EXTRACT]),
+    "synthetic-images": ("data/datasets/digits-synthetic/train.h5", BALANCED, ["digits-synthetic/train.h5"],
+        [SYNTHESIZE]),
+    "metrics": (f"{RUN}/metrics.json", REPORT, [f"{RUN}", "train it again"], [TRAIN_AGAIN]),
+    "rounds": (f"{RUN}/rounds.csv", REPORT, [f"{RUN}", "train it again"], [TRAIN_AGAIN]),
+    "config": (f"{RUN}/config.json", REPORT, [f"{RUN}", "train it again"], [TRAIN_AGAIN]),
+    "partition": (f"{RUN}/partition.json", REPORT, [f"{RUN}", "train it again"], [TRAIN_AGAIN]),
+    "checksums": (f"{RUN}/SHA256SUMS", REPORT, [f"{RUN}", "train it again"], [TRAIN_AGAIN]),
+}  # fmt: skip
+
+
+def unextracted(project):
+    shutil.rmtree(project / SET)
+    shutil.rmtree(project / ".pipeline")
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("kind", READ)
+def test_a_damaged_file_is_named_and_mended(made, project, trial, kind, damage):
+    name, command, says, mend = READ[kind]
+    if name.startswith("models"):
+        (project / "models").unlink()
+        shutil.copytree(made.root / "models", project / "models")
+    if command == EXTRACT:
+        unextracted(project)
+    with trial(f"{damage} file") as tried:
+        DAMAGE[damage](project / name)
+        before = program.contents(project, leave_out=[])
+        program.refuse(project, *command, says=says)
+        tried.compare(before, without_locks(program.contents(project), before))
+        for again in mend:
+            program.succeed(project, *again)
+        program.succeed(project, *command)
+        tried.compare(program.contents(made.root / "data"), program.contents(project / "data"))
+
+
+def without_locks(found, before):
+    """A refused command may leave the files of locks, and nothing else."""
+    return {name: content for name, content in found.items() if name in before or "/locks/" not in name}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_params(project, trial, damage):
+    file = project / "params.yaml"
+    good = file.read_bytes()
+    with trial(f"{damage} file") as tried:
+        DAMAGE[damage](file)
+        if damage == "flipped":
+            file.write_bytes(good.replace(b"timestep: 300", b"timestep: 30p"))
+        before = program.contents(project)
+        code, output = program.run(project, *EXTRACT)
+        assert code == 1 and "Traceback" not in output and "params.yaml" in output
+        tried.compare(before, program.contents(project))
+        file.write_bytes(good)
+        program.succeed(project, *EXTRACT)
+
+
+STATE = {
+    "staged-shard": ("staging/*/shard-00002.h5", EXTRACT),
+    "staged-basis": ("staging/*/basis.h5", EXTRACT),
+    "entry": ("staging/*/shard-00002.json", EXTRACT),
+    "basis-entry": ("staging/*/basis.json", EXTRACT),
+    "latents": ("latents/*/latents-00002.h5", EXTRACT),
+    "tensors": ("checkpoints/*/round-*.safetensors", TRAIN),
+    "checkpoint": ("checkpoints/*/checkpoint.json", TRAIN),
+    "class": ("synthesize/*/class-00003.safetensors", SYNTHESIZE),
+}
+
+
+@pytest.fixture(scope="module")
+def interrupted(made, tmp_path_factory):
+    """A project in which extraction, generation and training were each killed late."""
+    root = tmp_path_factory.mktemp("interrupted") / "project"
+    shutil.copytree(made.root, root, ignore=shutil.ignore_patterns("models", ".pipeline"))
+    (root / "models").symlink_to(made.root / "models")
+    for command, output in ((TRAIN, RUN), (SYNTHESIZE, program.Path("data/datasets/digits-synthetic")), (EXTRACT, SET)):
+        shutil.rmtree(root / output)
+        at = (
+            made.commands[command[0]].operations
+            - {"train-fl": 12, "synthesize": 15, "extract-features": 14}[command[0]]
+        )
+        more = ("--set", "runtime.cache_latents=true") if command == EXTRACT else ()
+        program.run(root, *command, *more, under=program.Conditions(dies_at=at))
+        assert not (root / output / "manifest.json").exists() and not (root / output / "SHA256SUMS").exists()
+    return root
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("kind", STATE)
+def test_damaged_state_is_made_again(made, interrupted, tmp_path, trial, kind, damage):
+    pattern, command = STATE[kind]
+    project = tmp_path / "project"
+    shutil.copytree(interrupted, project, symlinks=True)
+    if command == TRAIN:
+        shutil.copytree(made.root / SET, project / SET)
+    with trial(f"{damage} file of unfinished work") as tried:
+        (file,) = (project / ".pipeline").glob(pattern)
+        DAMAGE[damage](file)
+        more = ("--set", "runtime.cache_latents=true") if kind == "latents" else ()
+        output = program.succeed(project, *command, *more)
+        assert "Traceback" not in output
+        seconds = ("timing.csv", "metrics.json", "SHA256SUMS")
+        for folder in {EXTRACT: [SET], TRAIN: [RUN], SYNTHESIZE: [program.Path("data/datasets/digits-synthetic")]}[
+            command
+        ]:
+            tried.compare(
+                program.contents(made.root / folder, leave_out=seconds),
+                program.contents(project / folder, leave_out=seconds),
+            )
+
+
+def edit(**changes):
+    def change(file):
+        content = json.loads(file.read_text())
+        for dotted, value in changes.items():
+            *parents, key = dotted.split("__")
+            inner = content
+            for parent in parents:
+                inner = inner[parent]
+            inner[key] = value
+        file.write_text(json.dumps(content))
+
+    return change
+
+
+OUTSIDE = {
+    "up": (f"{SET}/manifest.json", edit(basis__file="../../outside.h5"), TRAIN, "manifest.json is not a manifest"),
+    "absolute": (f"{SET}/manifest.json", edit(shards__0__file="/dev/zero"), TRAIN, "manifest.json is not a manifest"),
+    "newer": (f"{SET}/manifest.json", edit(format_version=2), TRAIN, "has format version 2, this program reads 1"),
+    "newer-with-more": (
+        f"{SET}/manifest.json", lambda file: (edit(format_version=2)(file), edit(codec="zstd")(file)), TRAIN,
+        "has format version 2, this program reads 1",
+    ),
+    "model-up": ("data/backbones/tiny-sd.json", edit(files={"../../secret": "0" * 64}), EXTRACT, "tiny-sd.json"),
+    "model-absolute": ("data/backbones/tiny-sd.json", edit(files={"/dev/zero": "0" * 64}), EXTRACT, "tiny-sd.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OUTSIDE)
+def test_a_manifest_that_leads_outside_or_is_newer(made, project, trial, kind):
+    name, change, command, says = OUTSIDE[kind]
+    with trial("manifest of a newer format, or leading outside") as tried:
+        good = (project / name).read_bytes()
+        change(project / name)
+        before = program.contents(project)
+        program.refuse(project, *command, says=[says])
+        tried.compare(before, without_locks(program.contents(project), before))
+        (project / name).write_bytes(good)
+        program.succeed(project, *command)
+
+
+@pytest.mark.parametrize("link", ["/dev/zero", "/dev/full", "/etc/hostname", "nowhere", "shard-00001.h5", "."])
+def test_a_link_in_place_of_a_shard(made, project, trial, link):
+    with trial("link in place of a file") as tried:
+        shard = project / SET / "shard-00001.h5"
+        shard.unlink()
+        shard.symlink_to(link)
+        program.refuse(project, *TRAIN, says=["shard-00001.h5", "extract-features`"])
+        program.succeed(project, *EXTRACT)
+        program.succeed(project, *TRAIN)
+        tried.compare(program.contents(made.root / SET), program.contents(project / SET))
+
+
+def test_a_shard_of_another_set(made, project, trial):
+    with trial("shard or basis of another set") as tried:
+        other = project / "data/features/digits-tiny-sd-t100"
+        program.succeed(project, *EXTRACT, "--timestep", "100")
+        for name in ("shard-00000.h5", "basis.h5"):
+            good = (project / SET / name).read_bytes()
+            shutil.copy(other / name, project / SET / name)
+            before = program.contents(project / "data")
+            program.refuse(project, *TRAIN, says=[name, "extract-features`"])
+            tried.compare(before, program.contents(project / "data"))
+            (project / SET / name).write_bytes(good)
+        shutil.copy(project / SET / "shard-00001.h5", project / SET / "shard-00002.h5")  # of this set, out of place
+        program.refuse(project, *TRAIN, says=["shard-00002.h5", "extract-features`"])
+        program.succeed(project, *EXTRACT)
+        program.succeed(project, *TRAIN)
+        tried.compare(program.contents(made.root / SET), program.contents(project / SET))
+
+
+def test_a_whole_foreign_set_in_the_place(project, trial):
+    with trial("shard or basis of another set"):
+        program.succeed(project, "prepare-data", "--seed", "1")
+        program.refuse(project, *TRAIN, says=["another data set", "hash", "extract-features`"])
+        program.succeed(project, *EXTRACT)
+        program.succeed(project, *TRAIN_AGAIN)
+
+
+def test_a_folder_in_place_of_a_file_and_a_file_in_place_of_a_folder(project, trial):
+    with trial("file and folder mistaken for each other"):
+        shutil.rmtree(project / "results")
+        (project / "results").write_text("")
+        line = program.refuse(project, *TRAIN, says=["results"])
+        assert os.strerror(20) in line or os.strerror(17) in line
+        (project / "results").unlink()
+        program.succeed(project, *TRAIN)
+        (project / SET / "shard-00000.h5").unlink()
+        (project / SET / "shard-00000.h5").mkdir()
+        program.refuse(project, *TRAIN, says=["shard-00000.h5", "extract-features`"])
+        program.succeed(project, *EXTRACT)
+        program.succeed(project, *TRAIN)

@@ -1,0 +1,79 @@
+"""Two at once: the second waits, or names who is at work; a dead holder's lock is free."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import time
+
+from tests.faults import program
+from tests.faults.program import EXTRACT, SET, SYNTHESIZE, TRAIN
+from tests.faults.test_kills import begin, finished
+
+
+def until(condition, command):
+    """Waits for a moment of a command's run."""
+    while not condition():
+        assert command.process.is_alive(), command.output
+        time.sleep(0.005)
+
+
+def stopped_while_holding(project, command, *arguments):
+    """A command stopped (SIGSTOP) after it has taken a lock, and the lock's file."""
+    running = program.start(project, *command, *arguments)
+    locks = project / ".pipeline"
+    until(lambda: any(file.read_text() for file in locks.rglob("locks/*")), running)
+    os.kill(running.process.pid, signal.SIGSTOP)
+    return running
+
+
+def test_two_extractions_into_one_set(made, project, trial):
+    begin(project, "extract-features")
+    with trial("two at once into one place") as tried:
+        first = stopped_while_holding(project, EXTRACT)
+        second = program.start(project, *EXTRACT, log=project.parent / "second.log")
+        until(lambda: "waiting for it" in second.output, second)
+        named = rf"is being made by process {first.process.pid} on {socket.gethostname()} since 2\d\d\d-\d\d-\d\d "
+        assert re.search(named, second.output), second.output
+        os.kill(first.process.pid, signal.SIGCONT)
+        assert first.end() == 0 and second.end() == 0, first.output + second.output
+        tried.compare(finished(made.root, "extract-features"), finished(project, "extract-features"))
+
+
+def test_a_dead_holders_lock_is_taken_over(made, project, trial):
+    begin(project, "extract-features")
+    with trial("lock of a dead process") as tried:
+        first = stopped_while_holding(project, EXTRACT)
+        first.process.kill()
+        assert first.end() == -signal.SIGKILL
+        assert [file for file in project.rglob("locks/*") if str(first.process.pid) in file.read_text()]
+        output = program.succeed(project, *EXTRACT)
+        assert "waiting" not in output
+        tried.compare(finished(made.root, "extract-features"), finished(project, "extract-features"))
+
+
+def test_two_trainings_or_generations_of_one_name(made, project, trial):
+    for name, command in (("train-fl", TRAIN), ("synthesize", SYNTHESIZE)):
+        with trial("two at once into one place") as tried:
+            begin(project, name)
+            first = stopped_while_holding(project, command)
+            line = program.refuse(
+                project, *command, says=[f"by process {first.process.pid} on", "since 2", "wait until it has ended"],
+                log=project.parent / "second.log",
+            )  # fmt: skip
+            assert name != "train-fl" or "feddifrc-iid-s0 is being made" in line
+            os.kill(first.process.pid, signal.SIGCONT)
+            assert first.end() == 0, first.output
+            tried.compare(finished(made.root, name), finished(project, name))
+
+
+def test_a_lock_file_of_nonsense(made, project, trial):
+    begin(project, "extract-features")
+    with trial("lock of a dead process") as tried:
+        staging = program.run(project, *EXTRACT, "--shard-range", "0:1")[1].splitlines()[-1]
+        for file in program.Path(staging).glob("locks/*"):
+            file.write_bytes(b"\xff\x00 not a holder")
+        shutil.rmtree(project / SET, ignore_errors=True)
+        program.succeed(project, *EXTRACT)
+        tried.compare(finished(made.root, "extract-features"), finished(project, "extract-features"))

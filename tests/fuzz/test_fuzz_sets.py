@@ -1,0 +1,353 @@
+"""Manifests, shards and bases of any content: what is read is what was written, or the fault is named."""
+
+import contextlib
+import json
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from pipeline import config, datasets, feature_store, frozen_model
+from pipeline.datasets import PreparedDataset
+from pipeline.errors import PipelineError
+from pipeline.feature_store import FeatureSet
+from tests import test_faults_data, test_feature_store
+from tests.conftest import write_params
+
+NAMES = ("manifest.json", "basis.h5", "shard-00000.h5", "shard-00001.h5", "shard-00002.h5")
+DATA = ("manifest.json", "train.h5", "test.h5")
+ROWS = np.arange(test_feature_store.ROWS)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A set, a data set, and what they hold."""
+    root = tmp_path_factory.mktemp("fuzz")
+    test_feature_store.write(root / "staging", root / "set")
+    for file in (root / "set").iterdir():
+        unlinked = file.read_bytes()
+        file.unlink()
+        file.write_bytes(unlinked)
+    test_faults_data.write(root / "data")
+    return root, everything(root / "set"), pixels(root / "data")
+
+
+def everything(path):
+    """All that can be read of a set, as bytes."""
+    opened = FeatureSet(path)
+    rows, basis = opened.read(ROWS), opened.basis()
+    layers = [value for layer in basis.layers.values() for value in vars(layer).values()]
+    arrays = [*vars(rows).values(), basis.mean, basis.std, *layers, opened.positive_prompts(rows)]
+    return [np.asarray(array).tobytes() for array in arrays]
+
+
+def pixels(path):
+    opened = PreparedDataset(path)
+    return [np.asarray(value).tobytes() for split in datasets.SPLITS for value in vars(opened.load(split)).values()]
+
+
+def same_or_named(read, expected):
+    """Whatever is read is what was written; else one line."""
+    try:
+        found = read()
+    except PipelineError as error:
+        assert "\n" not in str(error) and str(error)
+        return
+    assert found == expected
+
+
+@contextlib.contextmanager
+def replaced(file, content):
+    """The file with other content, for a while."""
+    good = file.read_bytes()
+    file.unlink()
+    file.write_bytes(content)
+    try:
+        yield
+    finally:
+        file.unlink()
+        file.write_bytes(good)
+
+
+def mutate(content, edits):
+    """Flips, overwrites, removes or inserts bytes; positions are shares of the file's length."""
+    changed = bytearray(content)
+    for where, what, piece in edits:
+        at = int(where * len(changed))
+        if what == "flip" and at < len(changed):
+            changed[at] ^= 1 << (piece[0] % 8 if piece else 0)
+        elif what == "put":
+            changed[at : at + len(piece)] = piece
+        elif what == "cut":
+            del changed[at:]
+        elif what == "insert":
+            changed[at:at] = piece
+    return bytes(changed)
+
+
+EDITS = st.lists(
+    st.tuples(st.floats(0, 1), st.sampled_from(["flip", "put", "cut", "insert"]), st.binary(max_size=16)),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(st.sampled_from(NAMES), EDITS)
+def test_changed_bytes_of_a_set(written, name, edits):
+    root, expected, _ = written
+    file = root / "set" / name
+    with replaced(file, mutate(file.read_bytes(), edits)):
+        same_or_named(lambda: everything(root / "set"), expected)
+
+
+@given(st.sampled_from(NAMES[1:]), EDITS)
+def test_changed_bytes_that_a_manifest_vouches_for(written, name, edits):
+    """The checksum fits: as in a set that somebody made with ill will, or by a program of their own."""
+    root, _, _ = written
+    file, manifest = root / "set" / name, root / "set" / "manifest.json"
+    content = mutate(file.read_bytes(), edits)
+    with replaced(file, content), replaced(manifest, vouching(manifest, file)):
+        with contextlib.suppress(PipelineError):
+            everything(root / "set")
+
+
+def vouching(manifest, *files):
+    """The manifest with the sizes and checksums of these files as they are."""
+    said = json.loads(manifest.read_text())
+    for file in files:
+        entry = next(e for e in [said["basis"], *said["shards"].values()] if e["file"] == file.name)
+        entry |= {"bytes": file.stat().st_size, "sha256": feature_store.schema.provenance.file_sha256(file)}
+    return json.dumps(said).encode()
+
+
+@given(st.sampled_from(DATA), EDITS)
+def test_changed_bytes_of_a_data_set(written, name, edits):
+    root, _, expected = written
+    file = root / "data" / name
+    with replaced(file, mutate(file.read_bytes(), edits)):
+        same_or_named(lambda: pixels(root / "data"), expected)
+
+
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.integers(-(10**400), 10**400), st.floats(), st.text(max_size=10),
+    st.sampled_from([-1, 0, 1, 2**31, 2**63, "all", "label", "first", "../x", "/dev/zero", "shard-00001.h5"]),
+)  # fmt: skip
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def places(values, prefix=()):
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        yield (*prefix, key)
+        if isinstance(value, dict | list):
+            yield from places(value, (*prefix, key))
+
+
+def changed_json(text, changes, fit):
+    """The JSON with values changed (by the number of their place); `fit` makes the fingerprint that of the content."""
+    values = json.loads(text)
+    for number, value in changes:
+        found = list(places(values))
+        *parents, key = found[number % len(found)]
+        inner = values
+        for parent in parents:
+            inner = inner[parent]
+        if value is ...:
+            del inner[key]
+        else:
+            inner[key] = value
+    if fit:
+        with contextlib.suppress(Exception):
+            values["fingerprint"] = feature_store.schema.provenance.fingerprint(values["content"])
+    return json.dumps(values).encode("utf-8", "surrogatepass")
+
+
+CHANGES = st.lists(st.tuples(st.integers(0, 200), JSON | st.just(...)), min_size=1, max_size=3)
+
+
+def at(written_text, *path):
+    return list(places(json.loads(written_text))).index(path)
+
+
+@given(CHANGES, st.booleans())
+@example([("rows_per_shard", 0)], False)  # divided by it
+@example([("content.layers", {})], True)  # the largest of no columns
+@example([("content.layers", {"up_blocks.1": [0]})], True)
+@example([("content.layers", {"up_blocks.1": [0, 10**18]})], True)  # more memory than there is
+@example([("content.layers", {"up_blocks.1": [0, -5]})], True)
+@example([("content.prompts", [["a"]] * 100_000)], True)
+@example([("content.negatives", -5)], True)
+@example([("rows", 2**62)], False)
+@example([("rows", 10**400)], False)
+def test_any_value_in_a_manifest(written, changes, fit):
+    root, expected, _ = written
+    manifest = root / "set" / "manifest.json"
+    text = manifest.read_text()
+    changes = [(at(text, *name.split(".")) if isinstance(name, str) else name, value) for name, value in changes]
+    with replaced(manifest, changed_json(text, changes, fit)):
+        same_or_named(lambda: everything(root / "set"), expected)
+
+
+@given(CHANGES)
+def test_any_value_in_a_data_sets_manifest(written, changes):
+    root, _, expected = written
+    manifest = root / "data" / "manifest.json"
+    with replaced(manifest, changed_json(manifest.read_text(), changes, fit=False)):
+        same_or_named(lambda: pixels(root / "data"), expected)
+
+
+@pytest.mark.parametrize("folder", ["set", "data"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 100_000, b'{"a":' * 100_000, b'{"rows": ' + b"9" * 100_000 + b"}", b'{"rows": NaN}', b"\xef\xbb\xbf{}",
+        b"\x00" * 10, b'"\\ud800"', b"{}" * 2, b" " * 5_000_000, b'{"format_version": 1e400}',
+        b'{"format_version": 1, "format_version": 1}',
+    ],
+    ids=range(11),
+)  # fmt: skip
+def test_json_that_is_no_manifest(written, folder, content):
+    root, _, _ = written
+    with replaced(root / folder / "manifest.json", content), pytest.raises(PipelineError) as caught:
+        (FeatureSet if folder == "set" else PreparedDataset)(root / folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 2000
+
+
+def test_a_key_given_twice_is_read_once(written):
+    """JSON lets a key stand twice; the fingerprint is that of what was read, so nothing slips in beside it."""
+    root, expected, _ = written
+    manifest = root / "set" / "manifest.json"
+    twice = manifest.read_text().replace('"rows_per_shard":', '"rows_per_shard": 3, "rows_per_shard":', 1)
+    with replaced(manifest, twice.encode()):
+        same_or_named(lambda: everything(root / "set"), expected)
+
+
+FIELDS = ("index", "label", "denoised", "prompted", "prompt_class", "crc32")
+DTYPES = st.sampled_from(["<i8", ">i8", "<f2", "<f4", "<f8", "<c8", "u1", "S5", "<i2", "?", "V3"])
+
+
+def link_to_file(h5, name, root):
+    h5[name] = h5py.ExternalLink(str(root / "other.h5"), name)
+
+
+def virtual(h5, name, root):
+    layout = h5py.VirtualLayout((4, 5), "<f2")
+    layout[:] = h5py.VirtualSource(str(root / "other.h5"), "denoised", (4, 5))
+    h5.create_virtual_dataset(name, layout)
+
+
+def external(h5, name, root):
+    h5.create_dataset(name, (4, 5), "<f2", external=[(str(root / "other.bin"), 0, h5py.h5f.UNLIMITED)])
+
+
+STRUCTURES = {
+    "missing": lambda h5, name, root: None,
+    "chunked": lambda h5, name, root: h5.create_dataset(name, data=np.zeros((4, 5), "<f2"), chunks=(2, 5)),
+    "compressed": lambda h5, name, root: h5.create_dataset(name, data=np.zeros((4, 5), "<f2"), compression="gzip"),
+    "group": lambda h5, name, root: h5.create_group(name),
+    "type": lambda h5, name, root: h5.__setitem__(name, np.dtype("<f2")),
+    "scalar": lambda h5, name, root: h5.create_dataset(name, data=1.0),
+    "null": lambda h5, name, root: h5.create_dataset(name, data=h5py.Empty("<f2")),
+    "text": lambda h5, name, root: h5.create_dataset(name, data=["a"] * 4),
+    "huge": lambda h5, name, root: h5.create_dataset(name, (2**50, 5), "<f2", chunks=(1024, 5)),
+    "huge-contiguous": lambda h5, name, root: h5.create_dataset(name, (2**40, 5), "<f2"),
+    "not-allocated": lambda h5, name, root: h5.create_dataset(name, (4, 5), "<f2"),
+    "loop": lambda h5, name, root: h5.__setitem__(name, h5py.SoftLink(f"/{name}")),
+    "loop-of-groups": lambda h5, name, root: h5.__setitem__(name, h5["/"]),
+    "dangling": lambda h5, name, root: h5.__setitem__(name, h5py.SoftLink("/nowhere")),
+    "external-link": link_to_file,
+    "virtual": virtual,
+    "external-data": external,
+    "reference": lambda h5, name, root: h5.create_dataset(name, data=h5.ref, dtype=h5py.ref_dtype),
+    "variable-length": lambda h5, name, root: h5.create_dataset(name, (4,), h5py.vlen_dtype(np.int32)),
+}
+
+
+def restructure(written, file, name, change):
+    """What is read of the set with one dataset of `file` made anew, its manifest vouching for it."""
+    root, expected, _ = written
+    path, manifest = root / "set" / file, root / "set" / "manifest.json"
+    shutil.copy(root / "set" / "shard-00000.h5", root / "other.h5")
+    (root / "other.bin").write_bytes(bytes(1000))
+    with replaced(path, path.read_bytes()):
+        with h5py.File(path, "r+") as h5:
+            if name in h5:
+                del h5[name]
+            change(h5, name, root)
+        with replaced(manifest, vouching(manifest, path)):
+            same_or_named(lambda: everything(root / "set"), expected)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize(
+    "where", ["shard-00000.h5:denoised", "shard-00000.h5:crc32", "basis.h5:mean", "basis.h5:layers"]
+)
+def test_a_dataset_of_another_structure(written, where, structure):
+    restructure(written, *where.split(":"), STRUCTURES[structure])
+
+
+@given(st.sampled_from(FIELDS), DTYPES, st.lists(st.integers(0, 6), max_size=4))
+def test_a_dataset_of_another_type_or_shape(written, name, dtype, shape):
+    restructure(
+        written, "shard-00000.h5", name, lambda h5, name, root: h5.create_dataset(name, data=np.zeros(shape, dtype))
+    )
+
+
+@given(
+    st.sampled_from(["mean", "std", "layers/up_blocks.1/mean", "layers/up_blocks.1/components", "layers/up_blocks.1/x",
+                     "layers/up_blocks.1/explained_variance", "layers/up_blocks.1/total_variance"]),
+    DTYPES, st.lists(st.integers(0, 6), max_size=3),
+)  # fmt: skip
+def test_a_basis_of_another_type_or_shape(written, name, dtype, shape):
+    """Shared by path, a basis has no manifest: it must fit or be refused."""
+    root, _, _ = written
+    file = root / "basis.h5"
+    shutil.copy(root / "set" / "basis.h5", file)
+    with h5py.File(file, "r+") as h5:
+        if name in h5:
+            del h5[name]
+        h5.create_dataset(name, data=np.zeros(shape, dtype))
+    with contextlib.suppress(PipelineError):
+        basis = feature_store.read_basis_file(file, ["up_blocks.1"])
+        assert basis.mean.dtype == basis.std.dtype == np.float64 and basis.mean.ndim == basis.std.ndim == 1
+
+
+@given(EDITS)
+def test_a_shared_basis_of_changed_bytes(written, edits):
+    root, _, _ = written
+    file = root / "shared.h5"
+    file.write_bytes(mutate((root / "set" / "basis.h5").read_bytes(), edits))
+    with contextlib.suppress(PipelineError):
+        feature_store.read_basis_file(file, ["up_blocks.1"])
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """The configuration of a project with an empty model."""
+    root = tmp_path_factory.mktemp("model-manifest")
+    write_params(root, {})
+    loaded = config.load(root / "params.yaml")
+    loaded.backbone_dir.mkdir(parents=True)
+    loaded.backbone_manifest.parent.mkdir(parents=True)
+    return loaded
+
+
+@given(CHANGES | st.just([]), st.binary(max_size=20))
+@example([], b"[" * 100_000)
+@example([("files", {"/dev/zero": "0" * 64})], b"")
+@example([("files", {"a\x00b": "0" * 64})], b"")
+@example([("files", {"x" * 5000: "0" * 64})], b"")
+@example([("files", {".": "0" * 64})], b"")
+def test_any_manifest_of_a_frozen_model(settings, changes, content):
+    text = json.dumps({"name": "x", "source": "y", "revision": None, "files": {"unet/a.safetensors": "0" * 64}})
+    changes = [(at(text, *name.split(".")) if isinstance(name, str) else name, value) for name, value in changes]
+    settings.backbone_manifest.write_bytes(changed_json(text, changes, fit=False) if changes else content)
+    with contextlib.suppress(PipelineError):
+        found = frozen_model.read_checked(settings)
+        assert found["files"] == {}  # no file of that hash is there
