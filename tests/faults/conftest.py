@@ -113,7 +113,8 @@ def project(made, tmp_path) -> Path:
 
 
 def pytest_generate_tests(metafunc) -> None:
-    """`number` counts random moments: two of a kind always, and twenty among the long trials."""
+    """`number` counts random moments: twenty among the long trials, always the first two, of a full disk the first."""
     if "number" in metafunc.fixturenames:
-        long = [pytest.param(number, marks=pytest.mark.faults) for number in range(2, 20)]
-        metafunc.parametrize("number", [0, 1, *long])
+        always = 1 if metafunc.module.__name__.endswith("test_disks") else 2
+        long = [pytest.param(number, marks=pytest.mark.faults) for number in range(always, 20)]
+        metafunc.parametrize("number", [*range(always), *long])

@@ -39,6 +39,7 @@ def foreign_locales(tmp_path):
     return tmp_path
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("language", ["de_DE.UTF-8", "tr_TR.UTF-8"])
 def test_a_foreign_locale(made, project, foreign_locales, trial, language):
     begin(project, "train-fl")
@@ -74,7 +75,7 @@ def images(root, names):
                 Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(stream, "PNG")
 
 
-@pytest.mark.parametrize("environment", [{}, ASCII], ids=["UTF-8", "ASCII"])
+@pytest.mark.parametrize("environment", [pytest.param({}, marks=pytest.mark.faults), ASCII], ids=["UTF-8", "ASCII"])
 def test_names_that_are_not_ascii(abroad, trial, environment):
     images(abroad, ["Käfer", "猫", "naïve café"])
     settings = (
