@@ -48,6 +48,7 @@ def test_runs_of_other_data_are_refused(trained):
         ({"dataset": {"name": "x", "hash": "x"}}, "fedavg-dir05-s1 was made with another dataset.name than"),
     ):
         file.write_text(json.dumps(whole | changes))
+        provenance.write_checksums(file.parent)
         result = invoke(trained, "report")
         assert result.exit_code == 1 and message in result.output
 
