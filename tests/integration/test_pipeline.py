@@ -128,9 +128,9 @@ def test_a_mistake_is_one_line(project, arguments, message):
 
 
 def test_without_a_network_the_hub_is_one_line(project):
-    result = invoke(project, "prepare-backbone", "--name", "x", "--source", "org/model", "--revision", "main")
+    result = invoke(project, "prepare-backbone", "--name", "x", "--source", "org/model", "--revision", "a" * 40)
     assert result.exit_code == 1
-    assert "cannot download org/model at main from the model hub" in result.output
+    assert f"cannot download org/model at {'a' * 40} from the model hub" in result.output
 
 
 COMMANDS = ["prepare-data", "prepare-backbone", "extract-features", "synthesize", "train-fl", "report", "preset"]
