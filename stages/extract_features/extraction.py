@@ -18,15 +18,16 @@ from torch import Tensor
 
 from pipeline import seeding
 from pipeline.datasets import Images
+from pipeline.diffusion import batching, representation
+from pipeline.diffusion.backbones import Backbone, Conditioning
+from pipeline.diffusion.batching import Batcher
+from pipeline.diffusion.representation import Moments, Projector
 from pipeline.feature_store import Basis, Features
 from pipeline.params import ExtractFeatures, Runtime
 from pipeline.progress import progress_bar
-from stages.extract_features import batching, prompts, representation
-from stages.extract_features.backbones import Backbone, Conditioning
-from stages.extract_features.batching import Batcher
+from stages.extract_features import prompts
 from stages.extract_features.image_conditioning import ImageEncoder
 from stages.extract_features.prompts import PromptSet
-from stages.extract_features.representation import Moments, Projector
 
 log = logging.getLogger(__name__)
 

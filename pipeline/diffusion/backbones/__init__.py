@@ -15,12 +15,12 @@ import diffusers
 import torch
 import transformers
 
+from pipeline.diffusion.backbones.base import Backbone, Conditioning, DiffusersBackbone
+from pipeline.diffusion.backbones.dit import DiTBackbone
+from pipeline.diffusion.backbones.pixart import PixArtBackbone
+from pipeline.diffusion.backbones.sd3 import StableDiffusion3Backbone
+from pipeline.diffusion.backbones.unet import UNetBackbone
 from pipeline.errors import PipelineError
-from stages.extract_features.backbones.base import Backbone, Conditioning, DiffusersBackbone
-from stages.extract_features.backbones.dit import DiTBackbone
-from stages.extract_features.backbones.pixart import PixArtBackbone
-from stages.extract_features.backbones.sd3 import StableDiffusion3Backbone
-from stages.extract_features.backbones.unet import UNetBackbone
 
 __all__ = ["Backbone", "Conditioning", "family", "layer_channels", "load"]
 
