@@ -3,7 +3,8 @@
 params.yaml stays the one source of truth that DVC reads; a preset is written into it, comments kept, and `git diff`
 shows what it changed. A key replaces its value; under `methods` and `partitions` an entry replaces the entry of its
 name, whole. `base: NAME` takes that preset first. `experiments` is not merged: it lists values of keys by which the
-whole pipeline is run several times, each as a DVC experiment.
+whole pipeline is run several times, each as a DVC experiment. A preset may stand elsewhere: it is then given by its
+path, which ends in .yaml.
 """
 
 import difflib
@@ -40,7 +41,7 @@ def apply(name: str, params_file: Path) -> Applied:
     """Merges a preset of the project into its params.yaml, or, if the result would not be valid, changes nothing.
 
     Args:
-        name: of a file in presets/ beside `params_file`.
+        name: of a file in presets/ beside `params_file`, or the path of one elsewhere, which ends in .yaml.
         params_file: the project's params.yaml.
 
     Raises:
@@ -77,7 +78,7 @@ def apply(name: str, params_file: Path) -> Applied:
 
 def _read(name: str, folder: Path) -> dict[str, Any]:
     """A preset with its bases under it: section -> keys."""
-    file = folder / f"{name}.yaml"
+    file = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
     if not file.exists():
         known = [path.stem for path in sorted(folder.glob("*.yaml"))]
         near = difflib.get_close_matches(name, known, n=1)

@@ -2,5 +2,6 @@
 
 backbones/          frozen diffusion models, one file a family
 batching.py         batches that fit the memory
+noise.py            the noise of each image
 representation.py   maps -> PCA -> pooled representation
 """

@@ -41,7 +41,7 @@ def load(path: Path, layers: list[str] | str, device: str, dtype: torch.dtype) -
 
     Args:
         path: a diffusers pipeline directory with safetensors weights.
-        layers: names of the layers to read, or "auto" for the family's own choice.
+        layers: names of the layers to read, "auto" for the family's own choice, or "all".
         device: torch device; "meta" builds the denoiser and the VAE without weights, for counting.
         dtype: the denoiser computes in this type.
 
