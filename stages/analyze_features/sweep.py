@@ -54,8 +54,6 @@ def run(config: Config) -> Path:
     index = order[: params.images]
     judge = Judge(data.labels[index], config.params.analyze_features)
     device = devices.resolve(config.params.runtime.device)
-    folder = config.root / "analysis" / "sweep"
-    folder.mkdir(parents=True, exist_ok=True)
     candidates: list[Candidate] = []
     rgb: dict[int, dict[str, np.ndarray]] = {}
     timesteps = sorted(set(params.timesteps))
@@ -78,16 +76,20 @@ def run(config: Config) -> Path:
         "sweep_features": params.model_dump(),
         **provenance.describe(device),
     }
-    _write(folder, candidates, chosen, made_of)
     of = f"{dataset.name} with {backbone['name']}, {len(index)} images"
     preset = recommend.as_preset(chosen, of, params.explained_variance, params.tolerance)
-    atomic.write_text(folder / PRESET, preset)
-    for place, image in enumerate(sample.images[: params.picture_images]):
-        pictured = {timestep: {layer: maps[place] for layer, maps in of.items()} for timestep, of in rgb.items()}
-        atomic.write_bytes(folder / f"maps-{index[place]}.png", figures.maps(image, pictured))
+    target = config.root / "analysis" / "sweep"
+    with atomic.folder_in_place_of(target) as folder:
+        _write(folder, candidates, chosen, made_of)
+        atomic.write_text(folder / PRESET, preset)
+        for place, image in enumerate(sample.images[: params.picture_images]):
+            pictured = {timestep: {layer: maps[place] for layer, maps in of.items()} for timestep, of in rgb.items()}
+            atomic.write_bytes(folder / f"maps-{index[place]}.png", figures.maps(image, pictured))
+        for file in folder.iterdir():
+            atomic.sync(file)
     fused = " + ".join(chosen.layers)
-    log.info("recommended: t = %d, %s; to take it: pipeline preset %s", chosen.timestep, fused, folder / PRESET)
-    return folder / PRESET
+    log.info("recommended: t = %d, %s; to take it: pipeline preset %s", chosen.timestep, fused, target / PRESET)
+    return target / PRESET
 
 
 def judge_layers(judge: Judge, timestep: int, layers: dict[str, LayerFeatures], own: Sequence[str]) -> list[Candidate]:

@@ -25,4 +25,5 @@ def embed(features: np.ndarray, params: AnalyzeFeatures) -> np.ndarray:
     perplexity = min(params.perplexity, (len(features) - 1) / 3)
     seed = seeding.derive(params.seed, "t-SNE") % 2**32
     with threadpool_limits(1):
-        return TSNE(perplexity=perplexity, random_state=seed, n_jobs=1).fit_transform(standardised)
+        start = "pca" if features.shape[1] > 1 else "random"  # one dimension has no second component
+        return TSNE(perplexity=perplexity, init=start, random_state=seed, n_jobs=1).fit_transform(standardised)
