@@ -18,25 +18,20 @@ def analyse(root, *arguments):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def test_it_writes_every_layer_and_class_the_same_twice(project):
-    first = analyse(project)
+def test_it_writes_every_layer_and_class_of_a_sample_the_same_twice(project):
+    first = analyse(project, "--images", "80")
     assert set(first) == {"features.json", "clusters.svg", "tsne.svg", "prompts.svg"}
-    assert analyse(project) == first
+    assert analyse(project, "--images", "80") == first
     found = json.loads(first["features.json"])
     assert list(found["layers"]) == ["up_blocks.1", "up_blocks.2", "up_blocks.3", "fused"]
     assert found["layers"]["fused"]["dims"] == 64 + 48 + 32
-    assert found["images"] == 120 and len(found["classes"]) == 10
+    assert found["images"] == 80 and len(found["classes"]) == 10
     assert found["chance"]["matching_nearest"] == 0.1
-    # the fused margin over all images is that of the classes, weighted by their images: 12 of each in 120 digits or so
     classes = [of_class["margin"] for of_class in found["classes"].values()]
-    assert min(classes) <= found["layers"]["fused"]["margin"] <= max(classes)
+    assert min(classes) < found["layers"]["fused"]["margin"] < max(classes)
 
 
-def test_a_sample_is_all_that_is_read(project):
-    assert json.loads(analyse(project, "--images", "60")["features.json"])["images"] == 60
-
-
-def test_without_features_it_says_what_to_run(tmp_path, project):
+def test_without_features_it_says_what_to_run(project):
     invoked = invoke(project, "analyze-features", "--set", "extract_features.timestep=1")
     assert invoked.exit_code == 1
     assert "digits-tiny-sd-t1 holds no feature set: run `pipeline extract-features`" in invoked.output

@@ -1,5 +1,7 @@
 """A sample before a tiny real model: one pass an image and timestep, and the numbers of a loop of single passes."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -31,9 +33,9 @@ def sample(root, index, **changes):
     return Sample(config, PreparedDataset(config.dataset_dir).load("train"), index)
 
 
-@pytest.fixture
-def passes(monkeypatch):
-    """Images of every pass of the denoiser and of every encoding, by timestep (None: encodings)."""
+@pytest.fixture(scope="module")
+def swept(root):
+    """A sweep by the command: its output, and the images of every encoding (timestep None) and every pass."""
     seen = []
     denoise, encode = DiffusersBackbone.features, DiffusersBackbone.encode_images
 
@@ -47,19 +49,33 @@ def passes(monkeypatch):
         seen.append((None, len(images)))
         return encode(self, images, image_size)
 
-    monkeypatch.setattr(DiffusersBackbone, "features", features)
-    monkeypatch.setattr(DiffusersBackbone, "encode_images", encode_images)
-    return seen
-
-
-def test_the_sweep_passes_each_image_once_a_timestep_and_encodes_it_once(root, passes):
-    invoked = invoke(
-        root, "sweep-features", "--timesteps", "[600, 100]", "--images", "32", "--basis-images", "10",
-        "--set", "runtime.unet_batch_size=8", "--set", "analyze_features.splits=1",
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DiffusersBackbone, "features", features)
+        patch.setattr(DiffusersBackbone, "encode_images", encode_images)
+        invoked = invoke(
+            root, "sweep-features", "--timesteps", "[600, 100]", "--images", "32", "--basis-images", "10",
+            "--picture-images", "1", "--set", "runtime.unet_batch_size=8", "--set", "analyze_features.splits=1",
+        )  # fmt: skip
     assert invoked.exit_code == 0, invoked.output
+    return invoked.output, seen
+
+
+def test_the_sweep_passes_each_image_once_a_timestep_and_encodes_it_once(swept):
+    _, passes = swept
     assert sum(count for timestep, count in passes if timestep is None) == 32
-    assert [entry for entry in passes if entry[0] is not None] == [(100, 8)] * 4 + [(600, 8)] * 4
+    assert sorted(entry for entry in passes if entry[0] is not None) == [(100, 8)] * 4 + [(600, 8)] * 4
+
+
+def test_the_table_has_every_layer_and_their_fusions_at_every_timestep(root, swept):
+    folder = root / "analysis" / "sweep"
+    assert {file.suffix for file in folder.iterdir()} == {".csv", ".json", ".svg", ".png", ".yaml"}
+    table = json.loads((folder / "sweep.json").read_text())
+    for timestep in (100, 600):
+        sets = [row["layers"] for row in table["rows"] if row["timestep"] == timestep]
+        assert sets[:4] == [[layer] for layer in LAYERS]
+        assert LAYERS in sets and LAYERS[1:] in sets
+    assert table["recommended"] in table["rows"]
+    assert len((folder / "sweep.csv").read_text().splitlines()) == 1 + len(table["rows"])
 
 
 def test_representations_are_those_of_one_pass_at_a_time(root):
@@ -131,25 +147,14 @@ def test_colours_span_their_range_over_all_images():
     assert as_colours(maps[:0], basis(1, 1)).shape == (0, 1, 2, 3)
 
 
-def test_the_recommendation_is_a_preset_that_can_be_extracted(root):
-    invoked = invoke(
-        root, "sweep-features", "--timesteps", "[50, 100]", "--images", "30", "--picture-images", "1",
-        "--explained-variance", "0.5", "--set", "analyze_features.splits=1",
-    )  # fmt: skip
-    preset = invoked.output.splitlines()[-1]
-    assert {file.suffix for file in (root / "analysis" / "sweep").iterdir()} == {
-        ".csv",
-        ".json",
-        ".svg",
-        ".png",
-        ".yaml",
-    }
+def test_the_recommendation_is_a_preset_that_can_be_extracted(root, swept):
+    preset = swept[0].splitlines()[-1]
     before = (root / "params.yaml").read_bytes()
     try:
         applied = invoke(root, "preset", preset)
         assert applied.exit_code == 0, applied.output
         chosen = configuration.load(root / "params.yaml").params.extract_features
-        assert chosen.timestep in (50, 100) and len(chosen.layers) == len(chosen.dims)
+        assert chosen.timestep in (100, 600) and len(chosen.layers) == len(chosen.dims)
         assert extract(root).name == f"digits-tiny-t{chosen.timestep}"
     finally:
         (root / "params.yaml").write_bytes(before)
