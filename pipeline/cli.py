@@ -204,7 +204,7 @@ def sweep_features(config: "Config") -> None:
       pipeline sweep-features --timesteps "[100, 200, 300]" --images 500
       pipeline preset analysis/sweep/recommended.yaml
     """
-    _report_path(_stage("analyze_features").sweep(config))
+    _report_path(_stage("analyze_features.sweep").run(config))
 
 
 @main.command("synthesize", cls=StageCommand, section="synthesize")

@@ -80,6 +80,8 @@ def _read(name: str, folder: Path) -> dict[str, Any]:
     """A preset with its bases under it: section -> keys."""
     file = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
     if not file.exists():
+        if name.endswith(".yaml"):
+            raise PipelineError(f"{file} is missing: a preset is a name in {folder}, or a path that ends in .yaml")
         known = [path.stem for path in sorted(folder.glob("*.yaml"))]
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known) or 'none'}"

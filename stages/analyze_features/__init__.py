@@ -1,6 +1,8 @@
-"""Stage analyze-features: what the representations hold -> analysis/; and the sweep that chooses among them."""
+"""Stage analyze-features: what the cached features hold -> analysis/.
+
+Its sweep, `stages.analyze_features.sweep`, runs the frozen model; the stage itself imports without it.
+"""
 
 from stages.analyze_features.run import run
-from stages.analyze_features.sweep import run as sweep
 
-__all__ = ["run", "sweep"]
+__all__ = ["run"]

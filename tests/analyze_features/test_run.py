@@ -1,6 +1,8 @@
 """The stage on a small real project: what it writes, twice the same, and how it refuses."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 
@@ -35,6 +37,12 @@ def test_without_features_it_says_what_to_run(project):
     invoked = invoke(project, "analyze-features", "--set", "extract_features.timestep=1")
     assert invoked.exit_code == 1
     assert "digits-tiny-sd-t1 holds no feature set: run `pipeline extract-features`" in invoked.output
+
+
+def test_it_imports_without_the_frozen_models_libraries():
+    """So that whoever pulled a feature set can look at it at once."""
+    code = "import sys, stages.analyze_features; sys.exit({'torch', 'diffusers', 'transformers'} & set(sys.modules) != set())"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_one_dimension_and_few_points_still_make_a_plane():
