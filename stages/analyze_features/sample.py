@@ -57,6 +57,8 @@ class Sample:
         params, runtime = config.params.extract_features, config.params.runtime
         device, dtype = devices.resolve(runtime.device), getattr(torch, params.dtype)
         self.backbone = backbones.load(config.backbone_dir, "all", device, dtype)
+        if runtime.compile:
+            self.backbone.compile()
         self.images = data.take(index).images
         self._params, self._dtype = config.params.sweep_features, params.dtype
         self._prompt = self.backbone.encode_prompts([params.denoise_prompt])

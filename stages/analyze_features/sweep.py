@@ -46,50 +46,45 @@ def run(config: Config) -> Path:
         PipelineError: the data set or the backbone is missing or changed, or the sample is too small.
     """
     params = config.params.sweep_features
-    dataset = PreparedDataset(config.dataset_dir)
-    backbone = frozen_model.read_checked(config)
-    own = list(backbones.layer_channels(config.backbone_dir, "auto"))
+    dataset, backbone = PreparedDataset(config.dataset_dir), frozen_model.read_checked(config)
     data = dataset.load("train")
     order = seeding.numpy_generator(config.params.analyze_features.seed, "swept images").permutation(len(data))
     index = order[: params.images]
     judge = Judge(data.labels[index], config.params.analyze_features)
-    device = devices.resolve(config.params.runtime.device)
-    candidates: list[Candidate] = []
-    rgb: dict[int, dict[str, np.ndarray]] = {}
-    timesteps = sorted(set(params.timesteps))
-    with batching.reproducible(device, getattr(torch, config.params.extract_features.dtype)):
+    with batching.reproducible(devices.resolve(config.params.runtime.device), _dtype(config)):
         sample = Sample(config, data, index)
-        with progress_bar(len(timesteps) * len(index), "sweep", "image") as bar:
-            for timestep in timesteps:
-                layers = sample.represent(timestep, bar.update)
-                candidates += judge_layers(judge, timestep, layers, own)
-                rgb[timestep] = {layer: found.rgb for layer, found in layers.items()}
+        candidates, rgb = _sweep(config, sample, judge)
     chosen = recommend.recommend(candidates, params.tolerance)
-    made_of = {
-        "dataset": {"name": dataset.name, "hash": dataset.hash},
-        "backbone": {key: backbone[key] for key in ("name", "source", "revision")},
-        "images": len(index),
-        "judged_by": config.params.analyze_features.model_dump(include={"validation_fraction", "splits", "seed"}),
-        "extract_features": config.params.extract_features.model_dump(
-            include={"image_size", "denoise_prompt", "noise_seed", "dtype"}
-        ),
-        "sweep_features": params.model_dump(),
-        **provenance.describe(device),
-    }
-    of = f"{dataset.name} with {backbone['name']}, {len(index)} images"
-    preset = recommend.as_preset(chosen, of, params.explained_variance, params.tolerance)
+    described = f"{dataset.name} with {backbone['name']}, {len(index)} images"
     target = config.root / "analysis" / "sweep"
     with atomic.folder_in_place_of(target) as folder:
-        _write(folder, candidates, chosen, made_of)
+        _write_table(folder, candidates, chosen, _made_of(config, dataset, backbone, len(index)))
+        preset = recommend.as_preset(chosen, described, params.explained_variance, params.tolerance)
         atomic.write_text(folder / PRESET, preset)
         for place, image in enumerate(sample.images[: params.picture_images]):
-            pictured = {timestep: {layer: maps[place] for layer, maps in of.items()} for timestep, of in rgb.items()}
+            pictured = {
+                timestep: {layer: maps[place] for layer, maps in found.items()} for timestep, found in rgb.items()
+            }
             atomic.write_bytes(folder / f"maps-{index[place]}.png", figures.maps(image, pictured))
         for file in folder.iterdir():
             atomic.sync(file)
     fused = " + ".join(chosen.layers)
     log.info("recommended: t = %d, %s; to take it: pipeline preset %s", chosen.timestep, fused, target / PRESET)
     return target / PRESET
+
+
+def _sweep(config: Config, sample: Sample, judge: Judge) -> tuple[list[Candidate], dict[int, dict[str, np.ndarray]]]:
+    """All candidates, and timestep -> layer -> the pictured images' colours."""
+    own = list(backbones.layer_channels(config.backbone_dir, "auto"))
+    timesteps = sorted(set(config.params.sweep_features.timesteps))
+    candidates: list[Candidate] = []
+    rgb = {}
+    with progress_bar(len(timesteps) * len(sample.images), "sweep", "image") as bar:
+        for timestep in timesteps:
+            layers = sample.represent(timestep, bar.update)
+            candidates += judge_layers(judge, timestep, layers, own)
+            rgb[timestep] = {layer: found.rgb for layer, found in layers.items()}
+    return candidates, rgb
 
 
 def judge_layers(judge: Judge, timestep: int, layers: dict[str, LayerFeatures], own: Sequence[str]) -> list[Candidate]:
@@ -109,7 +104,7 @@ def judge_layers(judge: Judge, timestep: int, layers: dict[str, LayerFeatures], 
     return found
 
 
-def _write(folder: Path, candidates: list[Candidate], chosen: Candidate, made_of: dict[str, Any]) -> None:
+def _write_table(folder: Path, candidates: list[Candidate], chosen: Candidate, made_of: dict[str, Any]) -> None:
     """The table as CSV and JSON, and its curves."""
     rows = [candidate.row() for candidate in candidates]
     stream = io.StringIO()
@@ -121,3 +116,21 @@ def _write(folder: Path, candidates: list[Candidate], chosen: Candidate, made_of
     summary = {"rows": rows, "recommended": chosen.row(), "made_of": made_of}
     provenance.write_json(folder / "sweep.json", summary)
     atomic.write_text(folder / "sweep.svg", figures.curves(rows, chosen.row()))
+
+
+def _made_of(config: Config, dataset: PreparedDataset, backbone: dict[str, Any], images: int) -> dict[str, Any]:
+    """What decides the numbers, for sweep.json."""
+    keys = {"image_size", "denoise_prompt", "noise_seed", "dtype"}
+    return {
+        "dataset": {"name": dataset.name, "hash": dataset.hash},
+        "backbone": {key: backbone[key] for key in ("name", "source", "revision")},
+        "images": images,
+        "judged_by": config.params.analyze_features.model_dump(include={"validation_fraction", "splits", "seed"}),
+        "extract_features": config.params.extract_features.model_dump(include=keys),
+        "sweep_features": config.params.sweep_features.model_dump(),
+        **provenance.describe(devices.resolve(config.params.runtime.device)),
+    }
+
+
+def _dtype(config: Config) -> torch.dtype:
+    return getattr(torch, config.params.extract_features.dtype)
