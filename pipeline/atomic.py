@@ -62,8 +62,17 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         PipelineError: it cannot be written; what stood there is kept.
     """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file in place of what stood there.
+
+    Raises:
+        PipelineError: it cannot be written; what stood there is kept.
+    """
     with whole_or_not_at_all(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="")
+        temporary.write_bytes(content)
 
 
 @contextlib.contextmanager

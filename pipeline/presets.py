@@ -4,7 +4,8 @@ params.yaml stays the one source of truth that DVC reads; a preset is written in
 shows what it changed. A key replaces its value; under `methods` and `partitions` an entry replaces the entry of its
 name, whole. `base: NAME`, or a list of names, takes those presets first, later ones over earlier ones. `experiments`
 is not merged: it lists values of keys by which the whole pipeline is run several times, each as a DVC experiment.
-A value is lost by a merge only if it is asked for: one that neither git nor a preset holds stops it.
+A value is lost by a merge only if it is asked for: one that neither git nor a preset holds stops it. A preset may
+stand elsewhere: it is then given by its path, which ends in .yaml.
 """
 
 import difflib
@@ -42,7 +43,7 @@ def apply(name: str, params_file: Path, force: bool = False) -> Applied:
     """Merges a preset of the project into its params.yaml, or, if the result would not be valid, changes nothing.
 
     Args:
-        name: of a file in presets/ beside `params_file`.
+        name: of a file in presets/ beside `params_file`, or the path of one elsewhere, which ends in .yaml.
         params_file: the project's params.yaml.
         force: replace also what was edited by hand and stands nowhere else.
 
@@ -86,8 +87,10 @@ def apply(name: str, params_file: Path, force: bool = False) -> Applied:
 
 def _read(name: str, folder: Path) -> dict[str, Any]:
     """A preset with its bases under it: section -> keys."""
-    file = folder / f"{name}.yaml"
+    file = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
     if not file.exists():
+        if name.endswith(".yaml"):
+            raise PipelineError(f"{file} is missing: a preset is a name in {folder}, or a path that ends in .yaml")
         known = [path.stem for path in sorted(folder.glob("*.yaml"))]
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known) or 'none'}"

@@ -61,6 +61,16 @@ def test_a_preset_that_does_not_fit_changes_nothing(project):
     assert not list(project.glob("*.tmp"))
 
 
+def test_a_preset_may_stand_elsewhere(project, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "mine.yaml"
+    elsewhere.write_text("# mine\nbase: digits-table\nextract_features: {timestep: 50}\n")
+    assert invoke(project, "preset", str(elsewhere)).exit_code == 0
+    assert config.load(project / "params.yaml").params.extract_features.timestep == 50
+    elsewhere.unlink()
+    said = invoke(project, "preset", str(elsewhere))
+    assert said.exit_code == 1 and "mine.yaml is missing: a preset is a name in" in said.output
+
+
 def test_the_command_lists_and_merges(project):
     listed = invoke(project, "preset")
     assert all(name in listed.output for name in SHIPPED)

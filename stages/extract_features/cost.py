@@ -13,9 +13,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import Config
-from stages.extract_features import backbones, batching
+from pipeline.diffusion import backbones, batching
+from pipeline.diffusion.backbones import Conditioning
 from stages.extract_features import plan as planning
-from stages.extract_features.backbones import Conditioning
 from stages.extract_features.extraction import Extraction
 from stages.extract_features.run import load
 

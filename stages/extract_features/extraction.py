@@ -16,17 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import seeding
 from pipeline.datasets import Images
+from pipeline.diffusion import batching, noise, representation
+from pipeline.diffusion.backbones import Backbone, Conditioning
+from pipeline.diffusion.batching import Batcher
+from pipeline.diffusion.representation import Moments, Projector
 from pipeline.feature_store import Basis, Features
 from pipeline.params import ExtractFeatures, Runtime
 from pipeline.progress import progress_bar
-from stages.extract_features import batching, prompts, representation
-from stages.extract_features.backbones import Backbone, Conditioning
-from stages.extract_features.batching import Batcher
+from stages.extract_features import prompts
 from stages.extract_features.image_conditioning import ImageEncoder
 from stages.extract_features.prompts import PromptSet
-from stages.extract_features.representation import Moments, Projector
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +68,10 @@ class Extraction:
         self.latent_shape = backbone.encode_images(data.take(np.zeros(1, np.int64)).images, params.image_size).shape[1:]
         positions = int(np.prod(self.latent_shape[1:]))
         workers = batching.workers_for(backbone.device, positions)
+        size = batching.batch_size(runtime.unet_batch_size, backbone.device, positions, self._blank_pass)
         if runtime.compile:
             backbone.compile()
-        self.batcher = Batcher(self._batch_size(runtime), workers, check)
+        self.batcher = Batcher(size, workers, check)
         pixels = params.image_size**2
         vae_batch = batching.CPU_BATCH if backbone.device == "cpu" else max(1, min(32, 32 * 256**2 // pixels))
         self._vae_batcher = Batcher(min(vae_batch, self.batcher.batch_size), workers, check)
@@ -92,13 +93,8 @@ class Extraction:
 
     def host_input(self, index: np.ndarray) -> HostInput:
         """Reads these images and draws their noise: the processor's part, to be done ahead of the device's."""
-        noise = [
-            torch.randn(
-                self.latent_shape, generator=seeding.torch_generator(self.params.noise_seed, "noise", int(sample))
-            )
-            for sample in index
-        ]
-        return HostInput(self.data.take(index).images, torch.stack(noise))
+        drawn = noise.draw(self.latent_shape, self.params.noise_seed, index)
+        return HostInput(self.data.take(index).images, drawn)
 
     def encode(self, images: np.ndarray) -> Tensor:
         """uint8 (n, H, W, 3) -> latents, float32 (n, C, h, w) on the device."""
@@ -205,15 +201,6 @@ class Extraction:
         """All prompts, texts of one averaged; the generic one comes last."""
         texts = [*self._prompt_set.texts, [self.params.denoise_prompt]]
         return backbone.encode_prompts([text for group in texts for text in group]).average(list(map(len, texts)))
-
-    def _batch_size(self, runtime: Runtime) -> int:
-        if runtime.unet_batch_size != "auto":
-            return runtime.unet_batch_size
-        if self.backbone.device == "cpu":
-            return batching.cpu_batch(int(np.prod(self.latent_shape[1:])))
-        size = batching.largest_batch(self._blank_pass, self.backbone.device)
-        log.info("batches of %d passes fit into memory", size)
-        return size
 
     def _blank_pass(self, rows: Tensor) -> dict[str, Tensor]:
         noisy = torch.zeros(len(rows), *self.latent_shape, device=self.backbone.device)

@@ -14,8 +14,8 @@ from torch.nn import functional
 from transformers import CLIPVisionModelWithProjection
 
 from pipeline import provenance
+from pipeline.diffusion.backbones.base import load_part
 from pipeline.errors import PipelineError
-from stages.extract_features.backbones.base import load_part
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own pixel statistics
 _STD = (0.26862954, 0.26130258, 0.27577711)

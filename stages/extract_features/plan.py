@@ -6,9 +6,10 @@ from pathlib import Path
 from pipeline import devices, frozen_model, provenance
 from pipeline.config import Config
 from pipeline.datasets import PreparedDataset
+from pipeline.diffusion import backbones, representation
 from pipeline.errors import PipelineError
 from pipeline.feature_store import Content, Plan
-from stages.extract_features import backbones, basis, image_conditioning, prompts, representation
+from stages.extract_features import basis, image_conditioning, prompts
 from stages.extract_features.prompts import PromptSet
 
 EXTRACTION_VERSION = 1

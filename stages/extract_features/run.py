@@ -1,13 +1,11 @@
 """Runs stage 1: every training image through the frozen model once per prompt, into a checked, resumable feature set.
 
+pipeline/diffusion  the frozen model, batches, and maps -> PCA -> pooled representation
 plan.py             what is to be extracted
-backbones/          frozen diffusion models
 prompts.py          which prompts an image is shown with
 image_conditioning.py  optionally, the image itself as part of the prompt
 extraction.py       the computation
-representation.py   maps -> PCA -> pooled representation
 basis.py            the PCA basis, fitted or shared
-batching.py         batches that fit the memory
 latents.py          latents kept for the next extraction
 scheduling.py       who computes which shard
 cost.py             what it will cost
@@ -26,18 +24,19 @@ import torch
 
 from pipeline import feature_store, provenance, seeding
 from pipeline.config import Config
+from pipeline.diffusion import backbones, batching
+from pipeline.diffusion.representation import Projector
 from pipeline.errors import PipelineError
 from pipeline.feature_store import Basis, Features, FeatureSetWriter, Plan
 from pipeline.progress import progress_bar
-from stages.extract_features import backbones, batching, scheduling
 from stages.extract_features import basis as pca
 from stages.extract_features import plan as planning
+from stages.extract_features import scheduling
 from stages.extract_features.extraction import Extraction, HostInput
 from stages.extract_features.image_conditioning import ImageEncoder
 from stages.extract_features.latents import LatentCache
 from stages.extract_features.ledger import Ledger
 from stages.extract_features.plan import Job
-from stages.extract_features.representation import Projector
 from stages.extract_features.scheduling import Claim
 
 log = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ import torch
 from pipeline import seeding
 from pipeline.config import load
 from pipeline.datasets import PreparedDataset
+from pipeline.diffusion import backbones
 from pipeline.feature_store import FeatureSet, verification
-from stages.extract_features import backbones
 from stages.extract_features.cost import count_flops
 from tests.conftest import invoke
 from tests.extract_features import tiny_models

@@ -29,7 +29,8 @@ def root(tmp_path_factory) -> Path:
     dvc(root, "init", "--no-scm", "--quiet")
     shutil.copytree(REPOSITORY / ".dvc" / "plots", root / ".dvc" / "plots", dirs_exist_ok=True)
     output = dvc(root, "repro")
-    assert ran(output) == {"prepare-data", "prepare-backbone", "extract-features", "synthesize", *TRAINING, "report"}
+    before_training = {"prepare-data", "prepare-backbone", "extract-features", "analyze-features", "synthesize"}
+    assert ran(output) == {*before_training, *TRAINING, "report"}
     return root
 
 
@@ -75,7 +76,8 @@ def test_a_training_parameter_extracts_nothing_and_needs_no_weights(root):
 
 def test_metrics_and_plots_are_declared(root):
     metrics = json.loads(dvc(root, "metrics", "show", "--json"))[""]["data"]
-    assert set(metrics) == {f"results/{method}-dir05-s0/metrics.json" for method in ("fedavg", "feddifrc")}
+    runs = {f"results/{method}-dir05-s0/metrics.json" for method in ("fedavg", "feddifrc")}
+    assert set(metrics) == runs | {"analysis/features.json"}
     plots = json.loads(dvc(root, "plots", "show", "--json"))["data"]["Accuracy per method"][0]
     assert {row["method"] for row in plots["content"]["data"]["values"]} == {"fedavg", "feddifrc"}
     assert len((root / "report" / "curves.csv").read_text().splitlines()) == 1 + 2 * 3

@@ -13,8 +13,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import Tensor
 from torch.nn import functional
 
-from stages.extract_features.backbones.base import Conditioning, TokenBackbone
-from stages.extract_features.backbones.text import clip_states, t5_states
+from pipeline.diffusion.backbones.base import Conditioning, TokenBackbone
+from pipeline.diffusion.backbones.text import clip_states, t5_states
 
 _T5_LENGTH = 256
 

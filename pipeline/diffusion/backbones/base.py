@@ -118,13 +118,13 @@ class DiffusersBackbone:
 
     @classmethod
     def layer_channels(cls, path: Path, layers: list[str] | str) -> dict[str, int]:
-        """Layer -> number of channels, from the configuration alone; "auto" is the family's own choice."""
+        """Layer -> number of channels, from the configuration alone; "auto" is the family's choice, "all" has each."""
         try:
             config: dict[str, Any] = cls.model_class.load_config(path / cls.component)
             known, chosen = cls._known_layers(config)
         except (OSError, ValueError, KeyError) as error:
             raise PipelineError(f"{path / cls.component}/config.json cannot be read ({error})") from None
-        wanted = chosen if layers == "auto" else layers
+        wanted = chosen if layers == "auto" else known if layers == "all" else layers
         for layer in wanted:
             if layer not in known:
                 raise PipelineError(

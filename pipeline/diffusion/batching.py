@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -135,6 +135,24 @@ class Batcher:
 def cpu_batch(positions: int) -> int:
     """Pairs per batch on the CPU: 16, and up to 64 for latents so small that calls would outweigh a batch's work."""
     return max(CPU_BATCH, min(64, 4096 // positions // CPU_BATCH * CPU_BATCH))
+
+
+def batch_size(wanted: Literal["auto"] | int, device: str, positions: int, blank_pass: Callable[[Tensor], Any]) -> int:
+    """Pairs per batch of the denoiser: the number asked for, or what suits the device.
+
+    Args:
+        wanted: `runtime.unet_batch_size`.
+        device: torch device.
+        positions: height times width of a latent.
+        blank_pass: a pass for an index of rows, to measure a GPU by.
+    """
+    if wanted != "auto":
+        return wanted
+    if device == "cpu":
+        return cpu_batch(positions)
+    size = largest_batch(blank_pass, device)
+    log.info("batches of %d passes fit into memory", size)
+    return size
 
 
 def workers_for(device: str, positions: int) -> int:

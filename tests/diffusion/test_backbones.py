@@ -6,8 +6,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines import DiffusionPipeline
 
+from pipeline.diffusion import backbones
 from pipeline.errors import PipelineError
-from stages.extract_features import backbones
 from tests.extract_features import tiny_models
 from tests.extract_features.tiny_models import FAMILIES
 

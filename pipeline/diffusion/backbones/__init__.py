@@ -15,12 +15,12 @@ import diffusers
 import torch
 import transformers
 
+from pipeline.diffusion.backbones.base import Backbone, Conditioning, DiffusersBackbone
+from pipeline.diffusion.backbones.dit import DiTBackbone
+from pipeline.diffusion.backbones.pixart import PixArtBackbone
+from pipeline.diffusion.backbones.sd3 import StableDiffusion3Backbone
+from pipeline.diffusion.backbones.unet import UNetBackbone
 from pipeline.errors import PipelineError
-from stages.extract_features.backbones.base import Backbone, Conditioning, DiffusersBackbone
-from stages.extract_features.backbones.dit import DiTBackbone
-from stages.extract_features.backbones.pixart import PixArtBackbone
-from stages.extract_features.backbones.sd3 import StableDiffusion3Backbone
-from stages.extract_features.backbones.unet import UNetBackbone
 
 __all__ = ["Backbone", "Conditioning", "family", "layer_channels", "load"]
 
@@ -41,7 +41,7 @@ def load(path: Path, layers: list[str] | str, device: str, dtype: torch.dtype) -
 
     Args:
         path: a diffusers pipeline directory with safetensors weights.
-        layers: names of the layers to read, or "auto" for the family's own choice.
+        layers: names of the layers to read, "auto" for the family's own choice, or "all".
         device: torch device; "meta" builds the denoiser and the VAE without weights, for counting.
         dtype: the denoiser computes in this type.
 

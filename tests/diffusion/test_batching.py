@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 
+from pipeline.diffusion import batching
+from pipeline.diffusion.batching import Batcher, reproducible
 from pipeline.errors import PipelineError
-from stages.extract_features import batching
-from stages.extract_features.batching import Batcher, reproducible
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
+from pipeline.diffusion.backbones.base import load_part
 from pipeline.errors import PipelineError
-from stages.extract_features.backbones.base import load_part
 
 _PROMPTS_PER_BATCH = 32
 

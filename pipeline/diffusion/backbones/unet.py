@@ -12,9 +12,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from pipeline.diffusion.backbones.base import Conditioning, DiffusersBackbone
+from pipeline.diffusion.backbones.text import clip_states
 from pipeline.errors import PipelineError
-from stages.extract_features.backbones.base import Conditioning, DiffusersBackbone
-from stages.extract_features.backbones.text import clip_states
 
 
 class UNetBackbone(DiffusersBackbone):

@@ -8,8 +8,8 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
-from stages.extract_features.backbones.base import Conditioning, TokenBackbone
-from stages.extract_features.backbones.text import t5_states
+from pipeline.diffusion.backbones.base import Conditioning, TokenBackbone
+from pipeline.diffusion.backbones.text import t5_states
 
 _TEXT_LENGTH = 120  # PixArt-alpha's; Sigma was trained with up to 300, which short prompts do not need
 

@@ -11,8 +11,8 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
+from pipeline.diffusion.backbones.base import Conditioning, TokenBackbone
 from pipeline.errors import PipelineError
-from stages.extract_features.backbones.base import Conditioning, TokenBackbone
 
 
 class DiTBackbone(TokenBackbone):

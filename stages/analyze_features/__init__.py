@@ -1,0 +1,8 @@
+"""Stage analyze-features: what the cached features hold -> analysis/.
+
+Its sweep, `stages.analyze_features.sweep`, runs the frozen model; the stage itself imports without it.
+"""
+
+from stages.analyze_features.run import run
+
+__all__ = ["run"]

@@ -1,0 +1,128 @@
+"""Runs the stage: what the cached feature set holds, layer by layer; no frozen model is needed.
+
+analysis/features.json   per layer and for their fusion: linear probe, clusters, and the margin of matching prompts
+analysis/clusters.svg    probe accuracy, purity, NMI and ARI per layer (the paper's Fig. 3)
+analysis/tsne.svg        t-SNE of the denoising representations (Fig. 2)
+analysis/prompts.svg     class x nearest prompt, and the margin per class
+
+judge.py     linear probe and clusters
+margins.py   matching against non-matching prompts
+tsne.py      a plane to look at
+figures.py   the pictures
+sweep.py     timesteps and layers on a sample, through the frozen model; recommend.py chooses among them
+
+Everything is of training images, at most `images` of them.
+"""
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import atomic, provenance, seeding
+from pipeline.config import Config
+from pipeline.errors import PipelineError
+from pipeline.feature_store import Features, FeatureSet
+from pipeline.params import AnalyzeFeatures
+from pipeline.progress import track
+from stages.analyze_features import figures, margins, tsne
+from stages.analyze_features.judge import Judge
+from stages.analyze_features.margins import Similarities
+
+log = logging.getLogger(__name__)
+
+FUSED = "fused"
+"""All columns of the set: its layers, one after the other."""
+
+
+def run(config: Config) -> Path:
+    """Analyses the feature set that params.yaml describes.
+
+    Returns:
+        analysis/features.json.
+
+    Raises:
+        PipelineError: the set is missing or damaged, or has too few images or prompts.
+    """
+    params = config.params.analyze_features
+    features = FeatureSet(config.features_dir)
+    content = features.manifest.content
+    if features.manifest.prompts_per_image < 2:
+        raise PipelineError(f"{features.path} has one prompt an image: there are no others to compare it with")
+    rows = _read_sample(features, params.images, params.seed)
+    columns = {layer: slice(*span) for layer, span in content.layers.items()} | {FUSED: slice(0, content.num_dims)}
+    similar = {name: _similarities(features, rows, part) for name, part in columns.items()}
+    scores = _scores(rows, columns, similar, params)
+    by_class = {
+        content.class_names[label]: similar[FUSED].means(rows.label == label) for label in np.unique(rows.label)
+    }
+    folder = config.root / "analysis"
+    folder.mkdir(exist_ok=True)
+    _draw(folder, features, rows, columns, scores, similar[FUSED], params)
+    provenance.write_json(
+        folder / "features.json",
+        {
+            "feature_set": {"name": features.path.name, "fingerprint": features.manifest.fingerprint},
+            "timestep": content.timestep,
+            "images": len(rows.label),
+            "chance": _chance(rows),
+            "layers": scores,
+            "classes": by_class,
+        },
+    )
+    return folder / "features.json"
+
+
+def _read_sample(features: FeatureSet, count: int, seed: int) -> Features:
+    """At most `count` rows."""
+    order = seeding.numpy_generator(seed, "analysed images").permutation(features.manifest.rows)
+    return features.read(np.sort(order[:count]))
+
+
+def _similarities(features: FeatureSet, rows: Features, part: slice) -> Similarities:
+    return margins.similarities(rows.denoised[:, part], rows.prompted[:, :, part], features.positive_prompts(rows))
+
+
+def _scores(
+    rows: Features, columns: dict[str, slice], similar: dict[str, Similarities], params: AnalyzeFeatures
+) -> dict[str, dict[str, Any]]:
+    """Layer -> its numbers in features.json."""
+    judge, everyone = Judge(rows.label, params), np.ones(len(rows.label), bool)
+    found = {}
+    for name, part in track(columns.items(), "analyze", len(columns), "layer"):
+        dims = part.stop - part.start
+        found[name] = {"dims": dims, **asdict(judge.scores(rows.denoised[:, part])), **similar[name].means(everyone)}
+        log.info("%s: %d dims, linear probe %.2f %%", name, dims, 100 * found[name]["probe_accuracy"])
+    return found
+
+
+def _chance(rows: Features) -> dict[str, float]:
+    """What representations that tell nothing would reach."""
+    most_frequent = np.bincount(rows.label).max() / len(rows.label)
+    return {
+        "probe_accuracy": round(float(most_frequent), 6),
+        "matching_nearest": round(1 / rows.prompt_class.shape[1], 6),
+    }
+
+
+def _draw(
+    folder: Path,
+    features: FeatureSet,
+    rows: Features,
+    columns: dict[str, slice],
+    scores: dict[str, dict[str, Any]],
+    similar: Similarities,
+    params: AnalyzeFeatures,
+) -> None:
+    content = features.manifest.content
+    shown = tsne.choose(len(rows.label), params)
+    embedded = {name: tsne.embed(rows.denoised[shown, part], params) for name, part in columns.items()}
+    nearest = rows.prompt_class[np.arange(len(rows.label)), similar.nearest()]
+    share = margins.confusion(nearest, rows.label, len(content.class_names), len(content.prompts))
+    prompts = [texts[0] for texts in content.prompts]
+    own = [similar.margins()[rows.label == label] for label in range(len(content.class_names))]
+    atomic.write_text(folder / "clusters.svg", figures.bars(scores))
+    atomic.write_text(folder / "tsne.svg", figures.scatter(embedded, rows.label[shown], content.class_names))
+    atomic.write_text(folder / "prompts.svg", figures.confusion(share, prompts, own, content.class_names))

@@ -1,0 +1,29 @@
+"""t-SNE of representations (van der Maaten and Hinton, JMLR 2008; the paper's Fig. 2), by scikit-learn.
+
+Of at most `tsne_images` images: its time and the picture's crowd grow with them. One thread, from the first two
+principal components, so that equal features give an equal picture.
+"""
+
+import numpy as np
+from sklearn.manifold import TSNE
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
+
+from pipeline import seeding
+from pipeline.params import AnalyzeFeatures
+
+
+def choose(count: int, params: AnalyzeFeatures) -> np.ndarray:
+    """Ascending int64 positions of the images to show, among `count`."""
+    order = seeding.numpy_generator(params.seed, "t-SNE images").permutation(count)
+    return np.sort(order[: params.tsne_images])
+
+
+def embed(features: np.ndarray, params: AnalyzeFeatures) -> np.ndarray:
+    """Float (m, D), m >= 4 -> float (m, 2); a perplexity that is too large for m is lowered to a third of it."""
+    standardised = StandardScaler().fit_transform(np.asarray(features, np.float64))
+    perplexity = min(params.perplexity, (len(features) - 1) / 3)
+    seed = seeding.derive(params.seed, "t-SNE") % 2**32
+    with threadpool_limits(1):
+        start = "pca" if features.shape[1] > 1 else "random"  # one dimension has no second component
+        return TSNE(perplexity=perplexity, init=start, random_state=seed, n_jobs=1).fit_transform(standardised)

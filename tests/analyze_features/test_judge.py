@@ -1,0 +1,61 @@
+"""Probe and clusters by numbers derived on paper."""
+
+import numpy as np
+import pytest
+
+from pipeline.errors import PipelineError
+from pipeline.params import AnalyzeFeatures
+from stages.analyze_features.judge import Judge, purity
+from tests.extract_features.fixtures import section
+
+
+def settings(**changes):
+    return section(AnalyzeFeatures, "analyze_features", **changes)
+
+
+def test_purity_by_hand():
+    clusters = np.array([0, 0, 0, 1, 1, 1, 1, 2])
+    labels = np.array([0, 0, 1, 1, 1, 2, 0, 2])
+    assert purity(clusters, labels) == (2 + 2 + 1) / 8  # majorities: two 0s, two 1s, one 2
+
+
+def test_separated_classes_score_one_throughout():
+    labels = np.repeat([0, 1, 2], 8)
+    features = np.stack([np.where(labels == 1, 10.0, 0.0), np.where(labels == 2, 10.0, 0.0)], axis=1)
+    scores = Judge(labels, settings()).scores(features)
+    assert vars(scores) == {"probe_accuracy": 1, "purity": 1, "nmi": 1, "ari": 1}
+
+
+def test_clusters_across_the_classes_by_hand():
+    """Two tight groups of three; the first holds two of class 0 and one of 1, the second one of 0 and two of 1."""
+    features = np.array([[0.0], [0.01], [0.02], [9.0], [9.01], [9.02]] * 5)
+    labels = np.array([0, 0, 1, 0, 1, 1] * 5)
+    scores = Judge(labels, settings(validation_fraction=0.4)).scores(features)
+    # contingency of 30 points: [[10, 5], [5, 10]]; NMI = I / log 2, both entropies being log 2
+    information = 2 / 3 * np.log(2 / 3 / 0.5) + 1 / 3 * np.log(1 / 3 / 0.5)
+    # pairs: in cells 2 * 45 + 2 * 10 = 110, in rows and in columns 2 * 105 = 210 each, of 435
+    expected_ari = (110 - 210 * 210 / 435) / (210 - 210 * 210 / 435)
+    assert scores.purity == pytest.approx(2 / 3, abs=1e-6)
+    assert scores.nmi == pytest.approx(information / np.log(2), abs=1e-6)
+    assert scores.ari == pytest.approx(expected_ari, abs=1e-6)
+
+
+def test_the_probe_is_judged_on_images_that_it_was_not_fitted_on():
+    """Random labels: fitted and judged on the same 40 images, 60 dimensions would give 100 %."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(40) % 2
+    accuracy = Judge(labels, settings(splits=10)).scores(rng.normal(size=(40, 60))).probe_accuracy
+    assert 0.3 < accuracy < 0.7
+
+
+def test_the_scale_of_a_dimension_changes_nothing():
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    features = rng.normal(size=(60, 4)) + labels[:, None]
+    judge = Judge(labels, settings())
+    assert judge.scores(features) == judge.scores(features * [1, 1e4, 1e-4, 7] + 3)
+
+
+def test_too_few_images_are_named():
+    with pytest.raises(PipelineError, match="2 images of 2 classes are too few"):
+        Judge(np.array([0, 1]), settings(validation_fraction=0.5))

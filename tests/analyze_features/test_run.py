@@ -1,0 +1,50 @@
+"""The stage on a small real project: what it writes, twice the same, and how it refuses."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+
+from stages.analyze_features import tsne
+from tests.analyze_features.test_judge import settings
+from tests.conftest import invoke
+
+FAST = ("--splits", "1", "--tsne-images", "20")
+
+
+def analyse(root, *arguments):
+    invoked = invoke(root, "analyze-features", *FAST, *arguments)
+    assert invoked.exit_code == 0, invoked.output
+    folder = root / "analysis"
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_it_writes_every_layer_and_class_of_a_sample_the_same_twice(project):
+    first = analyse(project, "--images", "80")
+    assert set(first) == {"features.json", "clusters.svg", "tsne.svg", "prompts.svg"}
+    assert analyse(project, "--images", "80") == first
+    found = json.loads(first["features.json"])
+    assert list(found["layers"]) == ["up_blocks.1", "up_blocks.2", "up_blocks.3", "fused"]
+    assert found["layers"]["fused"]["dims"] == 64 + 48 + 32
+    assert found["images"] == 80 and len(found["classes"]) == 10
+    assert found["chance"]["matching_nearest"] == 0.1
+    classes = [of_class["margin"] for of_class in found["classes"].values()]
+    assert min(classes) < found["layers"]["fused"]["margin"] < max(classes)
+
+
+def test_without_features_it_says_what_to_run(project):
+    invoked = invoke(project, "analyze-features", "--set", "extract_features.timestep=1")
+    assert invoked.exit_code == 1
+    assert "digits-tiny-sd-t1 holds no feature set: run `pipeline extract-features`" in invoked.output
+
+
+def test_it_imports_without_the_frozen_models_libraries():
+    """So that whoever pulled a feature set can look at it at once."""
+    code = "import sys, stages.analyze_features; assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_one_dimension_and_few_points_still_make_a_plane():
+    points = tsne.embed(np.arange(6.0)[:, None], settings())
+    assert points.shape == (6, 2) and np.isfinite(points).all()

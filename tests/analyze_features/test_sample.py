@@ -1,0 +1,160 @@
+"""A sample before a tiny real model: one pass an image and timestep, and the numbers of a loop of single passes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import config as configuration
+from pipeline.datasets import PreparedDataset
+from pipeline.diffusion import backbones, noise
+from pipeline.diffusion.backbones.base import DiffusersBackbone
+from pipeline.errors import PipelineError
+from pipeline.feature_store import LayerBasis
+from stages.analyze_features.sample import Sample, as_colours, fewest_dims
+from tests.conftest import invoke
+from tests.extract_features import tiny_models
+from tests.extract_features.fixtures import extract, project
+
+LAYERS = ["up_blocks.0", "up_blocks.1", "up_blocks.2", "up_blocks.3"]
+SWEEP = {"sweep_features.basis_images": 10, "sweep_features.explained_variance": 0.9, "runtime.device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "tiny").mkdir()
+    return project(folder / "p", source=tiny_models.sd(folder / "tiny"), image_size=64, negatives=1, dims=[8, 8, 8])
+
+
+def sample(root, index, **changes):
+    config = configuration.load(root / "params.yaml", SWEEP | changes)
+    return Sample(config, PreparedDataset(config.dataset_dir).load("train"), index)
+
+
+@pytest.fixture(scope="module")
+def swept(root):
+    """A sweep by the command: its output, and the images of every encoding (timestep None) and every pass."""
+    seen = []
+    denoise, encode = DiffusersBackbone.features, DiffusersBackbone.encode_images
+
+    def features(self, noisy, timestep, conditioning):
+        seen.append((timestep, len(noisy)))
+        maps = denoise(self, noisy, timestep, conditioning)
+        assert list(maps) == LAYERS
+        return maps
+
+    def encode_images(self, images, image_size):
+        seen.append((None, len(images)))
+        return encode(self, images, image_size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DiffusersBackbone, "features", features)
+        patch.setattr(DiffusersBackbone, "encode_images", encode_images)
+        invoked = invoke(
+            root, "sweep-features", "--timesteps", "[600, 100]", "--images", "32", "--basis-images", "10",
+            "--picture-images", "1", "--set", "runtime.unet_batch_size=8", "--set", "analyze_features.splits=1",
+        )  # fmt: skip
+    assert invoked.exit_code == 0, invoked.output
+    return invoked.output, seen
+
+
+def test_the_sweep_passes_each_image_once_a_timestep_and_encodes_it_once(swept):
+    _, passes = swept
+    assert sum(count for timestep, count in passes if timestep is None) == 32
+    assert sorted(entry for entry in passes if entry[0] is not None) == [(100, 8)] * 4 + [(600, 8)] * 4
+
+
+def test_the_table_has_every_layer_and_their_fusions_at_every_timestep(root, swept):
+    folder = root / "analysis" / "sweep"
+    assert {file.suffix for file in folder.iterdir()} == {".csv", ".json", ".svg", ".png", ".yaml"}
+    table = json.loads((folder / "sweep.json").read_text())
+    for timestep in (100, 600):
+        sets = [row["layers"] for row in table["rows"] if row["timestep"] == timestep]
+        assert sets[:4] == [[layer] for layer in LAYERS]
+        assert LAYERS in sets and LAYERS[1:] in sets
+    assert table["recommended"] in table["rows"]
+    assert len((folder / "sweep.csv").read_text().splitlines()) == 1 + len(table["rows"])
+
+
+def test_representations_are_those_of_one_pass_at_a_time(root):
+    index = np.array([30, 3, 17, 5, 8, 39, 1, 22, 11, 12, 13, 2])
+    found = sample(root, index).represent(300, lambda done: None)
+    config = configuration.load(root / "params.yaml")
+    backbone = backbones.load(config.backbone_dir, LAYERS, "cpu", torch.float32)
+    images, prompt = PreparedDataset(config.dataset_dir).load("train").images, backbone.encode_prompts([""])
+    maps = {layer: [] for layer in LAYERS}
+    for image in index:
+        latents = backbone.encode_images(images[[image]], 64)
+        noisy = backbone.add_noise(latents, noise.draw(latents.shape[1:], 0, np.array([image])), 300)
+        for layer, of_image in backbone.features(noisy, 300, prompt).items():
+            maps[layer].append(of_image[0].flatten(1).T.double().numpy())  # (h*w, C)
+    for layer in LAYERS:
+        vectors = np.concatenate(maps[layer][:10])
+        _, singular, components = np.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
+        share = np.cumsum(singular**2) / np.sum(singular**2)
+        dims = next(count for count in range(1, 33) if share[count - 1] >= 0.9)
+        expected = [
+            [np.linalg.norm((of_image - vectors.mean(0)) @ component) for component in components[:dims]]
+            for of_image in maps[layer]
+        ]
+        np.testing.assert_allclose(found[layer].values, expected, rtol=1e-3, atol=1e-3)
+        assert found[layer].explained_variance == pytest.approx(share[dims - 1], abs=1e-4)
+
+
+def test_batches_change_no_number_and_few_images_are_enough(root):
+    index = np.arange(7)  # fewer than basis_images
+    one, other = (
+        sample(root, index, **{"runtime.unet_batch_size": size}).represent(500, lambda done: None) for size in (7, 3)
+    )
+    for layer in LAYERS:
+        np.testing.assert_allclose(one[layer].values, other[layer].values, rtol=1e-3, atol=1e-4)
+
+
+def test_dims_are_capped(root):
+    found = sample(root, np.arange(6), **{"sweep_features.max_dims": 2}).represent(300, lambda done: None)
+    assert [layer.values.shape for layer in found.values()] == [(6, 2)] * 4
+
+
+def test_an_overflow_is_named(root, monkeypatch):
+    add_noise = DiffusersBackbone.add_noise
+    monkeypatch.setattr(
+        DiffusersBackbone, "add_noise", lambda self, *arguments: add_noise(self, *arguments) * float("inf")
+    )
+    with pytest.raises(PipelineError, match="up_blocks.0 overflows float32 at timestep 300"):
+        sample(root, np.arange(3)).represent(300, lambda done: None)
+
+
+def basis(*variance):
+    size = len(variance)
+    return LayerBasis(np.zeros(size), np.eye(size), np.array(variance, float), float(sum(variance)))
+
+
+def test_the_fewest_dims_that_explain_a_share():
+    of_ten = basis(5, 3, 1, 1)
+    assert [fewest_dims(of_ten, share) for share in (0.1, 0.5, 0.51, 0.8, 0.9, 1.0)] == [1, 1, 2, 2, 3, 4]
+    assert fewest_dims(basis(0, 0), 0.9) in (1, 2)
+
+
+def test_colours_span_their_range_over_all_images():
+    maps = torch.zeros(2, 2, 1, 2)
+    maps[1, 0, 0, 1] = 4.0  # one position of the second image, on the first component
+    colours = as_colours(maps, basis(1, 1))
+    assert colours.shape == (2, 1, 2, 3)
+    assert colours[1, 0, 1].tolist() == [1.0, 0.0, 0.0]
+    assert colours.sum() == 1.0
+    assert as_colours(maps[:0], basis(1, 1)).shape == (0, 1, 2, 3)
+
+
+def test_the_recommendation_is_a_preset_that_can_be_extracted(root, swept):
+    preset = swept[0].splitlines()[-1]
+    before = (root / "params.yaml").read_bytes()
+    try:
+        applied = invoke(root, "preset", preset)
+        assert applied.exit_code == 0, applied.output
+        chosen = configuration.load(root / "params.yaml").params.extract_features
+        assert chosen.timestep in (100, 600) and len(chosen.layers) == len(chosen.dims)
+        assert extract(root).name == f"digits-tiny-t{chosen.timestep}"
+    finally:
+        (root / "params.yaml").write_bytes(before)
