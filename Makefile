@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro report test test-faults lint format lock audit clean
+.PHONY: help setup repro report test test-faults lint format lock audit gallery clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,16 @@ lock: $(STAMP)  ## Write requirements.lock anew from pyproject.toml
 
 audit: $(STAMP)  ## Look the locked packages up in the database of known vulnerabilities (needs the network)
 	$(BIN)/uv tool run pip-audit --requirement requirements.lock --no-deps --disable-pip --strict
+
+gallery: $(STAMP)  ## Make the pictures of docs/gallery from the embedded default (needs chromium for the report's)
+	$(BIN)/dvc repro
+	$(BIN)/pipeline sweep-features
+	cp analysis/*.svg analysis/sweep/sweep.svg docs/gallery/
+	cp $$(ls analysis/sweep/maps-*.png | head -n 1) docs/gallery/maps.png
+	cp results/feddifrc-dir005-s0/partition.svg docs/gallery/partition.svg
+	cp data/features/digits-tiny-sd-t300/explained_variance.svg docs/gallery/
+	chromium --headless --no-sandbox --hide-scrollbars --window-size=1250,1000 \
+	    --screenshot=docs/gallery/report.png file://$(CURDIR)/report/index.html
 
 clean:  ## Remove what unfinished extractions and runs left for resuming, and kept latents
 	rm -rf .pipeline

@@ -5,8 +5,10 @@ report/summary.json  per partition and method: mean and standard deviation of ac
 report/curves.csv    method, partition, round, accuracy, loss: means over seeds, for `dvc plots`
 """
 
+import base64
 import csv
 import io
+import json
 import logging
 from pathlib import Path
 
@@ -22,6 +24,11 @@ from stages.report.tables import Table
 log = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
+_PICTURES = {
+    "Linear probe and clusters by layer": "clusters.svg",
+    "Matching and other prompts": "prompts.svg",
+    "t-SNE": "tsne.svg",
+}
 
 
 def run(config: Config, with_experiments: bool = False) -> Path:
@@ -45,7 +52,7 @@ def run(config: Config, with_experiments: bool = False) -> Path:
     folder.mkdir(exist_ok=True)
     provenance.write_json(folder / "summary.json", _summary(found))
     _write_curves(folder / "curves.csv", found)
-    atomic.write_text(folder / "index.html", _page(config.params.report.title, found, more))
+    atomic.write_text(folder / "index.html", _page(config.root, config.params.report.title, found, more))
     return folder / "index.html"
 
 
@@ -59,7 +66,7 @@ def as_text(config: Config, form: str) -> str:
     return "\n".join(write(table) for table in tables.make(results.read(config)))
 
 
-def _page(title: str, found: Results, more: list[Table | None]) -> str:
+def _page(root: Path, title: str, found: Results, more: list[Table | None]) -> str:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True)
     first_runs = [found.runs[partition, found.methods[0]][0] for partition in found.partitions]
     return environment.get_template("page.html.j2").render(
@@ -76,8 +83,21 @@ def _page(title: str, found: Results, more: list[Table | None]) -> str:
         clients_by_class={run.partition: figures.clients_by_class(run) for run in first_runs},
         runs=found.all_runs,
         others=found.others,
-        features=None,
+        analysis=_analysis(root, found),
     )
+
+
+def _analysis(root: Path, found: Results) -> dict[str, str]:
+    """The pictures of analyze-features by what they show, as data URIs; none if they are of another feature set."""
+    folder = root / "analysis"
+    try:
+        analysed = json.loads((folder / "features.json").read_text(encoding="utf-8"))["fingerprint"]
+        if analysed not in {run.config["features"] for run in found.all_runs}:
+            return {}
+        pictures = {title: (folder / name).read_bytes() for title, name in _PICTURES.items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # not analysed: the stage need not have run
+    return {title: f"data:image/svg+xml;base64,{base64.b64encode(p).decode()}" for title, p in pictures.items()}
 
 
 def _subtitle(found: Results) -> str:
