@@ -91,7 +91,7 @@ def _analysis(root: Path, found: Results) -> dict[str, str]:
     """The pictures of analyze-features by what they show, as data URIs; none if they are of another feature set."""
     folder = root / "analysis"
     try:
-        analysed = json.loads((folder / "features.json").read_text(encoding="utf-8"))["fingerprint"]
+        analysed = json.loads((folder / "features.json").read_text(encoding="utf-8"))["feature_set"]["fingerprint"]
         if analysed not in {run.config["features"] for run in found.all_runs}:
             return {}
         pictures = {title: (folder / name).read_bytes() for title, name in _PICTURES.items()}
