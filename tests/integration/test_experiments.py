@@ -26,7 +26,7 @@ def test_another_timestep_as_an_experiment(tmp_path):
     git(tmp_path, "add", "--all")
     git(tmp_path, "commit", "--quiet", "--message", "run")
     output = dvc(tmp_path, "exp", "run", "--temp", "--name", "early", "--set-param", "extract_features.timestep=100")
-    assert ran(output) == {"extract-features", "train-fl@feddifrc-dir05-0", "report"}
+    assert ran(output) == {"extract-features", "analyze-features", "train-fl@feddifrc-dir05-0", "report"}
     assert invoke(tmp_path, "report", "--experiments").exit_code == 0
     page = (tmp_path / "report" / "index.html").read_text()
     table = page.partition('id="table-experiments"')[2].partition("</table>")[0]
