@@ -36,6 +36,8 @@ class Lock:
             raise PipelineError(
                 f"{self._file.parent}: no file locks here ({error.strerror}), which are needed"
             ) from None
+        if shared:
+            return True
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         with contextlib.suppress(OSError):  # on a full disk it locks all the same
             os.ftruncate(self._handle, 0)

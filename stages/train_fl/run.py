@@ -4,6 +4,7 @@ What it leaves in results/<run> is told in `records`. A run that was killed goes
 the same bytes (the seconds excepted).
 """
 
+import hashlib
 import logging
 import math
 import os
@@ -97,7 +98,7 @@ def run(config: Config, method_name: str, partition_name: str, seed: int, overwr
     model, method = _build(job, data, device)
     if config.params.train_fl.clients_per_round > len(data.clients):
         log.warning("train_fl.clients_per_round is above the %d clients there are: all take part", len(data.clients))
-    lock = f"{job.path.name}-{provenance.fingerprint({'folder': str(job.path)})[:8]}"
+    lock = f"{job.path.name}-{hashlib.sha256(os.fsencode(job.path)).hexdigest()[:8]}"
     with locks.held(config.state_dir / "locks" / lock, str(job.path)):
         _make(job, data, model, method, device, overwrite)
     return job.path

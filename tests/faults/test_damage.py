@@ -58,13 +58,21 @@ READ = {
 }  # fmt: skip
 
 
+SOME_READ = [
+    kind
+    if kind in ("images", "weights", "manifest", "basis", "shard", "rounds")
+    else pytest.param(kind, marks=pytest.mark.faults)
+    for kind in READ
+]
+
+
 def unextracted(project):
     shutil.rmtree(project / SET)
     shutil.rmtree(project / ".pipeline")
 
 
 @pytest.mark.parametrize("damage", SOME_DAMAGE)
-@pytest.mark.parametrize("kind", READ)
+@pytest.mark.parametrize("kind", SOME_READ)
 def test_a_damaged_file_is_named_and_mended(made, project, trial, kind, damage):
     name, command, says, mend = READ[kind]
     if name.startswith("models"):
@@ -84,8 +92,12 @@ def test_a_damaged_file_is_named_and_mended(made, project, trial, kind, damage):
 
 
 def without_locks(found, before):
-    """A refused command may leave the files of locks, and nothing else."""
-    return {name: content for name, content in found.items() if name in before or "/locks/" not in name}
+    """A refused command may leave the files of locks and the plan of what it was to make, and nothing else."""
+    return {
+        name: content
+        for name, content in found.items()
+        if name in before or not ("/locks/" in name or name.endswith("/plan.json"))
+    }
 
 
 @pytest.mark.parametrize("damage", SOME_DAMAGE)
@@ -154,7 +166,7 @@ def test_damaged_state_is_made_again(made, interrupted, tmp_path, trial, kind, d
         more = ("--set", "runtime.cache_latents=true") if kind == "latents" else ()
         output = program.succeed(project, *command, *more)
         assert "Traceback" not in output
-        seconds = ("timing.csv", "metrics.json", "SHA256SUMS")
+        seconds = ("timing.csv", "metrics.json", "details.json", "SHA256SUMS")
         for folder in {EXTRACT: [SET], TRAIN: [RUN], SYNTHESIZE: [program.Path("data/datasets/digits-synthetic")]}[
             command
         ]:
@@ -210,7 +222,7 @@ def test_a_link_in_place_of_a_shard(made, project, trial, link):
         shard = project / SET / "shard-00001.h5"
         shard.unlink()
         shard.symlink_to(link)
-        program.refuse(project, *TRAIN, says=["shard-00001.h5", "extract-features`"])
+        program.refuse(project, *TRAIN, says=["lacks shard-00001.h5", "`dvc pull "])
         program.succeed(project, *EXTRACT)
         program.succeed(project, *TRAIN)
         tried.compare(program.contents(made.root / SET), program.contents(project / SET))
