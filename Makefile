@@ -42,15 +42,13 @@ lock: $(STAMP)  ## Write requirements.lock anew from pyproject.toml
 audit: $(STAMP)  ## Look the locked packages up in the database of known vulnerabilities (needs the network)
 	$(BIN)/uv tool run pip-audit --requirement requirements.lock --no-deps --disable-pip --strict
 
-gallery: $(STAMP)  ## Make the pictures of docs/gallery from the embedded default (needs chromium for the report's)
+gallery: $(STAMP)  ## Make the pictures of docs/gallery from the embedded default
 	$(BIN)/dvc repro
 	$(BIN)/pipeline sweep-features
 	cp analysis/*.svg analysis/sweep/sweep.svg docs/gallery/
 	cp $$(ls analysis/sweep/maps-*.png | head -n 1) docs/gallery/maps.png
 	cp results/feddifrc-dir005-s0/partition.svg docs/gallery/partition.svg
 	cp data/features/digits-tiny-sd-t300/explained_variance.svg docs/gallery/
-	chromium --headless --no-sandbox --hide-scrollbars --window-size=1250,1000 \
-	    --screenshot=docs/gallery/report.png file://$(CURDIR)/report/index.html
 
 clean:  ## Remove what unfinished extractions and runs left for resuming, and kept latents
 	rm -rf .pipeline

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, settings
 
 _CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile(
-    "small", max_examples=60, derandomize=True, database=None, deadline=timedelta(seconds=10),
+    "small", max_examples=30, derandomize=True, database=None, deadline=timedelta(seconds=10),
     suppress_health_check=_CHECKS,
 )  # fmt: skip
 settings.register_profile(

@@ -125,7 +125,7 @@ def test_a_manifest_changed_by_hand_is_named(project):
     text = file.read_text().replace('"timestep": 200', '"timestep": 300')
     file.unlink()  # staging holds the same file
     file.write_text(text)
-    refused(project, "manifest.json was changed by hand: its fingerprint is not that of its content")
+    refused(project, "manifest.json was changed: its fingerprint is not that of its content")
 
 
 def test_prompts_and_labels_go_together(tmp_path):
