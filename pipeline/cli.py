@@ -23,21 +23,13 @@ import click
 from pipeline import __version__
 from pipeline.errors import PipelineError
 from pipeline.features_cli import features
+from pipeline.help import ExamplesAsWritten
 
 if TYPE_CHECKING:
     from pipeline.config import Config
 
 
-class _ExamplesAsWritten(click.Command):
-    """Keeps the lines of a help text's examples: click's mark for that, in a raw docstring, is two characters."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Puts the mark in."""
-        super().__init__(*args, **kwargs)
-        self.help = self.help and self.help.replace("\\b\n", "\b\n")
-
-
-class StageCommand(_ExamplesAsWritten):
+class StageCommand(ExamplesAsWritten):
     """A command whose flags are the keys of one section of params.yaml; its function gets the checked `config`."""
 
     def __init__(self, *args: Any, section: str, **kwargs: Any) -> None:
@@ -100,7 +92,7 @@ _SET = click.Option(
 )
 
 
-class _Main(_ExamplesAsWritten, click.Group):
+class _Main(ExamplesAsWritten, click.Group):
     """Turns errors that users can act on into one line and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -314,7 +306,7 @@ def report(config: "Config", form: str, experiments: bool) -> None:
         click.echo(_stage("report").as_text(config, form), nl=False)
 
 
-@main.command("preset", cls=_ExamplesAsWritten)
+@main.command("preset", cls=ExamplesAsWritten)
 @click.argument("name", required=False)
 @click.option("--run", "run_it", is_flag=True, help="Run the pipeline after it: dvc repro, or its DVC experiments.")
 @click.option("--force", is_flag=True, help="Replace also edits of the parameter file that git does not hold.")

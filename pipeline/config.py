@@ -112,6 +112,14 @@ class Config:
             )
 
 
+def dotted(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; lists and empty mappings stay whole."""
+    if not isinstance(values, Mapping) or not values:
+        return {prefix: values}
+    parts = [dotted(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in values.items()]
+    return {key: inner for part in parts for key, inner in part.items()}
+
+
 def differing_keys(found: Any, wanted: Mapping[str, Any]) -> list[str]:
     """The dotted keys of `wanted` that are missing or another in `found`, read from JSON; others there do not count."""
     differing = []

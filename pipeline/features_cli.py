@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.errors import PipelineError
+from pipeline.help import ExamplesAsWritten
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -16,21 +17,12 @@ if TYPE_CHECKING:
 _JSON = click.option("--json", "as_json", is_flag=True, help="For scripts.")
 
 
-class _Examples(click.Command):
-    """Keeps the lines of a help text's examples."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Puts click's mark in."""
-        super().__init__(*args, **kwargs)
-        self.help = self.help and self.help.replace("\\b\n", "\b\n")
-
-
 @click.group("features")
 def features() -> None:
     """The cached feature sets: list, show, verify, diff, export, import."""
 
 
-@features.command("list", cls=_Examples)
+@features.command("list", cls=ExamplesAsWritten)
 @_JSON
 @click.pass_obj
 def list_sets(params: Path, as_json: bool) -> None:
@@ -60,7 +52,7 @@ def list_sets(params: Path, as_json: bool) -> None:
         )
 
 
-@features.command("show", cls=_Examples)
+@features.command("show", cls=ExamplesAsWritten)
 @click.argument("name")
 @_JSON
 @click.pass_obj
@@ -80,7 +72,7 @@ def show(params: Path, name: str, as_json: bool) -> None:
         click.echo(f"{key:14}{text}")
 
 
-@features.command("verify", cls=_Examples)
+@features.command("verify", cls=ExamplesAsWritten)
 @click.argument("names", nargs=-1)
 @click.option("--full", is_flag=True, help="Read every byte: checksums of files and rows, finite features.")
 @click.pass_obj
@@ -112,7 +104,7 @@ def verify(params: Path, names: tuple[str, ...], full: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-@features.command("diff", cls=_Examples)
+@features.command("diff", cls=ExamplesAsWritten)
 @click.argument("first")
 @click.argument("second")
 @_JSON
@@ -150,7 +142,7 @@ def diff(params: Path, first: str, second: str, as_json: bool) -> None:
         )
 
 
-@features.command("export", cls=_Examples)
+@features.command("export", cls=ExamplesAsWritten)
 @click.argument("name")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The tar; NAME.tar in this folder if not given.")
 @click.pass_obj
@@ -172,7 +164,7 @@ def export(params: Path, name: str, output: Path | None) -> None:
     click.echo(target)
 
 
-@features.command("import", cls=_Examples)
+@features.command("import", cls=ExamplesAsWritten)
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--as", "name", help="Its name under data/features; the archive's own if not given.")
 @click.pass_obj

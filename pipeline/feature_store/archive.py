@@ -39,18 +39,12 @@ def write(path: Path, archive: Path, advance: Advance = lambda size: None) -> No
         PipelineError: the set is incomplete or corrupt, or the disk is full.
     """
     manifest = FeatureSet(path).manifest
-    temporary = archive.with_name(f"{archive.name}.tmp")
-    try:
+    with atomic.whole_or_not_at_all(archive) as temporary:
         with temporary.open("wb") as stream, tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar:
             _add(tar, f"{path.name}/manifest.json", path / "manifest.json", None, advance)
-            for entry in files_of(manifest):
+            for entry in manifest.files:
                 _add(tar, f"{path.name}/{entry.file}", path / entry.file, entry, advance)
         atomic.sync(temporary)
-        temporary.replace(archive)
-    except OSError as error:
-        raise PipelineError(f"{archive} cannot be written ({atomic.in_words(error)})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read(archive: Path, sets: Path, name: str | None = None, advance: Advance = lambda size: None) -> Path:
@@ -75,7 +69,7 @@ def read(archive: Path, sets: Path, name: str | None = None, advance: Advance = 
         sets.mkdir(parents=True, exist_ok=True)
         _check_room(sets, manifest)
         with atomic.folder_in_place_of(target) as incoming:
-            for entry in files_of(manifest):
+            for entry in manifest.files:
                 _unpack(archive, tar, next(members, None), f"{own_name}/{entry.file}", entry, incoming, advance)
             if (extra := next(members, None)) is not None:
                 raise _hostile(archive, f"it holds {extra.name!r}, which its manifest does not name")
@@ -94,11 +88,6 @@ def manifest_of(archive: Path) -> Manifest:
     """
     with _opened(archive) as tar:
         return _read_manifest(archive, tar, iter(tar))[1]
-
-
-def files_of(manifest: Manifest) -> list[FileEntry]:
-    """Every file but the manifest, in the archive's order."""
-    return [manifest.basis, *(entry for _, entry in sorted(manifest.shards.items()))]
 
 
 def _add(tar: tarfile.TarFile, name: str, file: Path, entry: FileEntry | None, advance: Advance) -> None:
@@ -194,7 +183,7 @@ def _check_plain(archive: Path, member: tarfile.TarInfo) -> None:
 
 
 def _check_room(sets: Path, manifest: Manifest) -> None:
-    needed, free = sum(entry.bytes for entry in files_of(manifest)), shutil.disk_usage(sets).free
+    needed, free = sum(entry.bytes for entry in manifest.files), shutil.disk_usage(sets).free
     if needed > free:
         raise PipelineError(f"the set needs {needed / 1e9:.2f} GB, {sets} has room for {free / 1e9:.2f}: make room")
 

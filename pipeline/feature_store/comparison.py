@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.config import dotted
 from pipeline.errors import PipelineError
 from pipeline.feature_store.reader import FeatureSet
 from pipeline.feature_store.schema import Manifest
@@ -33,7 +34,7 @@ class NumberDifference:
 
 def settings(first: Manifest, second: Manifest) -> list[Difference]:
     """Keys of `content` (they decide the features), sizes and `provenance` (they do not) that differ."""
-    pairs = [_flat(_comparable(manifest)) for manifest in (first, second)]
+    pairs = [dotted(_comparable(manifest)) for manifest in (first, second)]
     keys = sorted(set(pairs[0]) | set(pairs[1]))
     return [
         Difference(key, pairs[0].get(key), pairs[1].get(key)) for key in keys if pairs[0].get(key) != pairs[1].get(key)
@@ -68,11 +69,3 @@ def numbers(first: Path, second: Path) -> list[NumberDifference]:
 
 def _comparable(manifest: Manifest) -> dict[str, Any]:
     return manifest.model_dump(include={"content", "rows", "rows_per_shard", "provenance"})
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys; lists stay whole."""
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    parts = [_flat(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in value.items()]
-    return {key: inner for part in parts for key, inner in part.items()}

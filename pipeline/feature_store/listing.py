@@ -7,7 +7,6 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from pipeline.errors import PipelineError
-from pipeline.feature_store.archive import files_of
 from pipeline.feature_store.reader import FeatureSet, read_manifest
 from pipeline.feature_store.schema import Content, Plan
 from pipeline.feature_store.writer import DELIVERED, PLAN, FeatureSetWriter
@@ -71,7 +70,7 @@ def _summarise(path: Path) -> Summary:
             not (path / entry.file).exists() or entry in here for entry in manifest.shards.values()
         ) and not manifest.basis.size_difference(path)
         state = partly if missing_only else f"broken: {error}"
-    size = sum((path / e.file).stat().st_size for e in files_of(manifest) if (path / e.file).exists())
+    size = sum((path / e.file).stat().st_size for e in manifest.files if (path / e.file).exists())
     return _describe(path.name, path, state, manifest.plan, size)
 
 

@@ -146,6 +146,11 @@ class Manifest(BaseModel):
         return self.plan.num_shards
 
     @property
+    def files(self) -> list[FileEntry]:
+        """Every file but the manifest: the basis, then the shards in order."""
+        return [self.basis, *(entry for _, entry in sorted(self.shards.items()))]
+
+    @property
     def plan(self) -> Plan:
         """What the set was made from."""
         return Plan(self.content, self.rows, self.rows_per_shard, self.provenance)

@@ -31,7 +31,7 @@ def faults(path: Path, full: bool, advance: Callable[[int], object] = lambda siz
         manifest = read_manifest(path)
     except PipelineError as error:
         return [str(error)]
-    found = _strangers(path, {entry.file for entry in [manifest.basis, *manifest.shards.values()]})
+    found = _strangers(path, {entry.file for entry in manifest.files})
     try:
         read_basis(path, manifest.basis, manifest.fingerprint, list(manifest.content.layers))
     except PipelineError as error:

@@ -163,7 +163,7 @@ class FeatureSetWriter:
         The staging copy stays: should the caller be killed before it has noted the result, nothing is computed twice.
         """
         manifest = self._manifest()
-        names = [manifest.basis.file, *(entry.file for entry in manifest.shards.values())]
+        names = [entry.file for entry in manifest.files]
         with atomic.folder_in_place_of(target) as incoming:
             for name in [*names, *(plot.name for plot in self.path.glob("*.svg"))]:
                 _link_or_copy(self.path / name, incoming / name)

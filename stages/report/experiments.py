@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import accuracy
+from pipeline.config import dotted
 from pipeline.errors import PipelineError
 from stages.report.tables import Cell, Table
 
@@ -74,13 +75,6 @@ def _accuracies(data: dict[str, Any], columns: list[str]) -> list[Cell]:
 def _changes(present: dict[str, Any], other: dict[str, Any]) -> str:
     """The keys of params.yaml that differ, with the experiment's values."""
     mine, theirs = (
-        _flat(((data.get("params") or {}).get("params.yaml") or {}).get("data")) for data in (present, other)
+        dotted(((data.get("params") or {}).get("params.yaml") or {}).get("data")) for data in (present, other)
     )
     return ", ".join(f"{key} = {value}" for key, value in theirs.items() if mine.get(key, ...) != value) or "nothing"
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    parts = [_flat(inner, f"{prefix}.{key}" if prefix else key) for key, inner in value.items()]
-    return {key: inner for part in parts for key, inner in part.items()}

@@ -7,6 +7,7 @@ deviation is the sample standard deviation over seeds, and there is none for one
 import csv
 import json
 import math
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,25 +41,6 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Statistic:
-    """Mean over seeds and sample standard deviation, None for one seed."""
-
-    mean: float
-    std: float | None
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> "Statistic":
-        """Of one value a seed."""
-        array = np.array(list(values), float)
-        return cls(float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None)
-
-    def percent(self) -> str:
-        """As "59.78 ± 15.39", or "59.78" for one seed."""
-        spread = "" if self.std is None else f" ± {100 * self.std:.2f}"
-        return f"{100 * self.mean:.2f}{spread}"
-
-
-@dataclass(frozen=True)
 class Results:
     """All runs of the sweep, by partition and method, in the order of the seeds; and runs that it does not name."""
 
@@ -82,18 +64,14 @@ class Results:
         """Every run of the sweep."""
         return [run for group in self.runs.values() for run in group]
 
-    def accuracy(self, partition: str, method: str) -> Statistic:
-        """Over seeds."""
-        return Statistic.of(run.metrics["mean_last5_accuracy"] for run in self.runs[partition, method])
+    def accuracies(self, partition: str, method: str) -> list[float]:
+        """One a seed."""
+        return [run.metrics["mean_last5_accuracy"] for run in self.runs[partition, method]]
 
-    def mean_accuracy(self, method: str) -> Statistic:
-        """The mean over partitions, over seeds."""
-        per_seed = zip(*(self.runs[partition, method] for partition in self.partitions), strict=True)
-        return Statistic.of(np.mean([run.metrics["mean_last5_accuracy"] for run in runs]) for runs in per_seed)
-
-    def best(self, partition: str) -> str:
-        """The method of highest mean accuracy."""
-        return max(self.methods, key=lambda method: self.accuracy(partition, method).mean)
+    def mean_accuracies(self, method: str) -> list[float]:
+        """The mean over partitions, one a seed."""
+        by_partition = [self.accuracies(partition, method) for partition in self.partitions]
+        return [statistics.fmean(of_seed) for of_seed in zip(*by_partition, strict=True)]
 
     def rounds_to(self, partition: str, method: str, target: float) -> list[int | None]:
         """Per seed the first round whose accuracy is at least `target`, counted from 1; None if none is."""

@@ -10,12 +10,13 @@ import csv
 import io
 import json
 import logging
+import statistics
 from pathlib import Path
 
 import jinja2
 import numpy as np
 
-from pipeline import atomic, provenance
+from pipeline import accuracy, atomic, provenance
 from pipeline.config import Config
 from stages.report import experiments, figures, results, tables
 from stages.report.results import Results
@@ -116,8 +117,11 @@ def _summary(found: Results) -> dict[str, dict[str, dict[str, float | None]]]:
     """Partition -> method -> accuracy over seeds."""
     summary: dict[str, dict[str, dict[str, float | None]]] = {}
     for partition, method in found.runs:
-        statistic = found.accuracy(partition, method)
-        summary.setdefault(partition, {})[method] = {"mean_accuracy": statistic.mean, "std_accuracy": statistic.std}
+        values = found.accuracies(partition, method)
+        summary.setdefault(partition, {})[method] = {
+            "mean_accuracy": statistics.fmean(values),
+            "std_accuracy": accuracy.deviation(values),
+        }
     return summary
 
 

@@ -5,11 +5,13 @@ remark such as the gain over FedAvg.
 """
 
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from pipeline import accuracy as accuracy_in_words
 from stages.report.results import Results, Run
 
 
@@ -44,20 +46,21 @@ def make(results: Results) -> list[Table]:
 def accuracy(results: Results) -> Table:
     """The paper's layout: methods by settings, mean ± deviation over seeds, the best in bold, gains over FedAvg."""
     columns = [*results.partitions, "mean"] if len(results.partitions) > 1 else results.partitions
-    statistics = {
-        (column, method): results.mean_accuracy(method) if column == "mean" else results.accuracy(column, method)
+    by_seed = {
+        (column, method): results.mean_accuracies(method) if column == "mean" else results.accuracies(column, method)
         for column in columns
         for method in results.methods
     }
-    best = {column: max(statistics[column, method].mean for method in results.methods) for column in columns}
+    means = {place: statistics.fmean(values) for place, values in by_seed.items()}
+    best = {column: max(means[column, method] for method in results.methods) for column in columns}
 
     def cell(column: str, method: str) -> Cell:
-        mean = statistics[column, method].mean
+        mean, text = means[column, method], accuracy_in_words.in_percent(by_seed[column, method])
         is_best = mean == best[column] and len(results.methods) > 1
         if results.baseline in (None, method):
-            return Cell(statistics[column, method].percent(), mean, is_best)
-        gain = 100 * (mean - statistics[column, str(results.baseline)].mean)
-        return Cell(statistics[column, method].percent(), mean, is_best, f"{gain:+.2f}".replace("-", "\u2212"))
+            return Cell(text, mean, is_best)
+        gain = 100 * (mean - means[column, str(results.baseline)])
+        return Cell(text, mean, is_best, f"{gain:+.2f}".replace("-", "\u2212"))
 
     last = min(5, *(len(run.accuracy) for run in results.all_runs))
     of = f"last {last} rounds" if last > 1 else "last round"
@@ -85,7 +88,7 @@ def measure(results: Results) -> str:
 def _rounds_to_baseline(results: Results) -> Table | None:
     if results.baseline is None or len(results.methods) < 2:
         return None
-    targets = {p: results.accuracy(p, results.baseline).mean for p in results.partitions}
+    targets = {p: statistics.fmean(results.accuracies(p, results.baseline)) for p in results.partitions}
 
     def cell(partition: str, method: str) -> Cell:
         rounds = results.rounds_to(partition, method, targets[partition])
