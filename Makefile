@@ -37,7 +37,7 @@ format: $(STAMP)  ## Format and mend what ruff can
 	$(BIN)/ruff check --fix .
 
 lock: $(STAMP)  ## Write requirements.lock anew from pyproject.toml
-	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --extra dev --no-header --no-annotate pyproject.toml --output-file requirements.lock
+	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --extra dev --extra simulation --no-header --no-annotate pyproject.toml --output-file requirements.lock
 
 audit: $(STAMP)  ## Look the locked packages up in the database of known vulnerabilities (needs the network)
 	$(BIN)/uv tool run pip-audit --requirement requirements.lock --no-deps --disable-pip --strict

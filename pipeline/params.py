@@ -360,6 +360,50 @@ class ByDomain(Section):
     samples_fraction: float = Field(gt=0, le=1, description="each client's share of its domain")
 
 
+class Nodes(Section):
+    """Every client's own images: in a federation of nodes (`flwr run`), where nothing is dealt."""
+
+    kind: Literal["nodes"]
+
+
+class CentralPrivacy(Section):
+    """Central differential privacy (McMahan et al., 2018): nodes clip updates, the server adds noise to the mean."""
+
+    kind: Literal["central"]
+    clipping_norm: float = Field(gt=0, description="largest norm of a node's update")
+    noise_multiplier: float = Field(
+        gt=0, description="the noise's deviation on the sum of updates, in units of the norm"
+    )
+
+
+class LocalPrivacy(Section):
+    """Local differential privacy: every node clips its update and adds noise before it leaves (Gaussian mechanism)."""
+
+    kind: Literal["local"]
+    clipping_norm: float = Field(gt=0, description="largest norm of a node's update")
+    epsilon: float = Field(gt=0, description="privacy budget of one round")
+    delta: float = Field(gt=0, lt=1, description="probability that the budget does not hold")
+
+
+class SecureAggregation(Section):
+    """SecAgg+ (Bell et al., CCS 2020): the server sees the sum of the nodes' weights alone."""
+
+    clipping_range: float = Field(gt=0, description="weights are clipped to this magnitude, then quantised to 22 bits")
+    max_samples: int = Field(ge=1, description="no node has more images than this")
+
+
+class Federation(Section):
+    """A run over Flower (`flwr run`), where every client is a node of its own."""
+
+    min_clients: int = Field(ge=1, description="nodes that a round must have to begin")
+    join_timeout: float = Field(gt=0, description="seconds to wait for them")
+    round_timeout: float = Field(gt=0, description="seconds to wait for a round's answers; who is later is left out")
+    differential_privacy: Annotated[CentralPrivacy | LocalPrivacy, Field(discriminator="kind")] | None = Field(
+        description="of the nodes' updates: kind central or local; null: none"
+    )
+    secure_aggregation: SecureAggregation | None = Field(description="SecAgg+ of the nodes' weights; null: none")
+
+
 class Sweep(Section):
     """The runs of `dvc repro` and the rows of the report: methods x partitions x seeds."""
 
@@ -396,7 +440,15 @@ METHODS: tuple[type[Section], ...] = (
     FedAvg, FedProx, Scaffold, FedNova, Moon, FedNH, FedCR, FedDyn, FedAvgM, FedProto, FedDifRC,
     SimSiam, SelfSupervisedFedDifRC,
 )  # fmt: skip
-PARTITIONS: tuple[type[Section], ...] = (Dirichlet, DirichletBalanced, LabelSkew, ClassesPerClient, IID, ByDomain)
+PARTITIONS: tuple[type[Section], ...] = (
+    Dirichlet,
+    DirichletBalanced,
+    LabelSkew,
+    ClassesPerClient,
+    IID,
+    ByDomain,
+    Nodes,
+)
 Method = Annotated[
     FedAvg
     | FedProx
@@ -414,7 +466,7 @@ Method = Annotated[
     Field(discriminator="algorithm"),
 ]
 Partition = Annotated[
-    Dirichlet | DirichletBalanced | LabelSkew | ClassesPerClient | IID | ByDomain, Field(discriminator="kind")
+    Dirichlet | DirichletBalanced | LabelSkew | ClassesPerClient | IID | ByDomain | Nodes, Field(discriminator="kind")
 ]
 
 
@@ -430,6 +482,7 @@ class Params(Section):
     train_fl: TrainFL
     methods: dict[Name, Method] = Field(min_length=1)
     partitions: dict[Name, Partition] = Field(min_length=1)
+    federation: Federation
     sweep: Sweep
     report: Report
     runtime: Runtime

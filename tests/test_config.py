@@ -151,7 +151,7 @@ def test_two_mistakes_are_two_lines(params):
 def test_a_missing_section(params):
     file = params("report:\n", "sweeep: {}\nreport:\n")
     text = file.read_text()
-    file.write_text(text.replace(text[text.index("partitions:  ") : text.index("sweep:  ")], ""))
+    file.write_text(text.replace(text[text.index("partitions:  ") : text.index("federation:  ")], ""))
     lines = complaint(file).splitlines()
     assert lines == [
         "params.yaml: partitions is missing",

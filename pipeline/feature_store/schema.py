@@ -93,6 +93,10 @@ class Content(BaseModel):
         """64 hexadecimal digits; equal fingerprints mean equal features."""
         return provenance.fingerprint(self.model_dump())
 
+    def common(self) -> dict[str, Any]:
+        """All of it but the data set: sets that agree on this mean the same by their features."""
+        return self.model_dump(exclude={"dataset_hash"})
+
     @property
     def num_dims(self) -> int:
         """D, the length of a representation."""

@@ -7,6 +7,7 @@ Self-supervised (no label is read): "a photo of a similar object" matches every 
 A prompt may have several texts, whose embeddings are averaged. Text is encoded once per prompt, never per image.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from pipeline import config, seeding
 from pipeline.errors import PipelineError
 from pipeline.params import ExtractFeatures
 
-_TINY_IMAGENET = Path(__file__).parent / "tiny_imagenet.txt"
+_TINY_IMAGENET = Path(__file__).parent / "tiny_imagenet.json"  # names of its 200 classes
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,10 @@ def build(params: ExtractFeatures, class_names: list[str], root: Path) -> Prompt
         PipelineError: a file of prompts or words cannot be used.
     """
     if params.prompts == "self-supervised":
-        words = _read_words(root / params.negative_words if params.negative_words else _TINY_IMAGENET)
+        if params.negative_words:
+            words = _read_words(root / params.negative_words)
+        else:
+            words = json.loads(_TINY_IMAGENET.read_text(encoding="utf-8"))
         return PromptSet([[params.self_supervised_prompt], *_fill(params.prompt_templates, words)], "first")
     texts = _fill(params.prompt_templates, class_names)
     if params.class_prompts:

@@ -12,6 +12,7 @@ from pipeline.datasets import Images, PreparedDataset, stratified_split
 from pipeline.errors import PipelineError
 from pipeline.feature_store import FeatureSet
 from pipeline.params import Guidance as GuidanceParams
+from pipeline.params import Nodes
 from stages.train_fl import guiding_set, partitions, placement, synthetic
 from stages.train_fl.client_data import ClientData
 from stages.train_fl.placement import GuidanceOnDisk, GuidanceSource
@@ -42,7 +43,14 @@ class Federation:
     synthetic_hash: str | None  # of the generated images' data set, where clients got some
 
 
-def load(config: Config, partition: str, seed: int, guidance: GuidanceParams | None, device: str) -> Federation:
+def load(
+    config: Config,
+    partition: str,
+    seed: int,
+    guidance: GuidanceParams | None,
+    device: str,
+    client_id: int | None = None,
+) -> Federation:
     """Splits, thins out, deals and places the data set.
 
     Args:
@@ -51,27 +59,24 @@ def load(config: Config, partition: str, seed: int, guidance: GuidanceParams | N
         seed: of the validation split, the long tail, the partition and the choice of generated images.
         guidance: the method's, None for methods that need no cached representations.
         device: where training runs.
+        client_id: place this client alone, as the only one; None: all.
 
     Raises:
         PipelineError: data are missing or damaged, or the settings do not fit them.
     """
-    params, settings = config.params.train_fl, config.settings("partitions", partition)
+    params = config.params.train_fl
     dataset = PreparedDataset(config.dataset_dir)
     features = guiding_set.open_checked(config, dataset) if guidance else None
     source = GuidanceSource(features, guidance) if features and guidance else None
-    train, index, held_out = _split(dataset, config, seed)
+    train, index, held = _split(dataset, config, seed)
     if params.imbalance_factor < 1:
         kept = partitions.long_tail(train.labels, params.imbalance_factor, seeding.numpy_generator(seed, "long tail"))
         train, index = train.take(kept), index[kept]
-    rng = seeding.numpy_generator(seed, "partition")
-    try:
-        parts = partitions.deal(settings, train.labels, train.domains, params.num_clients, rng)
-    except PipelineError as error:
-        raise PipelineError(f"partitions.{partition}: {error}") from None
+    parts = _deal(config, partition, train, seed, client_id)
     if features:
         features.require(np.concatenate([index[part] for part in parts]))
     counts = partitions.label_counts(parts, train.labels, len(dataset.class_names))
-    extra, synthetic_hash = _synthetic(config, dataset, bool(source), counts, seed)
+    extra, synthetic_hash = _synthetic(config, dataset, bool(source), counts, seed, client_id or 0)
     image_bytes = counts.sum() * train.images[0].nbytes + sum(images.images.nbytes for images in extra)
     where = placement.place(image_bytes, counts.sum() * source.bytes_per_sample() if source else 0, device)
     clients = [
@@ -87,12 +92,40 @@ def load(config: Config, partition: str, seed: int, guidance: GuidanceParams | N
             parts, train.domains * num_classes + train.labels, num_domains * num_classes
         ),
         synthetic_counts=np.stack([np.bincount(images.labels, minlength=num_classes) for images in extra]),
-        held_out=HeldOut(*(tensor.to(device) for tensor in _tensors(held_out))),
+        held_out=_on_device(held, device),
         dataset=dataset,
         features=features,
         guidance_dim=source.num_dims if source else None,
         synthetic_hash=synthetic_hash,
     )
+
+
+def held_out(dataset: PreparedDataset, device: str) -> HeldOut:
+    """The test images of a data set."""
+    return _on_device(dataset.load("test"), device)
+
+
+def _on_device(images: Images, device: str) -> HeldOut:
+    return HeldOut(*(tensor.to(device) for tensor in _tensors(images)))
+
+
+def _deal(config: Config, partition: str, train: Images, seed: int, client_id: int | None) -> list[np.ndarray]:
+    """Every client's positions in `train`, or one client's alone."""
+    settings = config.settings("partitions", partition)
+    if isinstance(settings, Nodes):
+        if client_id is None:
+            raise PipelineError(f"partitions.{partition} is of nodes with their own images: run it by `flwr run`")
+        return [np.arange(len(train))]
+    rng = seeding.numpy_generator(seed, "partition")
+    try:
+        parts = partitions.deal(settings, train.labels, train.domains, config.params.train_fl.num_clients, rng)
+    except PipelineError as error:
+        raise PipelineError(f"partitions.{partition}: {error}") from None
+    if client_id is None:
+        return parts
+    if client_id >= len(parts):
+        raise PipelineError(f"partitions.{partition} has {len(parts)} clients, there is no client {client_id}")
+    return [parts[client_id]]
 
 
 def _split(dataset: PreparedDataset, config: Config, seed: int) -> tuple[Images, np.ndarray, Images]:
@@ -109,9 +142,9 @@ def _split(dataset: PreparedDataset, config: Config, seed: int) -> tuple[Images,
 
 
 def _synthetic(
-    config: Config, dataset: PreparedDataset, guided: bool, counts: np.ndarray, seed: int
+    config: Config, dataset: PreparedDataset, guided: bool, counts: np.ndarray, seed: int, first_client: int
 ) -> tuple[list[Images], str | None]:
-    """Per client the generated images it gets, and the hash of their data set."""
+    """Per client, counted from `first_client`, the generated images it gets, and the hash of their data set."""
     rule = config.params.train_fl.balance_with_synthetic
     if rule == "none":
         size = dataset.image_size
@@ -126,7 +159,7 @@ def _synthetic(
     images = generated.load("train")
     chosen = [
         images.take(synthetic.top_up(own, images.labels, rule, seeding.numpy_generator(seed, "synthetic", client)))
-        for client, own in enumerate(counts)
+        for client, own in enumerate(counts, first_client)
     ]
     return chosen, generated.hash
 

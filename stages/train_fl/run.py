@@ -10,6 +10,7 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ from stages.train_fl import evaluate, federation, guiding_set, loggers, methods,
 from stages.train_fl.checkpoint import Checkpoint
 from stages.train_fl.encoders import EncoderSettings
 from stages.train_fl.engines import local
+from stages.train_fl.engines.local import Progress, Round
 from stages.train_fl.evaluate import Classification, Evaluator
 from stages.train_fl.federation import Federation
-from stages.train_fl.methods import Method
+from stages.train_fl.methods import Method, Weights
 from stages.train_fl.models import FLModel
 from stages.train_fl.probes import Probes
 
@@ -54,6 +56,20 @@ class Job:
     def path(self) -> Path:
         """The run's folder."""
         return self.config.run_dir(self.method_name, self.partition_name, self.seed)
+
+    @property
+    def without_labels(self) -> bool:
+        """Whether the method trains without labels."""
+        return isinstance(self.method, SelfSupervised)
+
+    def check(self) -> None:
+        """Checks that the method can train as the settings say.
+
+        Raises:
+            PipelineError: it cannot.
+        """
+        if isinstance(self.method, SimSiam) and self.config.params.train_fl.augmentation == "none":
+            raise PipelineError("simsiam compares two views of an image: set train_fl.augmentation to views (or crop)")
 
     def schedule(self) -> local.Schedule:
         """Rounds, sampling and local training."""
@@ -88,14 +104,13 @@ def run(config: Config, method_name: str, partition_name: str, seed: int, overwr
             finished run of other settings, or training diverged.
     """
     job = Job(config, method_name, partition_name, seed)
-    if isinstance(job.method, SimSiam) and config.params.train_fl.augmentation == "none":
-        raise PipelineError("simsiam compares two views of an image: set train_fl.augmentation to views (or crop)")
+    job.check()
     guidance = methods.guidance_of(job.method)
     device = prepare_torch(config.params.runtime)
     data = federation.load(config, partition_name, seed, guidance, device)
     if data.features:
-        guiding_set.check_method(data.features, method_name, isinstance(job.method, SelfSupervised))
-    model, method = _build(job, data, device)
+        guiding_set.check_method(data.features, method_name, job.without_labels)
+    model, method = build(job, len(data.dataset.class_names), data.guidance_dim, len(data.clients), device)
     if config.params.train_fl.clients_per_round > len(data.clients):
         log.warning("train_fl.clients_per_round is above the %d clients there are: all take part", len(data.clients))
     lock = f"{job.path.name}-{hashlib.sha256(os.fsencode(job.path)).hexdigest()[:8]}"
@@ -106,16 +121,19 @@ def run(config: Config, method_name: str, partition_name: str, seed: int, overwr
 
 def _make(job: Job, data: Federation, model: FLModel, method: Method, device: str, overwrite: bool) -> None:
     """Trains and writes all that a run leaves; the checksums last, which mark it as whole."""
-    settings = _settings(job, data)
+    settings = settings_of(job, data)
     if not overwrite:
         records.check_replaceable(job.path, settings)
     records.start(job.path)
     records.write_partition(job.path, data)
-    key = provenance.fingerprint(settings | _numerics(job.config, device))[:16]
+    key = provenance.fingerprint(settings | numerics(job.config, device))[:16]
     checkpoint = Checkpoint(job.config.state_dir / "checkpoints" / f"{job.path.name}-{key}")
-    evaluator = _evaluator(job, data)
-    record = _train(job, data, model, method, evaluator, checkpoint, device)
-    _finish(job, data, model, evaluator, record)
+    start, rows = checkpoint.load(device) or (local.begin(method, weights_of(model), len(data.clients)), None)
+    rounds = local.run(method, start, data.clients, job.schedule(), device)
+    evaluator = evaluator_of(job, data)
+    every = job.config.params.runtime.checkpoint_every
+    record = train(job, model, start, rows, rounds, evaluator, checkpoint, every)
+    finish(job, data, model, evaluator, record)
     provenance.write_json(job.path / "config.json", settings | {"provenance": provenance.describe(device)})
     provenance.write_checksums(job.path)
     checkpoint.remove()
@@ -137,53 +155,75 @@ def prepare_torch(runtime: Runtime) -> str:
     return device
 
 
-def _build(job: Job, data: Federation, device: str) -> tuple[FLModel, Method]:
-    """The network and the method that trains it."""
+def build(
+    job: Job, num_classes: int, guidance_dim: int | None, num_clients: int, device: str
+) -> tuple[FLModel, Method]:
+    """The network, its weights those of the job's seed, and the method that trains it.
+
+    Args:
+        job: names the method.
+        num_classes: of the data set.
+        guidance_dim: length of the targets, for methods with guidance.
+        num_clients: N, all clients.
+        device: where the network stands.
+    """
     params, runtime = job.config.params.train_fl, job.config.params.runtime
     encoder = EncoderSettings(params.model, params.normalisation, params.precision, runtime.channels_last)
     model = models.build(
         encoder,
-        len(data.dataset.class_names),
+        num_classes,
         job.seed,
-        data.guidance_dim,
+        guidance_dim,
         params.projection_dim,
         **methods.model_parts(job.method),
     ).to(device)
     optimiser = (params.momentum, params.weight_decay)
-    return model, methods.build(job.method, model, *optimiser, len(data.clients), params.gradient_clipping)
+    return model, methods.build(job.method, model, *optimiser, num_clients, params.gradient_clipping)
 
 
-def _evaluator(job: Job, data: Federation) -> Evaluator:
+def evaluator_of(job: Job, data: Federation) -> Evaluator:
     """The classifier's accuracy, or for training without labels a k-NN classifier's and a linear probe's."""
     if isinstance(job.method, SelfSupervised):
         return Probes(data.clients, data.held_out, job.method.knn_neighbours)
     return Classification(data.held_out)
 
 
-def _train(
+def train(
     job: Job,
-    data: Federation,
     model: FLModel,
-    method: Method,
+    start: Progress,
+    rows: dict[str, list[records.Row]] | None,
+    rounds: Iterator[Round],
     evaluator: Evaluator,
     checkpoint: Checkpoint,
-    device: str,
+    checkpoint_every: int,
 ) -> records.RunRecord:
-    """All rounds that are left; leaves the last global weights in `model`."""
-    schedule, every = job.schedule(), job.config.params.runtime.checkpoint_every
-    weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    earlier = checkpoint.load(device)
-    start, rows = earlier or (local.begin(method, weights, len(data.clients)), None)
+    """All rounds that are left, under any engine; leaves the last global weights in `model`.
+
+    Args:
+        job: the run.
+        model: the network to evaluate in.
+        start: the federation before the first of these rounds.
+        rows: of the rounds before.
+        rounds: from an engine, going on from `start`.
+        evaluator: judges every round.
+        checkpoint: where the run goes on from if it is stopped.
+        checkpoint_every: rounds between checkpoints.
+
+    Raises:
+        PipelineError: training diverged, or the engine gave up.
+    """
+    schedule = job.schedule()
     record = records.RunRecord(job.path, rows)
     model.load_state_dict(start.server.weights)
-    if earlier:
+    if start.number:
         log.info("%s: going on after round %d of %d", job.path.name, start.number, schedule.num_rounds)
     with (
         loggers.watching(job.config, job.path.name, record) as watch,
         progress_bar(schedule.num_rounds, job.path.name, "round") as bar,
     ):
         bar.update(start.number)
-        for done in local.run(method, start, data.clients, schedule, device):
+        for done in rounds:
             started = time.perf_counter()
             model.load_state_dict(done.weights)
             scores = evaluator.scores(model)
@@ -194,14 +234,19 @@ def _train(
                 )
             record.add(done, scores, time.perf_counter() - started)
             watch()
-            if done.number % every == 0 and done.number < schedule.num_rounds:
+            if done.number % checkpoint_every == 0 and done.number < schedule.num_rounds:
                 checkpoint.save(done.progress, record.rows)
             bar.set_postfix_str(f"accuracy {scores['accuracy']:.3f}", refresh=False)
             bar.update()
     return record
 
 
-def _finish(job: Job, data: Federation, model: FLModel, evaluator: Evaluator, record: records.RunRecord) -> None:
+def weights_of(model: FLModel) -> Weights:
+    """A copy of its whole state dict."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def finish(job: Job, data: Federation, model: FLModel, evaluator: Evaluator, record: records.RunRecord) -> None:
     """Writes the weights, the accuracy by client and by domain, and the run in a few numbers."""
     predictor, extra = evaluator.final(model)
     records.write_weights(job.path, model.state_dict())
@@ -219,7 +264,7 @@ def _finish(job: Job, data: Federation, model: FLModel, evaluator: Evaluator, re
     log.info("%s: accuracy %.4f (%s)", job.path.name, metrics["mean_last5_accuracy"], words)
 
 
-def _settings(job: Job, data: Federation) -> dict[str, Any]:
+def settings_of(job: Job, data: Federation) -> dict[str, Any]:
     """All that decides the run."""
     return {
         **job.config.settings_of_run(job.method_name, job.partition_name),
@@ -230,7 +275,7 @@ def _settings(job: Job, data: Federation) -> dict[str, Any]:
     }
 
 
-def _numerics(config: Config, device: str) -> dict[str, Any]:
+def numerics(config: Config, device: str) -> dict[str, Any]:
     """What moves the last bits of a number, and so belongs to a checkpoint that promises equal bytes."""
     return {
         "device": device,

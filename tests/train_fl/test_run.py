@@ -209,7 +209,7 @@ def test_a_client_with_one_image_and_an_empty_one(tmp_path):
         ClientData(torch.zeros(n, 3, 8, 8, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)) for n in (0, 2)
     ]
     schedule = local.Schedule(1, 2, 1, 1, 0.1, 1.0, "none", 0)
-    assert local.sample_clients(clients, schedule, 1) == [1]
+    assert local.sample_clients([1], schedule, 1) == [1]
     assert list(Batches(clients[0], 1, 4, "none", torch.Generator())) == []
 
 

@@ -93,7 +93,7 @@ def run(
     """
     server, states = start.server, list(start.clients)
     for number in range(start.number + 1, schedule.num_rounds + 1):
-        participants = sample_clients(clients, schedule, number)
+        participants = sample_clients([c for c, data in enumerate(clients) if len(data)], schedule, number)
         started = time.perf_counter()
         load_seconds = 0.0
         updates: list[ClientUpdate] = []
@@ -103,12 +103,12 @@ def run(
             update, states[client], client_metrics = method.client_update(
                 server.weights, server.broadcast, states[client], batches, schedule.learning_rate_of(number)
             )
-            _check_finite(client_metrics, client, number)
+            check_finite(client_metrics, client, number)
             load_seconds += batches.loading.seconds
             updates.append(update)
             metrics.append(client_metrics)
         trained = time.perf_counter()
-        bytes_down = len(participants) * (_num_bytes(server.weights) + _num_bytes(server.broadcast))
+        bytes_down = len(participants) * (num_bytes(server.weights) + num_bytes(server.broadcast))
         server, _ = method.server_update(server, updates)
         _wait(device)
         sizes = [update.num_samples for update in updates]
@@ -120,7 +120,7 @@ def run(
             num_steps=sum(update.num_steps for update in updates),
             train_metrics={name: float(np.average([m[name] for m in metrics], weights=sizes)) for name in metrics[0]},
             bytes_down=bytes_down,
-            bytes_up=sum(map(_update_bytes, updates)),
+            bytes_up=sum(map(update_bytes, updates)),
             load_seconds=load_seconds,
             train_seconds=trained - started,
             aggregate_seconds=time.perf_counter() - trained,
@@ -133,29 +133,34 @@ def client_batches(data: ClientData, schedule: Schedule, number: int, client: in
     return Batches(data, schedule.local_epochs, schedule.batch_size, schedule.augmentation, generator, device)
 
 
-def sample_clients(clients: list[ClientData], schedule: Schedule, number: int) -> list[int]:
-    """Ids of the round's participants, ascending, drawn uniformly among the clients that have data."""
+def sample_clients(with_data: list[int], schedule: Schedule, number: int) -> list[int]:
+    """Ids of the round's participants, ascending, drawn uniformly among the clients that have data (ascending ids)."""
     rng = seeding.numpy_generator(schedule.seed, "client sampling", number)
-    with_data = [client for client, data in enumerate(clients) if len(data)]
     drawn = rng.permutation(with_data)[: schedule.clients_per_round]
     return sorted(int(client) for client in drawn)
 
 
-def _check_finite(metrics: Metrics, client: int, number: int) -> None:
+def check_finite(metrics: Metrics, client: int, number: int) -> None:
+    """Checks a client's losses.
+
+    Raises:
+        PipelineError: one is not a finite number.
+    """
     if not all(np.isfinite(value) for value in metrics.values()):
         raise PipelineError(
             f"training diverged: in round {number}, client {client}'s loss is {metrics}; lower train_fl.learning_rate"
         )
 
 
-def _num_bytes(tensors: Weights) -> int:
+def num_bytes(tensors: Weights) -> int:
+    """Of all tensors together."""
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _update_bytes(update: ClientUpdate) -> int:
+def update_bytes(update: ClientUpdate) -> int:
     """All tensors that a client sends: its weights, and whatever else its method adds."""
     parts = [getattr(update, field.name) for field in fields(update)]
-    return sum(_num_bytes(part) for part in parts if isinstance(part, dict))
+    return sum(num_bytes(part) for part in parts if isinstance(part, dict))
 
 
 def _wait(device: str | None) -> None:

@@ -1,0 +1,106 @@
+"""The Flower app: what `flwr run` starts on the server and on every node. Like the CLI, it calls one stage.
+
+The run's `task` says which: `train` is stage 2 (stages/train_fl/engines/flower), `basis` the federated part of stage 1
+(stages/extract_features/federated). Each has a `server` with serve(grid, run_config) and a `client` with a function a
+message type. They are imported when they are needed: a node loads no more than its part.
+"""
+
+import importlib
+import logging
+import sys
+from typing import Any
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable
+from flwr.serverapp import Grid, ServerApp
+
+from pipeline.errors import PipelineError
+from pipeline.federation.node import answering
+
+_TASKS = {"train": "stages.train_fl.engines.flower", "basis": "stages.extract_features.federated"}
+
+server_app = ServerApp()
+client_app = ClientApp()
+log = logging.getLogger(__name__)
+
+
+@server_app.main()
+def serve(grid: Grid, context: Context) -> None:
+    """Runs the task; a mistake or fault is one line, and the run ends as failed."""
+    _speak()
+    try:
+        _part(context, "server").serve(grid, context.run_config)
+    except PipelineError as error:
+        log.error("Error: %s", error)
+        raise
+
+
+def _speak() -> None:
+    """Our own words, and Flower's, go to the run's log; those of the libraries below do not."""
+    handler = logging.StreamHandler(sys.stdout)
+    for name in ("pipeline", "stages"):
+        logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).setLevel(logging.INFO)
+    logging.getLogger("flwr").addFilter(_without_traceback)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Flower logs what ends a ServerApp with its traceback, which says nothing of a mistake that is named already."""
+    if record.exc_info and isinstance(record.exc_info[1], PipelineError):
+        record.exc_info = None
+    return True
+
+
+def privacy(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Flower's mods for differential privacy and secure aggregation, as the run's params.yaml asks for them."""
+    return _part(context, "privacy").protect(message, context, call_next)
+
+
+@client_app.query("join")
+@answering
+def join(message: Message, context: Context) -> RecordDict:
+    """Introduces the node."""
+    return _part(context, "client").join(context)
+
+
+@client_app.train(mods=[privacy])
+@answering
+def train(message: Message, context: Context) -> RecordDict:
+    """One round of local training."""
+    return _part(context, "client").train(message, context)
+
+
+@client_app.evaluate()
+@answering
+def evaluate(message: Message, context: Context) -> RecordDict:
+    """The global model on the node's own held-out images."""
+    return _part(context, "client").evaluate(message, context)
+
+
+@client_app.query("moments")
+@answering
+def moments(message: Message, context: Context) -> RecordDict:
+    """What the PCA basis needs of the node's images."""
+    return _part(context, "client").moments(context)
+
+
+@client_app.query("pooled")
+@answering
+def pooled(message: Message, context: Context) -> RecordDict:
+    """Mean and deviation of the node's representations on the common basis."""
+    return _part(context, "client").pooled(message, context)
+
+
+@client_app.query("basis")
+@answering
+def basis(message: Message, context: Context) -> RecordDict:
+    """Keeps the common basis."""
+    return _part(context, "client").keep(message, context)
+
+
+def _part(context: Context, name: str) -> Any:
+    task = str(context.run_config.get("task"))
+    if task not in _TASKS:
+        raise PipelineError(f"--run-config task={task!r}: there are {', '.join(_TASKS)}")
+    return importlib.import_module(f"{_TASKS[task]}.{name}")

@@ -1,0 +1,197 @@
+"""The server's view of the federation: who has joined, who was refused and why, who has left.
+
+Every node that is connected and unknown is asked to join; it answers with its client id, its name and what it must
+agree on with the others (class names, what its features are). Asking never holds up a round: answers are collected
+when the next one begins, so a node may join late, or again after a restart. What most of the first nodes agree on
+stands for the whole run; a node that differs is refused by name, and the others go on.
+"""
+
+import collections
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from pipeline.config import differing_keys
+from pipeline.errors import PipelineError
+
+log = logging.getLogger(__name__)
+
+JOIN = "query.join"
+_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Member:
+    """A node that takes part: Flower's id of it, which changes at a restart, and what it said of itself."""
+
+    node_id: int
+    client_id: int
+    name: str
+    num_samples: int
+    agreement: dict[str, Any]
+
+    def __str__(self) -> str:
+        """As messages name it."""
+        return f"client {self.client_id} ({self.name})"
+
+
+def introduction(client_id: int, name: str, num_samples: int, agreement: dict[str, Any]) -> RecordDict:
+    """A node's answer to being asked to join; `agreement` is what may not differ between nodes, as JSON."""
+    facts = {
+        "client-id": client_id,
+        "name": name,
+        "num-samples": num_samples,
+        "agreement": json.dumps(agreement, sort_keys=True),
+    }
+    return RecordDict({"introduction": ConfigRecord(facts)})  # type: ignore[arg-type]
+
+
+class Members:
+    """Who takes part."""
+
+    def __init__(self, grid: Grid, answer_within: float, told: Callable[[str], None] = log.warning) -> None:
+        """Nobody yet.
+
+        Args:
+            grid: Flower's connection to the nodes.
+            answer_within: seconds that a node has to answer.
+            told: gets every change in words.
+        """
+        self._grid, self._ttl, self._told = grid, answer_within, told
+        self._asked: dict[str, tuple[int, float]] = {}  # message id -> node, and when it was asked
+        self._joined: dict[int, Member] = {}  # by node id
+        self._refused: dict[int, str] = {}  # by node id
+        self._agreed: dict[str, Any] | None = None
+
+    @property
+    def agreed(self) -> dict[str, Any]:
+        """What all members agree on; known once `wait` has returned."""
+        assert self._agreed is not None
+        return self._agreed
+
+    def present(self) -> dict[int, Member]:
+        """The members that are connected, by client id, ascending, after collecting who came and who left."""
+        online = set(self._grid.get_node_ids())
+        for node_id in [node_id for node_id in self._joined if node_id not in online]:
+            self._told(f"{self._joined.pop(node_id)} has left")
+        self._collect()
+        self._ask(online)
+        members = [member for member in self._joined.values() if self._agreed in (None, member.agreement)]
+        return {member.client_id: member for member in sorted(members, key=lambda member: member.client_id)}
+
+    def wait(self, minimum: int, seconds: float) -> dict[int, Member]:
+        """Waits until so many members that agree are present; they, by client id.
+
+        Raises:
+            PipelineError: they have not come in time; names who was refused.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            present = self.present()
+            if self._agreed is None and len(present) >= minimum:
+                present = self._agree(list(present.values()))
+            if self._agreed is not None and len(present) >= minimum:
+                return present
+            if time.monotonic() > deadline:
+                refused = "".join(f"; refused: {reason}" for reason in self._refused.values())
+                raise PipelineError(
+                    f"{len(present)} nodes have joined in {seconds:g} s, federation.min_clients = {minimum}{refused}: "
+                    "start the SuperNodes, or lower it, and run again; it goes on from where it was"
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def name_of(self, node_id: int) -> str:
+        """A node as messages name it."""
+        return str(self._joined.get(node_id, f"node {node_id}"))
+
+    def _ask(self, online: set[int]) -> None:
+        """Asks everyone who is connected and neither joined nor asked already."""
+        now = time.monotonic()
+        self._asked = {key: (node, at) for key, (node, at) in self._asked.items() if now - at < self._ttl}
+        unknown = online - self._joined.keys() - {node for node, _ in self._asked.values()}
+        messages = [
+            Message(RecordDict(), dst_node_id=node_id, message_type=JOIN, ttl=self._ttl) for node_id in sorted(unknown)
+        ]
+        if messages:
+            keys = self._grid.push_messages(messages)
+            self._asked |= {
+                key: (message.metadata.dst_node_id, now) for key, message in zip(keys, messages, strict=True)
+            }
+
+    def _collect(self) -> None:
+        for reply in self._grid.pull_messages(list(self._asked)) if self._asked else ():
+            self._asked.pop(reply.metadata.reply_to_message_id, None)
+            node_id = reply.metadata.src_node_id
+            try:
+                self._admit(_read(reply))
+            except PipelineError as error:
+                if self._refused.get(node_id) != str(error):
+                    self._told(f"refused: {error}")
+                self._refused[node_id] = str(error)
+
+    def _admit(self, member: Member) -> None:
+        """Takes a node in, unless it differs or its place is taken.
+
+        Raises:
+            PipelineError: it is not taken in.
+        """
+        for other in self._joined.values():
+            if other.client_id == member.client_id:
+                raise PipelineError(
+                    f"{member}: client-id {member.client_id} is {other.name}'s already: give each node its own"
+                )
+        if self._agreed is not None:
+            _check_agreement(member, self._agreed)
+        self._joined[member.node_id] = member
+        self._refused.pop(member.node_id, None)
+        self._told(f"{member} has joined with {member.num_samples} images")
+
+    def _agree(self, members: list[Member]) -> dict[int, Member]:
+        """Takes what most agree on, the lowest client's among equals; refuses the others."""
+        counts = collections.Counter(json.dumps(member.agreement, sort_keys=True) for member in members)
+        self._agreed = json.loads(counts.most_common(1)[0][0])
+        for member in members:
+            try:
+                _check_agreement(member, self._agreed)
+            except PipelineError as error:
+                del self._joined[member.node_id]
+                self._refused[member.node_id] = str(error)
+                self._told(f"refused: {error}")
+        return {member.client_id: member for member in members if member.node_id in self._joined}
+
+
+def _read(reply: Message) -> Member:
+    """A node's introduction.
+
+    Raises:
+        PipelineError: it refuses, or its answer is not one.
+    """
+    node_id = reply.metadata.src_node_id
+    if reply.has_error():
+        raise PipelineError(reply.error.reason or f"node {node_id} failed without a word")
+    try:
+        facts = reply.content.config_records["introduction"]
+        agreement = json.loads(str(facts["agreement"]))
+        client_id, num_samples = int(str(facts["client-id"])), int(str(facts["num-samples"]))
+        return Member(node_id, client_id, str(facts["name"]), num_samples, agreement)
+    except (KeyError, TypeError, ValueError) as error:
+        raise PipelineError(f"node {node_id} gave no introduction ({error!r}): does it run another version?") from None
+
+
+def _check_agreement(member: Member, agreed: dict[str, Any]) -> None:
+    if keys := differing_keys(member.agreement, agreed):
+        theirs = {key: _at(member.agreement, key) for key in keys[:3]}
+        ours = {key: _at(agreed, key) for key in keys[:3]}
+        raise PipelineError(f"{member} has {theirs}, the others have {ours}: it cannot train with them")
+
+
+def _at(values: Any, dotted_key: str) -> Any:
+    for key in dotted_key.split("."):
+        values = values.get(key) if isinstance(values, dict) else None
+    return values

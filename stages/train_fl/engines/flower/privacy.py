@@ -1,0 +1,67 @@
+"""Differential privacy and secure aggregation of what nodes send: Flower's own mods, as `federation` asks for them.
+
+    central   fixedclipping_mod on the node, DifferentialPrivacyClientSideFixedClipping around the Strategy
+    local     LocalDpMod on the node; a clipped update differs from another by at most twice the norm: its sensitivity
+    SecAgg+   secaggplus_mod on the node, SecAggPlusWorkflow on the server (see `secure`)
+
+All of them protect one set of weights, whose mean the server takes. So they go with methods that send nothing else
+and whose server does nothing else, and with networks without BatchNorm, whose variances noise would make negative.
+What they do not cover: a node's number of images, its mean losses and accuracy, which it sends in the clear.
+"""
+
+from flwr.app import Context, Error, Message
+from flwr.clientapp.mod import LocalDpMod, fixedclipping_mod
+from flwr.clientapp.typing import ClientAppCallable
+from torch import nn
+
+from pipeline.errors import PipelineError
+from pipeline.federation.node import REFUSED, config_of, node_of
+from pipeline.params import CentralPrivacy, Federation, LocalPrivacy
+from stages.train_fl.run import Job
+
+_MEAN_OF_WEIGHTS = ("fedavg", "fedprox", "moon", "feddifrc", "simsiam", "feddifrc-self-supervised")
+
+
+def check(job: Job, model: nn.Module) -> None:
+    """Checks that what params.yaml asks for covers all that the method sends.
+
+    Raises:
+        PipelineError: it does not.
+    """
+    params = job.config.params.federation
+    wanted = [key for key in ("differential_privacy", "secure_aggregation") if getattr(params, key) is not None]
+    if not wanted:
+        return
+    asked = f"federation.{wanted[0]}"
+    if len(wanted) > 1:
+        raise PipelineError(f"federation.{wanted[0]} and federation.{wanted[1]} do not go together here: choose one")
+    algorithm = job.method.model_dump()["algorithm"]
+    if algorithm not in _MEAN_OF_WEIGHTS:
+        raise PipelineError(
+            f"{asked} covers the mean of weights alone, but {algorithm} sends or keeps more: use one of "
+            f"{', '.join(_MEAN_OF_WEIGHTS)}, or set it to null"
+        )
+    if next(model.buffers(), None) is not None:
+        raise PipelineError(f"{asked} does not go with BatchNorm's statistics: set train_fl.normalisation to group")
+
+
+def protect(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """The node's side, around its training."""
+    try:
+        params = _federation(context)
+        match params.differential_privacy:
+            case CentralPrivacy():
+                return fixedclipping_mod(message, context, call_next)
+            case LocalPrivacy(clipping_norm=norm, epsilon=epsilon, delta=delta):
+                return LocalDpMod(norm, 2 * norm, epsilon, delta)(message, context, call_next)
+        if params.secure_aggregation is not None:
+            from stages.train_fl.engines.flower import secure
+
+            return secure.protect(message, context, call_next)
+    except PipelineError as error:
+        return Message(Error(REFUSED, str(error)), reply_to=message)
+    return call_next(message, context)
+
+
+def _federation(context: Context) -> Federation:
+    return config_of(context.run_config, node_of(context).root).params.federation
