@@ -26,10 +26,14 @@ class Moments:
         rows = maps.permute(0, 2, 3, 1).flatten(0, 2).double()  # (B*h*w, C)
         mean = rows.mean(0)
         centred = rows - mean
+        self.add(len(rows), mean, centred.T @ centred)
+
+    def add(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
+        """Adds the vectors of other moments: their count, mean (C,) and scatter about it (C, C), float64."""
         shift = mean - self.mean
-        total = self.count + len(rows)
-        self.scatter += centred.T @ centred + torch.outer(shift, shift) * (self.count * len(rows) / total)
-        self.mean += shift * (len(rows) / total)
+        total = self.count + count
+        self.scatter += scatter + torch.outer(shift, shift) * (self.count * count / total)
+        self.mean += shift * (count / total)
         self.count = total
 
 

@@ -32,7 +32,7 @@ from pipeline.feature_store.schema import (
     Manifest,
     Plan,
 )
-from pipeline.feature_store.writer import FeatureSetWriter
+from pipeline.feature_store.writer import FeatureSetWriter, write_basis_file
 
 __all__ = [
     "Basis",
@@ -47,4 +47,5 @@ __all__ = [
     "read_basis",
     "read_basis_file",
     "read_manifest",
+    "write_basis_file",
 ]

@@ -100,12 +100,7 @@ class FeatureSetWriter:
         arrays = [basis.mean, basis.std, *(v for layer in basis.layers.values() for v in vars(layer).values())]
         with self._new_file("basis.h5", sum(np.asarray(array).nbytes for array in arrays)) as h5:
             h5.attrs["fingerprint"] = self.fingerprint
-            h5.create_dataset("mean", data=basis.mean)
-            h5.create_dataset("std", data=basis.std)
-            for name, layer in basis.layers.items():
-                group = h5.create_group(f"layers/{name}")
-                for field, value in vars(layer).items():
-                    group.create_dataset(field, data=value)
+            _fill_basis(h5, basis)
         self._basis = self._enter("basis", rows=0, redone=0)
 
     def write_shard(self, shard: int, features: Features, redone_in_float32: int) -> None:
@@ -240,6 +235,34 @@ class FeatureSetWriter:
                 raise
             temporary.replace(self.path / name)
             atomic.sync(self.path)
+
+
+def write_basis_file(file: Path, basis: Basis) -> None:
+    """Writes a basis to be shared, of no set in particular; whole or not at all.
+
+    Raises:
+        PipelineError: the disk is full.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"{file.name}.tmp")
+    with _full_disk(temporary):
+        try:
+            with h5py.File(temporary, "w") as h5:
+                _fill_basis(h5, basis)
+            atomic.sync(temporary)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        temporary.replace(file)
+
+
+def _fill_basis(h5: h5py.File, basis: Basis) -> None:
+    h5.create_dataset("mean", data=basis.mean)
+    h5.create_dataset("std", data=basis.std)
+    for name, layer in basis.layers.items():
+        group = h5.create_group(f"layers/{name}")
+        for field, value in vars(layer).items():
+            group.create_dataset(field, data=value)
 
 
 @contextlib.contextmanager

@@ -85,20 +85,26 @@ class Members:
         members = [member for member in self._joined.values() if self._agreed in (None, member.agreement)]
         return {member.client_id: member for member in sorted(members, key=lambda member: member.client_id)}
 
-    def wait(self, minimum: int, seconds: float) -> dict[int, Member]:
-        """Waits until so many members that agree are present; they, by client id.
+    def wait(self, minimum: int, seconds: float, wanted: int | None = None) -> dict[int, Member]:
+        """Waits for members that agree; they, by client id.
+
+        Args:
+            minimum: how many there must be.
+            seconds: how long to wait.
+            wanted: how many are waited for before the minimum is enough; None: the minimum.
 
         Raises:
             PipelineError: they have not come in time; names who was refused.
         """
         deadline = time.monotonic() + seconds
         while True:
-            present = self.present()
-            if self._agreed is None and len(present) >= minimum:
+            late, present = time.monotonic() > deadline, self.present()
+            enough = minimum if wanted is None or late else max(wanted, minimum)
+            if self._agreed is None and len(present) >= enough:
                 present = self._agree(list(present.values()))
-            if self._agreed is not None and len(present) >= minimum:
+            if self._agreed is not None and len(present) >= (minimum if late else enough):
                 return present
-            if time.monotonic() > deadline:
+            if late:
                 refused = "".join(f"; refused: {reason}" for reason in self._refused.values())
                 raise PipelineError(
                     f"{len(present)} nodes have joined in {seconds:g} s, federation.min_clients = {minimum}{refused}: "

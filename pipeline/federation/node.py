@@ -23,6 +23,9 @@ from pipeline.errors import PipelineError
 
 log = logging.getLogger(__name__)
 
+PARAMS = Path(pipeline.__file__).parents[1] / "params.yaml"
+"""The run's: in Flower's app bundle it stands beside the code."""
+
 REFUSED = 100
 """Code of the error that a node answers with when it cannot do what is asked, and says why."""
 
@@ -82,8 +85,7 @@ def config_of(run_config: Mapping[str, Any], root: Path, device: str | None = No
         overrides[key] = config.parse_value(key, text)
     if device:
         overrides["runtime.device"] = device
-    bundled = Path(pipeline.__file__).parents[1] / "params.yaml"
-    return Config(config.load(bundled, overrides).params, root)
+    return Config(config.load(PARAMS, overrides).params, root)
 
 
 def answering(task: Callable[[Message, Context], RecordDict]) -> Callable[[Message, Context], Message]:

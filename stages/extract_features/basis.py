@@ -7,9 +7,17 @@ much of each layer's variance its leading components hold.
 import io
 from pathlib import Path
 
-from pipeline import atomic, feature_store
+import numpy as np
+
+from pipeline import atomic, feature_store, seeding
 from pipeline.errors import PipelineError
 from pipeline.feature_store import Basis
+
+
+def images(rows: int, wanted: int, seed: int) -> np.ndarray:
+    """int64 (min(rows, wanted),), ascending: the training images that a basis is fitted on, drawn at random."""
+    order = seeding.numpy_generator(seed, "basis images").permutation(rows)
+    return np.sort(order[:wanted])
 
 
 def read_shared(file: Path, channels: dict[str, int], ranges: dict[str, list[int]]) -> Basis:

@@ -21,7 +21,7 @@ from pipeline.diffusion import batching, noise, representation
 from pipeline.diffusion.backbones import Backbone, Conditioning
 from pipeline.diffusion.batching import Batcher
 from pipeline.diffusion.representation import Moments, Projector
-from pipeline.feature_store import Basis, Features
+from pipeline.feature_store import Basis, Features, LayerBasis
 from pipeline.params import ExtractFeatures, Runtime
 from pipeline.progress import progress_bar
 from stages.extract_features import prompts
@@ -138,27 +138,43 @@ class Extraction:
 
         The statistics are of what the finished basis makes of the same images, so they can only be had after it.
         """
+        inputs = self.clean_inputs(index)
+        with progress_bar(2 * len(index), "fit basis", "image") as bar:
+            layers = self.fit_layers(self.moments(inputs, bar))
+            values = self.pooled(inputs, layers, bar)
+        return Basis(layers, values.mean(0), values.std(0))
+
+    def clean_inputs(self, index: np.ndarray) -> Inputs:
+        """These images, read, encoded and noised."""
         host = self.host_input(index)
-        inputs = self.inputs(host, self.encode(host.images))
+        return self.inputs(host, self.encode(host.images))
+
+    def moments(self, inputs: Inputs, bar: Any) -> dict[str, Moments]:
+        """Layer -> the moments of all positions of these images' denoising maps."""
         device = "cpu" if self.backbone.device == "mps" else self.backbone.device  # mps has no float64
         moments = {layer: Moments(channels, device) for layer, channels in self.backbone.channels.items()}
-        text = torch.full((len(index),), len(self.conditioning) - 1)
+        for rows, maps in self.batcher.map(self._denoising(inputs), len(inputs.noisy)):
+            for layer, of_batch in maps.items():
+                for part in of_batch[: rows.stop - rows.start].split(batching.CPU_BATCH):  # the same for any batch
+                    moments[layer].update(part.to(device))
+            bar.update(rows.stop - rows.start)
+        return moments
 
-        def batch(rows: Tensor) -> dict[str, Tensor]:
-            return self.maps(inputs, rows, text[rows])
+    def fit_layers(self, moments: dict[str, Moments]) -> dict[str, LayerBasis]:
+        """Layer -> its PCA, of as many dimensions as are wanted."""
+        dims = dict(zip(moments, self.params.dims, strict=True))
+        return {layer: representation.fit_basis(of_layer, dims[layer]) for layer, of_layer in moments.items()}
 
-        with progress_bar(2 * len(index), "fit basis", "image") as bar:
-            for rows, maps in self.batcher.map(batch, len(index)):
-                for layer, of_batch in maps.items():
-                    for part in of_batch[: rows.stop - rows.start].split(batching.CPU_BATCH):  # the same for any batch
-                        moments[layer].update(part.to(device))
-                bar.update(rows.stop - rows.start)
-            dims = dict(zip(moments, self.params.dims, strict=True))
-            layers = {layer: representation.fit_basis(moments[layer], dims[layer]) for layer in moments}
-            projector = Projector(layers, self.backbone.device)
-            pooled = self.batcher.table(lambda rows: projector(batch(rows)), len(index), bar.update)
-        pooled_values = pooled.double().cpu().numpy()  # (n, D)
-        return Basis(layers, pooled_values.mean(0), pooled_values.std(0))
+    def pooled(self, inputs: Inputs, layers: dict[str, LayerBasis], bar: Any) -> np.ndarray:
+        """float64 (n, D): the denoising representations of these images on a basis."""
+        projector, maps = Projector(layers, self.backbone.device), self._denoising(inputs)
+        pooled = self.batcher.table(lambda rows: projector(maps(rows)), len(inputs.noisy), bar.update)
+        return pooled.double().cpu().numpy()
+
+    def _denoising(self, inputs: Inputs) -> Callable[[Tensor], dict[str, Tensor]]:
+        """Rows -> maps under the generic prompt, which comes last."""
+        text = torch.full((len(inputs.noisy),), len(self.conditioning) - 1)
+        return lambda rows: self.maps(inputs, rows, text[rows])
 
     def maps(self, inputs: Inputs, image: Tensor, text: Tensor) -> dict[str, Tensor]:
         """Layer -> maps of the pairs (image, text), float32 (B, C_l, h_l, w_l)."""

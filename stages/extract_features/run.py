@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import feature_store, provenance, seeding
+from pipeline import feature_store, provenance
 from pipeline.config import Config
 from pipeline.diffusion import backbones, batching
 from pipeline.diffusion.representation import Projector
@@ -166,8 +166,7 @@ class _Run:
         params, plan = self._job.config.params.extract_features, self._job.plan
         if shared := planning.shared_basis(self._job.config):
             return pca.read_shared(shared, self._extraction.backbone.channels, plan.content.layers)
-        order = seeding.numpy_generator(params.noise_seed, "basis images").permutation(plan.rows)
-        return self._extraction.fit_basis(np.sort(order[: params.basis_images]))
+        return self._extraction.fit_basis(pca.images(plan.rows, params.basis_images, params.noise_seed))
 
 
 def _deliver(writer: FeatureSetWriter, target: Path) -> Path:

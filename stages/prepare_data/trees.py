@@ -47,7 +47,7 @@ def folder(root: Path, params: PrepareData) -> Source:
     of which one image in five, stratified and drawn by the seed, becomes the test split.
 
     Raises:
-        PipelineError: the folder is missing, a class folder has no image, or the splits' classes differ.
+        PipelineError: the folder is missing, a class folder holds anything but images, or the splits' classes differ.
     """
     require(root.is_dir(), f"{root} is not a folder: set prepare_data.path to a tree of <class>/<image> folders")
     classes, halves = _halves(root, root, params.seed)
@@ -128,8 +128,14 @@ def _tree(root: Path, tree: Path) -> tuple[list[str], Listing]:
 
 
 def images_of_class(root: Path, class_dir: Path) -> list[str]:
-    """Paths relative to `root`, sorted by folder, then name, as ImageFolder does."""
+    """Paths relative to `root`, sorted by folder, then name, as ImageFolder does.
+
+    An empty folder stands for a class that this owner has no images of, as it happens to a node of a federation.
+    """
     found = sorted(_image_files(str(class_dir), frozenset()), key=os.path.split)
+    if not found and all(entry.name.startswith(".") for entry in os.scandir(class_dir)):
+        log.warning("%s is empty: a class without images", class_dir)
+        return []
     require(bool(found), f"{class_dir} has no images (names ending in {', '.join(EXTENSIONS[:5])}, ...)")
     return [path.removeprefix(f"{root}{os.sep}") for path in found]
 

@@ -185,6 +185,7 @@ def spoil_domain(root):
 def spoil_empty_class(root):
     tree(root, ["a"])
     (root / "b").mkdir()
+    (root / "b" / "notes.txt").write_text("no image")
 
 
 @pytest.mark.parametrize(

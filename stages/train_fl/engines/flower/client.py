@@ -80,7 +80,7 @@ def train(message: Message, context: Context) -> RecordDict:
     )
     local.check_finite(losses, client, order.number)
     states.save(order.number, state)
-    return Work(update, losses, batches.loading.seconds, time.perf_counter() - started).content()
+    return Work(update, losses, bool(state), batches.loading.seconds, time.perf_counter() - started).content()
 
 
 def evaluate(message: Message, context: Context) -> RecordDict:

@@ -7,6 +7,7 @@ Flower's mods look for one ArrayRecord and one ConfigRecord: so there are no emp
 version, broken or hostile; what it sends is checked against the server's own tensors before it is added up.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,10 +45,11 @@ class Order:
 
 @dataclass(frozen=True)
 class Work:
-    """What a node did: its update, the means of its losses, and the seconds it took."""
+    """What a node did: its update, the means of its losses, whether it keeps a state, and the seconds it took."""
 
     update: ClientUpdate
     losses: Metrics
+    keeps_state: bool
     load_seconds: float
     train_seconds: float
 
@@ -56,6 +58,7 @@ class Work:
         numbers: dict[str, Any] = {
             "num-samples": self.update.num_samples,
             "num-steps": self.update.num_steps,
+            "keeps-state": int(self.keeps_state),
             "load-seconds": self.load_seconds,
             "train-seconds": self.train_seconds,
             **{f"loss:{name}": value for name, value in self.losses.items()},
@@ -77,19 +80,29 @@ class Work:
             PipelineError: it is no such answer, or holds what is not finite.
         """
         try:
-            numbers = {key: float(value) for key, value in content.metric_records["work"].items()}  # type: ignore[arg-type]
             weights = to_tensors(content.array_records["weights"], like)
             extras = to_tensors(content.array_records["extras"]) if "extras" in content.array_records else {}
-            losses = {key.removeprefix("loss:"): value for key, value in numbers.items() if key.startswith("loss:")}
-            num_samples, num_steps = int(numbers["num-samples"]), int(numbers["num-steps"])
-            seconds = numbers["load-seconds"], numbers["train-seconds"]
+            return Work.of(weights, extras, content.metric_records["work"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise PipelineError(f"its answer is not an update ({error!r})") from None
+
+    @staticmethod
+    def of(weights: Weights, extras: Weights, record: Mapping[str, Any]) -> "Work":
+        """From tensors and the numbers that came with them.
+
+        Raises:
+            PipelineError: nothing was trained, or it diverged.
+        """
+        numbers = {key: float(value) for key, value in record.items()}
+        losses = {key.removeprefix("loss:"): value for key, value in numbers.items() if key.startswith("loss:")}
+        num_samples, num_steps = int(numbers["num-samples"]), int(numbers["num-steps"])
         if num_samples <= 0 or num_steps <= 0:
             raise PipelineError(f"it trained on {num_samples} images in {num_steps} steps")
         if not all(np.isfinite(value) for value in losses.values()):
             raise PipelineError(f"training diverged there: its loss is {losses}; lower train_fl.learning_rate")
-        return Work(ClientUpdate(weights, num_samples, num_steps, extras), losses, *seconds)
+        update = ClientUpdate(weights, num_samples, num_steps, extras)
+        seconds = numbers["load-seconds"], numbers["train-seconds"]
+        return Work(update, losses, bool(numbers["keeps-state"]), *seconds)
 
 
 def to_record(tensors: Weights) -> ArrayRecord:

@@ -25,7 +25,6 @@ from pipeline.errors import PipelineError
 from pipeline.params import SecureAggregation
 from stages.train_fl.engines.flower.messages import Work, to_tensors
 from stages.train_fl.engines.flower.strategy import Exchange, MethodStrategy
-from stages.train_fl.methods import ClientUpdate
 
 log = logging.getLogger(__name__)
 
@@ -136,8 +135,5 @@ def _works(core: MethodStrategy, legacy: _Round, arrays: ArrayRecord) -> dict[in
             name: Array(array.numpy().astype("float32")) for name, array in zip(arrays, sums.values(), strict=True)
         }
         mean = to_tensors(ArrayRecord(named), like)
-        numbers: dict[str, Any] = dict(result.metrics)
-        losses = {key.removeprefix("loss:"): value for key, value in numbers.items() if key.startswith("loss:")}
-        update = ClientUpdate(mean, result.num_examples, int(numbers["num-steps"]))
-        works[node_id] = Work(update, losses, float(numbers["load-seconds"]), float(numbers["train-seconds"]))
+        works[node_id] = Work.of(mean, {}, result.metrics)
     return works

@@ -124,7 +124,7 @@ class MethodStrategy(Strategy):
         server, _ = self._method.server_update(self.progress.server, [updates[client] for client in sorted(updates)])
         clients = list(self.progress.clients)
         for client in updates:
-            clients[client] = {"round": torch.tensor(number)}
+            clients[client] = {"round": torch.tensor(number)} if self._done[client].keeps_state else {}
         self.progress = Progress(number, server, clients)
         return to_record(server.weights)
 

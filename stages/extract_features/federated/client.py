@@ -1,0 +1,91 @@
+"""A node's answers while the common basis is made: its frozen model runs on its own images, moments leave it."""
+
+import numpy as np
+from flwr.app import Context, Message, MetricRecord, RecordDict
+
+from pipeline import atomic, feature_store
+from pipeline.config import Config
+from pipeline.diffusion import backbones
+from pipeline.errors import PipelineError
+from pipeline.federation import members
+from pipeline.federation.node import Node, config_of, node_of
+from pipeline.progress import progress_bar
+from stages.extract_features import basis as pca
+from stages.extract_features import plan as planning
+from stages.extract_features.extraction import Extraction, Inputs
+from stages.extract_features.federated.moments import pack_moments, pack_pooled, unpack_layers
+from stages.extract_features.plan import Job
+from stages.extract_features.run import load
+
+
+def join(context: Context) -> RecordDict:
+    """Checks the node's data and frozen model; says what it must agree on with the others.
+
+    Raises:
+        PipelineError: it cannot take part.
+    """
+    node, job = _job(context)
+    channels = backbones.layer_channels(job.config.backbone_dir, job.config.params.extract_features.layers)
+    agreement = job.plan.content.common() | {"channels": channels}
+    return members.introduction(node.client_id, node.name, len(_images(job)), agreement)
+
+
+def moments(context: Context) -> RecordDict:
+    """The moments of the node's maps: as many passes of the frozen model as it has basis images."""
+    _, job = _job(context)
+    extraction, inputs = _ready(job)
+    with progress_bar(len(inputs.noisy), "moments", "image") as bar:
+        return pack_moments(extraction.moments(inputs, bar))
+
+
+def pooled(message: Message, context: Context) -> RecordDict:
+    """Mean and squares of the node's representations on the common basis: as many passes again."""
+    _, job = _job(context)
+    extraction, inputs = _ready(job)
+    with progress_bar(len(inputs.noisy), "statistics", "image") as bar:
+        return pack_pooled(extraction.pooled(inputs, unpack_layers(message.content), bar))
+
+
+def keep(message: Message, context: Context) -> RecordDict:
+    """Keeps basis.h5 where params.yaml has it, if it can be read as one.
+
+    Raises:
+        PipelineError: it is no basis of the node's layers, or cannot be written.
+    """
+    node, job = _job(context)
+    file = _config(context, node).root / _config(context, node).params.extract_features.basis
+    received = file.with_name(file.name + ".received")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        received.write_bytes(np.array(message.content.array_records["file"]["basis.h5"].numpy()).tobytes())
+        feature_store.read_basis_file(received, list(job.plan.content.layers))
+        atomic.sync(received)
+        received.replace(file)
+    finally:
+        received.unlink(missing_ok=True)
+    return RecordDict({"kept": MetricRecord({"bytes": file.stat().st_size})})
+
+
+def _config(context: Context, node: Node) -> Config:
+    config = config_of(context.run_config, node.root, node.device)
+    if config.params.extract_features.basis == "auto":
+        raise PipelineError("extract_features.basis is auto: name the file that the common basis shall be kept in")
+    return config
+
+
+def _job(context: Context) -> tuple[Node, Job]:
+    """The extraction that the node would do if it fitted a basis of its own."""
+    node = node_of(context)
+    config = _config(context, node)
+    own = config.params.extract_features.model_copy(update={"basis": "auto"})
+    return node, planning.make(Config(config.params.model_copy(update={"extract_features": own}), config.root))
+
+
+def _images(job: Job) -> np.ndarray:
+    params = job.config.params.extract_features
+    return pca.images(job.plan.rows, params.basis_images, params.noise_seed)
+
+
+def _ready(job: Job) -> tuple[Extraction, Inputs]:
+    extraction = load(job)
+    return extraction, extraction.clean_inputs(_images(job))

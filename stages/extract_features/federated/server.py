@@ -1,0 +1,100 @@
+"""The server of the common basis: asks all nodes for their moments, adds them, and sends the basis back."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from pipeline import feature_store, provenance
+from pipeline.diffusion import representation
+from pipeline.errors import PipelineError
+from pipeline.feature_store import Basis
+from pipeline.federation.members import Member, Members
+from pipeline.federation.node import config_of
+from pipeline.params import Federation
+from stages.extract_features import basis as pca
+from stages.extract_features.federated.moments import add_moments, add_pooled, pack_layers
+
+log = logging.getLogger(__name__)
+
+
+def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
+    """Makes the basis of all nodes that are there, keeps it here and at each of them.
+
+    Args:
+        grid: Flower's connection to the nodes.
+        run_config: the server's project folder, and `set`.
+
+    Raises:
+        PipelineError: too few nodes come or answer, or params.yaml names no file for the basis.
+    """
+    root = Path(str(run_config["project"])).expanduser().resolve()
+    config = config_of(run_config, root)
+    params = config.params.extract_features
+    if params.basis == "auto":
+        raise PipelineError("extract_features.basis is auto: name the file to keep the common basis in, data/basis.h5")
+    nodes = _Nodes(grid, config.params.federation, config.params.train_fl.num_clients)
+    agreed = nodes.agreed
+    ranges, channels = agreed["layers"], agreed["channels"]
+    total = add_moments(nodes.ask("query.moments", RecordDict()), channels)
+    dims = [stop - start for start, stop in ranges.values()]
+    layers = {layer: representation.fit_basis(total[layer], d) for layer, d in zip(ranges, dims, strict=True)}
+    mean, std = add_pooled(nodes.ask("query.pooled", pack_layers(layers)), sum(dims))
+    basis, file = Basis(layers, mean, std), root / params.basis
+    feature_store.write_basis_file(file, basis)
+    content = np.frombuffer(file.read_bytes(), np.uint8).copy()
+    nodes.ask("query.basis", RecordDict({"file": ArrayRecord({"basis.h5": Array(content)})}))
+    members = [{"client": m.client_id, "name": m.name, "images": m.num_samples} for m in nodes.members]
+    made = {"sha256": provenance.file_sha256(file), "members": members, "agreed": agreed}
+    provenance.write_json(file.with_suffix(".json"), made)
+    for layer, share in pca.explained(basis).items():
+        log.info("basis of %s: %d dims explain %.1f %%", layer, len(basis.layers[layer].components), 100 * share)
+    log.info("%s, of %s", file, ", ".join(map(str, nodes.members)))
+
+
+class _Nodes:
+    """Those that make the basis together; one that fails is left out from then on, by name."""
+
+    def __init__(self, grid: Grid, params: Federation, num_clients: int) -> None:
+        self._grid, self._params = grid, params
+        joined = Members(grid, params.join_timeout)
+        self._present = joined.wait(params.min_clients, params.join_timeout, wanted=num_clients)
+        self.agreed = joined.agreed
+
+    @property
+    def members(self) -> list[Member]:
+        """Ascending by client id."""
+        return list(self._present.values())
+
+    def ask(self, question: str, content: RecordDict) -> list[RecordDict]:
+        """Asks all; their answers, in the order of clients.
+
+        Raises:
+            PipelineError: too few are left.
+        """
+        messages = [
+            Message(content, dst_node_id=member.node_id, message_type=question, ttl=self._params.round_timeout)
+            for member in self.members
+        ]
+        answers, failed = {}, {}
+        for reply in self._grid.send_and_receive(messages, timeout=self._params.round_timeout):
+            node_id = reply.metadata.src_node_id
+            if reply.has_error():
+                failed[node_id] = reply.error.reason or f"error {reply.error.code}"
+            else:
+                answers[node_id] = reply.content
+        for member in self.members:
+            if member.node_id not in answers:
+                reason = failed.get(member.node_id, f"no answer in {self._params.round_timeout:g} s")
+                log.warning("going on without %s: %s", member, reason)
+                del self._present[member.client_id]
+        if len(self._present) < self._params.min_clients:
+            raise PipelineError(
+                f"{len(self._present)} nodes are left, federation.min_clients = {self._params.min_clients}: mend them "
+                "and run again"
+            )
+        return [answers[member.node_id] for member in self.members]

@@ -1,0 +1,517 @@
+"""Any method over nodes: the local engine's bytes; and what goes wrong with nodes is named and left out."""
+
+import csv
+import json
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.errors import PipelineError
+from pipeline.federation import node
+from stages.train_fl.engines.flower import client
+from stages.train_fl.run import run
+from tests.train_fl import tiny_project
+from tests.train_fl.in_process import InProcess
+
+SAME = ("model.safetensors", "rounds.csv", "clients.csv", "partition.json")
+SUPERVISED = (
+    "fedavg", "fedprox", "scaffold", "fednova", "moon", "fednh", "fedcr", "feddyn", "fedavgm", "fedproto", "feddifrc",
+    "fedprox-feddifrc",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fresh_nodes():
+    """Every node is a process of its own in a real federation: nothing is kept between messages."""
+    client._make.cache_clear()
+    yield
+    client._make.cache_clear()
+
+
+def deploy(project, monkeypatch, method="fedavg", partition="dir", server=None, changes=(), count=4, **node_config):
+    """A federation of nodes on one project's data, each with its own part; `set` changes params.yaml."""
+    values = {key: value for key, value in tiny_project.OVERRIDES.items() if not isinstance(value, dict | list)}
+    values |= {"federation.min_clients": count, "federation.join_timeout": 20.0, **dict(changes)}
+    monkeypatch.setattr(node, "PARAMS", project.root / "params.yaml")
+    told = {
+        "task": "train",
+        "method": method,
+        "partition": partition,
+        "seed": 0,
+        "project": str(server or project.root),
+        "clients": "",
+        "set": " ".join(f"{key}={value}" for key, value in values.items()) + " extract_features.dims=[6]",
+    }
+    nodes = {
+        100 + k: {"client-id": k, "name": f"n{k}", "project": str(project.root), **node_config} for k in range(count)
+    }
+    return InProcess(told, nodes)
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A project whose params.yaml has the tiny partitions, too, as a federation's has what its nodes need."""
+    made = tiny_project.make(tmp_path, partitions=tiny_project.OVERRIDES["partitions"] | {"nodes": {"kind": "nodes"}})
+    write_partitions(tmp_path, made)
+    tiny_project.add_features(made)
+    return made
+
+
+def write_partitions(root, made):
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    values = yaml.load((root / "params.yaml").read_text())
+    values["partitions"] = {name: part.model_dump() for name, part in made.params.partitions.items()}
+    values["sweep"]["partitions"] = ["dir"]
+    with (root / "params.yaml").open("w") as stream:
+        yaml.dump(values, stream)
+
+
+def rows(file):
+    return list(csv.DictReader(file.open()))
+
+
+def outcomes(folder):
+    return {(int(row["round"]), row["name"]): row["outcome"] for row in rows(folder / "participation.csv")}
+
+
+@pytest.mark.parametrize("method", [*SUPERVISED, "feddifrc-ssl", "simsiam"])
+def test_every_method_ends_in_the_local_engines_bytes(project, tmp_path, monkeypatch, method):
+    changes = {}
+    if method == "simsiam":
+        changes = {"train_fl.augmentation": "views"}
+    if method == "feddifrc-ssl":
+        changes = {"extract_features.prompts": "self-supervised"}
+    overrides = {key.replace(".", "__"): value for key, value in changes.items()}
+    local = tiny_project.make(tmp_path, partitions=tiny_project.OVERRIDES["partitions"], **overrides)
+    write_partitions(tmp_path, project)
+    if method == "feddifrc-ssl":
+        import shutil
+
+        shutil.rmtree(local.features_dir)
+        tiny_project.add_features(local)
+    expected = run(local, method, "dir", 0)
+    kept = {name: (expected / name).read_bytes() for name in SAME}
+    deploy(project, monkeypatch, method, changes=changes).serve()
+    assert {name: (expected / name).read_bytes() for name in SAME} == kept
+    assert (expected / "participation.csv").exists()
+
+
+def result(project, method="fedavg", partition="dir"):
+    return project.run_dir(method, partition, 0)
+
+
+def all_take_part(project, monkeypatch, method="fedavg", changes=(), **more):
+    everyone = {"train_fl.clients_per_round": 4, "train_fl.num_rounds": 3, **dict(changes)}
+    return deploy(project, monkeypatch, method, changes=everyone, **more)
+
+
+def of_round(message):
+    return next(iter(message.content.config_records.values()))["number"]
+
+
+def test_a_node_killed_in_mid_round_is_missed_and_the_others_go_on(project, monkeypatch, capsys):
+    federation = all_take_part(project, monkeypatch, count=4, changes={"federation.min_clients": 2})
+
+    def kill(node_id, message):
+        if node_id == 102 and message.metadata.message_type == "train" and of_round(message) == 2:
+            federation.nodes.pop(102)
+
+    federation.before = kill
+    federation.serve()
+    found = outcomes(result(project))
+    assert {key: "trained" if value == "trained" else "not" for key, value in found.items()} == {
+        **{(1, f"n{k}"): "trained" for k in range(4)},
+        **{(2, f"n{k}"): "not" if k == 2 else "trained" for k in range(4)},
+        **{(3, f"n{k}"): "trained" for k in (0, 1, 3)},
+    }
+    assert found[2, "n2"] == "no answer in 3600 s"
+    said = capsys.readouterr().out
+    assert "round 2 goes on without client 2 (n2): no answer" in said
+    assert "client 2 (n2) has left" in said
+    assert "client 2 (n2): trained in 1 of 2 rounds; round 2: no answer in 3600 s" in said
+
+
+def test_a_node_that_joins_late_takes_part_once_it_has_introduced_itself(project, monkeypatch):
+    federation = all_take_part(project, monkeypatch, count=4, changes={"federation.min_clients": 3})
+    late = federation.nodes.pop(103)
+
+    def arrive(node_id, message):
+        if message.metadata.message_type == "train" and of_round(message) == 1:
+            federation.nodes[103] = late  # asked when round 2 begins, heard when round 3 does: no round waits
+
+    federation.before = arrive
+    federation.serve()
+    assert [key for key in outcomes(result(project)) if key[1] == "n3"] == [(3, "n3")]
+
+
+@pytest.mark.parametrize("method", ["scaffold", "moon", "feddyn"])
+def test_what_a_client_keeps_survives_its_nodes_restart(project, monkeypatch, method):
+    all_take_part(project, monkeypatch, method).serve()
+    undisturbed = (result(project, method) / "model.safetensors").read_bytes()
+    federation = all_take_part(project, monkeypatch, method)
+
+    def restart(node_id, reply):
+        if node_id == 101 and reply.metadata.message_type == "train":
+            federation.restart(101, 201)
+
+    federation.after = restart
+    federation.serve()
+    assert (201, "train") in federation.log
+    assert (result(project, method) / "model.safetensors").read_bytes() == undisturbed
+
+
+def test_an_answer_that_never_arrives_leaves_no_trace_in_what_its_client_keeps(project, monkeypatch):
+    federation = all_take_part(project, monkeypatch, "scaffold")
+    orders = []
+
+    def listen(node_id, message):
+        if node_id == 101 and message.metadata.message_type == "train":
+            orders.append(message.content.config_records["order"])
+
+    federation.before = listen
+    federation.after = lambda node_id, reply: reply.content.array_records.clear() if (
+        node_id == 101 and reply.metadata.message_type == "train" and len(orders) == 2
+    ) else None  # fmt: skip
+    federation.serve()
+    assert [(order["number"], order["state-of"]) for order in orders] == [(1, 0), (2, 1), (3, 1)]
+    assert outcomes(result(project, "scaffold"))[2, "n1"].startswith("its answer is not an update")
+    kept = next((project.state_dir / "federation").glob("*/client-0001"))
+    # round 2's is there still: nothing says before round 4 that it is not wanted
+    assert sorted(file.name for file in kept.iterdir()) == [f"round-0000{k}.safetensors" for k in (1, 2, 3)]
+
+
+def test_a_state_that_is_lost_begins_anew_and_is_said(project, monkeypatch, caplog):
+    federation = all_take_part(project, monkeypatch, "scaffold")
+
+    def lose(node_id, message):
+        if message.metadata.message_type == "train" and of_round(message) == 2:
+            for file in project.state_dir.glob("federation/*/client-0001/*"):
+                file.unlink()
+
+    federation.before = lose
+    federation.serve()
+    assert "this client's state, cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["scaffold", "fedavgm", "fedproto"])
+def test_a_server_that_was_killed_goes_on_from_its_checkpoint_to_the_same_bytes(project, monkeypatch, method):
+    all_take_part(project, monkeypatch, method).serve()
+    files = ("model.safetensors", "rounds.csv")
+    undisturbed = [(result(project, method) / name).read_bytes() for name in files]
+    federation = all_take_part(project, monkeypatch, method)
+
+    def die(node_id, message):
+        if node_id == 102 and message.metadata.message_type == "train" and of_round(message) == 3:
+            raise KeyboardInterrupt
+
+    federation.before = die
+    with pytest.raises(KeyboardInterrupt):
+        federation.serve()
+    again = all_take_part(project, monkeypatch, method)
+    again.serve()
+    assert [kind for _, kind in again.log].count("train") == 4  # the third round alone
+    assert [(result(project, method) / name).read_bytes() for name in files] == undisturbed
+    assert len(outcomes(result(project, method))) == 12
+
+
+def test_a_round_that_nobody_answers_stops_the_run_and_nothing_is_lost(project, monkeypatch):
+    federation = all_take_part(project, monkeypatch)
+    federation.after = lambda node_id, reply: reply.content.array_records.clear() if (
+        reply.metadata.message_type == "train" and federation.log.count((node_id, "train")) == 2
+    ) else None  # fmt: skip
+    with pytest.raises(PipelineError, match="round 2: no node sent an update .client 0: its answer is not an update"):
+        federation.serve()
+    again = all_take_part(project, monkeypatch)
+    again.serve()
+    assert [kind for _, kind in again.log].count("train") == 8
+
+
+def spoil(change):
+    def after(node_id, reply):
+        if node_id == 101 and reply.metadata.message_type == "train":
+            change(reply.content)
+
+    return after
+
+
+def nan(content):
+    weights = content.array_records["weights"]
+    name = next(iter(weights))
+    array = np.array(weights[name].numpy())
+    array.flat[0] = np.nan
+    weights[name] = type(weights[name])(array)
+
+
+def other_shape(content):
+    weights = content.array_records["weights"]
+    name = next(iter(weights))
+    weights[name] = type(weights[name])(np.zeros(3, np.float32))
+
+
+def other_names(content):
+    content.array_records["weights"].popitem()
+
+
+def no_samples(content):
+    content.metric_records["work"]["num-samples"] = 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (nan, "is not finite"),
+        (other_shape, "another model"),
+        (other_names, "another model"),
+        (no_samples, "on 0 images"),
+    ],
+)
+def test_an_answer_that_is_no_update_is_left_out_by_name(project, monkeypatch, change, words):
+    federation = all_take_part(project, monkeypatch, changes={"train_fl.num_rounds": 1})
+    federation.after = spoil(change)
+    federation.serve()
+    found = outcomes(result(project))
+    assert words in found.pop((1, "n1"))
+    assert set(found.values()) == {"trained"}
+    assert all(value.isfinite().all() for value in load_file(result(project) / "model.safetensors").values())
+
+
+def own_project(root, name, **overrides):
+    """A node's own folder: its own images and, if the server's settings want it, features."""
+    (root / name).mkdir()
+    made = tiny_project.make(root / name, **overrides)
+    return made
+
+
+def private(tmp_path, project, monkeypatch, method="feddifrc", changes=()):
+    """Three nodes with images and features of their own on a common basis; the server has neither."""
+    basis = {"extract_features.basis": "data/basis.h5"}
+    federation = deploy(
+        project, monkeypatch, method, "nodes", tmp_path / "server", {**basis, "train_fl.clients_per_round": 3,
+        "train_fl.num_rounds": 2, **dict(changes)}, 3,
+    )  # fmt: skip
+    (tmp_path / "server").mkdir()
+    for k in range(3):
+        own = own_project(tmp_path, f"node{k}", extract_features__basis="data/basis.h5")
+        tiny_project.add_features(own, basis_images=None, basis_sha256="0" * 64)
+        federation.nodes[100 + k] |= {"project": str(own.root)}
+    return federation
+
+
+def test_nodes_with_their_own_images_train_and_judge_together(tmp_path, project, monkeypatch):
+    federation = private(tmp_path, project, monkeypatch)
+    federation.serve()
+    folder = tmp_path / "server" / "results" / "feddifrc-nodes-s0"
+    assert (federation.log.count((100, "evaluate")), federation.log.count((100, "train"))) == (2, 2)
+    assert {row["num_samples"] for row in rows(folder / "participation.csv")} == {"48"}
+    # all three have the same 24 test images, so their mean is any one's
+    weights = load_file(folder / "model.safetensors")
+    told = client._make.cache_info()
+    assert told.currsize == 1
+    participant = client._make(
+        node.Node(0, "n0", tmp_path / "node0", None), tuple(sorted(federation.run_config.items()))
+    )
+    participant.model.load_state_dict(weights)
+    from stages.train_fl.evaluate import evaluate
+
+    held = participant.data.held_out
+    accuracy = evaluate(participant.model, held.images, held.labels)["accuracy"]
+    assert float(rows(folder / "rounds.csv")[-1]["accuracy"]) == pytest.approx(accuracy, abs=1e-12)
+    assert json.loads((folder / "metrics.json").read_text())["final_accuracy"] == pytest.approx(accuracy, abs=1e-12)
+    assert not (tmp_path / "server" / "data").exists()
+
+
+def test_a_foreign_and_a_corrupt_feature_set_are_refused_by_name_and_the_others_go_on(
+    tmp_path, project, monkeypatch, capsys
+):
+    federation = private(tmp_path, project, monkeypatch, changes={"federation.min_clients": 1})
+    manifest = next((tmp_path / "node1" / "data" / "features").glob("*/manifest.json"))
+    manifest.write_text(manifest.read_text().replace('"timestep": 300', '"timestep": 200'))
+    shard = next((tmp_path / "node2" / "data" / "features").glob("*/shard-00000.h5"))
+    with h5py.File(shard) as h5:
+        offset = h5["denoised"].id.get_offset()
+    content = bytearray(shard.read_bytes())
+    content[offset] ^= 1
+    shard.write_bytes(content)
+    federation.serve()
+    said = capsys.readouterr().out
+    assert "refused: client 1 (n1): " in said and str(tmp_path / "node1") in said
+    assert "refused: client 2 (n2): " in said and "shard-00000.h5" in said
+    assert {name for _, name in outcomes(tmp_path / "server" / "results" / "feddifrc-nodes-s0")} == {"n0"}
+
+
+def test_features_on_another_basis_or_frozen_model_do_not_mix(tmp_path, project, monkeypatch, capsys):
+    federation = private(tmp_path, project, monkeypatch, changes={"federation.min_clients": 2})
+    import shutil
+
+    other = tiny_project.make(tmp_path / "node2", extract_features__basis="data/basis.h5")
+    shutil.rmtree(other.features_dir)
+    tiny_project.add_features(other, basis_images=None, basis_sha256="1" * 64)
+    federation.serve()
+    said = capsys.readouterr().out
+    assert "refused: client 2 (n2) has {'features.basis_sha256': '1111" in said
+
+
+def test_features_on_a_basis_of_ones_own_are_refused_with_the_way_out(tmp_path, project, monkeypatch):
+    changes = {"federation.join_timeout": 0.5}
+    federation = deploy(project, monkeypatch, "feddifrc", "nodes", tmp_path / "server", changes, count=1)
+    (tmp_path / "server").mkdir()
+    with pytest.raises(PipelineError, match=r"refused: client 0 \(n0\): .*basis of its own images.*task="):
+        federation.serve()
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"client-id": 1}, "client-id 1 is n1's already"),
+        ({"client-id": "x"}, "no client-id"),
+        ({"client-id": 9}, "client-id 9 is too high"),
+        ({"project": "/nowhere"}, "is no folder"),
+    ],
+)
+def test_a_node_that_is_told_wrong_is_refused(project, monkeypatch, told, words):
+    federation = all_take_part(project, monkeypatch, changes={"federation.join_timeout": 0.5})
+    federation.nodes[103] |= told
+    with pytest.raises(PipelineError, match=words):
+        federation.serve()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("task", "tarin", "there are train, basis"),
+        ("method", "fedagv", "params.yaml has no methods.fedagv"),
+        ("set", "train_fl.num_rounds", "is not KEY=VALUE"),
+        ("project", "/nowhere", "is no folder on the server"),
+    ],
+)
+def test_a_mistake_in_the_run_config_is_one_line(project, monkeypatch, key, value, words):
+    federation = all_take_part(project, monkeypatch)
+    federation.run_config[key] = value
+    with pytest.raises(PipelineError, match=words):
+        federation.serve()
+
+
+def state(project, method="fedavg"):
+    return load_file(result(project, method) / "model.safetensors")
+
+
+def initial(project, monkeypatch):
+    """The weights that all start from."""
+    federation = all_take_part(project, monkeypatch)
+    participant = client._make(node.Node(0, "n0", project.root, None), tuple(sorted(federation.run_config.items())))
+    client._make.cache_clear()
+    return {name: value.clone() for name, value in participant.model.state_dict().items()}
+
+
+def updates_of_one_round(project, monkeypatch):
+    """Per client its weights after round 1, as it sends them in the clear."""
+    federation, sent = all_take_part(project, monkeypatch, changes={"train_fl.num_rounds": 1}), {}
+
+    def listen(node_id, reply):
+        if reply.metadata.message_type == "train":
+            arrays = reply.content.array_records["weights"]
+            sent[node_id] = {name: torch.from_numpy(np.array(a.numpy())) for name, a in arrays.items()}
+
+    federation.after = listen
+    federation.serve()
+    return sent
+
+
+def clipped_mean(start, updates, norm):
+    """By loops: x + 1/S sum_k u_k min(1, norm / |u_k|) with u_k = w_k - x."""
+    mean = {name: value.double().clone() for name, value in start.items()}
+    for weights in updates.values():
+        update = {name: weights[name].double() - start[name].double() for name in start}
+        length = float(sum((value**2).sum() for value in update.values())) ** 0.5
+        assert length > norm  # else nothing is clipped and the test shows nothing
+        for name in mean:
+            mean[name] += update[name] * (norm / length) / len(updates)
+    return mean
+
+
+@pytest.mark.parametrize(
+    "privacy",
+    [
+        "{kind: central, clipping_norm: 0.01, noise_multiplier: 1.0e-9}",
+        "{kind: local, clipping_norm: 0.01, epsilon: 1.0e+9, delta: 0.1}",
+    ],
+)
+def test_differential_privacy_clips_each_update_and_weighs_all_alike(project, monkeypatch, privacy):
+    start, updates = initial(project, monkeypatch), updates_of_one_round(project, monkeypatch)
+    protected = {"train_fl.num_rounds": 1, "federation.differential_privacy": f"'{privacy}'", "sweep.seeds": "[0]"}
+    federation = all_take_part(
+        project, monkeypatch, "fedprox", changes={**protected, "methods.fedprox.proximal_mu": 0.0}
+    )
+    federation.serve()
+    expected = clipped_mean(start, updates, 0.01)
+    for name, value in state(project, "fedprox").items():
+        torch.testing.assert_close(value.double(), expected[name], atol=2e-6, rtol=0)
+
+
+def test_central_noise_has_the_deviation_that_those_who_answered_need(project, monkeypatch):
+    start = initial(project, monkeypatch)
+    asked = "'{kind: central, clipping_norm: 1.0e-6, noise_multiplier: 1000.0}'"
+    protected = {"train_fl.num_rounds": 1, "federation.differential_privacy": asked}
+    federation = all_take_part(project, monkeypatch, changes={**protected, "federation.min_clients": 2})
+    federation.after = spoil(no_samples)
+    federation.serve()
+    noise = torch.cat([(value - start[name]).flatten() for name, value in state(project).items()])
+    # multiplier * norm / (three who answered); ten thousands of weights: a deviation of it within a few percent
+    assert noise.std().item() == pytest.approx(1000 * 1e-6 / 3, rel=0.05)
+
+
+def test_secure_aggregation_gives_the_mean_and_shows_the_server_no_weights(project, monkeypatch):
+    all_take_part(project, monkeypatch, "fedprox").serve()
+    plain = state(project, "fedprox")
+    asked = {"federation.secure_aggregation": "'{clipping_range: 8.0, max_samples: 100}'"}
+    federation, seen = all_take_part(project, monkeypatch, "fedprox", changes=asked), []
+    federation.after = lambda node_id, reply: seen.extend(
+        array for record in reply.content.array_records.values() for array in record.values()
+    )
+    import shutil
+
+    shutil.rmtree(result(project, "fedprox"))
+    federation.serve()
+    assert seen == []
+    assert [kind for _, kind in federation.log].count("train") == 4 * 4 * 3  # four steps, four nodes, three rounds
+    for name, value in state(project, "fedprox").items():
+        torch.testing.assert_close(value, plain[name], atol=2e-4, rtol=0)
+
+
+def test_secure_aggregation_goes_on_without_a_node_that_fails_in_training(project, monkeypatch):
+    asked = {"federation.secure_aggregation": "'{clipping_range: 8.0, max_samples: 100}'", "federation.min_clients": 3}
+    federation = all_take_part(project, monkeypatch, changes={**asked, "train_fl.num_rounds": 1})
+
+    def fail(node_id, message):
+        if node_id == 101 and message.metadata.message_type == "train" and federation.log.count((101, "train")) == 3:
+            federation.nodes[101]["device"] = "cuda"  # which there is not
+
+    federation.before = fail
+    federation.serve()
+    found = outcomes(result(project))
+    assert "cuda" in found.pop((1, "n1"))
+    assert list(found.values()) == ["trained"] * 3
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "words"),
+    [
+        ("scaffold", {"federation.secure_aggregation": "'{clipping_range: 8.0, max_samples: 9}'"}, "scaffold sends or"),
+        ("fedavg", {"train_fl.model": "resnet10"}, "train_fl.normalisation to group"),
+        (
+            "fedavg",
+            {"federation.secure_aggregation": "'{clipping_range: 8.0, max_samples: 9}'"},
+            "do not go together",
+        ),
+    ],
+)
+def test_protection_that_would_not_cover_everything_is_refused(project, monkeypatch, method, changes, words):
+    private = {"federation.differential_privacy": "'{kind: local, clipping_norm: 1.0, epsilon: 1.0, delta: 0.1}'"}
+    asked = changes if method == "scaffold" else {**private, **changes}
+    with pytest.raises(PipelineError, match=words):
+        all_take_part(project, monkeypatch, method, changes=asked).serve()
