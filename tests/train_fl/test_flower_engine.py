@@ -13,8 +13,8 @@ from pipeline.errors import PipelineError
 from pipeline.federation import node
 from stages.train_fl.engines.flower import client
 from stages.train_fl.run import run
+from tests.federation.in_process import InProcess
 from tests.train_fl import tiny_project
-from tests.train_fl.in_process import InProcess
 
 SAME = ("model.safetensors", "rounds.csv", "clients.csv", "partition.json")
 SUPERVISED = (
