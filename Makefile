@@ -5,10 +5,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro report test test-faults lint format lock audit gallery clean
+.PHONY: help setup repro report test test-faults lint format lock audit gallery federation-demo clean
 
 help:  ## Show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## Create .venv from requirements.lock and install the project
 
@@ -49,6 +49,9 @@ gallery: $(STAMP)  ## Make the pictures of docs/gallery from the embedded defaul
 	cp $$(ls analysis/sweep/maps-*.png | head -n 1) docs/gallery/maps.png
 	cp results/feddifrc-dir005-s0/partition.svg docs/gallery/partition.svg
 	cp data/features/digits-tiny-sd-t300/explained_variance.svg docs/gallery/
+
+federation-demo: $(STAMP)  ## Run a federation of three nodes on this machine, each with its private folder
+	$(BIN)/python -m pipeline.federation.demo
 
 clean:  ## Remove what unfinished extractions and runs left for resuming, and kept latents
 	rm -rf .pipeline

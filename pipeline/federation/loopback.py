@@ -25,7 +25,14 @@ _POLL_SECONDS = 0.3
 class Loopback:
     """A SuperLink, from `with` to its end, and the SuperNodes that are started beside it."""
 
-    def __init__(self, folder: Path, app: Path, certificates: Path | None = None, authenticate: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        app: Path,
+        certificates: Path | None = None,
+        authenticate: bool = False,
+        simulated_nodes: int = 0,
+    ) -> None:
         """Ready to start.
 
         Args:
@@ -33,8 +40,10 @@ class Loopback:
             app: the project's clone, which Flower bundles and sends to the nodes.
             certificates: folder of ca.crt, server.pem and server.key for TLS; None: no TLS.
             authenticate: let in only nodes whose public key was registered.
+            simulated_nodes: let Ray be so many nodes, instead of SuperNodes (needs flwr[simulation]).
         """
         self.folder, self._app, self._certificates, self._authenticate = folder, app, certificates, authenticate
+        self._simulated_nodes = simulated_nodes
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._port = free_port()
 
@@ -59,6 +68,8 @@ class Loopback:
         options += ["--disable-runtime-dependency-installation"]
         if self._authenticate:
             options.append("--enable-supernode-auth")
+        if self._simulated_nodes:
+            options.append("--simulation")
         if self._certificates:
             pairs = {"ca-certfile": "ca.crt", "certfile": "server.pem", "keyfile": "server.key"}
             options += [word for key, file in pairs.items() for word in (f"--ssl-{key}", self._certificate(file))]
@@ -103,6 +114,9 @@ class Loopback:
         if set_values:
             told["set"] = " ".join(f"{key}={value}" for key, value in set_values.items())
         words = [word for key, value in told.items() for word in ("--run-config", f"{key}={json.dumps(value)}")]
+        if self._simulated_nodes:
+            nodes = f"num-supernodes={self._simulated_nodes} client-resources-num-cpus=1"
+            words += ["--federation-config", nodes]
         answer = self._flwr("run", str(self._app), _CONNECTION, "--format", "json", *words)
         try:
             return int(json.loads(answer[answer.index("{") :])["run-id"])

@@ -101,7 +101,7 @@ def _participant(context: Context) -> Participant:
     return _make(node_of(context), told)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=8)  # a SuperNode is one client; a process of a simulation may be several in turn
 def _make(node: Node, told: tuple[tuple[str, object], ...]) -> Participant:
     run_config = dict(told)
     config = config_of(run_config, node.root, node.device)

@@ -1,0 +1,45 @@
+"""What `flwr run` sends to the nodes, and what it may be told."""
+
+import io
+import tomllib
+import zipfile
+
+import pytest
+from flwr.cli.build import build_fab_from_disk
+
+import pipeline
+from pipeline.errors import PipelineError
+from stages.train_fl import run
+from tests.conftest import REPOSITORY
+from tests.train_fl import tiny_project
+
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+
+
+def test_the_version_is_one():
+    assert PROJECT["project"]["version"] == pipeline.__version__
+
+
+def test_the_bundle_holds_the_code_and_the_settings_and_no_data():
+    names = zipfile.ZipFile(io.BytesIO(build_fab_from_disk(REPOSITORY))).namelist()
+    code = {
+        path.relative_to(REPOSITORY).as_posix()
+        for top in ("pipeline", "stages")
+        for path in (REPOSITORY / top).rglob("*.py")
+    }
+    others = {"pyproject.toml", "params.yaml", "stages/extract_features/tiny_imagenet.json", ".info/CONTENT"}
+    assert set(names) == code | others
+
+
+def test_every_key_of_a_run_is_read():
+    sources = [
+        path.read_text() for top in ("pipeline/federation", "stages") for path in (REPOSITORY / top).rglob("*.py")
+    ]
+    for key in PROJECT["tool"]["flwr"]["app"]["config"]:
+        assert any(f'"{key}"' in text for text in sources), key
+
+
+def test_a_partition_of_nodes_is_not_for_one_machine(tmp_path):
+    project = tiny_project.make(tmp_path, partitions={"nodes": {"kind": "nodes"}})
+    with pytest.raises(PipelineError, match=r"partitions.nodes is of nodes .* `flwr run`"):
+        run(project, "fedavg", "nodes", 0)
