@@ -180,14 +180,19 @@ def _read(reply: Message) -> Member:
     """
     node_id = reply.metadata.src_node_id
     if reply.has_error():
-        raise PipelineError(reply.error.reason or f"node {node_id} failed without a word")
+        raise PipelineError(printable(reply.error.reason) or f"node {node_id} failed without a word")
     try:
         facts = reply.content.config_records["introduction"]
         agreement = json.loads(str(facts["agreement"]))
         client_id, num_samples = int(str(facts["client-id"])), int(str(facts["num-samples"]))
-        return Member(node_id, client_id, str(facts["name"]), num_samples, agreement)
+        return Member(node_id, client_id, printable(str(facts["name"])), num_samples, agreement)
     except (KeyError, TypeError, ValueError) as error:
         raise PipelineError(f"node {node_id} gave no introduction ({error!r}): does it run another version?") from None
+
+
+def printable(text: str | None) -> str:
+    """What a node says, fit for a terminal and a line of a log: no control characters, a thousand letters at most."""
+    return "".join(letter if letter.isprintable() else " " for letter in (text or "")[:1000]).strip()
 
 
 def _check_agreement(member: Member, agreed: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from pipeline import feature_store, provenance
 from pipeline.diffusion import representation
 from pipeline.errors import PipelineError
 from pipeline.feature_store import Basis
-from pipeline.federation.members import Member, Members
+from pipeline.federation.members import Member, Members, printable
 from pipeline.federation.node import config_of
 from pipeline.params import Federation
 from stages.extract_features import basis as pca
@@ -84,7 +84,7 @@ class _Nodes:
         for reply in self._grid.send_and_receive(messages, timeout=self._params.round_timeout):
             node_id = reply.metadata.src_node_id
             if reply.has_error():
-                failed[node_id] = reply.error.reason or f"error {reply.error.code}"
+                failed[node_id] = printable(reply.error.reason) or f"error {reply.error.code}"
             else:
                 answers[node_id] = reply.content
         for member in self.members:

@@ -108,7 +108,8 @@ def _make(node: Node, told: tuple[tuple[str, object], ...]) -> Participant:
     job = Job(config, str(run_config["method"]), str(run_config["partition"]), int(run_config["seed"]))  # type: ignore
     job.check()
     num_clients = config.params.train_fl.num_clients
-    if node.client_id >= num_clients:
+    own_images = isinstance(config.settings("partitions", job.partition_name), Nodes)
+    if own_images and node.client_id >= num_clients:
         raise PipelineError(f"client-id {node.client_id} is too high: train_fl.num_clients is {num_clients}")
     device = prepare_torch(config.params.runtime)
     guidance = methods.guidance_of(job.method)

@@ -7,6 +7,7 @@ Flower's mods look for one ArrayRecord and one ConfigRecord: so there are no emp
 version, broken or hostile; what it sends is checked against the server's own tensors before it is added up.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,13 @@ class Order:
 
     @staticmethod
     def read(record: ConfigRecord) -> "Order":
-        """As it came."""
+        """As it came; the key names a folder on the node.
+
+        Raises:
+            PipelineError: it is no key of a run.
+        """
+        if not re.fullmatch("[0-9a-f]{16}", str(record["key"])):
+            raise PipelineError(f"the server's order has a key that is none: {record['key']!r}")
         return Order(str(record["key"]), int(record["number"]), int(record["state-of"]))  # type: ignore[arg-type]
 
 

@@ -86,7 +86,8 @@ class _Run:
 
     def make(self) -> None:
         """Trains and writes all that the run leaves; the checksums last, which mark it as whole."""
-        job, num_clients = self._job, self._job.config.params.train_fl.num_clients
+        job = self._job
+        num_clients = len(self._data.clients) if self._data else job.config.params.train_fl.num_clients
         self._members.wait(self._params.min_clients, self._params.join_timeout)
         agreed = self._members.agreed
         model, method = build(job, len(agreed["class_names"]), agreed["guidance_dim"], num_clients, self._device)

@@ -20,7 +20,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from pipeline.errors import PipelineError
-from pipeline.federation.members import Member, Members
+from pipeline.federation.members import Member, Members, printable
 from pipeline.params import Federation
 from stages.train_fl.engines import local
 from stages.train_fl.engines.flower.messages import Order, Work, to_record, to_tensors
@@ -93,7 +93,7 @@ class MethodStrategy(Strategy):
             if node_id not in self._sampled:
                 continue
             if reply.has_error():
-                outcomes[node_id] = reply.error.reason or f"error {reply.error.code}"
+                outcomes[node_id] = printable(reply.error.reason) or f"error {reply.error.code}"
                 continue
             try:
                 self._done[self._sampled[node_id].client_id] = Work.read(reply.content, self.progress.server.weights)
