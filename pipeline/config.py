@@ -7,6 +7,7 @@ is allowed. The file is read as YAML 1.2, as DVC reads it (PyYAML's 1.1 would ma
 import itertools
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -229,10 +230,11 @@ def parse_yaml(text: str) -> Any:
     """YAML 1.2, no tags that make objects.
 
     Raises:
-        YAMLError: it is not YAML, nested too deeply, or holds a date or number that is none: of these the library's
-            parser raises whatever comes.
+        YAMLError: it is not YAML, nested too deeply, gives two places one anchor, or holds a date or number that is
+            none: of these the library's parser raises whatever comes.
     """
     from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml.error import ReusedAnchorWarning
 
     depth = deepest = 0
     for bracket in re.findall(r"[\[\]{}]", text):  # the parser's time grows with the square of those that are open
@@ -241,9 +243,13 @@ def parse_yaml(text: str) -> Any:
     if deepest > _MAX_OPEN_BRACKETS:
         raise YAMLError("it is nested too deeply")
     try:
-        return YAML(typ="safe", pure=True).load(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ReusedAnchorWarning)
+            return YAML(typ="safe", pure=True).load(text)
     except YAMLError:
         raise
+    except ReusedAnchorWarning as warning:
+        raise YAMLError(str(warning).strip().splitlines()[0]) from None
     except RecursionError:
         raise YAMLError("it is nested too deeply") from None
     except Exception as error:

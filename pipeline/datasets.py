@@ -168,6 +168,7 @@ def write(path: Path, name: str, source_name: str, source: Source) -> Path:
             skipped=skipped,
         )
         provenance.write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
+        sync(folder / "manifest.json")
     return path
 
 

@@ -77,10 +77,18 @@ def processor(device: str) -> str:
 
 
 def write_checksums(folder: Path) -> None:
-    """Writes SHA256SUMS of the files in `folder`, as sha256sum does, but of hidden and unfinished ones."""
+    """Writes SHA256SUMS of the files in `folder`, as sha256sum does, but of hidden and unfinished ones.
+
+    It appears after all of them, and itself, are on the disk: they are whole even after a power cut.
+
+    Raises:
+        PipelineError: it cannot be written.
+    """
     names = sorted(file.name for file in folder.iterdir() if file.is_file() and _is_content(file.name))
-    text = "".join(f"{file_sha256(folder / name)}  {name}\n" for name in names)
-    atomic.write_text(folder / CHECKSUMS, text)
+    with atomic.whole_or_not_at_all(folder / CHECKSUMS) as temporary:
+        temporary.write_bytes("".join(f"{file_sha256(folder / name)}  {name}\n" for name in names).encode())
+        for file in (*(folder / name for name in names), temporary):
+            atomic.sync(file)
 
 
 def changed_file(folder: Path, names: Iterable[str]) -> str | None:

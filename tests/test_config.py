@@ -172,6 +172,7 @@ def test_a_missing_section(params):
             b"a: !!python/object/apply:os.getcwd []\n",
             "params.yaml, line 1 is not YAML: could not determine a constructor",
         ),
+        (b"a: &x 1\nb: &x 2\n", "params.yaml is not YAML: found duplicate anchor 'x'"),
         (b"a: *nowhere\n", "params.yaml, line 1 is not YAML: found undefined alias"),
         (b"a: \xff\n", "params.yaml is not UTF-8 text: invalid start byte at byte 3"),
         (b"a: \x00\n", "params.yaml is not YAML: "),

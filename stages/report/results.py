@@ -83,7 +83,8 @@ class Results:
         return {part: float(np.mean([run.metrics["seconds"][part] for run in runs])) for part in TIME_PARTS}
 
 
-_READ = ("config.json", "partition.json", "rounds.csv", "clients.csv", "metrics.json")
+_READ = ("config.json", "partition.json", "rounds.csv", "clients.csv", "metrics.json", "details.json")
+_CHECKED_WHERE_PRESENT = ("timing.csv", "partition.svg", "model.safetensors")  # not read, and not pulled by everyone
 
 
 def read(config: Config) -> Results:
@@ -124,7 +125,8 @@ def _json(file: Path) -> Any:
 def _read(config: Config, method: str, partition: str, seed: int) -> Run:
     folder = config.run_dir(method, partition, seed)
     try:
-        if changed := provenance.changed_file(folder, _READ):
+        present = [name for name in _CHECKED_WHERE_PRESENT if (folder / name).exists()]
+        if changed := provenance.changed_file(folder, [*_READ, *present]):
             raise PipelineError(f"{folder / changed} is not what the run wrote: train it again, or `dvc checkout` it")
         settings = _json(folder / "config.json")
         config.check_settings_of_run(folder, settings, method, partition)

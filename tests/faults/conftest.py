@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,19 +70,11 @@ def trial():
 
 
 @dataclass(frozen=True)
-class Undisturbed:
-    """A command as it runs when nothing happens: seconds, file operations, and what it leaves."""
-
-    seconds: float
-    operations: int
-
-
-@dataclass(frozen=True)
 class Made:
     """The project, and how its commands ran."""
 
     root: Path
-    commands: dict[str, Undisturbed]
+    commands: dict[str, program.Undisturbed]
 
 
 @pytest.fixture(scope="session")
@@ -96,10 +87,7 @@ def made(tmp_path_factory) -> Made:
     commands = {}
     for arguments in (("prepare-data",), ("prepare-backbone",), program.EXTRACT, program.SYNTHESIZE, program.TRAIN,
                       ("report",)):  # fmt: skip
-        counted = root.parent / "count"
-        started = time.perf_counter()
-        program.succeed(root, *arguments, under=program.Conditions(counts_in=counted))
-        commands[arguments[0]] = Undisturbed(time.perf_counter() - started, int(counted.read_text()))
+        commands[arguments[0]] = program.undisturbed(root, *arguments)
     return Made(root, commands)
 
 

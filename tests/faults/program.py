@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +77,14 @@ class Conditions:
     counts_in: Path | None = None
 
 
+@dataclass(frozen=True)
+class Undisturbed:
+    """A command as it runs when nothing happens: seconds and file operations."""
+
+    seconds: float
+    operations: int
+
+
 def start(root: Path, *arguments: str, log: Path | None = None, under: Conditions = Conditions()) -> Command:
     """Starts a command in the project at `root`; what it says goes to a file outside it."""
     log = log or root.parent / f"{root.name}.log"
@@ -96,6 +105,14 @@ def succeed(root: Path, *arguments: str, **how: Any) -> str:
     code, output = run(root, *arguments, **how)
     assert code == 0, output
     return output
+
+
+def undisturbed(root: Path, *arguments: str) -> Undisturbed:
+    """Runs a command that must succeed; how it ran."""
+    counted = root.parent / "count"
+    started = time.perf_counter()
+    succeed(root, *arguments, under=Conditions(counts_in=counted))
+    return Undisturbed(time.perf_counter() - started, int(counted.read_text()))
 
 
 def refuse(root: Path, *arguments: str, says: Iterable[str], **how: Any) -> str:

@@ -53,6 +53,11 @@ READ = {
     "metrics": (f"{RUN}/metrics.json", REPORT, [f"{RUN}", "train it again"], [TRAIN_AGAIN]),
     "rounds": (f"{RUN}/rounds.csv", REPORT, [f"{RUN}", "train it again"], [TRAIN_AGAIN]),
     "config": (f"{RUN}/config.json", REPORT, [f"{RUN}", "train it again"], [TRAIN_AGAIN]),
+    "details": (f"{RUN}/details.json", REPORT, [f"{RUN}", "train it again"], [TRAIN_AGAIN]),
+    "clients": (f"{RUN}/clients.csv", REPORT, [f"{RUN}", "train it again"], [TRAIN_AGAIN]),
+    "timing": (f"{RUN}/timing.csv", REPORT, [f"{RUN}/timing.csv", "train it again"], [TRAIN_AGAIN]),
+    "picture": (f"{RUN}/partition.svg", REPORT, [f"{RUN}/partition.svg", "train it again"], [TRAIN_AGAIN]),
+    "run-weights": (f"{RUN}/model.safetensors", REPORT, [f"{RUN}/model.safetensors", "train it again"], [TRAIN_AGAIN]),
     "partition": (f"{RUN}/partition.json", REPORT, [f"{RUN}", "train it again"], [TRAIN_AGAIN]),
     "checksums": (f"{RUN}/SHA256SUMS", REPORT, [f"{RUN}", "train it again"], [TRAIN_AGAIN]),
 }  # fmt: skip

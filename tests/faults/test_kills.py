@@ -1,14 +1,17 @@
 """Every command, ended at a random moment: it goes on to the bytes that it would have left undisturbed."""
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
+from pipeline import provenance
 from tests.faults import program
 from tests.faults.conftest import SEED
 
@@ -21,6 +24,9 @@ COMMANDS = {
     "train-fl": (program.TRAIN, program.RUN),
     "report": (("report",), program.Path("report")),
 }
+LAST = {"prepare-backbone": "tiny-sd.json", "train-fl": provenance.CHECKSUMS, "report": "index.html"}
+"""The file that is written last, where it is not manifest.json: with it the output says that it is whole."""
+FOLDERS = ("prepare-data", "extract-features", "synthesize")  # their output is one folder, and appears at once
 LONG = ("extract-features", "train-fl")  # work that takes hours: killed in `make test` as well
 SOME_COMMANDS = [name if name in LONG else pytest.param(name, marks=pytest.mark.faults) for name in COMMANDS]
 
@@ -43,30 +49,84 @@ def moments(name, number):
     return np.random.default_rng([SEED, number, *name.encode()])
 
 
+def killed(project, arguments, undisturbed, rng, number):
+    """Runs a command that is killed: at a moment where `number` is odd, else before one of its file operations."""
+    if number % 2:
+        command = program.start(project, *arguments)
+        time.sleep(rng.random() * undisturbed.seconds)
+        command.process.kill()
+    else:
+        at = int(rng.integers(1, undisturbed.operations + 1))
+        command = program.start(project, *arguments, under=program.Conditions(dies_at=at))
+    assert command.end() in (-signal.SIGKILL, 0), command.output
+
+
 @pytest.mark.parametrize("name", SOME_COMMANDS)
 def test_kill_9(made, project, trial, name, number):
-    undisturbed = made.commands[name]
-    rng = moments(name, number)
     arguments, output = begin(project, name)
     with trial(f"kill -9 of {name}") as tried:
-        if number % 2:
-            command = program.start(project, *arguments)
-            time.sleep(rng.random() * undisturbed.seconds)
-            command.process.kill()
-        else:
-            at = int(rng.integers(1, undisturbed.operations + 1))
-            command = program.start(project, *arguments, under=program.Conditions(dies_at=at))
-        assert command.end() in (-signal.SIGKILL, 0)
-        if command.process.exitcode and name != "prepare-backbone":
-            assert not whole(output)
+        killed(project, arguments, made.commands[name], moments(name, number), number)
+        whole_or_in_the_making(tried, made, project, name)
         program.succeed(project, *arguments)
         tried.compare(finished(made.root, name), finished(project, name))
         tried.compare(program.contents(made.root / "data"), program.contents(project / "data"))
 
 
-def whole(output):
-    """Whether the output says of itself that it is whole."""
-    return (output / "manifest.json").exists() or (output / "SHA256SUMS").exists()
+def whole_or_in_the_making(tried, made, project, name):
+    """A killed command's output: all of it where it says so, as if killed while it clears up; else no half file."""
+    output, whole = project / COMMANDS[name][1], finished(made.root, name)
+    left = {file: content for file, content in finished(project, name).items() if not file.endswith(".tmp")}
+    if (output / LAST.get(name, "manifest.json")).exists():
+        tried.compare(whole, left)
+        if name == "train-fl":
+            assert not provenance.changed_file(
+                output, set(os.listdir(made.root / program.RUN)) - {provenance.CHECKSUMS}
+            )
+        if name == "prepare-backbone":
+            tried.compare(program.contents(made.root / "models"), program.contents(project / "models"))
+    elif name in FOLDERS:
+        assert not output.exists()
+    elif name != "train-fl":  # whose tables grow round by round
+        tried.compare({file: whole.get(file) for file in left}, left)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A command that puts something else in the place of what a stage made, and what it puts there."""
+
+    arguments: tuple[str, ...]
+    undisturbed: program.Undisturbed
+    content: dict[str, bytes]
+
+
+@pytest.fixture(scope="module")
+def replacements(made, tmp_path_factory):
+    """Name of a stage -> its replacement, made when first asked for."""
+
+    @functools.cache
+    def make(name):
+        root = tmp_path_factory.mktemp("replaced") / "project"
+        shutil.copytree(made.root, root, ignore=shutil.ignore_patterns("models"))
+        (root / "models").symlink_to(made.root / "models")
+        arguments = (*COMMANDS[name][0], "--set", f"{name.replace('-', '_')}.seed=1")
+        return Replacement(arguments, program.undisturbed(root, *arguments), finished(root, name))
+
+    return make
+
+
+@pytest.mark.parametrize("name", [FOLDERS[0], *(pytest.param(name, marks=pytest.mark.faults) for name in FOLDERS[1:])])
+def test_kill_9_while_replacing(made, project, replacements, trial, name, number):
+    new, old = replacements(name), finished(made.root, name)
+    assert new.content != old
+    output = project / COMMANDS[name][1]
+    with trial(f"kill -9 of {name} over another output") as tried:
+        killed(project, new.arguments, new.undisturbed, moments(f"{name} again", number), number)
+        stands = output if output.exists() else output.with_name(f"{output.name}.old")
+        left = program.contents(stands)
+        tried.compare(new.content if left == new.content else old, left)
+        program.succeed(project, *new.arguments)
+        tried.compare(new.content, finished(project, name))
+        assert not list(output.parent.glob("*.tmp")) and not list(output.parent.glob("*.old"))
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])

@@ -112,6 +112,7 @@ PIECES = st.sampled_from(
 @example([(TEXT.index("  timestep"), 0, "  null: 1\n")])
 @example([(TEXT.index("  timestep"), 0, "  <<: 1\n")])
 @example([(TEXT.index("300"), 3, "&a [*a]")])
+@example([(TEXT.index("300"), 3, "&a [&a 1]")])
 @example([(0, 0, "%YAML 9.9\n---\n")])
 def test_any_text_in_any_place(file, changes):
     text = TEXT
