@@ -50,10 +50,15 @@ def folder_in_place_of(path: Path) -> Iterator[Path]:
             path.replace(old)
         staging.replace(path)
         sync(path.parent)
-        with contextlib.suppress(OSError):
-            remove(old)
+        remove_replaced(path)
     finally:
         os.close(handle)
+
+
+def remove_replaced(path: Path) -> None:
+    """Removes the folder that `path` took the place of, if the process was killed before it could do so itself."""
+    with contextlib.suppress(OSError):
+        remove(path.with_name(f"{path.name}.old"))
 
 
 def write_text(path: Path, text: str) -> None:

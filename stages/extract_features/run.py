@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import feature_store, provenance
+from pipeline import atomic, feature_store, provenance
 from pipeline.config import Config
 from pipeline.diffusion import backbones, batching
 from pipeline.diffusion.representation import Projector
@@ -61,6 +61,7 @@ def run(config: Config, shard_range: str | None = None) -> Path:
     rank, world_size = scheduling.rank_and_world_size()
     shards = scheduling.order_of_shards(job.plan.num_shards, shard_range, rank, world_size)
     if _is_complete(target, job.plan):
+        atomic.remove_replaced(target)
         log.info("%s is complete already", target)
         return target
     if rank:
