@@ -22,6 +22,8 @@ _FORKED.set_forkserver_preload(
     ["pipeline.cli", "sklearn.datasets", "matplotlib.figure", "matplotlib.backends.backend_svg", "h5py"]
     + ["stages.synthesize.generate", *(f"stages.{name}" for name in STAGES)]
 )
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GIT_DIR": os.devnull}
+"""Of every command. No commit is found: bytes are equal whatever is edited or committed meanwhile."""
 TIMEOUT = 120  # seconds after which a command counts as hanging
 
 SETTINGS: dict[str, Any] = {
@@ -148,7 +150,7 @@ def write_settings(root: Path, **changes: Any) -> None:
 
 
 def _child(root: Path, arguments: tuple[str, ...], log: Path, under: Conditions) -> None:
-    os.environ.update({"OMP_NUM_THREADS": "1", **under.environment})
+    os.environ.update({**ENVIRONMENT, **under.environment})
     os.chdir(root)
     handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o666)
     os.dup2(handle, 1)

@@ -20,7 +20,7 @@ def in_python_of_its_own(root, *arguments, before="", **environment):
     code = f"import locale, sys\n{before}\nfrom pipeline.cli import main\nmain(sys.argv[1:], prog_name='pipeline')"
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG", "PYTHON"))}
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=root, env=kept | {"OMP_NUM_THREADS": "1"} | environment,
+        [sys.executable, "-c", code, *arguments], cwd=root, env=kept | program.ENVIRONMENT | environment,
         capture_output=True, timeout=program.TIMEOUT,
     )  # fmt: skip
 
