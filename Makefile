@@ -24,7 +24,7 @@ repro: $(STAMP)  ## Run the whole pipeline: data, features, training, report
 test: $(STAMP)  ## Run the tests
 	$(BIN)/python -m pytest
 
-test-faults: $(STAMP)  ## Try every fault and fuzz at length (about an hour), with a table at the end
+test-faults: $(STAMP)  ## Try every fault and fuzz at length (about a quarter of an hour), with a table at the end
 	HYPOTHESIS_PROFILE=large OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" tests/faults tests/fuzz
 
 lint: $(STAMP)  ## Check format, style and types

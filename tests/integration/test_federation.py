@@ -21,7 +21,10 @@ SMALL = SETTINGS | {
 
 
 def rows(file):
-    return list(csv.DictReader(file.open())) if file.exists() else []
+    if not file.exists():
+        return []
+    with file.open() as stream:
+        return list(csv.DictReader(stream))
 
 
 def until(condition, seconds):

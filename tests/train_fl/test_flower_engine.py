@@ -72,7 +72,8 @@ def write_partitions(root, made):
 
 
 def rows(file):
-    return list(csv.DictReader(file.open()))
+    with file.open() as stream:
+        return list(csv.DictReader(stream))
 
 
 def outcomes(folder):
