@@ -121,6 +121,9 @@ class SweepFeatures(Section):
     )
     images: int = Field(ge=10, description="at most this many training images, drawn at random")
     basis_images: int = Field(ge=2, description="of them, those on which each PCA basis is fitted; held in memory")
+    margin_images: int = Field(
+        ge=0, description="of them, those that are also seen under each of their prompts, P more passes; 0: none"
+    )
     explained_variance: float = Field(
         gt=0, le=1, description="a layer keeps the fewest PCA dimensions that explain this share of its variance"
     )
