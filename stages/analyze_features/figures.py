@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 _MEASURES = {"probe_accuracy": "linear probe", "purity": "k-means purity", "nmi": "k-means NMI", "ari": "k-means ARI"}
 _MARGINS = {"matching_nearest": "matching prompt nearest", "margin": "margin of the matching prompt"}
@@ -51,14 +52,15 @@ def confusion(
     share: np.ndarray, prompts: Sequence[str], margins: Sequence[np.ndarray], class_names: Sequence[str]
 ) -> str:
     """SVG: share (K, prompts) of each class's images nearest to each prompt; and margins (n_k,) of each class."""
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    figure = Figure(figsize=(10, 4.6), layout=ConstrainedLayoutEngine(wspace=0.06))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)
     image = left.imshow(share, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     figure.colorbar(image, ax=left, label="share of the class's images")
     shared = os.path.commonprefix(list(prompts))
     left.set(ylabel="class", xlabel=f"nearest prompt: {shared}...", title="which prompt is nearest")
     if len(prompts) <= _MOST_NAMES:
-        left.set_xticks(range(len(prompts)), [text.removeprefix(shared) for text in prompts], rotation=90, fontsize=7)
+        names = [text.removeprefix(shared) for text in prompts]
+        left.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=7)
     if len(class_names) <= _MOST_NAMES:
         left.set_yticks(range(len(class_names)), list(class_names), fontsize=7)
     for place, values in enumerate(margins):
