@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from pipeline import locks
 from stages.analyze_features.judge import Scores
 from stages.analyze_features.kept import Kept, Swept
 from stages.analyze_features.recommend import Candidate
@@ -91,6 +92,12 @@ def test_other_timesteps_and_another_tolerance_take_what_is_there(killed):
     assert "resuming: 1 of 2 timesteps are done" in said
     rows = json.loads((root / "analysis" / "sweep" / "sweep.json").read_text())["rows"]
     assert {row["timestep"] for row in rows} == {100, 700}
+
+
+def test_two_sweeps_at_a_time_are_one_too_many(killed):
+    root, _ = killed
+    with locks.held(root / ".pipeline" / "locks" / "sweep", "a sweep"):
+        program.refuse(root, *SWEEP, says=["analysis/sweep is being made by process"])
 
 
 def test_what_is_kept_comes_back_as_it_was(tmp_path):
