@@ -64,11 +64,11 @@ def accuracy(results: Results) -> Table:
         return Cell(text, mean, is_best, f"{gain:+.2f}".replace("-", "\u2212"))
 
     last = min(5, *(len(run.accuracy) for run in results.all_runs))
-    of = f"last {last} rounds" if last > 1 else "last round"
+    of = f"mean of the last {last} rounds" if last > 1 else "after the only round"
     over = (
         f"mean ± standard deviation over {len(results.seeds)} seeds" if len(results.seeds) > 1 else "one seed (n = 1)"
     )
-    note = f"{measure(results)}, %, mean of the {of}; {over}. Best in bold"
+    note = f"{measure(results)}, %, {of}; {over}. Best in bold"
     note += f"; small: the gain over {results.baseline}." if results.baseline else "."
     return _by_method("accuracy", "Accuracy", note, results, columns, cell)
 
