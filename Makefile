@@ -42,13 +42,13 @@ lock: $(STAMP)  ## Write requirements.lock anew from pyproject.toml
 audit: $(STAMP)  ## Look the locked packages up in the database of known vulnerabilities (needs the network)
 	$(BIN)/uv tool run pip-audit --requirement requirements.lock --no-deps --disable-pip --strict
 
-gallery: $(STAMP)  ## Make the pictures of docs/gallery from the embedded default
+gallery: $(STAMP)  ## Make the pictures of docs/gallery from the embedded default (needs a Chromium)
 	$(BIN)/dvc repro
 	$(BIN)/pipeline sweep-features
-	cp analysis/*.svg analysis/sweep/sweep.svg docs/gallery/
-	cp $$(ls analysis/sweep/maps-*.png | head -n 1) docs/gallery/maps.png
-	cp results/feddifrc-dir005-s0/partition.svg docs/gallery/partition.svg
-	cp data/features/digits-tiny-sd-t300/explained_variance.svg docs/gallery/
+	install -m 644 analysis/*.svg analysis/sweep/sweep.svg results/feddifrc-dir005-s0/partition.svg \
+	  data/features/digits-tiny-sd-t300/explained_variance.svg docs/gallery/
+	install -m 644 $$(ls analysis/sweep/maps-*.png | head -n 1) docs/gallery/maps.png
+	$(BIN)/python benchmarks/screenshot.py report/index.html docs/gallery/report.png
 
 federation-demo: $(STAMP)  ## Run a federation of three nodes on this machine, each with its private folder
 	$(BIN)/python -m pipeline.federation.demo

@@ -31,11 +31,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from pipeline import provenance, seeding
 from pipeline.datasets import Images
 from pipeline.diffusion import backbones, batching
+from pipeline.diffusion.prompts import PromptSet
 from pipeline.diffusion.representation import Projector
 from pipeline.params import ExtractFeatures, Runtime
 from stages.extract_features.cost import count_flops
 from stages.extract_features.extraction import Extraction
-from stages.extract_features.prompts import PromptSet
 
 ROOT = Path(__file__).parents[1]
 TINY_SD = ROOT / "stages" / "prepare_backbone" / "tiny-sd"

@@ -233,12 +233,12 @@ def analyze_features(config: "Config") -> None:
 
 @main.command("sweep-features", cls=StageCommand, section="sweep_features")
 def sweep_features(config: "Config") -> None:
-    r"""Every timestep and layer on a sample of images, and which to take -> analysis/sweep.
+    r"""Every timestep and layer on a sample of images, and which to take -> analysis/sweep. Resumes if killed.
 
     \b
     Examples:
       pipeline sweep-features
-      pipeline sweep-features --timesteps "[100, 200, 300]" --images 500
+      pipeline sweep-features --timesteps "[100, 200, 300]" --images 500 --margin-images 100
       pipeline preset analysis/sweep/recommended.yaml
     """
     _report_path(_stage("analyze_features.sweep").run(config))

@@ -121,12 +121,18 @@ class SweepFeatures(Section):
     )
     images: int = Field(ge=10, description="at most this many training images, drawn at random")
     basis_images: int = Field(ge=2, description="of them, those on which each PCA basis is fitted; held in memory")
+    margin_images: int = Field(
+        ge=0,
+        description="of them, those also seen under each of their prompts (extract_features.negatives), P more passes",
+    )
     explained_variance: float = Field(
         gt=0, le=1, description="a layer keeps the fewest PCA dimensions that explain this share of its variance"
     )
     max_dims: int = Field(ge=1, description="but at most this many")
     tolerance: float = Field(
-        ge=0, lt=1, description="accuracies this close to the best are ties: the fewest layers, then dimensions, win"
+        ge=0,
+        lt=1,
+        description="probe accuracy to give up for better prompts, and both for the fewest layers, then dimensions",
     )
     picture_images: int = Field(ge=0, description="images whose maps are drawn as colours, a picture each")
 

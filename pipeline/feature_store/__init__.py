@@ -31,6 +31,7 @@ from pipeline.feature_store.schema import (
     LayerBasis,
     Manifest,
     Plan,
+    positive_columns,
 )
 from pipeline.feature_store.writer import FeatureSetWriter, write_basis_file
 
@@ -44,6 +45,7 @@ __all__ = [
     "LayerBasis",
     "Manifest",
     "Plan",
+    "positive_columns",
     "read_basis",
     "read_basis_file",
     "read_manifest",

@@ -21,6 +21,7 @@ from pipeline.feature_store.schema import (
     FileEntry,
     LayerBasis,
     Manifest,
+    positive_columns,
 )
 from pipeline.hdf5 import plain_dataset
 
@@ -128,12 +129,8 @@ class FeatureSet:
         return rows
 
     def positive_prompts(self, rows: Features) -> np.ndarray:
-        """Which of its P prompts matches each image: int64 (n,), columns of `rows.prompted`.
-
-        That of its class, or in a self-supervised set the first prompt, which every image has: no label is read then.
-        """
-        matching = rows.label[:, None] if self.manifest.content.positive == "label" else 0
-        return (rows.prompt_class == matching).argmax(1)
+        """Which of its P prompts matches each image: int64 (n,), columns of `rows.prompted`."""
+        return positive_columns(self.manifest.content.positive, rows.prompt_class, rows.label)
 
     def verify_files(self) -> None:
         """Compares every file with its checksum in the manifest.

@@ -207,3 +207,16 @@ class Features:
                 checksum = zlib.crc32(data[row * size : (row + 1) * size], checksum)
             sums[row] = checksum
         return sums
+
+
+def positive_columns(positive: Literal["label", "first"], prompt_class: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Which of its P prompts matches each image, int64 (n,).
+
+    Args:
+        positive: that of its class, or the first prompt, which every image of a self-supervised set has; no label is
+            read then.
+        prompt_class: int16 (n, P).
+        label: int64 (n,).
+    """
+    matching = label[:, None] if positive == "label" else 0
+    return (prompt_class == matching).argmax(1)

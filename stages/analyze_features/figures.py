@@ -8,8 +8,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 _MEASURES = {"probe_accuracy": "linear probe", "purity": "k-means purity", "nmi": "k-means NMI", "ari": "k-means ARI"}
+_MARGINS = {"matching_nearest": "matching prompt nearest", "margin": "margin of the matching prompt"}
 _MOST_NAMES = 40  # on an axis; more could not be read
 _STYLE: Any = {"svg.hashsalt": "feddifrc", "svg.fonttype": "none", "font.size": 10}
 
@@ -50,14 +52,15 @@ def confusion(
     share: np.ndarray, prompts: Sequence[str], margins: Sequence[np.ndarray], class_names: Sequence[str]
 ) -> str:
     """SVG: share (K, prompts) of each class's images nearest to each prompt; and margins (n_k,) of each class."""
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    figure = Figure(figsize=(10, 4.6), layout=ConstrainedLayoutEngine(wspace=0.06))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)
     image = left.imshow(share, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     figure.colorbar(image, ax=left, label="share of the class's images")
     shared = os.path.commonprefix(list(prompts))
     left.set(ylabel="class", xlabel=f"nearest prompt: {shared}...", title="which prompt is nearest")
     if len(prompts) <= _MOST_NAMES:
-        left.set_xticks(range(len(prompts)), [text.removeprefix(shared) for text in prompts], rotation=90, fontsize=7)
+        names = [text.removeprefix(shared) for text in prompts]
+        left.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=7)
     if len(class_names) <= _MOST_NAMES:
         left.set_yticks(range(len(class_names)), list(class_names), fontsize=7)
     for place, values in enumerate(margins):
@@ -71,28 +74,37 @@ def confusion(
     return _svg(figure)
 
 
-def curves(rows: Sequence[dict[str, Any]], recommended: dict[str, Any]) -> str:
+def curves(rows: Sequence[dict[str, Any]], recommended: dict[str, Any], chance: dict[str, float]) -> str:
     """SVG: every measure against the timestep, a line per layer or set of layers (Fig. 6); the choice is ringed.
 
     Args:
-        rows: of the sweep, each with timestep, layers and the measures; only sets judged at every timestep are drawn.
+        rows: of the sweep, each with timestep, layers and the measures; only sets judged at every timestep, and the
+            recommended one, are drawn.
         recommended: one of them.
+        chance: what features that tell nothing would reach, by measure; a dotted line.
     """
-    timesteps = sorted({row["timestep"] for row in rows})
-    lines: dict[str, dict[int, dict[str, Any]]] = {}
+    timesteps = {row["timestep"] for row in rows}
+    lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        lines.setdefault(" + ".join(row["layers"]), {})[row["timestep"]] = row
-    figure = Figure(figsize=(12, 7), layout="constrained")
-    for axes, (measure, title) in zip(figure.subplots(2, 2).flat, _MEASURES.items(), strict=True):
-        for name, by_timestep in lines.items():
-            if len(by_timestep) == len(timesteps):
-                values = [by_timestep[timestep][measure] for timestep in timesteps]
-                style = "-" if "+" in name else "--"
-                axes.plot(timesteps, values, style, marker="o", ms=3, label=name)
-        axes.plot(recommended["timestep"], recommended[measure], "o", ms=11, mfc="none", color="black")
+        lines.setdefault(" + ".join(row["layers"]), []).append(row)
+    chosen = " + ".join(recommended["layers"])
+    drawn = {name: line for name, line in lines.items() if name == chosen or len(line) == len(timesteps)}
+    measures = _MEASURES | {name: title for name, title in _MARGINS.items() if name in recommended}
+    figure = Figure(figsize=(2 * len(measures), 7), layout="constrained")
+    panels = figure.subplots(2, len(measures) // 2).flat
+    for axes, (measure, title) in zip(panels, measures.items(), strict=True):
+        for name, line in drawn.items():
+            style = "-" if "+" in name else "--"
+            axes.plot(
+                [row["timestep"] for row in line], [row[measure] for row in line], style, marker="o", ms=3, label=name
+            )
+        ring = dict(ms=11, mfc="none", color="black", label="recommended")
+        axes.plot(recommended["timestep"], recommended[measure], "o", **ring)
+        if measure in chance:
+            axes.axhline(chance[measure], ls=":", lw=1, color="grey", label="chance")
         axes.set(title=title, xlabel="timestep")
         axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return _svg(figure)
 
 
@@ -101,7 +113,7 @@ def maps(image: np.ndarray, rgb: dict[int, dict[str, np.ndarray]]) -> bytes:
 
     Args:
         image: uint8 (H, W, 3), shown at the left.
-        rgb: timestep -> layer -> float (h, w, 3) in 0..1; a row per layer, a column per timestep.
+        rgb: timestep -> layer -> uint8 (h, w, 3); a row per layer, a column per timestep.
     """
     layers = list(next(iter(rgb.values())))
     figure = Figure(figsize=(1.5 * (1 + len(rgb)), 1.65 * len(layers)), layout="constrained", dpi=100)

@@ -101,3 +101,17 @@ def purity(clusters: np.ndarray, labels: np.ndarray) -> float:
     """
     majorities = [np.bincount(labels[clusters == cluster]).max() for cluster in np.unique(clusters)]
     return sum(majorities) / len(labels)
+
+
+def chance(labels: np.ndarray, prompts_per_image: int) -> dict[str, float]:
+    """What representations that tell nothing would reach, by measure.
+
+    Args:
+        labels: int64 (n,).
+        prompts_per_image: P.
+    """
+    most_frequent = np.bincount(labels).max() / len(labels)
+    return {
+        "probe_accuracy": round(float(most_frequent), _DIGITS),
+        "matching_nearest": round(1 / prompts_per_image, _DIGITS),
+    }

@@ -28,7 +28,7 @@ from pipeline.feature_store import Features, FeatureSet
 from pipeline.params import AnalyzeFeatures
 from pipeline.progress import track
 from stages.analyze_features import figures, margins, tsne
-from stages.analyze_features.judge import Judge
+from stages.analyze_features.judge import Judge, chance
 from stages.analyze_features.margins import Similarities
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def run(config: Config) -> Path:
             "feature_set": {"name": features.path.name, "fingerprint": features.manifest.fingerprint},
             "timestep": content.timestep,
             "images": len(rows.label),
-            "chance": _chance(rows),
+            "chance": chance(rows.label, features.manifest.prompts_per_image),
             "layers": scores,
             "classes": by_class,
         },
@@ -96,15 +96,6 @@ def _scores(
         found[name] = {"dims": dims, **asdict(judge.scores(rows.denoised[:, part])), **similar[name].means(everyone)}
         log.info("%s: %d dims, linear probe %.2f %%", name, dims, 100 * found[name]["probe_accuracy"])
     return found
-
-
-def _chance(rows: Features) -> dict[str, float]:
-    """What representations that tell nothing would reach."""
-    most_frequent = np.bincount(rows.label).max() / len(rows.label)
-    return {
-        "probe_accuracy": round(float(most_frequent), 6),
-        "matching_nearest": round(1 / rows.prompt_class.shape[1], 6),
-    }
 
 
 def _draw(

@@ -9,7 +9,6 @@ import functools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,13 +19,13 @@ from pipeline.datasets import Images
 from pipeline.diffusion import batching, noise, representation
 from pipeline.diffusion.backbones import Backbone, Conditioning
 from pipeline.diffusion.batching import Batcher
+from pipeline.diffusion.image_conditioning import ImageEncoder
+from pipeline.diffusion.prompted_model import Inputs, PromptedModel
+from pipeline.diffusion.prompts import PromptSet
 from pipeline.diffusion.representation import Moments, Projector
 from pipeline.feature_store import Basis, Features, LayerBasis
 from pipeline.params import ExtractFeatures, Runtime
 from pipeline.progress import progress_bar
-from stages.extract_features import prompts
-from stages.extract_features.image_conditioning import ImageEncoder
-from stages.extract_features.prompts import PromptSet
 
 log = logging.getLogger(__name__)
 
@@ -36,14 +35,6 @@ class HostInput(NamedTuple):
 
     images: np.ndarray
     noise: Tensor
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """n images on the device: noised latents float32 (n, C, h, w); image embeddings (n + 1, E), the last zero."""
-
-    noisy: Tensor
-    embeddings: Tensor | None
 
 
 class Extraction:
@@ -63,7 +54,7 @@ class Extraction:
         self.backbone, self.params, self.data, self._check = backbone, params, data, check
         self._image_encoder, self._prompt_set = image_encoder, prompt_set
         self._redone = 0
-        self.conditioning = self._encode_prompts(backbone)
+        self._model = PromptedModel(backbone, prompt_set, params.denoise_prompt)
         self.prompts_per_image = len(self.prompts_of(np.zeros(1, np.int64))[0])
         self.latent_shape = backbone.encode_images(data.take(np.zeros(1, np.int64)).images, params.image_size).shape[1:]
         positions = int(np.prod(self.latent_shape[1:]))
@@ -79,17 +70,19 @@ class Extraction:
             self._warm_up()
 
     @property
+    def conditioning(self) -> Conditioning:
+        """All prompts, the generic one last."""
+        return self._model.conditioning
+
+    @property
     def passes(self) -> int:
         """Passes of the denoiser so far: pairs of an image and a prompt, those redone in float32 counted again."""
         return self.batcher.computed + self._redone
 
     def prompts_of(self, index: np.ndarray) -> np.ndarray:
         """int16 (n, P): the prompts of these images."""
-        similarity = self.conditioning.similarity.numpy()[:-1]
-        labels = self.data.labels[index]
-        return prompts.assign(
-            self._prompt_set, self.params.negatives, labels, index, similarity, self.params.noise_seed
-        )
+        params = self.params
+        return self._model.prompts_of(self.data.labels[index], index, params.negatives, params.noise_seed)
 
     def host_input(self, index: np.ndarray) -> HostInput:
         """Reads these images and draws their noise: the processor's part, to be done ahead of the device's."""
@@ -114,13 +107,12 @@ class Extraction:
         def batch(rows: Tensor) -> Tensor:
             return encoder(host.images[rows.numpy()])
 
-        table = self._vae_batcher.table(batch, len(noisy), lambda done: None)
-        return Inputs(noisy, torch.cat([table, torch.zeros_like(table[:1])]))
+        return Inputs(noisy, self._vae_batcher.table(batch, len(noisy), lambda done: None))
 
     def represent(self, index: np.ndarray, inputs: Inputs, projector: Projector, bar: Any) -> tuple[Features, int]:
         """All representations of these images, and how many pairs were redone in float32."""
         own = self.prompts_of(index)  # (n, P)
-        generic = np.full((len(index), 1), len(self.conditioning) - 1)
+        generic = np.full((len(index), 1), self._model.generic)
         text = torch.from_numpy(np.concatenate([generic, own], axis=1).astype(np.int64)).flatten()  # (n * (1+P),)
         image = torch.arange(len(index)).repeat_interleave(1 + own.shape[1])
 
@@ -173,34 +165,22 @@ class Extraction:
 
     def _denoising(self, inputs: Inputs) -> Callable[[Tensor], dict[str, Tensor]]:
         """Rows -> maps under the generic prompt, which comes last."""
-        text = torch.full((len(inputs.noisy),), len(self.conditioning) - 1)
+        text = torch.full((len(inputs.noisy),), self._model.generic)
         return lambda rows: self.maps(inputs, rows, text[rows])
 
     def maps(self, inputs: Inputs, image: Tensor, text: Tensor) -> dict[str, Tensor]:
         """Layer -> maps of the pairs (image, text), float32 (B, C_l, h_l, w_l)."""
-        return self._maps_by(self.backbone, self.conditioning, inputs, image, text)
-
-    def _maps_by(
-        self, backbone: Backbone, conditioning: Conditioning, inputs: Inputs, image: Tensor, text: Tensor
-    ) -> dict[str, Tensor]:
-        """The generic prompt, the last, is never given the image."""
-        chosen = conditioning.take(text)
-        if inputs.embeddings is not None:
-            none = len(inputs.embeddings) - 1
-            row = torch.where(text == len(conditioning) - 1, none, image)
-            chosen = backbone.with_image(chosen, inputs.embeddings[row.to(inputs.embeddings.device)])
-        return backbone.features(inputs.noisy[image.to(inputs.noisy.device)], self.params.timestep, chosen)
+        return self._model.maps(inputs, self.params.timestep, image, text)
 
     def _redo_overflows(self, table: Tensor, inputs: Inputs, image: Tensor, text: Tensor, projector: Projector) -> int:
         """Computes again, in float32, the rows of `table` that are not finite; returns how many."""
         overflown = torch.nonzero(~table.isfinite().all(1)).flatten().cpu()
         if self.params.dtype == "float32" or not len(overflown):
             return 0
-        backbone, conditioning = self._in_float32
         image, text = image[overflown], text[overflown]
 
         def batch(rows: Tensor) -> Tensor:
-            return projector(self._maps_by(backbone, conditioning, inputs, image[rows], text[rows])).half()
+            return projector(self._in_float32.maps(inputs, self.params.timestep, image[rows], text[rows])).half()
 
         batcher = Batcher(min(batching.CPU_BATCH, self.batcher.batch_size), check=self._check)
         table[overflown.to(table.device)] = batcher.table(batch, len(overflown), lambda done: None)
@@ -209,14 +189,8 @@ class Extraction:
         return len(overflown)
 
     @functools.cached_property
-    def _in_float32(self) -> tuple[Backbone, Conditioning]:
-        backbone = self.backbone.in_float32()
-        return backbone, self._encode_prompts(backbone)
-
-    def _encode_prompts(self, backbone: Backbone) -> Conditioning:
-        """All prompts, texts of one averaged; the generic one comes last."""
-        texts = [*self._prompt_set.texts, [self.params.denoise_prompt]]
-        return backbone.encode_prompts([text for group in texts for text in group]).average(list(map(len, texts)))
+    def _in_float32(self) -> PromptedModel:
+        return PromptedModel(self.backbone.in_float32(), self._prompt_set, self.params.denoise_prompt)
 
     def _blank_pass(self, rows: Tensor) -> dict[str, Tensor]:
         noisy = torch.zeros(len(rows), *self.latent_shape, device=self.backbone.device)

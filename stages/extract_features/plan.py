@@ -6,11 +6,11 @@ from pathlib import Path
 from pipeline import devices, frozen_model, provenance
 from pipeline.config import Config
 from pipeline.datasets import PreparedDataset
-from pipeline.diffusion import backbones, representation
+from pipeline.diffusion import backbones, image_conditioning, prompts, representation
+from pipeline.diffusion.prompts import PromptSet
 from pipeline.errors import PipelineError
 from pipeline.feature_store import Content, Plan
-from stages.extract_features import basis, image_conditioning, prompts
-from stages.extract_features.prompts import PromptSet
+from stages.extract_features import basis
 
 EXTRACTION_VERSION = 1
 """Raise it, here and in params.yaml, whenever the features change; tests hold golden features against it."""
@@ -55,7 +55,7 @@ def make(config: Config) -> Job:
         layers=representation.column_ranges(channels, params.dims),
         prompts=prompt_set.texts,
         positive=prompt_set.positive,
-        image_conditioning=_hashes_of_image_encoder(config),
+        image_conditioning=image_conditioning.hashes(config),
         basis_images=params.basis_images if params.basis == "auto" else None,
         basis_sha256=_hash_of_shared_basis(config, channels),
         **params.model_dump(include={"timestep", "image_size", "denoise_prompt", "negatives", "noise_seed", "dtype"}),
@@ -69,21 +69,10 @@ def make(config: Config) -> Job:
     return Job(config, dataset, prompt_set, plan, devices.resolve(config.params.runtime.device))
 
 
-def image_encoder_dir(config: Config) -> Path | None:
-    """Where the image encoder stands; None without image conditioning."""
-    path = config.params.extract_features.image_conditioning
-    return config.root / path if path else None
-
-
 def shared_basis(config: Config) -> Path | None:
     """The basis given from elsewhere; None if it is to be fitted."""
     path = config.params.extract_features.basis
     return None if path == "auto" else config.root / path
-
-
-def _hashes_of_image_encoder(config: Config) -> dict[str, str] | None:
-    path = image_encoder_dir(config)
-    return image_conditioning.file_hashes(path) if path else None
 
 
 def _hash_of_shared_basis(config: Config, channels: dict[str, int]) -> str | None:

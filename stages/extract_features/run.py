@@ -1,9 +1,7 @@
 """Runs stage 1: every training image through the frozen model once per prompt, into a checked, resumable feature set.
 
-pipeline/diffusion  the frozen model, batches, and maps -> PCA -> pooled representation
+pipeline/diffusion  the frozen model under its prompts, batches, and maps -> PCA -> pooled representation
 plan.py             what is to be extracted
-prompts.py          which prompts an image is shown with
-image_conditioning.py  optionally, the image itself as part of the prompt
 extraction.py       the computation
 basis.py            the PCA basis, fitted or shared
 latents.py          latents kept for the next extraction
@@ -24,7 +22,7 @@ import torch
 
 from pipeline import atomic, feature_store, provenance
 from pipeline.config import Config
-from pipeline.diffusion import backbones, batching
+from pipeline.diffusion import backbones, batching, image_conditioning
 from pipeline.diffusion.representation import Projector
 from pipeline.errors import PipelineError
 from pipeline.feature_store import Basis, Features, FeatureSetWriter, Plan
@@ -33,7 +31,6 @@ from stages.extract_features import basis as pca
 from stages.extract_features import plan as planning
 from stages.extract_features import scheduling
 from stages.extract_features.extraction import Extraction, HostInput
-from stages.extract_features.image_conditioning import ImageEncoder
 from stages.extract_features.latents import LatentCache
 from stages.extract_features.ledger import Ledger
 from stages.extract_features.plan import Job
@@ -80,8 +77,7 @@ def load(job: Job, check: Callable[[], None] = lambda: None) -> Extraction:
     """Loads the frozen models and makes them ready for the job's data set."""
     params = job.config.params.extract_features
     backbone = backbones.load(job.config.backbone_dir, params.layers, job.device, getattr(torch, params.dtype))
-    encoder_dir = planning.image_encoder_dir(job.config)
-    encoder = ImageEncoder(encoder_dir, job.device) if encoder_dir else None
+    encoder = image_conditioning.load(job.config, job.device)
     data = job.dataset.load("train")
     return Extraction(backbone, encoder, job.prompts, params, job.config.params.runtime, data, check)
 

@@ -109,7 +109,8 @@ def _subtitle(found: Results) -> str:
     return (
         f"{run.config['dataset']['name']}, {train['model']}; {' or '.join(map(str, clients))} clients, "
         f"{train['clients_per_round']} a round, {train['num_rounds']} rounds of {train['local_epochs']} local epochs; "
-        f"{len(found.methods)} methods, {len(found.partitions)} settings, seeds {', '.join(map(str, found.seeds))}."
+        f"{len(found.methods)} methods, {len(found.partitions)} settings, "
+        f"{'seeds' if len(found.seeds) > 1 else 'seed'} {', '.join(map(str, found.seeds))}."
     )
 
 

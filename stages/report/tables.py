@@ -38,7 +38,8 @@ class Table:
 
 def make(results: Results) -> list[Table]:
     """Every table that the runs have something for."""
-    tables = [accuracy(results), _rounds_to_baseline(results), _clients(results), _domains(results)]
+    tables = [accuracy(results), _linear_probe(results), _rounds_to_baseline(results)]
+    tables += [_clients(results), _domains(results)]
     tables += [_communication(results), _time(results), _partitions(results), _provenance(results)]
     return [table for table in tables if table]
 
@@ -63,11 +64,11 @@ def accuracy(results: Results) -> Table:
         return Cell(text, mean, is_best, f"{gain:+.2f}".replace("-", "\u2212"))
 
     last = min(5, *(len(run.accuracy) for run in results.all_runs))
-    of = f"last {last} rounds" if last > 1 else "last round"
+    of = f"mean of the last {last} rounds" if last > 1 else "after the only round"
     over = (
         f"mean ± standard deviation over {len(results.seeds)} seeds" if len(results.seeds) > 1 else "one seed (n = 1)"
     )
-    note = f"{measure(results)}, %, mean of the {of}; {over}. Best in bold"
+    note = f"{measure(results)}, %, {of}; {over}. Best in bold"
     note += f"; small: the gain over {results.baseline}." if results.baseline else "."
     return _by_method("accuracy", "Accuracy", note, results, columns, cell)
 
@@ -83,6 +84,32 @@ def measure(results: Results) -> str:
     held_out = {"test": "the test images", "validation": "the validation images"}
     on = held_out[results.all_runs[0].config["train_fl"]["evaluate_on"]]
     return f"{' or '.join(sorted(kinds))} on {on}"
+
+
+def _linear_probe(results: Results) -> Table | None:
+    """Of methods without labels, whose accuracy is a k-NN classifier's; the others have no such number."""
+
+    def probes(partition: str, method: str) -> list[float]:
+        found = [run.metrics.get("linear_probe_accuracy") for run in results.runs[partition, method]]
+        return [value for value in found if value is not None]
+
+    def cell(partition: str, method: str) -> Cell:
+        values = probes(partition, method)
+        if not values:
+            return Cell("–", math.nan)
+        mean = statistics.fmean(values)
+        return Cell(accuracy_in_words.in_percent(values), mean, len(known[partition]) > 1 and mean == best[partition])
+
+    means = {place: statistics.fmean(values) for place in results.runs if (values := probes(*place))}
+    if not means:
+        return None
+    known = {p: [mean for (partition, _), mean in means.items() if partition == p] for p in results.partitions}
+    best = {partition: max(values, default=math.nan) for partition, values in known.items()}
+    note = (
+        "A linear classifier on the last global model's frozen embeddings, fitted on all clients' training images with "
+        "their labels, %; methods without labels only. Best in bold."
+    )
+    return _by_method("probe", "Linear probe", note, results, results.partitions, cell)
 
 
 def _rounds_to_baseline(results: Results) -> Table | None:

@@ -3,13 +3,14 @@
 from ruamel.yaml import YAML
 
 from stages.analyze_features.judge import Scores
-from stages.analyze_features.recommend import Candidate, as_preset, recommend, sets_to_fuse
+from stages.analyze_features.recommend import Candidate, Choice, as_preset, choose, sets_to_fuse
 
 
-def candidate(timestep, dims, accuracy):
-    """One with as many layers as `dims`."""
+def candidate(timestep, dims, accuracy, nearest=None):
+    """One with as many layers as `dims`; `nearest` in percent, where its prompts were looked at."""
     layers = [f"up_blocks.{number}" for number in range(len(dims))]
-    return Candidate(timestep, layers, dims, Scores(accuracy, 0.5, 0.5, 0.5))
+    margins = {} if nearest is None else {"margin": 0.1, "matching_nearest": nearest / 100}
+    return Candidate(timestep, layers, dims, Scores(accuracy, 0.5, 0.5, 0.5), margins)
 
 
 BEST = candidate(300, [10, 10, 10], 0.900)
@@ -19,21 +20,45 @@ WORSE = candidate(50, [5], 0.880)
 TABLE = [WORSE, BEST, TWO_LAYERS, FEWER_DIMS]
 
 
+def taken(table, tolerance):
+    return choose(table, tolerance).recommended
+
+
 def test_without_tolerance_the_best_wins():
-    assert recommend(TABLE, 0.0) is BEST
+    assert taken(TABLE, 0.0) is BEST
 
 
 def test_ties_go_to_fewer_layers_then_fewer_dims():
-    assert recommend(TABLE, 0.003) is TWO_LAYERS
-    assert recommend(TABLE, 0.005) is FEWER_DIMS
-    assert recommend(TABLE, 0.02) is WORSE
+    assert taken(TABLE, 0.003) is TWO_LAYERS
+    assert taken(TABLE, 0.005) is FEWER_DIMS
+    assert taken(TABLE, 0.02) is WORSE
 
 
 def test_further_ties_go_to_accuracy_then_the_smaller_timestep():
     late, early = candidate(500, [8], 0.9), candidate(100, [8], 0.9)
     better = candidate(700, [8], 0.901)
-    assert recommend([late, early], 0.0) is early
-    assert recommend([early, better, late], 0.01) is better
+    assert taken([late, early], 0.0) is early
+    assert taken([early, better, late], 0.01) is better
+
+
+def test_prompts_decide_among_ties_of_the_probe_and_size_among_ties_of_both():
+    best = candidate(50, [10], 0.900, nearest=40)
+    prompts = candidate(100, [10, 10, 10], 0.897, nearest=50)
+    smaller = candidate(200, [10, 10], 0.896, nearest=49.7)
+    far = candidate(300, [5], 0.700, nearest=60)
+    table = [best, prompts, smaller, far]
+    assert taken(table, 0.0) is best
+    assert taken(table, 0.003) is prompts
+    assert taken(table, 0.005) is smaller
+    assert taken(table, 0.2) is far
+
+
+def test_what_one_criterion_alone_would_take_stands_beside_the_choice():
+    probe, both, prompts = (
+        candidate(50, [10], 0.900, 40), candidate(200, [10, 10], 0.899, 50), candidate(300, [5], 0.7, 60)
+    )  # fmt: skip
+    assert choose([probe, both, prompts], 0.005) == Choice(both, probe, prompts)
+    assert choose(TABLE, 0.005) == Choice(FEWER_DIMS, FEWER_DIMS, None)
 
 
 def test_fusions_add_the_next_best_layer_and_keep_the_models_order():
@@ -43,11 +68,22 @@ def test_fusions_add_the_next_best_layer_and_keep_the_models_order():
     assert sets_to_fuse({"a": 0.5}, ["a"]) == []
 
 
+PRESET = {"extract_features": {"timestep": 200, "layers": ["up_blocks.0", "up_blocks.1"], "dims": [20, 20]}}
+
+
 def test_the_preset_holds_the_choice():
-    text = as_preset(TWO_LAYERS, "digits with tiny-sd, 100 images", 0.95, 0.005)
-    assert YAML(typ="safe").load(text) == {
-        "extract_features": {"timestep": 200, "layers": ["up_blocks.0", "up_blocks.1"], "dims": [20, 20]}
-    }
+    text = as_preset(Choice(TWO_LAYERS, TWO_LAYERS, None), "digits with tiny-sd, 100 images", 0.95, 0.005)
+    assert YAML(typ="safe").load(text) == PRESET
     assert text.startswith(
-        "# Chosen by `pipeline sweep-features` for digits with tiny-sd, 100 images: linear probe 89.70 %"
+        "# By `pipeline sweep-features` for digits with tiny-sd, 100 images: linear probe 89.70 %.\n"
     )
+    assert "prompt" not in text
+
+
+def test_the_preset_says_what_was_given_up():
+    chosen, other = candidate(200, [20, 20], 0.897, nearest=41.5), candidate(300, [28], 0.8, nearest=58.6)
+    text = as_preset(Choice(chosen, BEST, other), "digits with tiny-sd, 100 images", 0.95, 0.005)
+    assert YAML(typ="safe").load(text) == PRESET
+    assert "100 images: linear probe 89.70 %, matching prompt nearest 41.5 %.\n" in text
+    assert "by the probe alone: t = 300, up_blocks.0 + up_blocks.1 + up_blocks.2: linear probe 90.00 %\n" in text
+    assert "by the prompts alone: t = 300, up_blocks.0: linear probe 80.00 %, matching prompt nearest 58.6 %\n" in text

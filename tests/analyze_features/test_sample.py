@@ -8,17 +8,24 @@ import torch
 
 from pipeline import config as configuration
 from pipeline.datasets import PreparedDataset
-from pipeline.diffusion import backbones, noise
+from pipeline.diffusion import backbones, noise, prompts
 from pipeline.diffusion.backbones.base import DiffusersBackbone
 from pipeline.errors import PipelineError
 from pipeline.feature_store import LayerBasis
+from stages.analyze_features.judge import Judge
 from stages.analyze_features.sample import Sample, as_colours, fewest_dims
+from stages.analyze_features.sweep import judge_layers
 from tests.conftest import invoke
 from tests.extract_features import tiny_models
 from tests.extract_features.fixtures import extract, project
 
 LAYERS = ["up_blocks.0", "up_blocks.1", "up_blocks.2", "up_blocks.3"]
-SWEEP = {"sweep_features.basis_images": 10, "sweep_features.explained_variance": 0.9, "runtime.device": "cpu"}
+SWEEP = {
+    "sweep_features.basis_images": 10,
+    "sweep_features.margin_images": 5,
+    "sweep_features.explained_variance": 0.9,
+    "runtime.device": "cpu",
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +35,17 @@ def root(tmp_path_factory):
     return project(folder / "p", source=tiny_models.sd(folder / "tiny"), image_size=64, negatives=1, dims=[8, 8, 8])
 
 
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """With tiny-sd, to which prompts make a difference."""
+    return project(tmp_path_factory.mktemp("digits") / "p", negatives=1)
+
+
 def sample(root, index, **changes):
     config = configuration.load(root / "params.yaml", SWEEP | changes)
-    return Sample(config, PreparedDataset(config.dataset_dir).load("train"), index)
+    dataset = PreparedDataset(config.dataset_dir)
+    prompt_set = prompts.build(config.params.extract_features, dataset.class_names, root)
+    return Sample(config, prompt_set, dataset.load("train"), index)
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +69,18 @@ def swept(root):
         patch.setattr(DiffusersBackbone, "encode_images", encode_images)
         invoked = invoke(
             root, "sweep-features", "--timesteps", "[600, 100]", "--images", "32", "--basis-images", "10",
-            "--picture-images", "1", "--set", "runtime.unet_batch_size=8", "--set", "analyze_features.splits=1",
+            "--margin-images", "12", "--picture-images", "1",
+            "--set", "runtime.unet_batch_size=8", "--set", "analyze_features.splits=1",
         )  # fmt: skip
     assert invoked.exit_code == 0, invoked.output
     return invoked.output, seen
 
 
-def test_the_sweep_passes_each_image_once_a_timestep_and_encodes_it_once(swept):
+def test_the_sweep_passes_each_pair_once_a_timestep_and_encodes_an_image_once(swept):
     _, passes = swept
     assert sum(count for timestep, count in passes if timestep is None) == 32
-    assert sorted(entry for entry in passes if entry[0] is not None) == [(100, 8)] * 4 + [(600, 8)] * 4
+    batches = (32 + 12 * 2) // 8  # every image, and 12 of them under two prompts each
+    assert sorted(entry for entry in passes if entry[0] is not None) == [(100, 8)] * batches + [(600, 8)] * batches
 
 
 def test_the_table_has_every_layer_and_their_fusions_at_every_timestep(root, swept):
@@ -74,19 +91,26 @@ def test_the_table_has_every_layer_and_their_fusions_at_every_timestep(root, swe
         sets = [row["layers"] for row in table["rows"] if row["timestep"] == timestep]
         assert sets[:4] == [[layer] for layer in LAYERS]
         assert LAYERS in sets and LAYERS[1:] in sets
-    assert table["recommended"] in table["rows"]
+    assert {"margin", "hardest_margin", "matching_nearest", "separation"} < set(table["rows"][0])
+    assert table["chance"]["matching_nearest"] == 0.5
+    for choice in ("recommended", "by_probe", "by_prompts"):
+        assert table[choice] in table["rows"]
     assert len((folder / "sweep.csv").read_text().splitlines()) == 1 + len(table["rows"])
 
 
-def test_representations_are_those_of_one_pass_at_a_time(root):
+def energies(vectors, mean, components):
+    return [np.linalg.norm((vectors - mean) @ component) for component in components]
+
+
+def test_representations_are_those_of_one_pass_at_a_time(digits):
     index = np.array([30, 3, 17, 5, 8, 39, 1, 22, 11, 12, 13, 2])
-    found = sample(root, index).represent(300, lambda done: None)
-    config = configuration.load(root / "params.yaml")
+    found = sample(digits, index).represent(300, lambda done: None)
+    config = configuration.load(digits / "params.yaml")
     backbone = backbones.load(config.backbone_dir, LAYERS, "cpu", torch.float32)
     images, prompt = PreparedDataset(config.dataset_dir).load("train").images, backbone.encode_prompts([""])
-    maps = {layer: [] for layer in LAYERS}
+    maps, bases = {layer: [] for layer in LAYERS}, {}
     for image in index:
-        latents = backbone.encode_images(images[[image]], 64)
+        latents = backbone.encode_images(images[[image]], 32)
         noisy = backbone.add_noise(latents, noise.draw(latents.shape[1:], 0, np.array([image])), 300)
         for layer, of_image in backbone.features(noisy, 300, prompt).items():
             maps[layer].append(of_image[0].flatten(1).T.double().numpy())  # (h*w, C)
@@ -94,13 +118,66 @@ def test_representations_are_those_of_one_pass_at_a_time(root):
         vectors = np.concatenate(maps[layer][:10])
         _, singular, components = np.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
         share = np.cumsum(singular**2) / np.sum(singular**2)
-        dims = next(count for count in range(1, 33) if share[count - 1] >= 0.9)
-        expected = [
-            [np.linalg.norm((of_image - vectors.mean(0)) @ component) for component in components[:dims]]
-            for of_image in maps[layer]
-        ]
+        dims = next(count for count in range(1, 1 + len(share)) if share[count - 1] >= 0.9)
+        bases[layer] = vectors.mean(0), components[:dims]
+        expected = [energies(of_image, *bases[layer]) for of_image in maps[layer]]
         np.testing.assert_allclose(found[layer].values, expected, rtol=1e-3, atol=1e-3)
         assert found[layer].explained_variance == pytest.approx(share[dims - 1], abs=1e-4)
+    for row, image in enumerate(index[:5]):
+        own = images_prompts(config, backbone, image)
+        latents = backbone.encode_images(images[[image]], 32)
+        noisy = backbone.add_noise(latents, noise.draw(latents.shape[1:], 0, np.array([image])), 300)
+        for column, text in enumerate(own):
+            for layer, of_image in backbone.features(noisy, 300, backbone.encode_prompts([text])).items():
+                expected = energies(of_image[0].flatten(1).T.double().numpy(), *bases[layer])
+                np.testing.assert_allclose(found[layer].prompted[row, column], expected, rtol=1e-3, atol=1e-3)
+
+
+def images_prompts(config, backbone, image):
+    """The image's own prompt, and the one whose text embedding is nearest to it (`negatives` is 1)."""
+    dataset = PreparedDataset(config.dataset_dir)
+    texts = [f"a photo of a {name}" for name in dataset.class_names]
+    embeddings = backbone.encode_prompts(texts).similarity.numpy()
+    own = int(dataset.load("train").labels[image])
+    cosine = [one @ embeddings[own] / np.linalg.norm(one) for one in embeddings]
+    cosine[own] = -np.inf
+    return [texts[own], texts[int(np.argmax(cosine))]]
+
+
+def test_no_margin_images_cost_no_pass_and_give_no_margin(root):
+    few = sample(root, np.arange(12), **{"sweep_features.margin_images": 0})
+    assert few.passes == 12
+    assert few.represent(300, lambda done: None)[LAYERS[0]].prompted.shape[:2] == (0, 2)
+    config = configuration.load(root / "params.yaml")
+    judge = Judge(np.arange(12) % 2, config.params.analyze_features)
+    judged = judge_layers(judge, few.positive, 300, few.represent(300, lambda done: None), LAYERS)
+    assert [candidate.margins for candidate in judged] == [{}] * len(judged)
+
+
+def test_the_margin_is_that_of_the_images_own_prompts(root):
+    """By loops, from what the sample holds: `positive` names the matching prompt."""
+    index = np.arange(12)
+    few = sample(root, index)
+    assert few.positive.tolist() == [0] * 5  # few negatives: the matching prompt comes first
+    found = few.represent(300, lambda done: None)
+    config = configuration.load(root / "params.yaml")
+    labels = PreparedDataset(config.dataset_dir).load("train").labels[index]
+    judged = judge_layers(Judge(labels, config.params.analyze_features), few.positive, 300, found, LAYERS[1:])
+    (fused,) = [candidate for candidate in judged if candidate.layers == LAYERS[1:]]
+
+    def cosine(a, b):
+        return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+    margins = []
+    for image in range(5):
+        denoised = np.concatenate([found[layer].values[image] for layer in LAYERS[1:]]).astype(float)
+        own, other = (
+            np.concatenate([found[layer].prompted[image, prompt] for layer in LAYERS[1:]]).astype(float)
+            for prompt in (0, 1)
+        )
+        margins.append(cosine(denoised, own) - cosine(denoised, other))
+    assert fused.margins["margin"] == pytest.approx(np.mean(margins), abs=1e-6)
+    assert fused.margins["matching_nearest"] == np.mean(np.array(margins) > 0)
 
 
 def test_batches_change_no_number_and_few_images_are_enough(root):
@@ -142,13 +219,14 @@ def test_colours_span_their_range_over_all_images():
     maps[1, 0, 0, 1] = 4.0  # one position of the second image, on the first component
     colours = as_colours(maps, basis(1, 1))
     assert colours.shape == (2, 1, 2, 3)
-    assert colours[1, 0, 1].tolist() == [1.0, 0.0, 0.0]
-    assert colours.sum() == 1.0
+    assert colours[1, 0, 1].tolist() == [255, 0, 0]
+    assert colours.sum() == 255
     assert as_colours(maps[:0], basis(1, 1)).shape == (0, 1, 2, 3)
 
 
 def test_the_recommendation_is_a_preset_that_can_be_extracted(root, swept):
     preset = swept[0].splitlines()[-1]
+    assert "by the prompts alone: t = " in swept[0]
     before = (root / "params.yaml").read_bytes()
     try:
         applied = invoke(root, "preset", preset)

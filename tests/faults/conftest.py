@@ -85,8 +85,8 @@ def made(tmp_path_factory) -> Made:
     program.write_settings(root)
     program.succeed(root, "--version")  # starts the fork server
     commands = {}
-    for arguments in (("prepare-data",), ("prepare-backbone",), program.EXTRACT, program.SYNTHESIZE, program.TRAIN,
-                      ("report",)):  # fmt: skip
+    for arguments in (("prepare-data",), ("prepare-backbone",), program.EXTRACT, program.SWEEP, program.SYNTHESIZE,
+                      program.TRAIN, ("report",)):  # fmt: skip
         commands[arguments[0]] = program.undisturbed(root, *arguments)
     return Made(root, commands)
 

@@ -19,8 +19,15 @@ from tests.conftest import write_params
 STAGES = ("prepare_data", "prepare_backbone", "extract_features", "synthesize", "train_fl", "report")
 _FORKED = multiprocessing.get_context("forkserver")
 _FORKED.set_forkserver_preload(
-    ["pipeline.cli", "sklearn.datasets", "matplotlib.figure", "matplotlib.backends.backend_svg", "h5py"]
-    + ["stages.synthesize.generate", *(f"stages.{name}" for name in STAGES)]
+    [
+        "pipeline.cli",
+        "sklearn.datasets",
+        "sklearn.manifold",
+        "matplotlib.figure",
+        "matplotlib.backends.backend_svg",
+        "h5py",
+    ]
+    + ["stages.synthesize.generate", "stages.analyze_features.sweep", *(f"stages.{name}" for name in STAGES)]
 )
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GIT_DIR": os.devnull}
 """Of every command. No commit is found: bytes are equal whatever is edited or committed meanwhile."""
@@ -33,6 +40,10 @@ SETTINGS: dict[str, Any] = {
     "extract_features.negatives": 1,
     "extract_features.basis_images": 8,
     "extract_features.rows_per_shard": 4,
+    "analyze_features.splits": 1,
+    "sweep_features.timesteps": [100, 300, 500],
+    "sweep_features.margin_images": 2,
+    "sweep_features.picture_images": 1,
     "synthesize.num_inference_steps": 2,
     "train_fl.num_rounds": 4,
     "sweep.partitions": ["iid"],
@@ -42,6 +53,7 @@ SETTINGS: dict[str, Any] = {
 }
 EXTRACT = ("extract-features",)
 TRAIN = ("train-fl", "--method", "feddifrc", "--partition", "iid", "--seed", "0")
+SWEEP = ("sweep-features",)
 SYNTHESIZE = ("synthesize", "--images-per-class", "1")
 SET = Path("data/features/digits-tiny-sd-t300")
 DATA = Path("data/datasets/digits")

@@ -20,6 +20,7 @@ COMMANDS = {
     "prepare-data": (("prepare-data",), program.DATA),
     "prepare-backbone": (("prepare-backbone",), program.Path("data/backbones")),
     "extract-features": (program.EXTRACT, program.SET),
+    "sweep-features": (program.SWEEP, program.Path("analysis/sweep")),
     "synthesize": (program.SYNTHESIZE, program.Path("data/datasets/digits-synthetic")),
     "train-fl": (program.TRAIN, program.RUN),
     "report": (("report",), program.Path("report")),

@@ -27,7 +27,7 @@ def test_the_bundle_holds_the_code_and_the_settings_and_no_data():
         for top in ("pipeline", "stages")
         for path in (REPOSITORY / top).rglob("*.py")
     }
-    others = {"pyproject.toml", "params.yaml", "stages/extract_features/tiny_imagenet.json", ".info/CONTENT"}
+    others = {"pyproject.toml", "params.yaml", "pipeline/diffusion/tiny_imagenet.json", ".info/CONTENT"}
     assert set(names) == code | others
 
 

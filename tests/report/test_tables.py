@@ -36,6 +36,11 @@ def table(project, name):
     return {table.name: table for table in made}[name]
 
 
+def page(project):
+    assert invoke(project, "report").exit_code == 0
+    return (project / "report" / "index.html").read_text()
+
+
 def texts(table):
     return [[(cell.text, cell.remark) for cell in row[1:]] for row in table.rows]
 
@@ -45,6 +50,21 @@ def test_accuracy_gain_and_best(project):
     assert texts(accuracy) == [[("55.00 ± 7.07", "")], [("75.00 ± 7.07", "+20.00")]]
     assert [row[1].best for row in accuracy.rows] == [False, True]
     assert "mean of the last 3 rounds" in accuracy.note
+
+
+def test_the_linear_probe_of_runs_without_labels(project):
+    assert "probe" not in {table.name for table in tables.make(results.read(config.load(project / "params.yaml")))}
+    for seed, probe in ((0, 0.8), (1, 0.9)):
+        run = project / "results" / f"fedprox-dir05-s{seed}"
+        metrics = json.loads((run / "metrics.json").read_text()) | {"linear_probe_accuracy": probe}
+        (run / "metrics.json").write_text(json.dumps(metrics))
+        provenance.write_checksums(run)
+    probe = table(project, "probe")
+    assert texts(probe) == [[("–", "")], [("85.00 ± 7.07", "")]]
+    assert not probe.rows[1][1].best  # of one
+    assert '<table id="table-probe">' in page(project)
+    for form in ("markdown", "latex"):
+        assert "85.00" in invoke(project, "report", "--format", form).output
 
 
 def test_rounds_to_the_baselines_accuracy(project):

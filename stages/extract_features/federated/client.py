@@ -6,13 +6,14 @@ from flwr.app import Context, Message, MetricRecord, RecordDict
 from pipeline import atomic, feature_store
 from pipeline.config import Config
 from pipeline.diffusion import backbones
+from pipeline.diffusion.prompted_model import Inputs
 from pipeline.errors import PipelineError
 from pipeline.federation import members
 from pipeline.federation.node import Node, config_of, node_of
 from pipeline.progress import progress_bar
 from stages.extract_features import basis as pca
 from stages.extract_features import plan as planning
-from stages.extract_features.extraction import Extraction, Inputs
+from stages.extract_features.extraction import Extraction
 from stages.extract_features.federated.moments import pack_moments, pack_pooled, unpack_layers
 from stages.extract_features.plan import Job
 from stages.extract_features.run import load

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from pipeline.diffusion import prompts
+from pipeline.diffusion.prompts import PromptSet
 from pipeline.errors import PipelineError
 from pipeline.params import ExtractFeatures
-from stages.extract_features import prompts
-from stages.extract_features.prompts import PromptSet
 from tests.extract_features.fixtures import section
 
 CLASSES = ["cat", "dog"]

@@ -76,8 +76,7 @@ def assign(
         int16 (n, P). In their order if every prompt is taken; else the positive first, then K negatives: the nearest,
         nearest first, ties to the smaller number; or, self-supervised, drawn without repetition.
     """
-    total = len(prompts.texts)
-    count = total if negatives == "all" else min(negatives + 1, total)
+    total, count = len(prompts.texts), per_image(prompts, negatives)
     if count == total:
         return np.tile(np.arange(total, dtype=np.int16), (len(index), 1))
     if prompts.positive == "label":
@@ -87,6 +86,12 @@ def assign(
         rng = seeding.numpy_generator(seed, "negatives", int(image))
         drawn[row, 1:] = 1 + rng.choice(total - 1, count - 1, replace=False)
     return drawn
+
+
+def per_image(prompts: PromptSet, negatives: Literal["all"] | int) -> int:
+    """P: how many prompts `assign` gives an image."""
+    total = len(prompts.texts)
+    return total if negatives == "all" else min(negatives + 1, total)
 
 
 def _nearest(similarity: np.ndarray, count: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers import CLIPVisionModelWithProjection
 
 from pipeline import provenance
+from pipeline.config import Config
 from pipeline.diffusion.backbones.base import load_part
 from pipeline.errors import PipelineError
 
@@ -43,13 +44,31 @@ class ImageEncoder:
         return self._model((pixels - mean) / std).image_embeds
 
 
-def file_hashes(path: Path) -> dict[str, str]:
-    """SHA-256 of each file that decides the embedding.
+def load(config: Config, device: str) -> ImageEncoder | None:
+    """The image encoder that params.yaml names; None without image conditioning.
+
+    Raises:
+        PipelineError: there is none where it says.
+    """
+    path = _directory(config)
+    return ImageEncoder(path, device) if path else None
+
+
+def hashes(config: Config) -> dict[str, str] | None:
+    """SHA-256 of each file that decides the embedding; None without image conditioning.
 
     Raises:
         PipelineError: the directory has no safetensors weights.
     """
+    path = _directory(config)
+    if path is None:
+        return None
     files = sorted([*path.glob("config.json"), *path.glob("*.safetensors")])
     if not any(file.suffix == ".safetensors" for file in files):
         raise PipelineError(f"extract_features.image_conditioning: {path} has no .safetensors weights")
     return {file.name: provenance.file_sha256(file) for file in files}
+
+
+def _directory(config: Config) -> Path | None:
+    path = config.params.extract_features.image_conditioning
+    return config.root / path if path else None

@@ -1,0 +1,76 @@
+"""Timesteps of a sweep that are done, kept until the sweep is: a killed one goes on from there, to the same bytes.
+
+    .pipeline/sweep/<key>/t-00300.json    what came of a timestep, and the SHA-256 of it
+
+A folder is keyed by all that decides the numbers, so that whoever changes a setting finds nothing of the old ones; the
+list of timesteps and the rule of the choice do not decide them. Each file is written under another name, synced and
+renamed. What is damaged is computed again.
+"""
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import atomic, provenance
+from stages.analyze_features.judge import Scores
+from stages.analyze_features.recommend import Candidate
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What comes of one timestep: its candidates; and layer -> uint8 (p, h, w, 3), maps of p images as colours."""
+
+    candidates: list[Candidate]
+    colours: dict[str, np.ndarray]
+
+
+class Kept:
+    """The timesteps kept in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Kept in `folder`, which is made when first needed."""
+        self._folder = folder
+
+    def load(self, timestep: int) -> Swept | None:
+        """What came of this timestep, or None if it is not there whole."""
+        file = self._file(timestep)
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            if provenance.fingerprint(stored["content"]) != stored["sha256"]:
+                raise ValueError("not what was written")
+            return _swept(stored["content"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s cannot be used (%s): sweeping timestep %d again", file, error, timestep)
+            return None
+
+    def save(self, timestep: int, swept: Swept) -> None:
+        """Keeps what came of a timestep."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        content = {
+            "candidates": [asdict(candidate) for candidate in swept.candidates],
+            "colours": {layer: colours.tolist() for layer, colours in swept.colours.items()},
+        }
+        text = json.dumps({"sha256": provenance.fingerprint(content), "content": content})
+        with atomic.whole_or_not_at_all(self._file(timestep)) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+            atomic.sync(temporary)
+
+    def remove(self) -> None:
+        """Drops all of it: the sweep is finished."""
+        atomic.remove(self._folder)
+
+    def _file(self, timestep: int) -> Path:
+        return self._folder / f"t-{timestep:05d}.json"
+
+
+def _swept(content: dict[str, Any]) -> Swept:
+    candidates = [Candidate(**row | {"scores": Scores(**row["scores"])}) for row in content["candidates"]]
+    return Swept(candidates, {layer: np.array(values, np.uint8) for layer, values in content["colours"].items()})
