@@ -43,7 +43,7 @@ def run_python(code: str) -> str:
 
 
 def test_training_imports_without_diffusers():
-    code = "import sys, stages.train_fl; print([m for m in ('diffusers', 'transformers') if m in sys.modules])"
+    code = "import sys, stages.train_fl; print([m for m in ('diffusers', 'transformers', 'torchvision') if m in sys.modules])"
     assert run_python(code).strip() == "[]"
 
 

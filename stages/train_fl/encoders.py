@@ -5,6 +5,7 @@ resnet10, 18   512 dims, the paper's ResNet with the CIFAR stem (He et al., CVPR
 mobilenet_v2   512 dims, the last 1x1 convolution narrowed from 1280 as the authors do for fine-grained data (Sandler
                et al., CVPR 2018); its first two strides are 1, for images of 32 to 64 pixels
 
+torchvision, which takes as long to load as torch, is loaded only for those that it gives.
 "group" puts GroupNorm in every BatchNorm's place (Hsieh et al., ICML 2020, who find BatchNorm at fault on skewed
 clients): at most 32 groups, as many as divide the channels.
 """
@@ -17,9 +18,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.models.mobilenetv2 import MobileNetV2
-from torchvision.models.resnet import BasicBlock, ResNet
-from torchvision.ops import Conv2dNormActivation
 
 EncoderName = Literal["small_cnn", "resnet10", "resnet18", "mobilenet_v2"]
 NormLayer = Callable[[int], nn.Module]
@@ -107,6 +105,8 @@ def _resnet(blocks_per_stage: int) -> Callable[[NormLayer], nn.Module]:
     """Basic blocks behind the CIFAR stem: a 3x3 first convolution and no max pooling."""
 
     def construct(norm_layer: NormLayer) -> nn.Module:
+        from torchvision.models.resnet import BasicBlock, ResNet
+
         resnet = ResNet(BasicBlock, [blocks_per_stage] * 4, norm_layer=norm_layer)
         resnet.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -119,6 +119,9 @@ def _resnet(blocks_per_stage: int) -> Callable[[NormLayer], nn.Module]:
 
 def _mobilenet_v2(norm_layer: NormLayer) -> nn.Module:
     """MobileNetV2's features at strides for small images, pooled."""
+    from torchvision.models.mobilenetv2 import MobileNetV2
+    from torchvision.ops import Conv2dNormActivation
+
     stages = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 3, 2], [6, 320, 1, 1]]
     features = MobileNetV2(inverted_residual_setting=stages, norm_layer=norm_layer).features
     features[0][0].stride = (1, 1)
