@@ -43,7 +43,8 @@ def run_python(code: str) -> str:
 
 
 def test_training_imports_without_diffusers():
-    code = "import sys, stages.train_fl; print([m for m in ('diffusers', 'transformers', 'torchvision') if m in sys.modules])"
+    unwanted = ("diffusers", "transformers", "torchvision")
+    code = f"import sys, stages.train_fl; print([m for m in {unwanted} if m in sys.modules])"
     assert run_python(code).strip() == "[]"
 
 
