@@ -58,6 +58,15 @@ def git_commit() -> str | None:
     return answer.stdout.strip() or None
 
 
+def code_sha256() -> str:
+    """SHA-256 over the code that runs, where there is no commit to name it: an installed package, a Flower app."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for file in sorted(file for top in ("pipeline", "stages") for file in (root / top).rglob("*.py")):
+        digest.update(f"{file.relative_to(root).as_posix()} {file_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
 def hardware(device: str | None = None) -> dict[str, Any]:
     """Processor, number of usable cores, and the GPU's name where `device` is one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

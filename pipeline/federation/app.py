@@ -5,9 +5,11 @@ The run's `task` says which: `train` is stage 2 (stages/train_fl/engines/flower)
 message type. They are imported when they are needed: a node loads no more than its part.
 """
 
+import contextlib
 import importlib
 import logging
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from flwr.app import Context, Message, RecordDict
@@ -28,21 +30,28 @@ log = logging.getLogger(__name__)
 @server_app.main()
 def serve(grid: Grid, context: Context) -> None:
     """Runs the task; a mistake or fault is one line, and the run ends as failed."""
-    _speak()
-    try:
-        _part(context, "server").serve(grid, context.run_config)
-    except PipelineError as error:
-        log.error("Error: %s", error)
-        raise
+    with _speaking():
+        try:
+            _part(context, "server").serve(grid, context.run_config)
+        except PipelineError as error:
+            log.error("Error: %s", error)
+            raise
 
 
-def _speak() -> None:
+@contextlib.contextmanager
+def _speaking() -> Iterator[None]:
     """Our own words, and Flower's, go to the run's log; those of the libraries below do not."""
     handler = logging.StreamHandler(sys.stdout)
-    for name in ("pipeline", "stages"):
-        logging.getLogger(name).addHandler(handler)
-        logging.getLogger(name).setLevel(logging.INFO)
-    logging.getLogger("flwr").addFilter(_without_traceback)
+    ours, flower = [logging.getLogger(name) for name in ("pipeline", "stages")], logging.getLogger("flwr")
+    for logger in ours:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    flower.addFilter(_without_traceback)  # stays: Flower's word on how it ended comes later
+    try:
+        yield
+    finally:
+        for logger in ours:
+            logger.removeHandler(handler)
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
@@ -76,6 +85,13 @@ def train(message: Message, context: Context) -> RecordDict:
 def evaluate(message: Message, context: Context) -> RecordDict:
     """The global model on the node's own held-out images."""
     return _part(context, "client").evaluate(message, context)
+
+
+@client_app.query("forget")
+@answering
+def forget(message: Message, context: Context) -> RecordDict:
+    """Drops what the node kept for a run that is finished."""
+    return _part(context, "client").forget(message, context)
 
 
 @client_app.query("moments")

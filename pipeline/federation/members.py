@@ -3,7 +3,7 @@
 Every node that is connected and unknown is asked to join; it answers with its client id, its name and what it must
 agree on with the others (class names, what its features are). Asking never holds up a round: answers are collected
 when the next one begins, so a node may join late, or again after a restart. What most of the first nodes agree on
-stands for the whole run; a node that differs is refused by name, and the others go on.
+stands for the whole run (the lowest client's among equals); a node that differs is refused by name, the others go on.
 """
 
 import collections
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from pipeline.config import differing_keys
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 
 JOIN = "query.join"
 _POLL_SECONDS = 0.5
+_PATIENCE_SECONDS = 30.0  # before a node that was refused is asked again: it loads its data each time
+_NO_ANSWER = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
 
 
 @dataclass(frozen=True)
@@ -55,18 +58,22 @@ def introduction(client_id: int, name: str, num_samples: int, agreement: dict[st
 class Members:
     """Who takes part."""
 
-    def __init__(self, grid: Grid, answer_within: float, told: Callable[[str], None] = log.warning) -> None:
+    def __init__(
+        self, grid: Grid, num_clients: int, answer_within: float, told: Callable[[str], None] = log.warning
+    ) -> None:
         """Nobody yet.
 
         Args:
             grid: Flower's connection to the nodes.
+            num_clients: client ids are below it.
             answer_within: seconds that a node has to answer.
             told: gets every change in words.
         """
-        self._grid, self._ttl, self._told = grid, answer_within, told
+        self._grid, self._num_clients, self._ttl, self._told = grid, num_clients, answer_within, told
         self._asked: dict[str, tuple[int, float]] = {}  # message id -> node, and when it was asked
         self._joined: dict[int, Member] = {}  # by node id
         self._refused: dict[int, str] = {}  # by node id
+        self._not_before: dict[int, float] = {}  # node id -> when it may be asked again
         self._agreed: dict[str, Any] | None = None
 
     @property
@@ -120,7 +127,10 @@ class Members:
         """Asks everyone who is connected and neither joined nor asked already."""
         now = time.monotonic()
         self._asked = {key: (node, at) for key, (node, at) in self._asked.items() if now - at < self._ttl}
-        unknown = online - self._joined.keys() - {node for node, _ in self._asked.values()}
+        waiting = {node for node, _ in self._asked.values()} | {
+            node for node, at in self._not_before.items() if now < at
+        }
+        unknown = online - self._joined.keys() - waiting
         messages = [
             Message(RecordDict(), dst_node_id=node_id, message_type=JOIN, ttl=self._ttl) for node_id in sorted(unknown)
         ]
@@ -134,6 +144,9 @@ class Members:
         for reply in self._grid.pull_messages(list(self._asked)) if self._asked else ():
             self._asked.pop(reply.metadata.reply_to_message_id, None)
             node_id = reply.metadata.src_node_id
+            if reply.has_error() and reply.error.code in _NO_ANSWER:
+                continue  # slow, or gone: it is asked again
+            self._not_before[node_id] = time.monotonic() + _PATIENCE_SECONDS
             try:
                 self._admit(_read(reply))
             except PipelineError as error:
@@ -147,6 +160,11 @@ class Members:
         Raises:
             PipelineError: it is not taken in.
         """
+        if not 0 <= member.client_id < self._num_clients or member.num_samples <= 0:
+            raise PipelineError(
+                f"{member} has {member.num_samples} images: there must be some, and a client-id is from 0 to "
+                f"{self._num_clients - 1}, one below train_fl.num_clients"
+            )
         for other in self._joined.values():
             if other.client_id == member.client_id:
                 raise PipelineError(
@@ -186,7 +204,7 @@ def _read(reply: Message) -> Member:
         agreement = json.loads(str(facts["agreement"]))
         client_id, num_samples = int(str(facts["client-id"])), int(str(facts["num-samples"]))
         return Member(node_id, client_id, printable(str(facts["name"])), num_samples, agreement)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise PipelineError(f"node {node_id} gave no introduction ({error!r}): does it run another version?") from None
 
 

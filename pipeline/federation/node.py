@@ -78,7 +78,11 @@ def config_of(run_config: Mapping[str, Any], root: Path, device: str | None = No
         PipelineError: params.yaml or the run's `set` is wrong.
     """
     overrides = {}
-    for assignment in shlex.split(str(run_config.get("set", ""))):
+    try:
+        assignments = shlex.split(str(run_config.get("set", "")))
+    except ValueError as error:
+        raise PipelineError(f"--run-config set: {run_config['set']!r} cannot be read ({error})") from None
+    for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not (key and equals):
             raise PipelineError(f"--run-config set: {assignment!r} is not KEY=VALUE")
@@ -86,6 +90,18 @@ def config_of(run_config: Mapping[str, Any], root: Path, device: str | None = No
     if device:
         overrides["runtime.device"] = device
     return Config(config.load(PARAMS, overrides).params, root)
+
+
+def seed_of(run_config: Mapping[str, Any]) -> int:
+    """The run's seed.
+
+    Raises:
+        PipelineError: it is no whole number from 0 on.
+    """
+    seed = run_config.get("seed")
+    if not isinstance(seed, int) or seed < 0:
+        raise PipelineError(f"--run-config seed={seed!r}: must be a whole number, 0 or more")
+    return seed
 
 
 def answering(task: Callable[[Message, Context], RecordDict]) -> Callable[[Message, Context], Message]:

@@ -108,7 +108,7 @@ def check_replaceable(path: Path, settings: dict[str, Any]) -> None:
     if differing := differing_keys(found, settings):
         raise PipelineError(
             f"{path} holds a finished run with another {', '.join(differing)}: move or delete the folder, give "
-            "this run another name under methods or partitions, or say --overwrite"
+            "this run another name under methods or partitions, or say --overwrite (flwr run: overwrite=true)"
         )
 
 

@@ -4,6 +4,7 @@ What it leaves in results/<run> is told in `records`. A run that was killed goes
 the same bytes (the seconds excepted).
 """
 
+import contextlib
 import hashlib
 import logging
 import math
@@ -62,6 +63,15 @@ class Job:
         """Whether the method trains without labels."""
         return isinstance(self.method, SelfSupervised)
 
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """Holds the run's folder, under any engine.
+
+        Raises:
+            PipelineError: another process holds it.
+        """
+        lock = f"{self.path.name}-{hashlib.sha256(os.fsencode(self.path)).hexdigest()[:8]}"
+        return locks.held(self.config.state_dir / "locks" / lock, str(self.path))
+
     def check(self) -> None:
         """Checks that the method can train as the settings say.
 
@@ -113,8 +123,7 @@ def run(config: Config, method_name: str, partition_name: str, seed: int, overwr
     model, method = build(job, len(data.dataset.class_names), data.guidance_dim, len(data.clients), device)
     if config.params.train_fl.clients_per_round > len(data.clients):
         log.warning("train_fl.clients_per_round is above the %d clients there are: all take part", len(data.clients))
-    lock = f"{job.path.name}-{hashlib.sha256(os.fsencode(job.path)).hexdigest()[:8]}"
-    with locks.held(config.state_dir / "locks" / lock, str(job.path)):
+    with job.locked():
         _make(job, data, model, method, device, overwrite)
     return job.path
 
@@ -282,5 +291,5 @@ def numerics(config: Config, device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "channels_last": config.params.runtime.channels_last,
         "torch": torch.__version__,
-        "commit": provenance.git_commit(),
+        "code": provenance.git_commit() or provenance.code_sha256(),
     }

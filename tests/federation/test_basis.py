@@ -154,8 +154,8 @@ def test_moments_of_parts_are_the_moments_of_the_whole_far_from_zero_too():
     for part in maps.split([4, 2, 3]):
         own = Moments(5)
         own.update(part)
-        parts.append(moments.pack_moments({"up_blocks.1": own}))
-    total = moments.add_moments(parts, {"up_blocks.1": 5})["up_blocks.1"]
+        parts.append(moments.read_moments(moments.pack_moments({"up_blocks.1": own}), {"up_blocks.1": 5}))
+    total = moments.add_moments(parts)["up_blocks.1"]
     assert total.count == 81
     found, expected = fit_basis(total, 5), fit_basis(whole, 5)
     np.testing.assert_allclose(found.explained_variance, expected.explained_variance, rtol=1e-10)
@@ -172,5 +172,5 @@ def test_moments_that_are_none_are_refused(spoil):
         own.count = 0
     content = moments.pack_moments({"a": own})
     channels = {"a": 4} if spoil == "shape" else {"b": 3} if spoil == "missing" else {"a": 3}
-    with pytest.raises(PipelineError, match="a node's moments cannot be used"):
-        moments.add_moments([content], channels)
+    with pytest.raises(PipelineError, match="its moments cannot be used"):
+        moments.read_moments(content, channels)

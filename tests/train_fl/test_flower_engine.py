@@ -225,7 +225,9 @@ def test_a_round_that_nobody_answers_stops_the_run_and_nothing_is_lost(project, 
     federation.after = lambda node_id, reply: reply.content.array_records.clear() if (
         reply.metadata.message_type == "train" and federation.log.count((node_id, "train")) == 2
     ) else None  # fmt: skip
-    with pytest.raises(PipelineError, match="round 2: no node sent an update .client 0: its answer is not an update"):
+    with pytest.raises(
+        PipelineError, match="round 2: no node sent an update of use .client 0: its answer is not an update"
+    ):
         federation.serve()
     again = all_take_part(project, monkeypatch)
     again.serve()

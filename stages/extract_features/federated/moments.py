@@ -10,8 +10,6 @@ from pipeline.diffusion.representation import Moments
 from pipeline.errors import PipelineError
 from pipeline.feature_store import LayerBasis
 
-_MALFORMED = (KeyError, TypeError, ValueError, OverflowError)
-
 
 def pack_moments(moments: Mapping[str, Moments]) -> RecordDict:
     """Layer -> moments, as a message's content."""
@@ -20,28 +18,33 @@ def pack_moments(moments: Mapping[str, Moments]) -> RecordDict:
     return RecordDict({"moments": _record(arrays), "counts": MetricRecord(counts)})  # type: ignore[arg-type]
 
 
-def add_moments(contents: Iterable[RecordDict], channels: Mapping[str, int]) -> dict[str, Moments]:
-    """The moments of all nodes' vectors together.
+def read_moments(content: RecordDict, channels: Mapping[str, int]) -> dict[str, Moments]:
+    """Layer -> the moments of one node's vectors.
 
     Args:
-        contents: of the nodes' answers, in the order of clients.
+        content: of the node's answer.
         channels: layer -> C.
 
     Raises:
-        PipelineError: an answer holds no such moments, or they are not finite.
+        PipelineError: it holds no such moments, or they are not finite.
     """
-    total = {layer: Moments(width) for layer, width in channels.items()}
-    for content in contents:
-        try:
-            for layer, width in channels.items():
-                mean = _array(content.array_records["moments"], f"{layer}:mean", (width,))
-                scatter = _array(content.array_records["moments"], f"{layer}:scatter", (width, width))
-                count = int(content.metric_records["counts"][layer])  # type: ignore[arg-type]
-                if count <= 0:
-                    raise ValueError(f"{layer}: {count} vectors")
-                total[layer].add(count, torch.from_numpy(mean), torch.from_numpy(scatter))
-        except _MALFORMED as error:
-            raise PipelineError(f"a node's moments cannot be used: {error!r}") from None
+    found = {layer: Moments(width) for layer, width in channels.items()}
+    try:
+        for layer, width in channels.items():
+            mean = _array(content.array_records["moments"], f"{layer}:mean", (width,))
+            scatter = _array(content.array_records["moments"], f"{layer}:scatter", (width, width))
+            found[layer].add(_count(content, layer), torch.from_numpy(mean), torch.from_numpy(scatter))
+    except Exception as error:  # bytes from elsewhere, read by several libraries: whatever they raise
+        raise PipelineError(f"its moments cannot be used: {error!r}") from None
+    return found
+
+
+def add_moments(parts: Iterable[Mapping[str, Moments]]) -> dict[str, Moments]:
+    """The moments of all nodes' vectors together; at least one node, in the order of clients."""
+    total: dict[str, Moments] = {}
+    for part in parts:
+        for layer, own in part.items():
+            total.setdefault(layer, Moments(len(own.mean))).add(own.count, own.mean, own.scatter)
     return total
 
 
@@ -78,26 +81,35 @@ def pack_pooled(values: np.ndarray) -> RecordDict:
     return RecordDict({"pooled": _record(arrays), "counts": MetricRecord({"images": len(values)})})
 
 
-def add_pooled(contents: Iterable[RecordDict], dims: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (D,) of all nodes' representations together.
+def read_pooled(content: RecordDict, dims: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """The number, mean and squares (dims,) of one node's representations.
 
     Raises:
-        PipelineError: an answer holds no such numbers.
+        PipelineError: it holds no such numbers.
     """
-    count, mean, squares = 0, np.zeros(dims), np.zeros(dims)
-    for content in contents:
-        try:
-            own = int(content.metric_records["counts"]["images"])  # type: ignore[arg-type]
-            own_mean, own_squares = (
-                _array(content.array_records["pooled"], key, (dims,)) for key in ("mean", "squares")
-            )
-        except _MALFORMED as error:
-            raise PipelineError(f"a node's statistics cannot be used: {error!r}") from None
+    try:
+        mean, squares = (_array(content.array_records["pooled"], key, (dims,)) for key in ("mean", "squares"))
+        return _count(content, "images"), mean, squares
+    except Exception as error:  # as above
+        raise PipelineError(f"its statistics cannot be used: {error!r}") from None
+
+
+def add_pooled(parts: Iterable[tuple[int, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (D,) of all nodes' representations together; at least one node."""
+    (count, mean, squares), *others = parts
+    for own, own_mean, own_squares in others:
         shift, total = own_mean - mean, count + own
-        squares += own_squares + np.square(shift) * (count * own / total)
-        mean += shift * (own / total)
+        squares = squares + own_squares + np.square(shift) * (count * own / total)
+        mean = mean + shift * (own / total)
         count = total
     return mean, np.sqrt(squares / count)
+
+
+def _count(content: RecordDict, name: str) -> int:
+    count = int(content.metric_records["counts"][name])  # type: ignore[arg-type]
+    if not 0 < count < 2**40:
+        raise ValueError(f"{name}: {count}")
+    return count
 
 
 def _record(arrays: Mapping[str, np.ndarray | torch.Tensor]) -> ArrayRecord:

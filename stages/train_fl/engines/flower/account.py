@@ -55,7 +55,7 @@ class Account:
                 y = [clients.index(int(row["client"])) for row in points]
                 axes.scatter(x, y, marker="s", s=40, color=colour, label=label)
             names = {int(row["client"]): row["name"] for row in rows}
-            axes.set_yticks(range(len(clients)), [names[client] for client in clients])
+            axes.set_yticks(range(len(clients)), [names[client] for client in clients], parse_math=False)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.invert_yaxis()
             figure.legend(loc="outside upper right", ncols=2)

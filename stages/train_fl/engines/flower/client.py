@@ -8,7 +8,7 @@ from flwr.app import Context, Message, MetricRecord, RecordDict
 
 from pipeline.errors import PipelineError
 from pipeline.federation import members
-from pipeline.federation.node import Node, config_of, node_of
+from pipeline.federation.node import Node, config_of, node_of, seed_of
 from pipeline.params import Nodes
 from stages.train_fl import federation, guiding_set, methods
 from stages.train_fl.engines import local
@@ -95,6 +95,14 @@ def evaluate(message: Message, context: Context) -> RecordDict:
     return RecordDict({"scores": MetricRecord({**scores, "num-images": len(me.data.held_out.labels)})})
 
 
+def forget(message: Message, context: Context) -> RecordDict:
+    """Drops what this client kept for a run that is finished."""
+    node = node_of(context)
+    key = Order.read(next(iter(message.content.config_records.values()))).key
+    States(config_of(context.run_config, node.root).state_dir, key, node.client_id).remove()
+    return RecordDict()
+
+
 def _participant(context: Context) -> Participant:
     """The node's part, made once in each process."""
     told = tuple(sorted((key, value) for key, value in context.run_config.items()))
@@ -105,7 +113,7 @@ def _participant(context: Context) -> Participant:
 def _make(node: Node, told: tuple[tuple[str, object], ...]) -> Participant:
     run_config = dict(told)
     config = config_of(run_config, node.root, node.device)
-    job = Job(config, str(run_config["method"]), str(run_config["partition"]), int(run_config["seed"]))  # type: ignore
+    job = Job(config, str(run_config["method"]), str(run_config["partition"]), seed_of(run_config))
     job.check()
     num_clients = config.params.train_fl.num_clients
     own_images = isinstance(config.settings("partitions", job.partition_name), Nodes)

@@ -90,7 +90,9 @@ class Work:
             weights = to_tensors(content.array_records["weights"], like)
             extras = to_tensors(content.array_records["extras"]) if "extras" in content.array_records else {}
             return Work.of(weights, extras, content.metric_records["work"])
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except PipelineError:
+            raise
+        except Exception as error:  # bytes from elsewhere, read by several libraries: whatever they raise
             raise PipelineError(f"its answer is not an update ({error!r})") from None
 
     @staticmethod
@@ -110,6 +112,11 @@ class Work:
         update = ClientUpdate(weights, num_samples, num_steps, extras)
         seconds = numbers["load-seconds"], numbers["train-seconds"]
         return Work(update, losses, bool(numbers["keeps-state"]), *seconds)
+
+
+def form(tensors: Weights) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+    """Names, types and shapes."""
+    return tuple((name, str(value.dtype), tuple(value.shape)) for name, value in sorted(tensors.items()))
 
 
 def to_record(tensors: Weights) -> ArrayRecord:

@@ -2,12 +2,15 @@
 
     central   fixedclipping_mod on the node, DifferentialPrivacyClientSideFixedClipping around the Strategy
     local     LocalDpMod on the node; a clipped update differs from another by at most twice the norm: its sensitivity
+              (told a noise that holds for every epsilon: Balle and Wang, ICML 2018; Flower's own formula does below 1)
     SecAgg+   secaggplus_mod on the node, SecAggPlusWorkflow on the server (see `secure`)
 
 All of them protect one set of weights, whose mean the server takes. So they go with methods that send nothing else
 and whose server does nothing else, and with networks without BatchNorm, whose variances noise would make negative.
 What they do not cover: a node's number of images, its mean losses and accuracy, which it sends in the clear.
 """
+
+import math
 
 from flwr.app import Context, Error, Message
 from flwr.clientapp.mod import LocalDpMod, fixedclipping_mod
@@ -35,6 +38,10 @@ def check(job: Job, model: nn.Module) -> None:
     asked = f"federation.{wanted[0]}"
     if len(wanted) > 1:
         raise PipelineError(f"federation.{wanted[0]} and federation.{wanted[1]} do not go together here: choose one")
+    if params.secure_aggregation and min(params.min_clients, job.config.params.train_fl.clients_per_round) < 2:
+        raise PipelineError(
+            f"{asked} hides a node among others: set federation.min_clients and clients_per_round to 2 or more"
+        )
     algorithm = job.method.model_dump()["algorithm"]
     if algorithm not in _MEAN_OF_WEIGHTS:
         raise PipelineError(
@@ -53,7 +60,9 @@ def protect(message: Message, context: Context, call_next: ClientAppCallable) ->
             case CentralPrivacy():
                 return fixedclipping_mod(message, context, call_next)
             case LocalPrivacy(clipping_norm=norm, epsilon=epsilon, delta=delta):
-                return LocalDpMod(norm, 2 * norm, epsilon, delta)(message, context, call_next)
+                formula = math.sqrt(2 * math.log(1.25 / delta)) / epsilon  # what the mod multiplies its sensitivity by
+                sensitivity = gaussian_deviation(2 * norm, epsilon, delta) / formula
+                return LocalDpMod(norm, sensitivity, epsilon, delta)(message, context, call_next)
         if params.secure_aggregation is not None:
             from stages.train_fl.engines.flower import secure
 
@@ -61,6 +70,34 @@ def protect(message: Message, context: Context, call_next: ClientAppCallable) ->
     except PipelineError as error:
         return Message(Error(REFUSED, str(error)), reply_to=message)
     return call_next(message, context)
+
+
+def gaussian_deviation(sensitivity: float, epsilon: float, delta: float) -> float:
+    """The least deviation of Gaussian noise that is (epsilon, delta)-private: the analytic Gaussian mechanism.
+
+    delta(s) = Phi(D / 2s - epsilon s / D) - e^epsilon Phi(-D / 2s - epsilon s / D), which falls with s (Balle and Wang,
+    ICML 2018, theorem 8); found by bisection.
+
+    Args:
+        sensitivity: D > 0, the largest distance of two outcomes.
+        epsilon: > 0.
+        delta: in (0, 1).
+    """
+    low, high = 1e-9, 1.0
+    while gaussian_delta(high, epsilon) > delta:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if gaussian_delta(middle, epsilon) > delta else (low, middle)
+    return high * sensitivity
+
+
+def gaussian_delta(deviation: float, epsilon: float) -> float:
+    """The delta that noise of this deviation gives, both for a sensitivity of 1."""
+    from scipy.special import log_ndtr
+
+    near, far = 0.5 / deviation - epsilon * deviation, -0.5 / deviation - epsilon * deviation
+    return math.exp(log_ndtr(near)) - math.exp(epsilon + log_ndtr(far))
 
 
 def _federation(context: Context) -> Federation:

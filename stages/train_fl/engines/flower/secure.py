@@ -82,7 +82,8 @@ def secure_exchange(core: MethodStrategy, grid: Grid, timeout: float, params: Se
         legacy_context.state.config_records[MAIN_CONFIGS_RECORD] = ConfigRecord({Key.CURRENT_ROUND: number})
         legacy_context.state.array_records[MAIN_PARAMS_RECORD] = arrays
         workflow(listening, legacy_context)  # type: ignore[arg-type]
-        return core.add_sum(number, _works(core, legacy, arrays), listening.problems)
+        works, problems = _works(core, legacy, arrays)
+        return core.add_sum(number, works, listening.problems | problems)
 
     return exchange
 
@@ -126,15 +127,17 @@ class _Listening:
         return replies
 
 
-def _works(core: MethodStrategy, legacy: _Round, arrays: ArrayRecord) -> dict[int, Work]:
-    """Per node what it says of its work; the weights are everybody's mean, in each."""
-    works = {}
+def _works(core: MethodStrategy, legacy: _Round, arrays: ArrayRecord) -> tuple[dict[int, Work], dict[int, str]]:
+    """Per node what it says of its work, the weights everybody's mean in each; and who says what cannot be."""
+    works, problems = {}, {}
     for node_id, result in legacy.results.items():
         sums = compat.parameters_to_arrayrecord(result.parameters, keep_input=True)
-        like = core.progress.server.weights
         named = {
             name: Array(array.numpy().astype("float32")) for name, array in zip(arrays, sums.values(), strict=True)
         }
-        mean = to_tensors(ArrayRecord(named), like)
-        works[node_id] = Work.of(mean, {}, result.metrics)
-    return works
+        try:
+            mean = to_tensors(ArrayRecord(named), core.progress.server.weights)
+            works[node_id] = Work.of(mean, {}, result.metrics)
+        except (PipelineError, KeyError, TypeError, ValueError) as error:
+            problems[node_id] = str(error)
+    return works, problems

@@ -15,11 +15,11 @@ from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping, Strategy
 
-from pipeline import locks, provenance
+from pipeline import provenance
 from pipeline.datasets import PreparedDataset
 from pipeline.errors import PipelineError
 from pipeline.federation.members import Members
-from pipeline.federation.node import config_of
+from pipeline.federation.node import config_of, seed_of
 from pipeline.params import CentralPrivacy, Nodes
 from stages.train_fl import federation, methods, records
 from stages.train_fl.checkpoint import Checkpoint
@@ -61,12 +61,12 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
     if not root.is_dir():
         raise PipelineError(f"{root}, --run-config project, is no folder on the server")
     config = config_of(run_config, root)
-    job = Job(config, str(run_config["method"]), str(run_config["partition"]), int(run_config["seed"]))
+    job = Job(config, str(run_config["method"]), str(run_config["partition"]), seed_of(run_config))
     job.check()
     device = prepare_torch(config.params.runtime)
     data = _own_data(job, device)
-    with locks.held(config.state_dir / "locks" / f"federation-{job.path.name}", str(job.path)):
-        _Run(job, grid, data, device).make()
+    with job.locked():
+        _Run(job, grid, data, device).make(overwrite=bool(run_config.get("overwrite")))
 
 
 def _own_data(job: Job, device: str) -> Federation | None:
@@ -82,20 +82,21 @@ class _Run:
     def __init__(self, job: Job, grid: Grid, data: Federation | None, device: str) -> None:
         self._job, self._grid, self._data, self._device = job, grid, data, device
         self._params = job.config.params.federation
-        self._members = Members(grid, self._params.join_timeout)
+        self._num_clients = len(data.clients) if data else job.config.params.train_fl.num_clients
+        self._members = Members(grid, self._num_clients, self._params.join_timeout)
 
-    def make(self) -> None:
+    def make(self, overwrite: bool) -> None:
         """Trains and writes all that the run leaves; the checksums last, which mark it as whole."""
-        job = self._job
-        num_clients = len(self._data.clients) if self._data else job.config.params.train_fl.num_clients
-        self._members.wait(self._params.min_clients, self._params.join_timeout)
+        job, num_clients = self._job, self._num_clients
+        self._members.wait(self._params.min_clients, self._params.join_timeout, wanted=num_clients)
         agreed = self._members.agreed
         model, method = build(job, len(agreed["class_names"]), agreed["guidance_dim"], num_clients, self._device)
         privacy.check(job, model)
         settings = self._settings()
-        records.check_replaceable(job.path, settings)
+        if not overwrite:
+            records.check_replaceable(job.path, settings)
         records.start(job.path)
-        key = provenance.fingerprint(settings | numerics(job.config, self._device))[:16]
+        key = provenance.fingerprint(settings | numerics(job.config, self._device) | {"engine": "flower"})[:16]
         checkpoint = Checkpoint(job.config.state_dir / "checkpoints" / f"{job.path.name}-{key}")
         start, rows = checkpoint.load("cpu") or (self._begin(method, model, num_clients), None)
         core = MethodStrategy(method, start, job.schedule(), self._members, self._params, key)
@@ -104,9 +105,11 @@ class _Run:
         record = train(job, model, start, rows, engine, self._evaluator(core), checkpoint, checkpoint_every=1)
         self._finish(model, record)
         account.draw()
-        provenance.write_json(job.path / "config.json", settings | {"provenance": provenance.describe(self._device)})
+        made_by = provenance.describe(self._device) | {"code": provenance.code_sha256()}
+        provenance.write_json(job.path / "config.json", settings | {"provenance": made_by})
         provenance.write_checksums(job.path)
         checkpoint.remove()
+        self._grid.push_messages(core.farewell())
         log.info("%s", "\n".join(account.summary()))
 
     @staticmethod

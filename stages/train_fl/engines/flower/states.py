@@ -5,10 +5,11 @@
 The server says with every order which round's update of this client it added up last, and the node goes on from that
 round's state: an answer that never arrived leaves no trace, whether the node, the server or the line between them
 failed, and a server that went back to its checkpoint finds the states of that time. Older states are dropped then.
-States never leave the node.
+States never leave the node; they are dropped when the run is finished.
 """
 
 import logging
+import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -51,6 +52,10 @@ class States:
         if state:
             self._folder.mkdir(parents=True, exist_ok=True)
             save_tensors(self._file(number), {name: value.cpu().contiguous() for name, value in state.items()})
+
+    def remove(self) -> None:
+        """Drops all states: the run is finished."""
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _file(self, number: int) -> Path:
         return self._folder / f"round-{number:05d}.safetensors"

@@ -7,6 +7,7 @@ refuses or sends what is no update is left out of the round, by name; the round 
 and goes on from there when it is started again.
 """
 
+import collections
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +24,7 @@ from pipeline.errors import PipelineError
 from pipeline.federation.members import Member, Members, printable
 from pipeline.params import Federation
 from stages.train_fl.engines import local
-from stages.train_fl.engines.flower.messages import Order, Work, to_record, to_tensors
+from stages.train_fl.engines.flower.messages import Order, Work, form, to_record, to_tensors
 from stages.train_fl.engines.local import Progress, Round, Schedule
 from stages.train_fl.methods import ClientState, ClientUpdate, Method
 
@@ -39,6 +40,7 @@ class MethodStrategy(Strategy):
         self, method: Method, start: Progress, schedule: Schedule, members: Members, params: Federation, key: str
     ) -> None:
         """Goes on from `start`, whose client states are the rounds of their updates; `key` is the run's."""
+        self._first = start.number + 1
         self.progress = start
         self.account: list[Row] = []
         self._method, self._schedule, self._members, self._params, self._key = method, schedule, members, params, key
@@ -49,7 +51,9 @@ class MethodStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Orders for the round's participants, drawn as in the local engine, among the members that are present."""
-        present = self._members.wait(self._params.min_clients, self._params.join_timeout)
+        # The first round of a start waits for all: else who trains would be whoever came first.
+        wanted = len(self.progress.clients) if server_round == self._first else None
+        present = self._members.wait(self._params.min_clients, self._params.join_timeout, wanted)
         server = replace(self.progress.server, weights=to_tensors(arrays, self.progress.server.weights))
         self.progress = replace(self.progress, server=server)
         chosen = local.sample_clients(list(present), self._schedule, server_round)
@@ -79,8 +83,11 @@ class MethodStrategy(Strategy):
             The new global weights; None if there is no mean.
         """
         self._done = {self._sampled[node_id].client_id: work for node_id, work in works.items()}
+        silent = (
+            f"no answer in {self._params.round_timeout:g} s" if works else "too few were left for secure aggregation"
+        )
         for node_id, member in self._sampled.items():
-            lost = problems.get(node_id, f"no answer in {self._params.round_timeout:g} s")
+            lost = problems.get(node_id, silent).removeprefix(f"{member}: ")
             self._enter(member, "" if node_id in works else lost)
         return self._update(number, {client: work.update for client, work in self._done.items()})
 
@@ -92,18 +99,61 @@ class MethodStrategy(Strategy):
             node_id = reply.metadata.src_node_id
             if node_id not in self._sampled:
                 continue
-            if reply.has_error():
-                outcomes[node_id] = printable(reply.error.reason) or f"error {reply.error.code}"
-                continue
             try:
-                self._done[self._sampled[node_id].client_id] = Work.read(reply.content, self.progress.server.weights)
+                self._done[self._sampled[node_id].client_id] = self._read(reply, self._sampled[node_id])
                 outcomes[node_id] = ""
                 good.append(reply)
             except PipelineError as error:
                 outcomes[node_id] = str(error)
+        for node_id, member in self._sampled.items():
+            if member.client_id in self._done and (problem := self._misfit(member.client_id)):
+                outcomes[node_id] = problem
         for node_id, problem in outcomes.items():
             self._enter(self._sampled[node_id], problem)
+        good = [reply for reply in good if not outcomes[reply.metadata.src_node_id]]
+        self._done = {client: work for client, work in self._done.items() if client in self._trained(outcomes)}
         return sorted(good, key=lambda reply: self._sampled[reply.metadata.src_node_id].client_id)
+
+    def _read(self, reply: Message, member: Member) -> Work:
+        """A node's work.
+
+        Raises:
+            PipelineError: it refuses, or says what cannot be.
+        """
+        if reply.has_error():
+            reason = printable(reply.error.reason) or f"error {reply.error.code}"
+            raise PipelineError(reason.removeprefix(f"{member}: "))
+        work = Work.read(reply.content, self.progress.server.weights)
+        self._check_amount(work, member)
+        return work
+
+    def _check_amount(self, work: Work, member: Member) -> None:
+        """Images and steps weigh an update: they are those that it joined with, and what these come to."""
+        steps = self._schedule.local_epochs * -(-member.num_samples // self._schedule.batch_size)
+        if (work.update.num_samples, work.update.num_steps) != (member.num_samples, steps):
+            raise PipelineError(
+                f"it trained on {work.update.num_samples} images in {work.update.num_steps} steps; it joined with "
+                f"{member.num_samples}, which make {steps}"
+            )
+
+    def _misfit(self, client: int) -> str:
+        """What is wrong with what a client sent besides its weights, or nothing: it has others' form, and is of use."""
+        forms = collections.Counter(
+            (form(done.update.extras), tuple(sorted(done.losses))) for done in self.work.values()
+        )
+        own = self._done[client]
+        if (form(own.update.extras), tuple(sorted(own.losses))) != forms.most_common(1)[0][0]:
+            return "what it sent besides its weights has another form than the others'"
+        try:
+            tried, _ = self._method.server_update(self.progress.server, [own.update])
+        except Exception as error:  # tensors from elsewhere in a method's arithmetic: whatever it raises
+            return f"what it sent does not fit the method ({error!r})"
+        parts = [(getattr(tried, part), getattr(self.progress.server, part)) for part in ("weights", "broadcast")]
+        fits = all(not old or form(new) == form(old) for new, old in parts)
+        return "" if fits else "what it sent does not fit the method: its update would change the model's form"
+
+    def _trained(self, outcomes: dict[int, str]) -> set[int]:
+        return {self._sampled[node_id].client_id for node_id, problem in outcomes.items() if not problem}
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -144,15 +194,29 @@ class MethodStrategy(Strategy):
         ]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Accuracy and loss over all nodes' held-out images; None if nobody answered."""
-        scores = [dict(reply.content.metric_records["scores"]) for reply in replies if not reply.has_error()]
-        images = [float(score["num-images"]) for score in scores]  # type: ignore[arg-type]
+        """Accuracy and loss over all nodes' held-out images; None if nobody answered. Who does not is named."""
+        scores = []
+        for reply in replies:
+            try:
+                scores.append(_scores(reply))
+            except PipelineError as error:
+                name = self._members.name_of(reply.metadata.src_node_id)
+                log.warning("round %d is judged without %s: %s", server_round, name, error)
         if not scores:
             return None
+        images = [score["num-images"] for score in scores]
         means: dict[str, Any] = {
-            name: float(np.average([s[name] for s in scores], weights=images)) for name in ("accuracy", "loss")
-        }  # type: ignore[misc]
+            name: float(np.average([score[name] for score in scores], weights=images)) for name in ("accuracy", "loss")
+        }
         return MetricRecord(means)
+
+    def farewell(self) -> list[Message]:
+        """Tells every member that is present to drop what it kept for the run."""
+        order = RecordDict({"order": Order(self._key, self.progress.number, 0).record()})
+        return [
+            Message(order, dst_node_id=member.node_id, message_type="query.forget", ttl=self._params.round_timeout)
+            for member in self._members.present().values()
+        ]
 
     def summary(self) -> None:
         """Says what is about to run."""
@@ -182,6 +246,24 @@ class MethodStrategy(Strategy):
                 "train_seconds": work.train_seconds if work else None,
             }
         )
+
+
+def _scores(reply: Message) -> dict[str, float]:
+    """A node's judgement.
+
+    Raises:
+        PipelineError: it is none.
+    """
+    if reply.has_error():
+        raise PipelineError(printable(reply.error.reason) or f"error {reply.error.code}")
+    try:
+        record = reply.content.metric_records["scores"]
+        found = {name: float(record[name]) for name in ("accuracy", "loss", "num-images")}  # type: ignore[arg-type]
+    except (KeyError, TypeError, ValueError) as error:
+        raise PipelineError(f"its answer is no judgement ({error!r})") from None
+    if not (0 <= found["accuracy"] <= 1 and np.isfinite(found["loss"]) and 0 < found["num-images"] < 2**40):
+        raise PipelineError(f"its judgement cannot be: {found}")
+    return found
 
 
 class Exchange(Protocol):
@@ -227,8 +309,8 @@ def rounds(
         tell(core.account)
         if new is None:
             raise PipelineError(
-                f"round {number}: no node sent an update ({_outcomes(core.account, number)}): mend them and run "
-                "again; the run goes on from there"
+                f"round {number}: no node sent an update of use ({_outcomes(core.account, number)}): mend them and run "
+                "again, it goes on from there; a model drowned in differential privacy's noise must begin anew with less"
             )
         arrays, work = new, core.work
         server = replace(core.progress.server, weights=to_tensors(new, core.progress.server.weights))
