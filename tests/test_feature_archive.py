@@ -135,7 +135,7 @@ def with_manifest(exported, change):
 
 def test_a_manifest_that_claims_more_than_the_disk_holds(exported, tmp_path):
     rewrite(tmp_path / "evil.tar", with_manifest(exported, lambda m: m["shards"]["1"].update(bytes=10**15)))
-    refused(tmp_path / "evil.tar", tmp_path, "needs 1000000.00 GB")
+    refused(tmp_path / "evil.tar", tmp_path, "needs 1 PB")
 
 
 def test_a_manifest_that_names_files_outside_or_is_newer(exported, tmp_path):

@@ -111,7 +111,7 @@ def test_verify_looks_into_rows_whose_checksums_are_right(root):
     rewritten(root, "labels", other_label)
     rewritten(root, "shifted", other_rows)
     assert "features are not finite" in run(root, "verify", "--full", "infinite", code=1)
-    assert "label goes beyond 0 to 2" in run(root, "verify", "labels", code=1)
+    assert "has a label beyond 0 to 2" in run(root, "verify", "labels", code=1)
     assert "does not hold samples 4 to 7 in order" in run(root, "verify", "shifted", code=1)
 
 
