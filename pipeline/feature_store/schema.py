@@ -20,6 +20,7 @@ FETCH = "`dvc pull` it, or run `pipeline extract-features`"
 _STRICT = ConfigDict(strict=True, extra="forbid")
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Rows = Annotated[int, Field(ge=0, lt=2**31)]
+_Positive = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class Fault(PipelineError):
@@ -162,8 +163,8 @@ class Plan:
     """A set to be made: what decides it, how many images it has, how they are cut into shards, and what makes it."""
 
     content: Content
-    rows: Annotated[_Rows, Field(ge=1)]
-    rows_per_shard: Annotated[_Rows, Field(ge=1)]
+    rows: _Positive
+    rows_per_shard: _Positive
     provenance: Provenance
 
     @property
@@ -189,8 +190,8 @@ class Manifest(BaseModel):
     format_version: int
     fingerprint: str
     content: Content
-    rows: _Rows = Field(ge=1)
-    rows_per_shard: _Rows = Field(ge=1)
+    rows: _Positive
+    rows_per_shard: _Positive
     prompts_per_image: int
     redone_in_float32: _Count
     basis: FileEntry
