@@ -20,7 +20,8 @@ FETCH = "`dvc pull` it, or run `pipeline extract-features`"
 _STRICT = ConfigDict(strict=True, extra="forbid")
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Rows = Annotated[int, Field(ge=0, lt=2**31)]
-_Positive = Annotated[int, Field(ge=1, lt=2**31)]
+_AllRows = Annotated[int, Field(ge=1, lt=2**31)]
+_PerShard = Annotated[int, Field(ge=1, lt=2**63)]  # may exceed the set's: then it has one shard
 
 
 class Fault(PipelineError):
@@ -163,8 +164,8 @@ class Plan:
     """A set to be made: what decides it, how many images it has, how they are cut into shards, and what makes it."""
 
     content: Content
-    rows: _Positive
-    rows_per_shard: _Positive
+    rows: _AllRows
+    rows_per_shard: _PerShard
     provenance: Provenance
 
     @property
@@ -190,8 +191,8 @@ class Manifest(BaseModel):
     format_version: int
     fingerprint: str
     content: Content
-    rows: _Positive
-    rows_per_shard: _Positive
+    rows: _AllRows
+    rows_per_shard: _PerShard
     prompts_per_image: int
     redone_in_float32: _Count
     basis: FileEntry
