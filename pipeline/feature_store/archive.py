@@ -67,7 +67,7 @@ def read(archive: Path, sets: Path, name: str | None = None, advance: Advance = 
     """
     with _opened(archive) as tar:
         own_name, manifest = tar.manifest()
-        target = sets / _checked_name(name or own_name)
+        target = sets / _checked_name(own_name if name is None else name)
         if os.path.lexists(target):
             _require_same(target, manifest)
             return target
