@@ -223,6 +223,8 @@ def _folder(params: Path, name: str) -> Path:
 
         if path.is_file():
             raise PipelineError(f"{path} is a file, not a set's folder: `pipeline features import {path}` unpacks one")
+        if "/" in name:
+            raise PipelineError(f"{path} is no feature set's folder")
         there = ", ".join(one.name for one in listing.folders(_sets(_config(params)))) or "none"
         raise PipelineError(f"{path} is no feature set; there are: {there}")
     return path
