@@ -195,6 +195,12 @@ def import_set(params: Path, file: Path, name: str | None) -> None:
         click.echo(
             f"params.yaml trains from {config.features_dir.name}; `pipeline features show {path.name}`", err=True
         )
+    elif (config.root / "dvc.yaml").exists():
+        click.echo(
+            "DVC does not know this set, and the next `dvc repro` deletes it: `dvc commit -f extract-features` first "
+            "(docs/sharing.md, From a tar)",
+            err=True,
+        )
 
 
 def _config(params: Path) -> "Config":

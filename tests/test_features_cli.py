@@ -166,6 +166,10 @@ def test_export_and_import(root, tmp_path_factory):
         str(other / "data" / "features" / "one") in output and "params.yaml trains from digits-tiny-sd-t300" in output
     )
     assert "one: every byte" in run(other, "verify", "--full")
+    used = ("import", str(root / "one.tar"), "--as", "digits-tiny-sd-t300")
+    assert "dvc" not in run(other, *used)
+    (other / "dvc.yaml").touch()
+    assert "the next `dvc repro` deletes it: `dvc commit -f extract-features` first" in run(other, *used)
     assert "missing.tar is missing" in run(other, "import", "missing.tar", code=1)
 
 
