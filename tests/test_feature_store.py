@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import h5py
 import numpy as np
@@ -22,7 +23,6 @@ from pipeline.feature_store import (
     Features,
     FeatureSet,
     FeatureSetWriter,
-    FileEntry,
     LayerBasis,
     Plan,
     verification,
@@ -284,6 +284,9 @@ FORGED = {
     "shards 0, 1 and 7": moved("7"),
     "shards 0, 1 and -1": moved("-1"),
     "a shard beyond all": moved("3"),
+    "a shard beyond all by its name too": lambda said: said["shards"].update(
+        {"7": said["shards"].pop("2") | {"file": "shard-00007.h5", "rows": 0}}
+    ),
     "one file as two shards": lambda said: said["shards"].update({"1": said["shards"]["0"]}),
     "the basis as a shard": lambda said: said["shards"].update({"1": said["basis"]}),
     "a shard as the basis": lambda said: said.update(basis=said["shards"]["0"]),
@@ -439,28 +442,14 @@ def test_ctrl_c_ends_a_verification_at_once(copied):
     assert time.perf_counter() - started < 1.5
 
 
-def test_a_verification_reads_a_few_shards_ahead(tmp_path, monkeypatch):
-    """Not the whole set by one check, and once more by the other."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    plan = Plan(content(), ROWS, 1, {})
-    writer = FeatureSetWriter(tmp_path / "staging", plan, "a processor")
-    layer = LayerBasis(np.zeros(D), np.eye(D), np.ones(D), float(D))
-    writer.write_basis(Basis({"up_blocks.1": layer}, np.zeros(D), np.ones(D)))
-    for shard in range(ROWS):
-        writer.write_shard(shard, features(range(shard, shard + 1)), 0)
-    writer.publish(tmp_path / "set")
-    begun, real = [], FileEntry.fault
+def test_a_verification_takes_shard_after_shard(original, monkeypatch):
+    """Not the whole set by one check, and once more by the other; the pool works in the order in which it is asked."""
+    asked, real = [], ThreadPoolExecutor.submit
 
-    def noted(entry, *arguments):
-        begun.append(entry.file)
-        return real(entry, *arguments)
+    def noted(pool, check, shard):
+        asked.append(shard)
+        return real(pool, check, shard)
 
-    monkeypatch.setattr(FileEntry, "fault", noted)
-    first = []
-
-    def advance(size):
-        if not first:
-            first.extend(begun)
-
-    assert verification.faults(tmp_path / "set", True, advance) == []
-    assert len(begun) == 1 + ROWS and len(first) <= 1 + 3  # the basis, two shards and one more
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", noted)
+    assert verification.faults(original, full=True) == []
+    assert asked == [0, 0, 1, 1, 2, 2]

@@ -269,7 +269,7 @@ def test_no_text_of_a_manifest_moves_the_terminal(root):
         {"shards": {HOSTILE: 1}},
     ):
         (path / "manifest.json").write_text(json.dumps(said | change))
-        for output in (run(root, "list"), run(root, "verify", "one", code=1)):
+        for output in (run(root, "list"), run(root, "show", "one", code=1)):
             assert all(one.isprintable() for one in output.replace("\n", "")), output
 
 

@@ -2,17 +2,15 @@
 
 Quickly: the manifest, sizes, layouts, row counts, index coverage, the range of labels and prompts, each row's positive
 prompt, the basis. Fully: every byte as well, by SHA-256 per file and CRC-32 per row, and that every feature is finite.
-A shard's hash and its rows are then taken side by side, a few shards at a time, so that a set larger than the memory is
-read from the disk once.
+A shard's hash and its rows are then taken side by side, one shard after the other, so that a set larger than the memory
+is read from the disk once.
 """
 
 import hashlib
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -77,11 +75,10 @@ class _Checks:
     def __init__(self, features: FeatureSet, full: bool) -> None:
         self._features, self._full = features, full
         self._manifest = features.manifest
-        self._workers = max(2, os.cpu_count() or 1)
         self._stopped = threading.Event()
 
     def __enter__(self) -> "_Checks":
-        self._pool = ThreadPoolExecutor(self._workers)
+        self._pool = ThreadPoolExecutor(max(2, os.cpu_count() or 1))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -90,12 +87,9 @@ class _Checks:
 
     def all(self) -> Iterator[tuple[int, list[Fault]]]:
         """Every shard in order, and what is wrong with it; those after it are being read meanwhile."""
-        shards = iter(sorted(self._manifest.shards))
-        ahead = deque((shard, self._begin(shard)) for shard in islice(shards, self._workers))
-        while ahead:
-            shard, parts = ahead.popleft()
+        begun = {shard: self._begin(shard) for shard in sorted(self._manifest.shards)}
+        for shard, parts in begun.items():
             wrong = [fault for part in parts for fault in part.result()]
-            ahead.extend((later, self._begin(later)) for later in islice(shards, 1))
             yield shard, list({str(fault): fault for fault in wrong}.values())
 
     def _begin(self, shard: int) -> "list[Future[list[Fault]]]":
