@@ -3,13 +3,12 @@
 import json
 import os
 import shutil
-import time
 
 import h5py
 import numpy as np
 import pytest
 
-from pipeline.feature_store import FeatureSet, comparison, listing
+from pipeline.feature_store import FeatureSet, FileEntry, comparison, listing
 from tests.conftest import invoke, write_params
 from tests.test_feature_store import D, P, features, forge, open_writer, put, write
 
@@ -193,21 +192,23 @@ def test_list_changes_and_hashes_nothing(root):
         assert "next" not in run(root, "list")
 
 
-def test_list_of_many_shards_of_which_some_are_missing(root):
+def test_list_of_many_shards_of_which_one_is_missing(root, monkeypatch):
+    """Entries are compared once each, not each with all: a set may have thousands."""
     path = root / "data" / "features" / "one"
     said = json.loads((path / "manifest.json").read_text())
-    entry = said["shards"].pop("2") | {"bytes": 0, "rows": 1}
-    said |= {"rows": 1000, "rows_per_shard": 1}
-    said["shards"] = {str(n): entry | {"file": f"shard-{n:05d}.h5"} for n in range(1000)}
+    entry = said["shards"]["2"] | {"bytes": 0, "rows": 1}
+    said |= {"rows": 100, "rows_per_shard": 1}
+    said["shards"] = {str(n): entry | {"file": f"shard-{n:05d}.h5"} for n in range(100)}
     (path / "manifest.json").write_text(json.dumps(said))
-    for n in range(1, 1000):
+    for n in range(1, 100):
         (path / f"shard-{n:05d}.h5").unlink(missing_ok=True)
         (path / f"shard-{n:05d}.h5").touch()
     (path / "shard-00000.h5").unlink()
-    started = time.perf_counter()
+    compared, real = [], FileEntry.__eq__
+    monkeypatch.setattr(FileEntry, "__eq__", lambda one, other: compared.append(one) or real(one, other))
     (found,) = listing.finished(path.parent)
-    assert found.state == "999 of 1000 shards here: `dvc pull` the others"
-    assert time.perf_counter() - started < 2
+    assert found.state == "99 of 100 shards here: `dvc pull` the others"
+    assert len(compared) <= 100
 
 
 def test_a_set_without_its_basis(root):
