@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import click
 
 from pipeline.errors import PipelineError
 from pipeline.help import ExamplesAsWritten
+from pipeline.text import printable, size
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -35,20 +37,21 @@ def list_sets(params: Path, as_json: bool) -> None:
     from pipeline.feature_store import listing
 
     config = _config(params)
-    found = listing.finished(_sets(config)) + listing.in_the_making(config.state_dir / "staging")
+    sets = _sets(config)
+    found = listing.finished(sets) + listing.left_over(sets) + listing.in_the_making(config.state_dir / "staging")
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(summary) for summary in found], indent=2))
         return
     if not found:
-        click.echo(f"no feature set under {_sets(config)}: run `pipeline extract-features`, or `dvc pull` one")
+        click.echo(f"no feature set under {sets}: run `pipeline extract-features`, or `dvc pull` one")
     for one in found:
-        click.echo(f"{one.name}: {one.state}")
+        _say(f"{one.name}: {one.state}")
         if one.fingerprint is None:
             continue
         assert one.layers is not None and one.rows is not None and one.bytes is not None
-        click.echo(
+        _say(
             f"    {one.dataset}, {one.rows:,} images; {one.backbone}, t {one.timestep}, {', '.join(one.layers)}, "
-            f"{one.dims} dims, {one.prompts} prompts; {_size(one.bytes)}, {one.fingerprint[:12]}"
+            f"{one.dims} dims, {one.prompts} prompts; {size(one.bytes)}, {one.fingerprint[:12]}"
         )
 
 
@@ -66,10 +69,10 @@ def show(params: Path, name: str, as_json: bool) -> None:
     """
     manifest = _manifest(params, name)
     if as_json:
-        click.echo(manifest.model_dump_json(indent=2))
+        click.echo(json.dumps(manifest.model_dump(mode="json"), indent=2))
         return
     for key, text in _card(manifest):
-        click.echo(f"{key:14}{text}")
+        _say(f"{key:14}{text}")
 
 
 @features.command("verify", cls=ExamplesAsWritten)
@@ -84,10 +87,10 @@ def verify(params: Path, names: tuple[str, ...], full: bool) -> None:
       pipeline features verify
       pipeline features verify --full digits-tiny-sd-t300
     """
-    from pipeline.feature_store import verification
+    from pipeline.feature_store import listing, verification
     from pipeline.progress import progress_bar
 
-    paths = [_folder(params, name) for name in names] or sorted(_sets(_config(params)).glob("*/"))
+    paths = [_folder(params, name) for name in names] or listing.folders(_sets(_config(params)))
     if not paths:
         raise PipelineError(f"no feature set under {_sets(_config(params))}: `dvc pull` one, or extract it")
     broken = 0
@@ -96,10 +99,10 @@ def verify(params: Path, names: tuple[str, ...], full: bool) -> None:
             found = verification.faults(path, full, bar.update)
         broken += bool(found)
         for line in found:
-            click.echo(f"Error: {line}", err=True)
+            _say(f"Error: {line}", err=True)
         if not found:
             what = "every byte is what was written" if full else "whole (its bytes were not read: --full)"
-            click.echo(f"{path.name}: {what}")
+            _say(f"{path.name}: {what}")
     if broken:
         raise click.exceptions.Exit(1)
 
@@ -121,25 +124,30 @@ def diff(params: Path, first: str, second: str, as_json: bool) -> None:
 
     manifests = [_manifest(params, name) for name in (first, second)]
     settings = comparison.settings(*manifests)
-    same_shape = _shape(manifests[0]) == _shape(manifests[1])
     folders = [_path(params, name) for name in (first, second)]
-    numbers = comparison.numbers(*folders) if same_shape and all(path.is_dir() for path in folders) else []
+    why_not = comparison.incomparable(*manifests)
+    if not all(path.is_dir() for path in folders):
+        why_not = "an archive's are read only when it is imported"
+    numbers = [] if why_not else comparison.numbers(*folders)
     if as_json:
         parts = {
             "settings": [dataclasses.asdict(one) for one in settings],
             "numbers": [dataclasses.asdict(one) for one in numbers],
+            "numbers_not_compared": why_not,
         }
         click.echo(json.dumps(parts, indent=2))
         return
     same = manifests[0].fingerprint == manifests[1].fingerprint
     click.echo("the same features by fingerprint" if same else "other features by fingerprint")
     for change in settings:
-        click.echo(f"{change.key}: {_short(change.first)} | {_short(change.second)}")
+        _say(f"{change.key}: {_short(change.first)} | {_short(change.second)}")
     for gap in numbers:
-        click.echo(
+        _say(
             f"{gap.representation}, {gap.layer}: {100 * gap.share_unequal:.2f} % of the numbers differ, by "
             f"{gap.mean:.3g} on average and {gap.largest:.3g} at most"
         )
+    if why_not:
+        click.echo(f"the numbers are not compared: {why_not}")
 
 
 @features.command("export", cls=ExamplesAsWritten)
@@ -153,13 +161,13 @@ def export(params: Path, name: str, output: Path | None) -> None:
     Example:
       pipeline features export digits-tiny-sd-t300 -o /tmp/digits.tar
     """
-    from pipeline.feature_store import archive
+    from pipeline.feature_store import archive, verification
     from pipeline.progress import progress_bar
 
     path = _folder(params, name)
-    target = output or Path(f"{path.name}.tar")
-    size = sum(file.stat().st_size for file in path.iterdir())
-    with progress_bar(size, f"export {path.name}", "B") as bar:
+    own_name = Path(os.path.abspath(path)).name
+    target = output or Path(f"{own_name}.tar")
+    with progress_bar(verification.total_bytes(path), f"export {own_name}", "B") as bar:
         archive.write(path, target, bar.update)
     click.echo(target)
 
@@ -187,6 +195,12 @@ def import_set(params: Path, file: Path, name: str | None) -> None:
         click.echo(
             f"params.yaml trains from {config.features_dir.name}; `pipeline features show {path.name}`", err=True
         )
+    elif (config.root / "dvc.yaml").exists():
+        click.echo(
+            "DVC does not know this set, and the next `dvc repro` deletes it: `dvc commit -f extract-features` first "
+            "(docs/sharing.md, From a tar)",
+            err=True,
+        )
 
 
 def _config(params: Path) -> "Config":
@@ -211,7 +225,13 @@ def _path(params: Path, name: str) -> Path:
 def _folder(params: Path, name: str) -> Path:
     path = _path(params, name)
     if not path.is_dir():
-        there = ", ".join(sorted(one.name for one in path.parent.glob("*/"))) or "none"
+        from pipeline.feature_store import listing
+
+        if path.is_file():
+            raise PipelineError(f"{path} is a file, not a set's folder: `pipeline features import {path}` unpacks one")
+        if "/" in name:
+            raise PipelineError(f"{path} is no feature set's folder")
+        there = ", ".join(one.name for one in listing.folders(_sets(_config(params)))) or "none"
         raise PipelineError(f"{path} is no feature set; there are: {there}")
     return path
 
@@ -223,15 +243,16 @@ def _manifest(params: Path, name: str) -> "Manifest":
     return archive.manifest_of(path) if path.is_file() else read_manifest(_folder(params, name))
 
 
-def _shape(manifest: "Manifest") -> tuple[int, dict[str, list[int]], int]:
-    return manifest.rows, manifest.content.layers, manifest.prompts_per_image
+def _say(line: str, err: bool = False) -> None:
+    """Prints a line in which a set's maker has a word: as one line, without what moves a terminal."""
+    click.echo(printable(line), err=err)
 
 
 def _card(manifest: "Manifest") -> list[tuple[str, str]]:
     content, made = manifest.content, manifest.provenance
     backbone = made.get("backbone", {})
     layers = ", ".join(f"{name} (columns {low} to {high - 1})" for name, (low, high) in content.layers.items())
-    size = manifest.basis.bytes + sum(entry.bytes for entry in manifest.shards.values())
+    total = sum(entry.bytes for entry in manifest.files)
     packages = ", ".join(f"{name} {version}" for name, version in made.get("packages", {}).items())
     basis = f"PCA fitted on {content.basis_images} images" if content.basis_images else f"given, {content.basis_sha256}"
     return [
@@ -248,7 +269,7 @@ def _card(manifest: "Manifest") -> list[tuple[str, str]]:
         ),
         ("positive", "the label's prompt" if content.positive == "label" else "the first prompt (no label is shown)"),
         ("denoising", f"under the prompt {content.denoise_prompt!r}"),
-        ("files", f"{manifest.num_shards} shards of {manifest.rows_per_shard} images at most, {_size(size)} in all"),
+        ("files", f"{manifest.num_shards} shards of {manifest.rows_per_shard} images at most, {size(total)} in all"),
         ("made by", f"feddifrc {made.get('feddifrc')}, commit {made.get('commit')}"),
         ("on", f"{', '.join(made.get('hardware', []))}; {packages}"),
     ]
@@ -258,8 +279,3 @@ def _short(value: Any, most: int = 4) -> str:
     if isinstance(value, list) and len(value) > most:
         return f"{', '.join(map(str, value[:most]))}, ... ({len(value)})"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _size(count: int) -> str:
-    power = min(3, max(0, (len(str(count)) - 1) // 3))
-    return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB')[power]}"

@@ -5,13 +5,14 @@ import io
 import json
 import os
 import tarfile
+from pathlib import Path
 
 import h5py
 import pytest
 
 from pipeline.errors import PipelineError
 from pipeline.feature_store import archive
-from tests.test_feature_store import write
+from tests.test_feature_store import forge, write
 
 
 @pytest.fixture
@@ -135,7 +136,7 @@ def with_manifest(exported, change):
 
 def test_a_manifest_that_claims_more_than_the_disk_holds(exported, tmp_path):
     rewrite(tmp_path / "evil.tar", with_manifest(exported, lambda m: m["shards"]["1"].update(bytes=10**15)))
-    refused(tmp_path / "evil.tar", tmp_path, "needs 1000000.00 GB")
+    refused(tmp_path / "evil.tar", tmp_path, "needs 1 PB")
 
 
 def test_a_manifest_that_names_files_outside_or_is_newer(exported, tmp_path):
@@ -174,3 +175,140 @@ def test_hdf5_that_would_read_other_files(exported, tmp_path, trick):
         tmp_path / "evil.tar", [(parts[0][0], json.dumps(manifest).encode()), parts[1], (parts[2][0], data), *parts[3:]]
     )
     refused(tmp_path / "evil.tar", tmp_path, "link to somewhere else|stand in another file")
+
+
+def header(name, size, kind=b"0"):
+    member = tarfile.TarInfo(name)
+    member.size, member.type = size, kind
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def pax(key, value):
+    def record(size):
+        return f"{size} {key}={value}\n".encode()
+
+    size = next(n for n in range(1, 10**7) if len(record(n)) == n)
+    return header("x", size, b"x") + record(size).ljust(-(-size // 512) * 512, b"\0")
+
+
+LONG = header("x", 512, b"L") + b"a" * 512
+HEADERS = {
+    "a sparse map of letters": pax("GNU.sparse.map", "a,b"),
+    "a sparse size of letters": pax("GNU.sparse.size", "zz"),
+    "a chain of long names": LONG * 5000,
+    "a chain of records": pax("path", "ab") * 5000,
+    "a record of many digits": header("x", 100_010, b"x") + b"1" * 100_000 + b" path=a\n".ljust(512 * 196 - 100_000),
+    "an old sparse file": header("mine/basis.h5", 10, tarfile.GNUTYPE_SPARSE) + bytes(512),
+    "a contiguous file": header("mine/basis.h5", 10, tarfile.CONTTYPE) + bytes(512),
+    "a size below zero": header("mine/basis.h5", -512),
+}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("headers", HEADERS.values(), ids=HEADERS.keys())
+def test_extensions_of_the_format(exported, tmp_path, headers, first):
+    """None is written by us; Python's reader follows them before it is asked, ever deeper or into memory."""
+    parts = members(exported)
+    rewrite(tmp_path / "head.tar", parts[:1])
+    before = b"" if first else (tmp_path / "head.tar").read_bytes()[: 512 + -(-parts[0][0].size // 512) * 512]
+    (tmp_path / "evil.tar").write_bytes(before + headers + bytes(1024))
+    refused(tmp_path / "evil.tar", tmp_path, "is refused: .* otherwise no plain file")
+
+
+@pytest.mark.parametrize("kind", [b"x", b"L", b"g", b"0"])
+def test_a_header_that_claims_all_memory(tmp_path, kind):
+    """20 GB that are there, though they take no disk."""
+    with (tmp_path / "evil.tar").open("wb") as stream:
+        stream.write(header("mine/manifest.json", 20 << 30, kind))
+        stream.truncate(20 << 30)
+    refused(tmp_path / "evil.tar", tmp_path, "is refused: .*(no plain file|manifest has 21474836480 bytes)")
+
+
+def test_a_plain_header_of_more_than_eight_gigabytes_is_read(tmp_path):
+    """Its size is then not written in octal digits."""
+    (tmp_path / "big.tar").write_bytes(header("mine/manifest.json", 9 << 30))
+    refused(tmp_path / "big.tar", tmp_path, f"its manifest has {9 << 30} bytes")
+
+
+@pytest.mark.parametrize("name", ["mine.old", "mine.tmp", "x.tar", "-x", "..", "a/b", "", "ü", "x" * 81])
+def test_a_name_that_means_something_else(exported, tmp_path, name):
+    with pytest.raises(PipelineError, match="is no name for a feature set: it takes 1 to 80 letters"):
+        archive.read(exported, tmp_path / "received", name)
+    if "/" not in name and name.strip("."):
+        (tmp_path / "sets" / "mine").rename(tmp_path / "sets" / name)
+        with pytest.raises(PipelineError, match="is no name for a feature set"):
+            archive.write(tmp_path / "sets" / name, tmp_path / "other.tar")
+    assert archive.read(exported, tmp_path / "received", "x" * 80).exists()
+
+
+def test_faults_of_an_archive_name_it_and_say_get_it_again(exported, tmp_path):
+    path = tmp_path / "forged"
+    write(tmp_path / "staging", path)
+    forge(path, shard=lambda h5, number: h5["prompt_class"].__setitem__(slice(None), 0))
+    archive.write(path, tmp_path / "forged.tar")
+    refused(tmp_path / "forged.tar", tmp_path, r"^\S*/forged.tar/shard-00000.h5 has \d rows without .*: get it again$")
+    rewrite(tmp_path / "evil.tar", with_manifest(exported, lambda said: said.update(rows=0)))
+    refused(tmp_path / "evil.tar", tmp_path, "manifest.json is not a manifest .*: get it again$")
+
+
+def test_names_of_members_cannot_write_to_the_terminal(exported, tmp_path):
+    for position in (1, 2):
+        parts = members(exported)
+        parts[position][0].name = "mine/\x1b[31m\n"
+        rewrite(tmp_path / "evil.tar", parts)
+        refused(tmp_path / "evil.tar", tmp_path, r"it holds mine/\\x1b\[31m\\n where its manifest says mine/")
+
+
+def test_a_set_that_appears_during_an_import_is_kept(exported, tmp_path):
+    target = tmp_path / "received" / "mine"
+
+    def appear(size):
+        if not target.exists():
+            write(tmp_path / "staging2", tmp_path / "elsewhere", timestep=7)
+            (tmp_path / "elsewhere").rename(target)
+
+    with pytest.raises(PipelineError, match="holds another feature set"):
+        archive.read(exported, tmp_path / "received", advance=appear)
+    assert json.loads((target / "manifest.json").read_text())["content"]["timestep"] == 7
+    assert [path.name for path in (tmp_path / "received").iterdir()] == ["mine"]
+
+
+def test_what_stands_in_the_way_of_an_import_is_kept(exported, tmp_path):
+    target = tmp_path / "received" / "mine"
+    target.parent.mkdir()
+    target.symlink_to(tmp_path / "nowhere")
+    for remove in (target.unlink, None):
+        with pytest.raises(PipelineError, match="is there and not whole .*: move it away"):
+            archive.read(exported, tmp_path / "received")
+        if remove:
+            remove()
+            target.mkdir()
+            (target / "notes").write_text("mine")
+    assert (target / "notes").read_text() == "mine"
+
+
+def test_two_exports_to_one_archive(exported, tmp_path):
+    before, tried = exported.read_bytes(), []
+
+    def another(size):
+        if not tried:
+            tried.append(size)
+            with pytest.raises(PipelineError, match="another process is writing .*mine.tar: wait until it has ended"):
+                archive.write(tmp_path / "sets" / "mine", exported)
+
+    exported.unlink()
+    archive.write(tmp_path / "sets" / "mine", exported, another)
+    assert tried and exported.read_bytes() == before
+    (tmp_path / "mine.tar.tmp").write_bytes(b"left by a killed process" * 10_000)
+    archive.write(tmp_path / "sets" / "mine", exported)
+    assert exported.read_bytes() == before and not (tmp_path / "mine.tar.tmp").exists()
+    with pytest.raises(PipelineError, match="nowhere/x.tar cannot be written .*: write it elsewhere, with -o"):
+        archive.write(tmp_path / "sets" / "mine", tmp_path / "nowhere" / "x.tar")
+
+
+def test_a_folder_by_any_path_is_exported_under_its_name(exported, tmp_path, monkeypatch):
+    before = exported.read_bytes()
+    for folder, path in ((tmp_path / "sets" / "mine", "./"), (tmp_path / "sets", "mine/../mine/")):
+        monkeypatch.chdir(folder)
+        archive.write(Path(path), exported)
+        assert exported.read_bytes() == before

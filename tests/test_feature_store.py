@@ -4,11 +4,18 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
+import threading
+import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
+import h5py
 import numpy as np
 import pytest
 
+from pipeline import provenance
 from pipeline.errors import PipelineError
 from pipeline.feature_store import (
     Basis,
@@ -57,6 +64,40 @@ def write(staging, target=None, shards=(0, 1, 2), redone=0, **changes):
     if target:
         writer.publish(target)
     return writer
+
+
+def forge(path, manifest=lambda said: None, shard=lambda h5, number: None, basis=lambda h5: None):
+    """Makes the set one of ill will: changed as these say, every checksum and the fingerprint right again."""
+    said = json.loads((path / "manifest.json").read_text())
+    manifest(said)
+    said["fingerprint"] = provenance.fingerprint(said["content"])
+    for key, entry in {"": said["basis"], **said["shards"]}.items():
+        file = path / entry["file"]
+        content = file.read_bytes()
+        file.unlink()  # it is linked with the staging folder's
+        file.write_bytes(content)
+        with h5py.File(file, "r+") as h5:
+            h5.attrs["fingerprint"] = said["fingerprint"]
+            if key:
+                shard(h5, int(key))
+                h5["crc32"][...] = Features(**{name: h5[name][...] for name in Features.__annotations__}).crc32()
+            else:
+                basis(h5)
+        entry |= {"bytes": file.stat().st_size, "sha256": provenance.file_sha256(file)}
+    (path / "manifest.json").unlink()
+    (path / "manifest.json").write_text(json.dumps(said))
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    root = tmp_path_factory.mktemp("original")
+    write(root / "staging", root / "set")
+    return root / "set"
+
+
+@pytest.fixture
+def copied(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "set")
 
 
 def test_rows_come_back_in_the_order_asked_for(tmp_path):
@@ -208,3 +249,207 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
         assert verification.faults(tmp_path / "set", full=True) == []
     finally:
         subprocess.run(["umount", small], check=True)
+
+
+def put(*path, value):
+    *parents, last = path
+
+    def change(said):
+        for key in parents:
+            said = said[key]
+        said[last] = value
+
+    return change
+
+
+def moved(to):
+    return lambda said: said["shards"].update({to: said["shards"].pop("2")})
+
+
+LAYERS = ("content", "layers")
+FORGED = {
+    "overlapping layers": put(*LAYERS, value={"a": [0, 3], "b": [2, 5]}),
+    "layers with a gap": put(*LAYERS, value={"a": [0, 2], "b": [3, 5]}),
+    "layers reversed": put(*LAYERS, value={"a": [5, 0]}),
+    "an empty layer": put(*LAYERS, value={"a": [0, 5], "b": [5, 5]}),
+    "layers not from 0": put(*LAYERS, value={"a": [1, 5]}),
+    "layers out of order": put(*LAYERS, value={"a": [2, 5], "b": [0, 2]}),
+    "no prompts": put("content", "prompts", value=[]),
+    "a prompt of no text": put("content", "prompts", value=[["a"], [], ["c"]]),
+    "no classes": put("content", "class_names", value=[]),
+    "other prompts per image": put("prompts_per_image", value=2),
+    "other negatives": put("content", "negatives", value=1),
+    "negatives by another word": put("content", "negatives", value="some"),
+    "no negatives": put("content", "negatives", value=0),
+    "shards 0, 1 and 7": moved("7"),
+    "shards 0, 1 and -1": moved("-1"),
+    "a shard beyond all": moved("3"),
+    "a shard beyond all by its name too": lambda said: said["shards"].update(
+        {"7": said["shards"].pop("2") | {"file": "shard-00007.h5", "rows": 0}}
+    ),
+    "one file as two shards": lambda said: said["shards"].update({"1": said["shards"]["0"]}),
+    "the basis as a shard": lambda said: said["shards"].update({"1": said["basis"]}),
+    "a shard as the basis": lambda said: said.update(basis=said["shards"]["0"]),
+    "a shard of other rows": put("shards", "2", "rows", value=4),
+    "rows beyond memory": put("rows", value=10**12),
+    "rows beyond numbers": lambda said: said.update(rows=10**30, rows_per_shard=10**30),
+    "bytes beyond numbers": put("shards", "2", "bytes", value=10**400),
+    "a backbone that is a text": put("provenance", "backbone", value="x"),
+    "no backbone": put("provenance", "backbone", value=None),
+    "a revision that is a number": put("provenance", "backbone", value={"revision": 5}),
+    "packages in a list": put("provenance", "packages", value=[1]),
+    "hardware of numbers": put("provenance", "hardware", value=[1]),
+    "no hardware": put("provenance", "hardware", value=None),
+    "more provenance": put("provenance", "author", value="x"),
+}
+
+
+@pytest.mark.parametrize("change", FORGED.values(), ids=FORGED.keys())
+def test_a_manifest_that_contradicts_itself(copied, change):
+    said = json.loads((copied / "manifest.json").read_text())
+    change(said)
+    said["fingerprint"] = provenance.fingerprint(said["content"])
+    (copied / "manifest.json").write_text(json.dumps(said))
+    with pytest.raises(PipelineError, match="is not a manifest") as caught:
+        FeatureSet(copied)
+    assert "\n" not in str(caught.value)
+    assert [str(fault) for fault in verification.faults(copied, full=False)] == [str(caught.value)]
+
+
+def test_a_manifest_comes_back_in_its_own_words(copied):
+    """What is checked is not changed: a set is imported with the bytes that it was exported with."""
+    said = put("provenance", value={"dataset": "d", "backbone": {"name": "b", "source": "s", "revision": None},
+        "feddifrc": "0", "commit": None, "python": "3", "packages": {"x": None}, "hardware": ["c"]})  # fmt: skip
+    forge(copied, said)
+    text = json.loads((copied / "manifest.json").read_text())
+    again = FeatureSet(copied).manifest.model_dump_json(indent=2)
+    assert again == json.dumps(text, indent=2, ensure_ascii=False)
+
+
+def only(faults):
+    (fault,) = faults
+    return str(fault)
+
+
+def test_a_basis_of_fewer_dimensions_than_the_manifest_says(copied):
+    def narrow(h5):
+        for name in ("layers/up_blocks.1/components", "layers/up_blocks.1/explained_variance", "mean", "std"):
+            values = h5[name][:-1]
+            del h5[name]
+            h5[name] = values
+
+    forge(copied, basis=narrow)
+    assert "basis.h5 has 4 dimensions of up_blocks.1, the manifest says 5" in only(verification.faults(copied, True))
+
+
+@pytest.mark.parametrize("positive", ["label", "first"])
+@pytest.mark.parametrize("prompts", [[2, 2, 2], [0, 0, 2]])
+def test_a_row_without_its_positive_prompt_or_with_it_twice(copied, positive, prompts):
+    def change(h5, number):
+        if number == 1:
+            h5["label"][3] = 0
+            h5["prompt_class"][3] = prompts
+
+    forge(copied, put("content", "positive", value=positive), change)
+    wrong = only(verification.faults(copied, full=False))
+    assert "shard-00001.h5 has 1 rows without their positive prompt once, the first 3" in wrong
+    opened = FeatureSet(copied)
+    assert len(opened.positive_prompts(opened.read(np.arange(7)))) == 7
+    with pytest.raises(PipelineError, match="sample 7 does not have its positive prompt once"):
+        opened.positive_prompts(opened.read(np.arange(10)))
+
+
+def test_labels_unlike_the_data_sets(copied):
+    labels = np.concatenate([features(range(start, stop)).label for start, stop in ((0, 4), (4, 8), (8, 10))])
+    opened = FeatureSet(copied)
+    opened.expect_labels(labels)
+    assert np.array_equal(opened.read(np.arange(ROWS)).label, labels)
+    labels[6] = (labels[6] + 1) % 3
+    opened.expect_labels(labels)
+    opened.read(np.array([5, 9]))
+    with pytest.raises(PipelineError, match="shard-00001.h5: sample 6 has label 2, in the data set 0"):
+        opened.read(np.array([9, 6, 5]))
+    with pytest.raises(PipelineError, match="holds 10 samples, the data set has 9"):
+        opened.expect_labels(labels[:9])
+
+
+@pytest.mark.parametrize("rows, per_shard, line", [
+    (2**31 - 1, PER_SHARD, "is incomplete \\(3 of 536870912 shards\\)"),
+    (2**31 - 1, 2**31 - 1, "does not have the layout of a shard"),
+])  # fmt: skip
+def test_as_many_rows_as_a_manifest_may_claim_take_no_memory(copied, rows, per_shard, line):
+    def claim(said):
+        said |= {"rows": rows, "rows_per_shard": per_shard}
+        if per_shard == rows:
+            said["shards"] = {"0": said["shards"]["0"] | {"rows": rows}}
+            for name in ("shard-00001.h5", "shard-00002.h5"):
+                (copied / name).unlink()
+        else:
+            said["shards"]["2"]["rows"] = per_shard
+
+    forge(copied, claim)
+    tracemalloc.start()
+    faults = verification.faults(copied, full=True)
+    assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    tracemalloc.stop()
+    with pytest.raises(PipelineError, match=line):
+        raise faults[0]
+
+
+def test_a_shard_in_anothers_place_and_samples_that_are_none(copied):
+    forge(copied, shard=lambda h5, number: h5["index"].__setitem__(slice(None), range(len(h5["index"]))))
+    with pytest.raises(PipelineError, match="shard-00001.h5: row 2 holds sample 2, not sample 6"):
+        FeatureSet(copied).read(np.array([6]))
+    with pytest.raises(PipelineError, match="holds samples 0 to 9, not -1"):
+        FeatureSet(copied).read(np.array([-1, 3]))
+    with pytest.raises(PipelineError, match="holds samples 0 to 9, not 10"):
+        FeatureSet(copied).read(np.array([3, 10, -1]))
+
+
+@pytest.fixture
+def no_longer_than_a_second():
+    def late(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 1)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "basis.h5", "shard-00000.h5"])
+def test_a_pipe_is_not_waited_for(copied, no_longer_than_a_second, name):
+    said = json.loads((copied / "manifest.json").read_text())
+    for entry in (said["basis"], said["shards"]["0"]):
+        entry["bytes"] = 0 if entry["file"] == name else entry["bytes"]
+    (copied / "manifest.json").write_text(json.dumps(said))
+    (copied / name).unlink()
+    os.mkfifo(copied / name)
+    assert f"{name} is not a plain file" in str(verification.faults(copied, full=True)[0])
+
+
+def test_ctrl_c_ends_a_verification_at_once(copied):
+    """A shard of 6 GB, all but its beginning a hole, takes seconds to hash."""
+    os.truncate(copied / "shard-00001.h5", 6 << 30)
+    said = json.loads((copied / "manifest.json").read_text())
+    said["shards"]["1"]["bytes"] = 6 << 30
+    (copied / "manifest.json").write_text(json.dumps(said))
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    started = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        verification.faults(copied, full=True)
+    assert time.perf_counter() - started < 1.5
+
+
+def test_a_verification_takes_shard_after_shard(original, monkeypatch):
+    """Not the whole set by one check, and once more by the other; the pool works in the order in which it is asked."""
+    asked, real = [], ThreadPoolExecutor.submit
+
+    def noted(pool, check, shard):
+        asked.append(shard)
+        return real(pool, check, shard)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", noted)
+    assert verification.faults(original, full=True) == []
+    assert asked == [0, 0, 1, 1, 2, 2]

@@ -1,15 +1,16 @@
 """`pipeline features`: sets listed, shown, verified and compared, as a user sees them."""
 
 import json
+import os
 import shutil
 
 import h5py
 import numpy as np
 import pytest
 
-from pipeline.feature_store import FeatureSet, comparison
+from pipeline.feature_store import FeatureSet, FileEntry, comparison, listing
 from tests.conftest import invoke, write_params
-from tests.test_feature_store import D, P, features, open_writer, write
+from tests.test_feature_store import D, P, features, forge, open_writer, put, write
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_verify_looks_into_rows_whose_checksums_are_right(root):
     rewritten(root, "labels", other_label)
     rewritten(root, "shifted", other_rows)
     assert "features are not finite" in run(root, "verify", "--full", "infinite", code=1)
-    assert "label goes beyond 0 to 2" in run(root, "verify", "labels", code=1)
+    assert "has a label beyond 0 to 2" in run(root, "verify", "labels", code=1)
     assert "does not hold samples 4 to 7 in order" in run(root, "verify", "shifted", code=1)
 
 
@@ -164,4 +165,151 @@ def test_export_and_import(root, tmp_path_factory):
         str(other / "data" / "features" / "one") in output and "params.yaml trains from digits-tiny-sd-t300" in output
     )
     assert "one: every byte" in run(other, "verify", "--full")
+    used = ("import", str(root / "one.tar"), "--as", "digits-tiny-sd-t300")
+    assert "dvc" not in run(other, *used)
+    (other / "dvc.yaml").touch()
+    assert "the next `dvc repro` deletes it: `dvc commit -f extract-features` first" in run(other, *used)
     assert "missing.tar is missing" in run(other, "import", "missing.tar", code=1)
+
+
+def contents(folder):
+    return {path: path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")]}
+
+
+def test_list_changes_and_hashes_nothing(root):
+    """A staging folder may be in the making, or be cleared away just now: its basis is not read, no folder is made."""
+    staging = root / ".pipeline" / "staging" / "next"
+    write(staging, shards=[0, 1], timestep=7)
+    shutil.rmtree(staging / "locks")
+    damage(staging / "basis.h5")  # its size is right
+    before = contents(root)
+    assert "next: 2 of 3 shards" in run(root, "list")
+    assert contents(root) == before
+    os.truncate(staging / "shard-00001.h5", 5)
+    assert "next: 1 of 3 shards" in run(root, "list")
+    for broken in ("{", '{"content": {}}', (staging / "plan.json").read_text().replace('"rows": 10', '"rows": 0')):
+        (staging / "plan.json").write_text(broken)
+        assert "next" not in run(root, "list")
+
+
+def test_list_of_many_shards_of_which_one_is_missing(root, monkeypatch):
+    """Entries are compared once each, not each with all: a set may have thousands."""
+    path = root / "data" / "features" / "one"
+    said = json.loads((path / "manifest.json").read_text())
+    entry = said["shards"]["2"] | {"bytes": 0, "rows": 1}
+    said |= {"rows": 100, "rows_per_shard": 1}
+    said["shards"] = {str(n): entry | {"file": f"shard-{n:05d}.h5"} for n in range(100)}
+    (path / "manifest.json").write_text(json.dumps(said))
+    for n in range(1, 100):
+        (path / f"shard-{n:05d}.h5").unlink(missing_ok=True)
+        (path / f"shard-{n:05d}.h5").touch()
+    (path / "shard-00000.h5").unlink()
+    compared, real = [], FileEntry.__eq__
+    monkeypatch.setattr(FileEntry, "__eq__", lambda one, other: compared.append(one) or real(one, other))
+    (found,) = listing.finished(path.parent)
+    assert found.state == "99 of 100 shards here: `dvc pull` the others"
+    assert len(compared) <= 100
+
+
+def test_a_set_without_its_basis(root):
+    (root / "data" / "features" / "one" / "basis.h5").unlink()
+    assert "one: basis.h5 is missing: `dvc pull` it" in run(root, "list")
+    assert "basis.h5 is missing: `dvc pull` it, or run" in run(root, "verify", code=1)
+
+
+def test_one_broken_set_hides_no_other(root):
+    sets = root / "data" / "features"
+    shutil.copytree(sets / "one", sets / "two")
+    said = json.loads((sets / "two" / "manifest.json").read_text())
+    (sets / "two" / "manifest.json").write_text(json.dumps(said | {"provenance": {"backbone": "x"}}))
+    listed = run(root, "list")
+    assert "one: complete" in listed and "two: broken: " in listed and "(provenance.backbone: " in listed
+    assert "provenance.backbone" in run(root, "show", "two", code=1)
+
+
+def test_what_a_killed_process_left_is_listed_and_not_verified(root):
+    sets = root / "data" / "features"
+    (sets / "big.tmp").mkdir()
+    shutil.copytree(sets / "one", sets / "two.old")
+    assert run(root, "verify").splitlines() == ["one: whole (its bytes were not read: --full)"]
+    listed = run(root, "list")
+    assert "one: complete" in listed and "big.tmp: is being put together, or was when its process was killed" in listed
+    assert "two.old: stood in the place of two when a process that replaced it was killed: rename it if" in listed
+    assert {one["name"] for one in json.loads(run(root, "list", "--json"))} == {"one", "big.tmp", "two.old"}
+
+
+HOSTILE = "\x1b]0;pwn\x07\x1b[31mdigits\nfingerprint   0000 verified \u202e\x9b2J"
+
+
+def test_no_text_of_a_manifest_moves_the_terminal(root):
+    path = root / "data" / "features" / "one"
+    shutil.copytree(path, path.with_name("good"))
+
+    def change(said):
+        said["provenance"] = {"dataset": HOSTILE, "packages": {HOSTILE: HOSTILE}, "hardware": [HOSTILE],
+            "backbone": {"name": HOSTILE, "source": HOSTILE, "revision": HOSTILE}}  # fmt: skip
+        said["content"] |= {"class_names": [HOSTILE] * 3, "denoise_prompt": HOSTILE, "layers": {HOSTILE: [0, D]}}
+        said["content"] |= {"prompts": [[HOSTILE]] * 3, "dataset_hash": HOSTILE, "dtype": HOSTILE}
+
+    forge(path, change, basis=lambda h5: h5.move("layers/up_blocks.1", f"layers/{HOSTILE}"))
+    run(root, "export", "one", "-o", str(root / "one.tar"))
+    lines = len(run(root, "show", "good").splitlines())
+    commands = (["list"], ["show", "one"], ["show", str(root / "one.tar")], ["verify", "one"], ["diff", "good", "one"],
+        ["show", "--json", "one"], ["diff", "--json", "good", "one"])  # fmt: skip
+    for command in commands:
+        output = run(root, *command)
+        assert all(one.isprintable() for one in output.replace("\n", "")), command
+        if command[0] == "show" and "--json" not in command:
+            assert len(output.splitlines()) == lines and "\\x1b]0;pwn\\x07" in output
+    assert json.loads(run(root, "show", "--json", "one"))["provenance"]["dataset"] == HOSTILE
+    damage(path / "basis.h5")
+    said = json.loads((path / "manifest.json").read_text())
+    for change in (
+        {HOSTILE: 1},
+        {"content": said["content"] | {"layers": {HOSTILE: [1, D]}}},
+        {"shards": {HOSTILE: 1}},
+    ):
+        (path / "manifest.json").write_text(json.dumps(said | change))
+        for output in (run(root, "list"), run(root, "show", "one", code=1)):
+            assert all(one.isprintable() for one in output.replace("\n", "")), output
+
+
+def test_diff_says_why_it_compares_no_numbers(root):
+    sets = root / "data" / "features"
+    run(root, "export", "one", "-o", str(root / "one.tar"))
+    tar = run(root, "diff", "one", str(root / "one.tar")).splitlines()
+    assert tar == [
+        "the same features by fingerprint",
+        "the numbers are not compared: an archive's are read only when it is imported",
+    ]
+    shutil.copytree(sets / "one", sets / "two")
+    forge(sets / "two", put("content", "layers", value={"a": [0, 2], "b": [2, D]}), basis=lambda h5: None)
+    shown = run(root, "diff", "one", "two")
+    assert "the numbers are not compared: the sets have other numbers of images, layers, dimensions or pro" in shown
+    parsed = json.loads(run(root, "diff", "one", "two", "--json"))
+    assert parsed["numbers"] == [] and parsed["numbers_not_compared"].startswith("the sets have other")
+    assert json.loads(run(root, "diff", "one", "one", "--json"))["numbers_not_compared"] is None
+
+
+def test_a_file_or_folder_that_is_no_set(root, monkeypatch):
+    run(root, "export", "one", "-o", str(root / "k.tar"))
+    monkeypatch.chdir(root)
+    assert "k.tar is a file, not a set's folder: `pipeline features import k.tar`" in run(
+        root, "verify", "k.tar", code=1
+    )
+    assert "two is no feature set; there are: one" in run(root, "verify", "two", code=1)
+    assert "other/two is no feature set's folder" in run(root, "verify", "other/two", code=1)
+
+
+def test_export_of_the_folder_one_is_in(root, monkeypatch):
+    path = root / "data" / "features" / "one"
+    (path / "note").symlink_to("nowhere")
+    monkeypatch.chdir(path)
+    assert run(root, "export", "./").strip() == "one.tar"
+    (path / "note").unlink()
+    shutil.move(path / "one.tar", root)
+    assert "one" in run(root, "import", str(root / "one.tar"))
+    monkeypatch.chdir(root)
+    shutil.copytree(path, root / "one.old")
+    assert "'one.old' is no name for a feature set" in run(root, "export", "./one.old", code=1)
+    assert "is no name for a feature set" in run(root, "import", str(root / "one.tar"), "--as", "one.old", code=1)

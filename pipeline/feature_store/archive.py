@@ -2,11 +2,15 @@
 
 An archive that is imported is taken for hostile. Nothing is unpacked by name: members must come as the manifest says,
 plain files in one folder, each of the size and SHA-256 that the manifest gives, and are written under names of our own
-beside the set's place; the set takes its place only after the whole of it was verified.
+beside the set's place; the set takes its place only after the whole of it was verified. Of the tar format we read the
+header that we write, a block of 512 bytes, by the standard library; none of its extensions (long names, pax records,
+sparse files), which read before they are asked.
 """
 
 import contextlib
+import fcntl
 import hashlib
+import os
 import re
 import shutil
 import tarfile
@@ -18,11 +22,13 @@ from pipeline import atomic
 from pipeline.errors import PipelineError
 from pipeline.feature_store import verification
 from pipeline.feature_store.reader import FeatureSet, parse_manifest, read_manifest
-from pipeline.feature_store.schema import FileEntry, Manifest
+from pipeline.feature_store.schema import Fault, FileEntry, Manifest
+from pipeline.text import printable, size
 
 _BLOCK = 1 << 20
 _LARGEST_MANIFEST = 64 << 20  # bytes; that of a million-image set has a tenth of it
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{,79}")  # no dots: "x.tmp", "x.old" and "x.tar" mean something else
+_ELSEWHERE = "move it away, or import under another name with --as"
 
 Advance = Callable[[int], object]
 
@@ -36,14 +42,16 @@ def write(path: Path, archive: Path, advance: Advance = lambda size: None) -> No
         advance: is told the bytes of every part that is done.
 
     Raises:
-        PipelineError: the set is incomplete or corrupt, or the disk is full.
+        PipelineError: the set is incomplete or corrupt, its name is not one for a set, another process writes the
+            archive, or the disk is full.
     """
+    name = _checked_name(Path(os.path.abspath(path)).name)
     manifest = FeatureSet(path).manifest
-    with atomic.whole_or_not_at_all(archive) as temporary:
+    with _alone(archive), atomic.whole_or_not_at_all(archive) as temporary:
         with temporary.open("wb") as stream, tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar:
-            _add(tar, f"{path.name}/manifest.json", path / "manifest.json", None, advance)
+            _add(tar, f"{name}/manifest.json", path / "manifest.json", None, advance)
             for entry in manifest.files:
-                _add(tar, f"{path.name}/{entry.file}", path / entry.file, entry, advance)
+                _add(tar, f"{name}/{entry.file}", path / entry.file, entry, advance)
         atomic.sync(temporary)
 
 
@@ -58,25 +66,23 @@ def read(archive: Path, sets: Path, name: str | None = None, advance: Advance = 
             there; the disk is full. Nothing is left behind then.
     """
     with _opened(archive) as tar:
-        members = iter(tar)
-        own_name, manifest = _read_manifest(archive, tar, members)
-        name = name or own_name
-        if not _NAME.fullmatch(name):
-            raise PipelineError(f"{name!r} is no good name for a feature set: letters, digits, _ . and - only")
-        target = sets / name
-        if target.exists():
-            return _already_there(target, manifest)
+        own_name, manifest = tar.manifest()
+        target = sets / _checked_name(own_name if name is None else name)
+        if os.path.lexists(target):
+            _require_same(target, manifest)
+            return target
         sets.mkdir(parents=True, exist_ok=True)
         _check_room(sets, manifest)
         with atomic.folder_in_place_of(target) as incoming:
             for entry in manifest.files:
-                _unpack(archive, tar, next(members, None), f"{own_name}/{entry.file}", entry, incoming, advance)
-            if (extra := next(members, None)) is not None:
-                raise _hostile(archive, f"it holds {extra.name!r}, which its manifest does not name")
+                tar.unpack(f"{own_name}/{entry.file}", entry, incoming / entry.file, advance)
+            tar.end()
             (incoming / "manifest.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
             atomic.sync(incoming / "manifest.json")
-            if wrong := verification.faults(incoming, full=True):
-                raise PipelineError(f"{archive} holds a set that is not whole: {wrong[0]}")
+            for fault in verification.faults(incoming, full=True):
+                raise PipelineError(f"{_what(fault).replace(str(incoming), str(archive))}: get it again")
+            if os.path.lexists(target):  # it appeared meanwhile
+                _require_same(target, manifest)
     return target
 
 
@@ -87,7 +93,37 @@ def manifest_of(archive: Path) -> Manifest:
         PipelineError: the archive holds none.
     """
     with _opened(archive) as tar:
-        return _read_manifest(archive, tar, iter(tar))[1]
+        return tar.manifest()[1]
+
+
+def _checked_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise PipelineError(
+            f"{name!r} is no name for a feature set: it takes 1 to 80 letters, digits, _ and -, the first a letter or "
+            "digit; --as gives another to what is imported, renaming its folder to what is exported"
+        )
+    return name
+
+
+@contextlib.contextmanager
+def _alone(archive: Path) -> Iterator[None]:
+    """Holds the archive's temporary file; another process that writes the same archive is refused."""
+    temporary = archive.with_name(f"{archive.name}.tmp")
+    try:
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise PipelineError(f"{archive} cannot be written ({error.strerror}): write it elsewhere, with -o") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = os.path.samestat(os.fstat(handle), temporary.stat())  # else it was finished and renamed meanwhile
+        except (BlockingIOError, FileNotFoundError):
+            ours = False
+        if not ours:
+            raise PipelineError(f"another process is writing {archive}: wait until it has ended")
+        yield
+    finally:
+        os.close(handle)
 
 
 def _add(tar: tarfile.TarFile, name: str, file: Path, entry: FileEntry | None, advance: Advance) -> None:
@@ -117,86 +153,114 @@ class _Hashing:
 
 
 @contextlib.contextmanager
-def _opened(archive: Path) -> Iterator[tarfile.TarFile]:
+def _opened(archive: Path) -> Iterator["_Archive"]:
     try:
-        with tarfile.open(archive, mode="r|") as tar:  # in order, uncompressed: nothing can unfold to more than it is
-            yield tar
+        stream = archive.open("rb")
     except FileNotFoundError:
         raise PipelineError(f"{archive} is missing") from None
-    except (tarfile.TarError, EOFError, IsADirectoryError) as error:
-        raise PipelineError(
-            f"{archive} is no whole tar of `pipeline features export` ({error}): get it again"
-        ) from None
+    except OSError as error:
+        raise PipelineError(f"{archive} cannot be read ({error.strerror}): get it again") from None
+    with stream:
+        yield _Archive(archive, stream)
 
 
-def _read_manifest(archive: Path, tar: tarfile.TarFile, members: Iterator[tarfile.TarInfo]) -> tuple[str, Manifest]:
-    """The name of the archive's folder, and its manifest, which must come first."""
-    first = next(members, None)
-    folder, _, file = first.name.partition("/") if first else ("", "", "")
-    if not first or file != "manifest.json" or not _NAME.fullmatch(folder):
-        raise PipelineError(f"{archive} is not a tar of `pipeline features export`: its manifest does not come first")
-    _check_plain(archive, first)
-    if first.size > _LARGEST_MANIFEST:
-        raise _hostile(archive, f"its manifest has {first.size} bytes")
-    return folder, parse_manifest(_content(archive, tar, first).read(), Path(f"{archive}:{first.name}"))
+class _Archive:
+    """A tar, read once from its beginning; uncompressed, so that nothing can unfold to more than it is."""
 
+    def __init__(self, path: Path, stream: IO[bytes]) -> None:
+        self._path, self._stream = path, stream
 
-def _unpack(
-    archive: Path,
-    tar: tarfile.TarFile,
-    member: tarfile.TarInfo | None,
-    name: str,
-    entry: FileEntry,
-    folder: Path,
-    advance: Advance,
-) -> None:
-    """One file, checked against its entry."""
-    if member is None:
-        raise PipelineError(f"{archive} is cut short: {name} is missing; get it again")
-    if member.name != name:
-        raise _hostile(archive, f"it holds {member.name!r} where its manifest says {name}")
-    _check_plain(archive, member)
-    if member.size != entry.bytes:
-        raise PipelineError(f"{archive}: {name} has {member.size} bytes, its manifest says {entry.bytes}")
-    source = _content(archive, tar, member)
-    digest = hashlib.sha256()
-    with (folder / entry.file).open("wb") as stream:
-        while block := source.read(_BLOCK):
-            digest.update(block)
-            stream.write(block)
-            advance(len(block))
-    if digest.hexdigest() != entry.sha256:
-        raise PipelineError(f"{archive}: {name} is corrupt (SHA-256 differs from its manifest): get it again")
-    atomic.sync(folder / entry.file)
+    def manifest(self) -> tuple[str, Manifest]:
+        """The name of the archive's folder, and its manifest, which must come first."""
+        member = self._next()
+        folder, _, file = member.name.partition("/") if member else ("", "", "")
+        if not member or file != "manifest.json" or not _NAME.fullmatch(folder):
+            raise PipelineError(
+                f"{self._path} is not a tar of `pipeline features export`: its manifest does not come first"
+            )
+        if member.size > _LARGEST_MANIFEST:
+            raise self._hostile(f"its manifest has {member.size} bytes")
+        try:
+            return folder, parse_manifest(b"".join(self._content(member)), self._path / member.name)
+        except Fault as fault:
+            raise PipelineError(f"{fault.what}: get it again") from None
 
+    def unpack(self, name: str, entry: FileEntry, file: Path, advance: Advance) -> None:
+        """Writes the next member, which must be that of `name`, to `file`, checked against its entry."""
+        member = self._next()
+        if member is None:
+            raise self._cut_short(name)
+        if member.name != name:
+            raise self._hostile(f"it holds {printable(member.name)} where its manifest says {name}")
+        if member.size != entry.bytes:
+            raise PipelineError(f"{self._path}: {name} has {member.size} bytes, its manifest says {entry.bytes}")
+        digest = hashlib.sha256()
+        with file.open("wb") as stream:
+            for block in self._content(member):
+                digest.update(block)
+                stream.write(block)
+                advance(len(block))
+        if digest.hexdigest() != entry.sha256:
+            raise PipelineError(f"{self._path}: {name} is corrupt (SHA-256 differs from its manifest): get it again")
+        atomic.sync(file)
 
-def _content(archive: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
-    stream = tar.extractfile(member)
-    if stream is None:
-        raise _hostile(archive, f"{member.name} is no plain file")
-    return stream
+    def end(self) -> None:
+        """Nothing may come any more."""
+        if (extra := self._next()) is not None:
+            raise self._hostile(f"it holds {printable(extra.name)}, which its manifest does not name")
 
+    def _next(self) -> tarfile.TarInfo | None:
+        """The next member's header; None at the end, which is a block of zeros."""
+        block = self._stream.read(tarfile.BLOCKSIZE)
+        if not block.strip(b"\0"):
+            return None
+        try:
+            member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            raise PipelineError(
+                f"{self._path} is no whole tar of `pipeline features export` ({error}): get it again"
+            ) from None
+        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.size < 0:
+            raise self._hostile(f"{printable(member.name)} is a link, a device or otherwise no plain file")
+        return member
 
-def _check_plain(archive: Path, member: tarfile.TarInfo) -> None:
-    if not member.isreg() or member.issparse():
-        raise _hostile(archive, f"{member.name} is a link, a device or otherwise no plain file")
+    def _content(self, member: tarfile.TarInfo) -> Iterator[bytes]:
+        left = member.size
+        while left:
+            block = self._stream.read(min(_BLOCK, left))
+            if not block:
+                raise self._cut_short(member.name)
+            left -= len(block)
+            yield block
+        self._stream.read(-member.size % tarfile.BLOCKSIZE)
+
+    def _cut_short(self, name: str) -> PipelineError:
+        return PipelineError(f"{self._path} is cut short in or before {name}: get it again")
+
+    def _hostile(self, what: str) -> PipelineError:
+        return PipelineError(
+            f"{self._path} is refused: {what}. `pipeline features export` does not write such archives"
+        )
 
 
 def _check_room(sets: Path, manifest: Manifest) -> None:
     needed, free = sum(entry.bytes for entry in manifest.files), shutil.disk_usage(sets).free
     if needed > free:
-        raise PipelineError(f"the set needs {needed / 1e9:.2f} GB, {sets} has room for {free / 1e9:.2f}: make room")
+        raise PipelineError(f"the set needs {size(needed)}, {sets} has room for {size(free)}: make room")
 
 
-def _already_there(target: Path, manifest: Manifest) -> Path:
-    found = read_manifest(target)
-    if found.fingerprint == manifest.fingerprint and not verification.faults(target, full=False):
-        return target
-    raise PipelineError(
-        f"{target} holds another feature set ({found.fingerprint[:12]}, the archive's is {manifest.fingerprint[:12]}) "
-        "or is damaged: move it away, or import under another name with --as"
-    )
+def _require_same(target: Path, manifest: Manifest) -> None:
+    """Passes over a whole set of the same fingerprint; refuses all else that may stand there."""
+    for error in verification.faults(target, full=False):
+        raise PipelineError(f"{target} is there and not whole ({_what(error)}): {_ELSEWHERE}")
+    found = read_manifest(target).fingerprint
+    if found != manifest.fingerprint:
+        theirs = manifest.fingerprint[:12]
+        raise PipelineError(
+            f"{target} holds another feature set ({found[:12]}, the archive's is {theirs}): {_ELSEWHERE}"
+        )
 
 
-def _hostile(archive: Path, what: str) -> PipelineError:
-    return PipelineError(f"{archive} is refused: {what}. `pipeline features export` does not write such archives")
+def _what(error: PipelineError) -> str:
+    """What is wrong, without a remedy that is none here."""
+    return error.what if isinstance(error, Fault) else str(error)

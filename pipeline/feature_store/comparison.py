@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import dotted
-from pipeline.errors import PipelineError
 from pipeline.feature_store.reader import FeatureSet
 from pipeline.feature_store.schema import Manifest
 
@@ -41,16 +40,19 @@ def settings(first: Manifest, second: Manifest) -> list[Difference]:
     ]
 
 
+def incomparable(first: Manifest, second: Manifest) -> str | None:
+    """Why the numbers of two sets cannot be compared one by one; None if they can."""
+    shapes = [(m.rows, m.content.layers, m.prompts_per_image) for m in (first, second)]
+    return None if shapes[0] == shapes[1] else "the sets have other numbers of images, layers, dimensions or prompts"
+
+
 def numbers(first: Path, second: Path) -> list[NumberDifference]:
-    """How far the features of two sets of the same images, layers and prompts lie apart.
+    """How far the features of two sets lie apart that are not `incomparable`.
 
     Raises:
-        PipelineError: a set is damaged, or the two have other rows or columns.
+        PipelineError: a set is damaged.
     """
     sets = [FeatureSet(first), FeatureSet(second)]
-    shapes = [(s.manifest.rows, s.manifest.content.layers, s.manifest.prompts_per_image) for s in sets]
-    if shapes[0] != shapes[1]:
-        raise PipelineError("the sets have other images, layers or prompts: their numbers cannot be compared")
     layers = sets[0].manifest.content.layers
     sums = {(kind, layer): np.zeros(4) for kind in ("denoised", "prompted") for layer in layers}
     for start in range(0, sets[0].manifest.rows, 1024):

@@ -1,15 +1,20 @@
 """What feature sets a project has: finished ones, those in the making, and broken ones among them."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import PipelineError
-from pipeline.feature_store.reader import FeatureSet, read_manifest
-from pipeline.feature_store.schema import Content, Plan
-from pipeline.feature_store.writer import DELIVERED, PLAN, FeatureSetWriter
+from pipeline.feature_store.reader import read_manifest
+from pipeline.feature_store.schema import FileEntry, Manifest, Plan
+from pipeline.feature_store.writer import DELIVERED, PLAN, count_finished
+
+_LEFT_OVER = {
+    ".tmp": "is being put together, or was when its process was killed: delete it if none is running",
+    ".old": "stood in the place of {0} when a process that replaced it was killed: rename it if {0} is gone, else "
+    "delete it",
+}
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,20 @@ class Summary:
     fingerprint: str | None = None
 
 
+def folders(sets: Path) -> list[Path]:
+    """The folders of finished sets in `sets`, by name; not those of a set that is being put together or replaced."""
+    return [path for path in sorted(sets.glob("*/")) if path.suffix not in _LEFT_OVER]
+
+
 def finished(sets: Path) -> list[Summary]:
     """The sets in the folder `sets`, by name."""
-    folders = sorted(path for path in sets.glob("*") if path.is_dir() and path.suffix not in (".tmp", ".old"))
-    return [_summarise(path) for path in folders]
+    return [_summarise(path) for path in folders(sets)]
+
+
+def left_over(sets: Path) -> list[Summary]:
+    """What stands in `sets` beside the sets while one is put together, and stays if that is killed."""
+    found = [path for path in sorted(sets.glob("*/")) if path.suffix in _LEFT_OVER]
+    return [Summary(path.name, str(path), _LEFT_OVER[path.suffix].format(path.stem)) for path in found]
 
 
 def in_the_making(staging: Path) -> list[Summary]:
@@ -43,13 +58,11 @@ def in_the_making(staging: Path) -> list[Summary]:
         if (path / DELIVERED).exists():
             continue
         try:
-            values = json.loads((path / PLAN).read_text(encoding="utf-8"))
-            plan = Plan(**values | {"content": Content.model_validate(values["content"])})
-            writer = FeatureSetWriter(path, plan, "")
-        except (OSError, ValueError, TypeError, KeyError, ValidationError):
-            continue  # another program's, or of an earlier version: extraction does not read it either
-        done = plan.num_shards - len(writer.missing_shards)
-        size = sum(file.stat().st_size for file in path.glob("*.h5"))
+            plan = TypeAdapter(Plan).validate_json((path / PLAN).read_bytes())
+            done = count_finished(path, plan)
+            size = sum(file.stat().st_size for file in path.glob("*.h5"))
+        except (OSError, ValidationError):
+            continue  # another program's, or of an earlier version: extraction does not read it either; or just gone
         state = f"{done} of {plan.num_shards} shards: run `pipeline extract-features` with the same settings"
         found.append(_describe(path.name, path, state, plan, size))
     return found
@@ -60,18 +73,23 @@ def _summarise(path: Path) -> Summary:
         manifest = read_manifest(path)
     except PipelineError as error:
         return Summary(path.name, str(path), f"broken: {error}")
-    try:
-        FeatureSet(path)
-        state = "complete"
-    except PipelineError as error:
-        here = [entry for entry in manifest.shards.values() if not entry.size_difference(path)]
-        partly = f"{len(here)} of {manifest.num_shards} shards here: `dvc pull` the others"
-        missing_only = all(
-            not (path / entry.file).exists() or entry in here for entry in manifest.shards.values()
-        ) and not manifest.basis.size_difference(path)
-        state = partly if missing_only else f"broken: {error}"
-    size = sum((path / e.file).stat().st_size for e in manifest.files if (path / e.file).exists())
-    return _describe(path.name, path, state, manifest.plan, size)
+    here = [entry for entry in manifest.files if (path / entry.file).exists()]
+    size = sum((path / entry.file).stat().st_size for entry in here)
+    return _describe(path.name, path, _state(path, manifest, here), manifest.plan, size)
+
+
+def _state(path: Path, manifest: Manifest, here: list[FileEntry]) -> str:
+    """Of a set's files by their sizes: complete, here in part as after a `dvc pull` of some, or broken."""
+    have, want = len(manifest.shards), manifest.num_shards
+    if have != want:
+        return f"broken: its manifest has {have} of {want} shards: run `pipeline extract-features`"
+    if wrong := next(filter(None, (entry.size_fault(path) for entry in here)), None):
+        return f"broken: {wrong}"
+    if len(here) == want + 1:
+        return "complete"
+    if manifest.basis not in here:
+        return "basis.h5 is missing: `dvc pull` it"
+    return f"{len(here) - 1} of {want} shards here: `dvc pull` the others"
 
 
 def _describe(name: str, path: Path, state: str, plan: Plan, size: int) -> Summary:

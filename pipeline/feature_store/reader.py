@@ -13,20 +13,22 @@ from pydantic import BaseModel, StrictInt, ValidationError
 from pipeline import atomic
 from pipeline.errors import PipelineError
 from pipeline.feature_store.schema import (
-    EXTRACT_AGAIN,
     FIELDS,
     FORMAT_VERSION,
     Basis,
+    Fault,
     Features,
     FileEntry,
     LayerBasis,
     Manifest,
-    positive_columns,
+    positive_matches,
 )
 from pipeline.hdf5 import plain_dataset
+from pipeline.text import printable
 
 _BLOCK = 256  # rows copied and checked at a time: they stay in the processor's cache between the two
 _LISTED = 8  # missing shards named one by one
+_LONGEST = 200  # characters of what a file says of itself, in an error
 _MALFORMED = (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError)  # what h5py raises
 _PARALLEL = 4  # threads of a long reading; copying and checksums let go of the interpreter
 
@@ -56,17 +58,31 @@ class FeatureSet:
         self.manifest = read_manifest(path)
         self._maps: dict[int, dict[str, np.ndarray]] = {}
         self._absent: dict[int, FileEntry] = {}
+        self._labels: np.ndarray | None = None
         if unchecked:
             return
         have, want = len(self.manifest.shards), self.manifest.num_shards
         if have != want:
-            raise PipelineError(f"{path} is incomplete ({have} of {want} shards): run `pipeline extract-features`")
+            raise Fault(f"{path} is incomplete ({have} of {want} shards)", "run `pipeline extract-features`")
         if partial:
             shards = self.manifest.shards.items()
             self._absent = {shard: entry for shard, entry in shards if not (path / entry.file).exists()}
         for entry in self._entries():
-            if problem := entry.size_difference(path):
-                raise PipelineError(f"{problem}: {EXTRACT_AGAIN}")
+            if wrong := entry.size_fault(path):
+                raise wrong
+
+    def expect_labels(self, labels: np.ndarray) -> None:
+        """Refuses from now on to read rows whose labels are not these: a set's maker may have written any.
+
+        Args:
+            labels: int64 (rows,), the data set's, of the whole training split.
+
+        Raises:
+            PipelineError: there are more or fewer than the set has rows.
+        """
+        if len(labels) != self.manifest.rows:
+            raise PipelineError(f"{self.path} holds {self.manifest.rows} samples, the data set has {len(labels)}")
+        self._labels = labels
 
     def require(self, index: np.ndarray) -> None:
         """Checks that the shards of these samples are here.
@@ -92,8 +108,10 @@ class FeatureSet:
         """The PCA basis and the statistics beside it."""
         content = self.manifest.content
         basis = read_basis(self.path, self.manifest.basis, self.manifest.fingerprint, list(content.layers))
-        if any(len(basis.layers[name].components) != stop - start for name, (start, stop) in content.layers.items()):
-            raise PipelineError(f"{self.path / self.manifest.basis.file} does not fit the manifest: {EXTRACT_AGAIN}")
+        for name, (start, stop) in content.layers.items():
+            if (count := len(basis.layers[name].components)) != stop - start:
+                file = self.path / self.manifest.basis.file
+                raise Fault(f"{file} has {count} dimensions of {name}, the manifest says {stop - start}")
         return basis
 
     def read(self, index: np.ndarray) -> Features:
@@ -103,16 +121,16 @@ class FeatureSet:
             index: int64 (n,), positions in the training split.
 
         Raises:
-            PipelineError: a sample is not in the set, or a row's bytes are not what was written.
+            PipelineError: a sample is not in the set, or a row's bytes are not what was written, or its label is not
+                the one that is expected.
         """
         index = np.asarray(index, np.int64)
-        if len(index) and (index.min() < 0 or index.max() >= self.manifest.rows):
-            raise PipelineError(f"{self.path} holds samples 0 to {self.manifest.rows - 1}, not {index.max()}")
+        if len(beyond := index[(index < 0) | (index >= self.manifest.rows)]):
+            raise PipelineError(f"{self.path} holds samples 0 to {self.manifest.rows - 1}, not {beyond[0]}")
         shard_of = index // self.manifest.rows_per_shard
         for shard in np.unique(shard_of):
             self.open_shard(int(shard))  # before memory is taken for the rows: a manifest may say anything
-        n, p, d = len(index), self.manifest.prompts_per_image, self.manifest.content.num_dims
-        shapes = {"index": (n,), "label": (n,), "denoised": (n, d), "prompted": (n, p, d), "prompt_class": (n, p)}
+        shapes = self._shapes(len(index))
         rows = Features(**{name: np.empty(shapes[name], dtype) for name, dtype in FIELDS.items()})
         parts = [
             (int(shard), places)
@@ -129,8 +147,15 @@ class FeatureSet:
         return rows
 
     def positive_prompts(self, rows: Features) -> np.ndarray:
-        """Which of its P prompts matches each image: int64 (n,), columns of `rows.prompted`."""
-        return positive_columns(self.manifest.content.positive, rows.prompt_class, rows.label)
+        """Which of its P prompts matches each image: int64 (n,), columns of `rows.prompted`.
+
+        Raises:
+            PipelineError: an image has no such prompt, or has it twice.
+        """
+        matching = positive_matches(self.manifest.content.positive, rows.prompt_class, rows.label)
+        if len(wrong := np.flatnonzero(matching.sum(1) != 1)):
+            raise Fault(f"{self.path}: sample {rows.index[wrong[0]]} does not have its positive prompt once")
+        return matching.argmax(1)
 
     def verify_files(self) -> None:
         """Compares every file with its checksum in the manifest.
@@ -139,8 +164,8 @@ class FeatureSet:
             PipelineError: names the first file that is not what was written.
         """
         for entry in self._entries():
-            if problem := entry.difference(self.path):
-                raise PipelineError(f"{problem}: {EXTRACT_AGAIN}")
+            if wrong := entry.fault(self.path):
+                raise wrong
 
     def _entries(self) -> list[FileEntry]:
         """The files that should be here."""
@@ -155,10 +180,15 @@ class FeatureSet:
         for name in FIELDS:
             getattr(rows, name)[into] = maps[name][source]
         got = Features(**{name: getattr(rows, name)[into] for name in FIELDS})
-        wrong = np.flatnonzero((got.crc32() != maps["crc32"][source]) | (got.index != index[places]))
-        if len(wrong):
-            file = self.path / self.manifest.shards[shard].file
-            raise PipelineError(f"{file}: row {local[wrong[0]]} is corrupt (checksum differs): {EXTRACT_AGAIN}")
+        file = self.path / self.manifest.shards[shard].file
+        if len(wrong := np.flatnonzero(got.crc32() != maps["crc32"][source])):
+            raise Fault(f"{file}: row {local[wrong[0]]} is corrupt (checksum differs)")
+        if len(wrong := np.flatnonzero(got.index != index[places])):
+            sample, other = index[places][wrong[0]], got.index[wrong[0]]
+            raise Fault(f"{file}: row {local[wrong[0]]} holds sample {other}, not sample {sample}")
+        if self._labels is not None and len(wrong := np.flatnonzero(got.label != self._labels[index[places]])):
+            sample, label = got.index[wrong[0]], got.label[wrong[0]]
+            raise Fault(f"{file}: sample {sample} has label {label}, in the data set {self._labels[sample]}")
 
     def open_shard(self, shard: int) -> dict[str, np.ndarray]:
         """The shard's datasets as memory maps, made once; no HDF5 handle stays open, so processes may fork.
@@ -167,30 +197,32 @@ class FeatureSet:
             PipelineError: the file is missing, no whole HDF5 file, another set's, or not laid out as a shard.
         """
         if shard not in self._maps:
-            if problem := self.manifest.shards[shard].size_difference(self.path):
-                raise PipelineError(f"{problem}: {EXTRACT_AGAIN}")
+            if wrong := self.manifest.shards[shard].size_fault(self.path):
+                raise wrong
             file = self.path / self.manifest.shards[shard].file
             with _open(file, self.manifest.fingerprint) as h5:
                 try:
                     maps = {name: _map(file, plain_dataset(h5, name, file)) for name in (*FIELDS, "crc32")}
                 except _MALFORMED as error:
-                    raise PipelineError(
-                        f"{file} does not have the layout of a shard ({error}): {EXTRACT_AGAIN}"
-                    ) from None
+                    raise Fault(f"{file} does not have the layout of a shard ({_in_words(error)})") from None
             self._check_layout(file, shard, maps)
             self._maps[shard] = maps
         return self._maps[shard]
 
     def _check_layout(self, file: Path, shard: int, maps: dict[str, np.ndarray]) -> None:
-        n, p, d = len(self.manifest.shard_rows(shard)), self.manifest.prompts_per_image, self.manifest.content.num_dims
-        shapes = {"index": (n,), "label": (n,), "denoised": (n, d), "prompted": (n, p, d), "prompt_class": (n, p)}
+        shapes = self._shapes(len(self.manifest.shard_rows(shard)))
         for name, dtype in {**FIELDS, "crc32": "<u4"}.items():
-            shape = shapes.get(name, (n,))
-            if maps[name].shape != shape or maps[name].dtype != np.dtype(dtype):
-                raise PipelineError(
+            if maps[name].shape != shapes[name] or maps[name].dtype != np.dtype(dtype):
+                raise Fault(
                     f"{file} does not have the layout of a shard ({name} is {maps[name].dtype} {maps[name].shape}, "
-                    f"not {dtype} {shape}): {EXTRACT_AGAIN}"
+                    f"not {dtype} {shapes[name]})"
                 )
+
+    def _shapes(self, n: int) -> dict[str, tuple[int, ...]]:
+        """Of the datasets of n rows."""
+        p, d = self.manifest.prompts_per_image, self.manifest.content.num_dims
+        of_rows = dict.fromkeys(("index", "label", "crc32"), (n,))
+        return {**of_rows, "denoised": (n, d), "prompted": (n, p, d), "prompt_class": (n, p)}
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -201,11 +233,13 @@ def read_manifest(path: Path) -> Manifest:
     """
     file = path / "manifest.json"
     try:
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            raise Fault(f"{file} is not a plain file")
         text = file.read_bytes()
     except FileNotFoundError:
-        raise PipelineError(f"{path} holds no feature set: run `pipeline extract-features`, or `dvc pull` it") from None
+        raise Fault(f"{path} holds no feature set", "run `pipeline extract-features`, or `dvc pull` it") from None
     except OSError as error:
-        raise PipelineError(f"{file} cannot be read ({error}): {EXTRACT_AGAIN}") from None
+        raise Fault(f"{file} cannot be read ({atomic.in_words(error)})") from None
     return parse_manifest(text, file)
 
 
@@ -221,12 +255,12 @@ def parse_manifest(text: bytes, file: Path) -> Manifest:
             raise PipelineError(f"{file} has format version {version}, this program reads {FORMAT_VERSION}: update it")
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"])) or "the whole file"
-        raise PipelineError(
-            f"{file} is not a manifest ({where}: {error.errors()[0]['msg']}): {EXTRACT_AGAIN}"
-        ) from None
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole file"
+        reason = printable(f"{where[:_LONGEST]}: {first['msg'].removeprefix('Value error, ')[:_LONGEST]}")
+        raise Fault(f"{file} is not a manifest ({reason})") from None
     if manifest.fingerprint != manifest.content.fingerprint:
-        raise PipelineError(f"{file} was changed: its fingerprint is not that of its content: {EXTRACT_AGAIN}")
+        raise Fault(f"{file} was changed: its fingerprint is not that of its content")
     return manifest
 
 
@@ -236,13 +270,13 @@ def read_basis(path: Path, entry: FileEntry, fingerprint: str, layers: list[str]
     Raises:
         PipelineError: it is missing, corrupt, or another set's.
     """
-    if problem := entry.difference(path):
-        raise PipelineError(f"{problem}: {EXTRACT_AGAIN}")
+    if wrong := entry.fault(path):
+        raise wrong
     with _open(path / entry.file, fingerprint) as h5:
         try:
             return _basis(h5, layers)
         except _MALFORMED as error:
-            raise PipelineError(f"{path / entry.file} is not a basis.h5 ({error}): {EXTRACT_AGAIN}") from None
+            raise Fault(f"{path / entry.file} is not a basis.h5 ({_in_words(error)})") from None
 
 
 def read_basis_file(file: Path, layers: list[str]) -> Basis:
@@ -254,12 +288,13 @@ def read_basis_file(file: Path, layers: list[str]) -> Basis:
     try:
         with h5py.File(file, "r") as h5:
             if set(h5["layers"]) != set(layers):
-                raise PipelineError(f"{file} is a basis of {', '.join(h5['layers'])}, not of {', '.join(layers)}")
+                theirs = printable(", ".join(h5["layers"]))[:_LONGEST]
+                raise PipelineError(f"{file} is a basis of {theirs}, not of {', '.join(layers)}")
             return _basis(h5, layers)
     except FileNotFoundError:
         raise PipelineError(f"{file} is missing: extract_features.basis names it; auto fits a basis") from None
     except _MALFORMED as error:
-        raise PipelineError(f"{file} is not a basis.h5 ({error}): extract_features.basis names it") from None
+        raise PipelineError(f"{file} is not a basis.h5 ({_in_words(error)}): extract_features.basis names it") from None
 
 
 def _basis(h5: h5py.File, names: list[str]) -> Basis:
@@ -295,11 +330,15 @@ def _open(file: Path, fingerprint: str) -> Iterator[h5py.File]:
         h5 = h5py.File(file, "r")
         found = h5.attrs.get("fingerprint")
     except _MALFORMED as error:
-        raise PipelineError(f"{file} is not a whole HDF5 file ({atomic.in_words(error)}): {EXTRACT_AGAIN}") from None
+        raise Fault(f"{file} is not a whole HDF5 file ({_in_words(error)})") from None
     with h5:
         if not isinstance(found, str) or found != fingerprint:
-            raise PipelineError(f"{file} belongs to another feature set (fingerprint differs): {EXTRACT_AGAIN}")
+            raise Fault(f"{file} belongs to another feature set (fingerprint differs)")
         yield h5
+
+
+def _in_words(error: Exception) -> str:
+    return printable(atomic.in_words(error))[:_LONGEST]
 
 
 def _map(file: Path, dataset: h5py.Dataset) -> np.ndarray:

@@ -1,17 +1,36 @@
 """What a feature set says of itself, and what its files hold; see the package's docstring for the layout."""
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, field_validator, model_validator, with_config
+from typing_extensions import TypedDict  # pydantic reads typing's only from Python 3.12 on
 
 from pipeline import provenance
+from pipeline.errors import PipelineError
 
 FORMAT_VERSION = 1
 EXTRACT_AGAIN = "delete it and run `pipeline extract-features`, or `dvc pull` a good copy"
+FETCH = "`dvc pull` it, or run `pipeline extract-features`"
+
+_STRICT = ConfigDict(strict=True, extra="forbid")
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Rows = Annotated[int, Field(ge=0, lt=2**31)]
+_AllRows = Annotated[int, Field(ge=1, lt=2**31)]
+_PerShard = Annotated[int, Field(ge=1, lt=2**63)]  # may exceed the set's: then it has one shard
+
+
+class Fault(PipelineError):
+    """Something of a set is not as it should be; `what` says so without the remedy, which is another in an archive."""
+
+    def __init__(self, what: str, remedy: str = EXTRACT_AGAIN) -> None:
+        """One line of both."""
+        super().__init__(f"{what}: {remedy}")
+        self.what = what
 
 
 class FileEntry(BaseModel):
@@ -25,32 +44,55 @@ class FileEntry(BaseModel):
         hardware: the processor or GPU that it was computed on.
     """
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = _STRICT
 
     file: str = Field(pattern=r"^(basis|shard-[0-9]{5,})\.h5$")
-    rows: int = Field(ge=0)
-    bytes: int = Field(ge=0)
+    rows: _Rows
+    bytes: _Count
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    redone_in_float32: int = Field(ge=0)
+    redone_in_float32: _Count
     hardware: str
 
-    def difference(self, folder: Path) -> str | None:
-        """What is wrong with the file in `folder`, or None; reads the whole file."""
+    def fault(self, folder: Path, sha256: Callable[[Path], str] = provenance.file_sha256) -> Fault | None:
+        """What is wrong with the file in `folder`, or None; reads the whole file, by `sha256`."""
+        if wrong := self.size_fault(folder):
+            return wrong
         file = folder / self.file
-        if problem := self.size_difference(folder):
-            return problem
-        if provenance.file_sha256(file) != self.sha256:
-            return f"{file} is corrupt (SHA-256 differs from its manifest)"
-        return None
+        return None if sha256(file) == self.sha256 else Fault(f"{file} is corrupt (SHA-256 differs from its manifest)")
 
-    def size_difference(self, folder: Path) -> str | None:
-        """What is wrong with the file's size, or None."""
+    def size_fault(self, folder: Path) -> Fault | None:
+        """What is wrong with the file by its kind and size, or None."""
         file = folder / self.file
         if not file.exists():
-            return f"{file} is missing"
-        if file.stat().st_size != self.bytes:
-            return f"{file} has {file.stat().st_size} bytes, its manifest says {self.bytes}"
+            return Fault(f"{file} is missing", FETCH)
+        if not file.is_file():  # a pipe would be waited for
+            return Fault(f"{file} is not a plain file")
+        if (size := file.stat().st_size) != self.bytes:
+            return Fault(f"{file} has {size} bytes, its manifest says {self.bytes}")
         return None
+
+
+@with_config(_STRICT)
+class _Backbone(TypedDict, total=False):
+    name: str
+    source: str
+    revision: str | None
+
+
+@with_config(_STRICT)
+class _Provenance(TypedDict, total=False):
+    dataset: str
+    backbone: _Backbone
+    feddifrc: str
+    commit: str | None
+    python: str
+    packages: dict[str, str | None]
+    hardware: list[str]
+
+
+Provenance = Annotated[dict[str, Any], GetPydanticSchema(lambda _, handler: handler(_Provenance))]
+"""What made a set: the data set's name, the backbone's name, source and revision, the program's version and commit,
+Python's and the packages' versions, and every processor or GPU. It decides no feature and is in no fingerprint."""
 
 
 class Content(BaseModel):
@@ -67,26 +109,34 @@ class Content(BaseModel):
         image_conditioning: the hash of each of the image encoder's files; None without.
     """
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = _STRICT
 
-    extraction_version: int
+    extraction_version: _Count
     dataset_hash: str
-    class_names: list[str]
+    class_names: list[str] = Field(min_length=1)
     backbone: dict[str, str]
-    timestep: int
-    image_size: int
-    layers: dict[str, Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]] = Field(
-        min_length=1
-    )
-    prompts: list[list[str]]
+    timestep: _Count
+    image_size: _Count
+    layers: dict[str, Annotated[list[_Rows], Field(min_length=2, max_length=2)]] = Field(min_length=1)
+    prompts: list[Annotated[list[str], Field(min_length=1)]] = Field(min_length=1)
     positive: Literal["label", "first"]
     denoise_prompt: str
-    negatives: str | int
-    noise_seed: int
-    basis_images: int | None
+    negatives: Literal["all"] | Annotated[int, Field(ge=1)]
+    noise_seed: int = Field(ge=0)
+    basis_images: _Count | None
     basis_sha256: str | None
     image_conditioning: dict[str, str] | None
     dtype: str
+
+    @field_validator("layers")
+    @classmethod
+    def _columns_follow_one_another(cls, layers: dict[str, list[int]]) -> dict[str, list[int]]:
+        expected = 0
+        for name, (start, stop) in layers.items():
+            if start != expected or stop <= start:
+                raise ValueError(f"{name} has columns {start} to {stop}, not some from {expected} on")
+            expected = stop
+        return layers
 
     @property
     def fingerprint(self) -> str:
@@ -114,9 +164,9 @@ class Plan:
     """A set to be made: what decides it, how many images it has, how they are cut into shards, and what makes it."""
 
     content: Content
-    rows: int
-    rows_per_shard: int
-    provenance: dict[str, Any]
+    rows: _AllRows
+    rows_per_shard: _PerShard
+    provenance: Provenance
 
     @property
     def num_shards(self) -> int:
@@ -128,21 +178,39 @@ class Plan:
         return range(shard * self.rows_per_shard, min(self.rows, (shard + 1) * self.rows_per_shard))
 
 
-class Manifest(BaseModel):
-    """The set's manifest.json."""
+def shard_name(shard: int) -> str:
+    """The name of a shard's file, without its suffix."""
+    return f"shard-{shard:05d}"
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+
+class Manifest(BaseModel):
+    """The set's manifest.json; shards may be lacking, those that it names are the set's own."""
+
+    model_config = _STRICT
 
     format_version: int
     fingerprint: str
     content: Content
-    rows: int = Field(ge=1)
-    rows_per_shard: int = Field(ge=1)
-    prompts_per_image: int = Field(ge=1)
-    redone_in_float32: int
+    rows: _AllRows
+    rows_per_shard: _PerShard
+    prompts_per_image: int
+    redone_in_float32: _Count
     basis: FileEntry
     shards: dict[int, FileEntry]
-    provenance: dict[str, Any]
+    provenance: Provenance
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.prompts_per_image != self.content.prompts_per_image:
+            raise ValueError(f"prompts_per_image is {self.prompts_per_image}, its content says otherwise")
+        if (self.basis.file, self.basis.rows) != ("basis.h5", 0):
+            raise ValueError("the entry of the basis is another file's")
+        for shard, entry in self.shards.items():
+            if not 0 <= shard < self.num_shards:
+                raise ValueError(f"there is no shard {shard} among {self.num_shards}")
+            if (entry.file, entry.rows) != (f"{shard_name(shard)}.h5", len(self.shard_rows(shard))):
+                raise ValueError(f"the entry of shard {shard} is another file's")
+        return self
 
     @property
     def num_shards(self) -> int:
@@ -209,8 +277,8 @@ class Features:
         return sums
 
 
-def positive_columns(positive: Literal["label", "first"], prompt_class: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Which of its P prompts matches each image, int64 (n,).
+def positive_matches(positive: Literal["label", "first"], prompt_class: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Which of its P prompts match each image, bool (n, P): one a row, unless somebody wrote other prompts.
 
     Args:
         positive: that of its class, or the first prompt, which every image of a self-supervised set has; no label is
@@ -218,5 +286,9 @@ def positive_columns(positive: Literal["label", "first"], prompt_class: np.ndarr
         prompt_class: int16 (n, P).
         label: int64 (n,).
     """
-    matching = label[:, None] if positive == "label" else 0
-    return (prompt_class == matching).argmax(1)
+    return prompt_class == (label[:, None] if positive == "label" else 0)
+
+
+def positive_columns(positive: Literal["label", "first"], prompt_class: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """The column of its positive prompt, int64 (n,), of images that have it; the rest as for `positive_matches`."""
+    return positive_matches(positive, prompt_class, label).argmax(1)

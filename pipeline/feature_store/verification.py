@@ -1,126 +1,164 @@
 """Is a feature set whole? Every fault it has, a line each, not the first alone.
 
-Quickly: the manifest, sizes, layouts, row counts, index coverage, the range of labels and prompts, the basis. Fully:
-every byte as well, by SHA-256 per file and CRC-32 per row, and that every feature is finite. Each byte is then read
-once; hashing and the rows' checks run side by side on the same memory.
+Quickly: the manifest, sizes, layouts, row counts, index coverage, the range of labels and prompts, each row's positive
+prompt, the basis. Fully: every byte as well, by SHA-256 per file and CRC-32 per row, and that every feature is finite.
+A shard's hash and its rows are then taken side by side, one shard after the other, so that a set larger than the memory
+is read from the disk once.
 """
 
+import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.errors import PipelineError
-from pipeline.feature_store.reader import FeatureSet, read_basis, read_manifest
-from pipeline.feature_store.schema import EXTRACT_AGAIN, Features
+from pipeline.feature_store.reader import FeatureSet, read_manifest
+from pipeline.feature_store.schema import Fault, Features, positive_matches
 
 _FLOAT16_EXPONENT = 0x7C00  # all ones in infinities and NaNs
+_BLOCK = 1 << 18  # bytes hashed at a time
+_ROWS = 64  # checked at a time: small enough for the processor's cache
 
 
-def faults(path: Path, full: bool, advance: Callable[[int], object] = lambda size: None) -> list[str]:
-    """What is wrong with the set in folder `path`: one line a fault, with what to do; none if it is whole.
+def faults(path: Path, full: bool, advance: Callable[[int], object] = lambda size: None) -> list[PipelineError]:
+    """What is wrong with the set in folder `path`: a line a fault, with what to do; none if it is whole.
 
     Args:
         path: the set's folder.
         full: read every byte.
-        advance: is told the bytes of every file that is done.
+        advance: is told the bytes of every shard that is done.
     """
     try:
-        manifest = read_manifest(path)
+        features = FeatureSet(path, unchecked=True)
     except PipelineError as error:
-        return [str(error)]
-    found = _strangers(path, {entry.file for entry in manifest.files})
+        return [error]
+    manifest = features.manifest
+    found: list[PipelineError] = _strangers(path, {entry.file for entry in manifest.files})
     try:
-        read_basis(path, manifest.basis, manifest.fingerprint, list(manifest.content.layers))
+        features.basis()
     except PipelineError as error:
-        found.append(str(error))
-    missing = sorted(set(range(manifest.num_shards)) - set(manifest.shards))
-    if missing:
-        found.append(f"{path} is incomplete (no shard {', '.join(map(str, missing))}): run `pipeline extract-features`")
-    check = _Check(FeatureSet(path, unchecked=True), full)
-    with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
-        hashes = {shard: pool.submit(check.hash, shard) for shard in manifest.shards} if full else {}
-        rows = {shard: pool.submit(check.rows, shard) for shard in manifest.shards}
-        for shard, entry in sorted(manifest.shards.items()):
-            lines = ([hashes[shard].result()] if full else []) + rows[shard].result()
-            found += dict.fromkeys(line for line in lines if line)
-            advance(entry.bytes)
+        found.append(error)
+    have, want = len(manifest.shards), manifest.num_shards
+    if have != want:
+        found.append(Fault(f"{path} is incomplete ({have} of {want} shards)", "run `pipeline extract-features`"))
+    with _Checks(features, full) as checks:
+        for shard, wrong in checks.all():
+            found += wrong
+            advance(manifest.shards[shard].bytes)
     return found
 
 
-def _strangers(path: Path, expected: set[str]) -> list[str]:
+def total_bytes(path: Path) -> int:
+    """Bytes of the set's shards, by its manifest, for a progress bar; 0 if that cannot be read."""
+    try:
+        return sum(entry.bytes for entry in read_manifest(path).shards.values())
+    except PipelineError:
+        return 0
+
+
+def _strangers(path: Path, expected: set[str]) -> list[PipelineError]:
     """Files of the set's kind that its manifest does not name."""
     present = {file.name for file in path.glob("*.h5")}
     return [
-        f"{path / name} is not in the manifest, so nothing reads it: delete it" for name in sorted(present - expected)
+        Fault(f"{path / name} is not in the manifest, so nothing reads it", "delete it")
+        for name in sorted(present - expected)
     ]
 
 
-class _Check:
-    """The checks of one shard."""
+class _Checks:
+    """The checks of all shards, by threads that end at once when the caller is interrupted."""
 
     def __init__(self, features: FeatureSet, full: bool) -> None:
         self._features, self._full = features, full
         self._manifest = features.manifest
+        self._stopped = threading.Event()
 
-    def hash(self, shard: int) -> str | None:
+    def __enter__(self) -> "_Checks":
+        self._pool = ThreadPoolExecutor(max(2, os.cpu_count() or 1))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stopped.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    def all(self) -> Iterator[tuple[int, list[Fault]]]:
+        """Every shard in order, and what is wrong with it; those after it are being read meanwhile."""
+        begun = {shard: self._begin(shard) for shard in sorted(self._manifest.shards)}
+        for shard, parts in begun.items():
+            wrong = [fault for part in parts for fault in part.result()]
+            yield shard, list({str(fault): fault for fault in wrong}.values())
+
+    def _begin(self, shard: int) -> "list[Future[list[Fault]]]":
+        checks = [self._file, self._rows] if self._full else [self._rows]
+        return [self._pool.submit(check, shard) for check in checks]
+
+    def _file(self, shard: int) -> list[Fault]:
         """The file against its SHA-256."""
-        problem = self._manifest.shards[shard].difference(self._features.path)
-        return problem and f"{problem}: {EXTRACT_AGAIN}"
+        wrong = self._manifest.shards[shard].fault(self._features.path, self._sha256)
+        return [wrong] if wrong else []
 
-    def rows(self, shard: int) -> list[str]:
+    def _sha256(self, file: Path) -> str:
+        digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
+        with file.open("rb", buffering=0) as stream:
+            while size := stream.readinto(block):
+                self._go_on()
+                digest.update(block[:size])
+        return digest.hexdigest()
+
+    def _rows(self, shard: int) -> list[Fault]:
         """The layout, then what the rows hold."""
-        return list(self._rows(shard))
-
-    def _rows(self, shard: int) -> Iterator[str]:
-        entry, wanted = self._manifest.shards[shard], np.array(self._manifest.shard_rows(shard))
-        file = self._features.path / entry.file
         try:
             maps = self._features.open_shard(shard)
-        except PipelineError as error:
-            yield str(error)
-            return
-        if entry.file != f"shard-{shard:05d}.h5" or entry.rows != len(wanted):
-            yield f"{self._features.path}: its manifest's entry of shard {shard} is wrong: {EXTRACT_AGAIN}"
-        content = self._manifest.content
-        if not np.array_equal(maps["index"], wanted):
-            yield f"{file} does not hold samples {wanted[0]} to {wanted[-1]} in order: {EXTRACT_AGAIN}"
+        except Fault as fault:
+            return [fault]
+        file = self._features.path / self._manifest.shards[shard].file
+        found = [Fault(f"{file} {what}") for what in self._wrong_numbers(shard, maps)]
+        if self._full:
+            found += [Fault(f"{file}: {what}") for what in self._wrong_values(maps)]
+        return found
+
+    def _wrong_numbers(self, shard: int, maps: dict[str, np.ndarray]) -> Iterator[str]:
+        """Of samples, labels and prompts."""
+        wanted, content = self._manifest.shard_rows(shard), self._manifest.content
+        if not np.array_equal(maps["index"], np.arange(wanted.start, wanted.stop)):
+            yield f"does not hold samples {wanted[0]} to {wanted[-1]} in order"
         for name, count in (("label", len(content.class_names)), ("prompt_class", len(content.prompts))):
             if maps[name].min() < 0 or maps[name].max() >= count:
-                yield f"{file}: {name} goes beyond 0 to {count - 1}: {EXTRACT_AGAIN}"
-        if self._full:
-            yield from self._values(file, maps)
+                yield f"has a {name} beyond 0 to {count - 1}"
+        positives = positive_matches(content.positive, maps["prompt_class"], maps["label"]).sum(1)
+        if len(wrong := np.flatnonzero(positives != 1)):
+            yield f"has {len(wrong)} rows without their positive prompt once, the first {wrong[0]}"
 
-    def _values(self, file: Path, maps: dict[str, np.ndarray]) -> Iterator[str]:
+    def _wrong_values(self, maps: dict[str, np.ndarray]) -> Iterator[str]:
+        """By the rows' checksums, and features that are not finite."""
         corrupt, infinite = [], []
         for start, rows in _blocks(maps):
+            self._go_on()
             corrupt += (np.flatnonzero(rows.crc32() != maps["crc32"][start : start + len(rows.index)]) + start).tolist()
             if not (_finite(rows.denoised) and _finite(rows.prompted)):
                 infinite.append(start)
         if corrupt:
-            yield f"{file}: {len(corrupt)} rows are corrupt, the first {corrupt[0]} (checksum differs): {EXTRACT_AGAIN}"
+            yield f"{len(corrupt)} rows are corrupt, the first {corrupt[0]} (checksum differs)"
         if infinite:
-            yield f"{file}: features are not finite near row {infinite[0]}: {EXTRACT_AGAIN}"
+            yield f"features are not finite near row {infinite[0]}"
+
+    def _go_on(self) -> None:
+        if self._stopped.is_set():
+            raise CancelledError
 
 
-def _blocks(maps: dict[str, np.ndarray], rows: int = 64) -> Iterator[tuple[int, Features]]:
-    """Parts of a shard small enough for the processor's cache, and where each starts."""
+def _blocks(maps: dict[str, np.ndarray]) -> Iterator[tuple[int, Features]]:
+    """Parts of a shard, and where each starts."""
     fields = {name: values for name, values in maps.items() if name != "crc32"}
-    for start in range(0, len(maps["index"]), rows):
-        yield start, Features(**{name: np.array(values[start : start + rows]) for name, values in fields.items()})
+    for start in range(0, len(maps["index"]), _ROWS):
+        yield start, Features(**{name: np.array(values[start : start + _ROWS]) for name, values in fields.items()})
 
 
 def _finite(values: np.ndarray) -> bool:
     """Whether all float16 are finite: by their exponents, which is many times faster than np.isfinite."""
     bits = values.reshape(-1).view(np.uint16)
     return not len(bits) or int((bits & 0x7FFF).max()) < _FLOAT16_EXPONENT
-
-
-def total_bytes(path: Path) -> int:
-    """Bytes of the set's shards, by its manifest; 0 if that cannot be read."""
-    try:
-        return sum(entry.bytes for entry in read_manifest(path).shards.values())
-    except PipelineError:
-        return 0

@@ -24,7 +24,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pipeline import atomic, locks, provenance
 from pipeline.errors import PipelineError
 from pipeline.feature_store.reader import read_basis
-from pipeline.feature_store.schema import FIELDS, FORMAT_VERSION, Basis, Features, FileEntry, Manifest, Plan
+from pipeline.feature_store.schema import (
+    FIELDS,
+    FORMAT_VERSION,
+    Basis,
+    Features,
+    FileEntry,
+    Manifest,
+    Plan,
+    shard_name,
+)
 
 log = logging.getLogger(__name__)
 
@@ -66,25 +75,22 @@ class FeatureSetWriter:
     def has_basis(self) -> bool:
         """Whether basis.h5 stands; reads the whole file the first time."""
         if self._basis is None:
-            found = self._read_entry("basis")
-            if found and not found.entry.difference(self.path):
+            found = _read_entry(self.path, "basis", self.fingerprint)
+            if found and not found.entry.fault(self.path):
                 self._basis = found.entry
         return self._basis is not None
 
     def has_shard(self, shard: int) -> bool:
         """Whether a shard stands, by its size, and is projected on our basis."""
-        found = self._read_entry(f"shard-{shard:05d}")
-        if not found or not self.has_basis() or found.basis_sha256 != self._basis_entry.sha256:
-            return False
-        return not found.entry.size_difference(self.path)
+        return self.has_basis() and _shard_stands(self.path, shard, self.fingerprint, self._basis_entry.sha256)
 
     def forget_damaged(self, shards: Iterable[int]) -> None:
         """Reads every byte of these shards, and makes those missing that are not what their entries say."""
         for shard in shards:
-            found = self._read_entry(f"shard-{shard:05d}")
-            if found and (problem := found.entry.difference(self.path)):
-                log.warning("%s: computing it again", problem)
-                (self.path / f"shard-{shard:05d}.json").unlink(missing_ok=True)
+            found = _read_entry(self.path, shard_name(shard), self.fingerprint)
+            if found and (wrong := found.entry.fault(self.path)):
+                log.warning("%s: computing it again", wrong.what)
+                (self.path / f"{shard_name(shard)}.json").unlink(missing_ok=True)
 
     @property
     def missing_shards(self) -> list[int]:
@@ -115,7 +121,7 @@ class FeatureSetWriter:
                     f"shard {shard}: {name} features are not finite even in float32, or exceed float16's 65504: "
                     "the backbone does not work at this image_size and timestep"
                 )
-        name = f"shard-{shard:05d}"
+        name = shard_name(shard)
         with self._new_file(f"{name}.h5", sum(array.nbytes for array in vars(features).values())) as h5:
             h5.attrs["fingerprint"] = self.fingerprint
             for field, dtype in FIELDS.items():
@@ -180,7 +186,7 @@ class FeatureSetWriter:
         return self._basis
 
     def _manifest(self) -> Manifest:
-        entries = {shard: self._read_entry(f"shard-{shard:05d}") for shard in range(self.plan.num_shards)}
+        entries = {n: _read_entry(self.path, shard_name(n), self.fingerprint) for n in range(self.plan.num_shards)}
         shards = {shard: found.entry for shard, found in entries.items() if found}
         hardware = sorted({entry.hardware for entry in [self._basis_entry, *shards.values()]})
         content = self.plan.content
@@ -196,13 +202,6 @@ class FeatureSetWriter:
             shards=shards,
             provenance=self.plan.provenance | {"hardware": hardware},
         )
-
-    def _read_entry(self, name: str) -> _Entry | None:
-        try:
-            found = _Entry.model_validate_json((self.path / f"{name}.json").read_bytes())
-        except (FileNotFoundError, ValidationError):
-            return None
-        return found if found.fingerprint == self.fingerprint else None
 
     def _enter(self, name: str, rows: int, redone: int) -> FileEntry:
         path = self.path / f"{name}.h5"
@@ -235,6 +234,28 @@ class FeatureSetWriter:
                 raise
             temporary.replace(self.path / name)
             atomic.sync(self.path)
+
+
+def count_finished(staging: Path, plan: Plan) -> int:
+    """How many shards of the set in the making stand, by their sizes; changes nothing and reads no file as a whole."""
+    fingerprint = plan.content.fingerprint
+    basis = _read_entry(staging, "basis", fingerprint)
+    if not basis or basis.entry.size_fault(staging):
+        return 0
+    return sum(_shard_stands(staging, shard, fingerprint, basis.entry.sha256) for shard in range(plan.num_shards))
+
+
+def _shard_stands(staging: Path, shard: int, fingerprint: str, basis_sha256: str) -> bool:
+    found = _read_entry(staging, shard_name(shard), fingerprint)
+    return found is not None and found.basis_sha256 == basis_sha256 and not found.entry.size_fault(staging)
+
+
+def _read_entry(staging: Path, name: str, fingerprint: str) -> _Entry | None:
+    try:
+        found = _Entry.model_validate_json((staging / f"{name}.json").read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+    return found if found.fingerprint == fingerprint else None
 
 
 def write_basis_file(file: Path, basis: Basis) -> None:

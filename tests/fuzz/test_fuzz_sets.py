@@ -3,6 +3,8 @@
 import contextlib
 import json
 import shutil
+import tarfile
+from dataclasses import dataclass
 
 import h5py
 import numpy as np
@@ -13,9 +15,9 @@ from hypothesis import strategies as st
 from pipeline import config, datasets, feature_store, frozen_model
 from pipeline.datasets import PreparedDataset
 from pipeline.errors import PipelineError
-from pipeline.feature_store import FeatureSet
+from pipeline.feature_store import FeatureSet, archive, verification
 from tests import test_faults_data, test_feature_store
-from tests.conftest import write_params
+from tests.conftest import invoke, write_params
 
 NAMES = ("manifest.json", "basis.h5", "shard-00000.h5", "shard-00001.h5", "shard-00002.h5")
 DATA = ("manifest.json", "train.h5", "test.h5")
@@ -32,6 +34,9 @@ def written(tmp_path_factory):
         file.unlink()
         file.write_bytes(unlinked)
     test_faults_data.write(root / "data")
+    shutil.copytree(root / "set", root / "good")
+    (root / "project" / "data" / "features").mkdir(parents=True)
+    write_params(root / "project", {})
     return root, everything(root / "set"), pixels(root / "data")
 
 
@@ -57,6 +62,38 @@ def same_or_named(read, expected):
         assert "\n" not in str(error) and str(error)
         return
     assert found == expected
+
+
+def commands_answer(root, path, names=("list", "show", "show --json", "show tar", "verify --full", "diff", "export")):
+    """The `features` commands on the set: done, or refused in printable lines; no traceback."""
+    (root / "project" / "data" / "features" / "one").symlink_to(path)
+    arguments = {"list": [], "show tar": [packed(root, path)], "diff": [root / "good", path],
+        "export": [path, "-o", root / "out.tar"]}  # fmt: skip
+    try:
+        for name in names:
+            command = [*name.removesuffix(" tar").split(), *map(str, arguments.get(name, [path]))]
+            result = invoke(root / "project", "features", *command)
+            assert result.exit_code in (0, 1) and (result.exit_code == 0 or "Error: " in result.output), name
+            assert all(one.isprintable() for one in result.output.replace("\n", "")), result.output
+    finally:
+        (root / "project" / "data" / "features" / "one").unlink()
+
+
+def packed(root, path):
+    """The set in a tar, as export would write it, had it not looked."""
+    with tarfile.open(root / "set.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for name in NAMES:
+            tar.add(path / name, f"set/{name}")
+    return root / "set.tar"
+
+
+def imported_or_refused(root, path):
+    """Nothing of the set is left behind where it is not taken."""
+    with contextlib.suppress(PipelineError):
+        found = archive.read(packed(root, path), root / "imported")
+        assert not verification.faults(found, full=True)
+        shutil.rmtree(found)
+    assert not list((root / "imported").glob("*"))
 
 
 @contextlib.contextmanager
@@ -112,14 +149,16 @@ def test_changed_bytes_that_a_manifest_vouches_for(written, name, edits):
     with replaced(file, content), replaced(manifest, vouching(manifest, file)):
         with contextlib.suppress(PipelineError):
             everything(root / "set")
+        commands_answer(root, root / "set", ["verify --full", "diff"])
 
 
 def vouching(manifest, *files):
     """The manifest with the sizes and checksums of these files as they are."""
     said = json.loads(manifest.read_text())
-    for file in files:
-        entry = next(e for e in [said["basis"], *said["shards"].values()] if e["file"] == file.name)
-        entry |= {"bytes": file.stat().st_size, "sha256": feature_store.schema.provenance.file_sha256(file)}
+    by_name = {file.name: file for file in files}
+    for entry in [said["basis"], *said["shards"].values()]:
+        if file := by_name.get(entry["file"]):
+            entry |= {"bytes": file.stat().st_size, "sha256": feature_store.schema.provenance.file_sha256(file)}
     return json.dumps(said).encode()
 
 
@@ -160,6 +199,9 @@ def changed_json(text, changes, fit):
             inner = inner[parent]
         if value is ...:
             del inner[key]
+        elif isinstance(value, Renamed):
+            if isinstance(inner, dict):
+                inner[value.key] = inner.pop(key)
         else:
             inner[key] = value
     if fit:
@@ -168,7 +210,15 @@ def changed_json(text, changes, fit):
     return json.dumps(values).encode("utf-8", "surrogatepass")
 
 
-CHANGES = st.lists(st.tuples(st.integers(0, 200), JSON | st.just(...)), min_size=1, max_size=3)
+@dataclass(frozen=True)
+class Renamed:
+    """Not another value but another key."""
+
+    key: str
+
+
+KEYS = st.sampled_from(["7", "-1", "99", "0", "01", "x", "", "\x1b[31m\n", "../x", "file", "name"]).map(Renamed)
+CHANGES = st.lists(st.tuples(st.integers(0, 200), JSON | KEYS | st.just(...)), min_size=1, max_size=3)
 
 
 def at(written_text, *path):
@@ -176,6 +226,14 @@ def at(written_text, *path):
 
 
 @given(CHANGES, st.booleans())
+@example([("shards.2", Renamed("7"))], False)  # as many as there should be
+@example([("rows", 10**12)], False)  # a number for each of its shards
+@example([("rows", 10**30), ("rows_per_shard", 10**30)], False)
+@example([("provenance.hardware", [1])], False)
+@example([("provenance", {"backbone": "x"})], False)
+@example([("provenance", {"packages": {"\x1b[31m\n": "\u202e"}})], False)
+@example([("content.positive", "first")], True)
+@example([("content.class_names", ["a", "b", "\x1b[31m\n"])], True)
 @example([("rows_per_shard", 0)], False)  # divided by it
 @example([("content.layers", {})], True)  # the largest of no columns
 @example([("content.layers", {"up_blocks.1": [0]})], True)
@@ -186,12 +244,31 @@ def at(written_text, *path):
 @example([("rows", 2**62)], False)
 @example([("rows", 10**400)], False)
 def test_any_value_in_a_manifest(written, changes, fit):
+    """`fit`: its files vouch for it, as do those of a program of somebody's own."""
     root, expected, _ = written
     manifest = root / "set" / "manifest.json"
     text = manifest.read_text()
     changes = [(at(text, *name.split(".")) if isinstance(name, str) else name, value) for name, value in changes]
-    with replaced(manifest, changed_json(text, changes, fit)):
-        same_or_named(lambda: everything(root / "set"), expected)
+    changed = changed_json(text, changes, fit)
+    if not fit:
+        with replaced(manifest, changed):
+            same_or_named(lambda: everything(root / "set"), expected)
+            commands_answer(root, root / "set")
+        return
+    forged = root / "forged"
+    shutil.copytree(root / "set", forged, dirs_exist_ok=True)
+    (forged / "manifest.json").write_bytes(changed)
+    with contextlib.suppress(
+        TypeError, KeyError, AttributeError
+    ):  # no longer a manifest's form, then they need not fit
+        for file in forged.glob("*.h5"):
+            with h5py.File(file, "r+") as h5:
+                h5.attrs["fingerprint"] = json.loads(changed)["fingerprint"]
+        (forged / "manifest.json").write_bytes(vouching(forged / "manifest.json", *forged.glob("*.h5")))
+    with contextlib.suppress(PipelineError):
+        everything(forged)
+    commands_answer(root, forged)
+    imported_or_refused(root, forged)
 
 
 @given(CHANGES)
