@@ -203,8 +203,9 @@ def prepare_backbone(config: "Config", train: bool) -> None:
 
 @main.command("extract-features", cls=StageCommand, section="extract_features")
 @click.option("--shard-range", metavar="A:B", help="Compute shards A to B - 1 only, as one job of a batch queue.")
+@click.option("--overwrite", is_flag=True, help="Replace a finished set that other settings or data gave.")
 @click.option("--dry-run", is_flag=True, help="Print what it would cost, after timing a few batches; write nothing.")
-def extract_features(config: "Config", shard_range: str | None, dry_run: bool) -> None:
+def extract_features(config: "Config", shard_range: str | None, overwrite: bool, dry_run: bool) -> None:
     r"""Stage 1: the frozen model, run once per image and prompt -> data/features/<set>. Resumes if killed.
 
     \b
@@ -217,7 +218,7 @@ def extract_features(config: "Config", shard_range: str | None, dry_run: bool) -
     if dry_run:
         click.echo("\n".join(_stage("extract_features").estimate(config).lines()))
     else:
-        _report_path(_stage("extract_features").run(config, shard_range))
+        _report_path(_stage("extract_features").run(config, shard_range, overwrite))
 
 
 @main.command("analyze-features", cls=StageCommand, section="analyze_features")
