@@ -17,7 +17,7 @@ from pipeline.errors import PipelineError
 from pipeline.feature_store import Basis, Content, FeatureSet
 from pipeline.params import ExtractFeatures
 
-_EXTRACT = "or run `pipeline extract-features`"
+_EXTRACT = "or run `pipeline extract-features --overwrite`"
 _PLAIN = ("timestep", "image_size", "denoise_prompt", "negatives", "noise_seed", "dtype")
 _FILES = {"class": "class_prompts", "self-supervised": "negative_words"}  # what names the file of texts
 

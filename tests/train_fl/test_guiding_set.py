@@ -86,7 +86,9 @@ SETTINGS = [
 @pytest.mark.parametrize(("theirs", "said_of_the_set", "said_of_ours"), SETTINGS)
 def test_other_settings_are_named_with_the_way_to_accept_the_set(project, theirs, said_of_the_set, said_of_ours):
     tiny_project.add_features(project, **theirs)  # put by hand in the place of ours
-    message = refused(project, "give params.yaml the set's values to train from it, or run `pipeline extract")
+    message = refused(
+        project, "give params.yaml the set's values to train from it, or run `pipeline extract-features --overwrite`"
+    )
     set_side, our_side = message.split(", but extract_features here has ")
     assert set_side.endswith(f"was extracted with {said_of_the_set}")
     assert our_side.startswith(said_of_ours)
