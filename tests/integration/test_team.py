@@ -210,6 +210,19 @@ def test_a_set_from_another_repository_trains(team, title):
     assert tracked == ([f"{SET}.dvc"] if title.endswith("tracked") else [])
 
 
+def test_dvc_keeps_a_set_that_came_in_a_tar(team):
+    hers, home = team.root / "a" / "feddifrc", team.member("tar")
+    project_files(home)
+    team.shell(home, "git init -q -b main; git add -A; git commit -qm ours")
+    assert invoke(hers, "features", "export", SET.name, "-o", str(home / "received.tar")).exit_code == 0
+    team.section("From a tar", home)
+    assert "Stage 'extract-features' didn't change" in team.shell(home, "dvc repro extract-features")
+    theirs = contents(hers / SET)
+    del theirs["explained_variance.svg"]  # which no manifest names
+    assert contents(home / SET) == theirs
+    assert passes(home) == {}
+
+
 def test_a_shared_cache_needs_no_copy(team):
     (team.root / "cache").mkdir()
     homes = [team.member(name) for name in ("desk", "lab")]
