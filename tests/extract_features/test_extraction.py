@@ -87,7 +87,8 @@ def test_features_are_those_of_one_pass_at_a_time(digits):
 def test_threads_and_batches_change_no_byte(digits, unextracted):
     settings = ("--set", "runtime.unet_batch_size=48", "--set", "runtime.cache_latents=true")
     process = launch(unextracted, *settings, OMP_NUM_THREADS="3")
-    assert process.wait() == 0, process.stderr.read()
+    _, log = process.communicate()
+    assert process.returncode == 0, log
     assert contents(unextracted / SET) == contents(digits / SET)
 
 

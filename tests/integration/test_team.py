@@ -107,7 +107,7 @@ def passes(project: Path) -> dict[str, int]:
     """Set -> the passes of the frozen model that were computed in this project."""
     file = project / ".pipeline" / "passes.csv"
     counts: dict[str, int] = {}
-    for row in csv.DictReader(file.open()) if file.exists() else []:
+    for row in csv.DictReader(file.read_text().splitlines()) if file.exists() else []:
         counts[row["set"]] = counts.get(row["set"], 0) + int(row["passes"])
     return counts
 
