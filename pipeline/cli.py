@@ -3,7 +3,7 @@
 A stage and its libraries are imported only inside its command, so that --help answers at once. Every key of a stage's
 section in params.yaml is a flag of its command, made from the configuration's types; a flag overrides the key for one
 run. Exit codes: 0 done, 1 a mistake or fault that is named in one line, 2 a wrong command line, 130 interrupted,
-143 stopped by SIGTERM, resumable.
+143 stopped by SIGTERM.
 """
 
 import contextlib
@@ -97,7 +97,7 @@ class _Main(ExamplesAsWritten, click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command."""
-        with _one_line_errors():
+        with _one_line_errors(ctx):
             return super().invoke(ctx)
 
 
@@ -106,7 +106,7 @@ class _Terminated(BaseException):
 
 
 @contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
+def _one_line_errors(ctx: click.Context) -> Iterator[None]:
     try:
         with _sigterm_ends_as_ctrl_c_does():
             yield
@@ -114,14 +114,17 @@ def _one_line_errors() -> Iterator[None]:
         raise click.ClickException(str(error)) from None
     except (KeyboardInterrupt, _Terminated) as error:
         what, code = ("Stopped by SIGTERM", 143) if isinstance(error, _Terminated) else ("\nInterrupted", 130)
-        click.echo(f"{what}: what was finished is kept, and the same command goes on from there.", err=True)
+        then = "run the same command again, it starts anew"
+        if ctx.invoked_subcommand in _RESUMED:
+            then = "what was finished is kept, and the same command goes on from there"
+        click.echo(f"{what}: {then}.", err=True)
         raise click.exceptions.Exit(code) from None
     except MemoryError:
         raise click.ClickException(
             "out of memory: what was finished before is kept; free some, or lower a batch size, and run again"
         ) from None
     except OSError as error:
-        if error.errno is None:
+        if error.errno in (None, errno.EPIPE):  # whoever read the output has enough: click ends without a word
             raise
         where = f" ({os.fsdecode(error.filename)})" if error.filename else ""
         remedy = _REMEDIES.get(error.errno, "mend it")
@@ -130,6 +133,7 @@ def _one_line_errors() -> Iterator[None]:
         ) from None
 
 
+_RESUMED = frozenset(("extract-features", "synthesize", "train-fl", "preset"))
 _REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room")
 _REMEDIES |= dict.fromkeys((errno.EACCES, errno.EROFS, errno.EPERM), "give access")
 
@@ -203,8 +207,9 @@ def prepare_backbone(config: "Config", train: bool) -> None:
 
 @main.command("extract-features", cls=StageCommand, section="extract_features")
 @click.option("--shard-range", metavar="A:B", help="Compute shards A to B - 1 only, as one job of a batch queue.")
+@click.option("--overwrite", is_flag=True, help="Replace a finished set that other settings or data gave.")
 @click.option("--dry-run", is_flag=True, help="Print what it would cost, after timing a few batches; write nothing.")
-def extract_features(config: "Config", shard_range: str | None, dry_run: bool) -> None:
+def extract_features(config: "Config", shard_range: str | None, overwrite: bool, dry_run: bool) -> None:
     r"""Stage 1: the frozen model, run once per image and prompt -> data/features/<set>. Resumes if killed.
 
     \b
@@ -217,7 +222,7 @@ def extract_features(config: "Config", shard_range: str | None, dry_run: bool) -
     if dry_run:
         click.echo("\n".join(_stage("extract_features").estimate(config).lines()))
     else:
-        _report_path(_stage("extract_features").run(config, shard_range))
+        _report_path(_stage("extract_features").run(config, shard_range, overwrite))
 
 
 @main.command("analyze-features", cls=StageCommand, section="analyze_features")

@@ -1,7 +1,7 @@
-"""The frozen model as its manifest names it: what every stage that runs it checks first."""
+"""The frozen model as its manifest names it, and the image encoder beside it: what every stage checks by hash."""
 
 import json
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline import provenance
@@ -46,6 +46,27 @@ def read_manifest(config: Config) -> dict[str, Any]:
         raise PipelineError(f"{file} is missing: run `pipeline prepare-backbone`") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PipelineError(f"{file} cannot be read ({error!r}): run `pipeline prepare-backbone`") from None
+
+
+def image_encoder_dir(config: Config) -> Path | None:
+    """Where the image encoder stands; None without image conditioning."""
+    path = config.params.extract_features.image_conditioning
+    return config.root / path if path else None
+
+
+def image_encoder_hashes(config: Config) -> dict[str, str] | None:
+    """SHA-256 of each file that decides the image encoder's embedding; None without image conditioning.
+
+    Raises:
+        PipelineError: the directory has no safetensors weights.
+    """
+    path = image_encoder_dir(config)
+    if path is None:
+        return None
+    files = sorted([*path.glob("config.json"), *path.glob("*.safetensors")])
+    if not any(file.suffix == ".safetensors" for file in files):
+        raise PipelineError(f"extract_features.image_conditioning: {path} has no .safetensors weights")
+    return {file.name: provenance.file_sha256(file) for file in files}
 
 
 def is_inside(name: str) -> bool:

@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPVisionModelWithProjection
 
-from pipeline import provenance
+from pipeline import frozen_model
 from pipeline.config import Config
 from pipeline.diffusion.backbones.base import load_part
-from pipeline.errors import PipelineError
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own pixel statistics
 _STD = (0.26862954, 0.26130258, 0.27577711)
@@ -50,25 +49,5 @@ def load(config: Config, device: str) -> ImageEncoder | None:
     Raises:
         PipelineError: there is none where it says.
     """
-    path = _directory(config)
+    path = frozen_model.image_encoder_dir(config)
     return ImageEncoder(path, device) if path else None
-
-
-def hashes(config: Config) -> dict[str, str] | None:
-    """SHA-256 of each file that decides the embedding; None without image conditioning.
-
-    Raises:
-        PipelineError: the directory has no safetensors weights.
-    """
-    path = _directory(config)
-    if path is None:
-        return None
-    files = sorted([*path.glob("config.json"), *path.glob("*.safetensors")])
-    if not any(file.suffix == ".safetensors" for file in files):
-        raise PipelineError(f"extract_features.image_conditioning: {path} has no .safetensors weights")
-    return {file.name: provenance.file_sha256(file) for file in files}
-
-
-def _directory(config: Config) -> Path | None:
-    path = config.params.extract_features.image_conditioning
-    return config.root / path if path else None

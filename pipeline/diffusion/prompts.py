@@ -5,6 +5,8 @@ others are negatives, in class order; with many, the K nearest by text embedding
 Self-supervised (no label is read): "a photo of a similar object" matches every image, and its negatives are
 "a photo of a {word}" for K words drawn per image, by default from Tiny-ImageNet's 200 classes.
 A prompt may have several texts, whose embeddings are averaged. Text is encoded once per prompt, never per image.
+
+Training makes the texts once more, to hold those of its set against its own settings: this module needs no diffusers.
 """
 
 import json
@@ -20,6 +22,7 @@ from pipeline.errors import PipelineError
 from pipeline.params import ExtractFeatures
 
 _TINY_IMAGENET = Path(__file__).parent / "tiny_imagenet.json"  # names of its 200 classes
+_FIELD = "{class_name}"
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,37 @@ def build(params: ExtractFeatures, class_names: list[str], root: Path) -> Prompt
         if params.negative_words:
             words = _read_words(root / params.negative_words)
         else:
-            words = json.loads(_TINY_IMAGENET.read_text(encoding="utf-8"))
+            words = tiny_imagenet_words()
         return PromptSet([[params.self_supervised_prompt], *_fill(params.prompt_templates, words)], "first")
     texts = _fill(params.prompt_templates, class_names)
     if params.class_prompts:
         for name, own in _read_class_prompts(root / params.class_prompts, class_names).items():
             texts[class_names.index(name)] = own
     return PromptSet(texts, "label")
+
+
+def tiny_imagenet_words() -> list[str]:
+    """The words that negatives are made of where no file names others: Tiny-ImageNet's 200 classes."""
+    return json.loads(_TINY_IMAGENET.read_text(encoding="utf-8"))
+
+
+def templates_of(texts: list[list[str]], names: list[str]) -> list[str] | None:
+    """The templates that give these texts, a prompt a name; None if no templates do."""
+    for name, own in zip(names, texts, strict=False):
+        templates = [text.replace(name, _FIELD) for text in own]
+        if len(texts) == len(names) and all(_FIELD in template for template in templates):
+            if all(_fill(templates, [other]) == [made] for other, made in zip(names, texts, strict=True)):
+                return templates
+    return None
+
+
+def are_of(templates: list[str], texts: list[str]) -> bool:
+    """Whether some word makes a prompt's texts of the templates."""
+    if len(templates) != len(texts) or not texts:
+        return False
+    times, start = templates[0].count(_FIELD), templates[0].index(_FIELD)
+    length = len(_FIELD) + (len(texts[0]) - len(templates[0])) // times
+    return length > 0 and _fill(templates, [texts[0][start : start + length]]) == [texts]
 
 
 def assign(
@@ -103,7 +130,7 @@ def _nearest(similarity: np.ndarray, count: int) -> np.ndarray:
 
 
 def _fill(templates: list[str], names: list[str]) -> list[list[str]]:
-    return [[template.replace("{class_name}", name) for template in templates] for name in names]
+    return [[template.replace(_FIELD, name) for template in templates] for name in names]
 
 
 def _read_words(file: Path) -> list[str]:

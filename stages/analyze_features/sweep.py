@@ -25,7 +25,7 @@ import torch
 from pipeline import atomic, devices, frozen_model, locks, provenance, seeding
 from pipeline.config import Config
 from pipeline.datasets import Images, PreparedDataset
-from pipeline.diffusion import backbones, batching, image_conditioning, prompts
+from pipeline.diffusion import backbones, batching, prompts
 from pipeline.diffusion.prompts import PromptSet
 from pipeline.progress import progress_bar
 from stages.analyze_features import figures, margins, recommend
@@ -180,7 +180,7 @@ def _made_of(
         "images": images,
         "judged_by": config.params.analyze_features.model_dump(include={"validation_fraction", "splits", "seed"}),
         "extract_features": params.model_dump(include=keys),
-        "image_conditioning": image_conditioning.hashes(config),
+        "image_conditioning": frozen_model.image_encoder_hashes(config),
         "prompts": prompt_set.texts,
         "prompts_per_image": prompts.per_image(prompt_set, params.negatives),
         "sweep_features": config.params.sweep_features.model_dump(),

@@ -6,7 +6,7 @@ from pathlib import Path
 from pipeline import devices, frozen_model, provenance
 from pipeline.config import Config
 from pipeline.datasets import PreparedDataset
-from pipeline.diffusion import backbones, image_conditioning, prompts, representation
+from pipeline.diffusion import backbones, prompts, representation
 from pipeline.diffusion.prompts import PromptSet
 from pipeline.errors import PipelineError
 from pipeline.feature_store import Content, Plan
@@ -55,7 +55,7 @@ def make(config: Config) -> Job:
         layers=representation.column_ranges(channels, params.dims),
         prompts=prompt_set.texts,
         positive=prompt_set.positive,
-        image_conditioning=image_conditioning.hashes(config),
+        image_conditioning=frozen_model.image_encoder_hashes(config),
         basis_images=params.basis_images if params.basis == "auto" else None,
         basis_sha256=_hash_of_shared_basis(config, channels),
         **params.model_dump(include={"timestep", "image_size", "denoise_prompt", "negatives", "noise_seed", "dtype"}),

@@ -5,6 +5,7 @@ plan.py             what is to be extracted
 extraction.py       the computation
 basis.py            the PCA basis, fitted or shared
 latents.py          latents kept for the next extraction
+delivery.py         the finished set in its place
 scheduling.py       who computes which shard
 cost.py             what it will cost
 ledger.py           what it did cost
@@ -20,16 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import atomic, feature_store, provenance
+from pipeline import atomic, provenance
 from pipeline.config import Config
 from pipeline.diffusion import backbones, batching, image_conditioning
 from pipeline.diffusion.representation import Projector
-from pipeline.errors import PipelineError
-from pipeline.feature_store import Basis, Features, FeatureSetWriter, Plan
+from pipeline.feature_store import Basis, Features, FeatureSetWriter
 from pipeline.progress import progress_bar
 from stages.extract_features import basis as pca
+from stages.extract_features import delivery, scheduling
 from stages.extract_features import plan as planning
-from stages.extract_features import scheduling
 from stages.extract_features.extraction import Extraction, HostInput
 from stages.extract_features.latents import LatentCache
 from stages.extract_features.ledger import Ledger
@@ -39,38 +39,46 @@ from stages.extract_features.scheduling import Claim
 log = logging.getLogger(__name__)
 
 
-def run(config: Config, shard_range: str | None = None) -> Path:
+def run(config: Config, shard_range: str | None = None, overwrite: bool = False) -> Path:
     """Extracts the feature set that params.yaml describes, or some shards of it, continuing where a killed run stopped.
 
     Args:
         config: the project's configuration.
         shard_range: "A:B" computes shards A to B - 1 only; whoever finishes the last one puts the set together.
+        overwrite: replace a finished set that other settings, data or another frozen model gave.
 
     Returns:
         The set's folder; the folder in which it is being made if shards are missing still.
 
     Raises:
-        PipelineError: the data set or the backbone is missing or changed, or the configuration does not fit them.
+        PipelineError: the data set or the backbone is missing or changed, the configuration does not fit them, or
+            another finished set stands in the place.
         SystemExit: 143, on SIGTERM.
     """
     job = planning.make(config)
     target = config.features_dir
     rank, world_size = scheduling.rank_and_world_size()
     shards = scheduling.order_of_shards(job.plan.num_shards, shard_range, rank, world_size)
-    if _is_complete(target, job.plan):
+    if delivery.is_complete(target, job.plan):
         atomic.remove_replaced(target)
         log.info("%s is complete already", target)
         return target
+    if not overwrite:
+        delivery.check_replaceable(target, job.plan)
     if rank:
         logging.getLogger("stages").setLevel(logging.WARNING)
     staging = config.state_dir / "staging" / f"{job.plan.content.fingerprint[:16]}-{job.plan.rows_per_shard}"
     writer = FeatureSetWriter(staging, job.plan, provenance.processor(job.device))
     with writer.in_use(), scheduling.finish_batch_on_sigterm() as check:
-        writer.forget_damaged(shard for shard in shards if shard % world_size == rank)
-        if not writer.has_basis() or any(not writer.has_shard(shard) for shard in shards):
+
+        def compute(shards: list[int]) -> None:
             with batching.reproducible(job.device, getattr(torch, config.params.extract_features.dtype)):
                 _Run(job, writer, check).all(shards)
-        return _deliver(writer, target)
+
+        writer.forget_damaged(shard for shard in shards if shard % world_size == rank)
+        if not writer.has_basis() or any(not writer.has_shard(shard) for shard in shards):
+            compute(shards)
+        return delivery.deliver(writer, target, compute, overwrite)
 
 
 def load(job: Job, check: Callable[[], None] = lambda: None) -> Extraction:
@@ -164,37 +172,6 @@ class _Run:
         if shared := planning.shared_basis(self._job.config):
             return pca.read_shared(shared, self._extraction.backbone.channels, plan.content.layers)
         return self._extraction.fit_basis(pca.images(plan.rows, params.basis_images, params.noise_seed))
-
-
-def _deliver(writer: FeatureSetWriter, target: Path) -> Path:
-    """Puts the set together if it is complete and nobody has done so."""
-    if missing := writer.missing_shards:
-        log.info("%d of %d shards are missing still", len(missing), writer.plan.num_shards)
-        return writer.path
-    with writer.lock("set"):
-        if not _is_complete(target, writer.plan):
-            pca.plot_explained_variance(writer.basis(), writer.path / "explained_variance.svg")
-            writer.publish(target)
-            writer.drop_delivered_neighbours()
-    return target
-
-
-def _is_complete(target: Path, plan: Plan) -> bool:
-    """Whether the set stands there whole, by every file's checksum."""
-    if not (target / "manifest.json").exists():
-        return False
-    try:
-        found = feature_store.FeatureSet(target)
-        if (found.manifest.fingerprint, found.manifest.rows_per_shard) != (
-            plan.content.fingerprint,
-            plan.rows_per_shard,
-        ):
-            return False
-        found.verify_files()
-    except PipelineError as error:
-        log.warning("made again: %s", str(error).partition(": delete it")[0])
-        return False
-    return True
 
 
 def _latents_dir(job: Job) -> Path | None:

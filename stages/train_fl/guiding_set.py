@@ -3,7 +3,7 @@
 A set is received as often as it is made: by `dvc pull`, from another repository, by hand. Its manifest says what it was
 made of, and all of that is held against what is here, before any training. Every mismatch is one line that names both
 sides and how to accept the set. What is not here cannot differ: the frozen model's manifest, and the files that keys
-name (`class_prompts`, `negative_words`), are no part of what a member needs for training.
+name (`class_prompts`, `negative_words`, `basis`, `image_conditioning`), are no part of what a member needs to train.
 """
 
 from itertools import zip_longest
@@ -12,12 +12,14 @@ from typing import Any
 from pipeline import frozen_model, provenance
 from pipeline.config import Config
 from pipeline.datasets import PreparedDataset
+from pipeline.diffusion import prompts
 from pipeline.errors import PipelineError
 from pipeline.feature_store import Basis, Content, FeatureSet
 from pipeline.params import ExtractFeatures
 
-_EXTRACT = "or run `pipeline extract-features`"
+_EXTRACT = "or run `pipeline extract-features --overwrite`"
 _PLAIN = ("timestep", "image_size", "denoise_prompt", "negatives", "noise_seed", "dtype")
+_FILES = {"class": "class_prompts", "self-supervised": "negative_words"}  # what names the file of texts
 
 
 def open_checked(config: Config, dataset: PreparedDataset) -> FeatureSet:
@@ -76,19 +78,27 @@ def _check_data(features: FeatureSet, dataset: PreparedDataset) -> None:
 
 
 def _check_settings(features: FeatureSet, config: Config) -> None:
+    """First what params.yaml can be given to take the set as it is, then what came from files."""
     content, params = features.manifest.content, config.params.extract_features
-    different = _differences(content, params, features.basis()) | _basis_difference(content, config)
+    different = _differences(content, params, features.basis())
+    foreign = _foreign_prompt(content, config) if "prompts" not in different else None
+    if foreign is not None:
+        different |= _prompt_settings(content, params)
     if different:
-        theirs = ", ".join(f"{key} {their!r}" for key, (their, _) in different.items())
-        ours = ", ".join(f"{key} {our!r}" for key, (_, our) in different.items())
+        theirs = ", ".join(f"{key} {_as_yaml(their)}" for key, (their, _) in different.items())
+        ours = ", ".join(f"{key} {_as_yaml(our)}" for key, (_, our) in different.items())
         raise PipelineError(
             f"{features.path} was extracted with {theirs}, but extract_features here has {ours}: give params.yaml "
             f"the set's values to train from it, {_EXTRACT}"
         )
+    prompt = None if foreign is None else _described(foreign, content, params)
+    for difference in (prompt, _basis_difference(content, config), _encoder_difference(content, config)):
+        if difference:
+            raise PipelineError(f"{features.path} was extracted with {difference}, {_EXTRACT}")
 
 
 def _differences(content: Content, params: ExtractFeatures, basis: Basis) -> dict[str, tuple[Any, Any]]:
-    """Key of extract_features -> (the set's value, ours), of all that differ."""
+    """Key of extract_features -> (the set's value, ours), of all that differ; but for prompts and files."""
     values = {key: (getattr(content, key), getattr(params, key)) for key in _PLAIN}
     values["version"] = (content.extraction_version, params.version)
     values["prompts"] = ("class" if content.positive == "label" else "self-supervised", params.prompts)
@@ -98,41 +108,96 @@ def _differences(content: Content, params: ExtractFeatures, basis: Basis) -> dic
     channels = [len(basis.layers[layer].mean) for layer in content.layers]
     if len(widths) != len(params.dims) or widths != [min(pair) for pair in zip(params.dims, channels, strict=True)]:
         values["dims"] = (widths, params.dims)
-    conditioned = "an image encoder" if content.image_conditioning else None
-    if (conditioned is None) != (params.image_conditioning is None):
-        values["image_conditioning"] = (conditioned, params.image_conditioning)
-    if values["prompts"][0] == values["prompts"][1]:
-        values |= _text_difference(content, params)
-    return {key: pair for key, pair in values.items() if pair[0] != pair[1]}
+    if content.basis_sha256 is None:
+        values |= {"basis": ("auto", params.basis), "basis_images": (content.basis_images, params.basis_images)}
+    if content.image_conditioning is None:
+        values["image_conditioning"] = (None, params.image_conditioning)
+    return _unequal(values)
 
 
-def _text_difference(content: Content, params: ExtractFeatures) -> dict[str, tuple[Any, Any]]:
-    """The first prompt whose texts are not what the templates make; those from files are taken as they are."""
-    templates = params.prompt_templates
-    if params.prompts == "self-supervised":
-        ours = [[params.self_supervised_prompt]]
-        texts = content.prompts[:1]
-        kind = "self_supervised_prompt"
-    elif params.class_prompts is None:
-        ours = [[text.replace("{class_name}", name) for text in templates] for name in content.class_names]
-        texts, kind = content.prompts, "prompt_templates"
-    else:
-        return {}
-    return next(({kind: pair} for pair in zip_longest(texts, ours) if pair[0] != pair[1]), {})
+def _foreign_prompt(content: Content, config: Config) -> int | None:
+    """The number of the set's first prompt that is not what the settings make; None if all are, as far as is known.
 
-
-def _basis_difference(content: Content, config: Config) -> dict[str, tuple[Any, Any]]:
-    """Fitted here and there on as many images, or given: then by the same file, where it is here."""
+    Of texts from a file that is not here it is known that templates alone did not make them all, and self-supervised
+    that every negative is of the templates by some word.
+    """
     params = config.params.extract_features
-    file = config.root / params.basis
-    if content.basis_sha256 is None and params.basis == "auto":
-        same, key = content.basis_images == params.basis_images, "basis_images"
-        return {} if same else {key: (content.basis_images, params.basis_images)}
-    given = f"the file {content.basis_sha256[:12]}" if content.basis_sha256 else "auto"
-    same = content.basis_sha256 is not None and params.basis != "auto"
-    if same and file.is_file() and provenance.file_sha256(file) != content.basis_sha256:
-        same = False
-    return {} if same else {"basis": (given, params.basis)}
+    key = _FILES[params.prompts]
+    file = getattr(params, key)
+    here = file is None or (config.root / file).exists()
+    known = params if here else params.model_copy(update={key: None})
+    ours = prompts.build(known, content.class_names, config.root).texts
+    if here:
+        pairs = enumerate(zip_longest(content.prompts, ours))
+        return next((number for number, (their, our) in pairs if their != our), None)
+    if content.prompts == ours:
+        return 0
+    if params.prompts == "class":
+        return None
+    first, *negatives = content.prompts
+    fit = [first == ours[0], *(prompts.are_of(params.prompt_templates, texts) for texts in negatives)]
+    return None if all(fit) else fit.index(False)
+
+
+def _prompt_settings(content: Content, params: ExtractFeatures) -> dict[str, tuple[Any, Any]]:
+    """The keys that a set's prompts show to be others than ours; those from a file do not show what made them."""
+    key, texts, names = _FILES[params.prompts], content.prompts, content.class_names
+    pairs: dict[str, tuple[Any, Any]] = {}
+    if params.prompts == "self-supervised":
+        texts, names = texts[1:], prompts.tiny_imagenet_words()
+        for text in sum(content.prompts[:1], []):
+            pairs["self_supervised_prompt"] = (text, params.self_supervised_prompt)
+    if templates := prompts.templates_of(texts, names):
+        pairs |= {"prompt_templates": (templates, params.prompt_templates), key: (None, getattr(params, key))}
+    return _unequal(pairs)
+
+
+def _described(foreign: int, content: Content, params: ExtractFeatures) -> str:
+    has = content.prompts[foreign : foreign + 1]
+    keys = ["prompt_templates", _FILES[params.prompts]]
+    ours = " and ".join(f"{key} {_as_yaml(getattr(params, key))}" for key in keys)
+    return (
+        f"{f'the prompt {has[0]}' if has else f'{foreign} prompts only'}, which extract_features here does not make of "
+        f"{ours}: give them what they had there (a file need not be here)"
+    )
+
+
+def _basis_difference(content: Content, config: Config) -> str | None:
+    """A basis that was given: by the same file, where it is here."""
+    if content.basis_sha256 is None:
+        return None
+    ours = config.params.extract_features.basis
+    file, difference = config.root / ours, "is auto" if ours == "auto" else ""
+    if not difference and file.is_file() and (sha256 := provenance.file_sha256(file)) != content.basis_sha256:
+        difference = f"is {ours} (SHA-256 {sha256[:12]})"
+    if not difference:
+        return None
+    return (
+        f"a PCA basis from a file (SHA-256 {content.basis_sha256[:12]}), but extract_features.basis here {difference}: "
+        "name that file there (it need not be here)"
+    )
+
+
+def _encoder_difference(content: Content, config: Config) -> str | None:
+    """An image encoder: the same, where it is here."""
+    theirs, folder = content.image_conditioning, frozen_model.image_encoder_dir(config)
+    if theirs is None or (folder and not folder.exists()):
+        return None
+    if folder and frozen_model.image_encoder_hashes(config) == theirs:
+        return None
+    ours = f"{folder}, whose files differ" if folder else "null"
+    return (
+        f"an image encoder, but extract_features.image_conditioning here is {ours}: name the set's there (it need not "
+        "be here)"
+    )
+
+
+def _unequal(pairs: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _as_yaml(value: Any) -> str:
+    return "null" if value is None else repr(value)
 
 
 def _check_frozen_model(features: FeatureSet, config: Config) -> None:

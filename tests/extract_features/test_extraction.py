@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,7 +87,8 @@ def test_features_are_those_of_one_pass_at_a_time(digits):
 def test_threads_and_batches_change_no_byte(digits, unextracted):
     settings = ("--set", "runtime.unet_batch_size=48", "--set", "runtime.cache_latents=true")
     process = launch(unextracted, *settings, OMP_NUM_THREADS="3")
-    assert process.wait() == 0, process.stderr.read()
+    _, log = process.communicate()
+    assert process.returncode == 0, log
     assert contents(unextracted / SET) == contents(digits / SET)
 
 
@@ -135,8 +137,22 @@ def test_a_damaged_shard_in_staging_is_computed_again(digits, unextracted):
     staging = extract(unextracted, "--shard-range", "0:2")
     shard = staging / "shard-00001.h5"
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-    extract(unextracted)
+    extract(unextracted, "--shard-range", "2:5")  # the last job sees to the shards of all
     assert contents(unextracted / SET) == contents(digits / SET)
+
+
+def test_a_finished_set_of_other_settings_is_replaced_only_when_asked(digits, unextracted):
+    shutil.copytree(digits / SET, unextracted / SET)  # imported, pulled or made here
+    for more in ((), ("--shard-range", "0:1")):
+        result = invoke(unextracted, "extract-features", "--noise-seed", "5", "--negatives", "2", *more)
+        assert result.exit_code == 1 and len(result.output.splitlines()) == 1
+        assert f"{SET} holds a finished feature set with another negatives, noise_seed: move or" in result.output
+        assert result.output.rstrip().endswith("or say --overwrite")
+    assert not (unextracted / ".pipeline").exists()
+    (unextracted / SET / "shard-00003.h5").unlink()  # part of a set is somebody's set too
+    assert invoke(unextracted, "extract-features", "--noise-seed", "5").exit_code == 1
+    extract(unextracted, "--noise-seed", "5", "--overwrite", "--shard-range", "0:1")
+    assert FeatureSet(unextracted / SET, partial=True).manifest == FeatureSet(digits / SET).manifest
 
 
 def test_cached_latents_are_used_and_damage_is_noticed(digits, unextracted):
@@ -217,7 +233,7 @@ def test_half_precision_overflow_is_redone_in_float32_and_counted(tmp_path):
     )  # fmt: skip
     reference = FeatureSet(extract(root)).read(np.arange(10))
     shared = ("--basis", str(next(root.glob("data/features/*/basis.h5"))))
-    opened = FeatureSet(extract(root, *shared, "--dtype", "float16", "--shard-range", "0:1"))
+    opened = FeatureSet(extract(root, *shared, "--dtype", "float16", "--overwrite"))
     assert opened.manifest.redone_in_float32 == 10 * 3
     found = opened.read(np.arange(10))
     np.testing.assert_allclose(found.prompted, reference.prompted, rtol=2e-3, atol=2e-3)
@@ -256,10 +272,10 @@ def test_image_conditioning_changes_prompted_features_alone(tmp_path):
         torch.manual_seed(1)
         tiny_models.clip_vision().save_pretrained(root / "clip")
         tiny_models.clip_vision(projection=20).save_pretrained(root / "clip20")
-    conditioned = FeatureSet(extract(root, "--image-conditioning", "clip")).read(np.arange(10))
+    conditioned = FeatureSet(extract(root, "--image-conditioning", "clip", "--overwrite")).read(np.arange(10))
     assert np.array_equal(conditioned.denoised, without.denoised)
     assert not np.allclose(conditioned.prompted, without.prompted, atol=1e-2)
-    result = invoke(root, "extract-features", "--image-conditioning", "clip20")
+    result = invoke(root, "extract-features", "--image-conditioning", "clip20", "--overwrite")
     assert result.exit_code == 1 and "embeds images in 20 numbers, but sd has prompt embeddings of 16" in result.output
     result = invoke(root, "extract-features", "--image-conditioning", "nowhere")
     assert result.exit_code == 1 and "has no .safetensors weights" in result.output

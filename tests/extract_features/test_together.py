@@ -1,14 +1,17 @@
 """Several processes on one set: none waits while it holds what another waits for, and one puts the set together."""
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from pipeline import provenance
+from pipeline.errors import PipelineError
 from pipeline.feature_store import FeatureSet
 from stages.extract_features import scheduling
-from stages.extract_features.run import _deliver
+from stages.extract_features.delivery import deliver
 from tests.extract_features.fixtures import extract, project
 from tests.test_feature_store import features, open_writer, write
 
@@ -69,7 +72,7 @@ def test_two_that_finish_together_put_the_set_together_once(tmp_path):
         publish = writer.publish
         writer.publish = lambda target: (published.append(number), publish(target))
         together.wait()
-        return _deliver(writer, tmp_path / "set")
+        return deliver(writer, tmp_path / "set", None, overwrite=False)
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(finish, range(2))) == [tmp_path / "set"] * 2
@@ -77,12 +80,56 @@ def test_two_that_finish_together_put_the_set_together_once(tmp_path):
     FeatureSet(tmp_path / "set").verify_files()
 
 
+def test_shards_that_others_made_are_read_once_more_before_the_set_is_given_out(tmp_path):
+    writer, made_again = write(tmp_path / "staging"), []
+    shard = tmp_path / "staging" / "shard-00001.h5"
+    good = shard.read_bytes()
+    shard.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+
+    def again(shards):
+        made_again.extend(shards)
+        shard.write_bytes(good)
+        write(tmp_path / "staging", shards=shards)
+
+    deliver(writer, tmp_path / "set", again, overwrite=False)
+    assert made_again == [1]
+    FeatureSet(tmp_path / "set").verify_files()
+
+
+def test_a_set_that_came_meanwhile_is_not_replaced_unasked(tmp_path):
+    write(tmp_path / "other", tmp_path / "set", timestep=100, prompts=[["a"], ["b"], ["d"]])
+    before = (tmp_path / "set" / "manifest.json").read_bytes()
+    writer = write(tmp_path / "staging" / "ours")
+    with pytest.raises(
+        PipelineError, match="holds a finished feature set with another timestep, prompts: .*--overwrite"
+    ):
+        deliver(writer, tmp_path / "set", None, overwrite=False)
+    assert (tmp_path / "set" / "manifest.json").read_bytes() == before and not writer.missing_shards
+    deliver(writer, tmp_path / "set", None, overwrite=True)
+    assert FeatureSet(tmp_path / "set").manifest.fingerprint == writer.fingerprint
+
+
+def test_a_set_of_a_later_format_is_not_replaced_and_one_of_a_damaged_manifest_is(tmp_path):
+    write(tmp_path / "other", tmp_path / "set", timestep=100)
+    file, writer = tmp_path / "set" / "manifest.json", write(tmp_path / "staging" / "ours")
+    manifest = json.loads(file.read_bytes())
+    later = writer.plan.content.model_dump() | {"pooling": "mean"}
+    manifest |= {"format_version": 2, "content": later, "fingerprint": provenance.fingerprint(later)}
+    file.unlink()
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(PipelineError, match="another format: "):
+        deliver(writer, tmp_path / "set", None, overwrite=False)
+    file.write_text(json.dumps(manifest | {"fingerprint": "0" * 64}))
+    deliver(writer, tmp_path / "set", None, overwrite=False)
+    assert FeatureSet(tmp_path / "set").manifest.fingerprint == writer.fingerprint
+
+
 def test_a_delivered_set_is_cleared_away_only_when_nobody_uses_it(tmp_path):
     used = write(tmp_path / "staging" / "one", tmp_path / "one")
     ending = write(tmp_path / "staging" / "other", tmp_path / "other", timestep=100)
     with used.in_use():  # by a second process that ends with the first
         ending.drop_delivered_neighbours()
-        assert _deliver(used, tmp_path / "one") == tmp_path / "one"
+        assert deliver(used, tmp_path / "one", None, overwrite=False) == tmp_path / "one"
     ending.drop_delivered_neighbours()
     assert [path.name for path in (tmp_path / "staging").iterdir()] == ["other"]
 

@@ -254,8 +254,9 @@ def test_a_shard_of_another_set(made, project, trial):
 def test_a_whole_foreign_set_in_the_place(project, trial):
     with trial("shard or basis of another set"):
         program.succeed(project, "prepare-data", "--seed", "1")
-        program.refuse(project, *TRAIN, says=["another data set", "hash", "extract-features`"])
-        program.succeed(project, *EXTRACT)
+        program.refuse(project, *TRAIN, says=["another data set", "hash", "extract-features --overwrite`"])
+        program.refuse(project, *EXTRACT, says=["another dataset_hash", "--overwrite"])
+        program.succeed(project, *EXTRACT, "--overwrite")
         program.succeed(project, *TRAIN_AGAIN)
 
 

@@ -114,7 +114,8 @@ def replacements(made, tmp_path_factory):
         root = tmp_path_factory.mktemp("replaced") / "project"
         shutil.copytree(made.root, root, ignore=shutil.ignore_patterns("models"))
         (root / "models").symlink_to(made.root / "models")
-        arguments = (*COMMANDS[name][0], "--set", FOLDERS[name])
+        asked = ["--overwrite"] if name == "extract-features" else []
+        arguments = (*COMMANDS[name][0], "--set", FOLDERS[name], *asked)
         return Replacement(arguments, program.undisturbed(root, *arguments), finished(root, name))
 
     return make

@@ -1,5 +1,6 @@
 """What training eats: a foreign set is refused in one line that names both sides; only the rows it needs are read."""
 
+import hashlib
 import json
 import shutil
 
@@ -9,10 +10,11 @@ from PIL import Image
 
 from pipeline import datasets, provenance
 from pipeline.datasets import Source
+from pipeline.diffusion import prompts
 from pipeline.errors import PipelineError
 from pipeline.feature_store import FeatureSet
 from stages import prepare_data
-from stages.train_fl import run
+from stages.train_fl import guiding_set, run
 from tests.train_fl import tiny_project
 
 ROUND = {"train_fl__num_rounds": 1}
@@ -58,6 +60,10 @@ def test_other_class_names_and_another_order_are_named(project, names, message):
     refused(project, message.format(set=project.features_dir, data=project.dataset_dir))
 
 
+def filled(*templates):
+    return [[template.format(name) for template in templates] for name in tiny_project.CLASSES]
+
+
 SETTINGS = [
     ({"image_size": 16}, "image_size 16", "image_size 32"),
     ({"denoise_prompt": "a photo"}, "denoise_prompt 'a photo'", "denoise_prompt ''"),
@@ -67,10 +73,11 @@ SETTINGS = [
     ({"extraction_version": 7}, "version 7", "version 1"),
     ({"timestep": 200}, "timestep 200", "timestep 300"),
     ({"basis_images": 4}, "basis_images 4", "basis_images 1000"),
-    ({"basis_images": None, "basis_sha256": "ab" * 32}, "basis 'the file abababababab'", "basis 'auto'"),
-    ({"image_conditioning": {"a": "b"}}, "image_conditioning 'an image encoder'", "image_conditioning None"),
-    ({"prompts": [["a round"], ["a square"], ["a flat"]]}, "['a round']", "prompt_templates ['a photo of a round']"),
-    ({"prompts": [["a photo of a round"]]}, "prompt_templates None", "prompt_templates ['a photo of a square']"),
+    (
+        {"prompts": filled("a {}")},
+        "prompt_templates ['a {class_name}']",
+        "prompt_templates ['a photo of a {class_name}']",
+    ),
     ({"positive": "first"}, "prompts 'self-supervised'", "prompts 'class'"),
     ({"timestep": 200, "dtype": "float16"}, "timestep 200, dtype 'float16'", "timestep 300, dtype 'float32'"),
 ]
@@ -79,16 +86,133 @@ SETTINGS = [
 @pytest.mark.parametrize(("theirs", "said_of_the_set", "said_of_ours"), SETTINGS)
 def test_other_settings_are_named_with_the_way_to_accept_the_set(project, theirs, said_of_the_set, said_of_ours):
     tiny_project.add_features(project, **theirs)  # put by hand in the place of ours
-    message = refused(project, "give params.yaml the set's values to train from it, or run `pipeline extract")
+    message = refused(
+        project, "give params.yaml the set's values to train from it, or run `pipeline extract-features --overwrite`"
+    )
     set_side, our_side = message.split(", but extract_features here has ")
-    assert set_side.endswith(f"was extracted with {said_of_the_set}" if "[" not in said_of_the_set else said_of_the_set)
+    assert set_side.endswith(f"was extracted with {said_of_the_set}")
     assert our_side.startswith(said_of_ours)
 
 
-def test_the_set_is_taken_once_params_say_what_it_says(tmp_path):
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"dtype": "bfloat16"}, {"dtype": "bfloat16"}),
+        (
+            {"prompts": filled("the {}", "{0} or {0}")},
+            {"prompt_templates": ["the {class_name}", "{class_name} or {class_name}"]},
+        ),
+    ],
+)
+def test_the_set_is_taken_once_params_say_what_it_says(tmp_path, theirs, ours):
     project = tiny_project.make(tmp_path, **ROUND)
-    tiny_project.add_features(project, dtype="bfloat16")
-    run(tiny_project.make(tmp_path, extract_features__dtype="bfloat16", **ROUND), "feddifrc", "iid", 0)
+    tiny_project.add_features(project, **theirs)
+    refused(project, *(f"was extracted with {key} {value!r}, but" for key, value in ours.items()))
+    changes = {f"extract_features__{key}": value for key, value in ours.items()}
+    run(tiny_project.make(tmp_path, **changes, **ROUND), "feddifrc", "iid", 0)
+
+
+# Prompts, bases and image encoders that files hold
+
+
+def opened(project):
+    guiding_set.open_checked(project, datasets.PreparedDataset(project.dataset_dir))
+
+
+def not_opened(project, *names):
+    with pytest.raises(PipelineError) as caught:
+        opened(project)
+    for name in names:
+        assert name in str(caught.value), str(caught.value)
+
+
+POSITIVE = {"class": "label", "self-supervised": "first"}
+FILE = {"class": "class_prompts", "self-supervised": "negative_words"}
+SUN_MOON = [["a photo of a similar object"], ["a photo of a sun"], ["a photo of a moon"]]
+CAT_DOG = [["a photo of a similar object"], ["a photo of a cat"], ["a photo of a dog"]]
+NULL = "but extract_features here has class_prompts 'own.txt': give params.yaml the set's values"
+BALLS = [["a ball", "a disc"], ["a photo of a square"], ["as flat as can be"]]
+OWN = {"class": "flat: as flat as can be\nround: [a ball, a disc]\n", "self-supervised": "cat\ndog\n"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "theirs", "file", "message"),
+    [
+        # the file is here: every text counts
+        ("class", BALLS, "here", None),
+        ("class", [["a ball"], *BALLS[1:]], "here", "with the prompt ['a ball'], which"),
+        ("class", BALLS[:2], "here", "with 2 prompts only, which"),
+        ("class", filled("a photo of a {}"), "here", f"with class_prompts null, {NULL}"),
+        ("self-supervised", CAT_DOG, "here", None),
+        ("self-supervised", SUN_MOON, "here", "with the prompt ['a photo of a sun'], which"),
+        # none is asked for
+        ("class", BALLS, None, "class_prompts null: give them what"),
+        ("class", [["a photo of a round"]], None, "with 1 prompts only, which extract_features here does not make"),
+        ("self-supervised", CAT_DOG, None, "with the prompt ['a photo of a cat'], which"),
+        # it is not here: only what templates say
+        ("class", BALLS, "nowhere", None),
+        ("class", filled("a photo of a {}"), "nowhere", f"with class_prompts null, {NULL}"),
+        ("self-supervised", SUN_MOON, "nowhere", None),
+        ("self-supervised", [*SUN_MOON[:2], ["the moon"]], "nowhere", "with the prompt ['the moon'], which"),
+        ("self-supervised", [["a thing"], *SUN_MOON[1:]], "nowhere", "with self_supervised_prompt 'a thing', but"),
+    ],
+)  # fmt: skip
+def test_prompts_from_a_file_are_all_compared_where_it_is_here(tmp_path, kind, theirs, file, message):
+    tiny_project.add_features(tiny_project.make(tmp_path), prompts=theirs, positive=POSITIVE[kind])
+    if file == "here":
+        (tmp_path / "own.txt").write_text(OWN[kind])
+    named = {f"extract_features__{FILE[kind]}": "own.txt" if file else None}
+    project = tiny_project.make(tmp_path, extract_features__prompts=kind, **named)
+    if message:
+        not_opened(project, message)
+    else:
+        opened(project)
+
+
+def test_a_set_of_the_default_words_is_not_taken_for_one_of_a_file(tmp_path):
+    default = [[f"a photo of a {word}"] for word in prompts.tiny_imagenet_words()]
+    tiny_project.add_features(tiny_project.make(tmp_path), prompts=[SUN_MOON[0], *default], positive="first")
+    settings = {"extract_features__prompts": "self-supervised", "extract_features__negative_words": "nowhere"}
+    not_opened(
+        tiny_project.make(tmp_path, **settings), "with negative_words null, but extract_features here has negati"
+    )
+    settings |= {"extract_features__negative_words": None}
+    opened(tiny_project.make(tmp_path, **settings))
+    settings |= {"extract_features__prompt_templates": ["the {class_name}"]}
+    not_opened(tiny_project.make(tmp_path, **settings), "with prompt_templates ['a photo of a {class_name}'], but")
+
+
+def test_a_basis_from_a_file_is_the_one_that_is_here(tmp_path):
+    file = tmp_path / "shared.h5"
+    file.write_bytes(b"a basis")
+    theirs = {"basis_images": None, "basis_sha256": hashlib.sha256(b"a basis").hexdigest()}
+    tiny_project.add_features(tiny_project.make(tmp_path), **theirs)
+    said = f"with a PCA basis from a file (SHA-256 {theirs['basis_sha256'][:12]}), but extract_features.basis here is "
+    not_opened(tiny_project.make(tmp_path), f"{said}auto: name that file there (it need not be here), or run")
+    project = tiny_project.make(tmp_path, extract_features__basis="shared.h5")
+    opened(project)
+    file.write_bytes(b"another")
+    not_opened(project, f"{said}shared.h5 (SHA-256 {hashlib.sha256(b'another').hexdigest()[:12]}): name")
+    file.unlink()
+    opened(project)
+
+
+def test_an_image_encoder_is_the_one_that_is_here(tmp_path):
+    theirs = {"model.safetensors": hashlib.sha256(b"weights").hexdigest()}
+    tiny_project.add_features(tiny_project.make(tmp_path), image_conditioning=theirs)
+    said = "with an image encoder, but extract_features.image_conditioning here is "
+    not_opened(tiny_project.make(tmp_path), f"{said}null: name the set's there (it need not be here), or run")
+    project = tiny_project.make(tmp_path, extract_features__image_conditioning="clip")
+    opened(project)
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "model.safetensors").write_bytes(b"weights")
+    opened(project)
+    (tmp_path / "clip" / "model.safetensors").write_bytes(b"others")
+    not_opened(project, f"{said}{tmp_path / 'clip'}, whose files differ: name")
+    tiny_project.add_features(tiny_project.make(tmp_path), timestep=300)
+    not_opened(
+        project, "with image_conditioning null, but extract_features here has image_conditioning 'clip': give params"
+    )
 
 
 def test_other_layers_and_dims_are_named(tmp_path):

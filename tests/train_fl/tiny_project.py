@@ -6,6 +6,7 @@ import numpy as np
 
 from pipeline import config, datasets
 from pipeline.datasets import Images, Source
+from pipeline.diffusion import prompts
 from pipeline.feature_store import Basis, Content, Features, FeatureSetWriter, LayerBasis, Plan
 
 CLASSES = ["round", "square", "flat"]
@@ -15,6 +16,7 @@ OVERRIDES = {
     "prepare_data.name": "tiny",
     "prepare_data.image_size": SIZE,
     "extract_features.dims": [DIMS],
+    "extract_features.negative_words": "words.txt",
     "train_fl.num_clients": 4,
     "train_fl.clients_per_round": 2,
     "train_fl.num_rounds": 4,
@@ -36,6 +38,7 @@ def make(root: Path, **overrides) -> config.Config:
     """A project in `root`; keys are dotted with `__` in place of the dot."""
     repository = Path(__file__).parents[2]
     (root / "params.yaml").write_text((repository / "params.yaml").read_text())
+    (root / "words.txt").write_text("sun\nmoon\n")
     changes = OVERRIDES | {key.replace("__", "."): value for key, value in overrides.items()}
     changes.setdefault("sweep.partitions", list(changes["partitions"]))
     made = config.load(root / "params.yaml", changes)
@@ -47,16 +50,15 @@ def make(root: Path, **overrides) -> config.Config:
 def content(project: config.Config) -> Content:
     """What a set extracted with the project's settings says of itself; its layers are made up."""
     params, dataset = project.params.extract_features, datasets.PreparedDataset(project.dataset_dir)
-    names = dataset.class_names
-    by_class = params.prompts == "class"
+    made = prompts.build(params, dataset.class_names, project.root)
     return Content(
         extraction_version=params.version,
         dataset_hash=dataset.hash,
-        class_names=names,
+        class_names=dataset.class_names,
         backbone={},
         layers={"up_blocks.1": [0, DIMS]},
-        prompts=[["a photo of a " + name] for name in names] if by_class else [[params.self_supervised_prompt]] * 3,
-        positive="label" if by_class else "first",
+        prompts=made.texts,
+        positive=made.positive,
         image_conditioning=None,
         basis_images=params.basis_images,
         basis_sha256=None,
