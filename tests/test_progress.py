@@ -11,11 +11,12 @@ from pipeline import progress
 def test_a_log_gets_a_line_now_and_then(caplog, monkeypatch):
     monkeypatch.setattr(progress, "_SECONDS_PER_LINE", 0.05)
     caplog.set_level(logging.INFO)
+    started = time.monotonic()
     with progress.progress_bar(100, "extract", "image") as bar:
         for _ in range(100):
             time.sleep(0.002)
             bar.update()
-    assert 1 <= len(caplog.messages) <= 5
+    assert 1 <= len(caplog.messages) <= (time.monotonic() - started) / 0.05 + 1  # a busy machine sleeps longer
     assert (
         caplog.messages[0].startswith("extract:") and "left" in caplog.messages[0] and "image/s" in caplog.messages[0]
     )

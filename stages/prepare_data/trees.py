@@ -133,7 +133,7 @@ def images_of_class(root: Path, class_dir: Path) -> list[str]:
     An empty folder stands for a class that this owner has no images of, as it happens to a node of a federation.
     """
     found = sorted(_image_files(str(class_dir), frozenset()), key=os.path.split)
-    if not found and all(entry.name.startswith(".") for entry in os.scandir(class_dir)):
+    if not found and all(name.startswith(".") for name in os.listdir(class_dir)):
         log.warning("%s is empty: a class without images", class_dir)
         return []
     require(bool(found), f"{class_dir} has no images (names ending in {', '.join(EXTENSIONS[:5])}, ...)")

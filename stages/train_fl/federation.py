@@ -68,7 +68,10 @@ def load(
     dataset = PreparedDataset(config.dataset_dir)
     features = guiding_set.open_checked(config, dataset) if guidance else None
     source = GuidanceSource(features, guidance) if features and guidance else None
-    train, index, held = _split(dataset, config, seed)
+    everything = dataset.load("train")
+    if features:
+        features.expect_labels(everything.labels)
+    train, index, held = _split(dataset, everything, config, seed)
     if params.imbalance_factor < 1:
         kept = partitions.long_tail(train.labels, params.imbalance_factor, seeding.numpy_generator(seed, "long tail"))
         train, index = train.take(kept), index[kept]
@@ -128,10 +131,9 @@ def _deal(config: Config, partition: str, train: Images, seed: int, client_id: i
     return [parts[client_id]]
 
 
-def _split(dataset: PreparedDataset, config: Config, seed: int) -> tuple[Images, np.ndarray, Images]:
-    """The images clients train on, their positions in the training split, and the images held out."""
+def _split(dataset: PreparedDataset, train: Images, config: Config, seed: int) -> tuple[Images, np.ndarray, Images]:
+    """The images clients train on, their positions in the training split `train`, and the images held out."""
     params = config.params.train_fl
-    train = dataset.load("train")
     if params.evaluate_on == "test":
         return train, np.arange(len(train)), dataset.load("test")
     rng = seeding.numpy_generator(seed, "validation split")

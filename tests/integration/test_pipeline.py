@@ -84,14 +84,17 @@ def test_an_extraction_killed_half_way_resumes_to_the_same_bytes(extracted, tmp_
         (root / "data").mkdir()
         for part in ("datasets", "backbones"):
             (root / "data" / part).symlink_to(extracted / "data" / part)
-    assert spawn(tmp_path / "whole", "extract-features").wait() == 0
+    whole = spawn(tmp_path / "whole", "extract-features")
+    whole.communicate()
+    assert whole.returncode == 0
 
     process = spawn(tmp_path / "killed", "extract-features")
     staging = tmp_path / "killed" / ".pipeline" / "staging"
     while process.poll() is None and len(list(staging.glob("*/shard-*.h5"))) < 3:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "data" / "features").exists()
 
     again = spawn(tmp_path / "killed", "extract-features")

@@ -310,7 +310,7 @@ def rounds(
         if new is None:
             raise PipelineError(
                 f"round {number}: no node sent an update of use ({_outcomes(core.account, number)}): mend them and run "
-                "again, it goes on from there; a model drowned in differential privacy's noise must begin anew with less"
+                "again, it goes on from there; a model drowned in differential privacy's noise must begin anew"
             )
         arrays, work = new, core.work
         server = replace(core.progress.server, weights=to_tensors(new, core.progress.server.weights))
