@@ -22,7 +22,7 @@ repro: $(STAMP)  ## Run the whole pipeline: data, features, training, report
 	$(BIN)/dvc repro
 
 test: $(STAMP)  ## Run the tests, a process for each of up to eight cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 
 test-faults: $(STAMP)  ## Try every fault and fuzz at length (about a quarter of an hour), with a table at the end
 	HYPOTHESIS_PROFILE=large OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" tests/faults tests/fuzz

@@ -134,7 +134,7 @@ class Loopback:
             status = self.status(run_id)
             if status.startswith("finished"):
                 return status
-            time.sleep(2 * _POLL_SECONDS)
+            time.sleep(10 * _POLL_SECONDS)  # asking is a process of its own, as heavy as a node's
         raise PipelineError(f"the run has not ended in {seconds:g} s: see {self.folder / 'logs'}")
 
     def status(self, run_id: int) -> str:

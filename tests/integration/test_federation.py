@@ -46,7 +46,7 @@ def test_three_private_folders_end_in_a_model_though_a_node_is_killed_in_round_2
         assert [(project / "data" / "basis.h5").read_bytes() for project in projects] == [shared] * 3
         for project in projects:
             pipeline(project, "--quiet", "extract-features")
-        trained = federation.run(SMALL | {"federation.round_timeout": 45.0}, seed=3)
+        trained = federation.run(SMALL | {"federation.round_timeout": 30.0}, seed=3)
         results = server / "results" / "feddifrc-nodes-s3"
         until(lambda: len(rows(results / "rounds.csv")) == 1, 300)
         federation.stop("node-1", signal.SIGKILL)

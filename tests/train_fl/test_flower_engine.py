@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from pipeline.errors import PipelineError
 from pipeline.federation import node
-from stages.train_fl.engines.flower import client
+from stages.train_fl.engines.flower import client, privacy
 from stages.train_fl.run import run
 from tests.federation.in_process import InProcess
 from tests.train_fl import tiny_project
@@ -138,7 +138,9 @@ def test_a_node_killed_in_mid_round_is_missed_and_the_others_go_on(project, monk
 
 
 def test_a_node_that_joins_late_takes_part_once_it_has_introduced_itself(project, monkeypatch):
-    federation = all_take_part(project, monkeypatch, count=4, changes={"federation.min_clients": 3})
+    federation = all_take_part(
+        project, monkeypatch, count=4, changes={"federation.min_clients": 3, "federation.join_timeout": 3.0}
+    )
     late = federation.nodes.pop(103)
 
     def arrive(node_id, message):
@@ -168,11 +170,13 @@ def test_what_a_client_keeps_survives_its_nodes_restart(project, monkeypatch, me
 
 def test_an_answer_that_never_arrives_leaves_no_trace_in_what_its_client_keeps(project, monkeypatch):
     federation = all_take_part(project, monkeypatch, "scaffold")
-    orders = []
+    orders, kept = [], []
 
     def listen(node_id, message):
         if node_id == 101 and message.metadata.message_type == "train":
             orders.append(message.content.config_records["order"])
+        if node_id == 101 and message.metadata.message_type == "query.forget":
+            kept.extend(sorted(file.name for file in project.state_dir.glob("federation/*/client-0001/*")))
 
     federation.before = listen
     federation.after = lambda node_id, reply: reply.content.array_records.clear() if (
@@ -181,9 +185,9 @@ def test_an_answer_that_never_arrives_leaves_no_trace_in_what_its_client_keeps(p
     federation.serve()
     assert [(order["number"], order["state-of"]) for order in orders] == [(1, 0), (2, 1), (3, 1)]
     assert outcomes(result(project, "scaffold"))[2, "n1"].startswith("its answer is not an update")
-    kept = next((project.state_dir / "federation").glob("*/client-0001"))
-    # round 2's is there still: nothing says before round 4 that it is not wanted
-    assert sorted(file.name for file in kept.iterdir()) == [f"round-0000{k}.safetensors" for k in (1, 2, 3)]
+    # round 2's is there still: nothing says before round 4 that it is not wanted; at the end all go
+    assert kept == [f"round-0000{k}.safetensors" for k in (1, 2, 3)]
+    assert not list(project.state_dir.glob("federation/*/*"))
 
 
 def test_a_state_that_is_lost_begins_anew_and_is_said(project, monkeypatch, caplog):
@@ -292,11 +296,14 @@ def own_project(root, name, **overrides):
 
 def private(tmp_path, project, monkeypatch, method="feddifrc", changes=()):
     """Three nodes with images and features of their own on a common basis; the server has neither."""
-    basis = {"extract_features.basis": "data/basis.h5"}
-    federation = deploy(
-        project, monkeypatch, method, "nodes", tmp_path / "server", {**basis, "train_fl.clients_per_round": 3,
-        "train_fl.num_rounds": 2, **dict(changes)}, 3,
-    )  # fmt: skip
+    settings = {
+        "extract_features.basis": "data/basis.h5",
+        "train_fl.num_clients": 3,
+        "train_fl.clients_per_round": 3,
+        "train_fl.num_rounds": 2,
+    }
+    server = tmp_path / "server"
+    federation = deploy(project, monkeypatch, method, "nodes", server, settings | dict(changes), 3)
     (tmp_path / "server").mkdir()
     for k in range(3):
         own = own_project(tmp_path, f"node{k}", extract_features__basis="data/basis.h5")
@@ -329,7 +336,9 @@ def test_nodes_with_their_own_images_train_and_judge_together(tmp_path, project,
 def test_a_foreign_and_a_corrupt_feature_set_are_refused_by_name_and_the_others_go_on(
     tmp_path, project, monkeypatch, capsys
 ):
-    federation = private(tmp_path, project, monkeypatch, changes={"federation.min_clients": 1})
+    federation = private(
+        tmp_path, project, monkeypatch, changes={"federation.min_clients": 1, "federation.join_timeout": 3.0}
+    )
     manifest = next((tmp_path / "node1" / "data" / "features").glob("*/manifest.json"))
     manifest.write_text(manifest.read_text().replace('"timestep": 300', '"timestep": 200'))
     shard = next((tmp_path / "node2" / "data" / "features").glob("*/shard-00000.h5"))
@@ -346,7 +355,9 @@ def test_a_foreign_and_a_corrupt_feature_set_are_refused_by_name_and_the_others_
 
 
 def test_features_on_another_basis_or_frozen_model_do_not_mix(tmp_path, project, monkeypatch, capsys):
-    federation = private(tmp_path, project, monkeypatch, changes={"federation.min_clients": 2})
+    federation = private(
+        tmp_path, project, monkeypatch, changes={"federation.min_clients": 2, "federation.join_timeout": 3.0}
+    )
     import shutil
 
     other = tiny_project.make(tmp_path / "node2", extract_features__basis="data/basis.h5")
@@ -471,15 +482,22 @@ def test_secure_aggregation_gives_the_mean_and_shows_the_server_no_weights(proje
     all_take_part(project, monkeypatch, "fedprox").serve()
     plain = state(project, "fedprox")
     asked = {"federation.secure_aggregation": "'{clipping_range: 8.0, max_samples: 100}'"}
-    federation, seen = all_take_part(project, monkeypatch, "fedprox", changes=asked), []
-    federation.after = lambda node_id, reply: seen.extend(
-        array for record in reply.content.array_records.values() for array in record.values()
-    )
+    federation, seen, masked = all_take_part(project, monkeypatch, "fedprox", changes=asked), [], []
+
+    def listen(node_id, reply):
+        seen.extend(array for record in reply.content.array_records.values() for array in record.values())
+        for record in reply.content.config_records.values():
+            lists = (values for values in record.values() if isinstance(values, list))
+            masked.extend(part for values in lists for part in values if isinstance(part, bytes))
+
+    federation.after = listen
     import shutil
 
     shutil.rmtree(result(project, "fedprox"))
     federation.serve()
     assert seen == []
+    in_the_clear = next(iter(plain.values())).numpy().tobytes()[:16]
+    assert masked and not any(in_the_clear in part for part in masked)
     assert [kind for _, kind in federation.log].count("train") == 4 * 4 * 3  # four steps, four nodes, three rounds
     for name, value in state(project, "fedprox").items():
         torch.testing.assert_close(value, plain[name], atol=2e-4, rtol=0)
@@ -517,3 +535,168 @@ def test_protection_that_would_not_cover_everything_is_refused(project, monkeypa
     asked = changes if method == "scaffold" else {**private, **changes}
     with pytest.raises(PipelineError, match=words):
         all_take_part(project, monkeypatch, method, changes=asked).serve()
+
+
+def first(content, change):
+    """Changes the first of the arrays that a method sends besides weights."""
+    extras = content.array_records["extras"]
+    name = next(iter(extras))
+    extras[name] = type(extras[name])(change(np.array(extras[name].numpy())))
+
+
+OTHER_FORM = "another form than the others'"
+
+
+@pytest.mark.parametrize("method", ["scaffold", "fedproto", "fednh", "fedcr", "fednova"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda content: content.array_records.pop("extras"), OTHER_FORM),
+        (lambda content: first(content, lambda array: np.zeros((7, 1, 5), np.float32)), OTHER_FORM),
+        (lambda content: content.metric_records["work"].__setitem__("loss:other", 1.0), OTHER_FORM),
+        (lambda content: content.metric_records["work"].__setitem__("num-samples", 10**9), "it joined with"),
+    ],
+    ids=["missing", "shape", "losses", "amount"],
+)
+def test_what_a_method_sends_besides_weights_is_checked_too(project, monkeypatch, method, change, words):
+    federation = all_take_part(project, monkeypatch, method, changes={"train_fl.num_rounds": 1})
+    federation.after = spoil(change)
+    federation.serve()
+    found = outcomes(result(project, method))
+    assert words in found.pop((1, "n1"))
+    assert set(found.values()) == {"trained"}
+
+
+def test_bytes_that_are_no_array_are_left_out_by_name(project, monkeypatch):
+    def no_array(content):
+        array = next(iter(content.array_records["weights"].values()))
+        array.data = b"PK"
+
+    federation = all_take_part(project, monkeypatch, changes={"train_fl.num_rounds": 1})
+    federation.after = spoil(no_array)
+    federation.serve()
+    assert outcomes(result(project)).pop((1, "n1")).startswith("its answer is not an update")
+
+
+@pytest.mark.parametrize("scores", [{}, {"accuracy": 77.0}, {"loss": float("nan")}, {"num-images": 0}])
+def test_a_judgement_that_cannot_be_is_left_out_by_name(tmp_path, project, monkeypatch, capsys, scores):
+    federation = private(tmp_path, project, monkeypatch, changes={"train_fl.num_rounds": 1})
+
+    def lie(node_id, reply):
+        if node_id == 101 and reply.metadata.message_type == "evaluate":
+            record = reply.content.metric_records["scores"]
+            record.update(scores) if scores else record.clear()
+
+    federation.after = lie
+    federation.serve()
+    said = capsys.readouterr().out
+    assert "round 1 is judged without client 1 (n1): its " in said
+    accuracy = float(rows(tmp_path / "server" / "results" / "feddifrc-nodes-s0" / "rounds.csv")[0]["accuracy"])
+    assert 0 <= accuracy <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"client-id": 99}, "a client-id is from 0 to 3"),
+        ({"num-samples": 0}, "0 images"),
+        ({"agreement": "[" * 10**5}, "no introduction"),
+    ],
+)
+def test_an_introduction_that_cannot_be_is_refused(project, monkeypatch, capsys, change, words):
+    changes = {"federation.min_clients": 3, "federation.join_timeout": 3.0, "train_fl.num_rounds": 1}
+    federation = all_take_part(project, monkeypatch, changes=changes)
+    federation.after = lambda node_id, reply: reply.content.config_records["introduction"].update(change) if (
+        node_id == 101 and reply.metadata.message_type == "query.join"
+    ) else None  # fmt: skip
+    federation.serve()
+    assert words in capsys.readouterr().out
+    assert {name for _, name in outcomes(result(project))} == {"n0", "n2", "n3"}
+
+
+def test_a_start_waits_for_all_and_not_for_the_first_to_come(project, monkeypatch):
+    federation = all_take_part(project, monkeypatch, changes={"federation.min_clients": 1, "train_fl.num_rounds": 1})
+    late, seen = federation.nodes.pop(103), []
+
+    def ids():
+        seen.append(1)
+        if len(seen) == 3:
+            federation.nodes[103] = late
+        return list(federation.nodes)
+
+    federation.get_node_ids = ids
+    federation.serve()
+    assert {name for _, name in outcomes(result(project))} == {"n0", "n1", "n2", "n3"}
+
+
+def test_names_are_drawn_as_they_stand(project, monkeypatch):
+    federation = all_take_part(project, monkeypatch, changes={"train_fl.num_rounds": 1})
+    federation.nodes[101]["name"] = r"site $\bad$"
+    federation.serve()
+    assert "SHA256SUMS" in {file.name for file in result(project).iterdir()}
+
+
+@pytest.mark.parametrize(("epsilon", "delta"), [(0.5, 1e-5), (8.0, 1e-3), (10.0, 1e-5), (50.0, 1e-5)])
+def test_local_noise_holds_what_it_promises_for_every_epsilon(epsilon, delta):
+    from scipy.stats import norm
+
+    deviation = privacy.gaussian_deviation(2.0, epsilon, delta)
+    thresholds = np.linspace(-60, 60, 2_000_001) * deviation
+    # by the definition: the worst event of two outcomes at distance 2 is a half line
+    worst = (norm.sf(thresholds, 2.0, deviation) - np.exp(epsilon) * norm.sf(thresholds, 0.0, deviation)).max()
+    assert worst == pytest.approx(delta, rel=1e-3)
+
+
+def test_local_noise_is_in_what_a_node_sends(project, monkeypatch):
+    start = initial(project, monkeypatch)
+    asked = "'{kind: local, clipping_norm: 1.0e-6, epsilon: 1.0, delta: 0.00001}'"
+    protected = {"train_fl.num_rounds": 1, "federation.differential_privacy": asked}
+    federation, sent = all_take_part(project, monkeypatch, changes=protected), {}
+
+    def listen(node_id, reply):
+        if reply.metadata.message_type == "train":
+            arrays = reply.content.array_records["weights"]
+            sent[node_id] = torch.cat([torch.from_numpy(np.array(arrays[name].numpy())).flatten() for name in start])
+
+    federation.after = listen
+    federation.serve()
+    origin = torch.cat([value.flatten() for value in start.values()])
+    for weights in sent.values():
+        deviation = (weights.double() - origin.double()).std().item()
+        assert deviation == pytest.approx(privacy.gaussian_deviation(2e-6, 1.0, 1e-5), rel=0.05)
+
+
+def test_secure_aggregation_of_one_node_is_refused_at_once(project, monkeypatch):
+    asked = {
+        "federation.secure_aggregation": "'{clipping_range: 8.0, max_samples: 9}'",
+        "train_fl.clients_per_round": 1,
+    }
+    with pytest.raises(PipelineError, match="hides a node among others"):
+        all_take_part(project, monkeypatch, changes=asked).serve()
+
+
+def test_local_and_flower_runs_do_not_take_each_others_checkpoints(project, monkeypatch):
+    federation = all_take_part(project, monkeypatch, "scaffold")
+
+    def die(node_id, message):
+        if message.metadata.message_type == "train" and of_round(message) == 3:
+            raise KeyboardInterrupt
+
+    federation.before = die
+    with pytest.raises(KeyboardInterrupt):
+        federation.serve()
+    changes = {"train_fl__clients_per_round": 4, "train_fl__num_rounds": 3}
+    same = tiny_project.make(project.root, partitions=tiny_project.OVERRIDES["partitions"], **changes)
+    write_partitions(project.root, project)
+    expected = run(same, "scaffold", "dir", 0, overwrite=True)
+    kept = (expected / "model.safetensors").read_bytes()
+    all_take_part(project, monkeypatch, "scaffold").serve()
+    assert (expected / "model.safetensors").read_bytes() == kept
+
+
+@pytest.mark.parametrize(("key", "value", "words"), [("seed", "x", "whole number"), ("set", "a='b", "cannot be read")])
+def test_a_run_config_that_cannot_be_read_is_one_line(project, monkeypatch, key, value, words):
+    federation = all_take_part(project, monkeypatch)
+    federation.run_config[key] = value
+    with pytest.raises(PipelineError, match=words):
+        federation.serve()

@@ -88,6 +88,7 @@ class _Run:
     def make(self, overwrite: bool) -> None:
         """Trains and writes all that the run leaves; the checksums last, which mark it as whole."""
         job, num_clients = self._job, self._num_clients
+        # A start waits for all: else who trains would be whoever came first.
         self._members.wait(self._params.min_clients, self._params.join_timeout, wanted=num_clients)
         agreed = self._members.agreed
         model, method = build(job, len(agreed["class_names"]), agreed["guidance_dim"], num_clients, self._device)

@@ -40,7 +40,6 @@ class MethodStrategy(Strategy):
         self, method: Method, start: Progress, schedule: Schedule, members: Members, params: Federation, key: str
     ) -> None:
         """Goes on from `start`, whose client states are the rounds of their updates; `key` is the run's."""
-        self._first = start.number + 1
         self.progress = start
         self.account: list[Row] = []
         self._method, self._schedule, self._members, self._params, self._key = method, schedule, members, params, key
@@ -51,9 +50,7 @@ class MethodStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Orders for the round's participants, drawn as in the local engine, among the members that are present."""
-        # The first round of a start waits for all: else who trains would be whoever came first.
-        wanted = len(self.progress.clients) if server_round == self._first else None
-        present = self._members.wait(self._params.min_clients, self._params.join_timeout, wanted)
+        present = self._members.wait(self._params.min_clients, self._params.join_timeout)
         server = replace(self.progress.server, weights=to_tensors(arrays, self.progress.server.weights))
         self.progress = replace(self.progress, server=server)
         chosen = local.sample_clients(list(present), self._schedule, server_round)
