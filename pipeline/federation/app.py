@@ -66,53 +66,20 @@ def privacy(message: Message, context: Context, call_next: ClientAppCallable) ->
     return _part(context, "privacy").protect(message, context, call_next)
 
 
-@client_app.query("join")
-@answering
-def join(message: Message, context: Context) -> RecordDict:
-    """Introduces the node."""
-    return _part(context, "client").join(context)
+def _handler(name: str) -> ClientAppCallable:
+    """What answers a message: the function of this name in the task's `client`."""
+
+    @answering
+    def handle(message: Message, context: Context) -> RecordDict:
+        return getattr(_part(context, "client"), name)(message, context)
+
+    return handle
 
 
-@client_app.train(mods=[privacy])
-@answering
-def train(message: Message, context: Context) -> RecordDict:
-    """One round of local training."""
-    return _part(context, "client").train(message, context)
-
-
-@client_app.evaluate()
-@answering
-def evaluate(message: Message, context: Context) -> RecordDict:
-    """The global model on the node's own held-out images."""
-    return _part(context, "client").evaluate(message, context)
-
-
-@client_app.query("forget")
-@answering
-def forget(message: Message, context: Context) -> RecordDict:
-    """Drops what the node kept for a run that is finished."""
-    return _part(context, "client").forget(message, context)
-
-
-@client_app.query("moments")
-@answering
-def moments(message: Message, context: Context) -> RecordDict:
-    """What the PCA basis needs of the node's images."""
-    return _part(context, "client").moments(context)
-
-
-@client_app.query("pooled")
-@answering
-def pooled(message: Message, context: Context) -> RecordDict:
-    """Mean and deviation of the node's representations on the common basis."""
-    return _part(context, "client").pooled(message, context)
-
-
-@client_app.query("basis")
-@answering
-def basis(message: Message, context: Context) -> RecordDict:
-    """Keeps the common basis."""
-    return _part(context, "client").keep(message, context)
+client_app.train(mods=[privacy])(_handler("train"))
+client_app.evaluate()(_handler("evaluate"))
+for _question in ("join", "forget", "moments", "pooled", "basis"):
+    client_app.query(_question)(_handler(_question))
 
 
 def _part(context: Context, name: str) -> Any:

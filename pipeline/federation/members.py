@@ -109,7 +109,7 @@ class Members:
             enough = minimum if wanted is None or late else max(wanted, minimum)
             if self._agreed is None and len(present) >= enough:
                 present = self._agree(list(present.values()))
-            if self._agreed is not None and len(present) >= (minimum if late else enough):
+            if self._agreed is not None and len(present) >= enough:
                 return present
             if late:
                 refused = "".join(f"; refused: {reason}" for reason in self._refused.values())
@@ -206,6 +206,12 @@ def _read(reply: Message) -> Member:
         return Member(node_id, client_id, printable(str(facts["name"])), num_samples, agreement)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise PipelineError(f"node {node_id} gave no introduction ({error!r}): does it run another version?") from None
+
+
+def reason_of(reply: Message, member: Member | None = None) -> str:
+    """Why a node did not do what was asked, from its reply with an error; without its own name before it, if known."""
+    reason = printable(reply.error.reason) or f"error {reply.error.code}"
+    return reason.removeprefix(f"{member}: ")
 
 
 def printable(text: str | None) -> str:

@@ -92,6 +92,18 @@ def config_of(run_config: Mapping[str, Any], root: Path, device: str | None = No
     return Config(config.load(PARAMS, overrides).params, root)
 
 
+def project_of(run_config: Mapping[str, Any]) -> Path:
+    """The server's project folder.
+
+    Raises:
+        PipelineError: there is none.
+    """
+    root = Path(str(run_config["project"])).expanduser().resolve()
+    if not root.is_dir():
+        raise PipelineError(f"{root}, --run-config project, is no folder on the server")
+    return root
+
+
 def seed_of(run_config: Mapping[str, Any]) -> int:
     """The run's seed.
 

@@ -21,7 +21,7 @@ import torch
 from pipeline import accuracy, devices, locks, provenance
 from pipeline.config import Config
 from pipeline.errors import PipelineError
-from pipeline.params import Runtime, Section, SelfSupervisedFedDifRC, SimSiam
+from pipeline.params import Nodes, Runtime, Section, SelfSupervisedFedDifRC, SimSiam
 from pipeline.progress import progress_bar
 from stages.train_fl import evaluate, federation, guiding_set, loggers, methods, models, records
 from stages.train_fl.checkpoint import Checkpoint
@@ -62,6 +62,11 @@ class Job:
     def without_labels(self) -> bool:
         """Whether the method trains without labels."""
         return isinstance(self.method, SelfSupervised)
+
+    @property
+    def of_nodes(self) -> bool:
+        """Whether every client is a node with images of its own, and nothing is dealt."""
+        return isinstance(self.config.settings("partitions", self.partition_name), Nodes)
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
         """Holds the run's folder, under any engine.

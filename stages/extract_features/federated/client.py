@@ -19,7 +19,7 @@ from stages.extract_features.plan import Job
 from stages.extract_features.run import load
 
 
-def join(context: Context) -> RecordDict:
+def join(message: Message, context: Context) -> RecordDict:
     """Checks the node's data and frozen model; says what it must agree on with the others.
 
     Raises:
@@ -31,7 +31,7 @@ def join(context: Context) -> RecordDict:
     return members.introduction(node.client_id, node.name, len(_images(job)), agreement)
 
 
-def moments(context: Context) -> RecordDict:
+def moments(message: Message, context: Context) -> RecordDict:
     """The moments of the node's maps: as many passes of the frozen model as it has basis images."""
     _, job = _job(context)
     extraction, inputs = _ready(job)
@@ -47,23 +47,20 @@ def pooled(message: Message, context: Context) -> RecordDict:
         return pack_pooled(extraction.pooled(inputs, unpack_layers(message.content), bar))
 
 
-def keep(message: Message, context: Context) -> RecordDict:
+def basis(message: Message, context: Context) -> RecordDict:
     """Keeps basis.h5 where params.yaml has it, if it can be read as one.
 
     Raises:
         PipelineError: it is no basis of the node's layers, or cannot be written.
     """
     node, job = _job(context)
-    file = _config(context, node).root / _config(context, node).params.extract_features.basis
-    received = file.with_name(file.name + ".received")
+    config = _config(context, node)
+    file = config.root / config.params.extract_features.basis
     file.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with atomic.whole_or_not_at_all(file) as received:
         received.write_bytes(np.array(message.content.array_records["file"]["basis.h5"].numpy()).tobytes())
         feature_store.read_basis_file(received, list(job.plan.content.layers))
         atomic.sync(received)
-        received.replace(file)
-    finally:
-        received.unlink(missing_ok=True)
     return RecordDict({"kept": MetricRecord({"bytes": file.stat().st_size})})
 
 

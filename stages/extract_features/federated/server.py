@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,8 +12,8 @@ from pipeline import feature_store, provenance
 from pipeline.diffusion import representation
 from pipeline.errors import PipelineError
 from pipeline.feature_store import Basis
-from pipeline.federation.members import Member, Members, printable
-from pipeline.federation.node import config_of
+from pipeline.federation.members import Member, Members, reason_of
+from pipeline.federation.node import config_of, project_of
 from pipeline.params import Federation
 from stages.extract_features import basis as pca
 from stages.extract_features.federated.moments import (
@@ -40,8 +39,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
     Raises:
         PipelineError: too few nodes come or answer, or params.yaml names no file for the basis.
     """
-    root = Path(str(run_config["project"])).expanduser().resolve()
-    config = config_of(run_config, root)
+    config = config_of(run_config, project_of(run_config))
     params = config.params.extract_features
     if params.basis == "auto":
         raise PipelineError("extract_features.basis is auto: name the file to keep the common basis in, data/basis.h5")
@@ -53,7 +51,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
     dims = [stop - start for start, stop in ranges.values()]
     layers = {layer: representation.fit_basis(total[layer], d) for layer, d in zip(ranges, dims, strict=True)}
     pooled = nodes.ask("query.pooled", pack_layers(layers), lambda content: read_pooled(content, sum(dims)))
-    basis, file = Basis(layers, *add_pooled(pooled)), root / params.basis
+    basis, file = Basis(layers, *add_pooled(pooled)), config.root / params.basis
     feature_store.write_basis_file(file, basis)
     made = {"sha256": provenance.file_sha256(file), "members": members, "agreed": agreed}
     provenance.write_json(file.with_suffix(".json"), made)
@@ -99,7 +97,7 @@ class _Nodes:
             node_id = reply.metadata.src_node_id
             try:
                 if reply.has_error():
-                    raise PipelineError(printable(reply.error.reason) or f"error {reply.error.code}")
+                    raise PipelineError(reason_of(reply))
                 answers[node_id] = read(reply.content)
             except PipelineError as error:
                 failed[node_id] = str(error)

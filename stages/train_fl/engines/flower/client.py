@@ -9,7 +9,6 @@ from flwr.app import Context, Message, MetricRecord, RecordDict
 from pipeline.errors import PipelineError
 from pipeline.federation import members
 from pipeline.federation.node import Node, config_of, node_of, seed_of
-from pipeline.params import Nodes
 from stages.train_fl import federation, guiding_set, methods
 from stages.train_fl.engines import local
 from stages.train_fl.engines.flower.messages import Order, Work, to_tensors
@@ -32,7 +31,7 @@ class Participant:
     method: Method
 
 
-def join(context: Context) -> RecordDict:
+def join(message: Message, context: Context) -> RecordDict:
     """Checks the node's data and features; says who it is and what it must agree on with the others.
 
     Raises:
@@ -40,8 +39,7 @@ def join(context: Context) -> RecordDict:
     """
     me = _participant(context)
     features = me.data.features
-    nodes_have_their_own = isinstance(me.job.config.settings("partitions", me.job.partition_name), Nodes)
-    if features and nodes_have_their_own and features.manifest.content.basis_sha256 is None:
+    if features and me.job.of_nodes and features.manifest.content.basis_sha256 is None:
         raise PipelineError(
             f"{features.path} was projected on a PCA basis of its own images, whose axes are not those of other "
             "nodes: make the common one with --run-config 'task=\"basis\"', set extract_features.basis, and extract"
@@ -116,8 +114,7 @@ def _make(node: Node, told: tuple[tuple[str, object], ...]) -> Participant:
     job = Job(config, str(run_config["method"]), str(run_config["partition"]), seed_of(run_config))
     job.check()
     num_clients = config.params.train_fl.num_clients
-    own_images = isinstance(config.settings("partitions", job.partition_name), Nodes)
-    if own_images and node.client_id >= num_clients:
+    if job.of_nodes and node.client_id >= num_clients:
         raise PipelineError(f"client-id {node.client_id} is too high: train_fl.num_clients is {num_clients}")
     device = prepare_torch(config.params.runtime)
     guidance = methods.guidance_of(job.method)

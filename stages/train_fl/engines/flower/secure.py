@@ -22,7 +22,7 @@ from flwr.server.workflow.constant import MAIN_CONFIGS_RECORD, MAIN_PARAMS_RECOR
 from flwr.serverapp import Grid
 
 from pipeline.errors import PipelineError
-from pipeline.federation.members import printable
+from pipeline.federation.members import reason_of
 from pipeline.params import SecureAggregation
 from stages.train_fl.engines.flower.messages import Work, to_tensors
 from stages.train_fl.engines.flower.strategy import Exchange, MethodStrategy
@@ -123,7 +123,7 @@ class _Listening:
         replies = list(self._grid.send_and_receive(messages, timeout=timeout))
         for reply in replies:
             if reply.has_error():
-                self.problems[reply.metadata.src_node_id] = printable(reply.error.reason) or f"error {reply.error.code}"
+                self.problems[reply.metadata.src_node_id] = reason_of(reply)
         return replies
 
 

@@ -8,7 +8,6 @@ has the data set, else by asking the nodes. A checkpoint is written after every 
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from flwr.app import ConfigRecord
@@ -19,8 +18,8 @@ from pipeline import provenance
 from pipeline.datasets import PreparedDataset
 from pipeline.errors import PipelineError
 from pipeline.federation.members import Members
-from pipeline.federation.node import config_of, seed_of
-from pipeline.params import CentralPrivacy, Nodes
+from pipeline.federation.node import config_of, project_of, seed_of
+from pipeline.params import CentralPrivacy
 from stages.train_fl import federation, methods, records
 from stages.train_fl.checkpoint import Checkpoint
 from stages.train_fl.engines.flower import privacy
@@ -57,10 +56,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
     Raises:
         PipelineError: settings or nodes do not fit together, too few come, or training diverged.
     """
-    root = Path(str(run_config["project"])).expanduser().resolve()
-    if not root.is_dir():
-        raise PipelineError(f"{root}, --run-config project, is no folder on the server")
-    config = config_of(run_config, root)
+    config = config_of(run_config, project_of(run_config))
     job = Job(config, str(run_config["method"]), str(run_config["partition"]), seed_of(run_config))
     job.check()
     device = prepare_torch(config.params.runtime)
@@ -71,7 +67,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
 
 def _own_data(job: Job, device: str) -> Federation | None:
     """All clients' data where the partition is dealt; None where the nodes have their own."""
-    if isinstance(job.config.settings("partitions", job.partition_name), Nodes):
+    if job.of_nodes:
         return None
     return federation.load(job.config, job.partition_name, job.seed, methods.guidance_of(job.method), device)
 
@@ -102,9 +98,9 @@ class _Run:
         start, rows = checkpoint.load("cpu") or (self._begin(method, model, num_clients), None)
         core = MethodStrategy(method, start, job.schedule(), self._members, self._params, key)
         account = Account(job.path, start.number)
-        engine = rounds(core, method, self._exchange(core), job.schedule(), account.write)
-        record = train(job, model, start, rows, engine, self._evaluator(core), checkpoint, checkpoint_every=1)
-        self._finish(model, record)
+        engine, evaluator = rounds(core, self._exchange(core), account.write), self._evaluator(core)
+        record = train(job, model, start, rows, engine, evaluator, checkpoint, checkpoint_every=1)
+        self._finish(model, evaluator, record)
         account.draw()
         made_by = provenance.describe(self._device) | {"code": provenance.code_sha256()}
         provenance.write_json(job.path / "config.json", settings | {"provenance": made_by})
@@ -159,11 +155,11 @@ class _Run:
             return Classification(federation.held_out(dataset, self._device))
         return ByNodes(core, self._grid, self._params.round_timeout)
 
-    def _finish(self, model: FLModel, record: records.RunRecord) -> None:
+    def _finish(self, model: FLModel, evaluator: Evaluator, record: records.RunRecord) -> None:
         path = self._job.path
         if self._data:
             records.write_partition(path, self._data)
-            finish(self._job, self._data, model, evaluator_of(self._job, self._data), record)
+            finish(self._job, self._data, model, evaluator, record)
         else:
             records.write_weights(path, model.state_dict())
             provenance.write_json(path / "details.json", record.details())

@@ -21,7 +21,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from pipeline.errors import PipelineError
-from pipeline.federation.members import Member, Members, printable
+from pipeline.federation.members import Member, Members, reason_of
 from pipeline.params import Federation
 from stages.train_fl.engines import local
 from stages.train_fl.engines.flower.messages import Order, Work, form, to_record, to_tensors
@@ -42,7 +42,8 @@ class MethodStrategy(Strategy):
         """Goes on from `start`, whose client states are the rounds of their updates; `key` is the run's."""
         self.progress = start
         self.account: list[Row] = []
-        self._method, self._schedule, self._members, self._params, self._key = method, schedule, members, params, key
+        self.method, self.schedule = method, schedule
+        self._members, self._params, self._key = members, params, key
         self._sampled: dict[int, Member] = {}  # by Flower's id
         self._done: dict[int, Work] = {}  # by client id
 
@@ -53,7 +54,7 @@ class MethodStrategy(Strategy):
         present = self._members.wait(self._params.min_clients, self._params.join_timeout)
         server = replace(self.progress.server, weights=to_tensors(arrays, self.progress.server.weights))
         self.progress = replace(self.progress, server=server)
-        chosen = local.sample_clients(list(present), self._schedule, server_round)
+        chosen = local.sample_clients(list(present), self.schedule, server_round)
         self._sampled = {present[client].node_id: present[client] for client in chosen}
         self._done = {}
         broadcast = {"broadcast": to_record(server.broadcast)} if server.broadcast else {}
@@ -91,25 +92,25 @@ class MethodStrategy(Strategy):
     def take(self, replies: Iterable[Message]) -> list[Message]:
         """Those answers that are updates; all else is entered in the account, and said aloud."""
         outcomes = dict.fromkeys(self._sampled, f"no answer in {self._params.round_timeout:g} s")
-        good = []
+        read: dict[int, tuple[Message, Work]] = {}
         for reply in replies:
             node_id = reply.metadata.src_node_id
             if node_id not in self._sampled:
                 continue
             try:
-                self._done[self._sampled[node_id].client_id] = self._read(reply, self._sampled[node_id])
-                outcomes[node_id] = ""
-                good.append(reply)
+                read[node_id] = reply, self._read(reply, self._sampled[node_id])
             except PipelineError as error:
                 outcomes[node_id] = str(error)
-        for node_id, member in self._sampled.items():
-            if member.client_id in self._done and (problem := self._misfit(member.client_id)):
-                outcomes[node_id] = problem
+        in_order = sorted(read.items(), key=lambda item: self._sampled[item[0]].client_id)
+        forms = collections.Counter(_form_of(work) for _, (_, work) in in_order)
+        for node_id, (_, work) in in_order:
+            outcomes[node_id] = self._misfit(work, forms)
+        self._done = {self._sampled[node_id].client_id: work for node_id, (_, work) in in_order}
         for node_id, problem in outcomes.items():
             self._enter(self._sampled[node_id], problem)
-        good = [reply for reply in good if not outcomes[reply.metadata.src_node_id]]
-        self._done = {client: work for client, work in self._done.items() if client in self._trained(outcomes)}
-        return sorted(good, key=lambda reply: self._sampled[reply.metadata.src_node_id].client_id)
+            if problem:
+                self._done.pop(self._sampled[node_id].client_id, None)
+        return [reply for node_id, (reply, _) in in_order if not outcomes[node_id]]
 
     def _read(self, reply: Message, member: Member) -> Work:
         """A node's work.
@@ -118,39 +119,31 @@ class MethodStrategy(Strategy):
             PipelineError: it refuses, or says what cannot be.
         """
         if reply.has_error():
-            reason = printable(reply.error.reason) or f"error {reply.error.code}"
-            raise PipelineError(reason.removeprefix(f"{member}: "))
+            raise PipelineError(reason_of(reply, member))
         work = Work.read(reply.content, self.progress.server.weights)
         self._check_amount(work, member)
         return work
 
     def _check_amount(self, work: Work, member: Member) -> None:
         """Images and steps weigh an update: they are those that it joined with, and what these come to."""
-        steps = self._schedule.local_epochs * -(-member.num_samples // self._schedule.batch_size)
+        steps = self.schedule.local_epochs * -(-member.num_samples // self.schedule.batch_size)
         if (work.update.num_samples, work.update.num_steps) != (member.num_samples, steps):
             raise PipelineError(
                 f"it trained on {work.update.num_samples} images in {work.update.num_steps} steps; it joined with "
                 f"{member.num_samples}, which make {steps}"
             )
 
-    def _misfit(self, client: int) -> str:
+    def _misfit(self, work: Work, forms: "collections.Counter[Any]") -> str:
         """What is wrong with what a client sent besides its weights, or nothing: it has others' form, and is of use."""
-        forms = collections.Counter(
-            (form(done.update.extras), tuple(sorted(done.losses))) for done in self.work.values()
-        )
-        own = self._done[client]
-        if (form(own.update.extras), tuple(sorted(own.losses))) != forms.most_common(1)[0][0]:
+        if _form_of(work) != forms.most_common(1)[0][0]:
             return "what it sent besides its weights has another form than the others'"
         try:
-            tried, _ = self._method.server_update(self.progress.server, [own.update])
+            tried, _ = self.method.server_update(self.progress.server, [work.update])
         except Exception as error:  # tensors from elsewhere in a method's arithmetic: whatever it raises
             return f"what it sent does not fit the method ({error!r})"
         parts = [(getattr(tried, part), getattr(self.progress.server, part)) for part in ("weights", "broadcast")]
         fits = all(not old or form(new) == form(old) for new, old in parts)
         return "" if fits else "what it sent does not fit the method: its update would change the model's form"
-
-    def _trained(self, outcomes: dict[int, str]) -> set[int]:
-        return {self._sampled[node_id].client_id for node_id, problem in outcomes.items() if not problem}
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -168,7 +161,7 @@ class MethodStrategy(Strategy):
             return None
         if self._params.differential_privacy is not None:  # a large node must not move the mean by more than others
             updates = {client: replace(update, num_samples=1) for client, update in updates.items()}
-        server, _ = self._method.server_update(self.progress.server, [updates[client] for client in sorted(updates)])
+        server, _ = self.method.server_update(self.progress.server, [updates[client] for client in sorted(updates)])
         clients = list(self.progress.clients)
         for client in updates:
             clients[client] = {"round": torch.tensor(number)} if self._done[client].keeps_state else {}
@@ -217,7 +210,7 @@ class MethodStrategy(Strategy):
 
     def summary(self) -> None:
         """Says what is about to run."""
-        log.info("%s, %d rounds", type(self._method).__name__, self._schedule.num_rounds)
+        log.info("%s, %d rounds", type(self.method).__name__, self.schedule.num_rounds)
 
     @property
     def work(self) -> dict[int, Work]:
@@ -245,6 +238,11 @@ class MethodStrategy(Strategy):
         )
 
 
+def _form_of(work: Work) -> tuple[Any, ...]:
+    """The names, types and shapes of what a method sends besides weights, and the names of its losses."""
+    return form(work.update.extras), tuple(sorted(work.losses))
+
+
 def _scores(reply: Message) -> dict[str, float]:
     """A node's judgement.
 
@@ -252,7 +250,7 @@ def _scores(reply: Message) -> dict[str, float]:
         PipelineError: it is none.
     """
     if reply.has_error():
-        raise PipelineError(printable(reply.error.reason) or f"error {reply.error.code}")
+        raise PipelineError(reason_of(reply))
     try:
         record = reply.content.metric_records["scores"]
         found = {name: float(record[name]) for name in ("accuracy", "loss", "num-images")}  # type: ignore[arg-type]
@@ -283,23 +281,19 @@ def plain_exchange(strategy: Strategy, core: MethodStrategy, grid: Grid, timeout
     return exchange
 
 
-def rounds(
-    core: MethodStrategy, method: Method, exchange: Exchange, schedule: Schedule, tell: Callable[[list[Row]], None]
-) -> Iterator[Round]:
+def rounds(core: MethodStrategy, exchange: Exchange, tell: Callable[[list[Row]], None]) -> Iterator[Round]:
     """All rounds that are left.
 
     Args:
         core: the strategy, with the progress to go on from.
-        method: the method that it carries.
         exchange: how a round's weights and updates travel.
-        schedule: rounds in all, and the epochs of each.
         tell: gets the account of who took part, after every exchange.
 
     Raises:
         PipelineError: nobody took part in a round, or too few nodes are there.
     """
     arrays = to_record(core.progress.server.weights)
-    for number in range(core.progress.number + 1, schedule.num_rounds + 1):
+    for number in range(core.progress.number + 1, core.schedule.num_rounds + 1):
         started = time.perf_counter()
         sent = core.progress.server
         new = exchange(number, arrays)
@@ -314,11 +308,11 @@ def rounds(
         core.progress = replace(core.progress, server=server)
         yield Round(
             progress=core.progress,
-            weights=method.reported_weights(server),
+            weights=core.method.reported_weights(server),
             bytes_down=len(work) * (local.num_bytes(sent.weights) + local.num_bytes(sent.broadcast)),
             train_seconds=time.perf_counter() - started,
             aggregate_seconds=0.0,  # within the exchange
-            **_of_work(work, schedule.local_epochs),
+            **_of_work(work, core.schedule.local_epochs),
         )
 
 
