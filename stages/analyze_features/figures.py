@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from pipeline import pictures
+
 _MEASURES = {"probe_accuracy": "linear probe", "purity": "k-means purity", "nmi": "k-means NMI", "ari": "k-means ARI"}
 _MARGINS = {"matching_nearest": "matching prompt nearest", "margin": "margin of the matching prompt"}
 _MOST_NAMES = 40  # on an axis; more could not be read
@@ -28,7 +30,7 @@ def bars(scores: dict[str, dict[str, Any]]) -> str:
     axes.set_xticks(range(len(_MEASURES)), list(_MEASURES.values()))
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return _svg(figure)
+    return pictures.svg(figure, _STYLE)
 
 
 def scatter(embedded: dict[str, np.ndarray], labels: np.ndarray, class_names: Sequence[str]) -> str:
@@ -45,7 +47,7 @@ def scatter(embedded: dict[str, np.ndarray], labels: np.ndarray, class_names: Se
         axes.set(title=layer, xticks=[], yticks=[])
     if len(class_names) <= _MOST_NAMES:
         panels[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), markerscale=2)
-    return _svg(figure)
+    return pictures.svg(figure, _STYLE)
 
 
 def confusion(
@@ -71,7 +73,7 @@ def confusion(
     right.axvline(0, color="black", lw=0.8)
     right.set(xlabel="margin", title="margin: median, 5 to 95 %")
     right.grid(axis="x", alpha=0.3)
-    return _svg(figure)
+    return pictures.svg(figure, _STYLE)
 
 
 def curves(rows: Sequence[dict[str, Any]], recommended: dict[str, Any], chance: dict[str, float]) -> str:
@@ -105,7 +107,7 @@ def curves(rows: Sequence[dict[str, Any]], recommended: dict[str, Any], chance: 
         axes.set(title=title, xlabel="timestep")
         axes.grid(alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    return _svg(figure)
+    return pictures.svg(figure, _STYLE)
 
 
 def maps(image: np.ndarray, rgb: dict[int, dict[str, np.ndarray]]) -> bytes:
@@ -130,11 +132,4 @@ def maps(image: np.ndarray, rgb: dict[int, dict[str, np.ndarray]]) -> bytes:
         panels[row, 1].set_ylabel(layer, fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()

@@ -4,12 +4,11 @@ Federated nodes that extract their own sets share one basis.h5, so that their fe
 much of each layer's variance its leading components hold.
 """
 
-import io
 from pathlib import Path
 
 import numpy as np
 
-from pipeline import atomic, feature_store, seeding
+from pipeline import atomic, feature_store, pictures, seeding
 from pipeline.errors import PipelineError
 from pipeline.feature_store import Basis
 
@@ -54,17 +53,13 @@ def explained(basis: Basis) -> dict[str, float]:
 
 def plot_explained_variance(basis: Basis, file: Path) -> None:
     """Draws, per layer, the share of variance held by the first k components; the same basis gives the same bytes."""
-    import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"svg.hashsalt": "explained variance"}):
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.add_subplot(xlabel="components", ylabel="explained variance", ylim=(0, 1.02), xscale="log")
-        for name, layer in basis.layers.items():
-            share = layer.explained_variance.cumsum() / (layer.total_variance or 1)
-            axes.plot(range(1, len(share) + 1), share, label=f"{name} ({len(share)} of {len(layer.mean)} channels)")
-        axes.legend()
-        axes.grid(alpha=0.3)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    atomic.write_text(file, buffer.getvalue())
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="components", ylabel="explained variance", ylim=(0, 1.02), xscale="log")
+    for name, layer in basis.layers.items():
+        share = layer.explained_variance.cumsum() / (layer.total_variance or 1)
+        axes.plot(range(1, len(share) + 1), share, label=f"{name} ({len(share)} of {len(layer.mean)} channels)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    atomic.write_text(file, pictures.svg(figure, {"svg.hashsalt": "explained variance"}))

@@ -4,7 +4,6 @@ A method's curve and band bear the id `curve.<figure>.<method>`, by which the pa
 results give equal bytes.
 """
 
-import io
 import textwrap
 from typing import Any
 
@@ -16,6 +15,7 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
+from pipeline import pictures  # noqa: E402
 from stages.report.results import TIME_PARTS, Results, Run  # noqa: E402
 
 _INK = "#010203"
@@ -23,6 +23,7 @@ _INK = "#010203"
 _STYLE: Any = {
     "svg.hashsalt": "feddifrc",
     "svg.fonttype": "none",
+    "savefig.transparent": True,
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -121,9 +122,5 @@ def _axes(width: float = 4.6, height: float = 3.2) -> tuple[Figure, Axes]:
 
 def _svg(figure: Figure) -> str:
     """Inline SVG with stable ids and no date, its text in the page's colour and font, sized by the page."""
-    buffer = io.StringIO()
-    options: dict[str, Any] = {"metadata": {"Date": None}, "transparent": True}
-    with matplotlib.rc_context(_STYLE):
-        figure.savefig(buffer, format="svg", **options)
-    text = buffer.getvalue()
+    text = pictures.svg(figure, _STYLE)
     return text[text.index("<svg") :].replace(_INK, "currentColor")

@@ -1,11 +1,10 @@
 """A picture of clients x classes; matplotlib is imported only when one is drawn."""
 
-import io
 from pathlib import Path
 
 import numpy as np
 
-from pipeline import atomic
+from pipeline import atomic, pictures
 
 _MAX_NUMBERED_CELLS = 400
 
@@ -18,7 +17,6 @@ def draw(path: Path, counts: np.ndarray, class_names: list[str]) -> None:
         counts: int64 (num_clients, num_classes).
         class_names: one per column.
     """
-    import matplotlib
     from matplotlib.figure import Figure
 
     num_clients, num_classes = counts.shape
@@ -32,10 +30,7 @@ def draw(path: Path, counts: np.ndarray, class_names: list[str]) -> None:
         for (client, label), count in np.ndenumerate(counts):
             colour = "white" if count > counts.max() / 2 else "black"
             axes.text(label, client, str(count), ha="center", va="center", fontsize=7, color=colour)
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "feddifrc", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    atomic.write_text(path, buffer.getvalue())
+    atomic.write_text(path, pictures.svg(figure, {"svg.hashsalt": "feddifrc", "svg.fonttype": "none"}))
 
 
 def _ticks(count: int) -> list[int]:

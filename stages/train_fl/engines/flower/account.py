@@ -4,11 +4,10 @@ round, client, name, outcome ("trained", or why not), num_samples, train_seconds
 """
 
 import csv
-import io
 from pathlib import Path
 from typing import Any
 
-from pipeline import atomic
+from pipeline import atomic, pictures
 from stages.train_fl import records
 
 Row = dict[str, Any]
@@ -40,28 +39,25 @@ class Account:
 
     def draw(self) -> None:
         """participation.svg: a square a client and round; the same rows give the same bytes."""
-        import matplotlib
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
 
         rows = _read(self._path / FILE)
         clients = sorted({int(row["client"]) for row in rows})
-        with matplotlib.rc_context({"svg.hashsalt": "participation"}):
-            figure = Figure(figsize=(7, 1.2 + 0.3 * len(clients)), layout="constrained")
-            axes = figure.add_subplot(xlabel="round")
-            for trained, colour, label in ((True, "#2a7f62", "trained"), (False, "#c8553d", "asked, did not")):
-                points = [row for row in rows if (row["outcome"] == "trained") == trained]
-                x = [int(row["round"]) for row in points]
-                y = [clients.index(int(row["client"])) for row in points]
-                axes.scatter(x, y, marker="s", s=40, color=colour, label=label)
-            names = {int(row["client"]): row["name"] for row in rows}
-            axes.set_yticks(range(len(clients)), [names[client] for client in clients], parse_math=False)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.invert_yaxis()
-            figure.legend(loc="outside upper right", ncols=2)
-            buffer = io.StringIO()
-            figure.savefig(buffer, format="svg", metadata={"Date": None})
-        atomic.write_text(self._path / "participation.svg", buffer.getvalue())
+        figure = Figure(figsize=(7, 1.2 + 0.3 * len(clients)), layout="constrained")
+        axes = figure.add_subplot(xlabel="round")
+        for trained, colour, label in ((True, "#2a7f62", "trained"), (False, "#c8553d", "asked, did not")):
+            points = [row for row in rows if (row["outcome"] == "trained") == trained]
+            x = [int(row["round"]) for row in points]
+            y = [clients.index(int(row["client"])) for row in points]
+            axes.scatter(x, y, marker="s", s=40, color=colour, label=label)
+        names = {int(row["client"]): row["name"] for row in rows}
+        axes.set_yticks(range(len(clients)), [names[client] for client in clients], parse_math=False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.invert_yaxis()
+        figure.legend(loc="outside upper right", ncols=2)
+        text = pictures.svg(figure, {"svg.hashsalt": "participation"})
+        atomic.write_text(self._path / "participation.svg", text)
 
 
 def _read(file: Path) -> list[Row]:
