@@ -103,10 +103,7 @@ class FeatureSetWriter:
 
     def write_basis(self, basis: Basis) -> None:
         """Writes basis.h5 and enters it; shards projected on another basis no longer count."""
-        arrays = [basis.mean, basis.std, *(v for layer in basis.layers.values() for v in vars(layer).values())]
-        with self._new_file("basis.h5", sum(np.asarray(array).nbytes for array in arrays)) as h5:
-            h5.attrs["fingerprint"] = self.fingerprint
-            _fill_basis(h5, basis)
+        _write_basis(self.path / "basis.h5", basis, fingerprint=self.fingerprint)
         self._basis = self._enter("basis", rows=0, redone=0)
 
     def write_shard(self, shard: int, features: Features, redone_in_float32: int) -> None:
@@ -122,7 +119,7 @@ class FeatureSetWriter:
                     "the backbone does not work at this image_size and timestep"
                 )
         name = shard_name(shard)
-        with self._new_file(f"{name}.h5", sum(array.nbytes for array in vars(features).values())) as h5:
+        with _new_file(self.path / f"{name}.h5", sum(array.nbytes for array in vars(features).values())) as h5:
             h5.attrs["fingerprint"] = self.fingerprint
             for field, dtype in FIELDS.items():
                 h5.create_dataset(field, data=getattr(features, field).astype(dtype, copy=False))
@@ -220,21 +217,6 @@ class FeatureSetWriter:
             atomic.sync(self.path)
         return entry
 
-    @contextlib.contextmanager
-    def _new_file(self, name: str, size: int) -> Iterator[h5py.File]:
-        temporary = self.path / f"{name}.tmp"
-        with _full_disk(temporary):
-            try:
-                _reserve(temporary, size + _OVERHEAD)
-                with h5py.File(temporary, "w") as h5:
-                    yield h5
-                atomic.sync(temporary)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-            temporary.replace(self.path / name)
-            atomic.sync(self.path)
-
 
 def count_finished(staging: Path, plan: Plan) -> int:
     """How many shards of the set in the making stand, by their sizes; changes nothing and reads no file as a whole."""
@@ -265,25 +247,36 @@ def write_basis_file(file: Path, basis: Basis) -> None:
         PipelineError: the disk is full.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
+    _write_basis(file, basis)
+
+
+def _write_basis(file: Path, basis: Basis, **attributes: str) -> None:
+    arrays = [basis.mean, basis.std, *(value for layer in basis.layers.values() for value in vars(layer).values())]
+    with _new_file(file, sum(np.asarray(array).nbytes for array in arrays)) as h5:
+        h5.attrs.update(attributes)
+        h5.create_dataset("mean", data=basis.mean)
+        h5.create_dataset("std", data=basis.std)
+        for name, layer in basis.layers.items():
+            group = h5.create_group(f"layers/{name}")
+            for field, value in vars(layer).items():
+                group.create_dataset(field, data=value)
+
+
+@contextlib.contextmanager
+def _new_file(file: Path, size: int) -> Iterator[h5py.File]:
+    """A file to fill with `size` bytes of arrays; it appears whole or not at all."""
     temporary = file.with_name(f"{file.name}.tmp")
     with _full_disk(temporary):
         try:
+            _reserve(temporary, size + _OVERHEAD)
             with h5py.File(temporary, "w") as h5:
-                _fill_basis(h5, basis)
+                yield h5
             atomic.sync(temporary)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         temporary.replace(file)
-
-
-def _fill_basis(h5: h5py.File, basis: Basis) -> None:
-    h5.create_dataset("mean", data=basis.mean)
-    h5.create_dataset("std", data=basis.std)
-    for name, layer in basis.layers.items():
-        group = h5.create_group(f"layers/{name}")
-        for field, value in vars(layer).items():
-            group.create_dataset(field, data=value)
+        atomic.sync(file.parent)
 
 
 @contextlib.contextmanager

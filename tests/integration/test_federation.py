@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from pipeline.federation.demo import NAMES, REPOSITORY, SETTINGS, make_projects, pipeline
 from pipeline.federation.loopback import Loopback
+from tests.conftest import SMALL as SMALL_PROJECT
 from tests.conftest import write_params
 from tests.integration.certificates import write_certificates, write_keys
 
@@ -77,7 +78,8 @@ def test_over_tls_with_registered_keys_alone_the_local_engines_bytes_come_out(ex
     certificates = write_certificates(tmp_path / "certificates")
     (tmp_path / "server").mkdir()
     (tmp_path / "server" / "data").symlink_to(extracted / "data")
-    small = read_small() | changes | {"federation.min_clients": 2}
+    scalars = {key: value for key, value in SMALL_PROJECT.items() if not isinstance(value, list)}
+    small = scalars | changes | {"federation.min_clients": 2}
     with Loopback(tmp_path, REPOSITORY, certificates, authenticate=True) as federation:
         for client in range(3):
             private, public = write_keys(tmp_path / "keys", f"node-{client}")
@@ -89,12 +91,6 @@ def test_over_tls_with_registered_keys_alone_the_local_engines_bytes_come_out(ex
     results = tmp_path / "server" / "results" / "scaffold-dir05-s0"
     assert {row["name"] for row in rows(results / "participation.csv")} == {"n0", "n1"}
     assert (results / "model.safetensors").read_bytes() == local
-
-
-def read_small():
-    from tests.conftest import SMALL as values
-
-    return {key: value for key, value in values.items() if not isinstance(value, list)}
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import h5py
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from pipeline.errors import PipelineError
 from pipeline.federation import node
 from stages.train_fl.engines.flower import client, privacy
+from stages.train_fl.evaluate import evaluate
 from stages.train_fl.run import run
 from tests.federation.in_process import InProcess
 from tests.train_fl import tiny_project
@@ -91,8 +93,6 @@ def test_every_method_ends_in_the_local_engines_bytes(project, tmp_path, monkeyp
     local = tiny_project.make(tmp_path, partitions=tiny_project.OVERRIDES["partitions"], **overrides)
     write_partitions(tmp_path, project)
     if method == "feddifrc-ssl":
-        import shutil
-
         shutil.rmtree(local.features_dir)
         tiny_project.add_features(local)
     expected = run(local, method, "dir", 0)
@@ -324,8 +324,6 @@ def test_nodes_with_their_own_images_train_and_judge_together(tmp_path, project,
         node.Node(0, "n0", tmp_path / "node0", None), tuple(sorted(federation.run_config.items()))
     )
     participant.model.load_state_dict(weights)
-    from stages.train_fl.evaluate import evaluate
-
     held = participant.data.held_out
     accuracy = evaluate(participant.model, held.images, held.labels)["accuracy"]
     assert float(rows(folder / "rounds.csv")[-1]["accuracy"]) == pytest.approx(accuracy, abs=1e-12)
@@ -358,8 +356,6 @@ def test_features_on_another_basis_or_frozen_model_do_not_mix(tmp_path, project,
     federation = private(
         tmp_path, project, monkeypatch, changes={"federation.min_clients": 2, "federation.join_timeout": 3.0}
     )
-    import shutil
-
     other = tiny_project.make(tmp_path / "node2", extract_features__basis="data/basis.h5")
     shutil.rmtree(other.features_dir)
     tiny_project.add_features(other, basis_images=None, basis_sha256="1" * 64)
@@ -491,8 +487,6 @@ def test_secure_aggregation_gives_the_mean_and_shows_the_server_no_weights(proje
             masked.extend(part for values in lists for part in values if isinstance(part, bytes))
 
     federation.after = listen
-    import shutil
-
     shutil.rmtree(result(project, "fedprox"))
     federation.serve()
     assert seen == []
