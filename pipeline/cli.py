@@ -308,7 +308,7 @@ def report(config: "Config", form: str, experiments: bool) -> None:
     if form == "html":
         _report_path(_stage("report").run(config, experiments))
     else:
-        click.echo(_stage("report").as_text(config, form), nl=False)
+        click.echo(_stage("report").as_text(config, form, experiments), nl=False)
 
 
 @main.command("preset", cls=ExamplesAsWritten)

@@ -5,6 +5,7 @@ is allowed. The file is read as YAML 1.2, as DVC reads it (PyYAML's 1.1 would ma
 """
 
 import itertools
+import json
 import os
 import re
 import warnings
@@ -104,13 +105,27 @@ class Config:
         """Checks that a run, by its config.json, was made with the present settings.
 
         Raises:
-            PipelineError: it was not; names what differs.
+            PipelineError: it was not; names what differs, both values, and the flags that take the run as it is.
         """
-        if differing := differing_keys(found, self.settings_of_run(method, partition)):
-            raise PipelineError(
-                f"{folder} was made with another {', '.join(differing)} than params.yaml has: train it again, or run "
-                "`dvc repro`"
-            )
+        wanted = self.settings_of_run(method, partition)
+        if not (differing := differing_keys(found, wanted)):
+            return
+        sections = {"method": f"methods.{method}", "partition": f"partitions.{partition}", "dataset": "prepare_data"}
+        here, there, said, flags = dotted(wanted), dotted(found), [], []
+        for setting in differing:
+            section, _, inner = setting.partition(".")
+            key, theirs = f"{sections.get(section, section)}.{inner}", _as_typed(there.get(setting))
+            said.append(f"{key} {theirs}, where params.yaml has {_as_typed(here.get(setting))}")
+            flags.append(f"--set '{key}={theirs}'")
+        raise PipelineError(
+            f"{folder} was made with {'; '.join(said)}: train it again, as by `dvc repro`, or take it as it is, with "
+            + " ".join(flags)
+        )
+
+
+def _as_typed(value: Any) -> str:
+    """A value as `--set` takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def dotted(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -15,12 +15,12 @@ from pipeline import pictures
 _MEASURES = {"probe_accuracy": "linear probe", "purity": "k-means purity", "nmi": "k-means NMI", "ari": "k-means ARI"}
 _MARGINS = {"matching_nearest": "matching prompt nearest", "margin": "margin of the matching prompt"}
 _MOST_NAMES = 40  # on an axis; more could not be read
-_STYLE: Any = {"svg.hashsalt": "feddifrc", "svg.fonttype": "none", "font.size": 10}
 
 
-def bars(scores: dict[str, dict[str, Any]]) -> str:
+@pictures.svg
+def bars(scores: dict[str, dict[str, Any]]) -> Figure:
     """SVG: every measure of every layer, side by side (the paper's Fig. 3)."""
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    figure = Figure(figsize=(8, 3.6))
     axes = figure.add_subplot(ylim=(0, 1), ylabel="share")
     width = 0.8 / len(scores)
     for number, (layer, found) in enumerate(scores.items()):
@@ -30,12 +30,13 @@ def bars(scores: dict[str, dict[str, Any]]) -> str:
     axes.set_xticks(range(len(_MEASURES)), list(_MEASURES.values()))
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return pictures.svg(figure, _STYLE)
+    return figure
 
 
-def scatter(embedded: dict[str, np.ndarray], labels: np.ndarray, class_names: Sequence[str]) -> str:
+@pictures.svg
+def scatter(embedded: dict[str, np.ndarray], labels: np.ndarray, class_names: Sequence[str]) -> Figure:
     """SVG: a plane per layer, points float (m, 2) coloured by class (Fig. 2)."""
-    figure = Figure(figsize=(3.4 * len(embedded) + 1.2, 3.6), layout="constrained")
+    figure = Figure(figsize=(3.4 * len(embedded) + 1.2, 3.6))
     panels = figure.subplots(1, len(embedded), squeeze=False)[0]
     colours = matplotlib.colormaps["tab10" if len(class_names) <= 10 else "gist_ncar"](
         np.linspace(0, 1, max(10, len(class_names)))
@@ -47,12 +48,13 @@ def scatter(embedded: dict[str, np.ndarray], labels: np.ndarray, class_names: Se
         axes.set(title=layer, xticks=[], yticks=[])
     if len(class_names) <= _MOST_NAMES:
         panels[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), markerscale=2)
-    return pictures.svg(figure, _STYLE)
+    return figure
 
 
+@pictures.svg
 def confusion(
     share: np.ndarray, prompts: Sequence[str], margins: Sequence[np.ndarray], class_names: Sequence[str]
-) -> str:
+) -> Figure:
     """SVG: share (K, prompts) of each class's images nearest to each prompt; and margins (n_k,) of each class."""
     figure = Figure(figsize=(10, 4.6), layout=ConstrainedLayoutEngine(wspace=0.06))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)
@@ -70,13 +72,14 @@ def confusion(
             low, middle, high = np.percentile(values, [5, 50, 95])
             right.plot([low, high], [place, place], color="tab:blue", lw=2)
             right.plot(middle, place, "o", color="tab:blue", ms=4)
-    right.axvline(0, color="black", lw=0.8)
+    right.axvline(0, color=pictures.INK, lw=0.8)
     right.set(xlabel="margin", title="margin: median, 5 to 95 %")
     right.grid(axis="x", alpha=0.3)
-    return pictures.svg(figure, _STYLE)
+    return figure
 
 
-def curves(rows: Sequence[dict[str, Any]], recommended: dict[str, Any], chance: dict[str, float]) -> str:
+@pictures.svg
+def curves(rows: Sequence[dict[str, Any]], recommended: dict[str, Any], chance: dict[str, float]) -> Figure:
     """SVG: every measure against the timestep, a line per layer or set of layers (Fig. 6); the choice is ringed.
 
     Args:
@@ -92,7 +95,7 @@ def curves(rows: Sequence[dict[str, Any]], recommended: dict[str, Any], chance: 
     chosen = " + ".join(recommended["layers"])
     drawn = {name: line for name, line in lines.items() if name == chosen or len(line) == len(timesteps)}
     measures = _MEASURES | {name: title for name, title in _MARGINS.items() if name in recommended}
-    figure = Figure(figsize=(2 * len(measures), 7), layout="constrained")
+    figure = Figure(figsize=(2 * len(measures), 7))
     panels = figure.subplots(2, len(measures) // 2).flat
     for axes, (measure, title) in zip(panels, measures.items(), strict=True):
         for name, line in drawn.items():
@@ -100,14 +103,14 @@ def curves(rows: Sequence[dict[str, Any]], recommended: dict[str, Any], chance: 
             axes.plot(
                 [row["timestep"] for row in line], [row[measure] for row in line], style, marker="o", ms=3, label=name
             )
-        ring = dict(ms=11, mfc="none", color="black", label="recommended")
+        ring = dict(ms=11, mfc="none", color=pictures.INK, label="recommended")
         axes.plot(recommended["timestep"], recommended[measure], "o", **ring)
         if measure in chance:
             axes.axhline(chance[measure], ls=":", lw=1, color="grey", label="chance")
         axes.set(title=title, xlabel="timestep")
         axes.grid(alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    return pictures.svg(figure, _STYLE)
+    return figure
 
 
 def maps(image: np.ndarray, rgb: dict[int, dict[str, np.ndarray]]) -> bytes:

@@ -5,12 +5,16 @@ much of each layer's variance its leading components hold.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline import atomic, feature_store, pictures, seeding
 from pipeline.errors import PipelineError
 from pipeline.feature_store import Basis
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def images(rows: int, wanted: int, seed: int) -> np.ndarray:
@@ -53,13 +57,23 @@ def explained(basis: Basis) -> dict[str, float]:
 
 def plot_explained_variance(basis: Basis, file: Path) -> None:
     """Draws, per layer, the share of variance held by the first k components; the same basis gives the same bytes."""
-    from matplotlib.figure import Figure
+    atomic.write_text(file, _explained_variance(basis))
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+
+@pictures.svg
+def _explained_variance(basis: Basis) -> "Figure":
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    figure = Figure(figsize=(6, 4))
     axes = figure.add_subplot(xlabel="components", ylabel="explained variance", ylim=(0, 1.02), xscale="log")
     for name, layer in basis.layers.items():
         share = layer.explained_variance.cumsum() / (layer.total_variance or 1)
         axes.plot(range(1, len(share) + 1), share, label=f"{name} ({len(share)} of {len(layer.mean)} channels)")
+    longest = max(len(layer.explained_variance) for layer in basis.layers.values())
+    axes.set_xticks([power for power in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if power <= longest])
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend()
-    axes.grid(alpha=0.3)
-    atomic.write_text(file, pictures.svg(figure, {"svg.hashsalt": "explained variance"}))
+    axes.grid()
+    return figure

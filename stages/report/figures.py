@@ -1,86 +1,104 @@
-"""The report's pictures: SVG by matplotlib, in the page's own text colour and font.
+"""The report's pictures, SVG for the page to inline.
 
-A method's curve and band bear the id `curve.<figure>.<method>`, by which the page switches them on and off. Equal
-results give equal bytes.
+A method has a colour and a dash; its curve and band bear the id `curve.<figure>.<method>`, by which the page switches
+them on and off.
 """
 
 import textwrap
-from typing import Any
+from dataclasses import dataclass
 
-import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-matplotlib.use("Agg")
-import numpy as np  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
+from pipeline import pictures
+from stages.report.results import TIME_PARTS, Results, Run
 
-from pipeline import pictures  # noqa: E402
-from stages.report.results import TIME_PARTS, Results, Run  # noqa: E402
-
-_INK = "#010203"
-"""Stands for the page's text colour, which differs between light and dark."""
-_STYLE: Any = {
-    "svg.hashsalt": "feddifrc",
-    "svg.fonttype": "none",
-    "savefig.transparent": True,
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.2,
-    **{f"{part}.color": _INK for part in ("text", "xtick", "ytick", "grid")},
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _INK,
-}
+_COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#8C613C",
+    "#7A7A7A",
+    "#B2A800",
+    "#6A3D9A",
+)
+_DASHES = ("solid", "dashed", "dotted")  # as CSS and matplotlib both call them
 
 
-def colours(methods: list[str]) -> dict[str, str]:
-    """A colour a method, told apart by the colour-blind as far as ten go."""
-    ten = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C613C", "#7A7A7A", "#B2A800", "#6A3D9A"]
-    return {method: ten[number % len(ten)] for number, method in enumerate(methods)}
+@dataclass(frozen=True)
+class Pen:
+    """How a method is drawn."""
+
+    colour: str
+    dash: str
 
 
-def curves(results: Results, quantity: str) -> dict[str, str]:
-    """Per partition the accuracy (%) or loss by round: mean over seeds, and the band from lowest to highest seed."""
+def pens(methods: list[str]) -> dict[str, Pen]:
+    """A pen a method: ten colours that the colour-blind tell apart, then the same dashed, then dotted."""
+    count = len(_COLOURS)
+    return {
+        method: Pen(_COLOURS[number % count], _DASHES[number // count % len(_DASHES)])
+        for number, method in enumerate(methods)
+    }
+
+
+def curves(results: Results, quantity: str) -> list[str]:
+    """A picture a partition: its accuracy (%) or loss by round."""
     scale = 100 if quantity == "accuracy" else 1
-    figures = {}
-    top = max(scale * float(np.max(getattr(run, quantity))) for run in results.all_runs)
-    for partition in results.partitions:
-        figure, axes = _axes()
-        for method, colour in colours(results.methods).items():
-            values = scale * np.stack([getattr(run, quantity) for run in results.runs[partition, method]])
-            rounds = np.arange(1, values.shape[1] + 1)
-            name = f"curve.{quantity}-{partition}.{method}"
-            axes.plot(rounds, values.mean(0), color=colour, lw=1.8, gid=name, marker="o" if len(rounds) == 1 else None)
-            axes.fill_between(rounds, values.min(0), values.max(0), color=colour, alpha=0.15, lw=0, gid=f"band{name}")
-        unit = "accuracy, %" if quantity == "accuracy" else "held-out loss"
-        axes.set(title=partition, xlabel="round", ylabel=unit)
-        if quantity == "accuracy":
-            axes.set_ylim(0, min(100, 1.05 * top))
-        figures[partition] = _svg(figure)
-    return figures
+    means = [scale * _stacked(results, *place, quantity).mean(0) for place in results.runs]
+    if quantity == "accuracy":
+        top = min(100.0, 1.05 * max(scale * float(np.max(run.accuracy)) for run in results.all_runs))
+    else:  # where a few runs soar, the others would be flat lines
+        top = 1.1 * float(np.quantile(np.concatenate(means), 0.98))
+    return [_curves(results, partition, quantity, scale, top) for partition in results.partitions]
 
 
-def client_spread(results: Results) -> dict[str, str]:
-    """Per partition the clients' accuracies under every method, first seed: points, and a bar at their mean."""
-    figures = {}
-    for partition in results.partitions:
-        figure, axes = _axes(height=0.7 + 0.32 * len(results.methods))
-        for row, (method, colour) in enumerate(colours(results.methods).items()):
-            accuracy = 100 * results.runs[partition, method][0].client_accuracy
-            accuracy = accuracy[np.isfinite(accuracy)]
-            axes.plot(accuracy, np.full(len(accuracy), row), "o", color=colour, alpha=0.5, ms=6, mew=0)
-            if len(accuracy):
-                axes.plot(2 * [accuracy.mean()], [row - 0.35, row + 0.35], color=colour, lw=2.5)
-        axes.set(title=partition, xlabel="accuracy by client, %", yticks=range(len(results.methods)))
-        axes.set_yticklabels(results.methods)
-        axes.invert_yaxis()
-        figures[partition] = _svg(figure)
-    return figures
+@pictures.svg
+def _curves(results: Results, partition: str, quantity: str, scale: int, top: float) -> Figure:
+    """Mean over seeds, and the band from lowest to highest seed."""
+    figure, axes = _axes()
+    for method, pen in pens(results.methods).items():
+        values = scale * _stacked(results, partition, method, quantity)
+        rounds = np.arange(1, values.shape[1] + 1)
+        name = f"curve.{quantity}-{partition}.{method}"
+        marker = "o" if len(rounds) == 1 else None
+        axes.plot(rounds, values.mean(0), color=pen.colour, ls=pen.dash, lw=1.8, gid=name, marker=marker)
+        axes.fill_between(rounds, values.min(0), values.max(0), color=pen.colour, alpha=0.15, lw=0, gid=f"band{name}")
+    unit = "accuracy, %" if quantity == "accuracy" else "held-out loss"
+    axes.set(title=results.labels[partition], xlabel="round", ylabel=unit)
+    axes.set_ylim(0, top if top > 0 else None)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
 
 
-def time_split(results: Results) -> str:
+def _stacked(results: Results, partition: str, method: str, quantity: str) -> np.ndarray:
+    """float64 (seeds, rounds)."""
+    return np.stack([getattr(run, quantity) for run in results.runs[partition, method]])
+
+
+@pictures.svg
+def client_spread(results: Results, partition: str) -> Figure:
+    """The clients' accuracies under every method, first seed: points, and a bar at their mean."""
+    figure, axes = _axes(height=0.7 + 0.32 * len(results.methods))
+    for row, (method, pen) in enumerate(pens(results.methods).items()):
+        accuracy = 100 * results.runs[partition, method][0].client_accuracy
+        accuracy = accuracy[np.isfinite(accuracy)]
+        axes.plot(accuracy, np.full(len(accuracy), row), "o", color=pen.colour, alpha=0.5, ms=6, mew=0)
+        if len(accuracy):
+            axes.plot(2 * [accuracy.mean()], [row - 0.35, row + 0.35], color=pen.colour, lw=2.5)
+    axes.set(title=results.labels[partition], xlabel="accuracy by client, %", yticks=range(len(results.methods)))
+    axes.set_yticklabels(results.methods)
+    axes.invert_yaxis()
+    return figure
+
+
+@pictures.svg
+def time_split(results: Results) -> Figure:
     """Seconds a run by part, methods below one another."""
     figure, axes = _axes(width=7.5, height=0.9 + 0.32 * len(results.methods))
     left = np.zeros(len(results.methods))
@@ -91,19 +109,19 @@ def time_split(results: Results) -> str:
         left += values
     axes.set(xlabel="seconds a run")
     axes.invert_yaxis()
-    axes.legend(ncols=4, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1))
-    return _svg(figure)
+    axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
+    return figure
 
 
-def clients_by_class(run: Run) -> str:
-    """Clients x classes: samples as the area of a dot."""
+@pictures.svg
+def clients_by_class(run: Run, label: str, most: int) -> Figure:
+    """Clients x classes: samples as the area of a dot, a full one being `most` samples."""
     counts = run.label_counts
     figure, axes = _axes(height=min(9.0, 1.1 + 0.24 * len(counts)))
     clients, classes = np.nonzero(counts)
-    sizes = counts[clients, classes]
-    axes.scatter(classes, clients, s=170 * sizes / sizes.max(), color="#0072B2", lw=0)
+    axes.scatter(classes, clients, s=170 * counts[clients, classes] / most, color="#0072B2", lw=0)
     shown = list(range(0, counts.shape[1], max(1, counts.shape[1] // 20)))
-    axes.set(title=run.partition, xlabel="class", ylabel="client", xticks=shown)
+    axes.set(title=label, xlabel="class", ylabel="client", xticks=shown)
     names = [textwrap.shorten(run.class_names[k], 14, placeholder="…") for k in shown]
     axes.set_xticklabels(
         names if len(set(names)) == len(names) else [str(k) for k in shown],
@@ -111,16 +129,11 @@ def clients_by_class(run: Run) -> str:
     )
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.invert_yaxis()
-    return _svg(figure)
+    return figure
 
 
 def _axes(width: float = 4.6, height: float = 3.2) -> tuple[Figure, Axes]:
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, figure.add_subplot()
-
-
-def _svg(figure: Figure) -> str:
-    """Inline SVG with stable ids and no date, its text in the page's colour and font, sized by the page."""
-    text = pictures.svg(figure, _STYLE)
-    return text[text.index("<svg") :].replace(_INK, "currentColor")
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_subplot()
+    axes.grid()
+    return figure, axes

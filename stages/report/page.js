@@ -6,7 +6,7 @@ for (const button of document.querySelectorAll(".legend button")) {
     for (const twin of document.querySelectorAll(`.legend button[data-method="${method}"]`)) {
       twin.setAttribute("aria-pressed", shown);
     }
-    for (const curve of document.querySelectorAll(`[id^="curve."][id$=".${method}"], [id^="bandcurve."][id$=".${method}"]`)) {
+    for (const curve of document.querySelectorAll(`[id*="curve."][id$=".${method}"]`)) {
       curve.classList.toggle("off", !shown);
     }
   });
@@ -14,8 +14,9 @@ for (const button of document.querySelectorAll(".legend button")) {
 
 for (const heading of document.querySelectorAll("th")) {
   heading.querySelector("button").addEventListener("click", () => {
-    const descending = heading.getAttribute("aria-sort") !== "descending" && heading.cellIndex > 0
-      || heading.getAttribute("aria-sort") === "ascending";
+    const first = heading.dataset.first;
+    const sorted = heading.getAttribute("aria-sort");
+    const descending = (sorted === null ? first : sorted === "ascending" ? "descending" : "ascending") === "descending";
     for (const other of heading.parentNode.cells) other.removeAttribute("aria-sort");
     heading.setAttribute("aria-sort", descending ? "descending" : "ascending");
     const body = heading.closest("table").tBodies[0];

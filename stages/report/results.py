@@ -39,6 +39,11 @@ class Run:
     accuracy: np.ndarray  # (num_rounds,)
     loss: np.ndarray  # (num_rounds,)
 
+    @property
+    def judged_by_neighbours(self) -> bool:
+        """Its accuracy is a k-NN classifier's on embeddings: it was trained without labels."""
+        return "knn_neighbours" in self.config["method"]
+
 
 @dataclass(frozen=True)
 class Results:
@@ -49,6 +54,12 @@ class Results:
     seeds: list[int]
     runs: dict[tuple[str, str], list[Run]]
     others: list[str]
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Partition -> what it is called in tables and pictures: as papers do, or its name where that is not clear."""
+        said = {name: _label(self.runs[name, self.methods[0]][0].config["partition"]) for name in self.partitions}
+        return {name: label if list(said.values()).count(label) == 1 else name for name, label in said.items()}
 
     @property
     def baseline(self) -> str | None:
@@ -64,6 +75,11 @@ class Results:
         """Every run of the sweep."""
         return [run for group in self.runs.values() for run in group]
 
+    def measured_like(self, method: str) -> list[str]:
+        """The methods whose accuracies compare with its: a classifier's own, or a k-NN classifier's."""
+        first = {name: self.runs[self.partitions[0], name][0] for name in self.methods}
+        return [name for name in first if first[name].judged_by_neighbours == first[method].judged_by_neighbours]
+
     def accuracies(self, partition: str, method: str) -> list[float]:
         """One a seed."""
         return [run.metrics["mean_last5_accuracy"] for run in self.runs[partition, method]]
@@ -73,8 +89,8 @@ class Results:
         by_partition = [self.accuracies(partition, method) for partition in self.partitions]
         return [statistics.fmean(of_seed) for of_seed in zip(*by_partition, strict=True)]
 
-    def rounds_to(self, partition: str, method: str, target: float) -> list[int | None]:
-        """Per seed the first round whose accuracy is at least `target`, counted from 1; None if none is."""
+    def rounds_to(self, partition: str, method: str, target: float) -> list[float]:
+        """Per seed the first round whose accuracy is at least `target`, counted from 1; infinity if none is."""
         return [_first_at_least(run.accuracy, target) for run in self.runs[partition, method]]
 
     def seconds(self, method: str) -> dict[str, float]:
@@ -164,6 +180,23 @@ def _number(text: str) -> float:
     return float(text) if text else math.nan
 
 
-def _first_at_least(values: np.ndarray, target: float) -> int | None:
+def _first_at_least(values: np.ndarray, target: float) -> float:
     reached = np.flatnonzero(values >= target)
-    return int(reached[0]) + 1 if len(reached) else None
+    return float(reached[0]) + 1 if len(reached) else math.inf
+
+
+def _label(partition: dict[str, Any]) -> str:
+    """A partition by its settings, as papers head a column."""
+    match partition:
+        case {"kind": "dirichlet", "alpha": alpha}:
+            return f"Dirichlet {alpha:g}"
+        case {"kind": "dirichlet-balanced", "alpha": alpha}:
+            return f"balanced Dirichlet {alpha:g}"
+        case {"kind": "label-skew"}:
+            return "label skew"
+        case {"kind": "iid"}:
+            return "IID"
+        case {"kind": "classes-per-client", "num_classes_each": count}:
+            return f"{count} classes each"
+        case _:
+            return str(partition["name"])

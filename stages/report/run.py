@@ -5,10 +5,9 @@ report/summary.json  per partition and method: mean and standard deviation of ac
 report/curves.csv    method, partition, round, accuracy, loss: means over seeds, for `dvc plots`
 """
 
-import base64
 import csv
 import io
-import json
+import itertools
 import logging
 import statistics
 from pathlib import Path
@@ -16,20 +15,16 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from pipeline import accuracy, atomic, provenance
+from pipeline import accuracy, atomic, pictures, provenance
 from pipeline.config import Config
-from stages.report import experiments, figures, results, tables
+from stages.report import analysis, experiments, figures, results, tables
+from stages.report.analysis import Analysis
 from stages.report.results import Results
 from stages.report.tables import Table
 
 log = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
-_PICTURES = {
-    "Linear probe and clusters by layer": "clusters.svg",
-    "Matching and other prompts": "prompts.svg",
-    "t-SNE": "tsne.svg",
-}
 
 
 def run(config: Config, with_experiments: bool = False) -> Path:
@@ -48,57 +43,56 @@ def run(config: Config, with_experiments: bool = False) -> Path:
     found = results.read(config)
     if found.others:
         log.warning("not in the report, because sweep in params.yaml does not name them: %s", ", ".join(found.others))
-    more = [experiments.table(config.root)] if with_experiments else []
+    analysed = analysis.read(config.root, found)
+    for reason in analysed.left_out:
+        log.warning("not in the report: %s", reason)
     folder = config.root / "report"
     folder.mkdir(exist_ok=True)
     provenance.write_json(folder / "summary.json", _summary(found))
     _write_curves(folder / "curves.csv", found)
-    atomic.write_text(folder / "index.html", _page(config.root, config.params.report.title, found, more))
+    shown = _tables(config.root, found, with_experiments)
+    atomic.write_text(folder / "index.html", _page(config.params.report.title, found, shown, analysed))
     return folder / "index.html"
 
 
-def as_text(config: Config, form: str) -> str:
+def as_text(config: Config, form: str, with_experiments: bool = False) -> str:
     """All tables as "markdown" or "latex".
 
     Raises:
         PipelineError: as `run`.
     """
     write = {"markdown": tables.to_markdown, "latex": tables.to_latex}[form]
-    return "\n".join(write(table) for table in tables.make(results.read(config)))
+    return "\n".join(map(write, _tables(config.root, results.read(config), with_experiments)))
 
 
-def _page(root: Path, title: str, found: Results, more: list[Table | None]) -> str:
+def _tables(root: Path, found: Results, with_experiments: bool) -> list[Table]:
+    more = experiments.table(root) if with_experiments else None
+    return tables.make(found) + ([more] if more else [])
+
+
+def _page(title: str, found: Results, shown: list[Table], analysed: Analysis) -> str:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True)
+    number = itertools.count()
+    environment.filters["inline"] = lambda svg: pictures.inline(svg, next(number))
     first_runs = [found.runs[partition, found.methods[0]][0] for partition in found.partitions]
+    most = max(int(run.label_counts.max()) for run in first_runs)
     return environment.get_template("page.html.j2").render(
         title=title,
         subtitle=_subtitle(found),
         css=(_HERE / "page.css").read_text(encoding="utf-8"),
         js=(_HERE / "page.js").read_text(encoding="utf-8"),
-        tables={table.name: table for table in [*tables.make(found), *more] if table},
-        colours=figures.colours(found.methods),
+        tables={table.name: table for table in shown},
+        pens=figures.pens(found.methods),
         accuracy_curves=figures.curves(found, "accuracy"),
         loss_curves=figures.curves(found, "loss"),
-        client_spread=figures.client_spread(found),
+        client_spread=[figures.client_spread(found, partition) for partition in found.partitions],
         time_split=figures.time_split(found),
-        clients_by_class={run.partition: figures.clients_by_class(run) for run in first_runs},
+        clients_by_class=[figures.clients_by_class(run, found.labels[run.partition], most) for run in first_runs],
+        most=most,
         runs=found.all_runs,
         others=found.others,
-        analysis=_analysis(root, found),
+        analysis=analysed,
     )
-
-
-def _analysis(root: Path, found: Results) -> dict[str, str]:
-    """The pictures of analyze-features by what they show, as data URIs; none if they are of another feature set."""
-    folder = root / "analysis"
-    try:
-        analysed = json.loads((folder / "features.json").read_text(encoding="utf-8"))["feature_set"]["fingerprint"]
-        if analysed not in {run.config["features"] for run in found.all_runs}:
-            return {}
-        pictures = {title: (folder / name).read_bytes() for title, name in _PICTURES.items()}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}  # not analysed: the stage need not have run
-    return {title: f"data:image/svg+xml;base64,{base64.b64encode(p).decode()}" for title, p in pictures.items()}
 
 
 def _subtitle(found: Results) -> str:

@@ -6,13 +6,13 @@ remark such as the gain over FedAvg.
 
 import math
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from pipeline import accuracy as accuracy_in_words
-from stages.report.results import Results, Run
+from stages.report.results import TIME_PARTS, Results, Run
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A titled table; the first column names the row."""
+    """A titled table; the first column names the row. `lower_is_better` says which end a reader wants on top."""
 
     name: str
     title: str
     note: str
     header: list[str]
     rows: list[list[Cell]] = field(default_factory=list)
+    lower_is_better: bool = False
 
 
 def make(results: Results) -> list[Table]:
@@ -45,23 +46,25 @@ def make(results: Results) -> list[Table]:
 
 
 def accuracy(results: Results) -> Table:
-    """The paper's layout: methods by settings, mean ± deviation over seeds, the best in bold, gains over FedAvg."""
-    columns = [*results.partitions, "mean"] if len(results.partitions) > 1 else results.partitions
+    """The paper's layout: methods by settings, mean ± deviation over seeds, the best in bold, gains over FedAvg.
+
+    Gains and the best are among what is measured alike: a k-NN classifier's accuracy is not compared with a
+    classifier's own.
+    """
+    columns = results.labels | ({"mean": "mean"} if len(results.partitions) > 1 else {})
     by_seed = {
         (column, method): results.mean_accuracies(method) if column == "mean" else results.accuracies(column, method)
         for column in columns
         for method in results.methods
     }
-    means = {place: statistics.fmean(values) for place, values in by_seed.items()}
-    best = {column: max(means[column, method] for method in results.methods) for column in columns}
 
     def cell(column: str, method: str) -> Cell:
-        mean, text = means[column, method], accuracy_in_words.in_percent(by_seed[column, method])
-        is_best = mean == best[column] and len(results.methods) > 1
-        if results.baseline in (None, method):
-            return Cell(text, mean, is_best)
-        gain = 100 * (mean - means[column, str(results.baseline)])
-        return Cell(text, mean, is_best, f"{gain:+.2f}".replace("-", "\u2212"))
+        own = by_seed[column, method]
+        alike = results.measured_like(method)
+        is_best = _is_best(own, [by_seed[column, other] for other in alike])
+        compared = results.baseline in alike and results.baseline != method
+        gain = _gain(own, by_seed[column, str(results.baseline)]) if compared else ""
+        return Cell(accuracy_in_words.in_percent(own), statistics.fmean(own), is_best, gain)
 
     last = min(5, *(len(run.accuracy) for run in results.all_runs))
     of = f"mean of the last {last} rounds" if last > 1 else "after the only round"
@@ -69,21 +72,35 @@ def accuracy(results: Results) -> Table:
         f"mean ± standard deviation over {len(results.seeds)} seeds" if len(results.seeds) > 1 else "one seed (n = 1)"
     )
     note = f"{measure(results)}, %, {of}; {over}. Best in bold"
-    note += f"; small: the gain over {results.baseline}." if results.baseline else "."
-    return _by_method("accuracy", "Accuracy", note, results, columns, cell)
+    if results.baseline and len(results.methods) > 1:
+        note += f"; small: the gain over {results.baseline}"
+        note += ", seed by seed, and its deviation" if len(results.seeds) > 1 else ""
+    return _by_method("accuracy", "Accuracy", f"{note}.", results, columns, cell)
+
+
+def _is_best(own: list[float], of: list[list[float]]) -> bool:
+    """Whether no other's mean is higher, as far as two decimals of a percent show."""
+    return len(of) > 1 and f"{statistics.fmean(own):.4f}" == f"{max(map(statistics.fmean, of)):.4f}"
+
+
+def _gain(own: list[float], baseline: list[float]) -> str:
+    """Points, of seeds in pairs, which share their partition and their initial weights."""
+    gains = [one - other for one, other in zip(own, baseline, strict=True)]
+    mean, _, spread = accuracy_in_words.in_percent(gains).partition(" ")
+    return f"{float(mean):+.2f} {spread}".strip().replace("-", "\u2212")
 
 
 def measure(results: Results) -> str:
     """What the accuracies are accuracies of."""
-    kinds = {
-        "k-NN classifier on the global model's embeddings"
-        if "knn_neighbours" in run.config["method"]
-        else "Global model"
-        for run in results.all_runs
-    }
-    held_out = {"test": "the test images", "validation": "the validation images"}
-    on = held_out[results.all_runs[0].config["train_fl"]["evaluate_on"]]
-    return f"{' or '.join(sorted(kinds))} on {on}"
+    runs = results.all_runs
+    on = {"test": "the test images", "validation": "the validation images"}[runs[0].config["train_fl"]["evaluate_on"]]
+    neighbours = list(dict.fromkeys(run.method for run in runs if run.judged_by_neighbours))
+    if not neighbours:
+        return f"Global model on {on}"
+    by_neighbours = f"k-NN classifier on the global model's embeddings of {on}"
+    if len(neighbours) == len(results.methods):
+        return by_neighbours
+    return f"Global model on {on} ({', '.join(neighbours)}: {by_neighbours}, not compared with the others)"
 
 
 def _linear_probe(results: Results) -> Table | None:
@@ -94,22 +111,18 @@ def _linear_probe(results: Results) -> Table | None:
         return [value for value in found if value is not None]
 
     def cell(partition: str, method: str) -> Cell:
-        values = probes(partition, method)
-        if not values:
+        if not (own := probes(partition, method)):
             return Cell("–", math.nan)
-        mean = statistics.fmean(values)
-        return Cell(accuracy_in_words.in_percent(values), mean, len(known[partition]) > 1 and mean == best[partition])
+        known = [values for other in results.methods if (values := probes(partition, other))]
+        return Cell(accuracy_in_words.in_percent(own), statistics.fmean(own), _is_best(own, known))
 
-    means = {place: statistics.fmean(values) for place in results.runs if (values := probes(*place))}
-    if not means:
+    if not any(probes(*place) for place in results.runs):
         return None
-    known = {p: [mean for (partition, _), mean in means.items() if partition == p] for p in results.partitions}
-    best = {partition: max(values, default=math.nan) for partition, values in known.items()}
     note = (
         "A linear classifier on the last global model's frozen embeddings, fitted on all clients' training images with "
         "their labels, %; methods without labels only. Best in bold."
     )
-    return _by_method("probe", "Linear probe", note, results, results.partitions, cell)
+    return _by_method("probe", "Linear probe", note, results, results.labels, cell)
 
 
 def _rounds_to_baseline(results: Results) -> Table | None:
@@ -118,17 +131,20 @@ def _rounds_to_baseline(results: Results) -> Table | None:
     targets = {p: statistics.fmean(results.accuracies(p, results.baseline)) for p in results.partitions}
 
     def cell(partition: str, method: str) -> Cell:
+        if results.baseline not in results.measured_like(method):
+            return Cell("–", math.nan)
         rounds = results.rounds_to(partition, method, targets[partition])
-        reached = [number for number in rounds if number is not None]
-        if not reached:
-            return Cell("never", math.inf)
-        remark = "" if len(reached) == len(rounds) else f"{len(reached)} of {len(rounds)} seeds"
-        return Cell(f"{np.mean(reached):.1f}", float(np.mean(reached)), remark=remark)
+        reached = sum(map(math.isfinite, rounds))
+        remark = f"{reached} of {len(rounds)} seeds" if 0 < reached < len(rounds) else ""
+        median = statistics.median(rounds)
+        return Cell(f"{median:g}" if math.isfinite(median) else "never", median, remark=remark)
 
-    header = [f"{p} ({100 * targets[p]:.1f} %)" for p in results.partitions]
-    note = f"First round that reaches {results.baseline}'s accuracy (given above each column), mean over seeds."
-    table = _by_method("rounds", "Rounds to accuracy", note, results, results.partitions, cell)
-    return Table(table.name, table.title, table.note, ["method", *header], table.rows)
+    columns = {p: f"{label} ({100 * targets[p]:.1f} %)" for p, label in results.labels.items()}
+    note = (
+        f"First round that reaches {results.baseline}'s accuracy (its mean, given above each column; a single round "
+        "counts). Median over seeds, where a seed that never does comes last."
+    )
+    return _by_method("rounds", "Rounds to accuracy", note, results, columns, cell, lower_is_better=True)
 
 
 def _clients(results: Results) -> Table | None:
@@ -145,7 +161,7 @@ def _clients(results: Results) -> Table | None:
         "The last global model's accuracy for the worst client, %, where a client weighs the held-out images by its "
         "own classes; small: the standard deviation over clients. Means over seeds."
     )
-    return _by_method("clients", "Accuracy by client", note, results, results.partitions, cell)
+    return _by_method("clients", "Accuracy by client", note, results, results.labels, cell)
 
 
 def _domains(results: Results) -> Table | None:
@@ -159,34 +175,34 @@ def _domains(results: Results) -> Table | None:
         return Cell(f"{100 * mean:.2f}", mean)
 
     note = "The last global model's accuracy on each domain's held-out images, %, mean over settings and seeds."
-    return _by_method("domains", "Accuracy by domain", note, results, domains, cell)
+    return _by_method("domains", "Accuracy by domain", note, results, {name: name for name in domains}, cell)
 
 
 def _communication(results: Results) -> Table:
-    columns = ["down, MB a round", "up, MB a round", "both, MB a run"]
+    columns = {"down": "down, MB a round", "up": "up, MB a round", "both": "both, MB a run"}
 
     def cell(column: str, method: str) -> Cell:
         runs = [run for partition in results.partitions for run in results.runs[partition, method]]
         down, up = (float(np.mean([run.metrics[key] for run in runs])) / 1e6 for key in ("bytes_down", "bytes_up"))
         rounds = float(np.mean([len(run.accuracy) for run in runs]))
-        value = {columns[0]: down / rounds, columns[1]: up / rounds, columns[2]: down + up}[column]
+        value = {"down": down / rounds, "up": up / rounds, "both": down + up}[column]
         return Cell(f"{value:.2f}", value)
 
     note = "What the server sends to its clients (down) and they send back (up), uncompressed; means over settings."
-    return _by_method("communication", "Bytes sent", note, results, columns, cell)
+    return _by_method("communication", "Bytes sent", note, results, columns, cell, lower_is_better=True)
 
 
 def _time(results: Results) -> Table:
-    columns = ["load, s", "train, s", "aggregate, s", "evaluate, s", "all, s"]
+    columns = {part: f"{part}, s" for part in (*TIME_PARTS, "all")}
 
     def cell(column: str, method: str) -> Cell:
         seconds = results.seconds(method)
-        value = sum(seconds.values()) if column == "all, s" else seconds[column.partition(",")[0]]
+        value = sum(seconds.values()) if column == "all" else seconds[column]
         return Cell(f"{value:.2f}", value)
 
     hardware = sorted({_hardware(run) for run in results.all_runs})
     note = f"Seconds a run, mean over settings and seeds, on {'; '.join(hardware)}."
-    return _by_method("time", "Time", note, results, columns, cell)
+    return _by_method("time", "Time", note, results, columns, cell, lower_is_better=True)
 
 
 def _partitions(results: Results) -> Table:
@@ -194,7 +210,8 @@ def _partitions(results: Results) -> Table:
     rows = []
     for partition in results.partitions:
         runs = results.runs[partition, results.methods[0]]
-        cells = [Cell(partition)]
+        label = results.labels[partition]
+        cells = [Cell(label, remark=partition if label != partition else "")]
         for name in names:
             values = [run.heterogeneity[name] for run in runs]
             known = [value for value in values if value is not None]
@@ -240,10 +257,17 @@ def _short_commit(commit: str | None) -> str:
 
 
 def _by_method(
-    name: str, title: str, note: str, results: Results, columns: list[str], cell: Callable[[str, str], Cell]
+    name: str,
+    title: str,
+    note: str,
+    results: Results,
+    columns: Mapping[str, str],
+    cell: Callable[[str, str], Cell],
+    lower_is_better: bool = False,
 ) -> Table:
+    """A row a method; `columns`: what `cell` takes -> what the reader sees."""
     rows = [[Cell(method), *(cell(column, method) for column in columns)] for method in results.methods]
-    return Table(name, title, note, ["method", *columns], rows)
+    return Table(name, title, note, ["method", *columns.values()], rows, lower_is_better)
 
 
 def to_markdown(table: Table) -> str:
@@ -255,21 +279,24 @@ def to_markdown(table: Table) -> str:
 
 
 def to_latex(table: Table) -> str:
-    r"""A table environment for booktabs, captioned with its note."""
-    header = " & ".join(_latex(text) for text in table.header)
-    rows = [" & ".join(_latex(_marked(cell, "\\textbf{{{}}}", " ({})")) for cell in row) for row in table.rows]
+    r"""A table environment for booktabs and graphicx, captioned with its title and note, no wider than the text."""
+    header = " & ".join(map(_latex, table.header))
+    rows = [" & ".join(_marked(_escaped(cell), "\\textbf{{{}}}", " ({})") for cell in row) for row in table.rows]
+    columns = zip(*table.rows, strict=True)
+    kinds = "".join("l" if all(cell.value is None for cell in column) else "r" for column in columns)
     lines = [
         "\\begin{table}",
         "  \\centering",
-        f"  \\caption{{{_latex(table.note)}}}",
+        f"  \\caption{{\\textbf{{{_latex(table.title)}.}} {_latex(table.note)}}}",
         f"  \\label{{tab:{table.name}}}",
-        f"  \\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}",
+        "  \\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%",
+        f"  \\begin{{tabular}}{{{kinds}}}",
         "    \\toprule",
         f"    {header} \\\\",
         "    \\midrule",
         *(f"    {row} \\\\" for row in rows),
         "    \\bottomrule",
-        "  \\end{tabular}",
+        "  \\end{tabular}}",
         "\\end{table}",
     ]
     return "\n".join(lines) + "\n"
@@ -280,9 +307,16 @@ def _marked(cell: Cell, bold: str, remark: str) -> str:
     return text + (remark.format(cell.remark) if cell.remark else "")
 
 
+def _escaped(cell: Cell) -> Cell:
+    return replace(cell, text=_latex(cell.text), remark=_latex(cell.remark))
+
+
+_LATEX = str.maketrans(
+    {character: f"\\{character}" for character in "&%#_{}$"}
+    | {"\\": "\\textbackslash{}", "^": "\\textasciicircum{}", "~": "\\textasciitilde{}"}
+    | {"±": "$\\pm$", "\u2212": "$-$", "σ": "$\\sigma$", "–": "--", "<": "$<$", ">": "$>$", "|": "$|$"}
+)
+
+
 def _latex(text: str) -> str:
-    for character in "&%#_":
-        text = text.replace(character, f"\\{character}")
-    for character, command in (("±", "$\\pm$"), ("\u2212", "$-$"), ("σ", "$\\sigma$"), ("–", "--")):
-        text = text.replace(character, command)
-    return text
+    return text.translate(_LATEX)

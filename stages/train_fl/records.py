@@ -130,7 +130,7 @@ def write_partition(path: Path, data: Federation) -> None:
         "clients": [part.tolist() for part in data.parts],
     }
     provenance.write_json(path / "partition.json", content)
-    picture.draw(path / "partition.svg", data.label_counts, class_names)
+    picture.write(path / "partition.svg", data.label_counts, class_names)
 
 
 def write_weights(path: Path, weights: Weights) -> None:

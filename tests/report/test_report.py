@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 
 import numpy as np
 import pytest
@@ -37,7 +38,20 @@ def test_the_summary_is_mean_and_sample_deviation_over_seeds(trained):
 def test_runs_of_other_settings_are_refused(trained):
     result = invoke(trained, "report", "--set", "train_fl.num_rounds=7")
     assert result.exit_code == 1
-    assert "fedavg-dir05-s0 was made with another train_fl.num_rounds than params.yaml has" in result.output
+    assert "fedavg-dir05-s0 was made with train_fl.num_rounds 2, where params.yaml has 7: train it" in result.output
+
+
+def test_runs_made_with_flags_are_reported_with_the_flags_that_the_refusal_names(trained):
+    changed = [
+        f"--set={key}" for key in ("train_fl.num_rounds=1", "train_fl.model=resnet10", "partitions.dir05.alpha=2")
+    ]
+    flags = (*changed, "--overwrite")
+    assert invoke(trained, *TRAIN, *flags).exit_code == 0
+    result = invoke(trained, "report")
+    assert result.exit_code == 1
+    named = shlex.split(result.output.partition("take it as it is, with ")[2])
+    assert "partitions.dir05.alpha=2.0" in named and "train_fl.model=resnet10" in named
+    assert invoke(trained, "report", *named).exit_code == 0
 
 
 def test_runs_of_other_data_are_refused(trained):
@@ -45,7 +59,10 @@ def test_runs_of_other_data_are_refused(trained):
     whole = json.loads(file.read_text())
     for changes, message in (
         ({"dataset": {"name": "digits", "hash": "x"}}, "fedavg-dir05-s1 were made from another dataset each"),
-        ({"dataset": {"name": "x", "hash": "x"}}, "fedavg-dir05-s1 was made with another dataset.name than"),
+        (
+            {"dataset": {"name": "x", "hash": "x"}},
+            "fedavg-dir05-s1 was made with prepare_data.name x, where params.yaml has digits",
+        ),
     ):
         file.write_text(json.dumps(whole | changes))
         provenance.write_checksums(file.parent)

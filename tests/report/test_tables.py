@@ -36,6 +36,13 @@ def table(project, name):
     return {table.name: table for table in made}[name]
 
 
+def set_metric(project, method, name, of_seeds):
+    for seed, value in enumerate(of_seeds):
+        file = project / "results" / f"{method}-dir05-s{seed}" / "metrics.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+        provenance.write_checksums(file.parent)
+
+
 def page(project):
     assert invoke(project, "report").exit_code == 0
     return (project / "report" / "index.html").read_text()
@@ -47,18 +54,30 @@ def texts(table):
 
 def test_accuracy_gain_and_best(project):
     accuracy = table(project, "accuracy")
-    assert texts(accuracy) == [[("55.00 ± 7.07", "")], [("75.00 ± 7.07", "+20.00")]]
+    assert texts(accuracy) == [[("55.00 ± 7.07", "")], [("75.00 ± 7.07", "+20.00 ± 14.14")]]  # +10 and +30
     assert [row[1].best for row in accuracy.rows] == [False, True]
     assert "mean of the last 3 rounds" in accuracy.note
 
 
+def test_equal_means_are_both_best(project):
+    set_metric(project, "fedavg", "mean_last5_accuracy", (0.7, 0.8))
+    assert [row[1].best for row in table(project, "accuracy").rows] == [True, True]
+
+
+def test_what_is_measured_otherwise_is_not_compared(tmp_path):
+    write_grid(tmp_path, ["fedavg", "fedprox", "simsiam"], ["dir05"], [0, 1], num_rounds=3)
+    for method, accuracy in (("fedavg", 0.5), ("fedprox", 0.6), ("simsiam", 0.9)):
+        set_metric(tmp_path, method, "mean_last5_accuracy", (accuracy, accuracy))
+    accuracy, rounds = table(tmp_path, "accuracy"), table(tmp_path, "rounds")
+    assert texts(accuracy)[1:] == [[("60.00 ± 0.00", "+10.00 ± 0.00")], [("90.00 ± 0.00", "")]]
+    assert [row[1].best for row in accuracy.rows] == [False, True, False]
+    assert "(simsiam: k-NN classifier on the global model's embeddings" in accuracy.note
+    assert texts(rounds)[2] == [("–", "")]
+
+
 def test_the_linear_probe_of_runs_without_labels(project):
     assert "probe" not in {table.name for table in tables.make(results.read(config.load(project / "params.yaml")))}
-    for seed, probe in ((0, 0.8), (1, 0.9)):
-        run = project / "results" / f"fedprox-dir05-s{seed}"
-        metrics = json.loads((run / "metrics.json").read_text()) | {"linear_probe_accuracy": probe}
-        (run / "metrics.json").write_text(json.dumps(metrics))
-        provenance.write_checksums(run)
+    set_metric(project, "fedprox", "linear_probe_accuracy", (0.8, 0.9))
     probe = table(project, "probe")
     assert texts(probe) == [[("–", "")], [("85.00 ± 7.07", "")]]
     assert not probe.rows[1][1].best  # of one
@@ -76,7 +95,9 @@ def test_a_seed_that_never_gets_there_is_said(project):
     run = project / "results" / "fedprox-dir05-s1" / "rounds.csv"
     run.write_text("round,accuracy,loss\n1,0.1,1\n2,0.1,1\n3,0.1,1\n")
     provenance.write_checksums(run.parent)
-    assert texts(table(project, "rounds"))[1] == [("2.0", "1 of 2 seeds")]
+    rounds = table(project, "rounds")
+    assert texts(rounds)[1] == [("never", "1 of 2 seeds")]  # the median of 2 and never
+    assert rounds.rows[1][1].value > rounds.rows[0][1].value and rounds.lower_is_better
 
 
 def test_the_worst_client_and_the_spread(project):
@@ -88,12 +109,22 @@ def test_the_worst_client_and_the_spread(project):
 def test_markdown_and_latex(project):
     markdown = invoke(project, "report", "--format", "markdown").output
     assert (
-        "| method | dir05 |\n| --- | ---: |\n| fedavg | 55.00 ± 7.07 |\n| fedprox | **75.00 ± 7.07** (+20.00) |"
-        in markdown
+        "| method | Dirichlet 0.5 |\n| --- | ---: |\n| fedavg | 55.00 ± 7.07 |\n"
+        "| fedprox | **75.00 ± 7.07** (+20.00 ± 14.14) |" in markdown
     )
     latex = invoke(project, "report", "--format", "latex").output
-    assert "    fedprox & \\textbf{75.00 $\\pm$ 7.07} (+20.00) \\\\\n    \\bottomrule" in latex
-    assert "accuracy, \\%" in latex
+    assert "    fedprox & \\textbf{75.00 $\\pm$ 7.07} (+20.00 $\\pm$ 14.14) \\\\\n    \\bottomrule" in latex
+    assert "accuracy, \\%" in latex and "\\caption{\\textbf{Accuracy.} Global model" in latex
+    assert "{tabular}{lr}" in latex and "{tabular}{lrrlllll}" in latex  # text to the left
+
+
+def test_latex_takes_any_character():
+    made = tables.Table(
+        "x", "A_b", "50 % & more", ["~", "^"], [[tables.Cell("\\{}"), tables.Cell("$#", 1.0, best=True)]]
+    )
+    written = tables.to_latex(made)
+    assert "\\textbf{A\\_b.} 50 \\% \\& more" in written and "\\textasciitilde{} & \\textasciicircum{} \\\\" in written
+    assert "\\textbackslash{}\\{\\} & \\textbf{\\$\\#} \\\\" in written
 
 
 def test_runs_that_the_sweep_does_not_name_are_told(project):

@@ -1,15 +1,19 @@
 """A picture of clients x classes; matplotlib is imported only when one is drawn."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline import atomic, pictures
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _MAX_NUMBERED_CELLS = 400
 
 
-def draw(path: Path, counts: np.ndarray, class_names: list[str]) -> None:
+def write(path: Path, counts: np.ndarray, class_names: list[str]) -> None:
     """Writes an SVG heat map of samples per client and class; equal counts give equal bytes.
 
     Args:
@@ -17,10 +21,15 @@ def draw(path: Path, counts: np.ndarray, class_names: list[str]) -> None:
         counts: int64 (num_clients, num_classes).
         class_names: one per column.
     """
+    atomic.write_text(path, _heat_map(counts, class_names))
+
+
+@pictures.svg
+def _heat_map(counts: np.ndarray, class_names: list[str]) -> "Figure":
     from matplotlib.figure import Figure
 
     num_clients, num_classes = counts.shape
-    figure = Figure(figsize=(2 + 0.45 * min(num_classes, 40), 1.6 + 0.3 * min(num_clients, 40)), layout="constrained")
+    figure = Figure(figsize=(2 + 0.45 * min(num_classes, 40), 1.6 + 0.3 * min(num_clients, 40)))
     axes = figure.add_subplot()
     image = axes.imshow(counts, cmap="Blues", aspect="auto", vmin=0)
     figure.colorbar(image, label="samples")
@@ -30,7 +39,7 @@ def draw(path: Path, counts: np.ndarray, class_names: list[str]) -> None:
         for (client, label), count in np.ndenumerate(counts):
             colour = "white" if count > counts.max() / 2 else "black"
             axes.text(label, client, str(count), ha="center", va="center", fontsize=7, color=colour)
-    atomic.write_text(path, pictures.svg(figure, {"svg.hashsalt": "feddifrc", "svg.fonttype": "none"}))
+    return figure
 
 
 def _ticks(count: int) -> list[int]:

@@ -5,10 +5,13 @@ round, client, name, outcome ("trained", or why not), num_samples, train_seconds
 
 import csv
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import atomic, pictures
 from stages.train_fl import records
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 FILE = "participation.csv"
@@ -39,25 +42,28 @@ class Account:
 
     def draw(self) -> None:
         """participation.svg: a square a client and round; the same rows give the same bytes."""
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
+        atomic.write_text(self._path / "participation.svg", _squares(_read(self._path / FILE)))
 
-        rows = _read(self._path / FILE)
-        clients = sorted({int(row["client"]) for row in rows})
-        figure = Figure(figsize=(7, 1.2 + 0.3 * len(clients)), layout="constrained")
-        axes = figure.add_subplot(xlabel="round")
-        for trained, colour, label in ((True, "#2a7f62", "trained"), (False, "#c8553d", "asked, did not")):
-            points = [row for row in rows if (row["outcome"] == "trained") == trained]
-            x = [int(row["round"]) for row in points]
-            y = [clients.index(int(row["client"])) for row in points]
-            axes.scatter(x, y, marker="s", s=40, color=colour, label=label)
-        names = {int(row["client"]): row["name"] for row in rows}
-        axes.set_yticks(range(len(clients)), [names[client] for client in clients], parse_math=False)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.invert_yaxis()
-        figure.legend(loc="outside upper right", ncols=2)
-        text = pictures.svg(figure, {"svg.hashsalt": "participation"})
-        atomic.write_text(self._path / "participation.svg", text)
+
+@pictures.svg
+def _squares(rows: list[Row]) -> "Figure":
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    clients = sorted({int(row["client"]) for row in rows})
+    figure = Figure(figsize=(7, 1.2 + 0.3 * len(clients)))
+    axes = figure.add_subplot(xlabel="round")
+    for trained, colour, label in ((True, "#2a7f62", "trained"), (False, "#c8553d", "asked, did not")):
+        points = [row for row in rows if (row["outcome"] == "trained") == trained]
+        x = [int(row["round"]) for row in points]
+        y = [clients.index(int(row["client"])) for row in points]
+        axes.scatter(x, y, marker="s", s=40, color=colour, label=label)
+    names = {int(row["client"]): row["name"] for row in rows}
+    axes.set_yticks(range(len(clients)), [names[client] for client in clients])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.invert_yaxis()
+    figure.legend(loc="outside upper right", ncols=2)
+    return figure
 
 
 def _read(file: Path) -> list[Row]:

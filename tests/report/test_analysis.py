@@ -1,0 +1,63 @@
+"""What analyze-features and sweep-features left: shown if it is of what the runs used, named if it is not."""
+
+import json
+
+import pytest
+
+from pipeline import provenance
+from tests.conftest import invoke
+from tests.report.grid import write_grid
+
+
+@pytest.fixture
+def project(tmp_path):
+    write_grid(tmp_path, ["fedavg"], ["dir05"], [0], num_rounds=2)
+    config = tmp_path / "results" / "fedavg-dir05-s0" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"features": "f" * 64}))
+    provenance.write_checksums(config.parent)
+    write_analysis(tmp_path, "f" * 64, "0" * 64)
+    return tmp_path
+
+
+def write_analysis(root, feature_set, dataset):
+    folder = root / "analysis"
+    (folder / "sweep").mkdir(parents=True, exist_ok=True)
+    for name in ("clusters.svg", "prompts.svg", "tsne.svg", "sweep/sweep.svg", "sweep/maps-3.png", "sweep/maps-7.png"):
+        (folder / name).write_text(f"picture {name}")
+    (folder / "features.json").write_text(json.dumps({"feature_set": {"fingerprint": feature_set}}))
+    (folder / "sweep" / "sweep.json").write_text(json.dumps({"made_of": {"dataset": {"hash": dataset}}}))
+    (folder / "sweep" / "recommended.yaml").write_text("extract_features:\n  timestep: 50 # <best>\n")
+
+
+def report(root):
+    done = invoke(root, "report")
+    assert done.exit_code == 0, done.output
+    return (root / "report" / "index.html").read_text(), done.output
+
+
+def test_both_are_shown_with_one_images_maps_and_the_recommendation(project):
+    page, output = report(project)
+    assert page.count('src="data:image/svg+xml;base64,') == 4 and page.count('src="data:image/png;base64,') == 1
+    assert "timestep: 50 # &lt;best&gt;" in page and "not in the report" not in output
+
+
+@pytest.mark.parametrize(
+    ("feature_set", "dataset", "reason", "left"),
+    [
+        ("e" * 64, "0" * 64, "analysis/ is of the feature set eeeeeeee, and no run was trained from that", 2),
+        ("f" * 64, "1" * 64, "analysis/sweep is of another data set than the runs were trained on", 3),
+    ],
+)
+def test_what_is_of_something_else_is_left_out_and_said(project, feature_set, dataset, reason, left):
+    write_analysis(project, feature_set, dataset)
+    page, output = report(project)
+    assert page.count('<img alt="') == left
+    assert f"not in the report: {reason}" in output
+    assert f"Not in this report: {reason}" in page
+
+
+@pytest.mark.parametrize("broken", ["", "[]", "{", '{"feature_set": 1, "made_of": {"dataset": null}}'])
+def test_what_is_not_whole_is_not_there(project, broken):
+    (project / "analysis" / "features.json").write_text(broken)
+    (project / "analysis" / "sweep" / "sweep.json").write_text(broken)
+    assert "<img alt=" not in report(project)[0]

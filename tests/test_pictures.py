@@ -1,0 +1,38 @@
+"""Pictures: equal bytes, the reader's colours, text as it stands, and ids that do not collide within a page."""
+
+import re
+
+from matplotlib.figure import Figure
+
+from pipeline import pictures
+
+
+@pictures.svg
+def bars(name):
+    figure = Figure()
+    axes = figure.add_subplot(title=name)
+    axes.bar([name, "b"], [1, 2], label=name)
+    axes.legend()
+    return figure
+
+
+def test_the_same_figure_gives_the_same_bytes_without_a_date():
+    assert bars("a") == bars("a") != bars("c")
+    assert "<dc:date>" not in bars("a")
+
+
+def test_text_is_in_the_readers_colour_and_never_a_formula():
+    drawn = bars("$x_2$")
+    assert drawn.count(">$x_2$</text>") == 3  # title, axis, legend
+    assert "fill: #000000" not in drawn and "currentColor" in drawn and pictures.INK not in drawn
+    assert re.search("<svg [^>]*><style>:root { color: #1d2330 } @media", drawn)
+
+
+def test_two_inlined_pictures_share_no_id_and_refer_to_their_own():
+    one, other = (pictures.inline(bars("a"), number) for number in (1, 2))
+    ids = [set(re.findall(r' id="([^"]*)"', text)) for text in (one, other)]
+    assert ids[0] and not ids[0] & ids[1]
+    for text, own in zip((one, other), ids, strict=True):
+        assert set(re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)', text))
+        assert {a or b for a, b in re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)', text)} <= own
+        assert text.startswith("<svg") and "<style>:root" not in text
