@@ -115,6 +115,7 @@ def test_every_method_has_a_pen_of_its_own_which_the_legend_shows_in_print_too(p
     assert wanted <= used
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_a_phone_and_the_dark(project, browser, scheme):
     page = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme=scheme)
     page.goto((project / "report" / "index.html").as_uri())
