@@ -73,7 +73,7 @@ def accuracy(results: Results) -> Table:
     )
     note = f"{measure(results)}, %, {of}; {over}. Best in bold"
     if results.baseline and len(results.methods) > 1:
-        note += f"; small: the gain over {results.baseline}"
+        note += f"; beside it the gain over {results.baseline}"
         note += ", seed by seed, and its deviation" if len(results.seeds) > 1 else ""
     return _by_method("accuracy", "Accuracy", f"{note}.", results, columns, cell)
 
@@ -159,7 +159,7 @@ def _clients(results: Results) -> Table | None:
 
     note = (
         "The last global model's accuracy for the worst client, %, where a client weighs the held-out images by its "
-        "own classes; small: the standard deviation over clients. Means over seeds."
+        "own classes; σ: the standard deviation over clients. Means over seeds."
     )
     return _by_method("clients", "Accuracy by client", note, results, results.labels, cell)
 
