@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 
 from pipeline.config import differing_keys
 from pipeline.errors import PipelineError
+from pipeline.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -198,25 +199,25 @@ def _read(reply: Message) -> Member:
     """
     node_id = reply.metadata.src_node_id
     if reply.has_error():
-        raise PipelineError(printable(reply.error.reason) or f"node {node_id} failed without a word")
+        raise PipelineError(_said(reply.error.reason) or f"node {node_id} failed without a word")
     try:
         facts = reply.content.config_records["introduction"]
         agreement = json.loads(str(facts["agreement"]))
         client_id, num_samples = int(str(facts["client-id"])), int(str(facts["num-samples"]))
-        return Member(node_id, client_id, printable(str(facts["name"])), num_samples, agreement)
+        return Member(node_id, client_id, _said(str(facts["name"])), num_samples, agreement)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise PipelineError(f"node {node_id} gave no introduction ({error!r}): does it run another version?") from None
 
 
 def reason_of(reply: Message, member: Member | None = None) -> str:
     """Why a node did not do what was asked, from its reply with an error; without its own name before it, if known."""
-    reason = printable(reply.error.reason) or f"error {reply.error.code}"
+    reason = _said(reply.error.reason) or f"error {reply.error.code}"
     return reason.removeprefix(f"{member}: ")
 
 
-def printable(text: str | None) -> str:
-    """What a node says, fit for a terminal and a line of a log: no control characters, a thousand letters at most."""
-    return "".join(letter if letter.isprintable() else " " for letter in (text or "")[:1000]).strip()
+def _said(text: str | None) -> str:
+    """What a node says, on one line of a terminal or a log, of a thousand letters at most."""
+    return printable(" ".join((text or "")[:1000].split()))
 
 
 def _check_agreement(member: Member, agreed: dict[str, Any]) -> None:
