@@ -125,13 +125,13 @@ def _held_nowhere(before: Mapping[str, Any], merged: Mapping[str, Any], params_f
 
 def _in_git(file: Path) -> dict[str, Any] | None:
     """The file as git's index has it, where `git checkout` takes it from; None if git does not know it."""
-    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml import YAMLError
 
     command = ["git", "show", f":./{file.name}"]
     try:
         found = subprocess.run(command, cwd=file.parent, capture_output=True, check=True).stdout
-        values = YAML(typ="safe", pure=True).load(found)
-    except (OSError, subprocess.CalledProcessError, YAMLError):
+        values = config.parse_yaml(found.decode("utf-8"))
+    except (OSError, subprocess.CalledProcessError, UnicodeDecodeError, YAMLError):
         return None
     return {s: keys for s, keys in values.items() if isinstance(keys, dict)} if isinstance(values, dict) else None
 
