@@ -133,7 +133,7 @@ def _one_line_errors(ctx: click.Context) -> Iterator[None]:
         ) from None
 
 
-_RESUMED = frozenset(("extract-features", "synthesize", "train-fl", "preset"))
+_RESUMED = frozenset(("extract-features", "sweep-features", "synthesize", "train-fl", "preset"))
 _REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room")
 _REMEDIES |= dict.fromkeys((errno.EACCES, errno.EROFS, errno.EPERM), "give access")
 
@@ -237,16 +237,20 @@ def analyze_features(config: "Config") -> None:
 
 
 @main.command("sweep-features", cls=StageCommand, section="sweep_features")
-def sweep_features(config: "Config") -> None:
+@click.option("--dry-run", is_flag=True, help="Print how many passes it would be, and what is done; write nothing.")
+def sweep_features(config: "Config", dry_run: bool) -> None:
     r"""Every timestep and layer on a sample of images, and which to take -> analysis/sweep. Resumes if killed.
 
     \b
     Examples:
-      pipeline sweep-features
+      pipeline sweep-features --dry-run
       pipeline sweep-features --timesteps "[100, 200, 300]" --images 500 --margin-images 100
       pipeline preset analysis/sweep/recommended.yaml
     """
-    _report_path(_stage("analyze_features.sweep").run(config))
+    if dry_run:
+        click.echo("\n".join(_stage("analyze_features.plan").make(config).lines()))
+    else:
+        _report_path(_stage("analyze_features.sweep").run(config))
 
 
 @main.command("synthesize", cls=StageCommand, section="synthesize")

@@ -129,10 +129,10 @@ class SweepFeatures(Section):
         gt=0, le=1, description="a layer keeps the fewest PCA dimensions that explain this share of its variance"
     )
     max_dims: int = Field(ge=1, description="but at most this many")
-    tolerance: float = Field(
+    standard_errors: float = Field(
         ge=0,
-        lt=1,
-        description="probe accuracy to give up for better prompts, and both for the fewest layers, then dimensions",
+        description="candidates within so many of the best one's are not told apart: by the probe, then by prompts; "
+        "of those left the fewest layers win, then the fewest dimensions",
     )
     picture_images: int = Field(ge=0, description="images whose maps are drawn as colours, a picture each")
 

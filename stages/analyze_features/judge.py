@@ -6,8 +6,14 @@ many clusters as classes, which sees no label, judged by purity, normalised mutu
 index. All see each dimension standardised: energies of strong and weak components differ by orders of magnitude. The
 price is that weak components, which are noise more often, count as much as strong ones. One thread computes all of it,
 so that equal features give equal numbers on any number of cores.
+
+The error of a share is the binomial's of as many distinct images as it was judged on. The probe's splits overlap, in
+what they fit and in what they judge, so the deviation over them would be too small an estimate (Nadeau and Bengio,
+Machine Learning 2003). It is one representation's; two are judged on the same images, so that their difference is known
+better than such errors say.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,21 +30,27 @@ from pipeline.datasets import stratified_split
 from pipeline.errors import PipelineError
 from pipeline.params import AnalyzeFeatures
 
+_DRAWS = 20  # of clusters at random
 _DIGITS = 6  # of a number that is written: beyond them processors differ
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Accuracy of the probe, 0 to 1; purity and NMI, 0 to 1, and ARI, at most 1, of the clusters."""
+    """Accuracy of the probe, 0 to 1, and its error; purity and NMI, 0 to 1, and ARI, at most 1, of the clusters."""
 
     probe_accuracy: float
+    probe_error: float
     purity: float
     nmi: float
     ari: float
 
 
 class Judge:
-    """Judges representations of the same images, all by the same splits."""
+    """Judges representations of the same images, all by the same splits.
+
+    Attributes:
+        held_out: how many distinct images the probe is judged on: those held out by at least one split.
+    """
 
     def __init__(self, labels: np.ndarray, params: AnalyzeFeatures) -> None:
         """Cuts the images into splits.
@@ -53,6 +65,7 @@ class Judge:
         self._labels, self._params = labels, params
         self._num_classes = len(np.unique(labels))
         self._splits = list(self._draw_splits())
+        self.held_out = len(np.unique(np.concatenate([held_out for _, held_out in self._splits])))
         if any(len(np.unique(labels[fitted])) < 2 or not len(held_out) for fitted, held_out in self._splits):
             raise PipelineError(
                 f"{len(labels)} images of {self._num_classes} classes are too few to fit a linear probe and judge it: "
@@ -67,6 +80,7 @@ class Judge:
             clusters = self._cluster(features)
             found = (
                 accuracy,
+                standard_error(float(accuracy), self.held_out),
                 purity(clusters, self._labels),
                 normalized_mutual_info_score(self._labels, clusters),
                 adjusted_rand_score(self._labels, clusters),
@@ -92,6 +106,11 @@ class Judge:
         return k_means.fit_predict(StandardScaler().fit_transform(features))
 
 
+def standard_error(share: float, count: int) -> float:
+    """sqrt(p (1 - p) / n) of a share p of n images; 0 where it is of none or of all of them."""
+    return math.sqrt(share * (1 - share) / count)
+
+
 def purity(clusters: np.ndarray, labels: np.ndarray) -> float:
     """Share of images that are of their cluster's most frequent class.
 
@@ -103,15 +122,25 @@ def purity(clusters: np.ndarray, labels: np.ndarray) -> float:
     return sum(majorities) / len(labels)
 
 
-def chance(labels: np.ndarray, prompts_per_image: int) -> dict[str, float]:
+def chance(labels: np.ndarray, prompts_per_image: int, seed: int) -> dict[str, float]:
     """What representations that tell nothing would reach, by measure.
+
+    The probe: the most frequent class's share. Purity and NMI, which chance lifts above that and 0, the more so the
+    fewer images a cluster has: the mean of twenty draws of as many clusters as classes, equally large. ARI: adjusted
+    to 0.
 
     Args:
         labels: int64 (n,).
         prompts_per_image: P.
+        seed: of the draws.
     """
-    most_frequent = np.bincount(labels).max() / len(labels)
-    return {
-        "probe_accuracy": round(float(most_frequent), _DIGITS),
-        "matching_nearest": round(1 / prompts_per_image, _DIGITS),
+    rng, in_turn = seeding.numpy_generator(seed, "chance"), np.arange(len(labels)) % len(np.unique(labels))
+    drawn = [rng.permutation(in_turn) for _ in range(_DRAWS)]
+    found = {
+        "probe_accuracy": np.bincount(labels).max() / len(labels),
+        "purity": np.mean([purity(clusters, labels) for clusters in drawn]),
+        "nmi": np.mean([normalized_mutual_info_score(labels, clusters) for clusters in drawn]),
+        "ari": 0.0,
+        "matching_nearest": 1 / prompts_per_image,
     }
+    return {measure: round(float(value), _DIGITS) for measure, value in found.items()}

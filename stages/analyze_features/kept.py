@@ -1,9 +1,10 @@
-"""Timesteps of a sweep that are done, kept until the sweep is: a killed one goes on from there, to the same bytes.
+"""Timesteps of a sweep that are done: a killed one goes on from there, to the same bytes.
 
     .pipeline/sweep/<key>/t-00300.json    what came of a timestep, and the SHA-256 of it
 
 A folder is keyed by all that decides the numbers, so that whoever changes a setting finds nothing of the old ones; the
-list of timesteps and the rule of the choice do not decide them. Each file is written under another name, synced and
+list of timesteps and the rule of the choice do not decide them. So the last finished sweep's folder stays, for another
+rule or more timesteps; only those of other keys are dropped then. Each file is written under another name, synced and
 renamed. What is damaged is computed again.
 """
 
@@ -24,9 +25,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Swept:
-    """What comes of one timestep: its candidates; and layer -> uint8 (p, h, w, 3), maps of p images as colours."""
+    """What comes of one timestep.
+
+    Attributes:
+        candidates: what was judged.
+        own_layers: those of the layers that "auto" stands for.
+        colours: layer -> uint8 (p, h, w, 3), maps of p images as colours.
+    """
 
     candidates: list[Candidate]
+    own_layers: list[str]
     colours: dict[str, np.ndarray]
 
 
@@ -56,6 +64,7 @@ class Kept:
         self._folder.mkdir(parents=True, exist_ok=True)
         content = {
             "candidates": [asdict(candidate) for candidate in swept.candidates],
+            "own_layers": swept.own_layers,
             "colours": {layer: colours.tolist() for layer, colours in swept.colours.items()},
         }
         text = json.dumps({"sha256": provenance.fingerprint(content), "content": content})
@@ -63,9 +72,11 @@ class Kept:
             temporary.write_text(text, encoding="utf-8")
             atomic.sync(temporary)
 
-    def remove(self) -> None:
-        """Drops all of it: the sweep is finished."""
-        atomic.remove(self._folder)
+    def remove_others(self) -> None:
+        """Drops the folders of all other keys: this sweep is finished."""
+        for folder in self._folder.parent.iterdir():
+            if folder != self._folder:
+                atomic.remove(folder)
 
     def _file(self, timestep: int) -> Path:
         return self._folder / f"t-{timestep:05d}.json"
@@ -73,4 +84,5 @@ class Kept:
 
 def _swept(content: dict[str, Any]) -> Swept:
     candidates = [Candidate(**row | {"scores": Scores(**row["scores"])}) for row in content["candidates"]]
-    return Swept(candidates, {layer: np.array(values, np.uint8) for layer, values in content["colours"].items()})
+    colours = {layer: np.array(values, np.uint8) for layer, values in content["colours"].items()}
+    return Swept(candidates, content["own_layers"], colours)

@@ -9,13 +9,16 @@ image's denoising representation H_i stands in for z_i, which NDCR pulls towards
 
 y the prompt that matches image i, j over that image's own negatives. A margin above 0 on average means that the prompts
 tell classes apart; `matching_nearest` is the share of images with hardest_i > 0, one in P if they tell nothing. Both
-are of the text alone: the noise is the same for all of an image's prompts. Apart from H_i, `separation` is
+are of the text alone: the noise is the same for all of an image's prompts. `nearest_error` is the standard error of
+`matching_nearest`. Apart from H_i, `separation` is
 mean over j of 1 - cos(F_i,y, F_ij): how far the text moves a representation at all.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+
+from stages.analyze_features.judge import standard_error
 
 _BLOCK = 256  # images made float64 at a time
 _DIGITS = 6
@@ -35,13 +38,15 @@ class Similarities:
         return own - others.mean(1)
 
     def means(self, images: np.ndarray) -> dict[str, float]:
-        """The four quantities above by name, means over the images chosen by bool (n,)."""
+        """The quantities above by name, means over the images chosen by bool (n,)."""
         own, others = self._own_and_others(self.to_denoised)
         hardest = (own - others.max(1))[images]
+        nearest = float((hardest > 0).mean())
         found = {
             "margin": self.margins()[images].mean(),
             "hardest_margin": hardest.mean(),
-            "matching_nearest": (hardest > 0).mean(),
+            "matching_nearest": nearest,
+            "nearest_error": standard_error(nearest, len(hardest)),
             "separation": 1 - self._own_and_others(self.to_matching)[1][images].mean(),
         }
         return {name: round(float(value), _DIGITS) for name, value in found.items()}

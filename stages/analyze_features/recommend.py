@@ -5,17 +5,19 @@ probe says how well these tell classes apart. TDCL compares an image with its pr
 the matching one is nearest. (The margin itself does not compare: where all energies are nearly parallel it is small
 and may still order the prompts rightly.) With little noise the first is best, with more the second.
 
-The rule is lexicographic, and `tolerance` is its only weight:
+The rule is lexicographic, and what cannot be told apart is a tie: the one-standard-error rule (Breiman et al.,
+Classification and Regression Trees, 1984), by which the simplest model wins of all that are within one standard error
+of the best. `standard_errors` is how many:
 
-1. of all candidates, those whose probe is within `tolerance` of the best are kept;
-2. of these, those whose share of images with the matching prompt nearest is within `tolerance` of the best;
+1. of all candidates, those whose probe is within that many of the best one's are kept;
+2. of these, those whose share of images with the matching prompt nearest is within that many of the best one's among
+   them;
 3. of these the fewest layers win, then the fewest dimensions, then the higher accuracy, then the smaller timestep.
 
-So `tolerance` is the accuracy that one gives up for better prompts, and then for fewer numbers. The probe comes first
-because training bore it out: on digits' validation split FedDifRC reached 80.2 % with this rule's choice (mean of two
-partitions, three seeds), 79.7 with the probe's, 79.2 with that of the mean of both, 77.8 with the prompts' (differences
-within a deviation over seeds but the last at Dirichlet 0.05; docs/choosing-features.md). What either criterion alone
-would take stands beside the choice. Without prompts (`margin_images: 0`) step 2 keeps all.
+The error is the best candidate's own, of as many distinct images as it was judged on (`judge.py`); candidates share
+their images, so that it rather takes two for equal that are not than the other way round. The probe comes first because
+training bore it out (docs/choosing-features.md). What either criterion alone would take stands beside the choice.
+Without prompts (`margin_images: 0`) step 2 keeps all.
 
 How many dimensions a layer has is not searched: it is what explains the share of its variance that was asked for. The
 best of many is flattered by chance, so its accuracy is no estimate of what it will reach; the test split is there for
@@ -24,9 +26,16 @@ that.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from stages.analyze_features.judge import Scores
+
+
+class Share(NamedTuple):
+    """A share of images, 0 to 1, and its standard error."""
+
+    value: float
+    error: float
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,16 @@ class Candidate:
     scores: Scores
     margins: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def probe(self) -> Share:
+        """Accuracy of the linear probe."""
+        return Share(self.scores.probe_accuracy, self.scores.probe_error)
+
+    @property
+    def nearest(self) -> Share:
+        """How often the matching prompt is nearest; only where prompts were looked at."""
+        return Share(self.margins["matching_nearest"], self.margins["nearest_error"])
+
     def row(self) -> dict[str, Any]:
         """The candidate as a row of the sweep's table."""
         chosen = {"timestep": self.timestep, "layers": self.layers, "dims": self.dims}
@@ -53,22 +72,39 @@ class Candidate:
 
     def scores_in_words(self) -> str:
         """How it does, by what the rule reads."""
-        accuracy = f"linear probe {100 * _accuracy(self):.2f} %"
-        return accuracy + (f", matching prompt nearest {100 * _nearest(self):.1f} %" if self.margins else "")
+        accuracy = f"linear probe {100 * self.probe.value:.2f} ± {100 * self.probe.error:.2f} %"
+        if not self.margins:
+            return accuracy
+        return f"{accuracy}, matching prompt nearest {100 * self.nearest.value:.1f} ± {100 * self.nearest.error:.1f} %"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The candidate to take, and those that one criterion alone would take; by prompts None without them."""
+    """What to take, and how well that is told from the rest.
+
+    Attributes:
+        recommended: the candidate to take.
+        by_probe: the one that the probe alone would take.
+        by_prompts: the one that the prompts alone would take, None without them.
+        candidates: how many there were.
+        near_probe: how many are left after step 1.
+        near_both: how many are left after step 2: the choice is one of these, by its size.
+        standard_errors: that were allowed.
+    """
 
     recommended: Candidate
     by_probe: Candidate
     by_prompts: Candidate | None
+    candidates: int
+    near_probe: int
+    near_both: int
+    standard_errors: float
 
     def rows(self) -> dict[str, Any]:
-        """Each as a row of the table."""
+        """Each candidate as a row of the table, and the numbers."""
         prompts = self.by_prompts.row() if self.by_prompts else None
-        return {"recommended": self.recommended.row(), "by_probe": self.by_probe.row(), "by_prompts": prompts}
+        chosen = {"recommended": self.recommended.row(), "by_probe": self.by_probe.row(), "by_prompts": prompts}
+        return chosen | {name: getattr(self, name) for name in ("candidates", "near_probe", "near_both")}
 
 
 def sets_to_fuse(accuracy: Mapping[str, float], backbones_own: Sequence[str]) -> list[list[str]]:
@@ -88,30 +124,38 @@ def sets_to_fuse(accuracy: Mapping[str, float], backbones_own: Sequence[str]) ->
     return [fused for place, fused in enumerate(in_order) if len(fused) > 1 and fused not in in_order[:place]]
 
 
-def choose(candidates: Sequence[Candidate], tolerance: float) -> Choice:
+def choose(candidates: Sequence[Candidate], standard_errors: float) -> Choice:
     """Chooses by the rule above, and by the first and the second criterion alone."""
-    by_probe = _smallest(_near_best(candidates, _accuracy, tolerance))
-    if not all(candidate.margins for candidate in candidates):
-        return Choice(by_probe, by_probe, None)
-    by_both = _near_best(_near_best(candidates, _accuracy, tolerance), _nearest, tolerance)
-    return Choice(_smallest(by_both), by_probe, _smallest(_near_best(candidates, _nearest, tolerance)))
+    near_probe = _near_best(candidates, lambda candidate: candidate.probe, standard_errors)
+    near_both, by_prompts = near_probe, None
+    if all(candidate.margins for candidate in candidates):
+        near_both = _near_best(near_probe, lambda candidate: candidate.nearest, standard_errors)
+        by_prompts = _smallest(_near_best(candidates, lambda candidate: candidate.nearest, standard_errors))
+    return Choice(
+        recommended=_smallest(near_both),
+        by_probe=_smallest(near_probe),
+        by_prompts=by_prompts,
+        candidates=len(candidates),
+        near_probe=len(near_probe),
+        near_both=len(near_both),
+        standard_errors=standard_errors,
+    )
 
 
-def as_preset(choice: Choice, of: str, share: float, tolerance: float) -> str:
+def as_preset(choice: Choice, of: str, rests_on: str, share: float) -> str:
     """YAML in the presets' format, whose first line says what it is.
 
     Args:
         choice: what to take.
-        of: what it is for: data set, model and number of images.
+        of: what it is for: data set and model.
+        rests_on: a sentence on the images that it was judged on.
         share: of the variance that the dimensions explain.
-        tolerance: by which it was chosen.
     """
     taken = choice.recommended
-    criteria = "probe, then by prompts" if choice.by_prompts else "probe"
     lines = [
         f"By `pipeline sweep-features` for {of}: {taken.scores_in_words()}.",
-        f"By the {criteria}, within {100 * tolerance:g} points of the best, then the fewest layers and dims, which",
-        f"explain {100 * share:g} % of a layer's variance. On validation images; the best of many is flattered.",
+        f"{rests_on} ± is one standard error; the best of many is flattered.",
+        f"Dims explain {100 * share:g} % of a layer's variance.",
         *in_words(choice)[1:],
     ]
     return (
@@ -124,28 +168,34 @@ def as_preset(choice: Choice, of: str, share: float, tolerance: float) -> str:
 
 
 def in_words(choice: Choice) -> list[str]:
-    """The choice, and what one criterion alone would take, a line each."""
-    lines = [f"recommended: {choice.recommended.in_words()}"]
+    """The choice, how well it is told from the rest, and what one criterion alone would take, a line each."""
+    lines = [f"recommended: {choice.recommended.in_words()}", *_told_apart(choice)]
     if choice.by_prompts:
         lines += [f"by the probe alone: {choice.by_probe.in_words()}"]
         lines += [f"by the prompts alone: {choice.by_prompts.in_words()}"]
     return lines
 
 
+def _told_apart(choice: Choice) -> list[str]:
+    allowed = f"{choice.standard_errors:g}"
+    said = (
+        f"{choice.near_probe} of {choice.candidates} candidates are within {allowed} standard "
+        f"error{'' if allowed == '1' else 's'} of the best probe"
+    )
+    if choice.by_prompts:
+        said += f", {choice.near_both} of these within {allowed} of the best of them by prompts"
+    if choice.near_both == 1:
+        return [said]
+    return [said, f"these {choice.near_both} are not told apart: the fewest layers, then the fewest dims, decided"]
+
+
 def _near_best(
-    candidates: Sequence[Candidate], score: Callable[[Candidate], float], tolerance: float
+    candidates: Sequence[Candidate], share: Callable[[Candidate], Share], standard_errors: float
 ) -> list[Candidate]:
-    best = max(map(score, candidates))
-    return [candidate for candidate in candidates if score(candidate) >= best - tolerance - 1e-9]
+    best = max(map(share, candidates))
+    least = best.value - standard_errors * best.error - 1e-9
+    return [candidate for candidate in candidates if share(candidate).value >= least]
 
 
 def _smallest(ties: Sequence[Candidate]) -> Candidate:
-    return min(ties, key=lambda tie: (len(tie.layers), sum(tie.dims), -_accuracy(tie), tie.timestep))
-
-
-def _accuracy(candidate: Candidate) -> float:
-    return candidate.scores.probe_accuracy
-
-
-def _nearest(candidate: Candidate) -> float:
-    return candidate.margins["matching_nearest"]
+    return min(ties, key=lambda tie: (len(tie.layers), sum(tie.dims), -tie.probe.value, tie.timestep))

@@ -67,7 +67,7 @@ def run(config: Config) -> Path:
             "feature_set": {"name": features.path.name, "fingerprint": features.manifest.fingerprint},
             "timestep": content.timestep,
             "images": len(rows.label),
-            "chance": chance(rows.label, features.manifest.prompts_per_image),
+            "chance": chance(rows.label, features.manifest.prompts_per_image, params.seed),
             "layers": scores,
             "classes": by_class,
         },

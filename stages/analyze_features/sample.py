@@ -52,7 +52,6 @@ class Sample:
         images: uint8 (n, H, W, 3).
         positive: int64 (m,), which of its P prompts matches each of the first m images.
         num_prompts: P.
-        passes: of the model, for each timestep.
     """
 
     def __init__(self, config: Config, prompt_set: PromptSet, data: Images, index: np.ndarray) -> None:
@@ -85,7 +84,6 @@ class Sample:
         self._own = self._model.prompts_of(labels, index[under_own], params.negatives, params.noise_seed)  # (m, P)
         self.positive = positive_columns(prompt_set.positive, self._own, labels)
         self.num_prompts = self._own.shape[1]
-        self.passes = len(index) + self._own.size
         positions = int(np.prod(self._latents.shape[2:]))
         size = batching.batch_size(runtime.unet_batch_size, device, positions, self._blank_pass)
         self._batcher = Batcher(size, batching.workers_for(device, positions))

@@ -5,42 +5,44 @@ analysis/sweep/sweep.json        the same rows, the recommendation, and what the
 analysis/sweep/sweep.svg         every measure against the timestep
 analysis/sweep/maps-<i>.png      image i of the training split: its maps' principal components as colours (Fig. 4)
 analysis/sweep/recommended.yaml  a preset
+.pipeline/sweep/<key>            what came of each timestep, for the next sweep; `make clean` removes it
 
-Every image goes through the frozen model once a timestep, some of them once more for each of their prompts, and all
-layers are read on the way (`sample.py`). Layers are judged alone and fused (`judge.py`, `margins.py`), and one set of
-them is recommended (`recommend.py`). What came of a timestep is kept until the sweep is done (`kept.py`). Features of a
-sweep are not: an extraction has its PCA basis from more images, and 16-bit numbers.
+plan.py       what there is to do
+sample.py     every image through the model once a timestep, some once more for each of their prompts: all layers
+judge.py      and margins.py: layers judged alone and fused
+recommend.py  one set of them is chosen
+kept.py       what came of a timestep, kept
+delivery.py   what is written
+
+Features of a sweep are not kept: an extraction has its PCA basis from more images, and 16-bit numbers.
 """
 
-import csv
-import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline import atomic, devices, frozen_model, locks, provenance, seeding
+from pipeline import devices, frozen_model, locks
 from pipeline.config import Config
-from pipeline.datasets import Images, PreparedDataset
-from pipeline.diffusion import backbones, batching, prompts
-from pipeline.diffusion.prompts import PromptSet
+from pipeline.diffusion import backbones, batching
 from pipeline.progress import progress_bar
-from stages.analyze_features import figures, margins, recommend
-from stages.analyze_features.judge import Judge, chance
-from stages.analyze_features.kept import Kept, Swept
+from stages.analyze_features import delivery, margins, recommend
+from stages.analyze_features import plan as planning
+from stages.analyze_features.judge import Judge
+from stages.analyze_features.kept import Swept
+from stages.analyze_features.plan import Plan
 from stages.analyze_features.recommend import Candidate, Choice
 from stages.analyze_features.sample import LayerFeatures, Sample
 
 log = logging.getLogger(__name__)
 
-PRESET = "recommended.yaml"
+_LARGE_SHARE = 0.1  # of the candidates left as ties: then more images are worth a word
 
 
 def run(config: Config) -> Path:
-    """Sweeps as params.yaml says, continuing where a killed sweep stopped.
+    """Sweeps as params.yaml says, taking the timesteps that an earlier sweep has done; without a model if all are.
 
     Returns:
         analysis/sweep/recommended.yaml.
@@ -49,56 +51,39 @@ def run(config: Config) -> Path:
         PipelineError: the data set or the backbone is missing or changed, the sample is too small, or another process
             sweeps.
     """
-    params = config.params.sweep_features
-    dataset, backbone = PreparedDataset(config.dataset_dir), frozen_model.read_checked(config)
     target = config.root / "analysis" / "sweep"
     with locks.held(config.state_dir / "locks" / "sweep", str(target)):
-        data = dataset.load("train")
-        order = seeding.numpy_generator(config.params.analyze_features.seed, "swept images").permutation(len(data))
-        index = order[: params.images]
-        prompt_set = prompts.build(config.params.extract_features, dataset.class_names, config.root)
-        made_of = _made_of(config, dataset, backbone, prompt_set, len(index))
-        kept = Kept(config.state_dir / "sweep" / _key(config, made_of, backbone["files"]))
-        swept = _sweep(config, prompt_set, data, index, kept)
+        plan = planning.make(config)
+        for line in plan.lines():
+            log.info("%s", line)
+        if plan.missing:
+            frozen_model.read_checked(config)
+            swept = dict(sorted((plan.done | _sweep(config, plan)).items()))
+        else:
+            swept = plan.done
         candidates = [candidate for found in swept.values() for candidate in found.candidates]
-        choice = recommend.choose(candidates, params.tolerance)
-        with atomic.folder_in_place_of(target) as folder:
-            by_chance = chance(
-                data.labels[index], prompts.per_image(prompt_set, config.params.extract_features.negatives)
-            )
-            _write_table(folder, candidates, choice, by_chance, made_of)
-            _write_preset(folder, choice, made_of, config)
-            _write_maps(folder, data, index[: params.picture_images], swept)
-            for file in folder.iterdir():
-                atomic.sync(file)
-        kept.remove()
-    for line in recommend.in_words(choice):
+        choice = recommend.choose(candidates, config.params.sweep_features.standard_errors)
+        delivery.write(target, plan, swept, choice)
+        plan.kept.remove_others()
+    for line in [*recommend.in_words(choice), *_hint(plan, choice)]:
         log.info("%s", line)
-    log.info("to take it: pipeline preset %s", target / PRESET)
-    return target / PRESET
+    log.info("to take it: pipeline preset %s", target / delivery.PRESET)
+    return target / delivery.PRESET
 
 
-def _sweep(config: Config, prompt_set: PromptSet, data: Images, index: np.ndarray, kept: Kept) -> dict[int, Swept]:
-    """What comes of each timestep, in ascending order; what is kept is not computed again."""
-    timesteps = sorted(set(config.params.sweep_features.timesteps))
-    found = {timestep: done for timestep in timesteps if (done := kept.load(timestep))}
-    missing = [timestep for timestep in timesteps if timestep not in found]
-    if found:
-        log.info("resuming: %d of %d timesteps are done", len(found), len(timesteps))
-    if missing:
-        judge = Judge(data.labels[index], config.params.analyze_features)
-        with batching.reproducible(devices.resolve(config.params.runtime.device), _dtype(config)):
-            sample = Sample(config, prompt_set, data, index)
-            own = list(backbones.layer_channels(config.backbone_dir, "auto"))
-            own_prompts = f"{len(sample.positive)} of them under {sample.num_prompts} prompts each"
-            log.info("%d passes a timestep: %d images, %s", sample.passes, len(index), own_prompts)
-            with progress_bar(len(missing) * sample.passes, "sweep", "pass") as bar:
-                for timestep in missing:
-                    layers = sample.represent(timestep, bar.update)
-                    candidates = judge_layers(judge, sample.positive, timestep, layers, own)
-                    found[timestep] = Swept(candidates, {layer: of.colours for layer, of in layers.items()})
-                    kept.save(timestep, found[timestep])
-    return dict(sorted(found.items()))
+def _sweep(config: Config, plan: Plan) -> dict[int, Swept]:
+    """What comes of each missing timestep; it is kept."""
+    dtype, found = getattr(torch, config.params.extract_features.dtype), {}
+    with batching.reproducible(devices.resolve(config.params.runtime.device), dtype):
+        sample = Sample(config, plan.prompt_set, plan.data, plan.index)
+        own = list(backbones.layer_channels(config.backbone_dir, "auto"))
+        with progress_bar(len(plan.missing) * plan.passes, "sweep", "pass") as bar:
+            for timestep in plan.missing:
+                layers = sample.represent(timestep, bar.update)
+                candidates = judge_layers(plan.judge, sample.positive, timestep, layers, own)
+                found[timestep] = Swept(candidates, own, {layer: of.colours for layer, of in layers.items()})
+                plan.kept.save(timestep, found[timestep])
+    return found
 
 
 def judge_layers(
@@ -134,73 +119,12 @@ def _margins(values: np.ndarray, prompted: np.ndarray, positive: np.ndarray) -> 
     return margins.similarities(values[:count], prompted, positive).means(np.ones(count, bool)) if count else {}
 
 
-def _write_table(
-    folder: Path, candidates: list[Candidate], choice: Choice, by_chance: dict[str, float], made_of: dict[str, Any]
-) -> None:
-    """The table as CSV and JSON, and its curves."""
-    rows = [candidate.row() for candidate in candidates]
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow(row | {"layers": "+".join(row["layers"]), "dims": "+".join(map(str, row["dims"]))})
-    atomic.write_text(folder / "sweep.csv", stream.getvalue())
-    provenance.write_json(
-        folder / "sweep.json", {"rows": rows, **choice.rows(), "chance": by_chance, "made_of": made_of}
-    )
-    atomic.write_text(folder / "sweep.svg", figures.curves(rows, choice.recommended.row(), by_chance))
-
-
-def _write_preset(folder: Path, choice: Choice, made_of: dict[str, Any], config: Config) -> None:
-    params = config.params.sweep_features
-    described = f"{made_of['dataset']['name']} with {made_of['backbone']['name']}, {made_of['images']} images"
-    preset = recommend.as_preset(choice, described, params.explained_variance, params.tolerance)
-    atomic.write_text(folder / PRESET, preset)
-
-
-def _write_maps(folder: Path, data: Images, pictured: np.ndarray, swept: dict[int, Swept]) -> None:
-    """A picture of each of these images, int64 (p,): all layers by all timesteps."""
-    for place, (image, pixels) in enumerate(zip(pictured, data.take(pictured).images, strict=True)):
-        of_image = {
-            timestep: {layer: colours[place] for layer, colours in found.colours.items()}
-            for timestep, found in swept.items()
-        }
-        atomic.write_bytes(folder / f"maps-{image}.png", figures.maps(pixels, of_image))
-
-
-def _made_of(
-    config: Config, dataset: PreparedDataset, backbone: dict[str, Any], prompt_set: PromptSet, images: int
-) -> dict[str, Any]:
-    """What decides the numbers, for sweep.json."""
-    params = config.params.extract_features
-    keys = {"image_size", "denoise_prompt", "noise_seed", "dtype", "negatives"}
-    return {
-        "dataset": {"name": dataset.name, "hash": dataset.hash},
-        "backbone": {key: backbone[key] for key in ("name", "source", "revision")},
-        "images": images,
-        "judged_by": config.params.analyze_features.model_dump(include={"validation_fraction", "splits", "seed"}),
-        "extract_features": params.model_dump(include=keys),
-        "image_conditioning": frozen_model.image_encoder_hashes(config),
-        "prompts": prompt_set.texts,
-        "prompts_per_image": prompts.per_image(prompt_set, params.negatives),
-        "sweep_features": config.params.sweep_features.model_dump(),
-        **provenance.describe(devices.resolve(config.params.runtime.device)),
-    }
-
-
-def _key(config: Config, made_of: dict[str, Any], model_files: dict[str, str]) -> str:
-    """Names what decides a timestep's numbers to the last bit: neither the other timesteps nor the rule of choice."""
-    runtime = config.params.runtime
-    others = {"timesteps", "tolerance"}
-    swept = {key: value for key, value in made_of["sweep_features"].items() if key not in others}
-    deciding = made_of | {
-        "sweep_features": swept,
-        "model_files": model_files,
-        "device": devices.resolve(runtime.device),
-        "runtime": runtime.model_dump(include={"unet_batch_size", "compile"}),
-    }
-    return provenance.fingerprint(deciding)[:16]
-
-
-def _dtype(config: Config) -> torch.dtype:
-    return getattr(torch, config.params.extract_features.dtype)
+def _hint(plan: Plan, choice: Choice) -> list[str]:
+    """What would tell more candidates apart, if many are left and there are more images."""
+    unused = len(plan.data) - len(plan.index)
+    if not unused or choice.near_both <= _LARGE_SHARE * choice.candidates:
+        return []
+    return [
+        f"more images would tell more of them apart: --images (and --margin-images), {unused:,} training images are "
+        "unused; four times as many halve an error"
+    ]

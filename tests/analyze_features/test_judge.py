@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.errors import PipelineError
 from pipeline.params import AnalyzeFeatures
-from stages.analyze_features.judge import Judge, purity
+from stages.analyze_features.judge import Judge, chance, purity, standard_error
 from tests.extract_features.fixtures import section
 
 
@@ -23,7 +23,7 @@ def test_separated_classes_score_one_throughout():
     labels = np.repeat([0, 1, 2], 8)
     features = np.stack([np.where(labels == 1, 10.0, 0.0), np.where(labels == 2, 10.0, 0.0)], axis=1)
     scores = Judge(labels, settings()).scores(features)
-    assert vars(scores) == {"probe_accuracy": 1, "purity": 1, "nmi": 1, "ari": 1}
+    assert vars(scores) == {"probe_accuracy": 1, "probe_error": 0, "purity": 1, "nmi": 1, "ari": 1}
 
 
 def test_clusters_across_the_classes_by_hand():
@@ -46,6 +46,33 @@ def test_the_probe_is_judged_on_images_that_it_was_not_fitted_on():
     labels = np.arange(40) % 2
     accuracy = Judge(labels, settings(splits=10)).scores(rng.normal(size=(40, 60))).probe_accuracy
     assert 0.3 < accuracy < 0.7
+
+
+def test_the_standard_error_of_a_share_by_hand():
+    assert standard_error(0.8, 100) == pytest.approx(0.04)
+    assert standard_error(1.0, 100) == standard_error(0.0, 7) == 0
+
+
+def test_the_probes_error_is_of_the_distinct_images_that_it_was_judged_on():
+    """Ten splits hold out 10 of 40 images each; no split, and not their sum, has as many as were held out at all."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(40) % 2
+    judge = Judge(labels, settings(splits=10))
+    assert 30 < judge.held_out <= 40
+    assert Judge(labels, settings(splits=1)).held_out == 10
+    scores = judge.scores(rng.normal(size=(40, 3)))
+    share = scores.probe_accuracy
+    assert scores.probe_error == pytest.approx((share * (1 - share) / judge.held_out) ** 0.5, abs=1e-6)
+
+
+def test_chance():
+    """Two clusters of two among two classes of two: pure with probability 1 / 3, else a majority of one in each."""
+    few = chance(np.array([0, 1, 0, 1]), 4, 0)
+    assert few["probe_accuracy"] == 0.5 and few["matching_nearest"] == 0.25 and few["ari"] == 0
+    assert 0.5 < few["purity"] < 0.9 and few["nmi"] == pytest.approx(2 * few["purity"] - 1, abs=1e-5)
+    many = chance(np.repeat(np.arange(10), [910] + [10] * 9), 2, 0)
+    assert many["purity"] == many["probe_accuracy"] == 0.91  # every cluster's majority is the frequent class
+    assert 0 < many["nmi"] < 0.05
 
 
 def test_the_scale_of_a_dimension_changes_nothing():

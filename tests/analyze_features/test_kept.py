@@ -1,7 +1,8 @@
-"""A killed sweep goes on from its finished timesteps, to the bytes of one that was not; nothing stale is taken."""
+"""A sweep goes on from the timesteps that one before has done, to the bytes of one from scratch; no stale ones."""
 
 import json
 import shutil
+import subprocess
 import time
 
 import numpy as np
@@ -60,13 +61,33 @@ def outputs(root):
     return program.contents(root / "analysis" / "sweep")
 
 
-def test_a_killed_sweep_goes_on_to_the_same_bytes_and_keeps_nothing(undisturbed, killed):
+def test_a_killed_sweep_goes_on_to_the_same_bytes(undisturbed, killed):
     root, kept = killed
     done = len(list(kept.glob("*.json")))
     assert 0 < done < 4
-    assert f"resuming: {done} of 4 timesteps are done" in program.succeed(root, *SWEEP)
+    (kept.parent / "of-another-key").mkdir()
+    assert f"timesteps     4, {done} of them done" in program.succeed(root, *SWEEP)
     assert outputs(root) == outputs(undisturbed)
-    assert not kept.exists()
+    assert list(kept.parent.iterdir()) == [kept]
+    assert len(list(kept.glob("*.json"))) == 4
+
+
+def test_another_rule_after_a_finished_sweep_needs_no_model(undisturbed, tmp_path):
+    """Nor does an edited params.yaml, which makes a clean commit a dirty one, take the finished timesteps away."""
+    scratch, again = (project(tmp_path / name, undisturbed) for name in ("scratch", "again"))
+    rule = (*SWEEP, "--standard-errors", "3.5")
+    program.succeed(scratch, *rule)
+    shutil.copytree(undisturbed / ".pipeline", again / ".pipeline")
+    (again / "models").unlink()
+    program.succeed(again, *rule)
+    assert outputs(again) == outputs(scratch) != outputs(undisturbed)
+    for command in ("init", "commit"):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        how = ["--allow-empty", "--message=all"] if command == "commit" else []
+        subprocess.run(["git", *identity, command, "--quiet", *how], cwd=again, check=True)
+    of_a_commit = program.Conditions(environment={"GIT_DIR": str(again / ".git")})
+    program.succeed(again, *rule, under=of_a_commit)
+    assert json.loads(outputs(again)["sweep.json"])["made_of"]["commit"]
 
 
 def test_what_is_damaged_is_swept_again(undisturbed, killed):
@@ -74,24 +95,42 @@ def test_what_is_damaged_is_swept_again(undisturbed, killed):
     for file in kept.glob("*.json"):
         file.write_text(file.read_text().replace('"probe_accuracy": 0.', '"probe_accuracy": 0.1'))
     said = program.succeed(root, *SWEEP)
-    assert "t-00100.json cannot be used" in said and "resuming" not in said
+    assert "t-00100.json cannot be used" in said and "4, 0 of them done" in said
     assert outputs(root) == outputs(undisturbed)
 
 
-def test_other_settings_take_nothing_of_it(killed):
+@pytest.mark.parametrize("setting", ["sweep_features.margin_images=3", "extract_features.noise_seed=1"])
+def test_other_settings_take_nothing_of_it(killed, setting):
     root, kept = killed
-    for setting in ("sweep_features.margin_images=3", "extract_features.noise_seed=1"):
-        said = program.succeed(root, "sweep-features", "--timesteps", "[100]", "--set", setting)
-        assert "resuming" not in said
-    assert kept.exists()
+    said = program.succeed(root, "sweep-features", "--timesteps", "[100]", "--set", setting)
+    assert "1, 0 of them done" in said
+    assert not kept.exists() and len(list(kept.parent.iterdir())) == 1
 
 
-def test_other_timesteps_and_another_tolerance_take_what_is_there(killed):
-    root, _ = killed
-    said = program.succeed(root, "sweep-features", "--timesteps", "[100, 700]", "--tolerance", "0.1")
-    assert "resuming: 1 of 2 timesteps are done" in said
+def test_other_timesteps_take_what_is_there(killed):
+    root, kept = killed
+    said = program.succeed(root, "sweep-features", "--timesteps", "[100, 700]")
+    assert "2, 1 of them done" in said
     rows = json.loads((root / "analysis" / "sweep" / "sweep.json").read_text())["rows"]
     assert {row["timestep"] for row in rows} == {100, 700}
+    assert (kept / "t-00700.json").exists()
+
+
+def test_a_dry_run_says_what_there_is_to_do_and_changes_nothing(killed):
+    root, kept = killed
+    done = len(list(kept.glob("*.json")))
+    (root / "models").unlink()
+    before = program.contents(root)
+    said = program.succeed(root, *SWEEP, "--dry-run", "--images", "20", "--margin-images", "30").splitlines()
+    assert said == [
+        "images        20 of 24, 20 of them also under 2 prompts each",
+        "timesteps     4, 0 of them done",
+        "passes        60 a timestep, 240 to go",
+    ]
+    said = program.succeed(root, *SWEEP, "--dry-run")
+    passes = 24 + 2 * 2
+    assert f"4, {done} of them done" in said and f"{passes} a timestep, {(4 - done) * passes} to go" in said
+    assert program.contents(root) == before
 
 
 def test_two_sweeps_at_a_time_are_one_too_many(killed):
@@ -101,14 +140,14 @@ def test_two_sweeps_at_a_time_are_one_too_many(killed):
 
 
 def test_what_is_kept_comes_back_as_it_was(tmp_path):
-    kept = Kept(tmp_path / "kept")
-    candidate = Candidate(7, ["a", "b"], [3, 4], Scores(0.1, 0.2, 0.3, 1 / 3), {"margin": 0.7})
+    kept, other = Kept(tmp_path / "kept"), Kept(tmp_path / "other")
+    candidate = Candidate(7, ["a", "b"], [3, 4], Scores(0.1, 0.02, 0.2, 0.3, 1 / 3), {"margin": 0.7})
     colours = np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3)
-    kept.save(7, Swept([candidate], {"a": colours}))
+    for place in (kept, other):
+        place.save(7, Swept([candidate], ["b"], {"a": colours}))
+    kept.remove_others()
     found = kept.load(7)
-    assert found.candidates == [candidate]
+    assert found.candidates == [candidate] and found.own_layers == ["b"]
     assert found.colours["a"].dtype == np.uint8 and np.array_equal(found.colours["a"], colours)
     assert kept.load(8) is None
-    kept.remove()
-    assert kept.load(7) is None and not (tmp_path / "kept").exists()
-    kept.remove()
+    assert other.load(7) is None and not (tmp_path / "other").exists()

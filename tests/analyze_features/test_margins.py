@@ -23,19 +23,27 @@ def test_margins_of_one_image(similar):
         "margin": 0.7,  # 1 - (0.6 + 0) / 2
         "hardest_margin": 0.4,  # 1 - 0.6
         "matching_nearest": 1.0,
+        "nearest_error": 0.0,
         "separation": 0.7,  # 1 - (0.6 + 0) / 2: the matching one lies on the axis
     }
     assert similar.means(second) == {
         "margin": 0.1,  # 0.6 - (1 + 0) / 2
         "hardest_margin": -0.4,  # 0.6 - 1
         "matching_nearest": 0.0,
+        "nearest_error": 0.0,
         "separation": 0.3,  # of (0.6, 0.8): 1 - (0.6 + 0.8) / 2
     }
 
 
 def test_means_are_over_images(similar):
     both = similar.means(np.array([True, True]))
-    assert both == {"margin": 0.4, "hardest_margin": 0.0, "matching_nearest": 0.5, "separation": 0.5}
+    assert both == {
+        "margin": 0.4,
+        "hardest_margin": 0.0,
+        "matching_nearest": 0.5,
+        "nearest_error": 0.353553,  # sqrt(0.5 * 0.5 / 2)
+        "separation": 0.5,
+    }
     np.testing.assert_allclose(similar.margins(), [0.7, 0.1])
 
 

@@ -145,12 +145,13 @@ def images_prompts(config, backbone, image):
 
 
 def test_no_margin_images_cost_no_pass_and_give_no_margin(root):
-    few = sample(root, np.arange(12), **{"sweep_features.margin_images": 0})
-    assert few.passes == 12
-    assert few.represent(300, lambda done: None)[LAYERS[0]].prompted.shape[:2] == (0, 2)
+    few, passes = sample(root, np.arange(12), **{"sweep_features.margin_images": 0}), []
+    found = few.represent(300, passes.append)
+    assert sum(passes) == 12
+    assert found[LAYERS[0]].prompted.shape[:2] == (0, 2)
     config = configuration.load(root / "params.yaml")
     judge = Judge(np.arange(12) % 2, config.params.analyze_features)
-    judged = judge_layers(judge, few.positive, 300, few.represent(300, lambda done: None), LAYERS)
+    judged = judge_layers(judge, few.positive, 300, found, LAYERS)
     assert [candidate.margins for candidate in judged] == [{}] * len(judged)
 
 

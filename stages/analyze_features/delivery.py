@@ -1,0 +1,69 @@
+"""Writes what a sweep found: table, picture, maps and preset, whole or not at all."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from pipeline import atomic, provenance
+from stages.analyze_features import figures, recommend
+from stages.analyze_features.judge import chance
+from stages.analyze_features.kept import Swept
+from stages.analyze_features.plan import Plan
+from stages.analyze_features.recommend import Candidate, Choice
+
+PRESET = "recommended.yaml"
+
+
+def write(target: Path, plan: Plan, swept: dict[int, Swept], choice: Choice) -> None:
+    """Writes the folder `target` in place of what stood there.
+
+    Args:
+        target: analysis/sweep.
+        plan: of the sweep.
+        swept: what came of each timestep, in ascending order.
+        choice: among all candidates.
+
+    Raises:
+        PipelineError: it cannot be written; what stood there is kept.
+    """
+    with atomic.folder_in_place_of(target) as folder:
+        _write_table(folder, plan, [one for found in swept.values() for one in found.candidates], choice)
+        atomic.write_text(folder / PRESET, _preset(plan.made_of, choice))
+        _write_maps(folder, plan, swept)
+        for file in folder.iterdir():
+            atomic.sync(file)
+
+
+def _write_table(folder: Path, plan: Plan, candidates: list[Candidate], choice: Choice) -> None:
+    """The table as CSV and JSON, and its curves."""
+    rows = [candidate.row() for candidate in candidates]
+    by_chance = chance(plan.data.labels[plan.index], plan.prompts_per_image, plan.made_of["judged_by"]["seed"])
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow(row | {"layers": "+".join(row["layers"]), "dims": "+".join(map(str, row["dims"]))})
+    atomic.write_text(folder / "sweep.csv", stream.getvalue())
+    content = {"rows": rows, **choice.rows(), "chance": by_chance, "made_of": plan.made_of}
+    provenance.write_json(folder / "sweep.json", content)
+    atomic.write_text(folder / "sweep.svg", figures.curves(rows, choice.recommended.row(), by_chance))
+
+
+def _preset(made_of: dict[str, Any], choice: Choice) -> str:
+    images, share = made_of["images"], made_of["sweep_features"]["explained_variance"]
+    rests_on = f"Of {images['sampled']:,} training images the probe was judged on {images['held_out']:,}"
+    rests_on += f", the prompts on {images['prompted']:,}." if choice.by_prompts else "."
+    described = f"{made_of['dataset']['name']} with {made_of['backbone']['name']}"
+    return recommend.as_preset(choice, described, rests_on, share)
+
+
+def _write_maps(folder: Path, plan: Plan, swept: dict[int, Swept]) -> None:
+    """A picture of each of the first images: all layers by all timesteps."""
+    pictured = plan.index[: plan.made_of["sweep_features"]["picture_images"]]
+    for place, (image, pixels) in enumerate(zip(pictured, plan.data.take(pictured).images, strict=True)):
+        of_image = {
+            timestep: {layer: colours[place] for layer, colours in found.colours.items()}
+            for timestep, found in swept.items()
+        }
+        atomic.write_bytes(folder / f"maps-{image}.png", figures.maps(pixels, of_image))
