@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import atomic, provenance
-from stages.analyze_features import figures, recommend
+from stages.analyze_features import recommend, sweep_figures
 from stages.analyze_features.judge import chance
 from stages.analyze_features.kept import Swept
 from stages.analyze_features.plan import Plan
-from stages.analyze_features.recommend import Candidate, Choice
+from stages.analyze_features.recommend import Choice
 
 PRESET = "recommended.yaml"
 
@@ -28,16 +28,16 @@ def write(target: Path, plan: Plan, swept: dict[int, Swept], choice: Choice) -> 
         PipelineError: it cannot be written; what stood there is kept.
     """
     with atomic.folder_in_place_of(target) as folder:
-        _write_table(folder, plan, [one for found in swept.values() for one in found.candidates], choice)
+        _write_table(folder, plan, swept, choice)
         atomic.write_text(folder / PRESET, _preset(plan.made_of, choice))
         _write_maps(folder, plan, swept)
         for file in folder.iterdir():
             atomic.sync(file)
 
 
-def _write_table(folder: Path, plan: Plan, candidates: list[Candidate], choice: Choice) -> None:
+def _write_table(folder: Path, plan: Plan, swept: dict[int, Swept], choice: Choice) -> None:
     """The table as CSV and JSON, and its curves."""
-    rows = [candidate.row() for candidate in candidates]
+    rows = [candidate.row() for found in swept.values() for candidate in found.candidates]
     by_chance = chance(plan.data.labels[plan.index], plan.prompts_per_image, plan.made_of["judged_by"]["seed"])
     stream = io.StringIO()
     writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
@@ -47,7 +47,9 @@ def _write_table(folder: Path, plan: Plan, candidates: list[Candidate], choice: 
     atomic.write_text(folder / "sweep.csv", stream.getvalue())
     content = {"rows": rows, **choice.rows(), "chance": by_chance, "made_of": plan.made_of}
     provenance.write_json(folder / "sweep.json", content)
-    atomic.write_text(folder / "sweep.svg", figures.curves(rows, choice.recommended.row(), by_chance))
+    own_layers = next(iter(swept.values())).own_layers
+    curves = sweep_figures.curves(rows, choice.recommended.row(), own_layers, by_chance)
+    atomic.write_text(folder / "sweep.svg", curves)
 
 
 def _preset(made_of: dict[str, Any], choice: Choice) -> str:
@@ -61,9 +63,15 @@ def _preset(made_of: dict[str, Any], choice: Choice) -> str:
 def _write_maps(folder: Path, plan: Plan, swept: dict[int, Swept]) -> None:
     """A picture of each of the first images: all layers by all timesteps."""
     pictured = plan.index[: plan.made_of["sweep_features"]["picture_images"]]
+    if not len(pictured):
+        return
+    layers = next(iter(swept.values())).colours
+    matched = {
+        layer: sweep_figures.with_signs_matched([found.colours[layer] for found in swept.values()]) for layer in layers
+    }
     for place, (image, pixels) in enumerate(zip(pictured, plan.data.take(pictured).images, strict=True)):
         of_image = {
-            timestep: {layer: colours[place] for layer, colours in found.colours.items()}
-            for timestep, found in swept.items()
+            timestep: {layer: by_timestep[at][place] for layer, by_timestep in matched.items()}
+            for at, timestep in enumerate(swept)
         }
-        atomic.write_bytes(folder / f"maps-{image}.png", figures.maps(pixels, of_image))
+        atomic.write_bytes(folder / f"maps-{image}.png", sweep_figures.maps(pixels, of_image))

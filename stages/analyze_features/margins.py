@@ -79,21 +79,26 @@ def similarities(denoised: np.ndarray, prompted: np.ndarray, positive: np.ndarra
     return Similarities(to_denoised, to_matching, positive)
 
 
-def confusion(nearest_prompt: np.ndarray, labels: np.ndarray, num_classes: int, num_prompts: int) -> np.ndarray:
+def confusion(
+    nearest: np.ndarray, prompt_class: np.ndarray, labels: np.ndarray, num_classes: int, num_prompts: int
+) -> np.ndarray:
     """Share of each class's images whose nearest prompt is each prompt.
 
     Args:
-        nearest_prompt: int64 (n,), numbers of prompts.
+        nearest: int64 (n,), which of its P prompts is nearest to an image.
+        prompt_class: int (n, P), the numbers of each image's prompts.
         labels: int64 (n,).
         num_classes: K.
         num_prompts: how many prompts the feature set has.
 
     Returns:
-        float64 (K, num_prompts); rows sum to 1, that of a class without images to 0.
+        float64 (K, num_prompts); NaN where none of the class's images has the prompt among its own, the rest of a row
+        sums to 1.
     """
-    counts = np.zeros((num_classes, num_prompts))
-    np.add.at(counts, (labels, nearest_prompt), 1)
-    return counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    counts, compared = np.zeros((2, num_classes, num_prompts))
+    np.add.at(counts, (labels, prompt_class[np.arange(len(labels)), nearest]), 1)
+    np.add.at(compared, (labels[:, None], prompt_class), 1)
+    return np.where(compared > 0, counts / np.maximum(counts.sum(1, keepdims=True), 1), np.nan)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

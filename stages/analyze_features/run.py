@@ -55,19 +55,21 @@ def run(config: Config) -> Path:
     columns = {layer: slice(*span) for layer, span in content.layers.items()} | {FUSED: slice(0, content.num_dims)}
     similar = {name: _similarities(features, rows, part) for name, part in columns.items()}
     scores = _scores(rows, columns, similar, params)
+    by_chance = chance(rows.label, features.manifest.prompts_per_image, params.seed)
     by_class = {
         content.class_names[label]: similar[FUSED].means(rows.label == label) for label in np.unique(rows.label)
     }
     folder = config.root / "analysis"
     folder.mkdir(exist_ok=True)
-    _draw(folder, features, rows, columns, scores, similar[FUSED], params)
+    atomic.write_text(folder / "clusters.svg", figures.bars(scores, by_chance))
+    _draw(folder, features, rows, columns, similar[FUSED], params)
     provenance.write_json(
         folder / "features.json",
         {
             "feature_set": {"name": features.path.name, "fingerprint": features.manifest.fingerprint},
             "timestep": content.timestep,
             "images": len(rows.label),
-            "chance": chance(rows.label, features.manifest.prompts_per_image, params.seed),
+            "chance": by_chance,
             "layers": scores,
             "classes": by_class,
         },
@@ -103,17 +105,16 @@ def _draw(
     features: FeatureSet,
     rows: Features,
     columns: dict[str, slice],
-    scores: dict[str, dict[str, Any]],
     similar: Similarities,
     params: AnalyzeFeatures,
 ) -> None:
     content = features.manifest.content
     shown = tsne.choose(len(rows.label), params)
     embedded = {name: tsne.embed(rows.denoised[shown, part], params) for name, part in columns.items()}
-    nearest = rows.prompt_class[np.arange(len(rows.label)), similar.nearest()]
-    share = margins.confusion(nearest, rows.label, len(content.class_names), len(content.prompts))
+    share = margins.confusion(
+        similar.nearest(), rows.prompt_class, rows.label, len(content.class_names), len(content.prompts)
+    )
     prompts = [texts[0] for texts in content.prompts]
     own = [similar.margins()[rows.label == label] for label in range(len(content.class_names))]
-    atomic.write_text(folder / "clusters.svg", figures.bars(scores))
     atomic.write_text(folder / "tsne.svg", figures.scatter(embedded, rows.label[shown], content.class_names))
     atomic.write_text(folder / "prompts.svg", figures.confusion(share, prompts, own, content.class_names))

@@ -49,5 +49,7 @@ def test_means_are_over_images(similar):
 
 def test_nearest_prompts_and_their_confusion(similar):
     assert similar.nearest().tolist() == [1, 0]
-    share = margins.confusion(np.array([1, 0, 1, 1]), np.array([0, 0, 0, 2]), 3, 2)
-    np.testing.assert_allclose(share, [[1 / 3, 2 / 3], [0, 0], [0, 1]])
+    prompt_class = np.array([[0, 1], [1, 0], [0, 1], [2, 1]])
+    share = margins.confusion(np.array([1, 1, 1, 0]), prompt_class, np.array([0, 0, 0, 2]), 3, 3)
+    never = np.nan
+    np.testing.assert_allclose(share, [[1 / 3, 2 / 3, never], [never] * 3, [never, 0, 1]])
