@@ -22,7 +22,7 @@ _MOST_NUMBERED = 8  # bars of a measure; numbers on more could not be read
 _MOST_NAMES = 40  # on an axis or in a legend
 _LONGEST_NAME = 40  # characters
 _PANELS_A_ROW = 3
-_NOTHING = matplotlib.colors.to_rgba("tab:gray", 0.3)
+_NOTHING = matplotlib.colors.to_rgba("tab:gray", 0.5)
 
 
 @pictures.svg
@@ -35,7 +35,7 @@ def bars(scores: dict[str, dict[str, Any]], chance: dict[str, float]) -> Figure:
     """
     figure = Figure(figsize=(8, 3.6))
     lowest = min(found[measure] for found in scores.values() for measure in MEASURES)
-    axes = figure.add_subplot(ylim=(min(0.0, 1.2 * lowest), 1.05), ylabel="share")
+    axes = figure.add_subplot(ylim=(min(0.0, 1.4 * lowest), 1.05), ylabel="share")
     axes.grid(axis="y")
     width = 0.8 / len(scores)
     legend: dict[str, Any] = {}

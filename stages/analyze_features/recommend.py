@@ -30,6 +30,8 @@ from typing import Any, NamedTuple
 
 from stages.analyze_features.judge import Scores
 
+_MANY = 0.1  # of the candidates
+
 
 class Share(NamedTuple):
     """A share of images, 0 to 1, and its standard error."""
@@ -174,6 +176,16 @@ def in_words(choice: Choice) -> list[str]:
         lines += [f"by the probe alone: {choice.by_probe.in_words()}"]
         lines += [f"by the prompts alone: {choice.by_prompts.in_words()}"]
     return lines
+
+
+def hint(choice: Choice, unused: int) -> list[str]:
+    """A line on what would tell more candidates apart, where many are left and `unused` training images are there."""
+    if not unused or choice.near_both <= _MANY * choice.candidates:
+        return []
+    return [
+        f"more images would tell more of them apart, four times as many halve an error: {unused:,} training images are "
+        "unused (--images, --margin-images)"
+    ]
 
 
 def _told_apart(choice: Choice) -> list[str]:

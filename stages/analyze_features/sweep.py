@@ -12,9 +12,9 @@ sample.py     every image through the model once a timestep, some once more for 
 judge.py      and margins.py: layers judged alone and fused
 recommend.py  one set of them is chosen
 kept.py       what came of a timestep, kept
-delivery.py   what is written
+delivery.py   what is written; sweep_figures.py draws
 
-Features of a sweep are not kept: an extraction has its PCA basis from more images, and 16-bit numbers.
+Its features are not: an extraction has its PCA basis from more images, and 16-bit numbers.
 """
 
 import logging
@@ -33,12 +33,10 @@ from stages.analyze_features import plan as planning
 from stages.analyze_features.judge import Judge
 from stages.analyze_features.kept import Swept
 from stages.analyze_features.plan import Plan
-from stages.analyze_features.recommend import Candidate, Choice
+from stages.analyze_features.recommend import Candidate
 from stages.analyze_features.sample import LayerFeatures, Sample
 
 log = logging.getLogger(__name__)
-
-_LARGE_SHARE = 0.1  # of the candidates left as ties: then more images are worth a word
 
 
 def run(config: Config) -> Path:
@@ -65,7 +63,7 @@ def run(config: Config) -> Path:
         choice = recommend.choose(candidates, config.params.sweep_features.standard_errors)
         delivery.write(target, plan, swept, choice)
         plan.kept.remove_others()
-    for line in [*recommend.in_words(choice), *_hint(plan, choice)]:
+    for line in [*recommend.in_words(choice), *recommend.hint(choice, len(plan.data) - len(plan.index))]:
         log.info("%s", line)
     log.info("to take it: pipeline preset %s", target / delivery.PRESET)
     return target / delivery.PRESET
@@ -117,14 +115,3 @@ def _margins(values: np.ndarray, prompted: np.ndarray, positive: np.ndarray) -> 
     """Of the first m images; empty if there are none."""
     count = len(prompted)
     return margins.similarities(values[:count], prompted, positive).means(np.ones(count, bool)) if count else {}
-
-
-def _hint(plan: Plan, choice: Choice) -> list[str]:
-    """What would tell more candidates apart, if many are left and there are more images."""
-    unused = len(plan.data) - len(plan.index)
-    if not unused or choice.near_both <= _LARGE_SHARE * choice.candidates:
-        return []
-    return [
-        f"more images would tell more of them apart: --images (and --margin-images), {unused:,} training images are "
-        "unused; four times as many halve an error"
-    ]

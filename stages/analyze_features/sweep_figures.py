@@ -41,7 +41,7 @@ def curves(rows: Sequence[Row], recommended: Row, own_layers: Sequence[str], cha
         chance: what features that tell nothing would reach, by measure; a dotted line.
     """
     order = list(dict.fromkeys(row["layers"][0] for row in rows if len(row["layers"]) == 1))
-    shades = matplotlib.colormaps["viridis"](np.linspace(0.25, 0.8, len(order)))
+    shades = matplotlib.colormaps["viridis"](np.linspace(0.35, 0.8, len(order)))
     measures = MEASURES | {name: title for name, title in _MARGINS.items() if name in recommended}
     figure = Figure(figsize=(1.8 * len(measures), 7))
     panels = figure.subplots(2, len(measures) // 2).flatten()
@@ -49,10 +49,13 @@ def curves(rows: Sequence[Row], recommended: Row, own_layers: Sequence[str], cha
     for axes, (measure, title) in zip(panels, measures.items(), strict=True):
         axes.set(title=title, xlabel="timestep")
         axes.grid()
-        alone = {layer: _line(axes, rows, [layer], measure, color=of) for layer, of in zip(order, shades, strict=True)}
+        alone = {
+            layer: _line(axes, rows, [layer], measure, color=of, lw=1, ms=2)
+            for layer, of in zip(order, shades, strict=True)
+        }
         legend |= alone if len(order) <= _MOST_NAMED else {}
         for name, (layers, colour) in _thick(recommended["layers"], own_layers, order).items():
-            legend[name] = _line(axes, rows, layers, measure, color=colour, lw=2.2)
+            legend[name] = _line(axes, rows, layers, measure, color=colour, lw=2.2, ms=4)
         if measure in _ERRORS:
             legend["± one standard error of the recommended"] = _band(axes, rows, recommended["layers"], measure)
         (ring,) = axes.plot(recommended["timestep"], recommended[measure], "o", ms=11, mfc="none", color=pictures.INK)
@@ -60,13 +63,17 @@ def curves(rows: Sequence[Row], recommended: Row, own_layers: Sequence[str], cha
         if measure in chance:
             legend["chance"] = axes.axhline(chance[measure], ls=":", color=pictures.INK)
     if len(order) > _MOST_NAMED:
-        shown = ScalarMappable(Normalize(0, len(order) - 1), ListedColormap(shades))
-        key = figure.colorbar(shown, ax=panels, location="top", aspect=60, shrink=0.5, ticks=[0, len(order) - 1])
-        key.ax.set_xticklabels([order[0], order[-1]])
-        key.set_label(f"thin lines: {len(order)} single layers")
+        _key_of_colours(figure, panels, order, shades)
     columns = 1 if max(map(len, legend)) > _MOST_IN_TWO_COLUMNS else 2
     figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=columns, fontsize=8)
     return figure
+
+
+def _key_of_colours(figure: Figure, panels: np.ndarray, order: Sequence[str], shades: np.ndarray) -> None:
+    shown = ScalarMappable(Normalize(0, len(order) - 1), ListedColormap(shades))
+    key = figure.colorbar(shown, ax=panels, location="top", aspect=60, shrink=0.5, ticks=[0, len(order) - 1])
+    key.ax.set_xticklabels([order[0], order[-1]])
+    key.set_label(f"thin lines: {len(order)} single layers")
 
 
 def maps(image: np.ndarray, rgb: dict[int, dict[str, np.ndarray]]) -> bytes:
@@ -155,7 +162,7 @@ def _thick(
 
 def _line(axes: Axes, rows: Sequence[Row], layers: Sequence[str], measure: str, **style: Any) -> Artist:
     points = [(row["timestep"], row[measure]) for row in rows if row["layers"] == list(layers)]
-    (line,) = axes.plot(*zip(*points, strict=True), marker="o", ms=3, **{"lw": 1} | style)
+    (line,) = axes.plot(*zip(*points, strict=True), marker="o", **style)
     return line
 
 

@@ -3,7 +3,7 @@
 from ruamel.yaml import YAML
 
 from stages.analyze_features.judge import Scores
-from stages.analyze_features.recommend import Candidate, Choice, as_preset, choose, in_words, sets_to_fuse
+from stages.analyze_features.recommend import Candidate, Choice, as_preset, choose, hint, in_words, sets_to_fuse
 
 
 def candidate(timestep, dims, accuracy, nearest=None, error=0.01):
@@ -83,6 +83,13 @@ def test_it_is_said_how_many_are_not_told_apart():
         f"by the probe alone: {table[0].in_words()}",
     ]
     assert in_words(choose([BEST], 1.0))[1:] == ["1 of 1 candidates are within 1 standard error of the best probe"]
+
+
+def test_more_images_are_suggested_where_many_are_left_and_there_are_more():
+    many, few = choose(TABLE, 0.5), choose([BEST] + [WORSE] * 19, 0.5)
+    (line,) = hint(many, 1234)
+    assert "1,234 training images are unused" in line
+    assert hint(many, 0) == hint(few, 1234) == []
 
 
 def test_fusions_add_the_next_best_layer_and_keep_the_models_order():
