@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import atomic, provenance
-from stages.analyze_features import recommend, sweep_figures
+from stages.analyze_features import advice, sweep_figures
 from stages.analyze_features.judge import chance
 from stages.analyze_features.kept import Swept
 from stages.analyze_features.plan import Plan
@@ -57,7 +57,7 @@ def _preset(made_of: dict[str, Any], choice: Choice) -> str:
     rests_on = f"Of {images['sampled']:,} training images the probe was judged on {images['held_out']:,}"
     rests_on += f", the prompts on {images['prompted']:,}." if choice.by_prompts else "."
     described = f"{made_of['dataset']['name']} with {made_of['backbone']['name']}"
-    return recommend.as_preset(choice, described, rests_on, share)
+    return advice.as_preset(choice, described, rests_on, share)
 
 
 def _write_maps(folder: Path, plan: Plan, swept: dict[int, Swept]) -> None:

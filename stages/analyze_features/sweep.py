@@ -10,7 +10,7 @@ analysis/sweep/recommended.yaml  a preset
 plan.py       what there is to do
 sample.py     every image through the model once a timestep, some once more for each of their prompts: all layers
 judge.py      and margins.py: layers judged alone and fused
-recommend.py  one set of them is chosen
+recommend.py  one set of them is chosen; advice.py says so
 kept.py       what came of a timestep, kept
 delivery.py   what is written; sweep_figures.py draws
 
@@ -28,7 +28,7 @@ from pipeline import devices, frozen_model, locks
 from pipeline.config import Config
 from pipeline.diffusion import backbones, batching
 from pipeline.progress import progress_bar
-from stages.analyze_features import delivery, margins, recommend
+from stages.analyze_features import advice, delivery, margins, recommend
 from stages.analyze_features import plan as planning
 from stages.analyze_features.judge import Judge
 from stages.analyze_features.kept import Swept
@@ -63,7 +63,7 @@ def run(config: Config) -> Path:
         choice = recommend.choose(candidates, config.params.sweep_features.standard_errors)
         delivery.write(target, plan, swept, choice)
         plan.kept.remove_others()
-    for line in [*recommend.in_words(choice), *recommend.hint(choice, len(plan.data) - len(plan.index))]:
+    for line in [*advice.in_words(choice), *advice.hint(choice, len(plan.data) - len(plan.index))]:
         log.info("%s", line)
     log.info("to take it: pipeline preset %s", target / delivery.PRESET)
     return target / delivery.PRESET

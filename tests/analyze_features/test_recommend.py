@@ -1,9 +1,10 @@
-"""The rule of the recommendation on a table made by hand."""
+"""The rule of the recommendation, and how it is said, on a table made by hand."""
 
 from ruamel.yaml import YAML
 
+from stages.analyze_features.advice import as_preset, hint, in_words
 from stages.analyze_features.judge import Scores
-from stages.analyze_features.recommend import Candidate, Choice, as_preset, choose, hint, in_words, sets_to_fuse
+from stages.analyze_features.recommend import Candidate, Choice, choose, sets_to_fuse
 
 
 def candidate(timestep, dims, accuracy, nearest=None, error=0.01):
