@@ -53,5 +53,5 @@ gallery: $(STAMP)  ## Make the pictures of docs/gallery from the embedded defaul
 federation-demo: $(STAMP)  ## Run a federation of three nodes on this machine, each with its private folder
 	$(BIN)/python -m pipeline.federation.demo
 
-clean:  ## Remove what unfinished extractions and runs left for resuming, and kept latents
+clean:  ## Remove what unfinished extractions and runs left for resuming, kept latents and sweeps
 	rm -rf .pipeline

@@ -272,7 +272,7 @@ def _by_method(
 
 def to_markdown(table: Table) -> str:
     """A pipe table under its title."""
-    lines = [table.header, ["---", *["---:"] * (len(table.header) - 1)]]
+    lines = [table.header, ["---" if text else "---:" for text in _holds_text(table)]]
     lines += [[_marked(cell, "**{}**", " ({})").replace("|", "\\|") for cell in row] for row in table.rows]
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"## {table.title}\n\n{table.note}\n\n{body}\n"
@@ -282,15 +282,14 @@ def to_latex(table: Table) -> str:
     r"""A table environment for booktabs and graphicx, captioned with its title and note, no wider than the text."""
     header = " & ".join(map(_latex, table.header))
     rows = [" & ".join(_marked(_escaped(cell), "\\textbf{{{}}}", " ({})") for cell in row) for row in table.rows]
-    columns = zip(*table.rows, strict=True)
-    kinds = "".join("l" if all(cell.value is None for cell in column) else "r" for column in columns)
+    columns = "".join("l" if text else "r" for text in _holds_text(table))
     lines = [
         "\\begin{table}",
         "  \\centering",
         f"  \\caption{{\\textbf{{{_latex(table.title)}.}} {_latex(table.note)}}}",
         f"  \\label{{tab:{table.name}}}",
         "  \\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%",
-        f"  \\begin{{tabular}}{{{kinds}}}",
+        f"  \\begin{{tabular}}{{{columns}}}",
         "    \\toprule",
         f"    {header} \\\\",
         "    \\midrule",
@@ -300,6 +299,11 @@ def to_latex(table: Table) -> str:
         "\\end{table}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _holds_text(table: Table) -> list[bool]:
+    """Of each column whether it stands to the left: no cell of it is a number."""
+    return [all(cell.value is None for cell in column) for column in zip(*table.rows, strict=True)]
 
 
 def _marked(cell: Cell, bold: str, remark: str) -> str:
