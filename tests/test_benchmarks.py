@@ -42,7 +42,7 @@ def test_the_page_gets_the_runs_of_the_sweep_and_no_others(benchmark, tmp_path):
     assert reproduction.put(page, "x", "new") == "before\n<!-- x -->\nnew\n<!-- /x -->\nafter\n"
     with pytest.raises(PipelineError, match="no marks"):
         reproduction.put(page, "y", "new")
-    with pytest.raises(PipelineError, match="another train_fl.num_rounds than params.yaml has"):
+    with pytest.raises(PipelineError, match="train_fl.num_rounds 1, where params.yaml has 2"):
         reproduction.make_table(tiny_project.make(tmp_path, train_fl__num_rounds=2, **sweep))
 
 
