@@ -1,8 +1,8 @@
 """Pictures as SVG text, all in one style: they read on white and in the dark, alone and within a page.
 
-Text and axes are drawn in the reader's own colour: a file brings one colour for light and one for dark, a page gives an
-inlined picture its own. Nothing behind the picture is painted. Text is text, searchable, and never read as formulas:
-class names hold any character. No date and seeded ids: the same figure gives the same bytes. matplotlib is loaded when
+Text and axes are drawn in the reader's own colour, on nothing: a file brings colours of ink and paper for light and for
+dark, a page gives an inlined picture its own. Text is text, searchable, and never read as formulas: class names hold any
+character. No date and seeded ids: the same figure gives the same bytes. matplotlib is loaded when
 the first picture is drawn.
 """
 
@@ -34,7 +34,10 @@ _STYLE: Any = {
     **{f"{part}.color": INK for part in ("text", "xtick", "ytick", "grid")},
     **{f"axes.{part}": INK for part in ("labelcolor", "edgecolor")},
 }
-_COLOURS = "<style>:root { color: #1d2330 } @media (prefers-color-scheme: dark) { :root { color: #e6e9ef } }</style>"
+_COLOURS = (
+    "<style>:root { color: #1d2330; background: #fff } "
+    "@media (prefers-color-scheme: dark) { :root { color: #e6e9ef; background: #14171d } }</style>"
+)
 
 
 def svg(draw: Callable[P, "Figure"]) -> Callable[P, str]:

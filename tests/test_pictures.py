@@ -25,7 +25,7 @@ def test_text_is_in_the_readers_colour_and_never_a_formula():
     drawn = bars("$x_2$")
     assert drawn.count(">$x_2$</text>") == 3  # title, axis, legend
     assert "fill: #000000" not in drawn and "currentColor" in drawn and pictures.INK not in drawn
-    assert re.search("<svg [^>]*><style>:root { color: #1d2330 } @media", drawn)
+    assert re.search("<svg [^>]*><style>:root { color: #1d2330; background: #fff } @media", drawn)
 
 
 def test_two_inlined_pictures_share_no_id_and_refer_to_their_own():
