@@ -51,7 +51,7 @@ def _seconds(project: Path, jobs: int, rounds: int, at_a_time: int, threads: int
     started = time.perf_counter()
     for first in range(0, jobs, at_a_time):
         running = [_start(project, seed, rounds, threads) for seed in range(first, first + at_a_time)]
-        if any(process.wait() for process in running):
+        if any([process.wait() for process in running]):
             raise click.ClickException("a run failed: `pipeline train-fl --method feddifrc --partition dir05` says why")
     return time.perf_counter() - started
 

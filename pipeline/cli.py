@@ -299,18 +299,19 @@ def train_fl(config: "Config", method: str, partition: str, seeds: tuple[int, ..
     show_default=True,
     help="html writes the page; the others print the tables.",
 )
-@click.option("--experiments", is_flag=True, help="Add a table of the project's DVC experiments to the page.")
-def report(config: "Config", form: str, experiments: bool) -> None:
+@click.option("--experiments", is_flag=True, help="Add a table of the project's DVC experiments.")
+@click.option("--sweep", "with_sweep", is_flag=True, help="Show on the page what sweep-features found.")
+def report(config: "Config", form: str, experiments: bool, with_sweep: bool) -> None:
     r"""Results of the sweep -> report/index.html, one self-contained page; or its tables on the standard output.
 
     \b
     Examples:
       pipeline report --title "FedDifRC on CIFAR-10"
       pipeline report --format latex > tables.tex
-      pipeline report --experiments
+      pipeline report --experiments --sweep
     """
     if form == "html":
-        _report_path(_stage("report").run(config, experiments))
+        _report_path(_stage("report").run(config, experiments, with_sweep))
     else:
         click.echo(_stage("report").as_text(config, form, experiments), nl=False)
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from pydantic.fields import FieldInfo
 from pipeline.errors import PipelineError
 from pipeline.explain import explain, models_of
 from pipeline.params import Params, Section
+from pipeline.text import printable
 
 _MAX_OPEN_BRACKETS = 100
 
@@ -111,21 +113,32 @@ class Config:
         if not (differing := differing_keys(found, wanted)):
             return
         sections = {"method": f"methods.{method}", "partition": f"partitions.{partition}", "dataset": "prepare_data"}
-        here, there, said, flags = dotted(wanted), dotted(found), [], []
+        said, flags = [], []
         for setting in differing:
             section, _, inner = setting.partition(".")
-            key, theirs = f"{sections.get(section, section)}.{inner}", _as_typed(there.get(setting))
-            said.append(f"{key} {theirs}, where params.yaml has {_as_typed(here.get(setting))}")
-            flags.append(f"--set '{key}={theirs}'")
-        raise PipelineError(
-            f"{folder} was made with {'; '.join(said)}: train it again, as by `dvc repro`, or take it as it is, with "
-            + " ".join(flags)
-        )
+            key = ".".join(part for part in (sections.get(section, section), inner) if part)
+            theirs, here = (_as_typed(at(values, setting)) for values in (found, wanted))
+            said.append(f"{key} {theirs}, where params.yaml has {here}")
+            flags += [f"--set {shlex.quote(f'{key}={theirs}')}"] if inner and theirs != _NOTHING else []
+        taken = f", or take it as it is, with {' '.join(flags)}" if len(flags) == len(differing) else ""
+        raise PipelineError(f"{folder} was made with {'; '.join(said)}: train it again, as by `dvc repro`{taken}")
+
+
+_NOTHING = "nothing"
 
 
 def _as_typed(value: Any) -> str:
     """A value as `--set` takes it."""
-    return value if isinstance(value, str) else json.dumps(value)
+    if value is ...:
+        return _NOTHING
+    return printable(value if isinstance(value, str) else json.dumps(value))
+
+
+def at(values: Any, dotted_key: str) -> Any:
+    """What stands at a dotted key of nested mappings, or ... if nothing does."""
+    for part in dotted_key.split("."):
+        values = values.get(part, ...) if isinstance(values, Mapping) else ...
+    return values
 
 
 def dotted(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,14 +1,14 @@
 """Pictures as SVG text, all in one style: they read on white and in the dark, alone and within a page.
 
 Text and axes are drawn in the reader's own colour, on nothing: a file brings colours of ink and paper for light and for
-dark, a page gives an inlined picture its own. Text is text, searchable, and never read as formulas: class names hold any
-character. No date and seeded ids: the same figure gives the same bytes. matplotlib is loaded when
-the first picture is drawn.
+dark, a page gives an inlined picture its own. Text is text, searchable, and never read as formulas. No date and seeded
+ids: the same figure gives the same bytes. matplotlib is loaded when the first picture is drawn.
 """
 
 import functools
 import io
 import re
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec
 
@@ -34,6 +34,7 @@ _STYLE: Any = {
     **{f"{part}.color": INK for part in ("text", "xtick", "ytick", "grid")},
     **{f"axes.{part}": INK for part in ("labelcolor", "edgecolor")},
 }
+_TAG = re.compile("<[^<>]*>")
 _COLOURS = (
     "<style>:root { color: #1d2330; background: #fff } "
     "@media (prefers-color-scheme: dark) { :root { color: #e6e9ef; background: #14171d } }</style>"
@@ -48,9 +49,13 @@ def svg(draw: Callable[P, "Figure"]) -> Callable[P, str]:
         import matplotlib
 
         buffer = io.StringIO()
-        with matplotlib.rc_context(_STYLE):
+        with matplotlib.rc_context(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the reader's fonts draw the text
+            matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
+            matplotlib.rcParams.update(_STYLE)
             draw(*args, **kwargs).savefig(buffer, format="svg", metadata={"Date": None})
-        return re.sub("(<svg [^>]*>)", rf"\1{_COLOURS}", buffer.getvalue(), count=1).replace(INK, "currentColor")
+        text = re.sub("(<svg [^>]*>)", rf"\1{_COLOURS}", buffer.getvalue(), count=1)
+        return _TAG.sub(lambda tag: tag[0].replace(INK, "currentColor"), text)
 
     return drawn
 
@@ -63,4 +68,4 @@ def inline(text: str, number: int) -> str:
         number: of the picture in the page; its ids begin with it, so that no two pictures' ids collide.
     """
     element = text[text.index("<svg") :].replace(_COLOURS, "")
-    return re.sub(r'( id="|href="#|url\(#)', rf"\1p{number}-", element)
+    return _TAG.sub(lambda tag: re.sub(r'( id="|href="#|url\(#)', rf"\1p{number}-", tag[0]), element)

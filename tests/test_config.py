@@ -1,6 +1,7 @@
 """params.yaml and the flags over it: every mistake is one line with the place, the key, its value, what is allowed."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -325,3 +326,34 @@ def test_help_shows_examples_line_by_line(file):
     lines = invoke(file.parent, "prepare-data", "--help").output.splitlines()
     assert "    pipeline prepare-data" in lines and "  Examples:" in lines
     assert "    pipeline extract-features" in invoke(file.parent, "--help").output.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("change", "said", "flags"),
+    [
+        (
+            {"train_fl": {"num_rounds": 3}},
+            "train_fl.num_rounds 3, where params.yaml has",
+            "--set train_fl.num_rounds=3",
+        ),
+        (
+            {"dataset": {"name": "it's; rm"}},
+            "prepare_data.name it's; rm, where",
+            """--set 'prepare_data.name=it'"'"'s; rm'""",
+        ),
+        ({"dataset": {"name": "\x1b[2J"}}, "prepare_data.name \\x1b[2J, where", None),
+        ({"train_fl": None}, "train_fl null, where", None),
+        ({"method": {"algorithm": ...}}, "methods.fedavg.algorithm nothing, where", None),
+    ],
+)
+def test_a_run_of_other_settings_is_refused_with_both_values_and_what_takes_it(change, said, flags):
+    here = config.load(REPOSITORY / "params.yaml")
+    run = here.settings_of_run("fedavg", "dir05")
+    for section, values in change.items():
+        changed = {k: v for k, v in (run[section] | (values or {})).items() if v is not ...}
+        run[section] = changed if values else None
+    with pytest.raises(PipelineError) as refused:
+        here.check_settings_of_run(Path("results/x"), run, "fedavg", "dir05")
+    assert said in str(refused.value) and "\x1b" not in str(refused.value)
+    assert flags is None or str(refused.value).endswith(f"or take it as it is, with {flags}")
+    assert ("take it as it is" in str(refused.value)) == ("--set" in str(refused.value))

@@ -2,6 +2,7 @@
 
 import re
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from pipeline import pictures
@@ -36,3 +37,12 @@ def test_two_inlined_pictures_share_no_id_and_refer_to_their_own():
         assert set(re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)', text))
         assert {a or b for a, b in re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)', text)} <= own
         assert text.startswith("<svg") and "<style>:root" not in text
+
+
+def test_neither_text_nor_the_users_style_is_touched(recwarn):
+    name = ' id="x url(#a) #010203 \u4e2d\u6587'
+    drawn = pictures.inline(bars(name), 7)
+    assert drawn.count(">" + name.replace("&", "&amp;") + "</text>") == 3
+    with matplotlib.rc_context({"font.size": 30}):
+        assert pictures.inline(bars(name), 7) == drawn
+    assert not recwarn.list

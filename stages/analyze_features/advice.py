@@ -41,7 +41,7 @@ def in_words(choice: Choice) -> list[str]:
 
 def hint(choice: Choice, unused: int) -> list[str]:
     """A line on what would tell more candidates apart, where many are left and `unused` training images are there."""
-    if not unused or choice.near_both <= _MANY * choice.candidates:
+    if not unused or choice.near_both <= max(1, _MANY * choice.candidates):
         return []
     return [
         f"more images would tell more of them apart, four times as many halve an error: {unused:,} training images are "

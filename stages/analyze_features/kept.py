@@ -55,7 +55,7 @@ class Kept:
             return _swept(stored["content"])
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             log.warning("%s cannot be used (%s): sweeping timestep %d again", file, error, timestep)
             return None
 

@@ -82,6 +82,7 @@ def make(config: Config) -> Plan:
         ),
         "image_conditioning": frozen_model.image_encoder_hashes(config),
         "prompts": prompt_set.texts,
+        "matching": prompt_set.positive,
         "prompts_per_image": prompts.per_image(prompt_set, extraction.negatives),
         "sweep_features": params.model_dump(),
         **provenance.describe(devices.resolve(config.params.runtime.device)),

@@ -61,6 +61,7 @@ def run(config: Config) -> Path:
     }
     folder = config.root / "analysis"
     folder.mkdir(exist_ok=True)
+    (folder / "features.json").unlink(missing_ok=True)  # it vouches for the pictures: it goes first and comes last
     atomic.write_text(folder / "clusters.svg", figures.bars(scores, by_chance))
     _draw(folder, features, rows, columns, similar[FUSED], params)
     provenance.write_json(

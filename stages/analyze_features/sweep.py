@@ -14,7 +14,7 @@ recommend.py  one set of them is chosen; advice.py says so
 kept.py       what came of a timestep, kept
 delivery.py   what is written; sweep_figures.py draws
 
-Its features are not: an extraction has its PCA basis from more images, and 16-bit numbers.
+The features of a sweep are not kept: an extraction has its PCA basis from more images, and 16-bit numbers.
 """
 
 import logging

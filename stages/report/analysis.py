@@ -1,4 +1,4 @@
-"""What analyze-features and sweep-features found, for the report: their pictures, if they are of what the runs used.
+"""What analyze-features and sweep-features found: pictures for the report, if of the runs' features or images.
 
 Pictures go into the page as data URIs, not as elements: a picture is a file that came from elsewhere, and an image
 runs no script. It follows light and dark by itself.
@@ -31,29 +31,31 @@ class Analysis:
     left_out: list[str] = field(default_factory=list)
 
 
-def read(root: Path, results: Results) -> Analysis:
+def read(root: Path, results: Results, with_sweep: bool) -> Analysis:
     """Reads analysis/; where a stage has not run, or was killed, there is nothing of it.
 
     Args:
         root: the project's folder.
         results: the runs of the report.
+        with_sweep: also what sweep-features found.
     """
+    used = {run.config["features"] for run in results.all_runs} - {None}
     folder, left_out = root / "analysis", []
     of_set: dict[str, str] = {}
     of_sweep: dict[str, str] = {}
     recommended = ""
-    if analysed := _found(folder / "features.json", "feature_set", "fingerprint"):
-        if analysed in {run.config["features"] for run in results.all_runs}:
+    if used and (analysed := _found(folder / "features.json", "feature_set", "fingerprint")):
+        if analysed in used:
             of_set = _pictures(folder, _OF_SET)
         else:
             left_out.append(
                 f"analysis/ is of the feature set {analysed[:8]}, and no run was trained from that: run "
                 "`pipeline analyze-features`"
             )
-    if swept := _found(folder / "sweep" / "sweep.json", "made_of", "dataset", "hash"):
+    if with_sweep and (swept := _found(folder / "sweep" / "sweep.json", "made_of", "dataset", "hash")):
         if swept == results.all_runs[0].config["dataset"]["hash"]:
             of_sweep = _pictures(folder / "sweep", _OF_SWEEP)
-            recommended = "".join(file.read_text(encoding="utf-8") for file in folder.glob("sweep/recommended.yaml"))
+            recommended = (_bytes(folder / "sweep" / "recommended.yaml") or b"").decode("utf-8", "replace")
         else:
             left_out.append(
                 "analysis/sweep is of another data set than the runs were trained on: run `pipeline sweep-features`"
@@ -67,7 +69,7 @@ def _found(file: Path, *keys: str) -> str | None:
         found: Any = json.loads(file.read_text(encoding="utf-8"))
         for key in keys:
             found = found[key]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return found if isinstance(found, str) else None
 
@@ -77,6 +79,13 @@ def _pictures(folder: Path, captions: dict[str, str]) -> dict[str, str]:
     found = {}
     for pattern, caption in captions.items():
         for file in sorted(folder.glob(pattern))[:1]:
-            data = base64.b64encode(file.read_bytes()).decode()
-            found[caption] = f"data:{_MIME[file.suffix]};base64,{data}"
+            if data := _bytes(file):
+                found[caption] = f"data:{_MIME[file.suffix]};base64,{base64.b64encode(data).decode()}"
     return found
+
+
+def _bytes(file: Path) -> bytes | None:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return None

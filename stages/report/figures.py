@@ -4,7 +4,6 @@ A method has a colour and a dash; its curve and band bear the id `curve.<figure>
 them on and off.
 """
 
-import textwrap
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +26,7 @@ _COLOURS = (
     "#B2A800",
     "#6A3D9A",
 )
+_LONGEST_NAME = 14  # characters of a class's
 _DASHES = ("solid", "dashed", "dotted")  # as CSS and matplotlib both call them
 
 
@@ -73,6 +73,7 @@ def _curves(results: Results, partition: str, quantity: str, scale: int, top: fl
     axes.set(title=results.labels[partition], xlabel="round", ylabel=unit)
     axes.set_ylim(0, top if top > 0 else None)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(0, 1.03 * len(rounds))
     return figure
 
 
@@ -91,6 +92,7 @@ def client_spread(results: Results, partition: str) -> Figure:
         axes.plot(accuracy, np.full(len(accuracy), row), "o", color=pen.colour, alpha=0.5, ms=6, mew=0)
         if len(accuracy):
             axes.plot(2 * [accuracy.mean()], [row - 0.35, row + 0.35], color=pen.colour, lw=2.5)
+    axes.set_xlim(-2, 102)
     axes.set(title=results.labels[partition], xlabel="accuracy by client, %", yticks=range(len(results.methods)))
     axes.set_yticklabels(results.methods)
     axes.invert_yaxis()
@@ -122,11 +124,9 @@ def clients_by_class(run: Run, label: str, most: int) -> Figure:
     axes.scatter(classes, clients, s=170 * counts[clients, classes] / most, color="#0072B2", lw=0)
     shown = list(range(0, counts.shape[1], max(1, counts.shape[1] // 20)))
     axes.set(title=label, xlabel="class", ylabel="client", xticks=shown)
-    names = [textwrap.shorten(run.class_names[k], 14, placeholder="…") for k in shown]
-    axes.set_xticklabels(
-        names if len(set(names)) == len(names) else [str(k) for k in shown],
-        rotation=60 if len("".join(names)) > 30 else 0,
-    )
+    short = [name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…" for name in run.class_names]
+    names = [short[k] if len(set(short)) == len(short) else str(k) for k in shown]
+    axes.set_xticklabels(names, rotation=60 if len("".join(names)) > 30 else 0)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.invert_yaxis()
     return figure

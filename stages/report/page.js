@@ -23,9 +23,10 @@ for (const heading of document.querySelectorAll("th")) {
     const key = (row) => row.cells[heading.cellIndex].dataset.value ?? row.cells[heading.cellIndex].textContent.trim();
     const order = (a, b) => {
       const [x, y] = [key(a), key(b)];
-      return x !== "" && y !== "" && !isNaN(x) && !isNaN(y) ? x - y : x.localeCompare(y, undefined, { numeric: true });
+      return x !== "" && y !== "" && !isNaN(x) && !isNaN(y) ? x - y : x.localeCompare(y);
     };
-    const rows = [...body.rows].sort((a, b) => (descending ? -order(a, b) : order(a, b)));
+    const missing = (row) => key(row) === "nan" || key(row) === "–"; // always last
+    const rows = [...body.rows].sort((a, b) => missing(a) - missing(b) || (descending ? -order(a, b) : order(a, b)));
     body.append(...rows);
   });
 }

@@ -27,12 +27,13 @@ log = logging.getLogger(__name__)
 _HERE = Path(__file__).parent
 
 
-def run(config: Config, with_experiments: bool = False) -> Path:
+def run(config: Config, with_experiments: bool = False, with_sweep: bool = False) -> Path:
     """Writes the report of the sweep in params.yaml.
 
     Args:
         config: the project's configuration.
         with_experiments: add a table of DVC's experiments.
+        with_sweep: show what sweep-features found; it is no stage of `dvc repro`, whose report does without.
 
     Returns:
         The page.
@@ -43,7 +44,7 @@ def run(config: Config, with_experiments: bool = False) -> Path:
     found = results.read(config)
     if found.others:
         log.warning("not in the report, because sweep in params.yaml does not name them: %s", ", ".join(found.others))
-    analysed = analysis.read(config.root, found)
+    analysed = analysis.read(config.root, found, with_sweep)
     for reason in analysed.left_out:
         log.warning("not in the report: %s", reason)
     folder = config.root / "report"

@@ -86,8 +86,8 @@ def _is_best(own: list[float], of: list[list[float]]) -> bool:
 def _gain(own: list[float], baseline: list[float]) -> str:
     """Points, of seeds in pairs, which share their partition and their initial weights."""
     gains = [one - other for one, other in zip(own, baseline, strict=True)]
-    mean, _, spread = accuracy_in_words.in_percent(gains).partition(" ")
-    return f"{float(mean):+.2f} {spread}".strip().replace("-", "\u2212")
+    mean, spread = round(100 * statistics.fmean(gains), 2) + 0.0, accuracy_in_words.deviation(gains)
+    return (f"{mean:+.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")).replace("-", "\u2212")
 
 
 def measure(results: Results) -> str:
@@ -137,12 +137,13 @@ def _rounds_to_baseline(results: Results) -> Table | None:
         reached = sum(map(math.isfinite, rounds))
         remark = f"{reached} of {len(rounds)} seeds" if 0 < reached < len(rounds) else ""
         median = statistics.median(rounds)
-        return Cell(f"{median:g}" if math.isfinite(median) else "never", median, remark=remark)
+        later = f"> {len(results.runs[partition, method][0].accuracy)}" if reached else "never"
+        return Cell(f"{median:g}" if math.isfinite(median) else later, median, remark=remark)
 
     columns = {p: f"{label} ({100 * targets[p]:.1f} %)" for p, label in results.labels.items()}
     note = (
         f"First round that reaches {results.baseline}'s accuracy (its mean, given above each column; a single round "
-        "counts). Median over seeds, where a seed that never does comes last."
+        "counts). Median over seeds, where a seed that never does comes last; > where more than half do not."
     )
     return _by_method("rounds", "Rounds to accuracy", note, results, columns, cell, lower_is_better=True)
 
@@ -272,10 +273,15 @@ def _by_method(
 
 def to_markdown(table: Table) -> str:
     """A pipe table under its title."""
-    lines = [table.header, ["---" if text else "---:" for text in _holds_text(table)]]
-    lines += [[_marked(cell, "**{}**", " ({})").replace("|", "\\|") for cell in row] for row in table.rows]
+    header = [_cell_of_pipe_table(text) for text in table.header]
+    lines = [header, ["---" if text else "---:" for text in _holds_text(table)]]
+    lines += [[_cell_of_pipe_table(_marked(cell, "**{}**", " ({})")) for cell in row] for row in table.rows]
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"## {table.title}\n\n{table.note}\n\n{body}\n"
+
+
+def _cell_of_pipe_table(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
 
 
 def to_latex(table: Table) -> str:

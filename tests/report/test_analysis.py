@@ -29,14 +29,15 @@ def write_analysis(root, feature_set, dataset):
     (folder / "sweep" / "recommended.yaml").write_text("extract_features:\n  timestep: 50 # <best>\n")
 
 
-def report(root):
-    done = invoke(root, "report")
+def report(root, *flags):
+    done = invoke(root, "report", *flags)
     assert done.exit_code == 0, done.output
     return (root / "report" / "index.html").read_text(), done.output
 
 
 def test_both_are_shown_with_one_images_maps_and_the_recommendation(project):
-    page, output = report(project)
+    assert report(project)[0].count('src="data:image/svg+xml;base64,') == 3  # of what DVC's stage depends on
+    page, output = report(project, "--sweep")
     assert page.count('src="data:image/svg+xml;base64,') == 4 and page.count('src="data:image/png;base64,') == 1
     assert "timestep: 50 # &lt;best&gt;" in page and "not in the report" not in output
 
@@ -50,14 +51,21 @@ def test_both_are_shown_with_one_images_maps_and_the_recommendation(project):
 )
 def test_what_is_of_something_else_is_left_out_and_said(project, feature_set, dataset, reason, left):
     write_analysis(project, feature_set, dataset)
-    page, output = report(project)
+    page, output = report(project, "--sweep")
     assert page.count('<img alt="') == left
     assert f"not in the report: {reason}" in output
     assert f"Not in this report: {reason}" in page
 
 
-@pytest.mark.parametrize("broken", ["", "[]", "{", '{"feature_set": 1, "made_of": {"dataset": null}}'])
+@pytest.mark.parametrize("broken", ["", "[]", "{", "[" * 100_000, '{"feature_set": 1, "made_of": {"dataset": null}}'])
 def test_what_is_not_whole_is_not_there(project, broken):
     (project / "analysis" / "features.json").write_text(broken)
     (project / "analysis" / "sweep" / "sweep.json").write_text(broken)
-    assert "<img alt=" not in report(project)[0]
+    assert "<img alt=" not in report(project, "--sweep")[0]
+
+
+def test_damaged_files_are_no_traceback(project):
+    (project / "analysis" / "sweep" / "recommended.yaml").write_bytes(b"\xff\xfe")
+    (project / "analysis" / "tsne.svg").unlink()
+    (project / "analysis" / "tsne.svg").mkdir()
+    assert report(project, "--sweep")[0].count('<img alt="') == 4

@@ -96,7 +96,7 @@ def test_a_seed_that_never_gets_there_is_said(project):
     run.write_text("round,accuracy,loss\n1,0.1,1\n2,0.1,1\n3,0.1,1\n")
     provenance.write_checksums(run.parent)
     rounds = table(project, "rounds")
-    assert texts(rounds)[1] == [("never", "1 of 2 seeds")]  # the median of 2 and never
+    assert texts(rounds)[1] == [("> 3", "1 of 2 seeds")]  # the median of 2 and never
     assert rounds.rows[1][1].value > rounds.rows[0][1].value and rounds.lower_is_better
 
 
