@@ -7,9 +7,10 @@ index. All see each dimension standardised: energies of strong and weak componen
 price is that weak components, which are noise more often, count as much as strong ones. One thread computes all of it,
 so that equal features give equal numbers on any number of cores.
 
-The error of a share is the binomial's of as many distinct images as it was judged on. The probe's splits overlap, in
-what they fit and in what they judge, so the deviation over them would be too small an estimate (Nadeau and Bengio,
-Machine Learning 2003). It is one representation's; two are judged on the same images, so that their difference is known
+The error of a share is the binomial's. The probe's splits overlap, in what they fit and in what they judge, so the
+deviation over them would be too small an estimate (Nadeau and Bengio, Machine Learning 2003), and an image that several
+hold out weighs as often: n is the effective number of images, (sum w)^2 / sum w^2 with w how often each is held out.
+It is one representation's; two are judged on the same images, so that their difference is known
 better than such errors say.
 """
 
@@ -50,6 +51,7 @@ class Judge:
 
     Attributes:
         held_out: how many distinct images the probe is judged on: those held out by at least one split.
+        effective_images: as many images, each judged once, would give its accuracy the same error (Kish, 1965).
     """
 
     def __init__(self, labels: np.ndarray, params: AnalyzeFeatures) -> None:
@@ -65,7 +67,8 @@ class Judge:
         self._labels, self._params = labels, params
         self._num_classes = len(np.unique(labels))
         self._splits = list(self._draw_splits())
-        self.held_out = len(np.unique(np.concatenate([held_out for _, held_out in self._splits])))
+        _, times = np.unique(np.concatenate([held_out for _, held_out in self._splits]), return_counts=True)
+        self.held_out, self.effective_images = len(times), float(times.sum() ** 2 / (times**2).sum())
         if any(len(np.unique(labels[fitted])) < 2 or not len(held_out) for fitted, held_out in self._splits):
             raise PipelineError(
                 f"{len(labels)} images of {self._num_classes} classes are too few to fit a linear probe and judge it: "
@@ -80,7 +83,7 @@ class Judge:
             clusters = self._cluster(features)
             found = (
                 accuracy,
-                standard_error(float(accuracy), self.held_out),
+                standard_error(float(accuracy), self.effective_images),
                 purity(clusters, self._labels),
                 normalized_mutual_info_score(self._labels, clusters),
                 adjusted_rand_score(self._labels, clusters),
@@ -106,7 +109,7 @@ class Judge:
         return k_means.fit_predict(StandardScaler().fit_transform(features))
 
 
-def standard_error(share: float, count: int) -> float:
+def standard_error(share: float, count: float) -> float:
     """sqrt(p (1 - p) / n) of a share p of n images; 0 where it is of none or of all of them."""
     return math.sqrt(share * (1 - share) / count)
 

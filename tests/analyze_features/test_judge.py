@@ -53,16 +53,17 @@ def test_the_standard_error_of_a_share_by_hand():
     assert standard_error(1.0, 100) == standard_error(0.0, 7) == 0
 
 
-def test_the_probes_error_is_of_the_distinct_images_that_it_was_judged_on():
-    """Ten splits hold out 10 of 40 images each; no split, and not their sum, has as many as were held out at all."""
+def test_the_probes_error_is_of_as_many_images_as_its_splits_are_worth():
+    """Ten splits hold out 10 of 40 images each: all are judged, some more often, which is worth less than 40 once."""
     rng = np.random.default_rng(0)
     labels = np.arange(40) % 2
     judge = Judge(labels, settings(splits=10))
     assert 30 < judge.held_out <= 40
-    assert Judge(labels, settings(splits=1)).held_out == 10
+    assert 10 < judge.effective_images < judge.held_out
+    assert Judge(labels, settings(splits=1)).held_out == Judge(labels, settings(splits=1)).effective_images == 10
     scores = judge.scores(rng.normal(size=(40, 3)))
     share = scores.probe_accuracy
-    assert scores.probe_error == pytest.approx((share * (1 - share) / judge.held_out) ** 0.5, abs=1e-6)
+    assert scores.probe_error == pytest.approx((share * (1 - share) / judge.effective_images) ** 0.5, abs=1e-6)
 
 
 def test_chance():
