@@ -8,7 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from pipeline import locks
+from pipeline import config, locks
+from stages.analyze_features import plan
 from stages.analyze_features.judge import Scores
 from stages.analyze_features.kept import Kept, Swept
 from stages.analyze_features.recommend import Candidate
@@ -151,3 +152,27 @@ def test_what_is_kept_comes_back_as_it_was(tmp_path):
     assert found.colours["a"].dtype == np.uint8 and np.array_equal(found.colours["a"], colours)
     assert kept.load(8) is None
     assert other.load(7) is None and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "other"),
+    [
+        ("sweep_features.images", 15),
+        ("sweep_features.basis_images", 11),
+        ("sweep_features.margin_images", 3),
+        ("sweep_features.max_dims", 7),
+        ("sweep_features.picture_images", 3),
+        ("analyze_features.seed", 9),
+        ("analyze_features.splits", 2),
+        ("extract_features.prompts", "self-supervised"),
+        ("extract_features.denoise_prompt", "hello"),
+        ("extract_features.noise_seed", 9),
+        ("runtime.unet_batch_size", 16),
+    ],
+)
+def test_what_decides_the_numbers_decides_what_is_taken(undisturbed, setting, other):
+    def folder(**overrides):
+        return plan.make(config.load(undisturbed / "params.yaml", overrides)).kept._folder
+
+    assert folder(**{"sweep_features.standard_errors": 3.0, "sweep_features.timesteps": [7]}) == folder()
+    assert folder(**{setting: other}) != folder()
