@@ -1,11 +1,15 @@
 """A choice among a sweep's candidates in words, for the log, and as a preset."""
 
+import json
+from collections.abc import Mapping
+from typing import Any
+
 from stages.analyze_features.recommend import Choice
 
 _MANY = 0.1  # of the candidates
 
 
-def as_preset(choice: Choice, of: str, rests_on: str, share: float) -> str:
+def as_preset(choice: Choice, of: str, rests_on: str, share: float, measured: Mapping[str, Any]) -> str:
     """YAML in the presets' format, whose first line says what it is.
 
     Args:
@@ -13,6 +17,7 @@ def as_preset(choice: Choice, of: str, rests_on: str, share: float) -> str:
         of: what it is for: data set and model.
         rests_on: a sentence on the images that it was judged on.
         share: of the variance that the dimensions explain.
+        measured: the other keys of extract_features that the choice was measured with, and holds for.
     """
     taken = choice.recommended
     lines = [
@@ -27,6 +32,7 @@ def as_preset(choice: Choice, of: str, rests_on: str, share: float) -> str:
         + f"  timestep: {taken.timestep}\n"
         + f"  layers: [{', '.join(taken.layers)}]\n"
         + f"  dims: [{', '.join(map(str, taken.dims))}]\n"
+        + "".join(f"  {key}: {json.dumps(value)}\n" for key, value in measured.items())
     )
 
 

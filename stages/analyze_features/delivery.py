@@ -57,7 +57,7 @@ def _preset(made_of: dict[str, Any], choice: Choice) -> str:
     rests_on = f"Of {images['sampled']:,} training images the probe was judged on {images['held_out']:,}"
     rests_on += f", the prompts on {images['prompted']:,}." if choice.by_prompts else "."
     described = f"{made_of['dataset']['name']} with {made_of['backbone']['name']}"
-    return advice.as_preset(choice, described, rests_on, share)
+    return advice.as_preset(choice, described, rests_on, share, made_of["extract_features"])
 
 
 def _write_maps(folder: Path, plan: Plan, swept: dict[int, Swept]) -> None:

@@ -104,7 +104,7 @@ PRESET = {"extract_features": {"timestep": 200, "layers": ["up_blocks.0", "up_bl
 
 
 def test_the_preset_holds_the_choice_and_says_what_it_rests_on():
-    text = as_preset(choose([TWO_LAYERS, BEST], 0.3), "digits with tiny-sd", "Of 100 images 80 were judged.", 0.95)
+    text = as_preset(choose([TWO_LAYERS, BEST], 0.3), "digits with tiny-sd", "Of 100 images 80 were judged.", 0.95, {})
     assert YAML(typ="safe").load(text) == PRESET
     assert text.splitlines()[:5] == [
         "# By `pipeline sweep-features` for digits with tiny-sd: linear probe 89.70 ± 1.00 %.",
@@ -119,8 +119,8 @@ def test_the_preset_holds_the_choice_and_says_what_it_rests_on():
 def test_the_preset_says_what_was_given_up():
     chosen, other = candidate(200, [20, 20], 0.897, nearest=41.5), candidate(300, [28], 0.8, nearest=58.6)
     best = candidate(300, [10, 10, 10], 0.900, nearest=40)
-    text = as_preset(choose([chosen, best, other], 0.3), "digits with tiny-sd", "100 images", 0.95)
-    assert YAML(typ="safe").load(text) == PRESET
+    text = as_preset(choose([chosen, best, other], 0.3), "digits with tiny-sd", "100 images", 0.95, {"image_size": 64})
+    assert YAML(typ="safe").load(text) == {"extract_features": PRESET["extract_features"] | {"image_size": 64}}
     assert ": linear probe 89.70 ± 1.00 %, matching prompt nearest 41.5 ± 1.0 %.\n" in text
     assert "by the probe alone: t = 200, up_blocks.0 + up_blocks.1: linear probe 89.70 ± 1.00 %" in text
     assert "by the prompts alone: t = 300, up_blocks.0: linear probe 80.00 ± 1.00 %, matching prompt nearest 58" in text
