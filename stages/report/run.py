@@ -103,10 +103,15 @@ def _subtitle(found: Results) -> str:
     clients = sorted({len(run.label_counts) for run in found.all_runs})
     return (
         f"{run.config['dataset']['name']}, {train['model']}; {' or '.join(map(str, clients))} clients, "
-        f"{train['clients_per_round']} a round, {train['num_rounds']} rounds of {train['local_epochs']} local epochs; "
-        f"{len(found.methods)} methods, {len(found.partitions)} settings, "
+        f"{train['clients_per_round']} a round, {_counted(train['num_rounds'], 'round')} of "
+        f"{_counted(train['local_epochs'], 'local epoch')}; "
+        f"{_counted(len(found.methods), 'method')}, {_counted(len(found.partitions), 'setting')}, "
         f"{'seeds' if len(found.seeds) > 1 else 'seed'} {', '.join(map(str, found.seeds))}."
     )
+
+
+def _counted(count: int, of: str) -> str:
+    return f"{count} {of}" if count == 1 else f"{count} {of}s"
 
 
 def _summary(found: Results) -> dict[str, dict[str, dict[str, float | None]]]:

@@ -71,9 +71,10 @@ def accuracy(results: Results) -> Table:
     over = (
         f"mean ± standard deviation over {len(results.seeds)} seeds" if len(results.seeds) > 1 else "one seed (n = 1)"
     )
-    note = f"{measure(results)}, %, {of}; {over}. Best in bold"
+    note = f"{measure(results)}, %, {of}; {over}"
+    note += ". Best in bold" if len(results.methods) > 1 else ""
     if results.baseline and len(results.methods) > 1:
-        note += f"; beside it the gain over {results.baseline}"
+        note += f"; small or in brackets: the gain over {results.baseline}"
         note += ", seed by seed, and its deviation" if len(results.seeds) > 1 else ""
     return _by_method("accuracy", "Accuracy", f"{note}.", results, columns, cell)
 
