@@ -378,7 +378,7 @@ def test_features_on_a_basis_of_ones_own_are_refused_with_the_way_out(tmp_path, 
         ({"client-id": 1}, "client-id 1 is n1's already"),
         ({"client-id": "x"}, "no client-id"),
         ({"client-id": 9}, "partitions.dir has 4 clients, there is no client 9"),
-        ({"name": "\x1b[2Jtwo\nlines", "client-id": 9}, r"client 9 \( \[2Jtwo lines\)"),
+        ({"name": "\x1b[2Jtwo\nlines", "client-id": 9}, r"client 9 \(\\x1b\[2Jtwo lines\)"),
         ({"project": "/nowhere"}, "is no folder"),
     ],
 )

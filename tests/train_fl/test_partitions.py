@@ -163,7 +163,7 @@ def test_statistics_leave_out_an_empty_client():
 def test_the_picture_is_the_same_bytes_each_time(tmp_path):
     counts = counts_of(dirichlet(LABELS, 4, 0.5, 10, rng()))
     names = [f"class & {k}" for k in range(10)]
-    picture.draw(tmp_path / "a.svg", counts, names)
-    picture.draw(tmp_path / "b.svg", counts, names)
+    picture.write(tmp_path / "a.svg", counts, names)
+    picture.write(tmp_path / "b.svg", counts, names)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert str(counts.max()) in (tmp_path / "a.svg").read_text()
