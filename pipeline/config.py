@@ -117,27 +117,25 @@ class Config:
         for setting in differing:
             section, _, inner = setting.partition(".")
             key = ".".join(part for part in (sections.get(section, section), inner) if part)
-            theirs, here = (_as_typed(at(values, setting)) for values in (found, wanted))
-            said.append(f"{key} {theirs}, where params.yaml has {here}")
-            flags += [f"--set {shlex.quote(f'{key}={theirs}')}"] if inner and theirs != _NOTHING else []
+            theirs, here = at(found, setting), at(wanted, setting)
+            said.append(f"{key} {_as_typed(theirs)}, where params.yaml has {_as_typed(here)}")
+            if inner and theirs is not ...:
+                flags.append(f"--set {shlex.quote(f'{key}={_as_typed(theirs)}')}")
         taken = f", or take it as it is, with {' '.join(flags)}" if len(flags) == len(differing) else ""
         raise PipelineError(f"{folder} was made with {'; '.join(said)}: train it again, as by `dvc repro`{taken}")
 
 
-_NOTHING = "nothing"
-
-
 def _as_typed(value: Any) -> str:
-    """A value as `--set` takes it."""
+    """A value as `--set` takes it; "nothing" for ..."""
     if value is ...:
-        return _NOTHING
+        return "nothing"
     return printable(value if isinstance(value, str) else json.dumps(value))
 
 
-def at(values: Any, dotted_key: str) -> Any:
-    """What stands at a dotted key of nested mappings, or ... if nothing does."""
+def at(values: Any, dotted_key: str, missing: Any = ...) -> Any:
+    """What stands at a dotted key of nested mappings, or `missing` if nothing does."""
     for part in dotted_key.split("."):
-        values = values.get(part, ...) if isinstance(values, Mapping) else ...
+        values = values.get(part, missing) if isinstance(values, Mapping) else missing
     return values
 
 

@@ -18,7 +18,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from pipeline.config import differing_keys
+from pipeline.config import at, differing_keys
 from pipeline.errors import PipelineError
 from pipeline.text import printable
 
@@ -222,12 +222,6 @@ def _said(text: str | None) -> str:
 
 def _check_agreement(member: Member, agreed: dict[str, Any]) -> None:
     if keys := differing_keys(member.agreement, agreed):
-        theirs = {key: _at(member.agreement, key) for key in keys[:3]}
-        ours = {key: _at(agreed, key) for key in keys[:3]}
+        theirs = {key: at(member.agreement, key, None) for key in keys[:3]}
+        ours = {key: at(agreed, key, None) for key in keys[:3]}
         raise PipelineError(f"{member} has {theirs}, the others have {ours}: it cannot train with them")
-
-
-def _at(values: Any, dotted_key: str) -> Any:
-    for key in dotted_key.split("."):
-        values = values.get(key) if isinstance(values, dict) else None
-    return values

@@ -6,7 +6,7 @@ runs no script. It follows light and dark by itself.
 
 import base64
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,10 @@ _MIME = {".svg": "image/svg+xml", ".png": "image/png"}
 class Analysis:
     """Captions -> data URIs; the recommended preset, or ""; and what was found but left out, and why."""
 
-    of_set: dict[str, str] = field(default_factory=dict)
-    of_sweep: dict[str, str] = field(default_factory=dict)
-    recommended: str = ""
-    left_out: list[str] = field(default_factory=list)
+    of_set: dict[str, str]
+    of_sweep: dict[str, str]
+    recommended: str
+    left_out: list[str]
 
 
 def read(root: Path, results: Results, with_sweep: bool) -> Analysis:

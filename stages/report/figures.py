@@ -50,10 +50,10 @@ def pens(methods: list[str]) -> dict[str, Pen]:
 def curves(results: Results, quantity: str) -> list[str]:
     """A picture a partition: its accuracy (%) or loss by round."""
     scale = 100 if quantity == "accuracy" else 1
-    means = [scale * _stacked(results, *place, quantity).mean(0) for place in results.runs]
     if quantity == "accuracy":
         top = min(100.0, 1.05 * max(scale * float(np.max(run.accuracy)) for run in results.all_runs))
     else:  # where a few runs soar, the others would be flat lines
+        means = [_stacked(results, *place, quantity).mean(0) for place in results.runs]
         top = 1.1 * float(np.quantile(np.concatenate(means), 0.98))
     return [_curves(results, partition, quantity, scale, top) for partition in results.partitions]
 
