@@ -38,6 +38,15 @@ class Config:
         """Where files stand that DVC does not track: the real repository, also in an experiment's temporary copy."""
         return Path(os.environ.get("DVC_ROOT", self.root))
 
+    def path(self, written: str) -> Path:
+        """A path as params.yaml has it: the one rule for every key that names a file or folder.
+
+        "~" is the user's home. A relative path starts at the project's folder. The temporary copy that DVC makes of a
+        project for an experiment has only the files that git or DVC track: what it lacks is taken from the project.
+        """
+        path = Path(os.path.expanduser(written))
+        return self.root / path if (self.root / path).exists() else self.home / path
+
     @property
     def dataset_dir(self) -> Path:
         """The prepared data set."""

@@ -51,7 +51,7 @@ def read_manifest(config: Config) -> dict[str, Any]:
 def image_encoder_dir(config: Config) -> Path | None:
     """Where the image encoder stands; None without image conditioning."""
     path = config.params.extract_features.image_conditioning
-    return config.root / path if path else None
+    return config.path(path) if path else None
 
 
 def image_encoder_hashes(config: Config) -> dict[str, str] | None:

@@ -10,7 +10,7 @@ Training makes the texts once more, to hold those of its set against its own set
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,26 +33,26 @@ class PromptSet:
     positive: Literal["label", "first"]
 
 
-def build(params: ExtractFeatures, class_names: list[str], root: Path) -> PromptSet:
+def build(params: ExtractFeatures, class_names: list[str], locate: Callable[[str], Path]) -> PromptSet:
     """All prompts that the configuration asks for.
 
     Args:
         params: the stage's section.
         class_names: of the data set.
-        root: where relative paths start.
+        locate: A path as params.yaml has it -> where the file is; `Config.path`.
 
     Raises:
         PipelineError: a file of prompts or words cannot be used.
     """
     if params.prompts == "self-supervised":
         if params.negative_words:
-            words = _read_words(root / params.negative_words)
+            words = _read_words(locate(params.negative_words))
         else:
             words = tiny_imagenet_words()
         return PromptSet([[params.self_supervised_prompt], *_fill(params.prompt_templates, words)], "first")
     texts = _fill(params.prompt_templates, class_names)
     if params.class_prompts:
-        for name, own in _read_class_prompts(root / params.class_prompts, class_names).items():
+        for name, own in _read_class_prompts(locate(params.class_prompts), class_names).items():
             texts[class_names.index(name)] = own
     return PromptSet(texts, "label")
 

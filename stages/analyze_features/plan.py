@@ -70,7 +70,7 @@ def make(config: Config) -> Plan:
     order = seeding.numpy_generator(config.params.analyze_features.seed, "swept images").permutation(len(data))
     index = order[: params.images]
     margin_images = min(params.margin_images, len(index))
-    prompt_set = prompts.build(extraction, dataset.class_names, config.root)
+    prompt_set = prompts.build(extraction, dataset.class_names, config.path)
     judge = Judge(data.labels[index], config.params.analyze_features)
     made_of = {
         "dataset": {"name": dataset.name, "hash": dataset.hash},

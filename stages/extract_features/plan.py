@@ -46,7 +46,7 @@ def make(config: Config) -> Job:
         raise PipelineError(
             f"extract_features.dims = {params.dims} must have one entry for each of layers = {list(channels)}"
         )
-    prompt_set = prompts.build(params, dataset.class_names, config.root)
+    prompt_set = prompts.build(params, dataset.class_names, config.path)
     content = Content(
         extraction_version=params.version,
         dataset_hash=dataset.hash,
@@ -72,7 +72,7 @@ def make(config: Config) -> Job:
 def shared_basis(config: Config) -> Path | None:
     """The basis given from elsewhere; None if it is to be fitted."""
     path = config.params.extract_features.basis
-    return None if path == "auto" else config.root / path
+    return None if path == "auto" else config.path(path)
 
 
 def _hash_of_shared_basis(config: Config, channels: dict[str, int]) -> str | None:

@@ -43,7 +43,7 @@ def run(config: Config, train: bool = False) -> Path:
     target = config.backbone_dir
     if train and params.source != "embedded":
         raise PipelineError(f"--train makes tiny-sd: it goes with source: embedded, not {params.source}")
-    directory = config.root / params.source
+    directory = config.path(params.source)
     if train:
         from stages.prepare_backbone import tiny_sd
 

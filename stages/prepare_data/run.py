@@ -28,7 +28,7 @@ def run(config: Config) -> Path:
             subset asked for.
     """
     params = config.params.prepare_data
-    root = config.home / Path(params.path or f"data/raw/{params.source}").expanduser()
+    root = config.path(params.path or f"data/raw/{params.source}")
     source = SOURCES[params.source](root, params)
     if params.train_subset is not None:
         source = _subset(source, params.train_subset, seeding.numpy_generator(params.seed, "train subset"))

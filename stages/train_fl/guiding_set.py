@@ -124,9 +124,9 @@ def _foreign_prompt(content: Content, config: Config) -> int | None:
     params = config.params.extract_features
     key = _FILES[params.prompts]
     file = getattr(params, key)
-    here = file is None or (config.root / file).exists()
+    here = file is None or config.path(file).exists()
     known = params if here else params.model_copy(update={key: None})
-    ours = prompts.build(known, content.class_names, config.root).texts
+    ours = prompts.build(known, content.class_names, config.path).texts
     if here:
         pairs = enumerate(zip_longest(content.prompts, ours))
         return next((number for number, (their, our) in pairs if their != our), None)
@@ -167,7 +167,7 @@ def _basis_difference(content: Content, config: Config) -> str | None:
     if content.basis_sha256 is None:
         return None
     ours = config.params.extract_features.basis
-    file, difference = config.root / ours, "is auto" if ours == "auto" else ""
+    file, difference = config.path(ours), "is auto" if ours == "auto" else ""
     if not difference and file.is_file() and (sha256 := provenance.file_sha256(file)) != content.basis_sha256:
         difference = f"is {ours} (SHA-256 {sha256[:12]})"
     if not difference:

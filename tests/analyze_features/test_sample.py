@@ -44,7 +44,7 @@ def digits(tmp_path_factory):
 def sample(root, index, **changes):
     config = configuration.load(root / "params.yaml", SWEEP | changes)
     dataset = PreparedDataset(config.dataset_dir)
-    prompt_set = prompts.build(config.params.extract_features, dataset.class_names, root)
+    prompt_set = prompts.build(config.params.extract_features, dataset.class_names, config.path)
     return Sample(config, prompt_set, dataset.load("train"), index)
 
 

@@ -15,7 +15,7 @@ CLASSES = ["cat", "dog"]
 
 
 def build(root, **changes):
-    return prompts.build(section(ExtractFeatures, "extract_features", **changes), CLASSES, root)
+    return prompts.build(section(ExtractFeatures, "extract_features", **changes), CLASSES, lambda name: root / name)
 
 
 def test_templates_are_filled_in(tmp_path):

@@ -50,7 +50,7 @@ def make(root: Path, **overrides) -> config.Config:
 def content(project: config.Config) -> Content:
     """What a set extracted with the project's settings says of itself; its layers are made up."""
     params, dataset = project.params.extract_features, datasets.PreparedDataset(project.dataset_dir)
-    made = prompts.build(params, dataset.class_names, project.root)
+    made = prompts.build(params, dataset.class_names, project.path)
     return Content(
         extraction_version=params.version,
         dataset_hash=dataset.hash,

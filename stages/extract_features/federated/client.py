@@ -55,7 +55,7 @@ def basis(message: Message, context: Context) -> RecordDict:
     """
     node, job = _job(context)
     config = _config(context, node)
-    file = config.root / config.params.extract_features.basis
+    file = config.path(config.params.extract_features.basis)
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic.whole_or_not_at_all(file) as received:
         received.write_bytes(np.array(message.content.array_records["file"]["basis.h5"].numpy()).tobytes())

@@ -51,7 +51,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
     dims = [stop - start for start, stop in ranges.values()]
     layers = {layer: representation.fit_basis(total[layer], d) for layer, d in zip(ranges, dims, strict=True)}
     pooled = nodes.ask("query.pooled", pack_layers(layers), lambda content: read_pooled(content, sum(dims)))
-    basis, file = Basis(layers, *add_pooled(pooled)), config.root / params.basis
+    basis, file = Basis(layers, *add_pooled(pooled)), config.path(params.basis)
     feature_store.write_basis_file(file, basis)
     made = {"sha256": provenance.file_sha256(file), "members": members, "agreed": agreed}
     provenance.write_json(file.with_suffix(".json"), made)
