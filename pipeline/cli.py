@@ -173,8 +173,8 @@ def main(ctx: click.Context, params: Path, quiet: bool) -> None:
     """
     ctx.obj = params
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", force=True)
-    for library in ("httpx", "matplotlib", "PIL"):
-        logging.getLogger(library).setLevel(logging.WARNING)
+    for library in ("httpx", "matplotlib", "PIL"):  # such as matplotlib's on its cache folder
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 @main.command("prepare-data", cls=StageCommand, section="prepare_data")

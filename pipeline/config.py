@@ -23,6 +23,13 @@ from pipeline.params import Params, Section
 from pipeline.text import printable
 
 _MAX_OPEN_BRACKETS = 100
+_YAML_KINDS = {
+    "int": "a number",
+    "float": "a number",
+    "bool": "true or false",
+    "null": "an empty value",
+    "timestamp": "a date",
+}
 
 
 class Config:
@@ -289,6 +296,23 @@ def parse_yaml(text: str) -> Any:
         raise YAMLError("it is nested too deeply") from None
     except Exception as error:
         raise YAMLError(f"a value cannot be read ({error or type(error).__name__})") from None
+
+
+def keys_that_are_no_text(text: str) -> list[tuple[int, str, str]]:
+    """Keys of a YAML file's outermost mapping that are not text to YAML: 007, true, null.
+
+    Args:
+        text: the file's text, which `parse_yaml` has read.
+
+    Returns:
+        Per key its line, counted from 1, the key as it is written, and what YAML takes it for.
+    """
+    from ruamel.yaml import YAML
+
+    document = YAML(typ="safe", pure=True).compose(text)
+    keys = [key for key, _ in document.value] if getattr(document, "id", "") == "mapping" else []
+    found = [(key.start_mark.line + 1, key.value, str(key.tag).rpartition(":")[2]) for key in keys]
+    return [(line, str(written), _YAML_KINDS.get(kind, kind)) for line, written, kind in found if kind in _YAML_KINDS]
 
 
 def _set(values: dict[str, Any], dotted_key: str, value: Any) -> None:

@@ -5,11 +5,12 @@ dark, a page gives an inlined picture its own. Text is text, searchable, and nev
 ids: the same figure gives the same bytes. matplotlib is loaded when the first picture is drawn.
 """
 
+import contextlib
 import functools
 import io
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 if TYPE_CHECKING:
@@ -46,18 +47,38 @@ def svg(draw: Callable[P, "Figure"]) -> Callable[P, str]:
 
     @functools.wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> str:
-        import matplotlib
-
         buffer = io.StringIO()
-        with matplotlib.rc_context(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the reader's fonts draw the text
-            matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
-            matplotlib.rcParams.update(_STYLE)
+        with _drawing(_STYLE):
             draw(*args, **kwargs).savefig(buffer, format="svg", metadata={"Date": None})
         text = re.sub("(<svg [^>]*>)", rf"\1{_COLOURS}", buffer.getvalue(), count=1)
         return _TAG.sub(lambda tag: tag[0].replace(INK, "currentColor"), text)
 
     return drawn
+
+
+def png(draw: Callable[P, "Figure"]) -> Callable[P, bytes]:
+    """Makes a function that draws a figure return it as a PNG file, on white."""
+
+    @functools.wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> bytes:
+        buffer = io.BytesIO()
+        with _drawing({}):
+            draw(*args, **kwargs).savefig(buffer, format="png", metadata={"Software": None})
+        return buffer.getvalue()
+
+    return drawn
+
+
+@contextlib.contextmanager
+def _drawing(style: dict[str, Any]) -> Iterator[None]:
+    """Matplotlib's defaults with `style` over them, whatever the user's matplotlibrc says, and none of its warnings."""
+    import matplotlib
+
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of glyphs, which the reader's fonts have, and of crowded axes
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(style)
+        yield
 
 
 def inline(text: str, number: int) -> str:

@@ -46,3 +46,18 @@ def test_neither_text_nor_the_users_style_is_touched(recwarn):
     with matplotlib.rc_context({"font.size": 30}):
         assert pictures.inline(bars(name), 7) == drawn
     assert not recwarn.list
+
+
+@pictures.png
+def photo(name):
+    figure = Figure(figsize=(1, 1), layout="constrained")
+    axes = figure.subplots(3, 3)
+    for each in axes.flat:
+        each.set(title=name * 20, ylabel=name)
+    return figure
+
+
+def test_warnings_of_drawing_do_not_reach_users(recwarn):
+    assert photo("\u4e2d\U0001f69a").startswith(b"\x89PNG")  # no such glyphs, and no room for nine titles
+    assert bars("\u4e2d\U0001f69a")
+    assert not recwarn.list

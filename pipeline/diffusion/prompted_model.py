@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.diffusion import prompts
+from pipeline.diffusion import distinct_prompts, prompts
 from pipeline.diffusion.backbones import Backbone
 from pipeline.diffusion.prompts import PromptSet
 
@@ -28,11 +28,16 @@ class PromptedModel:
     """A frozen model that has read its prompts."""
 
     def __init__(self, backbone: Backbone, prompt_set: PromptSet, generic: str) -> None:
-        """Encodes the prompts, texts of one averaged, and then `generic`."""
+        """Encodes the prompts, the texts of one averaged, and then `generic`.
+
+        Raises:
+            PipelineError: The model cannot tell two prompts of the set apart.
+        """
         texts = [*prompt_set.texts, [generic]]
-        encoded = backbone.encode_prompts([text for group in texts for text in group])
-        self.backbone, self.conditioning = backbone, encoded.average(list(map(len, texts)))
+        self.backbone = backbone
+        self.conditioning = backbone.encode_prompts([text for group in texts for text in group], list(map(len, texts)))
         self.generic = len(prompt_set.texts)
+        distinct_prompts.check(self.conditioning, prompt_set)
         self._prompt_set = prompt_set
 
     def prompts_of(

@@ -10,8 +10,9 @@ Training makes the texts once more, to hold those of its set against its own set
 """
 
 import json
+import unicodedata
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ import numpy as np
 from pipeline import config, seeding
 from pipeline.errors import PipelineError
 from pipeline.params import ExtractFeatures
+from pipeline.system_errors import refusal
 
 _TINY_IMAGENET = Path(__file__).parent / "tiny_imagenet.json"  # names of its 200 classes
 _FIELD = "{class_name}"
@@ -27,10 +29,17 @@ _FIELD = "{class_name}"
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of a feature set, numbered from 0: per prompt its texts; and what tells which one matches."""
+    """The prompts of a feature set, numbered from 0.
+
+    Attributes:
+        texts: Texts of each prompt, whose embeddings are averaged.
+        positive: Which prompt matches an image: its label's, or the first.
+        names: The class or word of each prompt, for messages; empty if unknown.
+    """
 
     texts: list[list[str]]
     positive: Literal["label", "first"]
+    names: list[str] = field(default_factory=list, compare=False)
 
 
 def build(params: ExtractFeatures, class_names: list[str], locate: Callable[[str], Path]) -> PromptSet:
@@ -49,12 +58,13 @@ def build(params: ExtractFeatures, class_names: list[str], locate: Callable[[str
             words = _read_words(locate(params.negative_words))
         else:
             words = tiny_imagenet_words()
-        return PromptSet([[params.self_supervised_prompt], *_fill(params.prompt_templates, words)], "first")
+        texts = [[params.self_supervised_prompt], *_fill(params.prompt_templates, words)]
+        return PromptSet(texts, "first", ["extract_features.self_supervised_prompt", *words])
     texts = _fill(params.prompt_templates, class_names)
     if params.class_prompts:
         for name, own in _read_class_prompts(locate(params.class_prompts), class_names).items():
             texts[class_names.index(name)] = own
-    return PromptSet(texts, "label")
+    return PromptSet(texts, "label", list(class_names))
 
 
 def tiny_imagenet_words() -> list[str]:
@@ -138,7 +148,9 @@ def _read_words(file: Path) -> list[str]:
     try:
         words = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise PipelineError(f"extract_features.negative_words: {file} cannot be read ({error})") from None
+        raise refusal(error, file) or PipelineError(
+            f"extract_features.negative_words: {file} cannot be read ({error})"
+        ) from None
     if not words or len(set(words)) < len(words):
         raise PipelineError(f"extract_features.negative_words: {file} needs one word a line, none twice")
     return words
@@ -152,7 +164,10 @@ def _read_class_prompts(file: Path, class_names: list[str]) -> dict[str, list[st
             raise PipelineError(f"{key} names {name!r}, which is no class of the data set ({', '.join(class_names)})")
         content[name] = texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-            raise PipelineError(f"{key}: {name!r} needs a text or a list of texts, not {texts!r}")
+            raise PipelineError(
+                f"{key}: {name!r} needs a text or a list of texts, not {texts!r}. Quote a text that YAML reads as a "
+                "number, true, false or null."
+            )
     return content
 
 
@@ -160,9 +175,17 @@ def _read_mapping(file: Path, key: str) -> dict[str, Any]:
     from ruamel.yaml import YAMLError
 
     try:
-        content = config.parse_yaml(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        content = config.parse_yaml(text)
+        other = config.keys_that_are_no_text(text)
     except (OSError, UnicodeDecodeError, YAMLError) as error:
-        raise PipelineError(f"{key} cannot be read ({' '.join(str(error).split())})") from None
+        raise refusal(error, file) or PipelineError(f"{key} cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(content, Mapping):
         raise PipelineError(f"{key} must map class names to prompts")
-    return {str(name): texts for name, texts in content.items()}
+    if other:
+        line, written, kind = other[0]
+        more = f"; {len(other) - 1} more keys are no text either" if len(other) > 1 else ""
+        raise PipelineError(f'{key}, line {line}: YAML reads the key {written} as {kind}{more}. Quote it: "{written}".')
+    return {
+        unicodedata.normalize("NFC", name) if isinstance(name, str) else name: texts for name, texts in content.items()
+    }

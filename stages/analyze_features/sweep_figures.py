@@ -4,7 +4,6 @@ Curves are drawn by role. Single layers are thin, from blue to green in the mode
 two or three are others at every timestep, three sets are thick: what is recommended, the backbone's own, all layers.
 """
 
-import io
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -76,7 +75,8 @@ def _key_of_colours(figure: Figure, panels: np.ndarray, order: Sequence[str], sh
     key.set_label(f"thin lines: {len(order)} single layers")
 
 
-def maps(image: np.ndarray, rgb: dict[int, dict[str, np.ndarray]]) -> bytes:
+@pictures.png
+def maps(image: np.ndarray, rgb: dict[int, dict[str, np.ndarray]]) -> Figure:
     """PNG: one image's maps, their first three principal components as colours (Fig. 4).
 
     Args:
@@ -103,9 +103,7 @@ def maps(image: np.ndarray, rgb: dict[int, dict[str, np.ndarray]]) -> bytes:
         fontsize=8,
         wrap=True,
     )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return figure
 
 
 def with_signs_matched(colours: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -7,6 +7,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteSchedu
 from diffusers.pipelines import DiffusionPipeline
 
 from pipeline.diffusion import backbones
+from pipeline.diffusion.backbones import text
 from pipeline.errors import PipelineError
 from tests.extract_features import tiny_models
 from tests.extract_features.tiny_models import FAMILIES
@@ -185,7 +186,7 @@ def test_text_is_encoded_as_the_models_own_pipeline_does(models, name):
 def test_sd3_works_without_t5(tmp_path):
     backbone = backbones.load(tiny_models.sd3(tmp_path / "m", t5=False), "auto", "cpu", torch.float32)
     states = backbone.encode_prompts(["a"]).tensors["encoder_hidden_states"]
-    assert states.shape == (1, 24 + 256, 64) and not states[:, 24:].any()
+    assert states.shape == (1, 48 + 256, 64) and not states[:, 48:].any()
 
 
 def test_pixart_of_1024_pixels_takes_sizes(tmp_path):
@@ -195,15 +196,73 @@ def test_pixart_of_1024_pixels_takes_sizes(tmp_path):
     backbone.features(torch.zeros(2, 4, 8, 8), 10, backbone.encode_prompts(["a", "b"]))
 
 
+class Counted:
+    """A text encoder of two numbers per text: its length as the state, its first characters as the mask."""
+
+    def __init__(self):
+        self.tokens = self
+        self.batches = []
+
+    def __call__(self, prompts):
+        self.batches.append(len(prompts))
+        mask = torch.tensor([[int(text[0]), int(text[1])] for text in prompts])
+        return torch.tensor([[float(len(text))] for text in prompts]), mask
+
+    def warn_of_cut(self):
+        pass
+
+
 def test_averaged_templates_and_masks():
-    conditioning = backbones.Conditioning(
-        {"states": torch.tensor([[1.0], [3.0], [5.0]]), "mask": torch.tensor([[1, 0], [1, 1], [1, 0]])},
-        torch.tensor([[2.0], [4.0], [6.0]]),
-    )
-    averaged = conditioning.average([2, 1])
-    assert averaged.tensors["states"].tolist() == [[2.0], [5.0]]
-    assert averaged.tensors["mask"].tolist() == [[1, 1], [1, 0]]
-    assert averaged.similarity.tolist() == [[3.0], [6.0]]
+    encoder = Counted()
+    found = text.encode(encoder, ["10", "0111", "10abc"], [2, 1], lambda states, mask: {"states": states, "mask": mask})
+    assert found["states"].tolist() == [[3.0], [5.0]]  # (2 + 4) / 2 characters, and 5
+    assert found["mask"].tolist() == [[1, 1], [1, 0]]
+
+
+def test_groups_larger_than_a_batch_are_averaged_over_batches():
+    encoder = Counted()
+    texts = ["0" * (2 + n) for n in range(100)]
+    found = text.encode(encoder, texts, [50, 1, 49], lambda states, mask: {"states": states.half()})
+    assert encoder.batches == [32, 32, 32, 4]
+    assert found["states"].dtype == torch.float16
+    # lengths 2 to 51, 52, and 53 to 101
+    assert found["states"].tolist() == [[26.5], [52.0], [77.0]]
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "pixart", "sd3"])
+def test_averaging_while_encoding_gives_the_means_of_the_single_texts(models, name):
+    backbone = backbones.load(models[name], "auto", "cpu", torch.bfloat16)
+    texts = [f"photo {number} of it" for number in range(40)]
+    single, grouped = backbone.encode_prompts(texts), backbone.encode_prompts(texts, [33, 1, 6])
+    for tensor, means in zip(single.tensors.values(), grouped.tensors.values(), strict=True):
+        for row, part in enumerate((tensor[:33], tensor[33:34], tensor[34:])):
+            expected = part.float().mean(0).to(part.dtype) if part.is_floating_point() else part.amax(0)
+            assert torch.equal(means[row], expected)
+    torch.testing.assert_close(grouped.similarity[0], single.similarity[:33].mean(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "window", "parts"),
+    [("sd", 48, ["text_encoder"]), ("sdxl", 48, ["text_encoder", "text_encoder_2"]), ("pixart", 120, ["text_encoder"])],
+)
+def test_what_a_text_encoder_does_not_read_is_named(models, name, window, parts, caplog):
+    text._warn_once.cache_clear()
+    fits = "a" * (window - 4) if name != "pixart" else "a" * (window - 2)  # one token a letter, and those at the ends
+    backbone = backbones.load(models[name], "auto", "cpu", torch.float32)
+    backbone.encode_prompts(["a", "b"])
+    assert not caplog.records
+    backbone.encode_prompts(["a", "b", fits + "aaaaaaaaxyz"])
+    assert len(caplog.messages) == len(parts)
+    for part, message in zip(parts, caplog.messages, strict=True):
+        assert message.startswith(f"1 of 3 prompts are longer than the {window} tokens that {part} reads")
+        assert "xyz" in message and "loses" in message
+
+
+def test_a_class_conditional_model_takes_one_class_a_prompt(models):
+    backbone = backbones.load(models["dit"], "auto", "cpu", torch.float32)
+    assert backbone.encode_prompts(["tench", "Tinca tinca", "cock"], [2, 1]).tensors["class_labels"].tolist() == [0, 2]
+    with pytest.raises(PipelineError, match="a prompt's texts name several \\('tench', 'cock'\\)"):
+        backbone.encode_prompts(["tench", "cock"], [2])
 
 
 def test_mistakes_are_named(models, tmp_path):

@@ -52,7 +52,7 @@ def vae(channels=4, **config):
     )  # fmt: skip
 
 
-def clip_tokenizer(length=24):
+def clip_tokenizer(length=48):
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     symbols = list(bytes_to_unicode().values())
@@ -60,7 +60,7 @@ def clip_tokenizer(length=24):
     return CLIPTokenizer(vocab={token: n for n, token in enumerate(tokens)}, merges=[], model_max_length=length)
 
 
-def clip_text(width=16, projection=None, length=24):
+def clip_text(width=16, projection=None, length=48):
     config = CLIPTextConfig(
         vocab_size=514, hidden_size=width, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=length, projection_dim=projection or width, bos_token_id=512, eos_token_id=513,

@@ -42,18 +42,6 @@ class Conditioning:
         taken = {name: tensor[index.to(tensor.device)] for name, tensor in self.tensors.items()}
         return type(self)(taken, self.similarity[index.to(self.similarity.device)])
 
-    def average(self, sizes: list[int]) -> Self:
-        """Averages consecutive groups of `sizes` prompts: embeddings by their mean, masks of tokens by their union."""
-
-        def means(tensor: Tensor) -> Tensor:
-            if not tensor.is_floating_point():
-                return torch.stack([group.amax(0) for group in tensor.split(sizes)])
-            return torch.stack([group.float().mean(0) for group in tensor.split(sizes)]).to(tensor.dtype)
-
-        if set(sizes) == {1}:
-            return self
-        return type(self)({name: means(tensor) for name, tensor in self.tensors.items()}, means(self.similarity))
-
     def to(self, device: str) -> Self:
         """The same prompts for a denoiser on another device."""
         return type(self)({name: tensor.to(device) for name, tensor in self.tensors.items()}, self.similarity)
@@ -69,8 +57,14 @@ class Backbone(Protocol):
     def encode_images(self, images: np.ndarray, image_size: int) -> Tensor:
         """uint8 (B, H, W, 3) -> latents, float32 (B, C, h, w) on the device."""
 
-    def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """Encodes each prompt; the text encoders are loaded for the call and freed after it."""
+    def encode_prompts(self, prompts: list[str], sizes: list[int] | None = None) -> Conditioning:
+        """Encodes texts; the text encoders are loaded for the call and freed after it.
+
+        Args:
+            prompts: All texts.
+            sizes: Consecutive texts whose embeddings are averaged into one prompt, a number per prompt; None: every
+                text is a prompt.
+        """
 
     def with_image(self, conditioning: Conditioning, embeddings: Tensor) -> Conditioning:
         """Adds an image embedding (B, E) to every token of B prompts."""
@@ -188,8 +182,8 @@ class DiffusersBackbone:
         """The same model, loaded anew in float32."""
         return type(self)(self.path, self.layers, self.device, torch.float32)
 
-    def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """Encodes each prompt; see `Backbone.encode_prompts`."""
+    def encode_prompts(self, prompts: list[str], sizes: list[int] | None = None) -> Conditioning:
+        """Encodes texts; see `Backbone.encode_prompts`."""
         raise NotImplementedError
 
     @classmethod

@@ -20,11 +20,11 @@ class DiTBackbone(TokenBackbone):
 
     model_class = DiTTransformer2DModel
 
-    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+    def encode_prompts(self, prompts: list[str], sizes: list[int] | None = None) -> Conditioning:
         """Class numbers (K,); prompts are compared by the first block's class embeddings.
 
         Raises:
-            PipelineError: a prompt is none of the model's classes.
+            PipelineError: a prompt is none of the model's classes, or a prompt's texts name several.
         """
         for prompt in prompts:
             if prompt not in self._classes:
@@ -32,7 +32,15 @@ class DiTBackbone(TokenBackbone):
                     f"{self.path.name} is conditioned on {len(self._classes) - 1} classes, and {prompt!r} is none: set "
                     'extract_features.prompt_templates to ["{class_name}"] and class_prompts to names it has'
                 )
-        labels = torch.tensor([self._classes[prompt] for prompt in prompts], device=self.device)
+        texts = iter(prompts)
+        groups = [[next(texts) for _ in range(size)] for size in sizes or [1] * len(prompts)]
+        for group in groups:
+            if len({self._classes[prompt] for prompt in group}) > 1:
+                raise PipelineError(
+                    f"{self.path.name} is conditioned on one class at a time, and a prompt's texts name several "
+                    f"({', '.join(map(repr, group))}). Give each class one text"
+                )
+        labels = torch.tensor([self._classes[group[0]] for group in groups], device=self.device)
         table = self._model.transformer_blocks[0].norm1.emb.class_embedder.embedding_table
         with torch.inference_mode():
             return Conditioning({"class_labels": labels}, table(labels).float().cpu())

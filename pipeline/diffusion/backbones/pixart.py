@@ -9,7 +9,7 @@ from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
 from pipeline.diffusion.backbones.base import Conditioning, TokenBackbone
-from pipeline.diffusion.backbones.text import t5_states
+from pipeline.diffusion.backbones.text import T5Encoder, encode
 
 _TEXT_LENGTH = 120  # PixArt-alpha's; Sigma was trained with up to 300, which short prompts do not need
 
@@ -19,12 +19,15 @@ class PixArtBackbone(TokenBackbone):
 
     model_class = PixArtTransformer2DModel
 
-    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+    def encode_prompts(self, prompts: list[str], sizes: list[int] | None = None) -> Conditioning:
         """T5's token states (K, T, E) and their mask; prompts are compared by the mean of their tokens."""
-        states, mask = t5_states(self.path, "", prompts, _TEXT_LENGTH, self.device, self.dtype, masked=True)
-        mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        tensors = {"encoder_hidden_states": states.to(self.dtype), "encoder_attention_mask": mask}
-        return Conditioning(tensors, mean.cpu())
+        encoder = T5Encoder(self.path, "", _TEXT_LENGTH, self.device, self.dtype, masked=True)
+        tensors = encode(encoder, prompts, sizes, self._tensors)
+        return Conditioning(tensors, tensors.pop("similarity").cpu())
+
+    def _tensors(self, states: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (B, E)
+        return {"encoder_hidden_states": states.to(self.dtype), "encoder_attention_mask": mask, "similarity": mean}
 
     def _denoise(self, noisy: Tensor, timestep: int, conditioning: dict[str, Tensor]) -> None:
         batch = len(noisy)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.diffusion.backbones.base import Conditioning, TokenBackbone
-from pipeline.diffusion.backbones.text import clip_states, t5_states
+from pipeline.diffusion.backbones.text import ClipEncoder, T5Encoder, encode
 
 _T5_LENGTH = 256
 
@@ -24,19 +24,27 @@ class StableDiffusion3Backbone(TokenBackbone):
 
     model_class = SD3Transformer2DModel
 
-    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+    def encode_prompts(self, prompts: list[str], sizes: list[int] | None = None) -> Conditioning:
         """CLIP states side by side, padded to T5's width, then T5's tokens (zeros without T5): (K, T, E)."""
-        first, second = (clip_states(self.path, part, prompts, self.device, projected=True) for part in ("", "_2"))
-        clip = torch.cat([first[0], second[0]], dim=-1)
-        pooled = torch.cat([first[1], second[1]], dim=-1)
-        width = self._model.config.joint_attention_dim
+
+        def of_clip(number: str) -> dict[str, Tensor]:
+            encoder = ClipEncoder(self.path, number, self.device, projected=True)
+            return encode(encoder, prompts, sizes, self._tensors)
+
+        first, second = of_clip(""), of_clip("_2")
+        joined = {name: torch.cat([first[name], second[name]], dim=-1) for name in first}
+        clip, width = joined["states"], self._model.config.joint_attention_dim
         if (self.path / "text_encoder_3").is_dir():
-            t5, _ = t5_states(self.path, "_3", prompts, _T5_LENGTH, self.device, self.dtype, masked=False)
+            encoder = T5Encoder(self.path, "_3", _T5_LENGTH, self.device, self.dtype, masked=False)
+            t5 = encode(encoder, prompts, sizes, lambda states, mask: {"states": states.to(self.dtype)})["states"]
         else:
-            t5 = clip.new_zeros(len(prompts), _T5_LENGTH, width)
+            t5 = clip.new_zeros(len(clip), _T5_LENGTH, width)
         states = torch.cat([functional.pad(clip, (0, width - clip.shape[-1])), t5], dim=1)
-        tensors = {"encoder_hidden_states": states.to(self.dtype), "pooled_projections": pooled.to(self.dtype)}
-        return Conditioning(tensors, pooled.float().cpu())
+        tensors = {"encoder_hidden_states": states, "pooled_projections": joined["pooled"]}
+        return Conditioning(tensors, joined["similarity"].cpu())
+
+    def _tensors(self, states: Tensor, pooled: Tensor) -> dict[str, Tensor]:
+        return {"states": states.to(self.dtype), "pooled": pooled.to(self.dtype), "similarity": pooled.float()}
 
     def add_noise(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
         """(1 - sigma) * latents + sigma * noise, sigma = timestep / 1000."""

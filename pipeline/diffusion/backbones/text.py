@@ -1,10 +1,15 @@
-"""Frozen text encoders: prompts -> token states and one pooled embedding.
+"""Frozen text encoders: prompts -> token states and one more tensor each, averaged in groups while they are encoded.
 
-Encoders are loaded for a call and freed after it: text is encoded once per class, and memory is better spent on large
-batches. Prompts are padded to a fixed length and the padding is kept, as diffusers' pipelines do.
+Text is encoded once per class. Encoders are loaded for a call and freed after it, because memory is better spent on
+large batches. Prompts are padded to a fixed length and the padding is kept, as diffusers' pipelines do. What is longer
+than that length is cut, with a warning that names what is lost.
 """
 
+import functools
+import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,78 +18,172 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from pipeline.diffusion.backbones.base import load_part
 from pipeline.errors import PipelineError
 
+log = logging.getLogger(__name__)
+
 _PROMPTS_PER_BATCH = 32
+_SHOWN = 60  # characters of a prompt in a warning
+
+
+class TextEncoder(Protocol):
+    """A frozen text encoder with its tokenizer."""
+
+    tokens: "Tokens"
+
+    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """B texts -> token states, float32 (B, T, E), and a second tensor (B, ...), on the device."""
+
+
+class ClipEncoder:
+    """CLIP; its second tensor is the pooled embedding, float32 (B, E')."""
+
+    def __init__(self, path: Path, number: str, device: str, projected: bool) -> None:
+        """Loads the encoder.
+
+        Args:
+            path: A diffusers pipeline directory.
+            number: "" or "_2": which of its text encoders.
+            device: torch device.
+            projected: As Stable Diffusion XL and 3 use CLIP: the states of the last layer but one, and the pooled
+                embedding projected where the encoder has a projection. Else the last layer's.
+
+        Raises:
+            PipelineError: The encoder or its tokenizer cannot be loaded.
+        """
+        part = path / f"text_encoder{number}"
+        tokenizer = _tokenizer(CLIPTokenizer, path / f"tokenizer{number}")
+        self.tokens = Tokens(tokenizer, tokenizer.model_max_length, part.name)
+        encoder_class = CLIPTextModelWithProjection if projected and _projects(part) else CLIPTextModel
+        self._encoder = load_part(encoder_class, part, device).to(device, torch.float32).eval()
+        self._device, self._projected = device, projected
+
+    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """See `TextEncoder`."""
+        ids = self.tokens(prompts).input_ids.to(self._device)
+        out = self._encoder(ids, output_hidden_states=self._projected)
+        states = out.hidden_states[-2] if self._projected else out.last_hidden_state
+        return states, out.text_embeds if hasattr(out, "text_embeds") else out.pooler_output
+
+
+class T5Encoder:
+    """T5; its second tensor is the mask of tokens, int64 (B, T): 1 for a token, 0 for padding."""
+
+    def __init__(self, path: Path, number: str, length: int, device: str, dtype: torch.dtype, masked: bool) -> None:
+        """Loads the encoder.
+
+        Args:
+            path: A diffusers pipeline directory.
+            number: "" or "_3": which of its text encoders.
+            length: T, to which prompts are padded or cut.
+            device: torch device.
+            dtype: The encoder computes in this type; float16 overflows it, so float32 is taken instead.
+            masked: Whether attention leaves out the padding (PixArt: yes, Stable Diffusion 3: no).
+
+        Raises:
+            PipelineError: The encoder or its tokenizer cannot be loaded.
+        """
+        part = path / f"text_encoder{number}"
+        self.tokens = Tokens(_tokenizer(T5Tokenizer, path / f"tokenizer{number}"), length, part.name)
+        computing = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        self._encoder = load_part(T5EncoderModel, part, device).to(device, computing).eval()
+        self._device, self._masked = device, masked
+
+    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """See `TextEncoder`."""
+        tokens = self.tokens(prompts)
+        mask = tokens.attention_mask.to(self._device)
+        out = self._encoder(tokens.input_ids.to(self._device), attention_mask=mask if self._masked else None)
+        return out.last_hidden_state.float(), mask
+
+
+class Tokens:
+    """A tokenizer of one fixed length that remembers what it cut."""
+
+    def __init__(self, tokenizer: Any, length: int, encoder: str) -> None:
+        """Of the text encoder named `encoder`; prompts are padded or cut to `length` tokens."""
+        self._tokenizer, self._length, self._encoder = tokenizer, length, encoder
+        self._cut: list[tuple[str, list[int]]] = []
+        self._seen = 0
+
+    def __call__(self, prompts: list[str]) -> Any:
+        """Token ids and attention mask, int64 (B, T)."""
+        tokens = self._tokenizer(
+            prompts, padding="max_length", max_length=self._length, truncation=True, return_tensors="pt"
+        )
+        self._seen += len(prompts)
+        for prompt, used in zip(prompts, tokens.attention_mask.sum(1).tolist(), strict=True):
+            if used == self._length:  # full: either it just fits, or it was cut
+                every = self._tokenizer(prompt, truncation=False, verbose=False).input_ids
+                if len(every) > self._length:
+                    self._cut.append((prompt, every[self._length - 1 : -1]))  # the last token ends every text
+        return tokens
+
+    def warn_of_cut(self) -> None:
+        """Says in one line how many prompts were cut, and what the first one lost."""
+        if not self._cut:
+            return
+        prompt, lost = self._cut[0]
+        words = self._tokenizer.decode(lost).strip()
+        _warn_once(
+            f"{len(self._cut)} of {self._seen} prompts are longer than the {self._length} tokens that {self._encoder} "
+            f"reads, and their end is ignored. The first, {_short(prompt)!r}, loses {len(lost)} tokens: "
+            f"{_short(words)!r}. Shorten it."
+        )
 
 
 @torch.inference_mode()
-def clip_states(path: Path, number: str, prompts: list[str], device: str, projected: bool) -> tuple[Tensor, Tensor]:
-    """CLIP's token states and pooled embedding.
+def encode(
+    encoder: TextEncoder,
+    prompts: list[str],
+    sizes: list[int] | None,
+    tensors: Callable[[Tensor, Tensor], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """Encodes prompts and averages consecutive groups of them as soon as each is complete.
+
+    Averaging at once bounds the memory by the result, one batch and one group, however many templates a prompt has.
 
     Args:
-        path: a diffusers pipeline directory.
-        number: "" or "_2": which of its text encoders.
-        prompts: K texts.
-        device: torch device.
-        projected: as Stable Diffusion XL and 3 use CLIP: the states of the last layer but one, and the pooled
-            embedding projected where the encoder has a projection. Else the last layer's.
+        encoder: The text encoder.
+        prompts: All texts, the groups one after the other.
+        sizes: Texts per group; None: every text is a group of its own.
+        tensors: What the encoder gave of B texts -> what is kept of them, by name, each (B, ...).
 
     Returns:
-        float32 (K, T, E) and float32 (K, E'), on the device.
+        By the same names (K, ...), K the number of groups: means of floating-point tensors, taken in float32, and
+        unions of masks.
     """
-    part = path / f"text_encoder{number}"
-    tokenizer = _tokenizer(CLIPTokenizer, path / f"tokenizer{number}")
-    encoder_class = CLIPTextModelWithProjection if projected and _projects(part) else CLIPTextModel
-    encoder = load_part(encoder_class, part, device).to(device, torch.float32).eval()
-    states, pooled = [], []
+    pending: dict[str, Tensor] = {}
+    done: dict[str, list[Tensor]] = {}
+    left = list(sizes or [1] * len(prompts))[::-1]
     for start in range(0, len(prompts), _PROMPTS_PER_BATCH):
-        tokens = tokenizer(
-            prompts[start : start + _PROMPTS_PER_BATCH],
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        out = encoder(tokens.input_ids.to(device), output_hidden_states=projected)
-        states.append(out.hidden_states[-2] if projected else out.last_hidden_state)
-        pooled.append(out.text_embeds if hasattr(out, "text_embeds") else out.pooler_output)
-    return torch.cat(states), torch.cat(pooled)
+        rows = tensors(*encoder(prompts[start : start + _PROMPTS_PER_BATCH]))
+        pending = {name: torch.cat([pending[name], new]) if pending else new for name, new in rows.items()}
+        count = len(next(iter(pending.values())))
+        complete = 0
+        while left and complete + left[-1] <= count:
+            group = slice(complete, complete := complete + left.pop())
+            for name, values in pending.items():
+                done.setdefault(name, []).append(_average(values[group]))
+        pending = {name: values[complete:] for name, values in pending.items()} if complete < count else {}
+    encoder.tokens.warn_of_cut()
+    return {name: torch.stack(groups) for name, groups in done.items()}
 
 
-@torch.inference_mode()
-def t5_states(
-    path: Path, number: str, prompts: list[str], length: int, device: str, dtype: torch.dtype, masked: bool
-) -> tuple[Tensor, Tensor]:
-    """T5's token states.
+def _average(group: Tensor) -> Tensor:
+    """(B, ...) -> (...): the mean of embeddings, the union of masks of tokens."""
+    if not group.is_floating_point():
+        return group.amax(0)
+    return group[0].clone() if len(group) == 1 else group.float().mean(0).to(group.dtype)
 
-    Args:
-        path: a diffusers pipeline directory.
-        number: "" or "_3": which of its text encoders.
-        prompts: K texts.
-        length: T, to which prompts are padded or cut.
-        device: torch device.
-        dtype: the encoder computes in this type; float16 overflows it, so float32 is taken instead.
-        masked: whether attention leaves out the padding (PixArt: yes, Stable Diffusion 3: no).
 
-    Returns:
-        float32 (K, T, E), and the mask, int64 (K, T): 1 for a token, 0 for padding.
-    """
-    tokenizer = _tokenizer(T5Tokenizer, path / f"tokenizer{number}")
-    encoder = load_part(T5EncoderModel, path / f"text_encoder{number}", device)
-    encoder = encoder.to(device, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32).eval()
-    states, masks = [], []
-    for start in range(0, len(prompts), _PROMPTS_PER_BATCH):
-        tokens = tokenizer(
-            prompts[start : start + _PROMPTS_PER_BATCH],
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        mask = tokens.attention_mask.to(device)
-        out = encoder(tokens.input_ids.to(device), attention_mask=mask if masked else None)
-        states.append(out.last_hidden_state.float())
-        masks.append(mask)
-    return torch.cat(states), torch.cat(masks)
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Logs a warning once per process: prompts are encoded again where something is recomputed in float32."""
+    log.warning("%s", message)
+
+
+def _short(text: str) -> str:
+    """The beginning and the end of a long text: class names are usually at the end."""
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}"
 
 
 def _projects(part: Path) -> bool:

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from pipeline.diffusion.backbones.base import Conditioning, DiffusersBackbone
-from pipeline.diffusion.backbones.text import clip_states
+from pipeline.diffusion.backbones.text import ClipEncoder, encode
 from pipeline.errors import PipelineError
 
 
@@ -23,20 +23,27 @@ class UNetBackbone(DiffusersBackbone):
     component = "unet"
     model_class = UNet2DConditionModel
 
-    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+    def encode_prompts(self, prompts: list[str], sizes: list[int] | None = None) -> Conditioning:
         """Token states (K, T, E); XL joins its encoders' states and adds the second one's pooled embedding."""
+
+        def encoded(number: str) -> dict[str, Tensor]:
+            encoder = ClipEncoder(self.path, number, self.device, projected=self._is_xl)
+            return encode(encoder, prompts, sizes, self._tensors)
+
         if not self._is_xl:
-            states, pooled = clip_states(self.path, "", prompts, self.device, projected=False)
-            return Conditioning({"encoder_hidden_states": states.to(self.dtype)}, pooled.float().cpu())
+            only = encoded("")
+            return Conditioning({"encoder_hidden_states": only["states"]}, only["similarity"].cpu())
         parts = [
-            clip_states(self.path, number, prompts, self.device, projected=True)
+            encoded(number)
             for number in ("", "_2")
             if (self.path / f"text_encoder{number}").is_dir()  # XL's refiner has the second encoder alone
         ]
-        states = torch.cat([states for states, _ in parts], dim=-1)
-        pooled = parts[-1][1]
-        tensors = {"encoder_hidden_states": states.to(self.dtype), "text_embeds": pooled.to(self.dtype)}
-        return Conditioning(tensors, pooled.float().cpu())
+        states = torch.cat([part["states"] for part in parts], dim=-1)
+        tensors = {"encoder_hidden_states": states, "text_embeds": parts[-1]["pooled"]}
+        return Conditioning(tensors, parts[-1]["similarity"].cpu())
+
+    def _tensors(self, states: Tensor, pooled: Tensor) -> dict[str, Tensor]:
+        return {"states": states.to(self.dtype), "pooled": pooled.to(self.dtype), "similarity": pooled.float()}
 
     @classmethod
     def _known_layers(cls, config: dict[str, Any]) -> tuple[dict[str, int], list[str]]:

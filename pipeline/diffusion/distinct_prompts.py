@@ -1,0 +1,107 @@
+"""Whether the frozen model can tell the prompts of a set apart.
+
+Two classes may share one conditioning: their texts are equal, they differ only past the end of the text encoder's
+window, or they name the same class of a class-conditional model. Their features would then be equal to the last bit and
+TDCL would contrast a class with itself.
+"""
+
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.diffusion.backbones import Conditioning
+from pipeline.diffusion.prompts import PromptSet
+from pipeline.errors import PipelineError
+
+log = logging.getLogger(__name__)
+
+_NOISE = 1e-5  # of float32 embeddings, relative: equal tokens in different batches differ by less
+_SHOWN = 3
+
+
+def check(conditioning: Conditioning, prompts: PromptSet) -> None:
+    """Compares what the model is conditioned on under each prompt; the generic prompt comes last.
+
+    Args:
+        conditioning: K prompts of the set and the generic one.
+        prompts: The K prompts.
+
+    Raises:
+        PipelineError: Two prompts of the set are equal to the model; names their classes.
+    """
+    generic = len(prompts.texts)
+    groups = list(_equal(conditioning))
+    for group in groups:
+        own = [number for number in group if number != generic]
+        if len(own) > 1:
+            raise PipelineError(_in_words(own, prompts))
+    for group in groups:
+        log.warning(
+            "the prompt of %s is the same input to the model as extract_features.denoise_prompt. Change one of them.",
+            _named(group[0], prompts),
+        )
+
+
+def _in_words(same: list[int], prompts: PromptSet) -> str:
+    named = ", ".join(_named(number, prompts) for number in same[:_SHOWN])
+    more = f" and {len(same) - _SHOWN} more" if len(same) > _SHOWN else ""
+    what = "classes" if prompts.positive == "label" else "prompts"
+    key = "class_prompts" if prompts.positive == "label" else "negative_words"
+    return (
+        f"the frozen model cannot tell {len(same)} {what} apart, because their prompts give it the same input: {named}"
+        f"{more}. Give each a text of its own that differs within the text encoder's window (extract_features."
+        f"prompt_templates, {key})."
+    )
+
+
+def _named(number: int, prompts: PromptSet) -> str:
+    text = prompts.texts[number][0]
+    text = text if len(text) <= 80 else f"{text[:40]} ... {text[-40:]}"
+    return f"{prompts.names[number]!r} ({text!r})" if prompts.names else repr(text)
+
+
+def _equal(conditioning: Conditioning) -> Iterator[list[int]]:
+    """Groups of prompts with equal conditioning, the numbers of each ascending.
+
+    Equal prompts have equal projections on one random direction, so only neighbours by projection are compared in full:
+    K log K work instead of K squared comparisons of large tensors.
+    """
+    embeddings = conditioning.similarity.double().numpy()
+    direction = np.random.default_rng(0).standard_normal(embeddings.shape[1])
+    projections = embeddings @ (direction / np.linalg.norm(direction))
+    reach = _tolerance(torch.float32) * max(1.0, float(np.abs(embeddings).max())) * embeddings.shape[1] ** 0.5
+    order = np.argsort(projections, kind="stable")
+    taken: set[int] = set()
+    for place, first in enumerate(order.tolist()):
+        if first in taken:
+            continue
+        group = [first]
+        for other in order[place + 1 :].tolist():
+            if projections[other] - projections[first] > reach:
+                break
+            if other not in taken and _same(conditioning, first, other):
+                group.append(other)
+        if len(group) > 1:
+            taken.update(group)
+            yield sorted(group)
+
+
+def _same(conditioning: Conditioning, first: int, second: int) -> bool:
+    return all(_close(tensor[first], tensor[second]) for tensor in conditioning.tensors.values())
+
+
+def _close(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors differ by rounding at most."""
+    if not first.is_floating_point():
+        return torch.equal(first, second)
+    tolerance = _tolerance(first.dtype)
+    first, second = first.float(), second.float()
+    return torch.allclose(first, second, rtol=tolerance, atol=_NOISE * float(first.abs().max()))
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Two steps of a 16-bit type; for float32 what the order of operations may change."""
+    return max(_NOISE, 2 * torch.finfo(dtype).eps)
