@@ -70,7 +70,7 @@ def png(draw: Callable[P, "Figure"]) -> Callable[P, bytes]:
 
 
 @contextlib.contextmanager
-def _drawing(style: dict[str, Any]) -> Iterator[None]:
+def _drawing(style: Any) -> Iterator[None]:
     """Matplotlib's defaults with `style` over them, whatever the user's matplotlibrc says, and none of its warnings."""
     import matplotlib
 
