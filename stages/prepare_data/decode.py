@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
 from pipeline.system_errors import refusal
 
@@ -25,6 +25,9 @@ except ImportError:
 else:
     register_heif_opener(thumbnails=False)
     _HEIF_READABLE = True
+
+# Pillow refuses a PNG for a long note (XMP of photo editors) that it takes in a JPEG. All notes together stay limited.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 HEIF_ENDINGS = (".heic", ".heif", ".hif")
 """How HEIC photographs of phones are named; readable with the optional extra `heif`."""

@@ -121,8 +121,7 @@ def subfolders(folder: Path) -> list[str]:
 def _image_files(directory: str, passed_over: Counter[str], above: frozenset[tuple[int, int]]) -> Iterator[str]:
     """Image files in and below a folder, following links except into one of the folders `above` (device, inode)."""
     entries = _entries(directory)
-    status = os.stat(directory)
-    here = (status.st_dev, status.st_ino)
+    here = _identity(directory)
     if here in above:
         return
     for entry in entries:
@@ -132,6 +131,15 @@ def _image_files(directory: str, passed_over: Counter[str], above: frozenset[tup
             yield entry.path
         else:
             passed_over[ending(entry.name)] += 1
+
+
+def _identity(directory: str) -> tuple[int, int]:
+    """Device and inode."""
+    try:
+        status = os.stat(directory)
+    except OSError as error:
+        raise _unreadable(error, directory) from None
+    return status.st_dev, status.st_ino
 
 
 def _images_in(folder: Path) -> list[str]:
@@ -144,9 +152,11 @@ def _entries(directory: str) -> list[os.DirEntry[str]]:
         with os.scandir(directory) as entries:
             return [entry for entry in entries if not is_leftover(entry.name)]
     except OSError as error:
-        raise (
-            refusal(error, Path(directory)) or PipelineError(f"{directory} cannot be read ({error.strerror}).")
-        ) from None
+        raise _unreadable(error, directory) from None
+
+
+def _unreadable(error: OSError, directory: str) -> PipelineError:
+    return refusal(error, Path(directory)) or PipelineError(f"{directory} cannot be read ({error.strerror}).")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -37,7 +37,7 @@ def _say_skipped(dataset: PreparedDataset) -> None:
     skipped = [image for images in dataset.manifest.skipped.values() for image in images]
     if skipped:
         log.warning(
-            "%d broken images were left out, the first is %s (%s). %s lists them all",
+            "broken images left out: %d, the first is %s (%s). %s lists them all",
             len(skipped), skipped[0].path, skipped[0].reason, dataset.path / "manifest.json",
         )  # fmt: skip
 
@@ -59,8 +59,8 @@ def _say_thin_classes(dataset: PreparedDataset) -> None:
 def _say_odd_names(names: list[str]) -> None:
     if found := class_names.without_words(names):
         log.warning(
-            "class names that are numbers or ids, which mean nothing in a prompt: %s (%d of %d). Rename the folders, or "
-            "give words by %s", some(found), len(found), len(names), _CLASS_PROMPTS,
+            "class names that are numbers or ids, which mean nothing in a prompt: %s (%d of %d). Rename the folders, "
+            "or give words by %s", some(found), len(found), len(names), _CLASS_PROMPTS,
         )  # fmt: skip
     if found := class_names.differing_in_case(names):
         log.warning(

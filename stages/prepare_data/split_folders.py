@@ -45,7 +45,7 @@ class SplitFolders:
             said += f"; {_inside(tree, self.validation)} is left out (to train on it too, move its images into "
             said += f"{_inside(tree, self.train)})"
         if self.no_classes:
-            said += f"; without class folders, left out: {some(self.no_classes)}"
+            said += f"; left out, without class folders: {some(self.no_classes)}"
         return said
 
 
