@@ -7,6 +7,7 @@ their NFC form, so that one tree gives one order of classes and images everywher
 import os
 import re
 import unicodedata
+from collections.abc import Iterable
 
 from pipeline.errors import PipelineError
 
@@ -26,20 +27,26 @@ def is_leftover(name: str) -> bool:
 
 
 def canonical(name: str) -> str:
-    """A name in NFC, from its bytes on disk, whatever the language of this session; other bytes stay escaped."""
+    """A name as the system lists it -> NFC, from its bytes on disk, whatever the language of this session.
+
+    Bytes that are not UTF-8 stay escaped. The result is text for people: it opens no file.
+    """
     return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "surrogateescape"))
 
 
-def readable(folder_name: str) -> str:
-    """A folder's name in NFC.
+def utf8(name: str) -> str:
+    """The canonical name of a folder that names a class or a domain, unchanged.
 
     Raises:
         PipelineError: its bytes are not UTF-8.
     """
-    name = canonical(folder_name)
-    if name.isascii() or not any("\ud800" <= one <= "\udfff" for one in name):
+    try:
+        name.encode()
         return name
-    raise PipelineError(f"the folder {os.fsencode(folder_name)!r} has no UTF-8 name. Rename it.")
+    except UnicodeEncodeError:
+        raise PipelineError(
+            f"the folder {name.encode(errors='surrogateescape')!r} has no UTF-8 name: rename it"
+        ) from None
 
 
 def ending(name: str) -> str:
@@ -50,7 +57,13 @@ def ending(name: str) -> str:
     return last if re.fullmatch(r"\.[a-z0-9]{1,8}", last) else "other endings"
 
 
-def some(names: list[str] | set[str], count: int = 5) -> str:
+def some(names: Iterable[str], count: int = 5) -> str:
     """The first names in order, and how many more there are."""
-    first, more = sorted(names, key=canonical)[:count], len(names) - count
-    return ", ".join(map(canonical, first)) + (f" and {more} more" if more > 0 else "")
+    ordered = sorted(names)
+    more = len(ordered) - count
+    return ", ".join(ordered[:count]) + (f" and {more} more" if more > 0 else "")
+
+
+def some_folders(names: Iterable[str]) -> str:
+    """`some` for names as the system lists them."""
+    return some(map(canonical, names))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import PipelineError
-from stages.prepare_data.file_names import canonical, some
+from stages.prepare_data.file_names import canonical, some_folders
 from stages.prepare_data.image_search import has_images, holds_images_itself, subfolders
 
 _SPELLINGS = {
@@ -45,7 +45,7 @@ class SplitFolders:
             said += f"; {_inside(tree, self.validation)} is left out (to train on it too, move its images into "
             said += f"{_inside(tree, self.train)})"
         if self.no_classes:
-            said += f"; left out, without class folders: {some(self.no_classes)}"
+            said += f"; left out, without class folders: {some_folders(self.no_classes)}"
         return said
 
 
@@ -69,9 +69,9 @@ def find_splits(tree: Path) -> SplitFolders | None:
         if all(holds_images_itself(tree / name) or not subfolders(tree / name) for name in named):
             return None  # classes that have such a name, as the train among vehicles
         raise PipelineError(
-            f"{tree} holds folders named as splits ({some(named)}) beside other folders with images "
-            f"({some(with_images)}). Move the others elsewhere if {some(named)} are splits; if they are classes, put "
-            "their images directly into them."
+            f"{tree} holds folders named as splits ({some_folders(named)}) beside other folders with images "
+            f"({some_folders(with_images)}). If the former are splits, move the others elsewhere; if they are classes, "
+            "put their images directly into them."
         )
     return _chosen(tree, splits, others)
 
@@ -112,7 +112,7 @@ def _chosen(tree: Path, splits: dict[str, list[str]], others: list[str]) -> Spli
         filled = [name for name in names if subfolders(tree / name)]
         if len(filled) > 1:
             raise PipelineError(
-                f"{tree} has two folders for one split, {split}: {some(filled)}. Merge them, or move one elsewhere."
+                f"{tree} has two folders for one split, {split}: {some_folders(filled)}. Merge them, or move one away."
             )
         if filled:
             folder_of[split] = _innermost(tree / filled[0], split)
@@ -121,7 +121,11 @@ def _chosen(tree: Path, splits: dict[str, list[str]], others: list[str]) -> Spli
     train, test = folder_of.get("train"), folder_of.get("test", validation)
     if train is None or test is None:
         missing = "train" if train is None else "test"
-        found = f"Images without class folders: {some(unlabelled)}" if unlabelled else f"Found: {some(_names(splits))}"
+        found = (
+            f"Images without class folders: {some_folders(unlabelled)}"
+            if unlabelled
+            else f"Found: {some_folders(_names(splits))}"
+        )
         instead = f", or set prepare_data.path to {train}, of which one image in five becomes the test split"
         raise PipelineError(
             f"{tree} has split folders, but none with class folders for the {missing} split. {found}. Arrange it as "

@@ -18,7 +18,7 @@ from pipeline.errors import PipelineError
 from pipeline.images import Source, stratified_split
 from pipeline.params import PrepareData
 from pipeline.system_errors import refusal
-from stages.prepare_data.file_names import canonical, readable, some
+from stages.prepare_data.file_names import canonical, some, some_folders, utf8
 from stages.prepare_data.image_search import ImageSearch, holds_images_itself, is_folder, subfolders
 from stages.prepare_data.lazy_images import ImageFiles, LazyImages
 from stages.prepare_data.split_folders import find_splits, is_split_tree, unwrapped, unwrapped_domains
@@ -87,13 +87,17 @@ def domain_folder(
     require(is_folder(root), f"{root} is not a folder. Set prepare_data.path to a tree of {layout}.")
     require(
         not is_split_tree(root),
-        f"{root} holds splits ({some(subfolders(root))}), not domains. Arrange it as <domain>/<split>/<class>/<image>, "
-        "or set prepare_data.source: folder if it has no domains.",
+        f"{root} holds splits ({some_folders(subfolders(root))}), not domains. Arrange it as "
+        "<domain>/<split>/<class>/<image>, or set prepare_data.source: folder if it has no domains.",
     )
     search, top = ImageSearch(root), unwrapped_domains(root)
-    domains = subfolders(top)
-    require(bool(domains), f"{top} has no folders. It must be a tree of {layout}.")
-    read = {domain: _tree(search, unwrapped(top / domain), params.seed, canonical(domain)) for domain in domains}
+    folders = subfolders(top)
+    require(bool(folders), f"{top} has no folders. It must be a tree of {layout}.")
+    domains = [utf8(canonical(name)) for name in folders]
+    read = {
+        name: _tree(search, unwrapped(top / name), params.seed, domain)
+        for name, domain in zip(folders, domains, strict=True)
+    }
     every_class = sorted({name for tree in read.values() for name in tree.classes})
     for domain, tree in read.items():
         missing = set(every_class) - set(tree.classes)
@@ -107,7 +111,7 @@ def domain_folder(
         split: lazy_split(root, [tree.splits[split] for tree in read.values()], params) for split in ("train", "test")
     }
     names = [(class_name or _words)(name) for name in every_class]
-    return Source(names, splits, licence, [readable(domain) for domain in domains])
+    return Source(names, splits, licence, domains)
 
 
 def digits_five(root: Path, params: PrepareData) -> Source:
@@ -168,7 +172,9 @@ def _refuse_splits_of_classes(tree: Path) -> None:
             if any(subfolders(inner / split) for split in splits)
             else "Arrange the tree as <split>/<class>/<image>, or put all images of a class directly into its folder"
         )
-        raise PipelineError(f"{inner} holds splits ({some(splits)}) where a class folder is expected. {advice}.")
+        raise PipelineError(
+            f"{inner} holds splits ({some_folders(splits)}) where a class folder is expected. {advice}."
+        )
 
 
 def _say_what_classes_hold(tree: Path) -> None:
@@ -180,13 +186,13 @@ def _say_what_classes_hold(tree: Path) -> None:
     if len(classes) == 1:
         log.warning(
             "%s is one class that holds the folders %s. If these are the classes, set prepare_data.path to it",
-            tree / classes[0], some(held[0]),
+            tree / classes[0], some_folders(held[0]),
         )  # fmt: skip
     elif len({tuple(map(canonical, names)) for names in held}) == 1:
         log.warning(
             "every class folder of %s holds folders named %s. If the folders are domains, not classes, set "
             "prepare_data.source: domain-folder",
-            tree, some(held[0]),
+            tree, some_folders(held[0]),
         )  # fmt: skip
 
 
@@ -196,7 +202,7 @@ def _say_origins(root: Path, read: dict[str, Tree]) -> None:
     for domain, tree in read.items():
         domains_of.setdefault(tree.origin, []).append(domain)
     for origin, domains in list(domains_of.items())[:3]:
-        log.info("%s: %s: %s", root, some(domains), origin)
+        log.info("%s: %s: %s", root, some_folders(domains), origin)
     if len(domains_of) > 3:
         log.info("%s: other domains have split folders of %d more kinds", root, len(domains_of) - 3)
 
@@ -211,9 +217,8 @@ def lazy_split(root: Path, listings: list[Listing], params: PrepareData) -> Lazy
 
 
 def _words(folder_name: str) -> str:
-    """The class name that a folder's name stands for."""
-    name = readable(folder_name)
-    return name.replace("_", " ").strip() or name
+    """The class name that a folder's canonical name stands for."""
+    return utf8(folder_name).replace("_", " ").strip() or folder_name
 
 
 def lines(file: Path) -> list[str]:
