@@ -16,7 +16,8 @@ _LEFTOVERS = frozenset(
         "__macosx", "__pycache__", "icon\r", "network trash folder", "temporary items", "resource.frk",  # macOS, Python
         "thumbs.db", "thumbs.db:encryptable", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "$recycle.bin",
         "recycler", "system volume information", "found.000",  # Windows
-        "@eadir", "@tmp", "@sharesnap", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "lost+found",  # NAS
+        "@eadir", "@tmp", "@sharesnap", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "~snapshot",  # NAS
+        "lost+found",
     }
 )  # fmt: skip
 

@@ -46,8 +46,12 @@ class ImageSearch:
             folders.setdefault(canonical(name), []).append(tree / name)
         if not folders:
             raise PipelineError(f"{tree} has no folders. It must be a tree of <class>/<image>.")
-        self.outside += len(_images_in(tree))
+        self.count_outside(tree)
         return folders
+
+    def count_outside(self, tree: Path) -> None:
+        """Counts the images that are beside the folders of a tree."""
+        self.outside += len(_images_in(tree))
 
     def of_class(self, *folders: Path) -> list[str]:
         """Image files of one class, whose images are in one or more folders and in folders below.

@@ -131,6 +131,7 @@ def digits_five(root: Path, params: PrepareData) -> Source:
 def _tree(search: ImageSearch, tree: Path, seed: int, *stream: str) -> Tree:
     """Classes and files of one tree; `stream` names the generator that draws a test split."""
     if found := find_splits(tree):
+        search.count_outside(tree)
         classes, train = _listing(search, found.train)
         test_classes, test = _listing(search, found.test)
         differing = set(classes) ^ set(test_classes)

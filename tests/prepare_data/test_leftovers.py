@@ -47,6 +47,9 @@ def test_files_passed_over_are_counted_by_ending(prepare, tmp_path):
     output = prepare(source="folder", path=root).output
     assert "files passed over: .jxl: 3, .txt: 1, no ending: 1, other endings: 1. Convert" in output
     assert "images in no class folder, left out: 1" in output
+    for path in ("train/a/0.png", "test/a/0.png", "1.png", "train/2.png"):
+        save_plain(tmp_path / "split" / path, (1, 2, 3))
+    assert "images in no class folder, left out: 2" in prepare(source="folder", path=tmp_path / "split").output
 
 
 def test_a_class_of_files_that_are_not_read_is_an_error_that_counts_them(prepare, tmp_path):
