@@ -1,6 +1,7 @@
 """Class names that tell a text encoder little: they become prompts ("a photo of a n02687172")."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 _NUMBERED = re.compile(r"(?:class|label|category|cls|id)?[ _-]*[\d .,_-]*\d", re.IGNORECASE)
@@ -15,5 +16,5 @@ def without_words(names: Iterable[str]) -> list[str]:
 def differing_in_case(names: Iterable[str]) -> list[str]:
     """The names that another name equals but for upper and lower case, in their order."""
     names = list(names)
-    folded = [name.casefold() for name in names]
-    return [name for name, form in zip(names, folded, strict=True) if folded.count(form) > 1]
+    same = Counter(name.casefold() for name in names)
+    return [name for name in names if same[name.casefold()] > 1]
