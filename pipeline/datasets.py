@@ -41,6 +41,15 @@ SPLITS: tuple[SplitName, ...] = ("train", "test")
 _PREPARE_AGAIN = "run `pipeline prepare-data` again, or `dvc pull` a good copy"
 
 
+class BrokenImages(PipelineError):
+    """Images of a source cannot be read and must not be left out."""
+
+    def __init__(self, images: list[Skipped]) -> None:
+        """Holds all of them, in the order of splits and images."""
+        super().__init__(f"{len(images)} images cannot be read")
+        self.images = images
+
+
 class SplitEntry(BaseModel):
     """A split in the manifest: its number of images, and the SHA-256 of images, labels and domains."""
 
@@ -128,22 +137,24 @@ class PreparedDataset:
         return found == promised and _sha256(content) == entry.sha256
 
 
-def write(path: Path, name: str, source_name: str, source: Source) -> Path:
-    """Writes a prepared data set in place of what stood at `path`, whole or not at all.
+def write(path: Path, name: str, source_name: str, source: Source, skip_broken: bool = True) -> Path:
+    """Writes a prepared data set in place of what was at `path`, whole or not at all.
 
     Args:
         path: the data set's folder.
         name: the data set's name.
         source_name: where it came from.
         source: images, labels and class names; every split of the same image size.
+        skip_broken: leave images out that cannot be read, and list them in the manifest.
 
     Returns:
         `path`.
 
     Raises:
+        BrokenImages: there are images that cannot be read and `skip_broken` is False; holds all of them.
         PipelineError: a split is empty, a label is outside the class names or a domain outside the domain names,
             two classes or domains share a name, image sizes differ, another process writes the same data set, or the
-            disk is full; what stood at `path` is kept.
+            disk is full; what was at `path` is kept.
     """
     domain_names = source.domain_names or [name]
     _check_names(source.class_names, "class")
@@ -154,9 +165,7 @@ def write(path: Path, name: str, source_name: str, source: Source) -> Path:
         _check_positions(source.splits[split], split, len(source.class_names), len(domain_names))
     with folder_in_place_of(path) as folder:
         _check_space(folder, source)
-        entries, skipped = {}, {}
-        for split in SPLITS:
-            entries[split], skipped[split] = _write_split(folder / f"{split}.h5", split, source.splits[split])
+        entries, skipped = _write_splits(folder, source, skip_broken)
         manifest = Manifest(
             name=name,
             source=source_name,
@@ -185,8 +194,32 @@ def _read_manifest(file: Path) -> Manifest:
         raise PipelineError(f"{file} cannot be read ({error.strerror}): {_PREPARE_AGAIN}") from None
 
 
-def _write_split(file: Path, split: SplitName, content: Split) -> tuple[SplitEntry, list[Skipped]]:
-    """Writes a split as its blocks come; labels and domains of skipped images are left out with them."""
+def label_counts(path: Path, split: SplitName, num_classes: int) -> np.ndarray:
+    """Images of each class in a split that was just written, int64 (num_classes,); nothing is checked."""
+    with h5py.File(path / f"{split}.h5", "r") as h5:
+        return np.bincount(h5["labels"][()], minlength=num_classes)
+
+
+def _write_splits(
+    folder: Path, source: Source, skip_broken: bool
+) -> tuple[dict[SplitName, SplitEntry], dict[SplitName, list[Skipped]]]:
+    """Reads and writes every image before it says which are broken, so that one run names them all."""
+    entries, skipped = {}, {}
+    for split in SPLITS:
+        entry, skipped[split] = _write_split(folder / f"{split}.h5", source.splits[split])
+        if entry is not None:
+            entries[split] = entry
+    if any(skipped.values()) and not skip_broken:
+        raise BrokenImages([image for split in SPLITS for image in skipped[split]])
+    for split in SPLITS:
+        if split not in entries:
+            first = skipped[split][0]
+            raise PipelineError(f"the {split} split has no readable image. The first is {first.path} ({first.reason}).")
+    return entries, skipped
+
+
+def _write_split(file: Path, content: Split) -> tuple[SplitEntry | None, list[Skipped]]:
+    """Writes a split as its blocks come, without skipped images, their labels and domains; None if none is left."""
     digest, kept, skipped, size = hashlib.sha256(), [np.empty(0, np.int64)], [], content.image_size
     written = 0
     with h5py.File(file, "w") as h5:
@@ -198,7 +231,7 @@ def _write_split(file: Path, split: SplitName, content: Split) -> tuple[SplitEnt
             kept.append(block.rows)
             skipped += block.skipped
     if written == 0:
-        raise PipelineError(f"the {split} split has no readable image; the first is {skipped[0].path}")
+        return None, skipped
     if written < len(content):
         _keep_first_images(file, written)
     rows = np.concatenate(kept)
@@ -211,7 +244,7 @@ def _write_split(file: Path, split: SplitName, content: Split) -> tuple[SplitEnt
 
 
 def _keep_first_images(file: Path, count: int) -> None:
-    """Writes the file anew with its first `count` images: a contiguous dataset cannot shrink."""
+    """Rewrites the file with its first `count` images: a contiguous dataset cannot shrink."""
     shorter = file.with_name(file.name + ".shorter")
     with h5py.File(file, "r") as old, h5py.File(shorter, "w") as new:
         size = old["images"].shape[1]
@@ -226,7 +259,9 @@ def _keep_first_images(file: Path, count: int) -> None:
 def _check_names(names: list[str], kind: str) -> None:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise PipelineError(f"two {kind} folders or labels are named {twice[0]!r}: a name must say which one is meant")
+        raise PipelineError(
+            f'two {kind} folders or labels are named {twice[0]!r} ("_" reads as a space). Merge or rename one.'
+        )
 
 
 def _check_positions(content: Split, split: SplitName, num_classes: int, num_domains: int) -> None:

@@ -44,7 +44,8 @@ class PrepareData(Section):
     image_size: int = Field(ge=8, le=1024, description="images are stored at this height and width, pixels")
     train_subset: int | None = Field(ge=1, description="keep this many training images, stratified by class")
     broken_images: Literal["stop", "skip"] = Field(
-        description="stop at an image that cannot be read, or skip it and list it in the data set's manifest.json"
+        description="what to do about images that cannot be read: stop with an error that names them all, or skip "
+        "them and list them in the data set's manifest.json"
     )
     seed: int = Field(ge=0, description="seed of the subset and of splits that the source does not give")
 

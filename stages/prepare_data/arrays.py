@@ -4,6 +4,7 @@ Class names are worded to be prompts and stand in the order of the labels by con
 are named (SVHN's release calls zero 10; torchvision makes it 0), CIFAR's names come from the release's own table.
 """
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from pipeline import seeding
 from pipeline.errors import PipelineError
 from pipeline.images import Source, stratified_split
 from pipeline.params import PrepareData
+from pipeline.system_errors import SystemRefusal, refusal
 from stages.prepare_data.lazy_images import ImageArrays, LazyImages
 
 _DIGITS_TEST_FRACTION = 0.2
 _DIGITS_SPLIT_SEED = 0  # fixed: every user has the same digits test set
+_NOT_ABOUT_READING = (None, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 _HANDWRITTEN = [f"handwritten number {digit}" for digit in range(10)]
 
 
@@ -122,12 +125,21 @@ def reader(title: str, root: Path, what_where: str) -> Callable[..., Any]:
         try:
             return dataset(root, **kwargs)
         except Exception as error:
+            if refused := _refusal(error, root):
+                raise refused from None
             problem = " ".join(str(error).split()) or type(error).__name__
             raise PipelineError(
                 f"{title} is not whole in {root} and could not be downloaded ({problem}): put {what_where}"
             ) from error
 
     return read
+
+
+def _refusal(error: Exception, root: Path) -> SystemRefusal | None:
+    """What the system said about reading a file; errors of the network and of writing are about the download."""
+    if not isinstance(error, OSError) or isinstance(error, ConnectionError) or error.errno in _NOT_ABOUT_READING:
+        return None
+    return refusal(error, Path(error.filename or root))
 
 
 def _cifar(dataset: Any, title: str, root: Path, params: PrepareData) -> Source:
@@ -140,5 +152,5 @@ def _cifar(dataset: Any, title: str, root: Path, params: PrepareData) -> Source:
 
 def _split(images: np.ndarray, labels: np.ndarray | list[int], params: PrepareData) -> LazyImages:
     if len(images) != len(labels):
-        raise PipelineError(f"{params.source} has {len(images)} images and {len(labels)} labels: fetch it anew")
+        raise PipelineError(f"{params.source} has {len(images)} images and {len(labels)} labels. Fetch it again.")
     return LazyImages.of(ImageArrays(images, params.image_size), np.asarray(labels))

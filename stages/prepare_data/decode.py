@@ -4,22 +4,54 @@ The image is turned upright by its EXIF orientation, converted to RGB, cropped t
 bicubically. Transparent pixels show white; of an animation the first frame is taken; 16-bit grey is scaled to 8 bits.
 torchvision's ImageFolder ignores orientation, drops the transparency mask and clips 16 bits: images that have none of
 these come out the same here.
+
+One rule for every format: pixels must be complete, notes beside the pixels (EXIF, XMP) may be damaged. A file is read
+whole before it is decoded, so an error of the system never looks like a broken image.
 """
 
-import errno
+import io
+import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
-from pipeline.errors import PipelineError
+from pipeline.system_errors import refusal
 
-EXTENSIONS = (
+try:
+    from pillow_heif import register_heif_opener
+except ImportError:
+    _HEIF_READABLE = False
+else:
+    register_heif_opener(thumbnails=False)
+    _HEIF_READABLE = True
+
+# Pillow refuses a PNG for a long note (XMP of photo editors) that it takes in a JPEG. All notes together stay limited.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+
+HEIF_ENDINGS = (".heic", ".heif", ".hif")
+"""How HEIC photographs of phones are named; readable with the optional extra `heif`."""
+
+ENDINGS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif",
+    *(HEIF_ENDINGS if _HEIF_READABLE else ()),
 )  # fmt: skip
-"""What counts as an image file in a class folder: torchvision's list and three more; in either case of letters."""
+"""What counts as an image file in a class folder, in upper or lower case: torchvision's list and some more."""
 
-_NOT_A_FILE = (errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENXIO)
+HEIF_ADVICE = "To read HEIC, install the package pillow-heif"
+
+_HEIF_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"})
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what turns the image upright (Exif 2.32, tag 0x0112); 1 is upright."""
 
 
 class BrokenImageError(Exception):
@@ -39,24 +71,24 @@ def read_image(path: Path, image_size: int, rows_cut: int = 0) -> np.ndarray:
 
     Raises:
         BrokenImageError: the file is missing, no image, damaged, or of more than twice Pillow's limit of pixels.
-        PipelineError: the disk or its permissions are at fault, not the image.
+        SystemRefusal: the disk, its permissions or the memory are at fault, not the image.
     """
     try:
-        with Image.open(path) as image:
+        content = path.read_bytes()
+    except (OSError, MemoryError) as error:
+        raise refusal(error, path) or BrokenImageError(_reason(error)) from None
+    try:
+        with Image.open(io.BytesIO(content)) as image:
             rgb = _to_rgb(image)
         if rgb.height <= rows_cut:
             raise BrokenImageError(f"is only {rgb.height} pixels high")
         return np.asarray(resize(rgb.crop((0, 0, rgb.width, rgb.height - rows_cut)), image_size))
     except BrokenImageError:
         raise
-    except OSError as error:
-        if error.errno is not None and error.errno not in _NOT_A_FILE:
-            raise PipelineError(f"{path} cannot be read: {error.strerror}") from None
-        raise BrokenImageError(_reason(error, path)) from None
-    except MemoryError:
-        raise PipelineError(f"{path}: out of memory while decoding it") from None
+    except Image.UnidentifiedImageError:
+        raise BrokenImageError(_unknown_format(content)) from None
     except Exception as error:  # damaged bytes make Pillow's decoders raise almost anything
-        raise BrokenImageError(_reason(error, path)) from None
+        raise refusal(error, path) or BrokenImageError(_reason(error)) from None
 
 
 def resize(image: Image.Image, image_size: int) -> Image.Image:
@@ -68,13 +100,25 @@ def resize(image: Image.Image, image_size: int) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
-    image = ImageOps.exif_transpose(image)
+    image = _turned_upright(image)
     if image.mode.startswith(("I", "F")):
         image = _to_8_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _turned_upright(image: Image.Image) -> Image.Image:
+    """By its EXIF orientation. Damaged EXIF data says nothing, in every format: Pillow forgives it in JPEG alone."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except MemoryError:
+        raise
+    except Exception:
+        return image
+    method = _UPRIGHT.get(orientation)
+    return image if method is None else image.transpose(method)
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -85,10 +129,16 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(values / 257).astype(np.uint8))
 
 
-def _reason(error: Exception, path: Path) -> str:
-    """The error in words, without the path, so that it is the same wherever the data set stands."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "is empty" if path.stat().st_size == 0 else "is not of a known image format"
-    return str(error).replace(str(path), path.name) or type(error).__name__
+def _unknown_format(content: bytes) -> str:
+    if not content:
+        return "is empty"
+    if content[4:8] == b"ftyp" and content[8:12] in _HEIF_BRANDS and not _HEIF_READABLE:
+        return f"is a HEIC image. {HEIF_ADVICE}"
+    return "is not of a known image format"
+
+
+def _reason(error: BaseException) -> str:
+    """The error in words, without the path, so that it is the same wherever the data set is."""
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return str(error) or type(error).__name__

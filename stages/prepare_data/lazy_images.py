@@ -5,6 +5,7 @@ files and need no copies, which processes would.
 """
 
 import os
+import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +16,6 @@ from typing import Self
 import numpy as np
 from PIL import Image
 
-from pipeline.errors import PipelineError
 from pipeline.images import Block, Skipped, images_per_block
 from pipeline.progress import progress_bar
 from stages.prepare_data.decode import BrokenImageError, read_image, resize
@@ -37,8 +37,8 @@ class ImageFiles:
         return read_image(self.root / self.paths[position], self.image_size, self.rows_cut)
 
     def name(self, position: int) -> str:
-        """The path relative to the root, readable even where its bytes are not UTF-8."""
-        return os.fsencode(self.paths[position]).decode("utf-8", "backslashreplace")
+        """The path relative to the root, in NFC, readable even where its bytes are not UTF-8."""
+        return unicodedata.normalize("NFC", os.fsencode(self.paths[position]).decode("utf-8", "backslashreplace"))
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,6 @@ class ImageArrays:
 
     images: np.ndarray
     image_size: int
-    root: Path = Path()
 
     def read(self, position: int) -> np.ndarray:
         """uint8 (H, W, 3)."""
@@ -67,20 +66,13 @@ class LazyImages:
     positions: np.ndarray
     labels: np.ndarray
     domains: np.ndarray
-    skip_broken: bool
 
     @classmethod
-    def of(
-        cls,
-        reader: ImageFiles | ImageArrays,
-        labels: np.ndarray,
-        domains: np.ndarray | None = None,
-        skip_broken: bool = False,
-    ) -> Self:
+    def of(cls, reader: ImageFiles | ImageArrays, labels: np.ndarray, domains: np.ndarray | None = None) -> Self:
         """All images of a reader; of one domain if none are given."""
         labels = np.asarray(labels, np.int64)
         domains = np.zeros_like(labels) if domains is None else np.asarray(domains, np.int64)
-        return cls(reader, np.arange(len(labels)), labels, domains, skip_broken)
+        return cls(reader, np.arange(len(labels)), labels, domains)
 
     def __len__(self) -> int:
         """Number of images."""
@@ -96,10 +88,10 @@ class LazyImages:
         return replace(self, positions=self.positions[index], labels=self.labels[index], domains=self.domains[index])
 
     def blocks(self) -> Iterator[Block]:
-        """All images in order.
+        """All images in order; broken ones are in a block's `skipped`.
 
         Raises:
-            PipelineError: an image is broken and broken images are not skipped; names the first in order.
+            SystemRefusal: the system did not let an image be read; the first in order.
         """
         step = min(_MAX_IMAGES_PER_TASK, images_per_block(self.image_size))
         ranges = [range(start, min(start + step, len(self))) for start in range(0, len(self), step)]
@@ -116,11 +108,6 @@ class LazyImages:
                 images.append(self.reader.read(position))
                 read.append(row)
             except BrokenImageError as error:
-                if not self.skip_broken:
-                    raise PipelineError(
-                        f"{self.reader.root / self.reader.name(position)} is not a readable image ({error}): "
-                        "mend or remove it, or set prepare_data.broken_images: skip"
-                    ) from None
                 skipped.append(Skipped(self.reader.name(position), str(error)))
         pixels = np.stack(images) if images else np.empty((0, self.image_size, self.image_size, 3), np.uint8)
         return Block(np.array(read, np.int64), pixels, skipped)

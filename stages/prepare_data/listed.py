@@ -81,4 +81,4 @@ def _split(
 ) -> LazyImages:
     paths = [str(Path(file).relative_to(root)) for file in files]
     reading = ImageFiles(root, paths, params.image_size, rows_cut)
-    return LazyImages.of(reading, np.asarray(labels, np.int64), skip_broken=params.broken_images == "skip")
+    return LazyImages.of(reading, np.asarray(labels, np.int64))

@@ -1,6 +1,5 @@
 """Runs the stage: lists the source, subsets it if asked, reads the images while it writes the prepared data set."""
 
-import logging
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -8,13 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import datasets, seeding
+from pipeline.atomic import write_text
 from pipeline.config import Config
-from pipeline.datasets import PreparedDataset
+from pipeline.datasets import BrokenImages, PreparedDataset
 from pipeline.errors import PipelineError
 from pipeline.images import Source, stratified_split
+from stages.prepare_data.remarks import broken_images, say_outcome
 from stages.prepare_data.sources import SOURCES
-
-log = logging.getLogger(__name__)
 
 
 def run(config: Config) -> Path:
@@ -32,10 +31,18 @@ def run(config: Config) -> Path:
     source = SOURCES[params.source](root, params)
     if params.train_subset is not None:
         source = _subset(source, params.train_subset, seeding.numpy_generator(params.seed, "train subset"))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # a strange image is decoded or named, not remarked on
-        path = datasets.write(config.dataset_dir, params.name, params.source, source)
-    _log_outcome(PreparedDataset(path))
+    listing = config.state_dir / f"broken-images-{params.name}.txt"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # a strange image is decoded or named, not remarked on
+            path = datasets.write(
+                config.dataset_dir, params.name, params.source, source, skip_broken=params.broken_images == "skip"
+            )
+    except BrokenImages as error:
+        listing.parent.mkdir(parents=True, exist_ok=True)
+        write_text(listing, "".join(f"{image.path}\t{image.reason}\n" for image in error.images))
+        raise PipelineError(broken_images(root, error.images, listing)) from None
+    say_outcome(PreparedDataset(path))
     return path
 
 
@@ -46,15 +53,3 @@ def _subset(source: Source, count: int, rng: np.random.Generator) -> Source:
         raise PipelineError(f"prepare_data.train_subset = {count}: the training split has {len(train)} images")
     chosen, _ = stratified_split(train.domains * len(source.class_names) + train.labels, count, rng)
     return replace(source, splits={**source.splits, "train": train.take(chosen)})
-
-
-def _log_outcome(dataset: PreparedDataset) -> None:
-    counts = ", ".join(f"{dataset.rows(split)} {split}" for split in datasets.SPLITS)
-    domains = f", {len(dataset.domain_names)} domains" if len(dataset.domain_names) > 1 else ""
-    log.info("%s: %s images of %d classes%s", dataset.path, counts, len(dataset.class_names), domains)
-    skipped = [image for images in dataset.manifest.skipped.values() for image in images]
-    if skipped:
-        log.warning(
-            "%d broken images were left out, the first is %s (%s); %s lists them all",
-            len(skipped), skipped[0].path, skipped[0].reason, dataset.path / "manifest.json",
-        )  # fmt: skip

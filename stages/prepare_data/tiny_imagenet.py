@@ -10,7 +10,8 @@ import numpy as np
 
 from pipeline.images import Source
 from pipeline.params import PrepareData
-from stages.prepare_data.trees import Listing, images_of_class, lazy_split, lines, require
+from stages.prepare_data.image_search import ImageSearch
+from stages.prepare_data.trees import Listing, lazy_split, lines, require
 
 
 def tiny_imagenet(root: Path, params: PrepareData) -> Source:
@@ -28,7 +29,8 @@ def tiny_imagenet(root: Path, params: PrepareData) -> Source:
         require((root / name).exists(), f"{root / name} is missing: {where}")
     wnids = sorted(lines(root / "wnids.txt"))
     label_of = {wnid: label for label, wnid in enumerate(wnids)}
-    train = [(path, label_of[wnid]) for wnid in wnids for path in images_of_class(root, root / "train" / wnid)]
+    search = ImageSearch(root)
+    train = [(path, label_of[wnid]) for wnid in wnids for path in search.of_class(root / "train" / wnid)]
     test = []
     for line in lines(root / "val" / "val_annotations.txt"):
         file, wnid, *_ = line.split("\t") + [""]

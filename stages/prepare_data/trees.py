@@ -1,15 +1,13 @@
 """Data sets that are trees of image files: ImageFolder layout, with or without domains.
 
 A class is a folder and its name is the class name ("_" read as a space), so that names and labels agree by
-construction: labels count the class folders in the order of their names, as torchvision's ImageFolder does. Hidden
-files and files whose name does not end as an image's are no images. Folders within a class folder are searched too;
-one that leads back to a folder it stands in is not.
+construction: labels count the class folders in the order of their names (in NFC), as torchvision's ImageFolder does.
+Hidden files, what systems leave, and files whose name does not end as an image's are no images. Folders within a class
+folder are searched too; one that leads back to a folder above it is not.
 """
 
 import logging
-import os
-import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +17,11 @@ from pipeline import seeding
 from pipeline.errors import PipelineError
 from pipeline.images import Source, stratified_split
 from pipeline.params import PrepareData
-from stages.prepare_data.decode import EXTENSIONS
+from pipeline.system_errors import refusal
+from stages.prepare_data.file_names import canonical, some, some_folders, utf8
+from stages.prepare_data.image_search import ImageSearch, holds_images_itself, is_folder, subfolders
 from stages.prepare_data.lazy_images import ImageFiles, LazyImages
+from stages.prepare_data.split_folders import find_splits, is_split_tree, unwrapped, unwrapped_domains
 
 log = logging.getLogger(__name__)
 
@@ -40,24 +41,35 @@ class Listing:
         return Listing([self.paths[position] for position in index], self.labels[index])
 
 
+@dataclass(frozen=True)
+class Tree:
+    """A tree of class folders: names of the classes in NFC, files by split, and where the splits come from."""
+
+    classes: list[str]
+    splits: dict[str, Listing]
+    origin: str
+
+
 def folder(root: Path, params: PrepareData) -> Source:
     """Any tree of images in ImageFolder layout.
 
-    `root` holds either `train/` and `test/` (or `val/`) with the same class folders in both, or class folders alone,
-    of which one image in five, stratified and drawn by the seed, becomes the test split.
+    `root`, or the only folder in it, holds either split folders with the same class folders in each (see
+    `split_folders`), or class folders alone, of which one image in five, stratified and drawn by the seed, becomes
+    the test split.
 
     Raises:
-        PipelineError: the folder is missing, a class folder holds anything but images, or the splits' classes differ.
+        PipelineError: the folder is missing or can be read in two ways, a class folder holds anything but images, or
+            the splits' classes differ.
     """
-    require(root.is_dir(), f"{root} is not a folder: set prepare_data.path to a tree of <class>/<image> folders")
-    classes, halves = _halves(root, root, params.seed)
-    if in_every_class := _folders_in_every(root, classes):
-        log.warning(
-            "every class folder of %s holds folders named %s: if these are the classes, set source: domain-folder",
-            root, in_every_class,
-        )  # fmt: skip
-    splits = {split: lazy_split(root, [half], params) for split, half in halves.items()}
-    return Source([_words(name) for name in classes], splits, _UNKNOWN_TERMS)
+    require(is_folder(root), f"{root} is not a folder. Set prepare_data.path to a tree of <class>/<image> folders.")
+    search, tree = ImageSearch(root), unwrapped(root)
+    found = _tree(search, tree, params.seed)
+    log.info("%s: %s", tree, found.origin)
+    search.say_passed_over()
+    if find_splits(tree) is None:
+        _say_what_classes_hold(tree)
+    splits = {split: lazy_split(root, [listing], params) for split, listing in found.splits.items()}
+    return Source([_words(name) for name in found.classes], splits, _UNKNOWN_TERMS)
 
 
 def domain_folder(
@@ -65,24 +77,41 @@ def domain_folder(
 ) -> Source:
     """A tree with one level of domains, each in a layout that `folder` reads, such as Office-Caltech-10.
 
-    Domains are numbered in the order of their folders' names; images are in the order of domain, class and path.
-    A domain without train and test folders is split by itself: one image in five, stratified by class.
+    Domains are numbered in the order of their folders' names (in NFC); images are in the order of domain, class and
+    path. A domain without split folders is split by itself: one image in five, stratified by class.
 
     Raises:
-        PipelineError: as `folder`, and when a domain lacks a class folder that another has.
+        PipelineError: as `folder`, and when the folders are splits, or a domain lacks a class folder that another has.
     """
-    require(root.is_dir(), f"{root} is not a folder: set prepare_data.path to a tree of <domain>/<class>/<image>")
-    domains = _subfolders(root)
-    read = {domain: _halves(root, root / domain, params.seed, domain) for domain in domains}
-    every_class = sorted({name for classes, _ in read.values() for name in classes})
-    for domain, (classes, _) in read.items():
-        missing = _some(set(every_class) - set(classes))
-        require(not missing, f"{root / domain} lacks class folders that other domains have: {missing}")
+    layout = "<domain>/<class>/<image>"
+    require(is_folder(root), f"{root} is not a folder. Set prepare_data.path to a tree of {layout}.")
+    require(
+        not is_split_tree(root),
+        f"{root} holds splits ({some_folders(subfolders(root))}), not domains. Arrange it as "
+        "<domain>/<split>/<class>/<image>, or set prepare_data.source: folder if it has no domains.",
+    )
+    search, top = ImageSearch(root), unwrapped_domains(root)
+    folders = subfolders(top)
+    require(bool(folders), f"{top} has no folders. It must be a tree of {layout}.")
+    domains = [utf8(canonical(name)) for name in folders]
+    read = {
+        name: _tree(search, unwrapped(top / name), params.seed, domain)
+        for name, domain in zip(folders, domains, strict=True)
+    }
+    every_class = sorted({name for tree in read.values() for name in tree.classes})
+    for domain, tree in read.items():
+        missing = set(every_class) - set(tree.classes)
+        require(
+            not missing,
+            f"{top / domain} lacks class folders that other domains have: {some(missing)}. Add them, empty ones too.",
+        )
+    _say_origins(top, read)
+    search.say_passed_over()
     splits = {
-        split: lazy_split(root, [halves[split] for _, halves in read.values()], params) for split in ("train", "test")
+        split: lazy_split(root, [tree.splits[split] for tree in read.values()], params) for split in ("train", "test")
     }
     names = [(class_name or _words)(name) for name in every_class]
-    return Source(names, splits, licence, [_readable(domain) for domain in domains])
+    return Source(names, splits, licence, domains)
 
 
 def digits_five(root: Path, params: PrepareData) -> Source:
@@ -99,81 +128,84 @@ def digits_five(root: Path, params: PrepareData) -> Source:
     return source
 
 
-def _halves(root: Path, tree: Path, seed: int, *stream: str) -> tuple[list[str], dict[str, Listing]]:
-    """Class folders of one tree, sorted, and its files by split; `stream` names the split's generator."""
-    if (tree / "train").is_dir() and ((tree / "test").is_dir() or (tree / "val").is_dir()):
-        test_dir = tree / ("test" if (tree / "test").is_dir() else "val")
-        classes, train = _tree(root, tree / "train")
-        test_classes, test = _tree(root, test_dir)
-        differing = _some(set(classes) ^ set(test_classes))
-        require(not differing, f"{tree}: train and {test_dir.name} differ in their class folders: {differing}")
-        return classes, {"train": train, "test": test}
-    classes, everything = _tree(root, tree)
-    require(classes != ["train"], f"{tree} has a train folder but neither test nor val beside it: add one")
+def _tree(search: ImageSearch, tree: Path, seed: int, *stream: str) -> Tree:
+    """Classes and files of one tree; `stream` names the generator that draws a test split."""
+    if found := find_splits(tree):
+        search.count_outside(tree)
+        classes, train = _listing(search, found.train)
+        test_classes, test = _listing(search, found.test)
+        differing = set(classes) ^ set(test_classes)
+        require(
+            not differing,
+            f"{tree}: {found.train.name} and {found.test.name} differ in their class folders: {some(differing)}. "
+            "Add what is missing (a class folder may be empty), or use one spelling.",
+        )
+        return Tree(classes, {"train": train, "test": test}, found.described(tree))
+    _refuse_splits_of_classes(tree)
+    classes, everything = _listing(search, tree)
+    require(bool(everything.paths), f"{tree} has no images in its class folders ({some(classes)}).")
     test_rows = max(1, round(_TEST_FRACTION * len(everything.labels)))
     rng = seeding.numpy_generator(seed, "train/test split", *stream)
     in_test, in_train = stratified_split(everything.labels, test_rows, rng)
-    return classes, {"train": everything.take(in_train), "test": everything.take(in_test)}
+    drawn = {"train": everything.take(in_train), "test": everything.take(in_test)}
+    return Tree(classes, drawn, "no split folders; one image in five, of each class in proportion, is the test split")
 
 
-def _tree(root: Path, tree: Path) -> tuple[list[str], Listing]:
-    """The class folders, sorted, and their images in the order of class and path."""
-    classes = _subfolders(tree)
+def _listing(search: ImageSearch, tree: Path) -> tuple[list[str], Listing]:
+    """The names of the classes, sorted, and their images in the order of class and path."""
     paths, labels = [], []
-    for label, name in enumerate(classes):
-        found = images_of_class(root, tree / name)
+    folders = search.class_folders(tree)
+    for label, same_class in enumerate(folders.values()):
+        found = search.of_class(*same_class)
         paths += found
         labels += [label] * len(found)
-    return classes, Listing(paths, np.array(labels, np.int64))
+    return list(folders), Listing(paths, np.array(labels, np.int64))
 
 
-def images_of_class(root: Path, class_dir: Path) -> list[str]:
-    """Paths relative to `root`, sorted by folder, then name, as ImageFolder does.
-
-    An empty folder stands for a class that this owner has no images of, as it happens to a node of a federation.
-    """
-    found = sorted(_image_files(str(class_dir), frozenset()), key=os.path.split)
-    if not found and all(name.startswith(".") for name in os.listdir(class_dir)):
-        log.warning("%s is empty: a class without images", class_dir)
-        return []
-    require(bool(found), f"{class_dir} has no images (names ending in {', '.join(EXTENSIONS[:5])}, ...)")
-    return [path.removeprefix(f"{root}{os.sep}") for path in found]
-
-
-def _image_files(directory: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
-    """Image files in and below a folder, following links except into one of the folders `above` (device, inode)."""
-    try:
-        status = os.stat(directory)
-        entries = list(os.scandir(directory))
-    except OSError as error:
-        raise PipelineError(f"{directory} cannot be read: {error.strerror}") from None
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        return
-    for entry in entries:
-        if entry.name.startswith("."):
+def _refuse_splits_of_classes(tree: Path) -> None:
+    """Refuses <class>/<split>/<image> and <domain>/<split>/<class>/<image>: read as classes, they mix the splits."""
+    for name in subfolders(tree):
+        if not is_split_tree(inner := tree / name):
             continue
-        if _is_folder(entry):
-            yield from _image_files(entry.path, above | {here})
-        elif entry.name.lower().endswith(EXTENSIONS):
-            yield entry.path
+        splits = subfolders(inner)
+        advice = (
+            f"If {canonical(name)} is a domain, set prepare_data.source: domain-folder"
+            if any(subfolders(inner / split) for split in splits)
+            else "Arrange the tree as <split>/<class>/<image>, or put all images of a class directly into its folder"
+        )
+        raise PipelineError(
+            f"{inner} holds splits ({some_folders(splits)}) where a class folder is expected. {advice}."
+        )
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads to itself
-        return False
+def _say_what_classes_hold(tree: Path) -> None:
+    """Warns where the folders that are read as classes look like domains, or like a folder around the classes."""
+    classes = subfolders(tree)
+    held = [subfolders(tree / name) for name in classes]
+    if len(held[0]) < 2 or any(holds_images_itself(tree / name) for name in classes):
+        return
+    if len(classes) == 1:
+        log.warning(
+            "%s is one class that holds the folders %s. If these are the classes, set prepare_data.path to it",
+            tree / classes[0], some_folders(held[0]),
+        )  # fmt: skip
+    elif len({tuple(map(canonical, names)) for names in held}) == 1:
+        log.warning(
+            "every class folder of %s holds folders named %s. If the folders are domains, not classes, set "
+            "prepare_data.source: domain-folder",
+            tree, some_folders(held[0]),
+        )  # fmt: skip
 
 
-def _subfolders(directory: Path) -> list[str]:
-    """Names of the folders in a folder, sorted, hidden ones left out."""
-    try:
-        names = sorted(entry.name for entry in os.scandir(directory) if _is_folder(entry) and entry.name[0] != ".")
-    except OSError as error:
-        raise PipelineError(f"{directory} cannot be read: {error.strerror}") from None
-    require(bool(names), f"{directory} has no folders: it must be a tree of <class>/<image>")
-    return names
+def _say_origins(root: Path, read: dict[str, Tree]) -> None:
+    """A line for each way in which domains are split."""
+    domains_of: dict[str, list[str]] = {}
+    for domain, tree in read.items():
+        domains_of.setdefault(tree.origin, []).append(domain)
+    for origin, domains in list(domains_of.items())[:3]:
+        log.info("%s: %s: %s", root, some_folders(domains), origin)
+    if len(domains_of) > 3:
+        log.info("%s: other domains have split folders of %d more kinds", root, len(domains_of) - 3)
 
 
 def lazy_split(root: Path, listings: list[Listing], params: PrepareData) -> LazyImages:
@@ -182,36 +214,12 @@ def lazy_split(root: Path, listings: list[Listing], params: PrepareData) -> Lazy
     labels = np.concatenate([listing.labels for listing in listings])
     domains = np.repeat(np.arange(len(listings)), [len(listing.labels) for listing in listings])
     files = ImageFiles(root, paths, params.image_size)
-    return LazyImages.of(files, labels, domains, skip_broken=params.broken_images == "skip")
+    return LazyImages.of(files, labels, domains)
 
 
 def _words(folder_name: str) -> str:
-    """The class name that a folder's name stands for."""
-    return _readable(folder_name).replace("_", " ").strip() or folder_name
-
-
-def _readable(folder_name: str) -> str:
-    """A folder's name in the one form that every file system's way of writing accents comes to."""
-    try:
-        name = os.fsencode(folder_name).decode()  # the bytes on disk, whatever the language of this session
-    except UnicodeDecodeError:
-        raise PipelineError(f"the folder {os.fsencode(folder_name)!r} has no UTF-8 name: rename it") from None
-    return unicodedata.normalize("NFC", name)
-
-
-def _folders_in_every(root: Path, classes: list[str]) -> str:
-    """Names of at least two folders that each class folder holds, or nothing."""
-    if any(not (root / name).is_dir() for name in classes):  # they stand in train and test
-        return ""
-    held = [{entry.name for entry in os.scandir(root / name) if _is_folder(entry)} for name in classes]
-    shared = set.intersection(*held)
-    return _some(shared) if len(shared) > 1 else ""
-
-
-def _some(names: set[str]) -> str:
-    """The first five names, and how many more there are."""
-    first, more = sorted(names)[:5], len(names) - 5
-    return ", ".join(first) + (f" and {more} more" if more > 0 else "")
+    """The class name that a folder's canonical name stands for."""
+    return utf8(folder_name).replace("_", " ").strip() or folder_name
 
 
 def lines(file: Path) -> list[str]:
@@ -219,7 +227,7 @@ def lines(file: Path) -> list[str]:
     try:
         return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise PipelineError(f"{file} cannot be read ({error})") from None
+        raise refusal(error, file) or PipelineError(f"{file} cannot be read ({error})") from None
 
 
 def require(condition: bool, message: str) -> None:

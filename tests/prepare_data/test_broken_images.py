@@ -1,8 +1,9 @@
-"""Broken images among good ones: stop and name the first, or skip and list them; and equal inputs, equal bytes."""
+"""Broken images among good ones: stop and name all, or skip and list them; and equal inputs, equal bytes."""
 
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,12 +39,40 @@ def small_tasks(monkeypatch):
     monkeypatch.setattr(images, "BLOCK_BYTES", 5 * 3 * 8 * 8)
 
 
-def test_stop_names_the_first_and_leaves_nothing(prepare, folder):
+def test_stop_names_all_of_both_splits_and_leaves_nothing(prepare, folder):
     result = prepare(source="folder", path=folder)
     assert result.exit_code == 1
-    assert f"{folder}/train/a/05.png is not a readable image (is empty): mend or remove it" in result.output
-    assert "broken_images: skip" in result.output and result.output.count("\n") == 1
+    splits, error = result.output.splitlines()
+    assert splits == f"{folder}: train/ is the training split, test/ the test split"
+    assert error.startswith(f"Error: {folder}: 3 images cannot be read: train/a/05.png (is empty), train/b/00.png (")
+    assert "test/a/1.png (image file is truncated" in error and "broken_images: skip" in error
     assert list(result.folder.parent.iterdir()) == []
+
+
+def test_stop_counts_those_beyond_the_first_and_lists_all_in_a_file(prepare, folder):
+    for number in range(6, 10):
+        (folder / f"train/a/{number:02d}.png").write_bytes(b"")
+    result = prepare(source="folder", path=folder)
+    error = result.output.splitlines()[-1]
+    # seven are broken: five in a, one in b, one in test/a; five are named, in order
+    assert "7 images cannot be read" in error and "train/a/09.png (is empty) and 2 more" in error
+    assert "train/b" not in error
+    listing = result.folder.parents[2] / ".pipeline" / "broken-images-probe.txt"
+    assert str(listing) in error
+    paths = [line.split("\t")[0] for line in listing.read_text().splitlines()]
+    assert paths == [*(f"train/a/{number:02d}.png" for number in range(5, 10)), "train/b/00.png", "test/a/1.png"]
+
+
+@pytest.mark.parametrize("broken_images", ["stop", "skip"])
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that gives an I/O error")
+def test_a_refusal_of_the_system_is_no_broken_image(prepare, tmp_path, broken_images):
+    for name in "ab":
+        for number in range(5):
+            save_plain(tmp_path / "in" / name / f"{number}.png", (1, number, 0))
+    (tmp_path / "in" / "a" / "5.png").symlink_to("/proc/self/mem")  # to read its first byte is an I/O error
+    result = prepare(source="folder", path=tmp_path / "in", broken_images=broken_images)
+    assert result.exit_code == 1 and "a/5.png cannot be read (Input/output error). Check the disk" in result.output
+    assert "broken" not in result.output and not result.folder.exists()
 
 
 def test_stop_keeps_the_set_that_stood_before(prepare, folder):
@@ -56,7 +85,7 @@ def test_stop_keeps_the_set_that_stood_before(prepare, folder):
 
 def test_skip_lists_them_and_the_index_stays_dense(prepare, folder):
     result = prepare(source="folder", path=folder, broken_images="skip")
-    assert "3 broken images were left out, the first is train/a/05.png (is empty)" in result.output
+    assert "broken images left out: 3, the first is train/a/05.png (is empty)" in result.output
     dataset = result.dataset
     listed = json.loads((dataset.path / "manifest.json").read_text())["skipped"]
     assert [image["path"] for image in listed["train"]] == ["train/a/05.png", "train/b/00.png"]
@@ -85,7 +114,7 @@ def test_a_split_without_one_readable_image_is_named(prepare, folder):
     for path in (folder / "test").glob("*/*"):
         path.write_bytes(b"")
     result = prepare(source="folder", path=folder, broken_images="skip")
-    assert "the test split has no readable image; the first is test/a/0.png" in result.output
+    assert "the test split has no readable image. The first is test/a/0.png (is empty)" in result.output
 
 
 def test_a_broken_image_outside_the_subset_does_no_harm(prepare, folder):

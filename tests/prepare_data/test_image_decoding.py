@@ -7,13 +7,15 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from pipeline.errors import PipelineError
+from pipeline.system_errors import SystemRefusal
 from stages.prepare_data.decode import BrokenImageError, read_image
+from stages.prepare_data.image_search import ImageSearch, has_images, subfolders
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # as the stage does
 
+LOSSLESS = {"JPEG": {"quality": 100}, "PNG": {}, "WEBP": {"lossless": True}}
 RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 
 
@@ -86,9 +88,46 @@ def test_exif_orientation_turns_the_image_upright(tmp_path):
     assert np.array_equal(read_image(path, 8)[..., 0], np.rot90(RAMP, -1))
 
 
-def test_a_broken_exif_block_does_not_break_the_image(tmp_path):
-    path = save(tmp_path, Image.new("L", (8, 8), 90), "image.jpg", exif=b"Exif\x00\x00MM\x00*\x00\x00\xff\xff\x00\x09")
+DAMAGED_EXIF = {
+    "no TIFF header": b"Exif\x00\x00junkjunkjunkjunk",
+    "two bytes": b"Exif\x00\x00MM",
+    "cut": b"Exif\x00\x00MM\x00*\x00\x00\xff\xff\x00\x09",
+    "a tag of a wrong type": b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x1a\x00\x02\x00\x00\x00\x01AAAA",
+}
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("exif", DAMAGED_EXIF.values(), ids=DAMAGED_EXIF)
+def test_damaged_exif_data_does_not_break_an_image_of_any_format(tmp_path, format, exif):
+    path = save(tmp_path, Image.new("L", (8, 8), 90), format=format, exif=exif, **LOSSLESS[format])
     assert (read_image(path, 8) == 90).all()
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_an_orientation_beside_a_damaged_tag_still_counts(tmp_path, format):
+    # tag 0x0112 (orientation) = 6, then tag 0x011A (a rational) as text: it cannot be written again
+    tags = b"\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06\x00\x00" + b"\x01\x1a\x00\x02\x00\x00\x00\x01A\x00\x00\x00"
+    exif = b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x02" + tags + bytes(4)
+    halves = Image.fromarray(np.repeat([[0], [255]], 4, axis=0).astype(np.uint8) * np.ones(8, np.uint8))
+    pixels = read_image(save(tmp_path, halves, format=format, exif=exif, **LOSSLESS[format]), 8)[..., 0].astype(int)
+    assert (pixels[:, :4] > 250).all() and (pixels[:, 4:] < 5).all()  # turned right: the lower half is on the left
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "AVIF"])
+def test_half_a_file_is_broken_in_every_format(tmp_path, format):
+    path = save(
+        tmp_path, Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)), format=format
+    )
+    read_image(path, 8)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(BrokenImageError):
+        read_image(path, 8)
+
+
+def test_a_long_note_does_not_break_a_png(tmp_path):
+    note = PngImagePlugin.PngInfo()
+    note.add_itxt("XML:com.adobe.xmp", "x" * 2_000_000, zip=True)
+    assert (read_image(save(tmp_path, Image.new("L", (8, 8), 90), pnginfo=note), 8) == 90).all()
 
 
 def test_the_first_frame_of_an_animation_is_taken(tmp_path):
@@ -169,8 +208,21 @@ def test_a_fault_of_the_system_is_not_the_images(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
     try:
-        with pytest.raises(PipelineError, match="Too many open files"):
+        with pytest.raises(SystemRefusal, match="Too many open files.*ulimit"):
             read_image(path, 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_fault_of_the_system_is_not_the_folders(tmp_path):
+    (tmp_path / "a").mkdir()
+    save(tmp_path / "a", Image.new("L", (8, 8)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        for look in (ImageSearch(tmp_path).class_folders, ImageSearch(tmp_path).of_class, has_images, subfolders):
+            with pytest.raises(SystemRefusal, match="Too many open files.*ulimit"):
+                look(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

@@ -107,11 +107,17 @@ def test_a_subset_of_domains_keeps_their_shares(prepare, tmp_path):
 def test_a_tree_of_domains_read_as_a_folder_is_remarked_on(prepare, tmp_path):
     for domain in ("amazon", "dslr"):
         tree(tmp_path / "in" / domain, ["bike", "mug"])
-    remark = "holds folders named bike, mug: if these are the classes, set source: domain-folder"
+    remark = "holds folders named bike, mug. If the folders are domains, not classes, set prepare_data.source: domain"
     assert remark in prepare(source="folder", path=tmp_path / "in").output
     assert remark not in prepare(source="domain-folder", path=tmp_path / "in").output
     tree(tmp_path / "plain", ["a", "b"])
     assert "domain-folder" not in prepare(source="folder", path=tmp_path / "plain").output
+
+
+def test_two_folders_of_one_class_name_are_an_error(prepare, tmp_path):
+    tree(tmp_path / "in", ["a_b", "a b"])
+    result = prepare(source="folder", path=tmp_path / "in")
+    assert result.exit_code == 1 and "named 'a b'" in result.output.splitlines()[-1]
 
 
 def test_digits_five_is_named_in_words(prepare, tmp_path):
@@ -160,7 +166,10 @@ def test_tiny_imagenet_names_are_words_in_label_order(prepare, tmp_path):
         (lambda root: (root / "words.txt").write_text("n01443537\tgoldfish\n"), "no words for n02085620, n02125311"),
         (lambda root: (root / "wnids.txt").write_text("n01443537\n"), "'n02125311' of val_0.png is not in wnids.txt"),
         (lambda root: shutil.rmtree(root / "train" / "n02085620"), "train/n02085620 cannot be read"),
-        (lambda root: os.remove(root / "val" / "images" / "val_1.png"), "val_1.png is not a readable image (No such"),
+        (
+            lambda root: os.remove(root / "val" / "images" / "val_1.png"),
+            "an image cannot be read: val/images/val_1.png (No such",
+        ),
     ],
 )
 def test_what_tiny_imagenet_lacks_is_named(prepare, tmp_path, spoil, message):
@@ -191,12 +200,15 @@ def spoil_empty_class(root):
 @pytest.mark.parametrize(
     ("source", "make", "message"),
     [
-        ("folder", lambda root: None, "in is not a folder: set prepare_data.path"),
+        ("folder", lambda root: None, "in is not a folder. Set prepare_data.path"),
         ("folder", lambda root: root.mkdir(), "in has no folders"),
         ("folder", spoil_split, "train and test differ in their class folders: b, c"),
         ("folder", spoil_empty_class, "in/b has no images"),
-        ("folder", lambda root: tree(root / "train", ["a"]), "neither test nor val beside it"),
-        ("folder", lambda root: tree(root, ["a_b", "a b"]), "named 'a b'"),
+        (
+            "folder",
+            lambda root: tree(root / "train", ["a"]),
+            "none with class folders for the test split. Found: train",
+        ),
         ("domain-folder", spoil_domain, "in/dslr lacks class folders that other domains have: mug"),
         ("tiny-imagenet", lambda root: root.mkdir(), "unpack tiny-imagenet-200.zip"),
     ],

@@ -9,6 +9,7 @@ import hashlib
 import pickle
 import struct
 import typing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -232,6 +233,15 @@ def test_a_damaged_file_is_one_line(prepare, tmp_path, content):
     result = prepare(source="usps", path=tmp_path)
     assert (result.exit_code, result.output.count("\n")) == (1, 1)
     assert "USPS is not whole in" in result.output
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that gives an I/O error")
+def test_an_error_of_the_disk_is_no_damage(prepare, tmp_path, monkeypatch):
+    monkeypatch.setattr(tv.USPS, "split_list", {"train": [NOWHERE, "usps.bz2", None]})
+    (tmp_path / "usps.bz2").symlink_to("/proc/self/mem")
+    result = prepare(source="usps", path=tmp_path)
+    assert (result.exit_code, result.output.count("\n")) == (1, 1)
+    assert "cannot be read (Input/output error)" in result.output and "not whole" not in result.output
 
 
 def test_images_and_labels_of_different_number_are_named(prepare, tmp_path):

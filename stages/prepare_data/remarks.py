@@ -1,0 +1,69 @@
+"""What a user should know of a prepared data set beyond errors: skipped images, thin classes, odd class names."""
+
+import logging
+from pathlib import Path
+
+from pipeline import class_names, datasets
+from pipeline.datasets import PreparedDataset
+from pipeline.images import Skipped
+from stages.prepare_data.file_names import some
+
+log = logging.getLogger(__name__)
+
+_CLASS_PROMPTS = "extract_features.class_prompts (a file: class name -> text)"
+_NAMED = 5
+
+
+def say_outcome(dataset: PreparedDataset) -> None:
+    """Says what was prepared, and in a line of each kind what is odd about it."""
+    counts = ", ".join(f"{dataset.rows(split)} {split}" for split in datasets.SPLITS)
+    domains = f", {len(dataset.domain_names)} domains" if len(dataset.domain_names) > 1 else ""
+    log.info("%s: %s images of %d classes%s", dataset.path, counts, len(dataset.class_names), domains)
+    _say_skipped(dataset)
+    _say_thin_classes(dataset)
+    _say_odd_names(dataset.class_names)
+
+
+def broken_images(root: Path, images: list[Skipped], listing: Path) -> str:
+    """The error that names the broken images of a source and says where all of them are listed."""
+    named = ", ".join(f"{image.path} ({image.reason})" for image in images[:_NAMED])
+    more = f" and {len(images) - _NAMED} more, all listed in {listing}" if len(images) > _NAMED else ""
+    number = f"{len(images)} images" if len(images) > 1 else "an image"
+    advice = "Repair or remove them, or set prepare_data.broken_images: skip"
+    return f"{root}: {number} cannot be read: {named}{more}. {advice}."
+
+
+def _say_skipped(dataset: PreparedDataset) -> None:
+    skipped = [image for images in dataset.manifest.skipped.values() for image in images]
+    if skipped:
+        log.warning(
+            "broken images left out: %d, the first is %s (%s). %s lists them all",
+            len(skipped), skipped[0].path, skipped[0].reason, dataset.path / "manifest.json",
+        )  # fmt: skip
+
+
+def _say_thin_classes(dataset: PreparedDataset) -> None:
+    names = dataset.class_names
+    train, test = (datasets.label_counts(dataset.path, split, len(names)) for split in datasets.SPLITS)
+    for text, chosen in (
+        ("without images", train + test == 0),
+        ("with one image", train + test == 1),
+        ("without a test image, so never tested", (train > 1) & (test == 0)),
+        ("without a training image", (train == 0) & (test > 1)),
+    ):
+        if chosen.any():
+            found = [name for name, is_chosen in zip(names, chosen, strict=True) if is_chosen]
+            log.warning("classes %s: %s (%d of %d)", text, some(found), len(found), len(names))
+
+
+def _say_odd_names(names: list[str]) -> None:
+    if found := class_names.without_words(names):
+        log.warning(
+            "class names that are numbers or ids, which mean nothing in a prompt: %s (%d of %d). Rename the folders, "
+            "or give words by %s", some(found), len(found), len(names), _CLASS_PROMPTS,
+        )  # fmt: skip
+    if found := class_names.differing_in_case(names):
+        log.warning(
+            "class names that differ only in upper and lower case stay separate classes, but many text encoders read "
+            "them as one: %s. Merge the folders, or tell them apart by %s", some(found), _CLASS_PROMPTS,
+        )  # fmt: skip

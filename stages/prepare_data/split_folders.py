@@ -1,0 +1,167 @@
+"""Finds out which folders of a tree are its splits: train/ and test/ in the spellings that people use.
+
+A split folder holds class folders and is named "train", "Testing", "val", "valid_set", "seg_test", ... What can be read
+in two ways is refused: where a split is taken for a class, training sees the test images.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import PipelineError
+from stages.prepare_data.file_names import canonical, some_folders
+from stages.prepare_data.image_search import has_images, holds_images_itself, subfolders
+
+_SPELLINGS = {
+    "train": ("train", "training", "trn", "trainval"),
+    "test": ("test", "testing", "tst", "eval", "evaluation"),
+    "validation": ("val", "valid", "validation", "validate", "dev", "devel", "development"),
+}
+_SPLIT_OF_WORD = {word: split for split, words in _SPELLINGS.items() for word in words}
+_NAME = re.compile(
+    r"(?:\d+[ _.-]+)?(?P<word>[a-z]+?)(?:[ _.-]*(?:set|data|dataset|split|images|imgs|folder))?[ _.-]*\d*"
+)
+_MAX_WRAPPERS = 8
+
+
+@dataclass(frozen=True)
+class SplitFolders:
+    """The folders of a tree that hold its splits, and a validation split that is left out.
+
+    `no_classes` are names of folders that are left out because they hold no class folders with images.
+    """
+
+    train: Path
+    test: Path
+    validation: Path | None
+    no_classes: list[str]
+
+    def described(self, tree: Path) -> str:
+        """Which folder is which split, and what becomes of the others."""
+        said = f"{_inside(tree, self.train)} is the training split, {_inside(tree, self.test)} the test split"
+        if self.validation:
+            said += f"; {_inside(tree, self.validation)} is left out (to train on it too, move its images into "
+            said += f"{_inside(tree, self.train)})"
+        if self.no_classes:
+            said += f"; left out, without class folders: {some_folders(self.no_classes)}"
+        return said
+
+
+def find_splits(tree: Path) -> SplitFolders | None:
+    """The splits of a tree, or None if its folders are class folders.
+
+    Validation images are the test split where no other is, and are left out where one is.
+
+    Raises:
+        PipelineError: the folders can be read in two ways, training or test images are missing, or a folder cannot
+            be read.
+    """
+    folders = subfolders(tree)
+    splits = _by_split(folders)
+    named = _names(splits)
+    if not named:
+        return None
+    others = [name for name in folders if name not in named]
+    with_images = [name for name in others if has_images(tree / name)]
+    if with_images:
+        if all(holds_images_itself(tree / name) or not subfolders(tree / name) for name in named):
+            return None  # classes that have such a name, as the train among vehicles
+        raise PipelineError(
+            f"{tree} holds folders named as splits ({some_folders(named)}) beside other folders with images "
+            f"({some_folders(with_images)}). If the former are splits, move the others elsewhere; if they are classes, "
+            "put their images directly into them."
+        )
+    return _chosen(tree, splits, others)
+
+
+def unwrapped(tree: Path) -> Path:
+    """The folder that holds the splits, where a tree has one folder in another, as archives unpack; else `tree`."""
+    return _unwrapped(tree, lambda inner: bool(_by_split(subfolders(inner))))
+
+
+def unwrapped_domains(tree: Path) -> Path:
+    """The folder that holds domains with splits of their own, where it is wrapped in others; else `tree`."""
+    return _unwrapped(tree, lambda inner: all(is_split_tree(inner / name) for name in subfolders(inner)))
+
+
+def is_split_tree(tree: Path) -> bool:
+    """Whether the folders of a tree are named as a training split and another one, and there are no others."""
+    folders = subfolders(tree)
+    splits = _by_split(folders)
+    return "train" in splits and len(splits) > 1 and len(_names(splits)) == len(folders)
+
+
+def _unwrapped(tree: Path, is_wanted: Callable[[Path], bool]) -> Path:
+    inner = tree
+    for _ in range(_MAX_WRAPPERS):
+        folders = subfolders(inner)
+        if len(folders) != 1 or _split_of(folders[0]) or holds_images_itself(inner):
+            break
+        inner = inner / folders[0]
+        if subfolders(inner) and is_wanted(inner):
+            return inner
+    return tree
+
+
+def _chosen(tree: Path, splits: dict[str, list[str]], others: list[str]) -> SplitFolders:
+    folder_of: dict[str, Path] = {}
+    unlabelled = []
+    for split, names in splits.items():
+        filled = [name for name in names if subfolders(tree / name)]
+        if len(filled) > 1:
+            raise PipelineError(
+                f"{tree} has two folders for one split, {split}: {some_folders(filled)}. Merge them, or move one away."
+            )
+        if filled:
+            folder_of[split] = _innermost(tree / filled[0], split)
+        unlabelled += [name for name in names if name not in filled and holds_images_itself(tree / name)]
+    validation = folder_of.get("validation")
+    train, test = folder_of.get("train"), folder_of.get("test", validation)
+    if train is None or test is None:
+        missing = "train" if train is None else "test"
+        found = (
+            f"Images without class folders: {some_folders(unlabelled)}"
+            if unlabelled
+            else f"Found: {some_folders(_names(splits))}"
+        )
+        instead = f", or set prepare_data.path to {train}, of which one image in five becomes the test split"
+        raise PipelineError(
+            f"{tree} has split folders, but none with class folders for the {missing} split. {found}. Arrange it as "
+            f"{missing}/<class>/<image>{instead if train else ''}."
+        )
+    return SplitFolders(train, test, None if test == validation else validation, [*unlabelled, *others])
+
+
+def _innermost(folder: Path, split: str) -> Path:
+    """train/ of train/train/<class>, as some archives unpack."""
+    while len(inner := subfolders(folder)) == 1 and (_split_of(inner[0]) == split or inner[0] == folder.name):
+        if not subfolders(folder / inner[0]):
+            break
+        folder = folder / inner[0]
+    return folder
+
+
+def _by_split(folders: list[str]) -> dict[str, list[str]]:
+    """Split -> the folders that are named as it; a prefix that all folders share is ignored (seg_train, seg_test)."""
+    prefix = os.path.commonprefix(folders) if len(folders) > 1 else ""
+    shared = prefix[: 1 + max(map(prefix.rfind, " _.-"))]
+    splits: dict[str, list[str]] = {}
+    for name in folders:
+        if split := _split_of(name) or _split_of(name.removeprefix(shared)):
+            splits.setdefault(split, []).append(name)
+    return splits
+
+
+def _split_of(name: str) -> str | None:
+    match = _NAME.fullmatch(canonical(name).casefold().strip())
+    return _SPLIT_OF_WORD.get(match["word"]) if match else None
+
+
+def _names(splits: dict[str, list[str]]) -> list[str]:
+    return [name for names in splits.values() for name in names]
+
+
+def _inside(tree: Path, folder: Path) -> str:
+    return f"{canonical(str(folder.relative_to(tree)))}/"
