@@ -15,6 +15,7 @@ from typing import Any
 
 import pipeline
 from pipeline import atomic
+from pipeline.system_errors import reading
 
 _PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "h5py", "numpy", "scikit-learn")
 CHECKSUMS = "SHA256SUMS"
@@ -27,8 +28,13 @@ def fingerprint(content: Mapping[str, Any]) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, 64 hexadecimal digits."""
-    with path.open("rb") as stream:
+    """SHA-256 of a file's bytes, 64 hexadecimal digits.
+
+    Raises:
+        SystemRefusal: the operating system did not let it be read.
+        OSError: there is no such file.
+    """
+    with reading(path), path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
