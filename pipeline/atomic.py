@@ -5,13 +5,13 @@ cache, and in every other place that links to it.
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.errors import PipelineError
+from pipeline.locks import try_flock
 
 
 @contextlib.contextmanager
@@ -28,10 +28,8 @@ def folder_in_place_of(path: Path) -> Iterator[Path]:
     staging.mkdir(parents=True, exist_ok=True)
     handle = os.open(staging, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PipelineError(f"another process is writing {path}: wait until it has ended") from None
+        if not try_flock(handle, staging):
+            raise PipelineError(f"another process is writing {path}: wait until it has ended")
         try:
             for leftover in staging.iterdir():
                 remove(leftover)

@@ -80,20 +80,28 @@ def open_to_read(file: Path) -> Iterator[h5py.File]:
 
 @contextlib.contextmanager
 def bytes_of(file: Path) -> Iterator[BinaryIO]:
-    """The bytes of an HDF5 file, unbuffered; no process can open it for writing meanwhile.
+    """The bytes of an HDF5 file; no process can open it for writing meanwhile.
 
     Raises:
-        SystemRefusal: the operating system refused, for example because a process has it open for writing.
+        SystemRefusal: it cannot be opened, for example because a process has it open for writing.
         OSError: there is no such file.
     """
-    with reading(file), file.open("rb", buffering=0) as stream:
-        if os.environ.get("HDF5_USE_FILE_LOCKING", "").upper() not in ("FALSE", "0"):
-            try:
-                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
+    with contextlib.ExitStack() as stack:
+        with reading(file):
+            stream = stack.enter_context(file.open("rb"))
+            if os.environ.get("HDF5_USE_FILE_LOCKING", "").upper() not in ("FALSE", "0"):
+                with _without_locks_if_there_are_none():
+                    fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
         yield stream
+
+
+@contextlib.contextmanager
+def _without_locks_if_there_are_none() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
 
 
 def check_not_written(file: Path) -> None:

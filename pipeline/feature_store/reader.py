@@ -128,7 +128,7 @@ class FeatureSet:
             raise PipelineError(f"{self.path} holds samples 0 to {self.manifest.rows - 1}, not {beyond[0]}")
         shard_of = index // self.manifest.rows_per_shard
         for shard in np.unique(shard_of):
-            self.open_shard(int(shard))  # before memory is taken for the rows: a manifest may say anything
+            self._shards.check(int(shard))  # before memory is taken for the rows: a manifest may say anything
         shapes = self._shards.shapes(len(index))
         rows = Features(**{name: np.empty(shapes[name], dtype) for name, dtype in FIELDS.items()})
         parts = [

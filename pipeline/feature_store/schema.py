@@ -14,7 +14,7 @@ from typing_extensions import TypedDict  # pydantic reads typing's only from Pyt
 
 from pipeline import hdf5, provenance
 from pipeline.errors import PipelineError
-from pipeline.system_errors import status
+from pipeline.system_errors import reading, status
 
 FORMAT_VERSION = 1
 EXTRACT_AGAIN = "delete it and run `pipeline extract-features`, or `dvc pull` a good copy"
@@ -69,7 +69,7 @@ class FileEntry(BaseModel):
         if wrong := self.size_fault(folder):
             return wrong
         file = folder / self.file
-        with hdf5.bytes_of(file) as stream:
+        with hdf5.bytes_of(file) as stream, reading(file):
             same = sha256(stream) == self.sha256
         return None if same else Fault(f"{file} is corrupt (SHA-256 differs from its manifest)")
 

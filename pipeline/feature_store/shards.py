@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 
 from pipeline.atomic import in_words
-from pipeline.feature_store.schema import FIELDS, Fault, FileEntry, Manifest
+from pipeline.feature_store.schema import FIELDS, Fault, Manifest
 from pipeline.hdf5 import open_to_read, plain_dataset
 from pipeline.system_errors import reading
 from pipeline.text import printable
@@ -65,12 +65,8 @@ class Shards:
             if shard in self._maps:
                 self._maps.move_to_end(shard)
                 return self._maps[shard]
-        entry = self._manifest.shards[shard]
-        if wrong := entry.size_fault(self._path):
-            raise wrong
-        if shard not in self._layouts:
-            self._layouts[shard] = self._read_layout(shard, entry)
-        content = _map(self._path / entry.file)
+        self.check(shard)
+        content = _map(self._checked_file(shard))
         maps = {name: dataset.of(content) for name, dataset in self._layouts[shard].items()}
         with self._lock:
             self._maps[shard] = maps
@@ -78,14 +74,25 @@ class Shards:
                 self._maps.popitem(last=False)
         return maps
 
+    def check(self, shard: int) -> None:
+        """Reads the shard's layout, once; raises what `open` raises."""
+        if shard not in self._layouts:
+            self._layouts[shard] = self._read_layout(shard, self._checked_file(shard))
+
     def shapes(self, n: int) -> dict[str, tuple[int, ...]]:
         """Of the datasets of n rows."""
         p, d = self._manifest.prompts_per_image, self._manifest.content.num_dims
         of_rows = dict.fromkeys(("index", "label", "crc32"), (n,))
         return {**of_rows, "denoised": (n, d), "prompted": (n, p, d), "prompt_class": (n, p)}
 
-    def _read_layout(self, shard: int, entry: FileEntry) -> dict[str, _Dataset]:
-        file, shapes = self._path / entry.file, self.shapes(len(self._manifest.shard_rows(shard)))
+    def _checked_file(self, shard: int) -> Path:
+        entry = self._manifest.shards[shard]
+        if wrong := entry.size_fault(self._path):  # a map of a file that was cut short would end the process
+            raise wrong
+        return self._path / entry.file
+
+    def _read_layout(self, shard: int, file: Path) -> dict[str, _Dataset]:
+        shapes = self.shapes(len(self._manifest.shard_rows(shard)))
         with opened(file, self._manifest.fingerprint, "does not have the layout of a shard") as h5:
             layout = {name: _layout(plain_dataset(h5, name, file)) for name in _DATASETS}
             for name, dtype in _DATASETS.items():
