@@ -54,12 +54,18 @@ def software() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit that the code was run from, "-dirty" added where it was changed since; None outside git."""
+    """The commit that the code was run from, "-dirty" added where it was changed since; None outside git.
+
+    Raises:
+        SystemRefusal: git cannot be started now, for example because too many files are open; it decides what a
+            checkpoint is named, so None would lose one.
+    """
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        with reading(here):
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):  # there is no git
         return None
     return answer.stdout.strip() or None
 

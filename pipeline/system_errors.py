@@ -40,6 +40,8 @@ _REMEDIES = (
         "Check the disk, or the mount of the network file system, and run again",
     )
     | dict.fromkeys((errno.ENOMEM,), "Free some memory and run again")
+    | dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room on the disk and run again")
+    | dict.fromkeys((errno.EROFS,), "The file system is read-only. Give access, or use another, and run again")
 )
 _DEFAULT_REMEDY = "Nothing is known to be damaged. Remove the cause and run again"
 _UNMARK = (
