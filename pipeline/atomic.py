@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline.errors import PipelineError
 from pipeline.locks import try_flock
+from pipeline.system_errors import error_number, unwritten
 
 
 @contextlib.contextmanager
@@ -38,10 +39,7 @@ def folder_in_place_of(path: Path) -> Iterator[Path]:
         except BaseException as error:
             shutil.rmtree(staging, ignore_errors=True)
             if isinstance(error, OSError | RuntimeError):  # h5py's, when a write fails
-                raise PipelineError(
-                    f"{path} cannot be written ({in_words(error)}): what was there is kept; make room or give access, "
-                    "and run again"
-                ) from error
+                raise unwritten(path, error) from error
             raise
         remove(old)
         if os.path.lexists(path):
@@ -93,10 +91,7 @@ def whole_or_not_at_all(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise PipelineError(
-                f"{path} cannot be written ({in_words(error)}): what was finished before is kept; make room or give "
-                "access, and run again"
-            ) from None
+            raise unwritten(path, error) from None
         raise
 
 
@@ -119,6 +114,5 @@ def sync(path: Path) -> None:
 
 def in_words(error: Exception) -> str:
     """The system's reason where there is one, else what h5py says, on one line."""
-    causes = [error, error.__context__]
-    codes = [cause.errno for cause in causes if isinstance(cause, OSError) and cause.errno is not None]
-    return os.strerror(codes[0]) if codes else " ".join(str(error).split())
+    code = error_number(error)
+    return os.strerror(code) if code else " ".join(str(error).split())

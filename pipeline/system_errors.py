@@ -1,4 +1,4 @@
-"""Errors of the operating system, which say nothing about what a file holds.
+"""Errors of the operating system, which say nothing about what a file holds, and what to do about each.
 
 A file that is open for writing elsewhere, a missing permission or a full descriptor table stops a read before any byte
 was compared. Every reader asks `refusal` first and calls a file damaged only if this returns None.
@@ -41,7 +41,7 @@ _REMEDIES = (
     )
     | dict.fromkeys((errno.ENOMEM,), "Free some memory and run again")
     | dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room on the disk and run again")
-    | dict.fromkeys((errno.EROFS,), "The file system is read-only. Give access, or use another, and run again")
+    | dict.fromkeys((errno.EROFS,), "Mount the file system for writing, or use another, and run again")
 )
 _DEFAULT_REMEDY = "Nothing is known to be damaged. Remove the cause and run again"
 _UNMARK = (
@@ -134,6 +134,13 @@ def entries(folder: Path) -> list[Path]:
             if error.errno in _NOT_REFUSED:
                 return []
             raise
+
+
+def unwritten(path: Path, error: BaseException) -> PipelineError:
+    """The error to raise if writing `path`, which appears whole or not at all, ended in `error`."""
+    code = error_number(error)
+    reason = os.strerror(code) if code else " ".join(str(error).split())
+    return PipelineError(f"{path} cannot be written ({reason}). {remedy(code or 0)}. What was there before is kept.")
 
 
 def remedy(code: int) -> str:

@@ -241,7 +241,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
         write(small / "staging", shards=[0])
         (small / "filler").write_bytes(bytes(shutil.disk_usage(small).free - 8192))
         writer = open_writer(small / "staging")
-        with pytest.raises(PipelineError, match="No space left on device.*make room and run the same command again"):
+        with pytest.raises(PipelineError, match="No space left on device.*Make room on the disk and run again"):
             for shard in (1, 2):
                 writer.write_shard(shard, features(writer.plan.shard_rows(shard)), 0)
         (small / "filler").unlink()

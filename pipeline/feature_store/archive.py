@@ -116,7 +116,7 @@ def _alone(archive: Path) -> Iterator[None]:
     try:
         handle = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise PipelineError(f"{archive} cannot be written ({error.strerror}): write it elsewhere, with -o") from None
+        raise PipelineError(f"{archive} cannot be written ({error.strerror}). Name another place with -o.") from None
     try:
         try:  # without the second condition it was finished and renamed meanwhile
             ours = try_flock(handle, temporary) and os.path.samestat(os.fstat(handle), temporary.stat())

@@ -33,7 +33,7 @@ from pipeline.feature_store.schema import (
     Plan,
     shard_name,
 )
-from pipeline.system_errors import error_number, reading, status
+from pipeline.system_errors import error_number, reading, status, unwritten
 
 log = logging.getLogger(__name__)
 
@@ -304,17 +304,12 @@ def _new_file(file: Path, size: int) -> Iterator[h5py.File]:
 @contextlib.contextmanager
 def _full_disk(file: Path) -> Iterator[None]:
     """A full disk, quota or file size limit in one line; HDF5 gives the error's number only in its text."""
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     try:
         yield
     except (OSError, RuntimeError) as error:
-        number = error_number(error)
-        if number not in full:
+        if error_number(error) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise PipelineError(
-            f"{file} cannot be written ({os.strerror(number)}): what was finished before is kept; make room and run "
-            "the same command again"
-        ) from None
+        raise unwritten(file, error) from None
 
 
 def _reserve(file: Path, size: int) -> None:

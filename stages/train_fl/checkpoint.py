@@ -20,8 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline import atomic, provenance
-from pipeline.errors import PipelineError
-from pipeline.system_errors import reading
+from pipeline.system_errors import reading, unwritten
 from stages.train_fl.engines.local import Progress
 from stages.train_fl.methods import ServerState
 
@@ -113,7 +112,7 @@ def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
         temporary.replace(file)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        raise PipelineError(f"{file} cannot be written ({error}): make room, and run again") from None
+        raise unwritten(file, error) from None
 
 
 def _flatten(progress: Progress) -> dict[str, Tensor]:
