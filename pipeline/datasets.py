@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pipeline import provenance
 from pipeline.atomic import folder_in_place_of, in_words, sync
 from pipeline.errors import PipelineError
-from pipeline.hdf5 import open_to_read, plain_dataset
+from pipeline.hdf5 import check_not_written, open_to_read, plain_dataset
 from pipeline.images import Images, Skipped, Source, Split, images_per_block, stratified_split
 from pipeline.system_errors import reading
 
@@ -118,8 +118,10 @@ class PreparedDataset:
         except FileNotFoundError:
             raise PipelineError(f"{file} is missing: {_PREPARE_AGAIN}") from None
         except (OSError, KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
+            check_not_written(file)
             raise PipelineError(f"{file} is not a whole {split} split ({in_words(error)}): {_PREPARE_AGAIN}") from None
         if not as_promised:
+            check_not_written(file)
             raise PipelineError(f"{file} does not hold the {split} images of its manifest: {_PREPARE_AGAIN}")
         return loaded
 

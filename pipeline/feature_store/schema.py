@@ -70,8 +70,10 @@ class FileEntry(BaseModel):
             return wrong
         file = folder / self.file
         with hdf5.bytes_of(file) as stream, reading(file):
-            same = sha256(stream) == self.sha256
-        return None if same else Fault(f"{file} is corrupt (SHA-256 differs from its manifest)")
+            if sha256(stream) == self.sha256:
+                return None
+        hdf5.check_not_written(file)
+        return Fault(f"{file} is corrupt (SHA-256 differs from its manifest)")
 
     def size_fault(self, folder: Path) -> Fault | None:
         """What is wrong with the file by its kind and size, or None.

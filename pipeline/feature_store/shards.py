@@ -19,7 +19,7 @@ import numpy as np
 
 from pipeline.atomic import in_words
 from pipeline.feature_store.schema import FIELDS, Fault, Manifest
-from pipeline.hdf5 import open_to_read, plain_dataset
+from pipeline.hdf5 import check_not_written, open_to_read, plain_dataset
 from pipeline.system_errors import reading
 from pipeline.text import printable
 
@@ -124,6 +124,7 @@ def opened(file: Path, fingerprint: str, otherwise: str) -> Iterator[h5py.File]:
             wrong = otherwise
             yield h5
     except MALFORMED as error:
+        check_not_written(file)
         raise Fault(f"{file} {wrong} ({said(error)})") from None
 
 

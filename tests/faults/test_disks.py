@@ -81,9 +81,7 @@ def test_a_read_only_disk(made, project_on_disk, disk, tmp_path, trial, name):
     with trial("read-only disk") as tried:
         before = program.contents(project)
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-        line = program.refuse(
-            project, *arguments, says=["Read-only file system", "Mount the file"], log=log
-        )
+        line = program.refuse(project, *arguments, says=["Read-only file system", "Mount the file"], log=log)
         assert str(project) in line
         subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
         tried.compare(before, program.contents(project))
@@ -106,9 +104,7 @@ def test_a_folder_of_another_user(made, trial, name, tmp_path_factory):
             log.touch()
             log.chmod(0o666)
             under = program.Conditions(uid=NOBODY)
-            line = program.refuse(
-                project, *arguments, says=["Permission denied", "permissions"], log=log, under=under
-            )
+            line = program.refuse(project, *arguments, says=["Permission denied", "permissions"], log=log, under=under)
             assert str(project) in line
             tried.compare(before, program.contents(project))
             program.succeed(project, *arguments, log=log)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import functools
 import os
 import resource
@@ -283,6 +284,42 @@ def test_a_file_that_is_open_for_writing_elsewhere(project, trial, name):
         after_it = program.contents(project)
         tried.compare({n: before[n] for n in before if n.startswith("data/")},
                       {n: after_it[n] for n in after_it if n.startswith("data/")})  # fmt: skip
+
+
+def test_a_file_that_is_being_changed_is_not_called_damaged_even_if_locks_are_switched_off(kept, tmp_path, monkeypatch):
+    """HDF5_USE_FILE_LOCKING lets a file be read beside its writer; what differs then says nothing of the file."""
+    folder, data = (
+        shutil.copytree(kept / "sets/set", tmp_path / "set"),
+        shutil.copytree(kept / "data", tmp_path / "data"),
+    )
+    whole = {file: file.read_bytes() for file in (folder / "shard-00001.h5", data / "train.h5")}
+    monkeypatch.setenv("HDF5_USE_FILE_LOCKING", "FALSE")
+    for file, content in whole.items():
+        with open(file, "r+b") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)  # as HDF5 does for a writer that uses locks
+            stream.seek(-1, os.SEEK_END)
+            stream.write(bytes([content[-1] ^ 1]))
+            stream.flush()
+            with pytest.raises(SystemRefusal, match=f"{file.name} cannot be read"):
+                FeatureSet(folder).verify_files() if file.parent == folder else PreparedDataset(data).load("train")
+        with pytest.raises(PipelineError, match=f"{file.name} (is corrupt|does not hold)"):  # now it is known
+            FeatureSet(folder).verify_files() if file.parent == folder else PreparedDataset(data).load("train")
+
+
+def test_a_row_that_changes_in_training_is_not_called_damaged_while_a_process_writes_it(kept, tmp_path):
+    folder = shutil.copytree(kept / "sets" / "set", tmp_path / "set")
+    features, file = FeatureSet(folder), folder / "shard-00001.h5"
+    features.read(np.arange(ROWS))  # the maps are open from now on
+    with h5py.File(file, "r") as h5:
+        offset = h5["denoised"].id.get_offset()
+    with open(file, "r+b") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        before = os.pread(stream.fileno(), 1, offset)
+        os.pwrite(stream.fileno(), bytes([before[0] ^ 1]), offset)
+        with pytest.raises(SystemRefusal, match="shard-00001.h5 cannot be read"):
+            features.read(np.arange(ROWS))
+    with pytest.raises(PipelineError, match="shard-00001.h5: row 0 is corrupt"):
+        features.read(np.arange(ROWS))
 
 
 def test_a_mark_of_a_killed_writer_is_told_from_damage(tmp_path):
