@@ -19,7 +19,7 @@ from typing import Any
 
 from pipeline import config
 from pipeline.errors import PipelineError
-from pipeline.system_errors import entries, reading, status
+from pipeline.system_errors import entries, status
 from pipeline.text import printable
 
 _UNKNOWN_TO_GIT = ("not a git repository", "not in the index", "does not exist", "neither on disk nor in the index")
@@ -142,19 +142,22 @@ def _in_git(file: Path) -> dict[str, Any] | None:
 
     command, environment = ["git", "show", f":./{file.name}"], {**os.environ, "LC_ALL": "C"}
     try:
-        with reading(file):
-            answer = subprocess.run(command, cwd=file.parent, env=environment, capture_output=True, check=False)
-        if answer.returncode:
-            said = answer.stderr.decode(errors="replace")
-            if any(words in said for words in _UNKNOWN_TO_GIT):
-                return None
-            first = printable(said.strip().partition("\n")[0])
-            raise PipelineError(
-                f"{file} may have edits that would be lost, and git cannot tell ({first}). Make git work there, or say "
-                "--force to replace them."
-            )
+        answer = subprocess.run(command, cwd=file.parent, env=environment, capture_output=True, check=False)
+        reason = answer.stderr.decode(errors="replace").strip() if answer.returncode else ""
+    except FileNotFoundError:  # there is no git
+        return None
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if any(words in reason for words in _UNKNOWN_TO_GIT):
+        return None
+    if reason:
+        raise PipelineError(
+            f"{file} may have edits that would be lost, and git cannot tell ({printable(reason.splitlines()[0])}). "
+            "Make git work there, or say --force to replace them."
+        )
+    try:
         values = config.parse_yaml(answer.stdout.decode("utf-8"))
-    except (OSError, UnicodeDecodeError, YAMLError):  # there is no git, or what it has is not a parameter file
+    except (UnicodeDecodeError, YAMLError):
         return None
     return {s: keys for s, keys in values.items() if isinstance(keys, dict)} if isinstance(values, dict) else None
 

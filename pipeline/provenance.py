@@ -15,7 +15,7 @@ from typing import Any
 
 import pipeline
 from pipeline import atomic
-from pipeline.system_errors import reading
+from pipeline.system_errors import reading, refusal
 
 _PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "h5py", "numpy", "scikit-learn")
 CHECKSUMS = "SHA256SUMS"
@@ -63,10 +63,11 @@ def git_commit() -> str | None:
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        with reading(here):
-            answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):  # there is no git
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (FileNotFoundError, PermissionError, subprocess.TimeoutExpired):  # there is no git that runs
         return None
+    except OSError as error:
+        raise refusal(error, here) or error from None
     return answer.stdout.strip() or None
 
 
