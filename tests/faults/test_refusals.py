@@ -37,7 +37,7 @@ from stages.train_fl.methods import ServerState
 from tests import test_feature_store as store
 from tests.faults import program
 from tests.faults.kernel import CAN_REFUSE, in_child, refuse
-from tests.faults.program import EXTRACT, SET, TRAIN
+from tests.faults.program import EXTRACT, RUN, SET, TRAIN
 from tests.faults.test_damage import without_locks
 from tests.test_feature_store import ROWS, open_writer, write
 
@@ -353,3 +353,61 @@ def test_two_thousand_shards_are_trained_on_and_verified_with_few_descriptors(tm
     writer.publish(tmp_path / "set")
     in_order, opened, faults = in_child(lambda: read_all(tmp_path / "set"))
     assert in_order and faults == [] and opened < 64
+
+
+def test_a_staged_shard_that_is_open_elsewhere_is_not_computed_again(made, project, trial):
+    shutil.rmtree(project / SET)  # as if the extraction had been killed before its end
+    (staged,) = (project / ".pipeline" / "staging").glob("*/shard-00001.h5")
+    with trial("file open for writing elsewhere") as tried:
+        before = program.contents(project)
+        with held(staged):
+            program.refuse(project, *EXTRACT, says=["shard-00001.h5 cannot be read", "Another process"])
+        tried.compare(before, without_locks(program.contents(project), before))
+        program.succeed(project, *EXTRACT)
+        tried.compare(program.contents(made.root / SET), program.contents(project / SET))
+
+
+CLOSED = {
+    "images": (IMAGES, TRAIN),
+    "data set": (str(Path(IMAGES).parent), TRAIN),
+    "set's manifest": (f"{SET}/manifest.json", TRAIN),
+    "set's manifest, extraction": (f"{SET}/manifest.json", EXTRACT),
+    "set": (str(SET), VERIFY),
+    "sets": (str(SET.parent), ("features", "list")),
+    "set, extraction": (str(SET), EXTRACT),
+    "shard": (SHARD, VERIFY),
+    "run": (f"{RUN}/config.json", TRAIN),
+    "report": (f"{RUN}/rounds.csv", ("report",)),
+    "presets": ("presets", ("preset",)),
+}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="taking another user's rights needs root")
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("data set", "shard", "run") else pytest.param(name, marks=pytest.mark.faults) for name in CLOSED],
+)
+def test_a_file_or_folder_without_permission(made, trial, name):
+    path, command = CLOSED[name]
+    with tempfile.TemporaryDirectory() as place, trial("file or folder without permission") as tried:
+        Path(place).chmod(0o755)
+        project, log = Path(place) / "project", Path(place) / "log"
+        shutil.copytree(made.root, project)
+        (project / "presets").mkdir()
+        log.touch()
+        for one in (log, project, *project.rglob("*")):
+            os.chown(one, NOBODY, NOBODY)
+        before = program.contents(project)
+        mode = (project / path).stat().st_mode
+        (project / path).chmod(0)
+        line = program.refuse(
+            project,
+            *command,
+            says=["Permission denied", "permissions", path],
+            log=log,
+            under=program.Conditions(uid=NOBODY),
+        )
+        assert "delete" not in line and "missing" not in line and "holds no" not in line
+        (project / path).chmod(mode)
+        tried.compare(before, without_locks(program.contents(project), before))
+        program.succeed(project, *command, log=log)
