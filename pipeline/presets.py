@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import config
+from pipeline import atomic, config
 from pipeline.errors import PipelineError
 from pipeline.system_errors import entries, status
 from pipeline.text import printable
@@ -74,24 +74,22 @@ def apply(name: str, params_file: Path, force: bool = False) -> Applied:
     for section, keys in merged.items():
         present = values.setdefault(section, {})
         present.update({key: _in_flow(value) for key, value in keys.items() if present.get(key, ...) != value})
-    temporary = params_file.with_name(params_file.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        yaml.dump(values, stream)
     combinations = [dict(zip(experiments, chosen, strict=True)) for chosen in itertools.product(*experiments.values())]
-    try:
-        for changes in combinations:
-            config.load(temporary, changes)
-    except PipelineError as error:
-        temporary.unlink()
-        raise PipelineError(str(error).replace(str(temporary), f"preset {name}")) from None
-    temporary.replace(params_file)
-    changes = {
+    with atomic.whole_or_not_at_all(params_file) as temporary:
+        with temporary.open("w", encoding="utf-8") as stream:
+            yaml.dump(values, stream)
+        try:
+            for changes in combinations:
+                config.load(temporary, changes)
+        except PipelineError as error:
+            raise PipelineError(str(error).replace(str(temporary), f"preset {name}")) from None
+    changed = {
         f"{section}.{key}": (before.get(section, {}).get(key), value)
         for section, keys in merged.items()
         for key, value in keys.items()
         if before.get(section, {}).get(key) != value
     }
-    return Applied(changes, combinations)
+    return Applied(changed, combinations)
 
 
 def _read(name: str, folder: Path) -> dict[str, Any]:

@@ -19,8 +19,8 @@ _NOT_REFUSED = frozenset(
 """These say that no such file is there, that something else is, or (EINVAL) that a damaged file names an impossible
 place in itself. Each reader reports that in its own words."""
 
-NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP})
-"""What a file system without file locks answers to a request for one."""
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL})
+"""What file systems without file locks answer to a request for one."""
 
 _REMEDIES = (
     dict.fromkeys(
@@ -51,7 +51,8 @@ _UNMARK = (
 _NUMBER = re.compile(r"\b(?:errno = |os error |code: )(\d+)")
 """How HDF5 and safetensors give an errno in the text of an error."""
 
-_OPEN_FOR_WRITING = re.compile(r"file is already open for (write|read-only|SWMR)|unable to lock file", re.IGNORECASE)
+_OPEN_FOR_WRITING = re.compile(r"file is already open for (write|read-only|SWMR)", re.IGNORECASE)
+_NOT_LOCKED = "unable to lock file"
 _MARKED = "h5clear"
 
 
@@ -76,7 +77,7 @@ def refusal(error: BaseException, path: Path) -> SystemRefusal | None:
         None if the error is about the content of the file, or about a path where no such file is.
     """
     code = error_number(error)
-    if code is not None and code not in _NOT_REFUSED:
+    if code is not None and (code not in _NOT_REFUSED or _NOT_LOCKED in str(error)):
         return SystemRefusal(path, os.strerror(code), remedy(code))
     if isinstance(error, MemoryError):
         return SystemRefusal(path, "out of memory", remedy(errno.ENOMEM))

@@ -35,6 +35,7 @@ from stages.train_fl.engines.flower.states import States
 from stages.train_fl.engines.local import Progress
 from stages.train_fl.methods import ServerState
 from tests import test_feature_store as store
+from tests.conftest import REPOSITORY
 from tests.faults import program
 from tests.faults.kernel import CAN_REFUSE, in_child, refuse
 from tests.faults.program import EXTRACT, RUN, SET, TRAIN
@@ -164,11 +165,27 @@ def test_a_folder_that_may_not_be_listed_is_not_empty(kept):
 
 
 @CAN_REFUSE
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
 def test_finished_files_are_read_where_the_file_system_has_no_locks(kept, code):
     for reader in OF_HDF5 - {"every byte of staged shards"}:
         assert in_child(lambda r=reader: after("flock", code, READERS[r], kept)) == READERS[reader](kept)
     assert in_child(lambda: after("flock", code, lambda root: verification.faults(root / "sets/set", True), kept)) == []
+
+
+@CAN_REFUSE
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EINVAL])
+def test_a_lock_that_the_environment_demands_and_that_is_refused_is_no_damage(kept, code):
+    """HDF5 reads the variable once, when it starts: in an interpreter of its own."""
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom pipeline.hdf5 import open_to_read\nfrom tests.faults import kernel\n"
+        "kernel.refuse('flock', int(sys.argv[2]))\n"
+        "try:\n    open_to_read(Path(sys.argv[1])).__enter__()\nexcept Exception as error:\n    print(repr(error))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, kept / "data" / "train.h5", str(code)],
+        env=os.environ | {"HDF5_USE_FILE_LOCKING": "TRUE"}, cwd=REPOSITORY, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.startswith("SystemRefusal(") and "HDF5_USE_FILE_LOCKING=FALSE" in done.stdout
 
 
 @CAN_REFUSE
