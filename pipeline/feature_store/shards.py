@@ -7,6 +7,7 @@ milliseconds for HDF5. A map that is dropped is closed with the last array that 
 
 import contextlib
 import mmap
+import os
 import resource
 import threading
 from collections import OrderedDict
@@ -30,6 +31,9 @@ _FEWEST, _MOST = 8, 256
 _LONGEST = 200  # characters of what a file says of itself, in an error
 
 
+_Identity = tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class _Dataset:
     """Where a dataset lies in its file."""
@@ -49,7 +53,7 @@ class Shards:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         """Those in folder `path`."""
         self._path, self._manifest = path, manifest
-        self._layouts: dict[int, dict[str, _Dataset]] = {}
+        self._layouts: dict[int, tuple[_Identity, dict[str, _Dataset]]] = {}
         self._maps: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
         self._room = max(_FEWEST, min(_MOST, _descriptors() // _SHARE))
         self._lock = threading.Lock()
@@ -65,9 +69,9 @@ class Shards:
             if shard in self._maps:
                 self._maps.move_to_end(shard)
                 return self._maps[shard]
-        self.check(shard)
-        content = _map(self._checked_file(shard))
-        maps = {name: dataset.of(content) for name, dataset in self._layouts[shard].items()}
+        file = self._checked_file(shard)
+        content, identity = _map(file)
+        maps = {name: dataset.of(content) for name, dataset in self._layout(shard, file, identity).items()}
         with self._lock:
             self._maps[shard] = maps
             if len(self._maps) > self._room:
@@ -77,7 +81,16 @@ class Shards:
     def check(self, shard: int) -> None:
         """Reads the shard's layout, once; raises what `open` raises."""
         if shard not in self._layouts:
-            self._layouts[shard] = self._read_layout(shard, self._checked_file(shard))
+            file = self._checked_file(shard)
+            with reading(file):
+                identity = _identity(file.stat())
+            self._layout(shard, file, identity)
+
+    def _layout(self, shard: int, file: Path, identity: _Identity) -> dict[str, _Dataset]:
+        """The layout of the file that is of this identity: one that took its place may be another set's."""
+        if shard not in self._layouts or self._layouts[shard][0] != identity:
+            self._layouts[shard] = (identity, self._read_layout(shard, file))
+        return self._layouts[shard][1]
 
     def shapes(self, n: int) -> dict[str, tuple[int, ...]]:
         """Of the datasets of n rows."""
@@ -94,7 +107,7 @@ class Shards:
     def _read_layout(self, shard: int, file: Path) -> dict[str, _Dataset]:
         shapes = self.shapes(len(self._manifest.shard_rows(shard)))
         with opened(file, self._manifest.fingerprint, "does not have the layout of a shard") as h5:
-            layout = {name: _layout(plain_dataset(h5, name, file)) for name in _DATASETS}
+            layout = {name: _place(plain_dataset(h5, name, file)) for name in _DATASETS}
             for name, dtype in _DATASETS.items():
                 found = layout[name]
                 if found.shape != shapes[name] or found.dtype != np.dtype(dtype):
@@ -133,13 +146,19 @@ def said(error: Exception) -> str:
     return printable(in_words(error))[:_LONGEST]
 
 
-def _layout(dataset: h5py.Dataset) -> _Dataset:
+def _place(dataset: h5py.Dataset) -> _Dataset:
     return _Dataset(dataset.id.get_offset(), dataset.shape, dataset.dtype)
 
 
-def _map(file: Path) -> mmap.mmap:
+def _map(file: Path) -> tuple[mmap.mmap, _Identity]:
     with reading(file), file.open("rb", buffering=0) as stream:
-        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        return content, _identity(os.fstat(stream.fileno()))
+
+
+def _identity(found: os.stat_result) -> _Identity:
+    """What is another once a file is replaced or written."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _descriptors() -> int:

@@ -177,7 +177,8 @@ def test_finished_files_are_read_where_the_file_system_has_no_locks(kept, code):
 def test_a_lock_that_the_environment_demands_and_that_is_refused_is_no_damage(kept, code):
     """HDF5 reads the variable once, when it starts: in an interpreter of its own."""
     script = (
-        "import sys\nfrom pathlib import Path\nfrom pipeline.hdf5 import open_to_read\nfrom tests.faults import kernel\n"
+        "import sys\nfrom pathlib import Path\n"
+        "from pipeline.hdf5 import open_to_read\nfrom tests.faults import kernel\n"
         "kernel.refuse('flock', int(sys.argv[2]))\n"
         "try:\n    open_to_read(Path(sys.argv[1])).__enter__()\nexcept Exception as error:\n    print(repr(error))"
     )
