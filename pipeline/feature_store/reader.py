@@ -136,7 +136,7 @@ class FeatureSet:
             for shard in np.unique(shard_of)
             for places in _blocks(np.flatnonzero(shard_of == shard))
         ]
-        if len(parts) < _PARALLEL:  # a training batch: threads would cost more than they gain
+        if len(index) < _PARALLEL * _BLOCK:  # a training batch: threads would cost more than they gain
             for shard, places in parts:
                 self._fill(rows, places, shard, index)
         else:
