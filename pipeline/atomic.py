@@ -5,13 +5,14 @@ cache, and in every other place that links to it.
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.errors import PipelineError
+from pipeline.locks import try_flock
+from pipeline.system_errors import error_number, unwritten
 
 
 @contextlib.contextmanager
@@ -28,10 +29,8 @@ def folder_in_place_of(path: Path) -> Iterator[Path]:
     staging.mkdir(parents=True, exist_ok=True)
     handle = os.open(staging, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PipelineError(f"another process is writing {path}: wait until it has ended") from None
+        if not try_flock(handle, staging):
+            raise PipelineError(f"another process is writing {path}: wait until it has ended")
         try:
             for leftover in staging.iterdir():
                 remove(leftover)
@@ -40,10 +39,7 @@ def folder_in_place_of(path: Path) -> Iterator[Path]:
         except BaseException as error:
             shutil.rmtree(staging, ignore_errors=True)
             if isinstance(error, OSError | RuntimeError):  # h5py's, when a write fails
-                raise PipelineError(
-                    f"{path} cannot be written ({in_words(error)}): what was there is kept; make room or give access, "
-                    "and run again"
-                ) from error
+                raise unwritten(path, error) from error
             raise
         remove(old)
         if os.path.lexists(path):
@@ -95,10 +91,7 @@ def whole_or_not_at_all(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise PipelineError(
-                f"{path} cannot be written ({in_words(error)}): what was finished before is kept; make room or give "
-                "access, and run again"
-            ) from None
+            raise unwritten(path, error) from None
         raise
 
 
@@ -121,6 +114,5 @@ def sync(path: Path) -> None:
 
 def in_words(error: Exception) -> str:
     """The system's reason where there is one, else what h5py says, on one line."""
-    causes = [error, error.__context__]
-    codes = [cause.errno for cause in causes if isinstance(cause, OSError) and cause.errno is not None]
-    return os.strerror(codes[0]) if codes else " ".join(str(error).split())
+    code = error_number(error)
+    return os.strerror(code) if code else " ".join(str(error).split())

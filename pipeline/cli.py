@@ -24,6 +24,7 @@ from pipeline import __version__
 from pipeline.errors import PipelineError
 from pipeline.features_cli import features
 from pipeline.help import ExamplesAsWritten
+from pipeline.system_errors import remedy
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -114,28 +115,24 @@ def _one_line_errors(ctx: click.Context) -> Iterator[None]:
         raise click.ClickException(str(error)) from None
     except (KeyboardInterrupt, _Terminated) as error:
         what, code = ("Stopped by SIGTERM", 143) if isinstance(error, _Terminated) else ("\nInterrupted", 130)
-        then = "run the same command again, it starts anew"
+        then = "run the same command again; it starts from the beginning"
         if ctx.invoked_subcommand in _RESUMED:
-            then = "what was finished is kept, and the same command goes on from there"
+            then = "what was finished is kept, and the same command continues from there"
         click.echo(f"{what}: {then}.", err=True)
         raise click.exceptions.Exit(code) from None
     except MemoryError:
         raise click.ClickException(
-            "out of memory: what was finished before is kept; free some, or lower a batch size, and run again"
+            "Out of memory. Free some, or lower a batch size, and run again. What was finished before is kept."
         ) from None
     except OSError as error:
-        if error.errno in (None, errno.EPIPE):  # whoever read the output has enough: click ends without a word
+        if error.errno == errno.EPIPE:  # nobody reads the output any more: click ends silently
             raise
-        where = f" ({os.fsdecode(error.filename)})" if error.filename else ""
-        remedy = _REMEDIES.get(error.errno, "mend it")
-        raise click.ClickException(
-            f"{os.strerror(error.errno)}{where}: what was finished before is kept; {remedy}, and run again"
-        ) from None
+        reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
+        what = f"{os.fsdecode(error.filename)}: {reason}" if error.filename else reason
+        raise click.ClickException(f"{what}. {remedy(error.errno or 0)}. What was finished before is kept.") from None
 
 
 _RESUMED = frozenset(("extract-features", "sweep-features", "synthesize", "train-fl", "preset"))
-_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room")
-_REMEDIES |= dict.fromkeys((errno.EACCES, errno.EROFS, errno.EPERM), "give access")
 
 
 @contextlib.contextmanager

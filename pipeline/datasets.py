@@ -31,8 +31,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pipeline import provenance
 from pipeline.atomic import folder_in_place_of, in_words, sync
 from pipeline.errors import PipelineError
-from pipeline.hdf5 import plain_dataset
+from pipeline.hdf5 import check_not_written, open_to_read, plain_dataset
 from pipeline.images import Images, Skipped, Source, Split, images_per_block, stratified_split
+from pipeline.system_errors import reading
 
 __all__ = ["Images", "Manifest", "PreparedDataset", "Source", "stratified_split", "write"]
 
@@ -112,11 +113,12 @@ class PreparedDataset:
         The check reads the file once, in bounded memory. Labels and domains are arrays in memory.
 
         Raises:
-            PipelineError: the file is missing, truncated, or does not hold what the manifest says.
+            PipelineError: the file is missing, truncated, or does not hold what the manifest says; or the operating
+                system did not let it be read.
         """
         file = self.path / f"{split}.h5"
         try:
-            with h5py.File(file, "r") as h5:
+            with open_to_read(file) as h5:
                 for name in ("images", "labels", "domains"):
                     plain_dataset(h5, name, file)
                 on_disk = Images(h5["images"], h5["labels"][()], h5["domains"][()])
@@ -124,9 +126,11 @@ class PreparedDataset:
                 loaded = replace(on_disk, images=_map(file, h5["images"]))
         except FileNotFoundError:
             raise PipelineError(f"{file} is missing: {_PREPARE_AGAIN}") from None
-        except (OSError, KeyError, ValueError, RuntimeError, AttributeError, TypeError, MemoryError) as error:
+        except (OSError, KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
+            check_not_written(file)
             raise PipelineError(f"{file} is not a whole {split} split ({in_words(error)}): {_PREPARE_AGAIN}") from None
         if not as_promised:
+            check_not_written(file)
             raise PipelineError(f"{file} does not hold the {split} images of its manifest: {_PREPARE_AGAIN}")
         return loaded
 
@@ -183,7 +187,8 @@ def write(path: Path, name: str, source_name: str, source: Source, skip_broken: 
 
 def _read_manifest(file: Path) -> Manifest:
     try:
-        return Manifest.model_validate_json(file.read_bytes())
+        with reading(file):
+            return Manifest.model_validate_json(file.read_bytes())
     except FileNotFoundError:
         raise PipelineError(f"{file} is missing: run `pipeline prepare-data`, or `dvc pull` it") from None
     except ValidationError as error:

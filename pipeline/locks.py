@@ -15,6 +15,29 @@ from pathlib import Path
 from pipeline.errors import PipelineError
 
 
+def try_flock(handle: int, path: Path, shared: bool = False) -> bool:
+    """Takes the system's lock of an open file or folder; whether it is ours now.
+
+    Args:
+        handle: its descriptor.
+        path: its path, for the message.
+        shared: exclude only those who want it for themselves.
+
+    Raises:
+        PipelineError: it cannot be locked, as on a file system that has no locks.
+    """
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise PipelineError(
+            f"{path} cannot be locked ({error.strerror}). File locks keep two processes from writing the same files. "
+            "Put the project on a file system that has them, or mount this one with them."
+        ) from None
+    return True
+
+
 class Lock:
     """The lock of a file that is open."""
 
@@ -28,14 +51,8 @@ class Lock:
         Raises:
             PipelineError: the file system has no locks.
         """
-        try:
-            fcntl.flock(self._handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_flock(self._handle, self._file, shared):
             return False
-        except OSError as error:
-            raise PipelineError(
-                f"{self._file.parent}: no file locks here ({error.strerror}), which are needed"
-            ) from None
         if shared:
             return True
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())

@@ -10,14 +10,19 @@ stand elsewhere: it is then given by its path, which ends in .yaml.
 
 import difflib
 import itertools
+import os
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import config
+from pipeline import atomic, config
 from pipeline.errors import PipelineError
+from pipeline.system_errors import entries, status
+from pipeline.text import printable
+
+_UNKNOWN_TO_GIT = ("not a git repository", "not in the index", "does not exist", "neither on disk nor in the index")
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,12 @@ def describe(folder: Path) -> dict[str, str]:
     """Every preset in `folder` by name, with the first line of its file, which says what it is."""
     return {
         file.stem: file.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
-        for file in sorted(folder.glob("*.yaml"))
+        for file in _files(folder)
     }
+
+
+def _files(folder: Path) -> list[Path]:
+    return [file for file in entries(folder) if file.match("*.yaml")]
 
 
 def apply(name: str, params_file: Path, force: bool = False) -> Applied:
@@ -65,33 +74,31 @@ def apply(name: str, params_file: Path, force: bool = False) -> Applied:
     for section, keys in merged.items():
         present = values.setdefault(section, {})
         present.update({key: _in_flow(value) for key, value in keys.items() if present.get(key, ...) != value})
-    temporary = params_file.with_name(params_file.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        yaml.dump(values, stream)
     combinations = [dict(zip(experiments, chosen, strict=True)) for chosen in itertools.product(*experiments.values())]
-    try:
-        for changes in combinations:
-            config.load(temporary, changes)
-    except PipelineError as error:
-        temporary.unlink()
-        raise PipelineError(str(error).replace(str(temporary), f"preset {name}")) from None
-    temporary.replace(params_file)
-    changes = {
+    with atomic.whole_or_not_at_all(params_file) as temporary:
+        with temporary.open("w", encoding="utf-8") as stream:
+            yaml.dump(values, stream)
+        try:
+            for changes in combinations:
+                config.load(temporary, changes)
+        except PipelineError as error:
+            raise PipelineError(str(error).replace(str(temporary), f"preset {name}")) from None
+    changed = {
         f"{section}.{key}": (before.get(section, {}).get(key), value)
         for section, keys in merged.items()
         for key, value in keys.items()
         if before.get(section, {}).get(key) != value
     }
-    return Applied(changes, combinations)
+    return Applied(changed, combinations)
 
 
 def _read(name: str, folder: Path) -> dict[str, Any]:
     """A preset with its bases under it: section -> keys."""
     file = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
-    if not file.exists():
+    if status(file) is None:
         if name.endswith(".yaml"):
             raise PipelineError(f"{file} is missing: a preset is a name in {folder}, or a path that ends in .yaml")
-        known = [path.stem for path in sorted(folder.glob("*.yaml"))]
+        known = [path.stem for path in _files(folder)]
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known) or 'none'}"
         raise PipelineError(f"{folder} has no preset {name}; {hint}")
@@ -113,7 +120,7 @@ def _held_nowhere(before: Mapping[str, Any], merged: Mapping[str, Any], params_f
     if committed is None:
         return []
     folder = params_file.parent / "presets"
-    holders = [committed, *(_read(file.stem, folder) for file in folder.glob("*.yaml"))]
+    holders = [committed, *(_read(file.stem, folder) for file in _files(folder))]
     return [
         f"{section}.{key}"
         for section, keys in merged.items()
@@ -124,14 +131,31 @@ def _held_nowhere(before: Mapping[str, Any], merged: Mapping[str, Any], params_f
 
 
 def _in_git(file: Path) -> dict[str, Any] | None:
-    """The file as git's index has it, where `git checkout` takes it from; None if git does not know it."""
+    """The file as git's index has it, where `git checkout` takes it from; None if git does not know it.
+
+    Raises:
+        PipelineError: git does not say, for example because the repository is another user's.
+    """
     from ruamel.yaml import YAMLError
 
-    command = ["git", "show", f":./{file.name}"]
+    command, environment = ["git", "show", f":./{file.name}"], {**os.environ, "LC_ALL": "C"}
     try:
-        found = subprocess.run(command, cwd=file.parent, capture_output=True, check=True).stdout
-        values = config.parse_yaml(found.decode("utf-8"))
-    except (OSError, subprocess.CalledProcessError, UnicodeDecodeError, YAMLError):
+        answer = subprocess.run(command, cwd=file.parent, env=environment, capture_output=True, check=False)
+        reason = answer.stderr.decode(errors="replace").strip() if answer.returncode else ""
+    except FileNotFoundError:  # there is no git
+        return None
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if any(words in reason for words in _UNKNOWN_TO_GIT):
+        return None
+    if reason:
+        raise PipelineError(
+            f"{file} may have edits that would be lost, and git cannot tell ({printable(reason.splitlines()[0])}). "
+            "Make git work there, or say --force to replace them."
+        )
+    try:
+        values = config.parse_yaml(answer.stdout.decode("utf-8"))
+    except (UnicodeDecodeError, YAMLError):
         return None
     return {s: keys for s, keys in values.items() if isinstance(keys, dict)} if isinstance(values, dict) else None
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pipeline
 from pipeline import atomic
+from pipeline.system_errors import reading, refusal
 
 _PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "h5py", "numpy", "scikit-learn")
 CHECKSUMS = "SHA256SUMS"
@@ -27,8 +28,13 @@ def fingerprint(content: Mapping[str, Any]) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, 64 hexadecimal digits."""
-    with path.open("rb") as stream:
+    """SHA-256 of a file's bytes, 64 hexadecimal digits.
+
+    Raises:
+        SystemRefusal: the operating system did not let it be read.
+        OSError: there is no such file.
+    """
+    with reading(path), path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -48,13 +54,20 @@ def software() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit that the code was run from, "-dirty" added where it was changed since; None outside git."""
+    """The commit that the code was run from, "-dirty" added where it was changed since; None outside git.
+
+    Raises:
+        SystemRefusal: git cannot be started now, for example because too many files are open; it decides what a
+            checkpoint is named, so None would lose one.
+    """
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+    except (FileNotFoundError, PermissionError, subprocess.TimeoutExpired):  # there is no git that runs
         return None
+    except OSError as error:
+        raise refusal(error, here) or error from None
     return answer.stdout.strip() or None
 
 

@@ -1,20 +1,27 @@
-"""Errors of the operating system, which say nothing about what a file holds.
+"""Errors of the operating system, which say nothing about what a file holds, and what to do about each.
 
 A file that is open for writing elsewhere, a missing permission or a full descriptor table stops a read before any byte
 was compared. Every reader asks `refusal` first and calls a file damaged only if this returns None.
 """
 
+import contextlib
 import errno
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.errors import PipelineError
 
-_ABOUT_THE_PATH = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO})
-"""These say that no such file is there (or something else is), which each reader reports in its own words."""
+_NOT_REFUSED = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EINVAL}
+)
+"""These say that no such file is there, that something else is, or (EINVAL) that a damaged file names an impossible
+place in itself. Each reader reports that in its own words."""
 
-_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP})
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL})
+"""What file systems without file locks answer to a request for one."""
+
 _REMEDIES = (
     dict.fromkeys(
         (errno.EAGAIN, errno.EWOULDBLOCK, errno.EBUSY, errno.ETXTBSY, errno.EDEADLK),
@@ -22,7 +29,7 @@ _REMEDIES = (
         "known to be damaged",
     )
     | dict.fromkeys(
-        _NO_LOCKS, "The file system has no file locks. Set the environment variable HDF5_USE_FILE_LOCKING=FALSE"
+        NO_LOCKS, "The file system has no file locks. Set the environment variable HDF5_USE_FILE_LOCKING=FALSE"
     )
     | dict.fromkeys(
         (errno.EMFILE, errno.ENFILE), "Raise the limit on open files, for example with `ulimit -n 4096`, and run again"
@@ -33,13 +40,30 @@ _REMEDIES = (
         "Check the disk, or the mount of the network file system, and run again",
     )
     | dict.fromkeys((errno.ENOMEM,), "Free some memory and run again")
+    | dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room on the disk and run again")
+    | dict.fromkeys((errno.EROFS,), "Mount the file system for writing, or use another, and run again")
 )
 _DEFAULT_REMEDY = "Nothing is known to be damaged. Remove the cause and run again"
-_OPEN_FOR_WRITING = re.compile(r"file is already open for (write|read-only)|unable to lock file", re.IGNORECASE)
+_UNMARK = (
+    "A process has it open, or was killed while it wrote. Close it there; if none runs, get a copy with `dvc pull`, or "
+    "remove the mark with `h5clear -s FILE`"
+)
+_NUMBER = re.compile(r"\b(?:errno = |os error |code: )(\d+)")
+"""How HDF5 and safetensors give an errno in the text of an error."""
+
+_OPEN_FOR_WRITING = re.compile(r"file is already open for (write|read-only|SWMR)", re.IGNORECASE)
+_NOT_LOCKED = "unable to lock file"
+_MARKED = "h5clear"
 
 
 class SystemRefusal(PipelineError):
     """The operating system did not let a file be read; its content is unknown, not damaged."""
+
+    def __init__(self, path: Path, reason: str, remedy: str, others: int = 0) -> None:
+        """One line: `path`, and how many `others` for the same reason, cannot be read; then what to do."""
+        files = f"{path} and {others} more" if others else f"{path}"
+        super().__init__(f"{files} cannot be read ({reason}). {remedy}.")
+        self.path, self.reason, self.remedy = path, reason, remedy
 
 
 def refusal(error: BaseException, path: Path) -> SystemRefusal | None:
@@ -53,14 +77,76 @@ def refusal(error: BaseException, path: Path) -> SystemRefusal | None:
         None if the error is about the content of the file, or about a path where no such file is.
     """
     code = error_number(error)
-    if code is not None and code not in _ABOUT_THE_PATH:
-        remedy = _REMEDIES.get(code, _DEFAULT_REMEDY)
-        return SystemRefusal(f"{path} cannot be read ({os.strerror(code)}). {remedy}.")
+    if code is not None and (code not in _NOT_REFUSED or _NOT_LOCKED in str(error)):
+        return SystemRefusal(path, os.strerror(code), remedy(code))
     if isinstance(error, MemoryError):
-        return SystemRefusal(f"{path} cannot be read (out of memory). {_REMEDIES[errno.ENOMEM]}.")
+        return SystemRefusal(path, "out of memory", remedy(errno.ENOMEM))
     if code is None and isinstance(error, OSError | RuntimeError) and _OPEN_FOR_WRITING.search(str(error)):
-        return SystemRefusal(f"{path} cannot be read (it is open for writing). {_REMEDIES[errno.EAGAIN]}.")
+        if _MARKED in str(error):
+            return SystemRefusal(path, "it is marked as open for writing", _UNMARK)
+        return SystemRefusal(path, "it is open for writing", remedy(errno.EAGAIN))
     return None
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Lets through every error of the block but refusals of the operating system to read `path`.
+
+    Raises:
+        SystemRefusal: the operating system refused.
+    """
+    try:
+        yield
+    except PipelineError:
+        raise
+    except Exception as error:
+        if refused := refusal(error, path):
+            raise refused from None
+        raise
+
+
+def status(path: Path) -> os.stat_result | None:
+    """What stands at `path`, links followed; None only if nothing does.
+
+    `Path.exists` and `Path.is_file` say no, in some versions of Python, to a file that may not be looked at.
+
+    Raises:
+        SystemRefusal: the operating system does not say whether there is a file.
+    """
+    with reading(path):
+        try:
+            return path.stat()
+        except OSError as error:
+            if error.errno in _NOT_REFUSED:
+                return None
+            raise
+
+
+def entries(folder: Path) -> list[Path]:
+    """What is in a folder, by name; nothing if there is no such folder. `Path.glob` passes over what it may not list.
+
+    Raises:
+        SystemRefusal: the folder cannot be listed.
+    """
+    with reading(folder):
+        try:
+            return sorted(folder.iterdir())
+        except OSError as error:
+            if error.errno in _NOT_REFUSED:
+                return []
+            raise
+
+
+def unwritten(path: Path, error: BaseException) -> PipelineError:
+    """The error to raise if writing `path`, which appears whole or not at all, ended in `error`."""
+    code = error_number(error)
+    reason = os.strerror(code) if code else " ".join(str(error).split())
+    return PipelineError(f"{path} cannot be written ({reason}). {remedy(code or 0)}. What was there before is kept.")
+
+
+def remedy(code: int) -> str:
+    """What to do about an errno, as a sentence without its full stop."""
+    return _REMEDIES.get(code, _DEFAULT_REMEDY)
 
 
 def error_number(error: BaseException) -> int | None:
@@ -68,6 +154,6 @@ def error_number(error: BaseException) -> int | None:
     for cause in (error, error.__cause__, error.__context__):
         if isinstance(cause, OSError) and cause.errno:
             return cause.errno
-        if cause is not None and (found := re.search(r"\berrno = (\d+)", str(cause))) and int(found[1]):
+        if cause is not None and (found := _NUMBER.search(str(cause))) and int(found[1]):
             return int(found[1])
     return None

@@ -18,9 +18,9 @@ TRAIN = ("train-fl", "--method", "fedavg", "--partition", "iid", "--seed", "0")
 @pytest.mark.parametrize(
     ("command", "then"),
     [
-        (TRAIN, "what was finished is kept, and the same command goes on from there."),
-        (("features", "list"), "run the same command again, it starts anew."),
-        (("prepare-data",), "run the same command again, it starts anew."),
+        (TRAIN, "what was finished is kept, and the same command continues from there."),
+        (("features", "list"), "run the same command again; it starts from the beginning."),
+        (("prepare-data",), "run the same command again; it starts from the beginning."),
     ],
 )
 def test_a_stopped_command_says_whether_it_goes_on(tmp_path, command, then, number, said, code):

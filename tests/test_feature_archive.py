@@ -302,7 +302,7 @@ def test_two_exports_to_one_archive(exported, tmp_path):
     (tmp_path / "mine.tar.tmp").write_bytes(b"left by a killed process" * 10_000)
     archive.write(tmp_path / "sets" / "mine", exported)
     assert exported.read_bytes() == before and not (tmp_path / "mine.tar.tmp").exists()
-    with pytest.raises(PipelineError, match="nowhere/x.tar cannot be written .*: write it elsewhere, with -o"):
+    with pytest.raises(PipelineError, match="nowhere/x.tar cannot be written .*Name another place with -o"):
         archive.write(tmp_path / "sets" / "mine", tmp_path / "nowhere" / "x.tar")
 
 

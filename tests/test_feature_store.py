@@ -241,7 +241,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
         write(small / "staging", shards=[0])
         (small / "filler").write_bytes(bytes(shutil.disk_usage(small).free - 8192))
         writer = open_writer(small / "staging")
-        with pytest.raises(PipelineError, match="No space left on device.*make room and run the same command again"):
+        with pytest.raises(PipelineError, match="No space left on device.*Make room on the disk and run again"):
             for shard in (1, 2):
                 writer.write_shard(shard, features(writer.plan.shard_rows(shard)), 0)
         (small / "filler").unlink()
@@ -453,3 +453,20 @@ def test_a_verification_takes_shard_after_shard(original, monkeypatch):
     monkeypatch.setattr(ThreadPoolExecutor, "submit", noted)
     assert verification.faults(original, full=True) == []
     assert asked == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_shard_that_takes_anothers_place_is_checked_again(tmp_path, monkeypatch):
+    """Of the same size and layout, and each row of it whole: only the fingerprint tells them apart."""
+    monkeypatch.setitem(globals(), "PER_SHARD", 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for name, timestep in (("ours", 300), ("theirs", 100)):
+        write(tmp_path / f"{name}-staging", tmp_path / name, range(ROWS), timestep=timestep)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (72, hard))  # an eighth of that: 9 of the 10 shards
+    opened = FeatureSet(tmp_path / "ours")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    opened.read(np.arange(ROWS))
+    replaced = tmp_path / "ours" / "shard-00000.h5"
+    (tmp_path / "theirs" / "shard-00000.h5").rename(replaced)
+    assert opened.read(np.arange(1, ROWS)).index.tolist() == list(range(1, ROWS))
+    with pytest.raises(PipelineError, match="shard-00000.h5 belongs to another feature set"):
+        opened.read(np.array([0]))

@@ -1,5 +1,6 @@
 """Presets: every one that ships fits, and a merge changes what it says and nothing else."""
 
+import os
 import shutil
 import subprocess
 
@@ -137,3 +138,19 @@ def test_a_base_sets_whatever_its_presets_change():
         for section in set(own) - {"base", "sweep", "methods", "partitions", "report", "experiments"}:
             missing = set(own[section]) - set(base[section])
             assert not missing, f"{file.name}: {section} {missing}"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="giving a folder to another user needs root")
+def test_edits_are_kept_where_git_does_not_open_the_repository(project, monkeypatch):
+    """Git refuses a repository of another user, which is no word on what it holds."""
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    git(project, "init")
+    git(project, "add", "params.yaml")
+    for path in (project, project / ".git"):
+        os.chown(path, 65534, 65534)
+    before = (project / "params.yaml").read_bytes()
+    result = invoke(project, "preset", "digits-layers")
+    assert result.exit_code == 1 and "git cannot tell (fatal: detected dubious ownership" in result.output
+    assert (project / "params.yaml").read_bytes() == before
+    assert invoke(project, "preset", "digits-layers", "--force").exit_code == 0

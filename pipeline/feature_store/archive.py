@@ -8,7 +8,6 @@ sparse files), which read before they are asked.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -23,6 +22,9 @@ from pipeline.errors import PipelineError
 from pipeline.feature_store import verification
 from pipeline.feature_store.reader import FeatureSet, parse_manifest, read_manifest
 from pipeline.feature_store.schema import Fault, FileEntry, Manifest
+from pipeline.hdf5 import bytes_of
+from pipeline.locks import try_flock
+from pipeline.system_errors import SystemRefusal, reading
 from pipeline.text import printable, size
 
 _BLOCK = 1 << 20
@@ -80,6 +82,8 @@ def read(archive: Path, sets: Path, name: str | None = None, advance: Advance = 
             (incoming / "manifest.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
             atomic.sync(incoming / "manifest.json")
             for fault in verification.faults(incoming, full=True):
+                if isinstance(fault, SystemRefusal):
+                    raise fault
                 raise PipelineError(f"{_what(fault).replace(str(incoming), str(archive))}: get it again")
             if os.path.lexists(target):  # it appeared meanwhile
                 _require_same(target, manifest)
@@ -112,12 +116,11 @@ def _alone(archive: Path) -> Iterator[None]:
     try:
         handle = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise PipelineError(f"{archive} cannot be written ({error.strerror}): write it elsewhere, with -o") from None
+        raise PipelineError(f"{archive} cannot be written ({error.strerror}). Name another place with -o.") from None
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.path.samestat(os.fstat(handle), temporary.stat())  # else it was finished and renamed meanwhile
-        except (BlockingIOError, FileNotFoundError):
+        try:  # without the second condition it was finished and renamed meanwhile
+            ours = try_flock(handle, temporary) and os.path.samestat(os.fstat(handle), temporary.stat())
+        except FileNotFoundError:
             ours = False
         if not ours:
             raise PipelineError(f"another process is writing {archive}: wait until it has ended")
@@ -128,22 +131,23 @@ def _alone(archive: Path) -> Iterator[None]:
 
 def _add(tar: tarfile.TarFile, name: str, file: Path, entry: FileEntry | None, advance: Advance) -> None:
     member = tarfile.TarInfo(name)  # its times, owner and rights are those of no machine
-    member.size = file.stat().st_size
-    with file.open("rb") as stream:
-        hashed = _Hashing(stream, advance)
+    with bytes_of(file) as stream:
+        member.size = os.fstat(stream.fileno()).st_size
+        hashed = _Hashing(stream, file, advance)
         tar.addfile(member, hashed)  # type: ignore[arg-type]
-    if entry and hashed.digest() != entry.sha256:
-        raise PipelineError(f"{file} is corrupt (SHA-256 differs from its manifest): nothing was exported")
+        if entry and hashed.digest() != entry.sha256:
+            raise PipelineError(f"{file} is corrupt (SHA-256 differs from its manifest): nothing was exported")
 
 
 class _Hashing:
     """A file that is hashed as it is read."""
 
-    def __init__(self, stream: IO[bytes], advance: Advance) -> None:
-        self._stream, self._advance, self._hash = stream, advance, hashlib.sha256()
+    def __init__(self, stream: IO[bytes], file: Path, advance: Advance) -> None:
+        self._stream, self._file, self._advance, self._hash = stream, file, advance, hashlib.sha256()
 
     def read(self, size: int) -> bytes:
-        data = self._stream.read(size)
+        with reading(self._file):
+            data = self._stream.read(size)
         self._hash.update(data)
         self._advance(len(data))
         return data
@@ -155,11 +159,12 @@ class _Hashing:
 @contextlib.contextmanager
 def _opened(archive: Path) -> Iterator["_Archive"]:
     try:
-        stream = archive.open("rb")
+        with reading(archive):
+            stream = archive.open("rb")
     except FileNotFoundError:
         raise PipelineError(f"{archive} is missing") from None
     except OSError as error:
-        raise PipelineError(f"{archive} cannot be read ({error.strerror}): get it again") from None
+        raise PipelineError(f"{archive} is not a file ({error.strerror}): name a tar of `features export`") from None
     with stream:
         yield _Archive(archive, stream)
 
@@ -211,7 +216,7 @@ class _Archive:
 
     def _next(self) -> tarfile.TarInfo | None:
         """The next member's header; None at the end, which is a block of zeros."""
-        block = self._stream.read(tarfile.BLOCKSIZE)
+        block = self._read(tarfile.BLOCKSIZE)
         if not block.strip(b"\0"):
             return None
         try:
@@ -227,12 +232,16 @@ class _Archive:
     def _content(self, member: tarfile.TarInfo) -> Iterator[bytes]:
         left = member.size
         while left:
-            block = self._stream.read(min(_BLOCK, left))
+            block = self._read(min(_BLOCK, left))
             if not block:
                 raise self._cut_short(member.name)
             left -= len(block)
             yield block
-        self._stream.read(-member.size % tarfile.BLOCKSIZE)
+        self._read(-member.size % tarfile.BLOCKSIZE)
+
+    def _read(self, size: int) -> bytes:
+        with reading(self._path):
+            return self._stream.read(size)
 
     def _cut_short(self, name: str) -> PipelineError:
         return PipelineError(f"{self._path} is cut short in or before {name}: get it again")
@@ -252,6 +261,8 @@ def _check_room(sets: Path, manifest: Manifest) -> None:
 def _require_same(target: Path, manifest: Manifest) -> None:
     """Passes over a whole set of the same fingerprint; refuses all else that may stand there."""
     for error in verification.faults(target, full=False):
+        if isinstance(error, SystemRefusal):
+            raise error
         raise PipelineError(f"{target} is there and not whole ({_what(error)}): {_ELSEWHERE}")
     found = read_manifest(target).fingerprint
     if found != manifest.fingerprint:

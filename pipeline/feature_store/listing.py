@@ -1,5 +1,6 @@
 """What feature sets a project has: finished ones, those in the making, and broken ones among them."""
 
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from pipeline.errors import PipelineError
 from pipeline.feature_store.reader import read_manifest
 from pipeline.feature_store.schema import FileEntry, Manifest, Plan
 from pipeline.feature_store.writer import DELIVERED, PLAN, count_finished
+from pipeline.system_errors import SystemRefusal, entries, reading, status
 
 _LEFT_OVER = {
     ".tmp": "is being put together, or was when its process was killed: delete it if none is running",
@@ -37,7 +39,7 @@ class Summary:
 
 def folders(sets: Path) -> list[Path]:
     """The folders of finished sets in `sets`, by name; not those of a set that is being put together or replaced."""
-    return [path for path in sorted(sets.glob("*/")) if path.suffix not in _LEFT_OVER]
+    return [path for path in _folders(sets) if path.suffix not in _LEFT_OVER]
 
 
 def finished(sets: Path) -> list[Summary]:
@@ -47,20 +49,24 @@ def finished(sets: Path) -> list[Summary]:
 
 def left_over(sets: Path) -> list[Summary]:
     """What stands in `sets` beside the sets while one is put together, and stays if that is killed."""
-    found = [path for path in sorted(sets.glob("*/")) if path.suffix in _LEFT_OVER]
+    found = [path for path in _folders(sets) if path.suffix in _LEFT_OVER]
     return [Summary(path.name, str(path), _LEFT_OVER[path.suffix].format(path.stem)) for path in found]
 
 
 def in_the_making(staging: Path) -> list[Summary]:
     """Unfinished extractions, which the same command continues."""
     found = []
-    for path in sorted(staging.glob("*/")):
-        if (path / DELIVERED).exists():
-            continue
+    for path in _folders(staging):
         try:
-            plan = TypeAdapter(Plan).validate_json((path / PLAN).read_bytes())
+            if status(path / DELIVERED):
+                continue
+            with reading(path / PLAN):
+                plan = TypeAdapter(Plan).validate_json((path / PLAN).read_bytes())
             done = count_finished(path, plan)
-            size = sum(file.stat().st_size for file in path.glob("*.h5"))
+            size = sum(file.stat().st_size for file in entries(path) if file.suffix == ".h5")
+        except SystemRefusal as refused:
+            found.append(Summary(path.name, str(path), str(refused)))
+            continue
         except (OSError, ValidationError):
             continue  # another program's, or of an earlier version: extraction does not read it either; or just gone
         state = f"{done} of {plan.num_shards} shards: run `pipeline extract-features` with the same settings"
@@ -71,11 +77,17 @@ def in_the_making(staging: Path) -> list[Summary]:
 def _summarise(path: Path) -> Summary:
     try:
         manifest = read_manifest(path)
+        sizes = {entry.file: found.st_size for entry in manifest.files if (found := status(path / entry.file))}
+        here = [entry for entry in manifest.files if entry.file in sizes]
+        return _describe(path.name, path, _state(path, manifest, here), manifest.plan, sum(sizes.values()))
+    except SystemRefusal as refused:
+        return Summary(path.name, str(path), str(refused))
     except PipelineError as error:
         return Summary(path.name, str(path), f"broken: {error}")
-    here = [entry for entry in manifest.files if (path / entry.file).exists()]
-    size = sum((path / entry.file).stat().st_size for entry in here)
-    return _describe(path.name, path, _state(path, manifest, here), manifest.plan, size)
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [path for path in entries(folder) if (found := status(path)) and stat.S_ISDIR(found.st_mode)]
 
 
 def _state(path: Path, manifest: Manifest, here: list[FileEntry]) -> str:

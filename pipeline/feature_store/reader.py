@@ -1,8 +1,7 @@
 """Reads a feature set: nothing damaged, incomplete or foreign is read without being named."""
 
-import contextlib
 import os
-from collections.abc import Iterator
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import h5py
 import numpy as np
 from pydantic import BaseModel, StrictInt, ValidationError
 
-from pipeline import atomic
 from pipeline.errors import PipelineError
 from pipeline.feature_store.schema import (
     FIELDS,
@@ -23,13 +21,14 @@ from pipeline.feature_store.schema import (
     Manifest,
     positive_matches,
 )
-from pipeline.hdf5 import plain_dataset
+from pipeline.feature_store.shards import MALFORMED, Shards, opened, said
+from pipeline.hdf5 import check_not_written, open_to_read, plain_dataset
+from pipeline.system_errors import reading, status
 from pipeline.text import printable
 
 _BLOCK = 256  # rows copied and checked at a time: they stay in the processor's cache between the two
 _LISTED = 8  # missing shards named one by one
 _LONGEST = 200  # characters of what a file says of itself, in an error
-_MALFORMED = (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, MemoryError)  # what h5py raises
 _PARALLEL = 4  # threads of a long reading; copying and checksums let go of the interpreter
 
 
@@ -56,7 +55,7 @@ class FeatureSet:
         """
         self.path = path
         self.manifest = read_manifest(path)
-        self._maps: dict[int, dict[str, np.ndarray]] = {}
+        self._shards = Shards(path, self.manifest)
         self._absent: dict[int, FileEntry] = {}
         self._labels: np.ndarray | None = None
         if unchecked:
@@ -66,7 +65,7 @@ class FeatureSet:
             raise Fault(f"{path} is incomplete ({have} of {want} shards)", "run `pipeline extract-features`")
         if partial:
             shards = self.manifest.shards.items()
-            self._absent = {shard: entry for shard, entry in shards if not (path / entry.file).exists()}
+            self._absent = {shard: entry for shard, entry in shards if status(path / entry.file) is None}
         for entry in self._entries():
             if wrong := entry.size_fault(path):
                 raise wrong
@@ -129,15 +128,15 @@ class FeatureSet:
             raise PipelineError(f"{self.path} holds samples 0 to {self.manifest.rows - 1}, not {beyond[0]}")
         shard_of = index // self.manifest.rows_per_shard
         for shard in np.unique(shard_of):
-            self.open_shard(int(shard))  # before memory is taken for the rows: a manifest may say anything
-        shapes = self._shapes(len(index))
+            self._shards.check(int(shard))  # before memory is taken for the rows: a manifest may say anything
+        shapes = self._shards.shapes(len(index))
         rows = Features(**{name: np.empty(shapes[name], dtype) for name, dtype in FIELDS.items()})
         parts = [
             (int(shard), places)
             for shard in np.unique(shard_of)
             for places in _blocks(np.flatnonzero(shard_of == shard))
         ]
-        if len(parts) < _PARALLEL:  # a training batch: threads would cost more than they gain
+        if len(index) < _PARALLEL * _BLOCK:  # a training batch: threads would cost more than they gain
             for shard, places in parts:
                 self._fill(rows, places, shard, index)
         else:
@@ -182,64 +181,46 @@ class FeatureSet:
         got = Features(**{name: getattr(rows, name)[into] for name in FIELDS})
         file = self.path / self.manifest.shards[shard].file
         if len(wrong := np.flatnonzero(got.crc32() != maps["crc32"][source])):
-            raise Fault(f"{file}: row {local[wrong[0]]} is corrupt (checksum differs)")
+            raise self._changed(file, f"row {local[wrong[0]]} is corrupt (checksum differs)")
         if len(wrong := np.flatnonzero(got.index != index[places])):
             sample, other = index[places][wrong[0]], got.index[wrong[0]]
-            raise Fault(f"{file}: row {local[wrong[0]]} holds sample {other}, not sample {sample}")
+            raise self._changed(file, f"row {local[wrong[0]]} holds sample {other}, not sample {sample}")
         if self._labels is not None and len(wrong := np.flatnonzero(got.label != self._labels[index[places]])):
             sample, label = got.index[wrong[0]], got.label[wrong[0]]
-            raise Fault(f"{file}: sample {sample} has label {label}, in the data set {self._labels[sample]}")
+            raise self._changed(file, f"sample {sample} has label {label}, in the data set {self._labels[sample]}")
+
+    @staticmethod
+    def _changed(file: Path, what: str) -> PipelineError:
+        """The fault of a row, unless a process writes the file: then nothing is known of it."""
+        check_not_written(file)
+        return Fault(f"{file}: {what}")
 
     def open_shard(self, shard: int) -> dict[str, np.ndarray]:
-        """The shard's datasets as memory maps, made once; no HDF5 handle stays open, so processes may fork.
+        """The shard's datasets as memory maps, by name; no HDF5 handle stays open, so processes may fork.
 
         Raises:
-            PipelineError: the file is missing, no whole HDF5 file, another set's, or not laid out as a shard.
+            PipelineError: the file is missing, not a whole HDF5 file, another set's, or not laid out as a shard; or the
+                operating system did not let it be read.
         """
-        if shard not in self._maps:
-            if wrong := self.manifest.shards[shard].size_fault(self.path):
-                raise wrong
-            file = self.path / self.manifest.shards[shard].file
-            with _open(file, self.manifest.fingerprint) as h5:
-                try:
-                    maps = {name: _map(file, plain_dataset(h5, name, file)) for name in (*FIELDS, "crc32")}
-                except _MALFORMED as error:
-                    raise Fault(f"{file} does not have the layout of a shard ({_in_words(error)})") from None
-            self._check_layout(file, shard, maps)
-            self._maps[shard] = maps
-        return self._maps[shard]
-
-    def _check_layout(self, file: Path, shard: int, maps: dict[str, np.ndarray]) -> None:
-        shapes = self._shapes(len(self.manifest.shard_rows(shard)))
-        for name, dtype in {**FIELDS, "crc32": "<u4"}.items():
-            if maps[name].shape != shapes[name] or maps[name].dtype != np.dtype(dtype):
-                raise Fault(
-                    f"{file} does not have the layout of a shard ({name} is {maps[name].dtype} {maps[name].shape}, "
-                    f"not {dtype} {shapes[name]})"
-                )
-
-    def _shapes(self, n: int) -> dict[str, tuple[int, ...]]:
-        """Of the datasets of n rows."""
-        p, d = self.manifest.prompts_per_image, self.manifest.content.num_dims
-        of_rows = dict.fromkeys(("index", "label", "crc32"), (n,))
-        return {**of_rows, "denoised": (n, d), "prompted": (n, p, d), "prompt_class": (n, p)}
+        return self._shards.open(shard)
 
 
 def read_manifest(path: Path) -> Manifest:
     """Reads and checks manifest.json of the set in folder `path`.
 
     Raises:
-        PipelineError: it is missing, no manifest, of another format version, or its fingerprint is not its content's.
+        PipelineError: it is missing, no manifest, of another format version, or its fingerprint is not its content's;
+            or the operating system did not let it be read.
     """
     file = path / "manifest.json"
     try:
-        if file.exists() and not file.is_file():  # a pipe would be waited for
+        found = status(file)
+        if found and not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
             raise Fault(f"{file} is not a plain file")
-        text = file.read_bytes()
-    except FileNotFoundError:
+        with reading(file):
+            text = file.read_bytes()
+    except OSError:
         raise Fault(f"{path} holds no feature set", "run `pipeline extract-features`, or `dvc pull` it") from None
-    except OSError as error:
-        raise Fault(f"{file} cannot be read ({atomic.in_words(error)})") from None
     return parse_manifest(text, file)
 
 
@@ -272,11 +253,8 @@ def read_basis(path: Path, entry: FileEntry, fingerprint: str, layers: list[str]
     """
     if wrong := entry.fault(path):
         raise wrong
-    with _open(path / entry.file, fingerprint) as h5:
-        try:
-            return _basis(h5, layers)
-        except _MALFORMED as error:
-            raise Fault(f"{path / entry.file} is not a basis.h5 ({_in_words(error)})") from None
+    with opened(path / entry.file, fingerprint, "is not a basis.h5") as h5:
+        return _basis(h5, layers)
 
 
 def read_basis_file(file: Path, layers: list[str]) -> Basis:
@@ -286,15 +264,15 @@ def read_basis_file(file: Path, layers: list[str]) -> Basis:
         PipelineError: it is missing, no basis, or of other layers.
     """
     try:
-        with h5py.File(file, "r") as h5:
+        with open_to_read(file) as h5:
             if set(h5["layers"]) != set(layers):
                 theirs = printable(", ".join(h5["layers"]))[:_LONGEST]
                 raise PipelineError(f"{file} is a basis of {theirs}, not of {', '.join(layers)}")
             return _basis(h5, layers)
     except FileNotFoundError:
         raise PipelineError(f"{file} is missing: extract_features.basis names it; auto fits a basis") from None
-    except _MALFORMED as error:
-        raise PipelineError(f"{file} is not a basis.h5 ({_in_words(error)}): extract_features.basis names it") from None
+    except MALFORMED as error:
+        raise PipelineError(f"{file} is not a basis.h5 ({said(error)}): extract_features.basis names it") from None
 
 
 def _basis(h5: h5py.File, names: list[str]) -> Basis:
@@ -322,28 +300,6 @@ def _float64(h5: h5py.File, name: str, ndim: int) -> np.ndarray:
     if not np.isfinite(values).all():
         raise ValueError(f"{name} is not finite")
     return values
-
-
-@contextlib.contextmanager
-def _open(file: Path, fingerprint: str) -> Iterator[h5py.File]:
-    try:
-        h5 = h5py.File(file, "r")
-        found = h5.attrs.get("fingerprint")
-    except _MALFORMED as error:
-        raise Fault(f"{file} is not a whole HDF5 file ({_in_words(error)})") from None
-    with h5:
-        if not isinstance(found, str) or found != fingerprint:
-            raise Fault(f"{file} belongs to another feature set (fingerprint differs)")
-        yield h5
-
-
-def _in_words(error: Exception) -> str:
-    return printable(atomic.in_words(error))[:_LONGEST]
-
-
-def _map(file: Path, dataset: h5py.Dataset) -> np.ndarray:
-    """A read-only memory map of a contiguous dataset: fancy indexing through h5py is a hundred times slower."""
-    return np.asarray(np.memmap(file, dataset.dtype, "r", dataset.id.get_offset(), dataset.shape))
 
 
 def _blocks(places: np.ndarray) -> list[np.ndarray]:

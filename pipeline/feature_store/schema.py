@@ -1,17 +1,20 @@
 """What a feature set says of itself, and what its files hold; see the package's docstring for the layout."""
 
+import hashlib
+import stat
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, BinaryIO, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, field_validator, model_validator, with_config
 from typing_extensions import TypedDict  # pydantic reads typing's only from Python 3.12 on
 
-from pipeline import provenance
+from pipeline import hdf5, provenance
 from pipeline.errors import PipelineError
+from pipeline.system_errors import reading, status
 
 FORMAT_VERSION = 1
 EXTRACT_AGAIN = "delete it and run `pipeline extract-features`, or `dvc pull` a good copy"
@@ -31,6 +34,10 @@ class Fault(PipelineError):
         """One line of both."""
         super().__init__(f"{what}: {remedy}")
         self.what = what
+
+
+def _sha256(stream: BinaryIO) -> str:
+    return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 class FileEntry(BaseModel):
@@ -53,22 +60,36 @@ class FileEntry(BaseModel):
     redone_in_float32: _Count
     hardware: str
 
-    def fault(self, folder: Path, sha256: Callable[[Path], str] = provenance.file_sha256) -> Fault | None:
-        """What is wrong with the file in `folder`, or None; reads the whole file, by `sha256`."""
+    def fault(self, folder: Path, sha256: Callable[[BinaryIO], str] = _sha256) -> Fault | None:
+        """What is wrong with the file in `folder`, or None; reads the whole file, by `sha256`.
+
+        Raises:
+            SystemRefusal: the operating system did not let it be read.
+        """
         if wrong := self.size_fault(folder):
             return wrong
         file = folder / self.file
-        return None if sha256(file) == self.sha256 else Fault(f"{file} is corrupt (SHA-256 differs from its manifest)")
+        with hdf5.bytes_of(file) as stream, reading(file):
+            if sha256(stream) == self.sha256:
+                return None
+        hdf5.check_not_written(file)
+        return Fault(f"{file} is corrupt (SHA-256 differs from its manifest)")
 
     def size_fault(self, folder: Path) -> Fault | None:
-        """What is wrong with the file by its kind and size, or None."""
+        """What is wrong with the file by its kind and size, or None.
+
+        Raises:
+            SystemRefusal: the operating system did not let it be looked at.
+        """
         file = folder / self.file
-        if not file.exists():
+        found = status(file)
+        if found is None:
             return Fault(f"{file} is missing", FETCH)
-        if not file.is_file():  # a pipe would be waited for
+        if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
             return Fault(f"{file} is not a plain file")
-        if (size := file.stat().st_size) != self.bytes:
-            return Fault(f"{file} has {size} bytes, its manifest says {self.bytes}")
+        if found.st_size != self.bytes:
+            hdf5.check_not_written(file)
+            return Fault(f"{file} has {found.st_size} bytes, its manifest says {self.bytes}")
         return None
 
 

@@ -12,15 +12,19 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from pipeline.errors import PipelineError
 from pipeline.feature_store.reader import FeatureSet, read_manifest
 from pipeline.feature_store.schema import Fault, Features, positive_matches
+from pipeline.hdf5 import check_not_written
+from pipeline.system_errors import SystemRefusal, entries
 
 _FLOAT16_EXPONENT = 0x7C00  # all ones in infinities and NaNs
 _BLOCK = 1 << 18  # bytes hashed at a time
+_MOST_THREADS = 16  # each has a file open, or two
 _ROWS = 64  # checked at a time: small enough for the processor's cache
 
 
@@ -37,8 +41,9 @@ def faults(path: Path, full: bool, advance: Callable[[int], object] = lambda siz
     except PipelineError as error:
         return [error]
     manifest = features.manifest
-    found: list[PipelineError] = _strangers(path, {entry.file for entry in manifest.files})
+    found: list[PipelineError] = []
     try:
+        found += _strangers(path, {entry.file for entry in manifest.files})
         features.basis()
     except PipelineError as error:
         found.append(error)
@@ -49,7 +54,17 @@ def faults(path: Path, full: bool, advance: Callable[[int], object] = lambda siz
         for shard, wrong in checks.all():
             found += wrong
             advance(manifest.shards[shard].bytes)
-    return found
+    return _by_reason(found)
+
+
+def _by_reason(found: list[PipelineError]) -> list[PipelineError]:
+    """Refusals of the system in one line a reason: it may be the same for thousands of files."""
+    refused: dict[tuple[str, str], list[Path]] = {}
+    for error in found:
+        if isinstance(error, SystemRefusal):
+            refused.setdefault((error.reason, error.remedy), []).append(error.path)
+    faults = [error for error in found if not isinstance(error, SystemRefusal)]
+    return faults + [SystemRefusal(paths[0], *why, len(set(paths)) - 1) for why, paths in refused.items()]
 
 
 def total_bytes(path: Path) -> int:
@@ -62,7 +77,7 @@ def total_bytes(path: Path) -> int:
 
 def _strangers(path: Path, expected: set[str]) -> list[PipelineError]:
     """Files of the set's kind that its manifest does not name."""
-    present = {file.name for file in path.glob("*.h5")}
+    present = {file.name for file in entries(path) if file.suffix == ".h5"}
     return [
         Fault(f"{path / name} is not in the manifest, so nothing reads it", "delete it")
         for name in sorted(present - expected)
@@ -78,47 +93,51 @@ class _Checks:
         self._stopped = threading.Event()
 
     def __enter__(self) -> "_Checks":
-        self._pool = ThreadPoolExecutor(max(2, os.cpu_count() or 1))
+        self._pool = ThreadPoolExecutor(min(_MOST_THREADS, max(2, os.cpu_count() or 1)))
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stopped.set()
         self._pool.shutdown(cancel_futures=True)
 
-    def all(self) -> Iterator[tuple[int, list[Fault]]]:
+    def all(self) -> Iterator[tuple[int, list[PipelineError]]]:
         """Every shard in order, and what is wrong with it; those after it are being read meanwhile."""
         begun = {shard: self._begin(shard) for shard in sorted(self._manifest.shards)}
         for shard, parts in begun.items():
             wrong = [fault for part in parts for fault in part.result()]
             yield shard, list({str(fault): fault for fault in wrong}.values())
 
-    def _begin(self, shard: int) -> "list[Future[list[Fault]]]":
+    def _begin(self, shard: int) -> "list[Future[list[PipelineError]]]":
         checks = [self._file, self._rows] if self._full else [self._rows]
         return [self._pool.submit(check, shard) for check in checks]
 
-    def _file(self, shard: int) -> list[Fault]:
+    def _file(self, shard: int) -> list[PipelineError]:
         """The file against its SHA-256."""
-        wrong = self._manifest.shards[shard].fault(self._features.path, self._sha256)
+        try:
+            wrong = self._manifest.shards[shard].fault(self._features.path, self._sha256)
+        except SystemRefusal as refused:
+            return [refused]
         return [wrong] if wrong else []
 
-    def _sha256(self, file: Path) -> str:
+    def _sha256(self, stream: BinaryIO) -> str:
         digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
-        with file.open("rb", buffering=0) as stream:
-            while size := stream.readinto(block):
-                self._go_on()
-                digest.update(block[:size])
+        while size := stream.readinto(block):  # type: ignore[attr-defined]
+            self._go_on()
+            digest.update(block[:size])
         return digest.hexdigest()
 
-    def _rows(self, shard: int) -> list[Fault]:
+    def _rows(self, shard: int) -> list[PipelineError]:
         """The layout, then what the rows hold."""
+        file = self._features.path / self._manifest.shards[shard].file
         try:
             maps = self._features.open_shard(shard)
-        except Fault as fault:
-            return [fault]
-        file = self._features.path / self._manifest.shards[shard].file
-        found = [Fault(f"{file} {what}") for what in self._wrong_numbers(shard, maps)]
-        if self._full:
-            found += [Fault(f"{file}: {what}") for what in self._wrong_values(maps)]
+            found: list[PipelineError] = [Fault(f"{file} {what}") for what in self._wrong_numbers(shard, maps)]
+            if self._full:
+                found += [Fault(f"{file}: {what}") for what in self._wrong_values(maps)]
+            if found:
+                check_not_written(file)
+        except PipelineError as error:
+            return [error]
         return found
 
     def _wrong_numbers(self, shard: int, maps: dict[str, np.ndarray]) -> Iterator[str]:

@@ -11,7 +11,6 @@ import dataclasses
 import errno
 import logging
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -34,6 +33,7 @@ from pipeline.feature_store.schema import (
     Plan,
     shard_name,
 )
+from pipeline.system_errors import error_number, reading, status, unwritten
 
 log = logging.getLogger(__name__)
 
@@ -68,12 +68,16 @@ class FeatureSetWriter:
         self._hardware = hardware
         self._basis: FileEntry | None = None
         (staging / "locks").mkdir(parents=True, exist_ok=True)
-        if not (staging / PLAN).exists():
+        if status(staging / PLAN) is None:
             with _full_disk(staging / PLAN):
                 provenance.write_json(staging / PLAN, dataclasses.asdict(plan) | {"content": plan.content.model_dump()})
 
     def has_basis(self) -> bool:
-        """Whether basis.h5 stands; reads the whole file the first time."""
+        """Whether basis.h5 is there; reads the whole file the first time.
+
+        Raises:
+            SystemRefusal: the operating system did not let it be read.
+        """
         if self._basis is None:
             found = _read_entry(self.path, "basis", self.fingerprint)
             if found and not found.entry.fault(self.path):
@@ -81,11 +85,19 @@ class FeatureSetWriter:
         return self._basis is not None
 
     def has_shard(self, shard: int) -> bool:
-        """Whether a shard stands, by its size, and is projected on our basis."""
+        """Whether a shard is there, by its size, and is projected on our basis.
+
+        Raises:
+            SystemRefusal: the operating system did not let it be looked at.
+        """
         return self.has_basis() and _shard_stands(self.path, shard, self.fingerprint, self._basis_entry.sha256)
 
     def forget_damaged(self, shards: Iterable[int]) -> None:
-        """Reads every byte of these shards, and makes those missing that are not what their entries say."""
+        """Reads every byte of these shards, and makes those missing that are not what their entries say.
+
+        Raises:
+            SystemRefusal: the operating system did not let one be read, which says nothing of its content.
+        """
         for shard in shards:
             found = _read_entry(self.path, shard_name(shard), self.fingerprint)
             if found and (wrong := found.entry.fault(self.path)):
@@ -170,12 +182,16 @@ class FeatureSetWriter:
         (self.path / DELIVERED).touch()
 
     def drop_delivered_neighbours(self) -> None:
-        """Removes the staging folders of other sets that were published; those unfinished or in use stay."""
+        """Removes the staging folders of other sets that were published; those unfinished or in use stay.
+
+        So do those that may not be read, such as another user's.
+        """
         for other in self.path.parent.iterdir():
-            if other != self.path and (other / DELIVERED).exists():
-                with locks.opened(other / "locks" / "in-use") as in_use:
-                    if in_use.take():
-                        shutil.rmtree(other, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                if other != self.path and (other / DELIVERED).exists():
+                    with locks.opened(other / "locks" / "in-use") as in_use:
+                        if in_use.take():
+                            shutil.rmtree(other, ignore_errors=True)
 
     @property
     def _basis_entry(self) -> FileEntry:
@@ -219,7 +235,11 @@ class FeatureSetWriter:
 
 
 def count_finished(staging: Path, plan: Plan) -> int:
-    """How many shards of the set in the making stand, by their sizes; changes nothing and reads no file as a whole."""
+    """How many shards of the set in the making are there, by their sizes; changes nothing and reads no file as a whole.
+
+    Raises:
+        SystemRefusal: the operating system did not let a file be looked at.
+    """
     fingerprint = plan.content.fingerprint
     basis = _read_entry(staging, "basis", fingerprint)
     if not basis or basis.entry.size_fault(staging):
@@ -233,9 +253,11 @@ def _shard_stands(staging: Path, shard: int, fingerprint: str, basis_sha256: str
 
 
 def _read_entry(staging: Path, name: str, fingerprint: str) -> _Entry | None:
+    file = staging / f"{name}.json"
     try:
-        found = _Entry.model_validate_json((staging / f"{name}.json").read_bytes())
-    except (FileNotFoundError, ValidationError):
+        with reading(file):
+            found = _Entry.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError):
         return None
     return found if found.fingerprint == fingerprint else None
 
@@ -282,18 +304,12 @@ def _new_file(file: Path, size: int) -> Iterator[h5py.File]:
 @contextlib.contextmanager
 def _full_disk(file: Path) -> Iterator[None]:
     """A full disk, quota or file size limit in one line; HDF5 gives the error's number only in its text."""
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     try:
         yield
     except (OSError, RuntimeError) as error:
-        stated = re.search(r"errno = (\d+)", str(error))
-        number = getattr(error, "errno", None) or (int(stated[1]) if stated else None)
-        if number not in full:
+        if error_number(error) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise PipelineError(
-            f"{file} cannot be written ({os.strerror(number)}): what was finished before is kept; make room and run "
-            "the same command again"
-        ) from None
+        raise unwritten(file, error) from None
 
 
 def _reserve(file: Path, size: int) -> None:

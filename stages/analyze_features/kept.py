@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import atomic, provenance
+from pipeline.system_errors import reading
 from stages.analyze_features.judge import Scores
 from stages.analyze_features.recommend import Candidate
 
@@ -46,10 +47,15 @@ class Kept:
         self._folder = folder
 
     def load(self, timestep: int) -> Swept | None:
-        """What came of this timestep, or None if it is not there whole."""
+        """What came of this timestep, or None if it is not there whole.
+
+        Raises:
+            SystemRefusal: the operating system did not let it be read.
+        """
         file = self._file(timestep)
         try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
+            with reading(file):
+                stored = json.loads(file.read_text(encoding="utf-8"))
             if provenance.fingerprint(stored["content"]) != stored["sha256"]:
                 raise ValueError("not what was written")
             return _swept(stored["content"])

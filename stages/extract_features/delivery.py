@@ -13,6 +13,7 @@ from pipeline import feature_store, provenance
 from pipeline.config import differing_keys
 from pipeline.errors import PipelineError
 from pipeline.feature_store import FeatureSetWriter, Plan
+from pipeline.system_errors import SystemRefusal, reading, status
 from stages.extract_features import basis
 
 log = logging.getLogger(__name__)
@@ -50,8 +51,12 @@ def deliver(writer: FeatureSetWriter, target: Path, again: Callable[[list[int]],
 
 
 def is_complete(target: Path, plan: Plan) -> bool:
-    """Whether the set stands there whole, by every file's checksum."""
-    if not (target / "manifest.json").exists():
+    """Whether the set is there whole, by every file's checksum; a warning says what is damaged.
+
+    Raises:
+        SystemRefusal: the operating system did not let a file be read, so that it is not known.
+    """
+    if status(target / "manifest.json") is None:
         return False
     try:
         found = feature_store.FeatureSet(target)
@@ -61,27 +66,32 @@ def is_complete(target: Path, plan: Plan) -> bool:
         ):
             return False
         found.verify_files()
+    except SystemRefusal:
+        raise
     except PipelineError as error:
-        log.warning("made again: %s", str(error).partition(": delete it")[0])
+        log.warning("the set there cannot be used: %s", str(error).partition(": delete it")[0])
         return False
     return True
 
 
 def check_replaceable(target: Path, plan: Plan) -> None:
-    """Checks that no finished set of other features stands there, which would be lost; whole or in part.
+    """Checks that no finished set of other features is there, which would be lost; whole or in part.
 
     Raises:
-        PipelineError: one does; names what differs.
+        PipelineError: one is; names what differs. Or the operating system does not say what is there.
     """
+    file = target / "manifest.json"
     try:
-        found = json.loads((target / "manifest.json").read_bytes())
+        with reading(file):
+            found = json.loads(file.read_bytes())
         content, fingerprint = found["content"], found["fingerprint"]
         intact = fingerprint == provenance.fingerprint(content)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return  # no finished set
     if intact and fingerprint != plan.content.fingerprint:
-        keys = differing_keys(content, plan.content.model_dump())
-        differing = dict.fromkeys(key.partition(".")[0] for key in keys) or ["format"]
+        wanted = plan.content.model_dump()
+        keys = [*differing_keys(content, wanted), *differing_keys(wanted, content)]  # each lists its second's keys
+        differing = dict.fromkeys(key.partition(".")[0] for key in keys) or ["number format"]  # 1 equals 1.0 and true
         raise PipelineError(
             f"{target} holds a finished feature set with another {', '.join(differing)}: move or delete the folder, "
             "give this set another name (prepare_data.name or prepare_backbone.name), or say --overwrite"

@@ -2,7 +2,7 @@
 
 A sweep of timesteps or layers then encodes each image once: at Stable Diffusion's size that costs more than a pass.
 They are speed, never numbers: float32, as computed, and keyed by all that decides them, down to the device and the
-batches, so a feature set is the same with them and without. What is damaged is computed again.
+batches, so a feature set is the same with them and without. What is damaged or may not be read is computed again.
 """
 
 import logging
@@ -13,6 +13,8 @@ import h5py
 import numpy as np
 
 from pipeline import atomic
+from pipeline.hdf5 import open_to_read, plain_dataset
+from pipeline.system_errors import SystemRefusal
 
 log = logging.getLogger(__name__)
 
@@ -25,18 +27,23 @@ class LatentCache:
         self._folder = folder
 
     def load(self, shard: int) -> np.ndarray | None:
-        """float32 (n, C, h, w), or None if they are not there whole."""
-        if self._folder is None or not (file := self._file(shard)).exists():
+        """float32 (n, C, h, w), or None if they are not there whole, or may not be read, which a warning says."""
+        if self._folder is None:
             return None
+        file = self._file(shard)
         try:
-            with h5py.File(file, "r") as h5:
-                latents, checksum = h5["latents"][()], h5.attrs["crc32"]
-        except (OSError, KeyError):
-            checksum, latents = None, np.empty(0)
-        if checksum != zlib.crc32(latents.data):
+            with open_to_read(file) as h5:
+                latents = plain_dataset(h5, "latents", file)[()]
+                if h5.attrs["crc32"] == zlib.crc32(latents.data):
+                    return latents
             log.warning("%s is damaged: encoding its images again", file)
-            return None
-        return latents
+        except SystemRefusal as refused:
+            log.warning("%s Encoding its images again.", refused)
+        except FileNotFoundError:
+            pass
+        except (OSError, KeyError, ValueError, TypeError, RuntimeError):
+            log.warning("%s is damaged: encoding its images again", file)
+        return None
 
     def save(self, shard: int, latents: np.ndarray) -> None:
         """Keeps float32 (n, C, h, w); where that fails, says so and goes on: they can be made again."""

@@ -113,7 +113,7 @@ def finish_batch_on_sigterm() -> Iterator[Callable[[], None]]:
     try:
         yield check
     except SystemExit:
-        log.warning("stopped by SIGTERM: finished shards are kept, the same command goes on from there")
+        log.warning("stopped by SIGTERM: finished shards are kept, the same command continues from there")
         raise
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.system_errors import entries, reading
 from stages.report.results import Results
 
 _OF_SET = {
@@ -32,12 +33,15 @@ class Analysis:
 
 
 def read(root: Path, results: Results, with_sweep: bool) -> Analysis:
-    """Reads analysis/; where a stage has not run, or was killed, there is nothing of it.
+    """Reads analysis/; if a stage has not run, or was killed, there is nothing of it.
 
     Args:
         root: the project's folder.
         results: the runs of the report.
         with_sweep: also what sweep-features found.
+
+    Raises:
+        SystemRefusal: the operating system did not let a file be read.
     """
     used = {run.config["features"] for run in results.all_runs} - {None}
     folder, left_out = root / "analysis", []
@@ -66,7 +70,8 @@ def read(root: Path, results: Results, with_sweep: bool) -> Analysis:
 def _found(file: Path, *keys: str) -> str | None:
     """Text at the end of these keys of a JSON file, or None."""
     try:
-        found: Any = json.loads(file.read_text(encoding="utf-8"))
+        with reading(file):
+            found: Any = json.loads(file.read_text(encoding="utf-8"))
         for key in keys:
             found = found[key]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -78,7 +83,7 @@ def _pictures(folder: Path, captions: dict[str, str]) -> dict[str, str]:
     """Of each pattern the first file, if there is one."""
     found = {}
     for pattern, caption in captions.items():
-        for file in sorted(folder.glob(pattern))[:1]:
+        for file in [file for file in entries(folder) if file.match(pattern)][:1]:
             if data := _bytes(file):
                 found[caption] = f"data:{_MIME[file.suffix]};base64,{base64.b64encode(data).decode()}"
     return found
@@ -86,6 +91,7 @@ def _pictures(folder: Path, captions: dict[str, str]) -> dict[str, str]:
 
 def _bytes(file: Path) -> bytes | None:
     try:
-        return file.read_bytes()
-    except OSError:
+        with reading(file):
+            return file.read_bytes()
+    except OSError:  # there is none
         return None

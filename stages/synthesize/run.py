@@ -18,6 +18,7 @@ from pipeline import atomic, datasets, devices, frozen_model, locks, provenance
 from pipeline.config import Config
 from pipeline.datasets import Images, PreparedDataset, Source
 from pipeline.progress import track
+from pipeline.system_errors import reading
 
 log = logging.getLogger(__name__)
 
@@ -89,8 +90,15 @@ def _save(file: Path, images: np.ndarray) -> None:
 
 
 def _is_whole(file: Path) -> bool:
+    """Whether the images of a class are there as they were written.
+
+    Raises:
+        SystemRefusal: the operating system did not let them be read.
+    """
     try:
-        found = load_file(file)
+        with reading(file):
+            file.open("rb").close()  # safetensors takes every file that it cannot open for a missing one
+            found = load_file(file)
         return zlib.crc32(found["images"].data) == found["crc32"][0]
     except (OSError, KeyError, IndexError, BufferError, SafetensorError):
         return False

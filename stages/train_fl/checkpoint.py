@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline import atomic, provenance
-from pipeline.errors import PipelineError
+from pipeline.system_errors import reading, unwritten
 from stages.train_fl.engines.local import Progress
 from stages.train_fl.methods import ServerState
 
@@ -61,13 +61,18 @@ class Checkpoint:
                 old.unlink(missing_ok=True)
 
     def load(self, device: str) -> tuple[Progress, dict[str, Any]] | None:
-        """The progress, its tensors on `device`, and the records; None, said aloud, where it is damaged, or absent."""
+        """The progress, its tensors on `device`, and the records; None if there is none that is whole.
+
+        Raises:
+            SystemRefusal: the operating system did not let it be read; it is kept.
+        """
         try:
-            content = json.loads(self._index.read_text(encoding="utf-8"))
+            with reading(self._index):
+                content = json.loads(self._index.read_text(encoding="utf-8"))
             file = self._folder / content["file"]
             if provenance.file_sha256(file) != content["sha256"]:
                 raise ValueError(f"{file.name} is not what was written")
-            loaded = load_file(file, device=device)
+            loaded = load_tensors(file, device)
             tensors = {name: loaded[name] for name in content["tensors"]}  # the format does not keep their order
             return _unflatten(tensors, content["round"], content["num_clients"]), content["records"]
         except FileNotFoundError:
@@ -79,6 +84,19 @@ class Checkpoint:
     def remove(self) -> None:
         """Drops the checkpoint: the run is finished."""
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def load_tensors(file: Path, device: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on `device`.
+
+    Raises:
+        SystemRefusal: the operating system did not let it be read.
+        OSError: there is no such file.
+        SafetensorError: it is damaged.
+    """
+    with reading(file):
+        file.open("rb").close()  # safetensors takes every file that it cannot open for a missing one
+        return load_file(file, device=device)
 
 
 def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
@@ -94,7 +112,7 @@ def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
         temporary.replace(file)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        raise PipelineError(f"{file} cannot be written ({error}): make room, and run again") from None
+        raise unwritten(file, error) from None
 
 
 def _flatten(progress: Progress) -> dict[str, Tensor]:

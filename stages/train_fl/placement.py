@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.feature_store import FeatureSet
 from pipeline.params import Guidance as GuidanceParams
+from pipeline.system_errors import reading
 from stages.train_fl.client_data import Guidance
 from stages.train_fl.methods import feddifrc
 
@@ -92,10 +93,13 @@ def place(image_bytes: int, guidance_bytes: int, device: str) -> Placement:
 
 def _host_free() -> int:
     """Bytes that the kernel can give without swapping."""
+    file = Path("/proc/meminfo")
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+        with reading(file):
+            lines = file.read_text().splitlines()
     except OSError:
-        pass
+        lines = []  # there is no such file
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
     return 2**63  # not Linux: let the operating system decide

@@ -21,6 +21,7 @@ from typing import Any
 from pipeline import accuracy, atomic, provenance
 from pipeline.config import differing_keys
 from pipeline.errors import PipelineError
+from pipeline.system_errors import reading
 from stages.train_fl.checkpoint import save_tensors
 from stages.train_fl.engines.local import Round
 from stages.train_fl.federation import Federation
@@ -99,10 +100,12 @@ def check_replaceable(path: Path, settings: dict[str, Any]) -> None:
     """Checks that folder `path` holds no finished run of other settings or data, which would be lost.
 
     Raises:
-        PipelineError: it does; names what differs.
+        PipelineError: it does; names what differs. Or the operating system does not say what is there.
     """
+    file = path / "config.json"
     try:
-        found = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        with reading(file):
+            found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return  # no finished run
     if differing := differing_keys(found, settings):

@@ -138,11 +138,11 @@ def _make(job: Job, data: Federation, model: FLModel, method: Method, device: st
     settings = settings_of(job, data)
     if not overwrite:
         records.check_replaceable(job.path, settings)
-    records.start(job.path)
-    records.write_partition(job.path, data)
     key = provenance.fingerprint(settings | numerics(job.config, device))[:16]
     checkpoint = Checkpoint(job.config.state_dir / "checkpoints" / f"{job.path.name}-{key}")
     start, rows = checkpoint.load(device) or (local.begin(method, weights_of(model), len(data.clients)), None)
+    records.start(job.path)  # removes what a finished run has, so only after all that may be refused
+    records.write_partition(job.path, data)
     rounds = local.run(method, start, data.clients, job.schedule(), device)
     evaluator = evaluator_of(job, data)
     every = job.config.params.runtime.checkpoint_every

@@ -57,7 +57,7 @@ def test_a_full_disk(made, project_on_disk, disk, tmp_path, trial, name, number)
         if code:
             line = program.error_line(said)
             assert "No space left on device" in line or "GB free" in line, line
-            assert "make room" in line and str(project) in line, line
+            assert "ake room" in line and str(project) in line, line
         left = program.contents(project)
         assert {file: left.get(file) for file in before} == before
         assert not [file for file in left if file.endswith(".tmp")], left.keys()
@@ -81,7 +81,7 @@ def test_a_read_only_disk(made, project_on_disk, disk, tmp_path, trial, name):
     with trial("read-only disk") as tried:
         before = program.contents(project)
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-        line = program.refuse(project, *arguments, says=["Read-only file system", "give access"], log=log)
+        line = program.refuse(project, *arguments, says=["Read-only file system", "Mount the file"], log=log)
         assert str(project) in line
         subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
         tried.compare(before, program.contents(project))
@@ -104,7 +104,7 @@ def test_a_folder_of_another_user(made, trial, name, tmp_path_factory):
             log.touch()
             log.chmod(0o666)
             under = program.Conditions(uid=NOBODY)
-            line = program.refuse(project, *arguments, says=["Permission denied", "give access"], log=log, under=under)
+            line = program.refuse(project, *arguments, says=["Permission denied", "permissions"], log=log, under=under)
             assert str(project) in line
             tried.compare(before, program.contents(project))
             program.succeed(project, *arguments, log=log)

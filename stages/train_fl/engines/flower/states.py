@@ -13,9 +13,8 @@ import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from stages.train_fl.checkpoint import save_tensors
+from stages.train_fl.checkpoint import load_tensors, save_tensors
 from stages.train_fl.methods import ClientState
 
 log = logging.getLogger(__name__)
@@ -29,12 +28,16 @@ class States:
         self._folder = state_dir / "federation" / key / f"client-{client_id:04d}"
 
     def load(self, number: int, device: str) -> ClientState | None:
-        """The state after round `number`, on `device`; None for round 0, and, said aloud, where it is lost."""
+        """The state after round `number`, on `device`; None for round 0 and, with a warning, if it is lost or damaged.
+
+        Raises:
+            SystemRefusal: the operating system did not let it be read; it is kept.
+        """
         if number == 0:
             return None
         file = self._file(number)
         try:
-            tensors = load_file(file, device=device)
+            tensors = load_tensors(file, device)
         except (OSError, SafetensorError) as error:
             log.warning("%s, this client's state, cannot be read (%s): it begins anew", file, error)
             return None

@@ -1,0 +1,442 @@
+"""What the operating system refuses to read is not called damaged, missing or unfinished, and nothing of it is lost."""
+
+import contextlib
+import errno
+import fcntl
+import functools
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from pipeline import atomic, datasets, locks, presets, provenance
+from pipeline.datasets import Images, PreparedDataset, Source
+from pipeline.errors import PipelineError
+from pipeline.feature_store import FeatureSet, archive, listing, read_basis_file, read_manifest, verification
+from pipeline.hdf5 import open_to_read
+from pipeline.system_errors import SystemRefusal, status
+from stages.analyze_features.kept import Kept
+from stages.extract_features import delivery
+from stages.extract_features.latents import LatentCache
+from stages.report import analysis
+from stages.synthesize.run import _is_whole
+from stages.train_fl import records
+from stages.train_fl.checkpoint import Checkpoint
+from stages.train_fl.engines.flower.states import States
+from stages.train_fl.engines.local import Progress
+from stages.train_fl.methods import ServerState
+from tests import test_feature_store as store
+from tests.conftest import REPOSITORY
+from tests.faults import program
+from tests.faults.kernel import CAN_REFUSE, in_child, refuse
+from tests.faults.program import EXTRACT, RUN, SET, SWEEP, TRAIN
+from tests.faults.test_damage import without_locks
+from tests.test_feature_store import ROWS, open_writer, write
+
+NOBODY = 65534
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """One of every kind of file that is read again."""
+    root = tmp_path_factory.mktemp("kept")
+    writer = write(root / "staging", root / "sets" / "set")
+    archive.write(root / "sets" / "set", root / "set.tar")
+    shutil.copytree(root / "sets" / "set", root / "elsewhere" / "set")
+    rng = np.random.default_rng(0)
+    images = Images.of_one_domain(rng.integers(0, 255, (4, 4, 4, 3)).astype(np.uint8), np.arange(4) % 2)
+    datasets.write(root / "data", "data", "test", Source(["a", "b"], {"train": images, "test": images}, "none"))
+    state = {"w": torch.ones(2)}
+    Checkpoint(root / "checkpoint").save(Progress(1, ServerState(state), [{}]), {"rounds": [], "timing": []})
+    States(root, "key", 0).save(1, state)
+    pixels = np.zeros((2, 4, 4, 3), np.uint8)
+    save_file({"images": pixels, "crc32": np.array([0], np.uint32)}, root / "class.safetensors")
+    LatentCache(root / "latents").save(0, np.ones((2, 1, 4, 4), np.float32))
+    provenance.write_json(root / "config.json", {"seed": 0})
+    content = {"candidates": [], "own_layers": [], "colours": {}}
+    (root / "sweep").mkdir()
+    provenance.write_json(root / "sweep/t-00100.json", {"sha256": provenance.fingerprint(content), "content": content})
+    (root / "presets").mkdir()
+    (root / "presets" / "one.yaml").write_text("# One.\n")
+    assert writer.missing_shards == []
+    return root
+
+
+def plan_of(root):
+    return read_manifest(root / "sets" / "set").plan
+
+
+@functools.cache
+def opened_writer(root):
+    return open_writer(root / "staging")
+
+
+READERS = {
+    "images": lambda root: len(PreparedDataset(root / "data").load("train").images),
+    "data set's manifest": lambda root: PreparedDataset(root / "data").name,
+    "set's manifest": lambda root: read_manifest(root / "sets" / "set").rows,
+    "basis": lambda root: len(FeatureSet(root / "sets" / "set").basis().mean),
+    "given basis": lambda root: len(read_basis_file(root / "sets" / "set" / "basis.h5", ["up_blocks.1"]).mean),
+    "rows": lambda root: FeatureSet(root / "sets" / "set").read(np.arange(ROWS)).index.tolist(),
+    "staged shards": lambda root: opened_writer(root).missing_shards,
+    "every byte of staged shards": lambda root: opened_writer(root).forget_damaged(range(3)),
+    "archive": lambda root: archive.manifest_of(root / "set.tar").rows,
+    "finished set": lambda root: delivery.is_complete(root / "sets" / "set", plan_of(root)),
+    "set to replace": lambda root: delivery.check_replaceable(root / "sets" / "set", plan_of(root)),
+    "checkpoint": lambda root: Checkpoint(root / "checkpoint").load("cpu")[0].number,
+    "client's state": lambda root: States(root, "key", 0).load(1, "cpu")["w"].tolist(),
+    "run to replace": lambda root: records.check_replaceable(root, {"seed": 0}),
+    "timestep of a sweep": lambda root: len(Kept(root / "sweep").load(100).candidates),
+    "generated class": lambda root: _is_whole(root / "class.safetensors"),
+    "analysis": lambda root: analysis._found(root / "config.json", "seed"),
+    "picture": lambda root: len(analysis._bytes(root / "config.json")),
+    "checksum": lambda root: provenance.file_sha256(root / "config.json"),
+}
+OF_HDF5 = {"images", "basis", "given basis", "rows", "every byte of staged shards", "finished set"}
+BY_LOOKING = {"basis", "rows", "staged shards", "every byte of staged shards", "finished set", "set's manifest"}
+REFUSED = [
+    *(("openat", code, READERS) for code in (errno.EACCES, errno.EMFILE, errno.ESTALE, errno.EIO)),
+    *(("flock", code, OF_HDF5) for code in (errno.EAGAIN, errno.EDEADLK)),
+    ("pread64", errno.EIO, {"given basis", "images"}),
+    ("read", errno.EIO, set(READERS) - {"images", "given basis", "client's state", "generated class"}),
+    ("newfstatat", errno.ESTALE, BY_LOOKING),
+    ("newfstatat", errno.EACCES, BY_LOOKING),
+]
+
+
+def after(call, code, action, root):
+    """What `action` does once the kernel refuses the call; it is done once before, so that nothing else is opened."""
+    action(root)
+    refuse(call, code)
+    return action(root)
+
+
+@CAN_REFUSE
+@pytest.mark.parametrize("reader", READERS)
+def test_a_refusal_is_named_as_what_it_is_and_loses_nothing(kept, reader, trial):
+    before, whole = program.contents(kept), READERS[reader](kept)
+    for call, code, readers in REFUSED:
+        if reader not in readers:
+            continue
+        with trial("refusal of the system") as tried:
+            kind, said = in_child(lambda c=call, n=code: after(c, n, READERS[reader], kept))
+            assert issubclass(kind, SystemRefusal), (call, code, kind, said)
+            assert os.strerror(code) in said and str(kept) in said and "\n" not in said
+            assert "delete" not in said and "corrupt" not in said and "missing" not in said
+            tried.compare(before, program.contents(kept))
+    assert READERS[reader](kept) == whole
+
+
+@CAN_REFUSE
+def test_a_verification_says_one_reason_once_and_a_list_does_not_call_a_set_broken(kept):
+    def verified(root):
+        return [(type(error), str(error)) for error in verification.faults(root / "sets" / "set", full=True)]
+
+    ((kind, said),) = in_child(lambda: after("flock", errno.EAGAIN, verified, kept))
+    assert issubclass(kind, SystemRefusal)  # the basis and three shards
+    assert "basis.h5 and 3 more cannot be read (Resource temporarily unavailable)" in said
+
+    def listed(root):
+        return [one.state for one in listing.finished(root / "sets")]
+
+    assert listed(kept) == ["complete"]
+    (state,) = in_child(lambda: after("openat", errno.EMFILE, lambda root: [read_state(root)], kept))
+    assert "manifest.json cannot be read (Too many open files)" in state and "broken" not in state
+
+
+def read_state(root):
+    return listing._summarise(root / "sets" / "set").state
+
+
+@CAN_REFUSE
+def test_a_folder_that_may_not_be_listed_is_not_empty(kept):
+    for action in (lambda root: listing.finished(root / "sets"), lambda root: presets.describe(root / "presets")):
+        kind, said = in_child(lambda a=action: after("openat", errno.EACCES, a, kept))
+        assert issubclass(kind, SystemRefusal) and "cannot be read (Permission denied)" in said
+
+
+@CAN_REFUSE
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
+def test_finished_files_are_read_where_the_file_system_has_no_locks(kept, code):
+    for reader in OF_HDF5 - {"every byte of staged shards"}:
+        assert in_child(lambda r=reader: after("flock", code, READERS[r], kept)) == READERS[reader](kept)
+    assert in_child(lambda: after("flock", code, lambda root: verification.faults(root / "sets/set", True), kept)) == []
+
+
+@CAN_REFUSE
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EINVAL])
+def test_a_lock_that_the_environment_demands_and_that_is_refused_is_no_damage(kept, code):
+    """HDF5 reads the variable once, when it starts: in an interpreter of its own."""
+    script = (
+        "import sys\nfrom pathlib import Path\n"
+        "from pipeline.hdf5 import open_to_read\nfrom tests.faults import kernel\n"
+        "kernel.refuse('flock', int(sys.argv[2]))\n"
+        "try:\n    open_to_read(Path(sys.argv[1])).__enter__()\nexcept Exception as error:\n    print(repr(error))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, kept / "data" / "train.h5", str(code)],
+        env=os.environ | {"HDF5_USE_FILE_LOCKING": "TRUE"}, cwd=REPOSITORY, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.startswith("SystemRefusal(") and "HDF5_USE_FILE_LOCKING=FALSE" in done.stdout
+
+
+@CAN_REFUSE
+def test_damage_is_still_found_where_the_file_system_has_no_locks(kept, tmp_path):
+    folder = shutil.copytree(kept / "sets" / "set", tmp_path / "set")
+    content = bytearray((folder / "shard-00001.h5").read_bytes())
+    content[-1] ^= 1
+    (folder / "shard-00001.h5").write_bytes(content)
+    (folder / "basis.h5").write_bytes(content)
+
+    def faults(root):
+        return [str(error) for error in verification.faults(folder, full=True)]
+
+    basis, *of_shard = in_child(lambda: after("flock", errno.ENOLCK, faults, tmp_path))
+    assert "basis.h5 has" in basis and "shard-00001.h5 is corrupt (SHA-256 differs" in of_shard[0]
+
+
+@CAN_REFUSE
+def test_work_that_needs_locks_says_that_there_are_none(tmp_path):
+    def hold(root):
+        with locks.held(root / "lock", "x"):
+            pass
+
+    def fill(root):
+        with atomic.folder_in_place_of(root / "folder"):
+            pass
+
+    for action in (hold, fill):
+        kind, said = in_child(lambda a=action: after("flock", errno.ENOLCK, a, tmp_path))
+        assert kind is PipelineError and "cannot be locked (No locks available). File locks keep two" in said
+
+
+@CAN_REFUSE
+def test_latents_that_may_not_be_read_are_computed_again_and_kept(kept, caplog):
+    cache, before = LatentCache(kept / "latents"), program.contents(kept)
+
+    def load(root):
+        found = cache.load(0)
+        return found is None, [record.getMessage() for record in caplog.records]
+
+    nothing, (said,) = in_child(lambda: after("openat", errno.EMFILE, load, kept))
+    assert nothing and "cannot be read (Too many open files)" in said and said.endswith("Encoding its images again.")
+    assert program.contents(kept) == before and cache.load(0).shape == (2, 1, 4, 4)
+
+
+def test_a_file_that_may_not_be_looked_at_is_not_missing():
+    """As another user, in a folder without permission."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "closed"
+        folder.mkdir()
+        (folder / "file").touch()
+        for path in (Path(name), folder):
+            path.chmod(0o755 if path.name != "closed" else 0o700)
+
+        def look(path):
+            if os.geteuid() == 0:
+                os.setuid(NOBODY)
+            else:
+                folder.chmod(0)
+            return status(path)
+
+        kind, said = in_child(lambda: look(folder / "file"))
+        assert issubclass(kind, SystemRefusal) and f"{folder / 'file'} cannot be read (Permission denied)" in said
+        folder.chmod(0o700)
+        assert status(folder / "nothing") is None and status(folder / "file" / "below") is None
+
+
+@contextlib.contextmanager
+def held(file):
+    """Another process has the file open for writing, as a notebook does."""
+    code = "import h5py, sys; f = h5py.File(sys.argv[1], 'r+'); print('open', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen([sys.executable, "-c", code, file], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with holder:
+        assert holder.stdout.readline() == b"open\n"
+        yield
+        holder.stdin.close()
+
+
+VERIFY = ("features", "verify")
+IMAGES, SHARD, BASIS = "data/datasets/digits/train.h5", f"{SET}/shard-00001.h5", f"{SET}/basis.h5"
+HELD = {
+    "train on images": (IMAGES, TRAIN),
+    "train on shard": (SHARD, TRAIN),
+    "train on basis": (BASIS, TRAIN),
+    "verify shard": (SHARD, VERIFY),
+    "verify basis": (BASIS, (*VERIFY, "--full")),
+    "verify bytes": (SHARD, (*VERIFY, "--full")),
+    "export": (SHARD, ("features", "export", SET.name)),
+    "diff": (SHARD, ("features", "diff", SET.name, SET.name)),
+    "extract": (SHARD, EXTRACT),
+    "analyze": (SHARD, ("analyze-features",)),
+    "synthetic images": ("data/datasets/digits-synthetic/train.h5", (*TRAIN, "--balance-with-synthetic", "mean",
+        "--method", "fedavg")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("train on shard", "verify bytes", "extract") else pytest.param(name, marks=pytest.mark.faults)
+        for name in HELD
+    ],
+)
+def test_a_file_that_is_open_for_writing_elsewhere(project, trial, name):
+    file, command = HELD[name]
+    with trial("file open for writing elsewhere") as tried:
+        before = program.contents(project)
+        with held(project / file):
+            line = program.refuse(project, *command, says=[file, "Resource temporarily unavailable", "Another process"])
+        assert "delete" not in line and "corrupt" not in line
+        tried.compare(before, without_locks(program.contents(project), before))
+        program.succeed(project, *command)
+        after_it = program.contents(project)
+        tried.compare({n: before[n] for n in before if n.startswith("data/")},
+                      {n: after_it[n] for n in after_it if n.startswith("data/")})  # fmt: skip
+
+
+def test_a_file_that_is_being_changed_is_not_called_damaged_even_if_locks_are_switched_off(kept, tmp_path, monkeypatch):
+    """HDF5_USE_FILE_LOCKING lets a file be read beside its writer; what differs then says nothing of the file."""
+    folder, data = (
+        shutil.copytree(kept / "sets/set", tmp_path / "set"),
+        shutil.copytree(kept / "data", tmp_path / "data"),
+    )
+    whole = {file: file.read_bytes() for file in (folder / "shard-00001.h5", data / "train.h5")}
+    monkeypatch.setenv("HDF5_USE_FILE_LOCKING", "FALSE")
+    for file, content in whole.items():
+        with open(file, "r+b") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)  # as HDF5 does for a writer that uses locks
+            stream.seek(-1, os.SEEK_END)
+            stream.write(bytes([content[-1] ^ 1]))
+            stream.flush()
+            with pytest.raises(SystemRefusal, match=f"{file.name} cannot be read"):
+                FeatureSet(folder).verify_files() if file.parent == folder else PreparedDataset(data).load("train")
+        with pytest.raises(PipelineError, match=f"{file.name} (is corrupt|does not hold)"):  # now it is known
+            FeatureSet(folder).verify_files() if file.parent == folder else PreparedDataset(data).load("train")
+
+
+def test_a_row_that_changes_in_training_is_not_called_damaged_while_a_process_writes_it(kept, tmp_path):
+    folder = shutil.copytree(kept / "sets" / "set", tmp_path / "set")
+    features, file = FeatureSet(folder), folder / "shard-00001.h5"
+    features.read(np.arange(ROWS))  # the maps are open from now on
+    with h5py.File(file, "r") as h5:
+        offset = h5["denoised"].id.get_offset()
+    with open(file, "r+b") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        before = os.pread(stream.fileno(), 1, offset)
+        os.pwrite(stream.fileno(), bytes([before[0] ^ 1]), offset)
+        with pytest.raises(SystemRefusal, match="shard-00001.h5 cannot be read"):
+            features.read(np.arange(ROWS))
+    with pytest.raises(PipelineError, match="shard-00001.h5: row 0 is corrupt"):
+        features.read(np.arange(ROWS))
+
+
+def test_a_mark_of_a_killed_writer_is_told_from_damage(tmp_path):
+    """HDF5's newer format marks a file that is open for writing, in the file."""
+    file = tmp_path / "marked.h5"
+    h5py.File(file, "w", libver="latest").close()
+    code = "import h5py, os, sys; f = h5py.File(sys.argv[1], 'r+', libver='latest'); os._exit(0)"
+    subprocess.run([sys.executable, "-c", code, file], check=True)
+    with pytest.raises(SystemRefusal, match="it is marked as open for writing.*killed while it wrote.*h5clear -s"):
+        with open_to_read(file):
+            pass
+
+
+MANY = 2000
+
+
+def read_all(folder):
+    """Every row in random batches as training does, then every byte; with the most descriptors that were open."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+    features, order = FeatureSet(folder, partial=True), np.random.default_rng(0).permutation(MANY)
+    rows = np.concatenate([features.read(order[start : start + 100]).index for start in range(0, MANY, 100)])
+    return np.array_equal(rows, order), len(os.listdir("/dev/fd")), verification.faults(folder, full=True)
+
+
+def test_two_thousand_shards_are_trained_on_and_verified_with_few_descriptors(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "ROWS", MANY)
+    monkeypatch.setattr(store, "PER_SHARD", 1)
+    writer = store.write(tmp_path / "staging", shards=[])
+    for shard in range(MANY):
+        writer.write_shard(shard, store.features(range(shard, shard + 1)), 0)
+    writer.publish(tmp_path / "set")
+    in_order, opened, faults = in_child(lambda: read_all(tmp_path / "set"))
+    assert in_order and faults == [] and opened < 64
+
+
+def test_a_staged_shard_that_is_open_elsewhere_is_not_computed_again(made, project, trial):
+    shutil.rmtree(project / SET)  # as if the extraction had been killed before its end
+    (staged,) = (project / ".pipeline" / "staging").glob("*/shard-00001.h5")
+    with trial("file open for writing elsewhere") as tried:
+        before = program.contents(project)
+        with held(staged):
+            program.refuse(project, *EXTRACT, says=["shard-00001.h5 cannot be read", "Another process"])
+        tried.compare(before, without_locks(program.contents(project), before))
+        program.succeed(project, *EXTRACT)
+        tried.compare(program.contents(made.root / SET), program.contents(project / SET))
+
+
+CLOSED = {
+    "images": (IMAGES, TRAIN),
+    "data set": (str(Path(IMAGES).parent), TRAIN),
+    "set's manifest": (f"{SET}/manifest.json", TRAIN),
+    "set's manifest, extraction": (f"{SET}/manifest.json", EXTRACT),
+    "set": (str(SET), VERIFY),
+    "sets": (str(SET.parent), ("features", "list")),
+    "set, extraction": (str(SET), EXTRACT),
+    "shard": (SHARD, VERIFY),
+    "run": (f"{RUN}/config.json", TRAIN),
+    "checkpoint": (".pipeline/checkpoints", TRAIN),
+    "sweep": (".pipeline/sweep", SWEEP),
+    "report": (f"{RUN}/rounds.csv", ("report",)),
+    "analysis": ("analysis", ("report",)),
+    "presets": ("presets", ("preset",)),
+}
+
+
+def but_locks(project):
+    """All files but those of locks, which say who held them last."""
+    return {name: content for name, content in program.contents(project).items() if "/locks/" not in name}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="taking another user's rights needs root")
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("data set", "shard", "checkpoint") else pytest.param(name, marks=pytest.mark.faults)
+        for name in CLOSED
+    ],
+)
+def test_a_file_or_folder_without_permission(made, trial, name):
+    path, command = CLOSED[name]
+    with tempfile.TemporaryDirectory() as place, trial("file or folder without permission") as tried:
+        Path(place).chmod(0o755)
+        project, log = Path(place) / "project", Path(place) / "log"
+        shutil.copytree(made.root, project)
+        (project / "presets").mkdir()
+        log.touch()
+        for one in (log, project, *project.rglob("*")):
+            os.chown(one, NOBODY, NOBODY)
+        before = but_locks(project)
+        mode = (project / path).stat().st_mode
+        (project / path).chmod(0)
+        line = program.refuse(
+            project,
+            *command,
+            says=["Permission denied", "permissions", path],
+            log=log,
+            under=program.Conditions(uid=NOBODY),
+        )
+        assert "delete" not in line and "missing" not in line and "holds no" not in line
+        (project / path).chmod(mode)
+        tried.compare(before, but_locks(project))
+        program.succeed(project, *command, log=log)
