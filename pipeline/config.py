@@ -75,6 +75,15 @@ class Config:
         return self.root / "data" / "datasets" / f"{self.params.prepare_data.name}-synthetic"
 
     @property
+    def synthetic_names(self) -> list[Path]:
+        """A file for each rule of balancing, with the hash of the generated images: what DVC's training depends on.
+
+        Its name is the value of `train_fl.balance_with_synthetic`. For "none" git has one, which never changes, so
+        that training without generated images does not wait for any.
+        """
+        return [self.root / "data" / "synthetic" / rule for rule in ("mean", "largest")]
+
+    @property
     def state_dir(self) -> Path:
         """What unfinished work left for resuming: outside every DVC out, because DVC deletes those before a stage."""
         return self.home / ".pipeline"
@@ -87,6 +96,17 @@ class Config:
     def run_dir(self, method: str, partition: str, seed: int) -> Path:
         """The folder of one run of the sweep."""
         return self.results_dir / f"{method}-{partition}-s{seed}"
+
+    @property
+    def runs_of_sweep(self) -> list[Path]:
+        """The folders of the runs that the sweep names."""
+        sweep = self.params.sweep
+        return [self.run_dir(*run) for run in itertools.product(sweep.methods, sweep.partitions, sweep.seeds)]
+
+    @property
+    def sweep_dir(self) -> Path:
+        """A small file for each finished run of the sweep, see `pipeline.sweep`."""
+        return self.results_dir / ".sweep"
 
     def settings(self, section: Literal["methods", "partitions"], name: str) -> Section:
         """The settings of a named method or partition.

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pipeline import accuracy, devices, locks, provenance
+from pipeline import accuracy, devices, locks, provenance, sweep
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.params import Nodes, Runtime, Section, SelfSupervisedFedDifRC, SimSiam
@@ -86,6 +86,15 @@ class Job:
         if isinstance(self.method, SimSiam) and self.config.params.train_fl.augmentation == "none":
             raise PipelineError("simsiam compares two views of an image: set train_fl.augmentation to views (or crop)")
 
+    def seal(self) -> None:
+        """Writes the checksums, which mark the run as whole, and what the report's stage depends on.
+
+        Raises:
+            PipelineError: they cannot be written.
+        """
+        provenance.write_checksums(self.path)
+        sweep.record(self.config, self.path)
+
     def schedule(self) -> local.Schedule:
         """Rounds, sampling and local training."""
         params = self.config.params.train_fl
@@ -149,7 +158,7 @@ def _make(job: Job, data: Federation, model: FLModel, method: Method, device: st
     record = train(job, model, start, rows, rounds, evaluator, checkpoint, every)
     finish(job, data, model, evaluator, record)
     provenance.write_json(job.path / "config.json", settings | {"provenance": provenance.describe(device)})
-    provenance.write_checksums(job.path)
+    job.seal()
     checkpoint.remove()
 
 

@@ -7,8 +7,8 @@ import shlex
 import numpy as np
 import pytest
 
-from pipeline import provenance
 from tests.conftest import invoke, write_params
+from tests.report.grid import reseal
 
 TRAIN = ("train-fl", "--partition", "dir05", "--method", "fedavg", "--seed", "0", "--seed", "1")
 
@@ -24,7 +24,7 @@ def test_the_summary_is_mean_and_sample_deviation_over_seeds(trained):
     for seed, accuracy in ((0, 0.5), (1, 0.7)):
         file = trained / "results" / f"fedavg-dir05-s{seed}" / "metrics.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"mean_last5_accuracy": accuracy}))
-        provenance.write_checksums(file.parent)
+        reseal(file.parent)
     assert invoke(trained, "report").exit_code == 0
     summary = json.loads((trained / "report" / "summary.json").read_text())["dir05"]["fedavg"]
     assert summary["mean_accuracy"] == pytest.approx(0.6)
@@ -65,7 +65,7 @@ def test_runs_of_other_data_are_refused(trained):
         ),
     ):
         file.write_text(json.dumps(whole | changes))
-        provenance.write_checksums(file.parent)
+        reseal(file.parent)
         result = invoke(trained, "report")
         assert result.exit_code == 1 and message in result.output
 
