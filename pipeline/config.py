@@ -35,17 +35,27 @@ class Config:
 
     @property
     def home(self) -> Path:
-        """Where files stand that DVC does not track: the real repository, also in an experiment's temporary copy."""
-        return Path(os.environ.get("DVC_ROOT", self.root))
+        """The folder of files that DVC does not track: the real project, also in an experiment's temporary copy."""
+        project = Path(os.environ.get("DVC_ROOT", self.root)).resolve()  # DVC gives every stage the real project's root
+        if not self.root.is_relative_to(project / ".dvc" / "tmp"):
+            return self.root
+        copy = next(folder for folder in (self.root, *self.root.parents) if (folder / ".dvc").is_dir())
+        return project / self.root.relative_to(copy)
+
+    def places(self, written: str) -> list[Path]:
+        """Where a path of params.yaml is looked for, in this order: the one rule for every key that names a path.
+
+        "~" is the user's home and $NAME an environment variable. A relative path starts at the folder of params.yaml.
+        The temporary copy that DVC makes of a project for an experiment has only the files that git or DVC track: what
+        it lacks is taken from the project.
+        """
+        path = os.path.expanduser(os.path.expandvars(written))
+        return list(dict.fromkeys([self.root / path, self.home / path]))
 
     def path(self, written: str) -> Path:
-        """A path as params.yaml has it: the one rule for every key that names a file or folder.
-
-        "~" is the user's home. A relative path starts at the project's folder. The temporary copy that DVC makes of a
-        project for an experiment has only the files that git or DVC track: what it lacks is taken from the project.
-        """
-        path = Path(os.path.expanduser(written))
-        return self.root / path if (self.root / path).exists() else self.home / path
+        """The file or folder that a path of params.yaml means: the first that exists of `places`, or the last."""
+        places = self.places(written)
+        return next((place for place in places if place.exists()), places[-1])
 
     @property
     def dataset_dir(self) -> Path:
