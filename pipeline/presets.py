@@ -19,7 +19,6 @@ from typing import Any
 from pipeline import config
 from pipeline.errors import PipelineError
 
-
 _ELSEWHERE = "run in the project's folder, or say `pipeline --params FILE preset` with its parameter file"
 
 
