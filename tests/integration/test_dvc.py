@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY, write_params
+from tests.conftest import write_params
+from tests.integration.project import copy_tracked
 
 BIN = Path(sys.executable).parent
 SWEEP = {"sweep.methods": ["fedavg", "feddifrc"], "sweep.partitions": ["dir05"], "sweep.seeds": [0]}
@@ -21,13 +22,12 @@ SWEEP = {"sweep.methods": ["fedavg", "feddifrc"], "sweep.partitions": ["dir05"],
 def root(tmp_path_factory) -> Path:
     """A project under DVC, without git, that has been run once; its venv is not activated, as after `make repro`."""
     root = tmp_path_factory.mktemp("dvc project")
-    shutil.copy(REPOSITORY / "dvc.yaml", root)
-    shutil.copy(REPOSITORY / ".dvcignore", root)
+    copy_tracked(root)
     write_params(root, SWEEP)
     (root / ".venv").mkdir()
     (root / ".venv" / "bin").symlink_to(BIN)
-    dvc(root, "init", "--no-scm", "--quiet")
-    shutil.copytree(REPOSITORY / ".dvc" / "plots", root / ".dvc" / "plots", dirs_exist_ok=True)
+    with (root / ".dvc" / "config").open("a") as config:
+        config.write("[core]\n    no_scm = True\n")
     output = dvc(root, "repro")
     before_training = {"prepare-data", "prepare-backbone", "extract-features", "analyze-features", "synthesize"}
     assert ran(output) == {*before_training, *TRAINING, "report"}

@@ -205,7 +205,7 @@ def test_the_estimated_chance_is_above_the_true_one():
     assert 1 / 8 < _chance((2 + draws.sum(1)).tolist(), 5) < 1 / 4
     # never seen in 1,000 draws of 2 clients: once in 1,000 / 3 is still possible
     assert 3e-3 <= _chance([1] * 1000, 2) < 4e-3
-    # 10 of 50 lack it on the mean, with variance 25/4: as of 80/3 clients with chance 5/8 each, the others always have it
+    # 10 of 50 lack it on the mean, with variance 25/4: as of 80/3 clients with chance 5/8 each, the rest always has it
     normal = np.random.default_rng(0).normal(40, (25 / 4 - 1 / 12) ** 0.5, 10_000).round().astype(int).tolist()
     estimate = (5 / 8) ** (80 / 3)
     assert estimate < _chance(normal, 50) < 2 * estimate
