@@ -47,8 +47,10 @@ def environment(root: Path) -> dict[str, str]:
     return kept | {"DVC_SITE_CACHE_DIR": str(root / ".dvc" / "site"), "DVC_NO_ANALYTICS": "1"}
 
 
-def dvc(root: Path, *arguments: str) -> str:
-    done = subprocess.run(command(*arguments), cwd=root, env=environment(root), capture_output=True, text=True)
+def dvc(root: Path, *arguments: str, **more: str) -> str:
+    """A DVC command with more of an environment; it must succeed."""
+    env = environment(root) | more
+    done = subprocess.run(command(*arguments), cwd=root, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -1,6 +1,7 @@
 """DVC's experiments: run beside the project, with the files that only the project has, and shown in its report."""
 
 import json
+import os
 import re
 import shutil
 import time
@@ -63,7 +64,7 @@ WORDS = {
 @pytest.fixture(scope="module")
 def with_files(tmp_path_factory, extracted):
     """A project whose keys name files that stand in its folder, tracked by nobody."""
-    root = tmp_path_factory.mktemp("with files")
+    root = tmp_path_factory.mktemp("files")
     folder = {"prepare_data.name": "photos", "prepare_data.source": "folder", "prepare_data.train_subset": None}
     changes = folder | {"prepare_backbone.name": "own", "extract_features.image_size": 32}
     make(root, changes | {f"{key}": value for key, value in FILES.items()})
@@ -110,8 +111,9 @@ def test_an_experiment_finds_every_file_that_only_the_project_has(with_files):
 def test_a_queued_experiment_finds_them_too(with_files):
     denoise = "--set-param=extract_features.denoise_prompt=a photo"
     dvc(with_files, "exp", "run", "--queue", "--name", "queued", denoise, "extract-features")
-    dvc(with_files, "queue", "start")
-    for _ in range(120):
+    active = os.pathsep.join([str(BIN), os.environ["PATH"]])
+    dvc(with_files, "queue", "start", PATH=active)  # starts a worker by the name dvc
+    for _ in range(60):
         status = re.search(r"queued.* (\w+)\s*$", dvc(with_files, "queue", "status"), re.MULTILINE)
         if status and status[1] in ("Success", "Failed"):
             break
