@@ -172,7 +172,7 @@ def _as_typed(value: Any) -> str:
 
 
 def at(values: Any, dotted_key: str, missing: Any = ...) -> Any:
-    """What stands at a dotted key of nested mappings, or `missing` if nothing does."""
+    """The value at a dotted key of nested mappings, or `missing` if there is none."""
     for part in dotted_key.split("."):
         values = values.get(part, missing) if isinstance(values, Mapping) else missing
     return values
@@ -229,7 +229,7 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
 def parse_value(key: str, text: str) -> Any:
     """A value typed on the command line for a dotted key.
 
-    Where the key takes text, the text is the value as it stands ("007" is a name), and null is none; elsewhere it is
+    Where the key takes text, the text is the value as it is typed ("007" is a name), and null is none; elsewhere it is
     read as it would be in params.yaml.
     """
     from ruamel.yaml import YAMLError
@@ -327,7 +327,7 @@ def _set(values: dict[str, Any], dotted_key: str, value: Any) -> None:
         section = values.get(parent, {})
         if not isinstance(section, dict):
             raise PipelineError(f"cannot set {dotted_key}: {parent} is a value, not a section")
-        values[parent] = dict(section)  # where a YAML alias stands, others share it
+        values[parent] = dict(section)  # with a YAML alias, others share it
         values = values[parent]
     values[key] = value
 

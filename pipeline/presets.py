@@ -50,7 +50,7 @@ def apply(name: str, params_file: Path, force: bool = False) -> Applied:
     Args:
         name: of a file in presets/ beside `params_file`, or the path of another one, which ends in .yaml.
         params_file: the project's params.yaml.
-        force: replace also what was edited by hand and stands nowhere else.
+        force: also replace values that were edited by hand and are kept nowhere else.
 
     Raises:
         PipelineError: there is no such preset, it is not YAML, or it does not fit the configuration; or it would

@@ -113,7 +113,7 @@ def test_the_repositorys_own_file_is_valid_and_its_values_arrive(file):
             "    algorithm: fedavgg\n",
             "methods.fedavg.algorithm = 'fedavgg': input should be one of 'fedavg',",
         ),
-        ("  fedavg:\n", "  fed.avg:\n", "methods.fed.avg is no good name: string should match pattern"),
+        ("  fedavg:\n", "  fed.avg:\n", "methods.fed.avg is not a valid name: string should match pattern"),
         # one line a key, whatever it may be
         (
             "  negatives: all",

@@ -1,7 +1,7 @@
 """Runs one federated run: load -> partition -> clients -> method -> engine -> evaluate -> write.
 
-What it leaves in results/<run> is told in `records`. A run that was killed goes on from its last checkpoint and ends in
-the same bytes (the seconds excepted).
+`records` lists what it leaves in results/<run>. A killed run resumes from its last checkpoint and ends in the same
+bytes (the seconds excepted).
 """
 
 import contextlib
@@ -188,7 +188,7 @@ def build(
         num_classes: of the data set.
         guidance_dim: length of the targets, for methods with guidance.
         num_clients: N, all clients.
-        device: where the network stands.
+        device: where the network is placed.
     """
     params, runtime = job.config.params.train_fl, job.config.params.runtime
     encoder = EncoderSettings(params.model, params.normalisation, params.precision, runtime.channels_last)
@@ -230,7 +230,7 @@ def train(
         rows: of the rounds before.
         rounds: from an engine, going on from `start`.
         evaluator: judges every round.
-        checkpoint: where the run goes on from if it is stopped.
+        checkpoint: where the run resumes if it is stopped.
         checkpoint_every: rounds between checkpoints.
 
     Raises:

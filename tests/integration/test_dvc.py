@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from tests.conftest import write_params
 from tests.integration.project import copy_tracked
@@ -26,11 +27,12 @@ def root(tmp_path_factory) -> Path:
     write_params(root, SWEEP)
     (root / ".venv").mkdir()
     (root / ".venv" / "bin").symlink_to(BIN)
-    with (root / ".dvc" / "config").open("a") as config:
-        config.write("[core]\n    no_scm = True\n")
-    output = dvc(root, "repro")
-    before_training = {"prepare-data", "prepare-backbone", "extract-features", "analyze-features", "synthesize"}
-    assert ran(output) == {*before_training, *TRAINING, "report"}
+    config = root / ".dvc" / "config"
+    config.write_text(config.read_text().replace("[core]\n", "[core]\n    no_scm = true\n"))
+    dvc(root, "repro", "extract-features")
+    assert ran(dvc(root, "repro", "--single-item", "train-fl")) == TRAINING  # which need no generated images
+    assert not (root / "data" / "datasets" / "digits-synthetic").exists()
+    assert ran(dvc(root, "repro")) == {"analyze-features", "synthesize", "report"}
     return root
 
 
@@ -80,9 +82,43 @@ def test_metrics_and_plots_are_declared(root):
     metrics = json.loads(dvc(root, "metrics", "show", "--json"))[""]["data"]
     runs = {f"results/{method}-dir05-s0/metrics.json" for method in ("fedavg", "feddifrc")}
     assert set(metrics) == runs | {"analysis/features.json"}
+    assert max(map(len, dvc(root, "metrics", "show").splitlines())) <= 100  # of a terminal
     plots = json.loads(dvc(root, "plots", "show", "--json"))["data"]["Accuracy per method"][0]
     assert {row["method"] for row in plots["content"]["data"]["values"]} == {"fedavg", "feddifrc"}
     assert len((root / "report" / "curves.csv").read_text().splitlines()) == 1 + 2 * 3
+
+
+def test_the_report_depends_on_the_sweeps_own_runs(root):
+    def locked():
+        lock = YAML(typ="safe").load((root / "dvc.lock").read_text(encoding="utf-8"))
+        return {dep["path"]: dep.get("nfiles") for dep in lock["stages"]["report"]["deps"]}["results/.sweep"]
+
+    write_params(root, SWEEP)
+    dvc(root, "repro")
+    assert locked() == 2
+    by_hand = ["pipeline", "train-fl", "--method", "fedprox", "--partition", "dir05", "--seed", "0"]
+    subprocess.run([str(BIN / by_hand[0]), *by_hand[1:]], cwd=root, check=True, capture_output=True)
+    assert "up to date" in dvc(root, "status")
+    write_params(root, SWEEP | {"sweep.methods": ["fedavg"]})
+    assert ran(dvc(root, "repro")) == {"report"}
+    assert locked() == 1 and "up to date" in dvc(root, "status")
+    write_params(root, SWEEP)
+    assert ran(dvc(root, "repro")) == set()  # the run that came back is in DVC's cache, and so is that report
+    assert locked() == 2 and "up to date" in dvc(root, "status")
+
+
+def test_generated_images_are_made_first_and_their_change_trains_again(root):
+    changes = SWEEP | {"sweep.methods": ["fedavg"], "train_fl.balance_with_synthetic": "mean"}
+    for count in (1, 2):
+        generation = {"synthesize.images_per_class": count, "synthesize.num_inference_steps": 1}
+        write_params(root, changes | generation)
+        order = [line.split("'")[1] for line in dvc(root, "repro").splitlines() if line.startswith("Running stage")]
+        assert order == ["synthesize", "train-fl@fedavg-dir05-0", "report"]
+    generated = json.loads((root / "data" / "datasets" / "digits-synthetic" / "manifest.json").read_text())
+    for rule in ("mean", "largest"):
+        assert (root / "data" / "synthetic" / rule).read_text() == f"digits-synthetic {generated['hash']}\n"
+    write_params(root, changes | {"train_fl.balance_with_synthetic": "none"})
+    assert ran(dvc(root, "repro", "train-fl")) == set()  # known, and no generated images are made for it
 
 
 def test_an_extraction_killed_under_dvc_resumes_on_the_next_repro(root):

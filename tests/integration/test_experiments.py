@@ -37,6 +37,13 @@ def test_another_timestep_as_an_experiment(tmp_path):
     output = dvc(tmp_path, "exp", "run", "--temp", "--name", "early", "--set-param", "extract_features.timestep=100")
     assert ran(output) == {"extract-features", "analyze-features", "train-fl@feddifrc-dir05-0", "report"}
     assert "up to date" in dvc(tmp_path, "status")
+    dvc(tmp_path, "remote", "add", "--default", "team", str(tmp_path / "remote"))
+    git(tmp_path, "commit", "--quiet", "--all", "--message", "remote")
+    dvc(tmp_path, "push")
+    git(tmp_path, "clone", "--quiet", ".", "clone")
+    dvc(tmp_path / "clone", "pull")
+    assert "up to date" in dvc(tmp_path / "clone", "status")
+    assert (tmp_path / "clone" / "data" / "README.md").exists()
     assert invoke(tmp_path, "report", "--experiments").exit_code == 0
     page = (tmp_path / "report" / "index.html").read_text()
     table = page.partition('id="table-experiments"')[2].partition("</table>")[0]

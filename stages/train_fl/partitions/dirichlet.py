@@ -60,7 +60,7 @@ def dirichlet_balanced(
     """The partition of the FedDifRC authors' code: Dirichlet inside groups of clients, then a cut into equal sizes.
 
     The shuffled samples are shared out to groups of `group_size` clients; inside a group `dirichlet` is drawn until
-    every client has half of a fair share; the parts, each ordered by class, are then laid end to end and cut anew
+    every client has half of a fair share; the parts, each ordered by class, are then laid end to end and cut again
     into `num_clients` chunks of equal size, so that a client's border classes move into its neighbour.
 
     Args:
