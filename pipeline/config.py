@@ -55,7 +55,7 @@ class Config:
     def path(self, written: str) -> Path:
         """The file or folder that a path of params.yaml means: the first that exists of `places`, or the last."""
         places = self.places(written)
-        return next((place for place in places if place.exists()), places[-1])
+        return next((place for place in places if os.path.exists(place)), places[-1])
 
     @property
     def dataset_dir(self) -> Path:

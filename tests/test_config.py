@@ -394,3 +394,4 @@ def test_a_path_may_start_at_home_or_with_a_variable(tmp_path, monkeypatch):
     assert project.path("~/cifar10") == Path("/home/someone/cifar10")
     assert project.path("$IMAGES/cifar10") == project.path("${IMAGES}/cifar10") == Path("/srv/images/cifar10")
     assert project.path("raw/cifar10") == tmp_path / "raw" / "cifar10"
+    assert project.path("x" * 1000) == tmp_path / ("x" * 1000)  # too long for a file system

@@ -53,8 +53,8 @@ def run(config: Config) -> Path:
         backbone = config.params.prepare_backbone.name
         source = Source(dataset.class_names, splits, f"as the terms of {backbone}, which generated the images")
         datasets.write(target, target.name, backbone, source)
+        _write_names(config, f"{target.name} {PreparedDataset(target).hash}")
         shutil.rmtree(staging)
-    _write_names(config, f"{target.name} {PreparedDataset(target).hash}")
     log.info("%s: %d images of each of %d classes", target, params.images_per_class, len(classes))
     return target
 

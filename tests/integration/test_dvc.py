@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from pipeline.datasets import PreparedDataset
 from tests.conftest import write_params
 from tests.integration.project import copy_tracked
 
@@ -108,15 +109,17 @@ def test_the_report_depends_on_the_sweeps_own_runs(root):
 
 
 def test_generated_images_are_made_first_and_their_change_trains_again(root):
+    prepare = [str(BIN / "pipeline"), "--quiet", "prepare-backbone"]
+    subprocess.run(prepare, cwd=root, check=True, capture_output=True)  # another test removed the weights
     changes = SWEEP | {"sweep.methods": ["fedavg"], "train_fl.balance_with_synthetic": "mean"}
     for count in (1, 2):
         generation = {"synthesize.images_per_class": count, "synthesize.num_inference_steps": 1}
         write_params(root, changes | generation)
         order = [line.split("'")[1] for line in dvc(root, "repro").splitlines() if line.startswith("Running stage")]
         assert order == ["synthesize", "train-fl@fedavg-dir05-0", "report"]
-    generated = json.loads((root / "data" / "datasets" / "digits-synthetic" / "manifest.json").read_text())
+    generated = PreparedDataset(root / "data" / "datasets" / "digits-synthetic")
     for rule in ("mean", "largest"):
-        assert (root / "data" / "synthetic" / rule).read_text() == f"digits-synthetic {generated['hash']}\n"
+        assert (root / "data" / "synthetic" / rule).read_text() == f"digits-synthetic {generated.hash}\n"
     write_params(root, changes | {"train_fl.balance_with_synthetic": "none"})
     assert ran(dvc(root, "repro", "train-fl")) == set()  # known, and no generated images are made for it
 
