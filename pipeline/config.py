@@ -42,17 +42,27 @@ class Config:
 
     @property
     def home(self) -> Path:
-        """Where files stand that DVC does not track: the real repository, also in an experiment's temporary copy."""
-        return Path(os.environ.get("DVC_ROOT", self.root))
+        """The folder of files that DVC does not track: the real project, also in an experiment's temporary copy."""
+        project = Path(os.environ.get("DVC_ROOT", self.root)).resolve()  # DVC gives every stage the real project's root
+        if not self.root.is_relative_to(project / ".dvc" / "tmp"):
+            return self.root
+        copy = next(folder for folder in (self.root, *self.root.parents) if (folder / ".dvc").is_dir())
+        return project / self.root.relative_to(copy)
+
+    def places(self, written: str) -> list[Path]:
+        """Where a path of params.yaml is looked for, in this order: the one rule for every key that names a path.
+
+        "~" is the user's home and $NAME an environment variable. A relative path starts at the folder of params.yaml.
+        The temporary copy that DVC makes of a project for an experiment has only the files that git or DVC track: what
+        it lacks is taken from the project.
+        """
+        path = os.path.expanduser(os.path.expandvars(written))
+        return list(dict.fromkeys([self.root / path, self.home / path]))
 
     def path(self, written: str) -> Path:
-        """A path as params.yaml has it: the one rule for every key that names a file or folder.
-
-        "~" is the user's home. A relative path starts at the project's folder. The temporary copy that DVC makes of a
-        project for an experiment has only the files that git or DVC track: what it lacks is taken from the project.
-        """
-        path = Path(os.path.expanduser(written))
-        return self.root / path if (self.root / path).exists() else self.home / path
+        """The file or folder that a path of params.yaml means: the first that exists of `places`, or the last."""
+        places = self.places(written)
+        return next((place for place in places if os.path.exists(place)), places[-1])
 
     @property
     def dataset_dir(self) -> Path:
@@ -82,6 +92,15 @@ class Config:
         return self.root / "data" / "datasets" / f"{self.params.prepare_data.name}-synthetic"
 
     @property
+    def synthetic_names(self) -> list[Path]:
+        """A file for each rule of balancing, with the hash of the generated images: what DVC's training depends on.
+
+        Its name is the value of `train_fl.balance_with_synthetic`. For "none" git has one, which never changes, so
+        that training without generated images does not wait for any.
+        """
+        return [self.root / "data" / "synthetic" / rule for rule in ("mean", "largest")]
+
+    @property
     def state_dir(self) -> Path:
         """What unfinished work left for resuming: outside every DVC out, because DVC deletes those before a stage."""
         return self.home / ".pipeline"
@@ -94,6 +113,17 @@ class Config:
     def run_dir(self, method: str, partition: str, seed: int) -> Path:
         """The folder of one run of the sweep."""
         return self.results_dir / f"{method}-{partition}-s{seed}"
+
+    @property
+    def runs_of_sweep(self) -> list[Path]:
+        """The folders of the runs that the sweep names."""
+        sweep = self.params.sweep
+        return [self.run_dir(*run) for run in itertools.product(sweep.methods, sweep.partitions, sweep.seeds)]
+
+    @property
+    def sweep_dir(self) -> Path:
+        """A small file for each finished run of the sweep, see `pipeline.sweep`."""
+        return self.results_dir / ".sweep"
 
     def settings(self, section: Literal["methods", "partitions"], name: str) -> Section:
         """The settings of a named method or partition.
@@ -149,7 +179,7 @@ def _as_typed(value: Any) -> str:
 
 
 def at(values: Any, dotted_key: str, missing: Any = ...) -> Any:
-    """What stands at a dotted key of nested mappings, or `missing` if nothing does."""
+    """The value at a dotted key of nested mappings, or `missing` if there is none."""
     for part in dotted_key.split("."):
         values = values.get(part, missing) if isinstance(values, Mapping) else missing
     return values
@@ -206,7 +236,7 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
 def parse_value(key: str, text: str) -> Any:
     """A value typed on the command line for a dotted key.
 
-    Where the key takes text, the text is the value as it stands ("007" is a name), and null is none; elsewhere it is
+    Where the key takes text, the text is the value as it is typed ("007" is a name), and null is none; elsewhere it is
     read as it would be in params.yaml.
     """
     from ruamel.yaml import YAMLError
@@ -321,7 +351,7 @@ def _set(values: dict[str, Any], dotted_key: str, value: Any) -> None:
         section = values.get(parent, {})
         if not isinstance(section, dict):
             raise PipelineError(f"cannot set {dotted_key}: {parent} is a value, not a section")
-        values[parent] = dict(section)  # where a YAML alias stands, others share it
+        values[parent] = dict(section)  # with a YAML alias, others share it
         values = values[parent]
     values[key] = value
 

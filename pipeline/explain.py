@@ -82,7 +82,7 @@ def _alternatives(annotation: Any, limits: Iterable[Any]) -> list[str]:
 
 
 def _problem(detail: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[str, str]:
-    """The dotted key, and what stands behind it in the line."""
+    """The dotted key, and the rest of its line."""
     kind, given, context = detail["type"], detail["input"], detail.get("ctx", {})
     location = _as_written(detail["loc"], values, keep_last=kind == "missing")
     key = ".".join(map(str, location))
@@ -99,7 +99,7 @@ def _problem(detail: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[str,
     if kind == "extra_forbidden":
         return key, f" is not a known key; {_hint(str(location[-1]), _allowed_keys(location[:-1], values))}"
     if detail["loc"][-1] == "[key]":
-        return key, f" is no good name: {message}"
+        return key, f" is not a valid name: {message}"
     return key, f" = {_shown(given)}: {message}"
 
 

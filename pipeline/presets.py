@@ -4,8 +4,8 @@ params.yaml stays the one source of truth that DVC reads; a preset is written in
 shows what it changed. A key replaces its value; under `methods` and `partitions` an entry replaces the entry of its
 name, whole. `base: NAME`, or a list of names, takes those presets first, later ones over earlier ones. `experiments`
 is not merged: it lists values of keys by which the whole pipeline is run several times, each as a DVC experiment.
-A value is lost by a merge only if it is asked for: one that neither git nor a preset holds stops it. A preset may
-stand elsewhere: it is then given by its path, which ends in .yaml.
+A merge stops before it loses a value that neither git nor a preset holds, unless it is told to. A preset in another
+folder is given by its path, which ends in .yaml and starts in the working folder or in the project's.
 """
 
 import difflib
@@ -24,6 +24,8 @@ from pipeline.text import printable
 
 _UNKNOWN_TO_GIT = ("not a git repository", "not in the index", "does not exist", "neither on disk nor in the index")
 
+_ELSEWHERE = "run in the project's folder, or say `pipeline --params FILE preset` with its parameter file"
+
 
 @dataclass(frozen=True)
 class Applied:
@@ -37,11 +39,14 @@ class Applied:
 
 
 def describe(folder: Path) -> dict[str, str]:
-    """Every preset in `folder` by name, with the first line of its file, which says what it is."""
-    return {
-        file.stem: file.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
-        for file in _files(folder)
-    }
+    """Every preset in `folder` by name, with the first line of its file, which says what it is.
+
+    Raises:
+        PipelineError: there are none.
+    """
+    if not (files := _files(folder)):
+        raise PipelineError(f"{folder} has no presets: {_ELSEWHERE}")
+    return {file.stem: file.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip() for file in files}
 
 
 def _files(folder: Path) -> list[Path]:
@@ -52,9 +57,9 @@ def apply(name: str, params_file: Path, force: bool = False) -> Applied:
     """Merges a preset of the project into its params.yaml, or, if the result would not be valid, changes nothing.
 
     Args:
-        name: of a file in presets/ beside `params_file`, or the path of one elsewhere, which ends in .yaml.
+        name: of a file in presets/ beside `params_file`, or the path of another one, which ends in .yaml.
         params_file: the project's params.yaml.
-        force: replace also what was edited by hand and stands nowhere else.
+        force: also replace values that were edited by hand and are kept nowhere else.
 
     Raises:
         PipelineError: there is no such preset, it is not YAML, or it does not fit the configuration; or it would
@@ -94,20 +99,24 @@ def apply(name: str, params_file: Path, force: bool = False) -> Applied:
 
 def _read(name: str, folder: Path) -> dict[str, Any]:
     """A preset with its bases under it: section -> keys."""
-    file = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
-    if status(file) is None:
-        if name.endswith(".yaml"):
-            raise PipelineError(f"{file} is missing: a preset is a name in {folder}, or a path that ends in .yaml")
-        known = [path.stem for path in _files(folder)]
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known) or 'none'}"
-        raise PipelineError(f"{folder} has no preset {name}; {hint}")
-    own = config.read_yaml(file)
+    own = config.read_yaml(_file(name, folder))
     bases = own.pop("base", [])
     below: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:
         below = _over(below, _read(base, folder))
     return _over(below, own)
+
+
+def _file(name: str, folder: Path) -> Path:
+    """The file of a preset: `name` in `folder`, or the path `name` from the working folder or the project's."""
+    by_path = name.endswith(".yaml")
+    places = dict.fromkeys([Path(name).absolute(), folder.parent / name] if by_path else [folder / f"{name}.yaml"])
+    if found := next((place for place in places if status(place)), None):
+        return found
+    known = [file.stem for file in _files(folder)]
+    near = difflib.get_close_matches(Path(name).stem, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"{folder} has {', '.join(known) or f'no presets: {_ELSEWHERE}'}"
+    raise PipelineError(f"no preset {name} (looked for {' and '.join(map(str, places))}); {hint}")
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

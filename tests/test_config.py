@@ -7,7 +7,7 @@ import pytest
 
 from pipeline import config
 from pipeline.errors import PipelineError
-from tests.conftest import REPOSITORY, invoke
+from tests.conftest import REPOSITORY, invoke, write_params
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_the_repositorys_own_file_is_valid_and_its_values_arrive(file):
             "    algorithm: fedavgg\n",
             "methods.fedavg.algorithm = 'fedavgg': input should be one of 'fedavg',",
         ),
-        ("  fedavg:\n", "  fed.avg:\n", "methods.fed.avg is no good name: string should match pattern"),
+        ("  fedavg:\n", "  fed.avg:\n", "methods.fed.avg is not a valid name: string should match pattern"),
         # one line a key, whatever it may be
         (
             "  negatives: all",
@@ -357,3 +357,41 @@ def test_a_run_of_other_settings_is_refused_with_both_values_and_what_takes_it(c
     assert said in str(refused.value) and "\x1b" not in str(refused.value)
     assert flags is None or str(refused.value).endswith(f"or take it as it is, with {flags}")
     assert ("take it as it is" in str(refused.value)) == ("--set" in str(refused.value))
+
+
+@pytest.mark.parametrize("below", ["", "sub/project"])
+def test_a_path_is_the_projects_own_first_and_then_the_real_projects(tmp_path, monkeypatch, below):
+    """An experiment's copy of a project is below .dvc/tmp of the real one; the project may be a part of DVC's."""
+    copied = tmp_path / ".dvc" / "tmp" / "exps" / "standalone" / "tmp1"
+    here, there = copied / below, tmp_path / below
+    for folder in (here, there, copied / ".dvc"):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_params(here, {})
+    (there / "only-there").touch()
+    for folder in (here, there):
+        (folder / "both").touch()
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    experiment = config.load(here / "params.yaml")
+    assert experiment.path("both") == here / "both"
+    assert experiment.path("only-there") == there / "only-there"
+    assert experiment.places("nowhere") == [here / "nowhere", there / "nowhere"]
+    assert experiment.backbone_dir == there / "models" / "tiny-sd" and experiment.features_dir.is_relative_to(here)
+    write_params(there, {})
+    workspace = config.load(there / "params.yaml")
+    assert workspace.home == there and workspace.places("nowhere") == [there / "nowhere"]
+
+
+def test_another_project_that_a_dvc_stage_names_is_its_own_home(tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "project"))
+    assert config.load(write_params(tmp_path / "other", {})).home == tmp_path / "other"
+
+
+def test_a_path_may_start_at_home_or_with_a_variable(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("IMAGES", "/srv/images")
+    project = config.load(write_params(tmp_path, {}))
+    assert project.path("~/cifar10") == Path("/home/someone/cifar10")
+    assert project.path("$IMAGES/cifar10") == project.path("${IMAGES}/cifar10") == Path("/srv/images/cifar10")
+    assert project.path("raw/cifar10") == tmp_path / "raw" / "cifar10"
+    assert project.path("x" * 1000) == tmp_path / ("x" * 1000)  # too long for a file system

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -56,7 +57,7 @@ def test_a_preset_that_does_not_fit_changes_nothing(project):
     (project / "presets" / "wrong.yaml").write_text("base: digits\ntrain_fl: {num_rounds: 0}\n")
     with pytest.raises(PipelineError, match="preset wrong: train_fl.num_rounds = 0"):
         presets.apply("wrong", project / "params.yaml")
-    with pytest.raises(PipelineError, match="no preset digits-tabel; did you mean digits-table"):
+    with pytest.raises(PipelineError, match=r"no preset digits-tabel .*; did you mean digits-table\?"):
         presets.apply("digits-tabel", project / "params.yaml")
     assert (project / "params.yaml").read_bytes() == before
     assert not list(project.glob("*.tmp"))
@@ -69,7 +70,27 @@ def test_a_preset_may_stand_elsewhere(project, tmp_path_factory):
     assert config.load(project / "params.yaml").params.extract_features.timestep == 50
     elsewhere.unlink()
     said = invoke(project, "preset", str(elsewhere))
-    assert said.exit_code == 1 and "mine.yaml is missing: a preset is a name in" in said.output
+    assert said.exit_code == 1 and f"(looked for {elsewhere}); {project}/presets has cifar10-ablation, " in said.output
+
+
+def test_a_preset_by_its_path_from_the_projects_folder(project, tmp_path_factory, monkeypatch):
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert invoke(project, "preset", "digits").exit_code == 0
+    (project / "mine.yaml").write_text("train_fl: {num_rounds: 7}\n")
+    assert invoke(project, "preset", "mine.yaml").exit_code == 0
+    assert config.load(project / "params.yaml").params.train_fl.num_rounds == 7
+    (project / "mine.yaml").unlink()
+    said = invoke(project, "preset", "mine.yaml")
+    assert f"no preset mine.yaml (looked for {Path.cwd()}/mine.yaml and {project}/mine.yaml)" in said.output
+    assert "did you mean digits-table?" in invoke(project, "preset", "digits-tabel.yaml").output
+
+
+@pytest.mark.parametrize("command", [("preset",), ("preset", "digits")])
+def test_without_presets_it_says_where_it_looked(project, command):
+    shutil.rmtree(project / "presets")
+    said = invoke(project, *command)
+    assert said.exit_code == 1
+    assert f"{project}/presets has no presets: run in the project's folder, or say `pipeline --params" in said.output
 
 
 def test_the_command_lists_and_merges(project):

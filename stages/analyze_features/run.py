@@ -1,6 +1,7 @@
 """Runs the stage: what the cached feature set holds, layer by layer; no frozen model is needed.
 
-analysis/features.json   per layer and for their fusion: linear probe, clusters, and the margin of matching prompts
+analysis/features.json   the whole set in two numbers, each a column of `dvc metrics show`
+analysis/details.json    per layer and for their fusion: linear probe, clusters, and the margin of matching prompts
 analysis/clusters.svg    probe accuracy, purity, NMI and ARI per layer (the paper's Fig. 3)
 analysis/tsne.svg        t-SNE of the denoising representations (Fig. 2)
 analysis/prompts.svg     class x nearest prompt, and the margin per class
@@ -41,7 +42,7 @@ def run(config: Config) -> Path:
     """Analyses the feature set that params.yaml describes.
 
     Returns:
-        analysis/features.json.
+        analysis/details.json.
 
     Raises:
         PipelineError: the set is missing or damaged, or has too few images or prompts.
@@ -56,26 +57,35 @@ def run(config: Config) -> Path:
     similar = {name: _similarities(features, rows, part) for name, part in columns.items()}
     scores = _scores(rows, columns, similar, params)
     by_chance = chance(rows.label, features.manifest.prompts_per_image, params.seed)
-    by_class = {
-        content.class_names[label]: similar[FUSED].means(rows.label == label) for label in np.unique(rows.label)
-    }
     folder = config.root / "analysis"
     folder.mkdir(exist_ok=True)
-    (folder / "features.json").unlink(missing_ok=True)  # it vouches for the pictures: it goes first and comes last
+    for name in ("features.json", "details.json"):  # details.json vouches for the pictures: it comes last
+        (folder / name).unlink(missing_ok=True)
     atomic.write_text(folder / "clusters.svg", figures.bars(scores, by_chance))
     _draw(folder, features, rows, columns, similar[FUSED], params)
-    provenance.write_json(
-        folder / "features.json",
-        {
-            "feature_set": {"name": features.path.name, "fingerprint": features.manifest.fingerprint},
-            "timestep": content.timestep,
-            "images": len(rows.label),
-            "chance": by_chance,
-            "layers": scores,
-            "classes": by_class,
+    provenance.write_json(folder / "features.json", _summary(scores[FUSED]))
+    details = {
+        "feature_set": {"name": features.path.name, "fingerprint": features.manifest.fingerprint},
+        "timestep": content.timestep,
+        "images": len(rows.label),
+        "chance": by_chance,
+        "layers": scores,
+        "classes": {
+            content.class_names[label]: similar[FUSED].means(rows.label == label) for label in np.unique(rows.label)
         },
-    )
-    return folder / "features.json"
+    }
+    provenance.write_json(folder / "details.json", details)
+    return folder / "details.json"
+
+
+def _summary(fused: dict[str, Any]) -> dict[str, float]:
+    """What one compares sets by, under short names that keep the table of all metrics narrow.
+
+    Returns:
+        probe: the linear probe's accuracy, 0 to 1, which NDCR's targets gain from; margin: that of the matching prompt,
+        a difference of cosines, which TDCL works with.
+    """
+    return {"probe": fused["probe_accuracy"], "margin": fused["margin"]}
 
 
 def _read_sample(features: FeatureSet, count: int, seed: int) -> Features:
@@ -91,7 +101,7 @@ def _similarities(features: FeatureSet, rows: Features, part: slice) -> Similari
 def _scores(
     rows: Features, columns: dict[str, slice], similar: dict[str, Similarities], params: AnalyzeFeatures
 ) -> dict[str, dict[str, Any]]:
-    """Layer -> its numbers in features.json."""
+    """Layer -> its numbers in details.json."""
     judge, everyone = Judge(rows.label, params), np.ones(len(rows.label), bool)
     found = {}
     for name, part in track(columns.items(), "analyze", len(columns), "layer"):

@@ -48,7 +48,7 @@ def read(root: Path, results: Results, with_sweep: bool) -> Analysis:
     of_set: dict[str, str] = {}
     of_sweep: dict[str, str] = {}
     recommended = ""
-    if used and (analysed := _found(folder / "features.json", "feature_set", "fingerprint")):
+    if used and (analysed := _found(folder / "details.json", "feature_set", "fingerprint")):
         if analysed in used:
             of_set = _pictures(folder, _OF_SET)
         else:

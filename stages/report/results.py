@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import provenance
+from pipeline import provenance, sweep
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 
@@ -109,20 +109,20 @@ def read(config: Config) -> Results:
     Raises:
         PipelineError: a run is missing, unreadable or was made with other settings.
     """
-    sweep = config.params.sweep
+    named = config.params.sweep
     runs = {
-        (partition, method): [_read(config, method, partition, seed) for seed in sweep.seeds]
-        for partition in sweep.partitions
-        for method in sweep.methods
+        (partition, method): [_read(config, method, partition, seed) for seed in named.seeds]
+        for partition in named.partitions
+        for method in named.methods
     }
     for group in runs.values():
         if len({len(run.accuracy) for run in group}) > 1:
             raise PipelineError(f"the seeds of {group[0].name} have different numbers of rounds: train them again")
     _check_one_origin([run for group in runs.values() for run in group])
-    named = {run.name for group in runs.values() for run in group}
     present = sorted(file.parent.name for file in config.results_dir.glob("*/config.json"))
-    others = [name for name in present if name not in named]
-    return Results(sweep.methods, sweep.partitions, sweep.seeds, runs, others)
+    of_sweep = {run.name for run in config.runs_of_sweep}
+    others = [name for name in present if name not in of_sweep]
+    return Results(named.methods, named.partitions, named.seeds, runs, others)
 
 
 def _check_one_origin(runs: Iterable[Run]) -> None:
@@ -144,6 +144,7 @@ def _read(config: Config, method: str, partition: str, seed: int) -> Run:
         present = [name for name in _CHECKED_WHERE_PRESENT if (folder / name).exists()]
         if changed := provenance.changed_file(folder, [*_READ, *present]):
             raise PipelineError(f"{folder / changed} is not what the run wrote: train it again, or `dvc checkout` it")
+        sweep.check(config, folder)
         settings = _json(folder / "config.json")
         config.check_settings_of_run(folder, settings, method, partition)
         deal = _json(folder / "partition.json")

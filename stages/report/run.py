@@ -15,7 +15,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from pipeline import accuracy, atomic, pictures, provenance
+from pipeline import accuracy, atomic, pictures, provenance, sweep
 from pipeline.config import Config
 from stages.report import analysis, experiments, figures, results, tables
 from stages.report.analysis import Analysis
@@ -42,6 +42,7 @@ def run(config: Config, with_experiments: bool = False, with_sweep: bool = False
         PipelineError: a run of the sweep is missing, unreadable or was made with other settings.
     """
     found = results.read(config)
+    sweep.complete(config)
     if found.others:
         log.warning("not in the report, because sweep in params.yaml does not name them: %s", ", ".join(found.others))
     analysed = analysis.read(config.root, found, with_sweep)

@@ -37,6 +37,7 @@ def run(config: Config) -> Path:
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
         provenance.write_json(target / "manifest.json", {"images_per_class": 0})
+        _write_names(config, "no generated images")
         return target
     dataset = PreparedDataset(config.dataset_dir)
     weights = frozen_model.read_checked(config)["files"]
@@ -53,9 +54,17 @@ def run(config: Config) -> Path:
         backbone = config.params.prepare_backbone.name
         source = Source(dataset.class_names, splits, f"as the terms of {backbone}, which generated the images")
         datasets.write(target, target.name, backbone, source)
+        _write_names(config, f"{target.name} {PreparedDataset(target).hash}")
         shutil.rmtree(staging)
     log.info("%s: %d images of each of %d classes", target, params.images_per_class, len(classes))
     return target
+
+
+def _write_names(config: Config, text: str) -> None:
+    """What training depends on under DVC, whichever of the rules it balances clients by."""
+    for file in config.synthetic_names:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(file, f"{text}\n")
 
 
 def _generate(config: Config, dataset: PreparedDataset, staging: Path) -> list[np.ndarray]:

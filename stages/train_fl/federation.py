@@ -1,5 +1,6 @@
 """The data of a run: who holds which samples, with their cached representations, and what is held out."""
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,8 @@ from pipeline.params import Nodes
 from stages.train_fl import guiding_set, partitions, placement, synthetic
 from stages.train_fl.client_data import ClientData
 from stages.train_fl.placement import GuidanceOnDisk, GuidanceSource
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,10 @@ def load(
         kept = partitions.long_tail(train.labels, params.imbalance_factor, seeding.numpy_generator(seed, "long tail"))
         train, index = train.take(kept), index[kept]
     parts = _deal(config, partition, train, seed, client_id)
+    if client_id is None:
+        groups = {"classes": (train.labels, dataset.class_names), "domains": (train.domains, dataset.domain_names)}
+        for line in partitions.left_out(parts, groups):
+            log.warning("partitions.%s: %s", partition, line)
     if features:
         features.require(np.concatenate([index[part] for part in parts]))
     counts = partitions.label_counts(parts, train.labels, len(dataset.class_names))

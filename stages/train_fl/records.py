@@ -6,8 +6,8 @@ clients.csv        one row a client: samples, and the final global model's accur
 partition.json     every client's samples and label counts, and statistics of heterogeneity
 partition.svg      the same as a picture
 model.safetensors  the last global weights
-details.json       accuracy by domain, seconds by part, samples per second, bytes
-metrics.json       mean-of-last-five, final and best accuracy, seconds; the mean over domains where there are several
+details.json       best accuracy, accuracy by domain, seconds in all and by part, samples per second, bytes
+metrics.json       mean-of-last-five and final accuracy; the mean over domains where there are several
 config.json        the resolved settings, the hashes of data set and features, software and hardware
 SHA256SUMS         the checksums of all these, written last: a run that has them is whole
 """
@@ -80,15 +80,15 @@ class RunRecord:
         return {
             "mean_last5_accuracy": accuracy.of_run(accuracies),
             "final_accuracy": accuracies[-1],
-            "best_accuracy": max(accuracies),
-            "wall_seconds": sum(row[part] for row in self._timing for part in _PARTS),
         }
 
     def details(self) -> dict[str, Any]:
-        """What else a run comes to: seconds by part, training samples per second, bytes."""
+        """What else a run comes to: its best accuracy, seconds in all and by part, samples per second, bytes."""
         seconds = {part: sum(row[part] for row in self._timing) for part in _PARTS}
         samples = sum(row["num_samples"] for row in self._rounds)
         return {
+            "best_accuracy": max(row["accuracy"] for row in self._rounds),
+            "wall_seconds": sum(seconds.values()),
             "seconds": seconds,
             "samples_per_second": samples / (seconds["load"] + seconds["train"]),
             "bytes_down": sum(row["bytes_down"] for row in self._rounds),

@@ -1,7 +1,7 @@
 """Runs one federated run: load -> partition -> clients -> method -> engine -> evaluate -> write.
 
-What it leaves in results/<run> is told in `records`. A run that was killed goes on from its last checkpoint and ends in
-the same bytes (the seconds excepted).
+`records` lists what it leaves in results/<run>. A killed run resumes from its last checkpoint and ends in the same
+bytes (the seconds excepted).
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pipeline import accuracy, devices, locks, provenance
+from pipeline import accuracy, devices, locks, provenance, sweep
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.params import Nodes, Runtime, Section, SelfSupervisedFedDifRC, SimSiam
@@ -86,6 +86,15 @@ class Job:
         if isinstance(self.method, SimSiam) and self.config.params.train_fl.augmentation == "none":
             raise PipelineError("simsiam compares two views of an image: set train_fl.augmentation to views (or crop)")
 
+    def seal(self) -> None:
+        """Writes the checksums, which mark the run as whole, and what the report's stage depends on.
+
+        Raises:
+            PipelineError: they cannot be written.
+        """
+        provenance.write_checksums(self.path)
+        sweep.record(self.config, self.path)
+
     def schedule(self) -> local.Schedule:
         """Rounds, sampling and local training."""
         params = self.config.params.train_fl
@@ -149,7 +158,7 @@ def _make(job: Job, data: Federation, model: FLModel, method: Method, device: st
     record = train(job, model, start, rows, rounds, evaluator, checkpoint, every)
     finish(job, data, model, evaluator, record)
     provenance.write_json(job.path / "config.json", settings | {"provenance": provenance.describe(device)})
-    provenance.write_checksums(job.path)
+    job.seal()
     checkpoint.remove()
 
 
@@ -179,7 +188,7 @@ def build(
         num_classes: of the data set.
         guidance_dim: length of the targets, for methods with guidance.
         num_clients: N, all clients.
-        device: where the network stands.
+        device: where the network is placed.
     """
     params, runtime = job.config.params.train_fl, job.config.params.runtime
     encoder = EncoderSettings(params.model, params.normalisation, params.precision, runtime.channels_last)
@@ -221,7 +230,7 @@ def train(
         rows: of the rounds before.
         rounds: from an engine, going on from `start`.
         evaluator: judges every round.
-        checkpoint: where the run goes on from if it is stopped.
+        checkpoint: where the run resumes if it is stopped.
         checkpoint_every: rounds between checkpoints.
 
     Raises:

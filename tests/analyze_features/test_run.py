@@ -22,9 +22,11 @@ def analyse(root, *arguments):
 
 def test_it_writes_every_layer_and_class_of_a_sample_the_same_twice(project):
     first = analyse(project, "--images", "80")
-    assert set(first) == {"features.json", "clusters.svg", "tsne.svg", "prompts.svg"}
+    assert set(first) == {"features.json", "details.json", "clusters.svg", "tsne.svg", "prompts.svg"}
     assert analyse(project, "--images", "80") == first
-    found = json.loads(first["features.json"])
+    found = json.loads(first["details.json"])
+    fused = found["layers"]["fused"]
+    assert json.loads(first["features.json"]) == {"probe": fused["probe_accuracy"], "margin": fused["margin"]}
     assert list(found["layers"]) == ["up_blocks.1", "up_blocks.2", "up_blocks.3", "fused"]
     assert found["layers"]["fused"]["dims"] == 64 + 48 + 32
     assert found["images"] == 80 and len(found["classes"]) == 10

@@ -60,6 +60,7 @@ READ = {
     "run-weights": (f"{RUN}/model.safetensors", REPORT, [f"{RUN}/model.safetensors", "train it again"], [TRAIN_AGAIN]),
     "partition": (f"{RUN}/partition.json", REPORT, [f"{RUN}", "train it again"], [TRAIN_AGAIN]),
     "checksums": (f"{RUN}/SHA256SUMS", REPORT, [f"{RUN}", "train it again"], [TRAIN_AGAIN]),
+    "run-of-sweep": (f"results/.sweep/{RUN.name}.sha256", REPORT, [f"{RUN}", "train it again"], [TRAIN_AGAIN]),
 }  # fmt: skip
 
 

@@ -10,8 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
-from tests.conftest import REPOSITORY, write_params
+from pipeline.datasets import PreparedDataset
+from tests.conftest import write_params
+from tests.integration.project import copy_tracked
 
 BIN = Path(sys.executable).parent
 SWEEP = {"sweep.methods": ["fedavg", "feddifrc"], "sweep.partitions": ["dir05"], "sweep.seeds": [0]}
@@ -21,16 +24,16 @@ SWEEP = {"sweep.methods": ["fedavg", "feddifrc"], "sweep.partitions": ["dir05"],
 def root(tmp_path_factory) -> Path:
     """A project under DVC, without git, that has been run once; its venv is not activated, as after `make repro`."""
     root = tmp_path_factory.mktemp("dvc project")
-    shutil.copy(REPOSITORY / "dvc.yaml", root)
-    shutil.copy(REPOSITORY / ".dvcignore", root)
+    copy_tracked(root)
     write_params(root, SWEEP)
     (root / ".venv").mkdir()
     (root / ".venv" / "bin").symlink_to(BIN)
-    dvc(root, "init", "--no-scm", "--quiet")
-    shutil.copytree(REPOSITORY / ".dvc" / "plots", root / ".dvc" / "plots", dirs_exist_ok=True)
-    output = dvc(root, "repro")
-    before_training = {"prepare-data", "prepare-backbone", "extract-features", "analyze-features", "synthesize"}
-    assert ran(output) == {*before_training, *TRAINING, "report"}
+    config = root / ".dvc" / "config"
+    config.write_text(config.read_text().replace("[core]\n", "[core]\n    no_scm = true\n"))
+    dvc(root, "repro", "extract-features")
+    assert ran(dvc(root, "repro", "--single-item", "train-fl")) == TRAINING  # which need no generated images
+    assert not (root / "data" / "datasets" / "digits-synthetic").exists()
+    assert ran(dvc(root, "repro")) == {"analyze-features", "synthesize", "report"}
     return root
 
 
@@ -47,8 +50,10 @@ def environment(root: Path) -> dict[str, str]:
     return kept | {"DVC_SITE_CACHE_DIR": str(root / ".dvc" / "site"), "DVC_NO_ANALYTICS": "1"}
 
 
-def dvc(root: Path, *arguments: str) -> str:
-    done = subprocess.run(command(*arguments), cwd=root, env=environment(root), capture_output=True, text=True)
+def dvc(root: Path, *arguments: str, **more: str) -> str:
+    """A DVC command with more of an environment; it must succeed."""
+    env = environment(root) | more
+    done = subprocess.run(command(*arguments), cwd=root, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -78,9 +83,45 @@ def test_metrics_and_plots_are_declared(root):
     metrics = json.loads(dvc(root, "metrics", "show", "--json"))[""]["data"]
     runs = {f"results/{method}-dir05-s0/metrics.json" for method in ("fedavg", "feddifrc")}
     assert set(metrics) == runs | {"analysis/features.json"}
+    assert max(map(len, dvc(root, "metrics", "show").splitlines())) <= 100  # of a terminal
     plots = json.loads(dvc(root, "plots", "show", "--json"))["data"]["Accuracy per method"][0]
     assert {row["method"] for row in plots["content"]["data"]["values"]} == {"fedavg", "feddifrc"}
     assert len((root / "report" / "curves.csv").read_text().splitlines()) == 1 + 2 * 3
+
+
+def test_the_report_depends_on_the_sweeps_own_runs(root):
+    def locked():
+        lock = YAML(typ="safe").load((root / "dvc.lock").read_text(encoding="utf-8"))
+        return {dep["path"]: dep.get("nfiles") for dep in lock["stages"]["report"]["deps"]}["results/.sweep"]
+
+    write_params(root, SWEEP)
+    dvc(root, "repro")
+    assert locked() == 2
+    by_hand = ["pipeline", "train-fl", "--method", "fedprox", "--partition", "dir05", "--seed", "0"]
+    subprocess.run([str(BIN / by_hand[0]), *by_hand[1:]], cwd=root, check=True, capture_output=True)
+    assert "up to date" in dvc(root, "status")
+    write_params(root, SWEEP | {"sweep.methods": ["fedavg"]})
+    assert ran(dvc(root, "repro")) == {"report"}
+    assert locked() == 1 and "up to date" in dvc(root, "status")
+    write_params(root, SWEEP)
+    assert ran(dvc(root, "repro")) == set()  # the run that came back is in DVC's cache, and so is that report
+    assert locked() == 2 and "up to date" in dvc(root, "status")
+
+
+def test_generated_images_are_made_first_and_their_change_trains_again(root):
+    prepare = [str(BIN / "pipeline"), "--quiet", "prepare-backbone"]
+    subprocess.run(prepare, cwd=root, check=True, capture_output=True)  # another test removed the weights
+    changes = SWEEP | {"sweep.methods": ["fedavg"], "train_fl.balance_with_synthetic": "mean"}
+    for count in (1, 2):
+        generation = {"synthesize.images_per_class": count, "synthesize.num_inference_steps": 1}
+        write_params(root, changes | generation)
+        order = [line.split("'")[1] for line in dvc(root, "repro").splitlines() if line.startswith("Running stage")]
+        assert order == ["synthesize", "train-fl@fedavg-dir05-0", "report"]
+    generated = PreparedDataset(root / "data" / "datasets" / "digits-synthetic")
+    for rule in ("mean", "largest"):
+        assert (root / "data" / "synthetic" / rule).read_text() == f"digits-synthetic {generated.hash}\n"
+    write_params(root, changes | {"train_fl.balance_with_synthetic": "none"})
+    assert ran(dvc(root, "repro", "train-fl")) == set()  # known, and no generated images are made for it
 
 
 def test_an_extraction_killed_under_dvc_resumes_on_the_next_repro(root):

@@ -49,9 +49,10 @@ def _write_run(
     )
     metrics = {
         "mean_last5_accuracy": float(accuracy[-5:].mean()),
-        "best_accuracy": float(accuracy.max()),
+        "final_accuracy": float(accuracy[-1]),
     }
     details = {
+        "best_accuracy": float(accuracy.max()),
         "seconds": {"load": 1.0, "train": 20.0, "aggregate": 0.1, "evaluate": 2.0},
         "bytes_down": 10_000_000,
         "bytes_up": 20_000_000,
@@ -67,3 +68,9 @@ def _write_run(
     }
     provenance.write_json(path / "config.json", settings)
     provenance.write_checksums(path)
+
+
+def reseal(run: Path) -> None:
+    """Makes a changed folder of a run look as if it had been written so."""
+    provenance.write_checksums(run)
+    (run.parent / ".sweep" / f"{run.name}.sha256").unlink(missing_ok=True)

@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from pipeline import provenance
 from tests.conftest import invoke
-from tests.report.grid import write_grid
+from tests.report.grid import reseal, write_grid
 
 
 @pytest.fixture
@@ -14,7 +13,7 @@ def project(tmp_path):
     write_grid(tmp_path, ["fedavg"], ["dir05"], [0], num_rounds=2)
     config = tmp_path / "results" / "fedavg-dir05-s0" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"features": "f" * 64}))
-    provenance.write_checksums(config.parent)
+    reseal(config.parent)
     write_analysis(tmp_path, "f" * 64, "0" * 64)
     return tmp_path
 
@@ -24,7 +23,7 @@ def write_analysis(root, feature_set, dataset):
     (folder / "sweep").mkdir(parents=True, exist_ok=True)
     for name in ("clusters.svg", "prompts.svg", "tsne.svg", "sweep/sweep.svg", "sweep/maps-3.png", "sweep/maps-7.png"):
         (folder / name).write_text(f"picture {name}")
-    (folder / "features.json").write_text(json.dumps({"feature_set": {"fingerprint": feature_set}}))
+    (folder / "details.json").write_text(json.dumps({"feature_set": {"fingerprint": feature_set}}))
     (folder / "sweep" / "sweep.json").write_text(json.dumps({"made_of": {"dataset": {"hash": dataset}}}))
     (folder / "sweep" / "recommended.yaml").write_text("extract_features:\n  timestep: 50 # <best>\n")
 
@@ -59,7 +58,7 @@ def test_what_is_of_something_else_is_left_out_and_said(project, feature_set, da
 
 @pytest.mark.parametrize("broken", ["", "[]", "{", "[" * 100_000, '{"feature_set": 1, "made_of": {"dataset": null}}'])
 def test_what_is_not_whole_is_not_there(project, broken):
-    (project / "analysis" / "features.json").write_text(broken)
+    (project / "analysis" / "details.json").write_text(broken)
     (project / "analysis" / "sweep" / "sweep.json").write_text(broken)
     assert "<img alt=" not in report(project, "--sweep")[0]
 

@@ -1,14 +1,16 @@
 """The report: its numbers, what it refuses, and that it changes nothing but itself."""
 
+import hashlib
 import json
 import os
 import shlex
+import shutil
 
 import numpy as np
 import pytest
 
-from pipeline import provenance
 from tests.conftest import invoke, write_params
+from tests.report.grid import reseal
 
 TRAIN = ("train-fl", "--partition", "dir05", "--method", "fedavg", "--seed", "0", "--seed", "1")
 
@@ -24,7 +26,7 @@ def test_the_summary_is_mean_and_sample_deviation_over_seeds(trained):
     for seed, accuracy in ((0, 0.5), (1, 0.7)):
         file = trained / "results" / f"fedavg-dir05-s{seed}" / "metrics.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"mean_last5_accuracy": accuracy}))
-        provenance.write_checksums(file.parent)
+        reseal(file.parent)
     assert invoke(trained, "report").exit_code == 0
     summary = json.loads((trained / "report" / "summary.json").read_text())["dir05"]["fedavg"]
     assert summary["mean_accuracy"] == pytest.approx(0.6)
@@ -65,7 +67,7 @@ def test_runs_of_other_data_are_refused(trained):
         ),
     ):
         file.write_text(json.dumps(whole | changes))
-        provenance.write_checksums(file.parent)
+        reseal(file.parent)
         result = invoke(trained, "report")
         assert result.exit_code == 1 and message in result.output
 
@@ -80,7 +82,7 @@ def test_nothing_is_written_in_place(trained, tmp_path_factory):
     """DVC links its cache into the project: what is changed in place would change in the cache as well."""
     assert invoke(trained, "report").exit_code == 0
     cache = tmp_path_factory.mktemp("cache")
-    files = [*(trained / "report").iterdir(), *(trained / "results").rglob("*.*")]
+    files = [path for top in ("report", "results") for path in (trained / top).rglob("*") if path.is_file()]
     before = {}
     for number, file in enumerate(files):
         os.link(file, cache / str(number))
@@ -96,3 +98,42 @@ def test_a_run_that_was_begun_again_is_not_taken_for_finished(trained):
     result = invoke(trained, *TRAIN, "--overwrite", "--learning-rate", "1e30")
     assert result.exit_code == 1 and "training diverged" in result.output
     assert not (run / "metrics.json").exists()
+
+
+def named(root):
+    return sorted(file.name for file in (root / "results" / ".sweep").iterdir())
+
+
+def test_runs_of_the_sweep_are_named_for_dvc_and_others_are_not(trained):
+    of_sweep = ["fedavg-dir05-s0.sha256", "fedavg-dir05-s1.sha256"]
+    assert named(trained) == of_sweep
+    for name in of_sweep:
+        sums = (trained / "results" / name.removesuffix(".sha256") / "SHA256SUMS").read_bytes()
+        assert (trained / "results" / ".sweep" / name).read_text() == f"{hashlib.sha256(sums).hexdigest()}\n"
+    by_hand = ("train-fl", "--partition", "dir05", "--method", "fedprox", "--seed", "0")
+    assert invoke(trained, *by_hand).exit_code == 0
+    assert named(trained) == of_sweep
+    write_params(trained, {"sweep.methods": ["fedavg"], "sweep.seeds": [1]})
+    assert invoke(trained, "report").exit_code == 0
+    assert named(trained) == of_sweep[1:]
+    write_params(trained, {"sweep.methods": ["fedavg", "fedprox"], "sweep.seeds": [0]})
+    assert invoke(trained, "report").exit_code == 0  # whose runs are there, though they were not of the sweep
+    assert named(trained) == [of_sweep[0], "fedprox-dir05-s0.sha256"]
+
+
+def test_a_run_that_took_the_place_of_the_sweeps_own_is_refused(trained):
+    ours, other = (trained / "results" / f"fedavg-dir05-s{seed}" for seed in (0, 1))
+    file = trained / "results" / ".sweep" / f"{ours.name}.sha256"
+    shutil.rmtree(ours)
+    shutil.copytree(other, ours)
+    refused = invoke(trained, "report")
+    assert refused.exit_code == 1
+    assert refused.output.startswith(f"Error: {ours} is not the run that {file} was written for: train it again or")
+    file.unlink()
+    assert invoke(trained, "report").exit_code == 0
+
+
+def test_the_tables_alone_change_nothing(trained):
+    shutil.rmtree(trained / "results" / ".sweep")
+    assert invoke(trained, "report", "--format", "markdown").exit_code == 0
+    assert not (trained / "results" / ".sweep").exists()

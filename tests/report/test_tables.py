@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from pipeline import config, provenance
+from pipeline import config
 from stages.report import results, tables
 from tests.conftest import invoke
-from tests.report.grid import write_grid
+from tests.report.grid import reseal, write_grid
 
 CURVES = {  # mean of the last five (all): 0.6 and 0.5 for FedAvg's seeds, 0.7 and 0.8 for FedProx's
     ("fedavg", 0): [0.4, 0.6, 0.8],
@@ -27,7 +27,7 @@ def project(tmp_path):
         metrics = json.loads((run / "metrics.json").read_text()) | {"mean_last5_accuracy": sum(curve) / 3}
         (run / "metrics.json").write_text(json.dumps(metrics))
         (run / "clients.csv").write_text("client,held_out_accuracy\n0,0.2\n1,0.6\n2,\n")
-        provenance.write_checksums(run)
+        reseal(run)
     return tmp_path
 
 
@@ -40,7 +40,7 @@ def set_metric(project, method, name, of_seeds):
     for seed, value in enumerate(of_seeds):
         file = project / "results" / f"{method}-dir05-s{seed}" / "metrics.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
-        provenance.write_checksums(file.parent)
+        reseal(file.parent)
 
 
 def page(project):
@@ -94,7 +94,7 @@ def test_rounds_to_the_baselines_accuracy(project):
 def test_a_seed_that_never_gets_there_is_said(project):
     run = project / "results" / "fedprox-dir05-s1" / "rounds.csv"
     run.write_text("round,accuracy,loss\n1,0.1,1\n2,0.1,1\n3,0.1,1\n")
-    provenance.write_checksums(run.parent)
+    reseal(run.parent)
     rounds = table(project, "rounds")
     assert texts(rounds)[1] == [("> 3", "1 of 2 seeds")]  # the median of 2 and never
     assert rounds.rows[1][1].value > rounds.rows[0][1].value and rounds.lower_is_better

@@ -16,9 +16,11 @@ from stages.train_fl.partitions import (
     iid,
     label_counts,
     label_skew,
+    left_out,
     long_tail,
     picture,
 )
+from stages.train_fl.partitions.dirichlet import _chance
 
 LABELS = np.repeat(np.arange(10), 100)
 CIFAR = np.repeat(np.arange(10), 5000)
@@ -167,3 +169,63 @@ def test_the_picture_is_the_same_bytes_each_time(tmp_path):
     picture.write(tmp_path / "b.svg", counts, names)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert str(counts.max()) in (tmp_path / "a.svg").read_text()
+
+
+def test_a_hopeless_dirichlet_is_refused_after_a_few_draws():
+    # 14 samples a client, and at alpha 0.05 most clients get a class or none: of 50 about 32 get 10 samples
+    labels = np.arange(1437) % 10
+    with pytest.raises(
+        PipelineError, match="^100 draws .* 10000 would hardly give one, where each of 50 clients has 10"
+    ):
+        dirichlet(labels, 50, 0.05, 10, rng())
+
+
+def test_a_rare_dirichlet_is_drawn_until_it_comes_and_says_so(caplog):
+    caplog.set_level("INFO", "stages.train_fl.partitions")
+    expected, generator, draws = None, rng(), 0  # the plain loop: draw by class until all have enough
+    while expected is None or min(map(len, expected)) < 60:
+        expected, draws = [[] for _ in range(10)], draws + 1
+        for label in range(10):
+            shuffled = generator.permutation(np.flatnonzero(LABELS == label))
+            share = generator.dirichlet(np.full(10, 0.05)) * [len(part) < 100 for part in expected]
+            if share.sum() == 0:
+                share = np.array([len(part) < 100 for part in expected], float)
+            cuts = (np.cumsum(share / share.sum())[:-1] * 100).astype(int)
+            for part, dealt in zip(expected, np.split(shuffled, cuts), strict=True):
+                part.extend(dealt)
+    assert draws > 100
+    for part, of_loop in zip(dirichlet(LABELS, 10, 0.05, 60, rng()), expected, strict=True):
+        assert part.tolist() == sorted(of_loop)
+    assert "partition: none of 100 draws fits, drawing on, at most 10000 times" in caplog.text
+
+
+def test_the_estimated_chance_is_above_the_true_one():
+    # independent clients: 2 that always have enough and 3 that have it with chance 1/2 make 1/8
+    draws = np.random.default_rng(0).random((400, 3)) < 0.5
+    assert 1 / 8 < _chance((2 + draws.sum(1)).tolist(), 5) < 1 / 4
+    # never seen in 1,000 draws of 2 clients: once in 1,000 / 3 is still possible
+    assert 3e-3 <= _chance([1] * 1000, 2) < 4e-3
+    # 10 of 50 lack it on the mean, with variance 25/4: as of 80/3 clients with chance 5/8 each, the rest always has it
+    normal = np.random.default_rng(0).normal(40, (25 / 4 - 1 / 12) ** 0.5, 10_000).round().astype(int).tolist()
+    estimate = (5 / 8) ** (80 / 3)
+    assert estimate < _chance(normal, 50) < 2 * estimate
+
+
+def test_what_goes_to_nobody_is_said():
+    names = list("abcdefghij")
+    parts = classes_per_client(LABELS, 3, 2, rng())  # clients 0, 1, 2 have classes 0, 1, 2 and one more each
+    held = set(LABELS[np.concatenate(parts)])
+    lacking = [names[label] for label in range(10) if label not in held]
+    classes = {"classes": (LABELS, names)}
+    said = [f"{len(lacking)} of 10 classes go to no client: {', '.join(lacking)}"]
+    assert 4 <= len(lacking) <= 7
+    assert left_out(parts, classes) == [*said, f"{100 * len(lacking)} of 1000 samples go to no client"]
+    assert left_out(iid(LABELS, 7, rng()), classes) == []
+    two = {"classes": (np.array([0, 0, 1]), ["x", "y"]), "domains": (np.array([0, 1, 1]), ["left", "right"])}
+    assert left_out([np.array([0, 1]), np.array([], int)], two) == [
+        "1 of 2 classes go to no client: y",
+        "1 of 3 samples go to no client",
+        "1 of 2 clients have no samples: 1",
+    ]
+    many = np.arange(13)
+    assert left_out([many[:1]], {"domains": (many, [f"d{k}" for k in many])})[0].endswith("d9, d10 and 2 more")

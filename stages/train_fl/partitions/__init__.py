@@ -14,7 +14,7 @@ from stages.train_fl.partitions.dirichlet import dirichlet, dirichlet_balanced
 from stages.train_fl.partitions.domains import by_domain, even_clients_per_domain
 from stages.train_fl.partitions.label_skew import classes_per_client, label_skew
 from stages.train_fl.partitions.long_tail import long_tail
-from stages.train_fl.partitions.statistics import heterogeneity, label_counts
+from stages.train_fl.partitions.statistics import heterogeneity, label_counts, left_out
 
 __all__ = [
     "by_domain",
@@ -27,6 +27,7 @@ __all__ = [
     "iid",
     "label_counts",
     "label_skew",
+    "left_out",
     "long_tail",
 ]
 

@@ -8,10 +8,42 @@ which is the mutual information of client and label; the mean Hellinger distance
 
 import numpy as np
 
+_MOST_NAMES = 10  # in one sentence
+
 
 def label_counts(parts: list[np.ndarray], labels: np.ndarray, num_classes: int) -> np.ndarray:
     """Samples per client and class: int64 (num_clients, num_classes)."""
     return np.stack([np.bincount(labels[part], minlength=num_classes) for part in parts])
+
+
+def left_out(parts: list[np.ndarray], groups: dict[str, tuple[np.ndarray, list[str]]]) -> list[str]:
+    """What a partition gives to nobody, in sentences.
+
+    Args:
+        parts: positions of the samples, by client.
+        groups: "classes" or "domains" -> for every sample its number, int64 (N,), and the names by number.
+
+    Returns:
+        A sentence each for classes or domains that have samples but no client, for samples, and for clients without
+        any; nothing if everyone has some and all is dealt.
+    """
+    dealt, lines = np.concatenate(parts), []
+    for kind, (numbers, names) in groups.items():
+        missing = [names[number] for number in np.setdiff1d(numbers, numbers[dealt])]
+        if missing:
+            lines.append(f"{len(missing)} of {len(np.unique(numbers))} {kind} go to no client: {_listed(missing)}")
+    total = len(next(iter(groups.values()))[0])
+    if len(dealt) < total:
+        lines.append(f"{total - len(dealt)} of {total} samples go to no client")
+    empty = [str(client) for client, part in enumerate(parts) if not len(part)]
+    if empty:
+        lines.append(f"{len(empty)} of {len(parts)} clients have no samples: {_listed(empty)}")
+    return lines
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
 
 
 def heterogeneity(counts: np.ndarray) -> dict[str, float | None]:

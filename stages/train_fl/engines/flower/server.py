@@ -104,7 +104,7 @@ class _Run:
         account.draw()
         made_by = provenance.describe(self._device) | {"code": provenance.code_sha256()}
         provenance.write_json(job.path / "config.json", settings | {"provenance": made_by})
-        provenance.write_checksums(job.path)
+        job.seal()
         checkpoint.remove()
         self._grid.push_messages(core.farewell())
         log.info("%s", "\n".join(account.summary()))
