@@ -133,7 +133,7 @@ def _one_line_errors(ctx: click.Context) -> Iterator[None]:
         ) from None
 
 
-_RESUMED = frozenset(("extract-features", "sweep-features", "synthesize", "train-fl", "preset"))
+_RESUMED = frozenset(("prepare-backbone", "extract-features", "sweep-features", "synthesize", "train-fl", "preset"))
 _REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room")
 _REMEDIES |= dict.fromkeys((errno.EACCES, errno.EROFS, errno.EPERM), "give access")
 
@@ -173,7 +173,7 @@ def main(ctx: click.Context, params: Path, quiet: bool) -> None:
     """
     ctx.obj = params
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", force=True)
-    for library in ("httpx", "matplotlib", "PIL"):
+    for library in ("httpx", "httpx2", "matplotlib", "PIL"):
         logging.getLogger(library).setLevel(logging.WARNING)
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from pipeline.diffusion.backbones.base import Conditioning, DiffusersBackbone
 from pipeline.diffusion.backbones.text import clip_states
-from pipeline.errors import PipelineError
 
 
 class UNetBackbone(DiffusersBackbone):
@@ -28,11 +27,7 @@ class UNetBackbone(DiffusersBackbone):
         if not self._is_xl:
             states, pooled = clip_states(self.path, "", prompts, self.device, projected=False)
             return Conditioning({"encoder_hidden_states": states.to(self.dtype)}, pooled.float().cpu())
-        parts = [
-            clip_states(self.path, number, prompts, self.device, projected=True)
-            for number in ("", "_2")
-            if (self.path / f"text_encoder{number}").is_dir()  # XL's refiner has the second encoder alone
-        ]
+        parts = [clip_states(self.path, number, prompts, self.device, projected=True) for number in ("", "_2")]
         states = torch.cat([states for states, _ in parts], dim=-1)
         pooled = parts[-1][1]
         tensors = {"encoder_hidden_states": states.to(self.dtype), "text_embeds": pooled.to(self.dtype)}
@@ -41,9 +36,6 @@ class UNetBackbone(DiffusersBackbone):
     @classmethod
     def _known_layers(cls, config: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
         """The up blocks; "auto" is the last three."""
-        kind = config.get("addition_embed_type")
-        if kind not in (None, "text_time") or config.get("class_embed_type"):
-            raise PipelineError(f"a UNet with addition_embed_type {kind} or class embeddings is not supported")
         channels = config["block_out_channels"][::-1]
         known = {f"up_blocks.{block}": count for block, count in enumerate(channels)}
         return known, list(known)[-3:]
