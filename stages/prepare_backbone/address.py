@@ -30,10 +30,8 @@ def pinned(source: str, revision: str | None) -> tuple[str, str]:
         return hub_id, chosen
     from stages.prepare_backbone import hub
 
-    try:
-        now = f"{chosen or 'main'} is at {hub.commit_of(hub_id, chosen)} now"
-    except PipelineError as error:
-        now = f"The hub cannot tell which commit {chosen or 'main'} is at: {error}"
+    commit = hub.commit_of(hub_id, chosen)
+    now = f"{chosen or 'main'} is at {commit} now" if commit else "The page of the model on the hub lists them"
     raise PipelineError(
         f"set prepare_backbone.revision to a commit of {hub_id}, 40 hexadecimal digits, because a branch or tag can "
         f"move and change the model under the features. {now}"

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_COMMIT = re.compile("[0-9a-f]{40}")
 _HASH = re.compile("[0-9a-f]{64}|[0-9a-f]{40}")
 
 
@@ -187,16 +186,11 @@ class HubModel:
         return self._storage / "snapshots" / self.revision
 
 
-def is_commit(revision: str | None) -> bool:
-    """Whether a revision is a commit, 40 hexadecimal digits; branches and tags can move."""
-    return revision is not None and _COMMIT.fullmatch(revision) is not None
-
-
-def commit_of(hub_id: str, revision: str | None) -> str:
-    """The commit that a branch or tag, None for the main branch, is at now.
+def commit_of(hub_id: str, revision: str | None) -> str | None:
+    """The commit that a branch or tag, None for the main branch, is at now; None if the hub gives no answer.
 
     Raises:
-        PipelineError: the hub cannot be asked, or has no such model or revision.
+        PipelineError: the hub has no such model or revision, or gives no access to it.
     """
     from huggingface_hub import HfApi
 
@@ -204,6 +198,8 @@ def commit_of(hub_id: str, revision: str | None) -> str:
         with _quiet_client():
             return str(HfApi().model_info(hub_id, revision=revision).sha)
     except Exception as error:  # the hub's client raises many unrelated types
+        if hub_errors.is_unreachable(error):
+            return None
         raise hub_errors.in_words(error, hub_id, revision) from None
 
 

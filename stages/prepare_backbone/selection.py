@@ -19,7 +19,10 @@ _TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _MODELS = ("unet", "transformer", "vae", *_TEXT)
 _PARTS = (*_MODELS, "scheduler", *(part.replace("text_encoder", "tokenizer") for part in _TEXT))
 _SMALL = (".json", ".txt", ".model")
-CONVERT = "Convert it as docs/models.md shows, and set prepare_backbone.source to the directory that this writes"
+CONVERT = (
+    "Convert it with save_pretrained of diffusers as docs/models.md shows, and set prepare_backbone.source to the "
+    "directory that this writes"
+)
 
 
 class Source(Protocol):
