@@ -14,8 +14,8 @@ COMMIT = "c" * 40
 class HubServer:
     """Serves `root`/<organisation>/<model>; `faults` says what goes wrong, `sent` what went out.
 
-    faults: "gated" (401 or 403), "private" (True), "status" (an HTTP status, for files), "corrupt", "drop", "stall" (the
-    name of a file: a flipped bit, a connection closed once in mid-file, one that stops sending in mid-file).
+    faults: "gated" (401 or 403), "private" (True), "status" (an HTTP status, for files), "corrupt", "drop", "stall"
+    (the name of a file: a flipped bit, a connection closed once in mid-file, one that stops sending in mid-file).
     """
 
     def __init__(self, root: Path) -> None:

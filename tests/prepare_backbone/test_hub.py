@@ -1,7 +1,12 @@
 """Models from a hub on loopback: what is fetched, what is refused and what is kept."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from huggingface_hub import constants
@@ -10,27 +15,11 @@ from huggingface_hub.utils import close_session
 from pipeline import config
 from pipeline.errors import PipelineError
 from stages.prepare_backbone import run
-from tests.conftest import write_params
-from tests.prepare_backbone.hub_server import COMMIT, HubServer, digests
-from tests.prepare_backbone.test_tiny_sd import SHIPPED
+from tests.conftest import REPOSITORY, write_params
+from tests.prepare_backbone.hub_server import COMMIT, digests
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 WEIGHTS = ["text_encoder/model.safetensors", UNET, "vae/diffusion_pytorch_model.safetensors"]
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    shutil.copytree(SHIPPED, tmp_path / "hub" / "org" / "model")
-    server = HubServer(tmp_path / "hub")
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    yield server
-    close_session()
-    server.close()
 
 
 @pytest.fixture
@@ -213,3 +202,26 @@ def test_a_directory_of_fp16_alone_and_a_revision_left_over(tmp_path, hub, model
     assert (manifest["source"], manifest["revision"], manifest["variant"]) == ("model", None, "fp16")
     assert set(WEIGHTS) <= manifest["files"].keys() and "revision is not used" in caplog.text
     assert (folder / WEIGHTS[0]).readlink() == model / "text_encoder/model.fp16-00001-of-00001.safetensors"
+
+
+def test_ctrl_c_stops_at_once_and_leaves_no_partial_file(tmp_path, hub, model):
+    write_params(tmp_path, {})
+    hub.faults = {"stall": UNET}
+    command = [sys.executable, "-m", "pipeline", "prepare-backbone", "--source", "org/model", "--revision", COMMIT]
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+    environment["PYTHONPATH"] = str(REPOSITORY)
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 30
+        while not list((tmp_path / "cache").glob(f"*/blobs/{digests(model / UNET)[0]}.*.incomplete")):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert time.monotonic() - started < 2 and process.returncode == 130
+    assert "of these" in errors and "what was finished is kept" in errors and "Traceback" not in errors
+    assert not list((tmp_path / "cache").glob("*/blobs/*.incomplete"))
