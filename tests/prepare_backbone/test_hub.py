@@ -146,7 +146,7 @@ def test_without_the_hub_the_cache_will_do_and_is_checked(tmp_path, hub, monkeyp
         prepare(tmp_path)
 
 
-def test_a_broken_connection_is_resumed(tmp_path, hub, model):
+def test_a_broken_connection_is_tried_again(tmp_path, hub, model):
     hub.faults = {"drop": UNET}
     manifest, _ = prepare(tmp_path)
     assert manifest["files"][UNET] == digests(model / UNET)[0]
