@@ -132,7 +132,7 @@ def _one_line_errors(ctx: click.Context) -> Iterator[None]:
         raise click.ClickException(f"{what}. {remedy(error.errno or 0)}. What was finished before is kept.") from None
 
 
-_RESUMED = frozenset(("extract-features", "sweep-features", "synthesize", "train-fl", "preset"))
+_RESUMED = frozenset(("prepare-backbone", "extract-features", "sweep-features", "synthesize", "train-fl", "preset"))
 
 
 @contextlib.contextmanager
@@ -170,7 +170,7 @@ def main(ctx: click.Context, params: Path, quiet: bool) -> None:
     """
     ctx.obj = params
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", force=True)
-    for library in ("httpx", "matplotlib", "PIL"):  # such as matplotlib's on its cache folder
+    for library in ("httpx", "httpx2", "matplotlib", "PIL"):  # such as matplotlib's on its cache folder
         logging.getLogger(library).setLevel(logging.ERROR)
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline import provenance
+from pipeline import provenance, system_errors
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 
@@ -26,7 +26,9 @@ def read_checked(config: Config) -> dict[str, Any]:
         except FileNotFoundError:
             raise PipelineError(f"{part} is missing but named in {file}: run `pipeline prepare-backbone`") from None
         except OSError as error:
-            raise PipelineError(f"{part} cannot be read ({error.strerror}): run `pipeline prepare-backbone`") from None
+            raise system_errors.refusal(error, part) or PipelineError(
+                f"{part} cannot be read ({error.strerror}). Run `pipeline prepare-backbone`"
+            ) from None
         if not whole:
             raise PipelineError(f"{part} differs from {file}: run `pipeline prepare-backbone`")
     return backbone

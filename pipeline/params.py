@@ -55,9 +55,15 @@ class PrepareBackbone(Section):
 
     name: Name = Field(description="names models/<name>")
     source: str = Field(
-        min_length=1, description="embedded (tiny-sd), a directory in diffusers format, or a hub id such as org/model"
+        min_length=1,
+        description="embedded (tiny-sd), a directory in diffusers format, or a model of the Hugging Face hub: its id, "
+        "such as org/model, its page's URL, or org/model@commit",
     )
-    revision: str | None = Field(description="hub id only: the commit, 40 hexadecimal digits")
+    revision: str | None = Field(description="hub only: the commit, 40 hexadecimal digits; null with any other source")
+    variant: Literal["auto", "fp16", "none"] = Field(
+        description="weights to take where a model has them in full and as fp16: none is full, fp16 is half the bytes; "
+        "auto is fp16 from the hub if extract_features.dtype has 16 bits, else full, or what there is"
+    )
 
 
 class ExtractFeatures(Section):

@@ -17,12 +17,21 @@ _SECONDS_PER_LINE = 60
 
 
 def progress_bar(total: int, description: str, unit: str) -> "tqdm":
-    """A bar to be moved by its `update(count)`; a context manager."""
+    """A bar to be moved by its `update(count)`; a context manager.
+
+    The unit "B" is bytes, shown as kB, MB or GB.
+    """
     from tqdm import tqdm
 
-    bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}, {remaining} left, {rate_fmt}{postfix}]"
+    scaled = unit == "B"
+    done = "{n_fmt}B/{total_fmt}B" if scaled else "{n:.0f}/{total}"
+    bar_format = (
+        f"{{desc}}: {{percentage:3.0f}}%|{{bar}}| {done} [{{elapsed}}, {{remaining}} left, {{rate_fmt}}{{postfix}}]"
+    )
     if sys.stderr.isatty():
-        return tqdm(total=total, desc=description, unit=unit, bar_format=bar_format, dynamic_ncols=True)
+        return tqdm(
+            total=total, desc=description, unit=unit, unit_scale=scaled, bar_format=bar_format, dynamic_ncols=True
+        )
 
     class Lines(tqdm):
         def display(self, msg: str | None = None, pos: int | None = None) -> bool:
@@ -35,6 +44,7 @@ def progress_bar(total: int, description: str, unit: str) -> "tqdm":
         total=total,
         desc=description,
         unit=unit,
+        unit_scale=scaled,
         bar_format=bar_format,
         file=io.StringIO(),
         mininterval=_SECONDS_PER_LINE,

@@ -1,5 +1,7 @@
 """Small real projects: the repository's own params.yaml, scaled down to run in seconds."""
 
+import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,9 @@ from click.testing import CliRunner, Result
 from ruamel.yaml import YAML
 
 from pipeline.cli import main
+
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-")  # read when the hub's client is imported
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests of the hub start a server of their own
 
 REPOSITORY = Path(__file__).parents[1]
 

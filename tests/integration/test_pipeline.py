@@ -133,7 +133,7 @@ def test_a_mistake_is_one_line(project, arguments, message):
 def test_without_a_network_the_hub_is_one_line(project):
     result = invoke(project, "prepare-backbone", "--name", "x", "--source", "org/model", "--revision", "a" * 40)
     assert result.exit_code == 1
-    assert f"cannot download org/model at {'a' * 40} from the model hub" in result.output
+    assert "the cache of the hub lacks this model of org/model, and HF_HUB_OFFLINE is set" in result.output
 
 
 COMMANDS = ["prepare-data", "prepare-backbone", "extract-features", "synthesize", "train-fl", "report", "preset"]

@@ -10,11 +10,14 @@ text.py      CLIP and T5 text encoders
 
 import json
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
 import transformers
 
+from pipeline import system_errors
+from pipeline.diffusion import families
 from pipeline.diffusion.backbones.base import Backbone, Conditioning, DiffusersBackbone
 from pipeline.diffusion.backbones.dit import DiTBackbone
 from pipeline.diffusion.backbones.pixart import PixArtBackbone
@@ -61,25 +64,23 @@ def layer_channels(path: Path, layers: list[str] | str) -> dict[str, int]:
 
 
 def family(path: Path) -> type[DiffusersBackbone]:
-    """The class that extracts from this directory, by the class of its denoiser.
+    """The class that extracts from this directory, by its configurations.
 
     Raises:
-        PipelineError: there is no readable model_index.json, or the denoiser is of another kind.
+        PipelineError: features of the model cannot be extracted, or a configuration cannot be read.
     """
+    index = _json(path / families.INDEX)
+    files = [name for name in families.config_files(index) if (path / name).is_file()]
+    return _FAMILIES[families.judge(path.name, {families.INDEX: index} | {name: _json(path / name) for name in files})]
+
+
+def _json(file: Path) -> dict[str, Any]:
     try:
-        index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-        name = (index.get("unet") or index["transformer"])[1]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PipelineError(f"{path}/model_index.json names no denoiser ({error!r}): not a diffusers model") from None
-    if name == "Transformer2DModel":  # how PixArt and DiT were saved before diffusers split the class
-        name = _split_class(path)
-    if name not in _FAMILIES:
-        raise PipelineError(f"{path}: features of a {name} cannot be extracted; known are {', '.join(_FAMILIES)}")
-    return _FAMILIES[name]
-
-
-def _split_class(path: Path) -> str:
-    norm = diffusers.DiTTransformer2DModel.load_config(path / "transformer").get("norm_type")
-    return {"ada_norm_single": "PixArtTransformer2DModel", "ada_norm_zero": "DiTTransformer2DModel"}.get(
-        norm, f"Transformer2DModel with norm_type {norm}"
-    )
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not an object")
+        return content
+    except (OSError, ValueError, RecursionError) as error:
+        raise system_errors.refusal(error, file) or PipelineError(
+            f"{file} cannot be read ({error}). Run `pipeline prepare-backbone`"
+        ) from None

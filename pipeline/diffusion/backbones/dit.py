@@ -29,8 +29,9 @@ class DiTBackbone(TokenBackbone):
         for prompt in prompts:
             if prompt not in self._classes:
                 raise PipelineError(
-                    f"{self.path.name} is conditioned on {len(self._classes) - 1} classes, and {prompt!r} is none: set "
-                    'extract_features.prompt_templates to ["{class_name}"] and class_prompts to names it has'
+                    f"{self.path.name} is conditioned on {self._model.config.num_embeds_ada_norm} classes, and "
+                    f"{prompt!r} is none of their names. Set extract_features.prompt_templates to "
+                    '["{class_name}"], and class_prompts to a file that gives each class one of the names'
                 )
         texts = iter(prompts)
         groups = [[next(texts) for _ in range(size)] for size in sizes or [1] * len(prompts)]

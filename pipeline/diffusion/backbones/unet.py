@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from pipeline.diffusion.backbones.base import Conditioning, DiffusersBackbone
 from pipeline.diffusion.backbones.text import ClipEncoder, encode
-from pipeline.errors import PipelineError
 
 
 class UNetBackbone(DiffusersBackbone):
@@ -33,11 +32,7 @@ class UNetBackbone(DiffusersBackbone):
         if not self._is_xl:
             only = encoded("")
             return Conditioning({"encoder_hidden_states": only["states"]}, only["similarity"].cpu())
-        parts = [
-            encoded(number)
-            for number in ("", "_2")
-            if (self.path / f"text_encoder{number}").is_dir()  # XL's refiner has the second encoder alone
-        ]
+        parts = [encoded(number) for number in ("", "_2")]
         states = torch.cat([part["states"] for part in parts], dim=-1)
         tensors = {"encoder_hidden_states": states, "text_embeds": parts[-1]["pooled"]}
         return Conditioning(tensors, parts[-1]["similarity"].cpu())
@@ -48,9 +43,6 @@ class UNetBackbone(DiffusersBackbone):
     @classmethod
     def _known_layers(cls, config: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
         """The up blocks; "auto" is the last three."""
-        kind = config.get("addition_embed_type")
-        if kind not in (None, "text_time") or config.get("class_embed_type"):
-            raise PipelineError(f"a UNet with addition_embed_type {kind} or class embeddings is not supported")
         channels = config["block_out_channels"][::-1]
         known = {f"up_blocks.{block}": count for block, count in enumerate(channels)}
         return known, list(known)[-3:]

@@ -1,0 +1,203 @@
+"""The families of diffusion models that features can be extracted from, judged by their configurations alone.
+
+A diffusers pipeline says in a few kilobytes, model_index.json and the config.json of each part, what its denoiser is
+and which inputs it takes. Everything that would stop an extraction is refused here, before gigabytes are fetched or
+loaded. A value that an old configuration leaves out is not judged.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.errors import PipelineError
+
+INDEX = "model_index.json"
+SUPPORTED = "Supported are Stable Diffusion 1, 2, XL and 3, PixArt and DiT; docs/models.md lists models"
+
+_CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection")
+_T5 = ("T5EncoderModel",)
+_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast")
+_NORMS = {"ada_norm_single": "PixArtTransformer2DModel", "ada_norm_zero": "DiTTransformer2DModel"}
+_CHANNELS = {5: "depth to image", 7: "upscaling", 8: "image editing or depth", 9: "inpainting"}
+"""What a UNet's additional input channels are for, in the published models."""
+
+Configs = Mapping[str, Mapping[str, Any]]
+"""File name, such as "unet/config.json", -> its JSON; a file that is not there is left out."""
+
+
+@dataclass(frozen=True)
+class _Family:
+    denoiser: str
+    encoders: Mapping[str, tuple[str, ...]]
+    """Text encoder -> classes it may be of."""
+    optional: tuple[str, ...] = ()
+
+
+_FAMILIES = {
+    "UNet2DConditionModel": _Family("unet", {"text_encoder": _CLIP}),
+    "PixArtTransformer2DModel": _Family("transformer", {"text_encoder": _T5}),
+    "DiTTransformer2DModel": _Family("transformer", {}),
+    "SD3Transformer2DModel": _Family(
+        "transformer", {"text_encoder": _CLIP, "text_encoder_2": _CLIP, "text_encoder_3": _T5}, ("text_encoder_3",)
+    ),
+}
+_XL = _Family("unet", {"text_encoder": _CLIP, "text_encoder_2": _CLIP})
+
+
+def parts(index: Mapping[str, Any]) -> dict[str, str]:
+    """The parts that model_index.json names -> their classes; a part that it sets to null is left out."""
+    pairs = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    return {name: str(entry[1]) for name, entry in pairs.items() if entry[1] is not None}
+
+
+def config_files(index: Mapping[str, Any]) -> list[str]:
+    """The configurations that `judge` reads if they are there, as paths inside the pipeline's directory."""
+    models = [part for part in parts(index) if part.startswith(("unet", "transformer", "vae", "text_encoder"))]
+    return [*(f"{part}/config.json" for part in models), "scheduler/scheduler_config.json"]
+
+
+def judge(title: str, configs: Configs) -> str:
+    """Decides which family a pipeline belongs to.
+
+    Args:
+        title: the model, as an error should name it.
+        configs: model_index.json, and those of `config_files` that are there.
+
+    Returns:
+        The class of its denoiser, PixArt's and DiT's under their present names.
+
+    Raises:
+        PipelineError: features of it cannot be extracted; says what it is, and what would do.
+    """
+    found = parts(configs[INDEX])
+    name = _denoiser_class(title, found, configs)
+    family, config = _FAMILIES[name], configs.get(f"{_FAMILIES[name].denoiser}/config.json")
+    if config is None:
+        raise PipelineError(f"{title} lacks {family.denoiser}/config.json. Get the complete model")
+    if name == "UNet2DConditionModel":
+        _check_unet(title, found, config)
+        family = _XL if config.get("addition_embed_type") == "text_time" else family
+    if name == "DiTTransformer2DModel" and not isinstance(configs[INDEX].get("id2label"), dict):
+        raise PipelineError(
+            f"{title} is a DiT whose {INDEX} has no id2label, the names of its classes, by which it is prompted. Copy "
+            f"id2label from the {INDEX} of the published model, as docs/models.md shows"
+        )
+    _check_vae(title, found, config, configs.get("vae/config.json", {}))
+    _check_text(title, found, family)
+    _check_widths(title, name, config, configs)
+    _check_schedule(title, found, name, configs.get("scheduler/scheduler_config.json"))
+    return name
+
+
+def _denoiser_class(title: str, found: Mapping[str, str], configs: Configs) -> str:
+    name = found.get("unet") or found.get("transformer")
+    if name is None:
+        pipeline = configs[INDEX].get("_class_name", "pipeline")
+        listed = ", ".join(found) or "no parts"
+        raise PipelineError(
+            f"{title} has neither a unet nor a transformer in its {INDEX}: it is a {pipeline} with {listed}. "
+            f"{SUPPORTED}"
+        )
+    if name == "Transformer2DModel":  # how PixArt and DiT were saved before diffusers split the class
+        norm = configs.get("transformer/config.json", {}).get("norm_type")
+        name = _NORMS.get(str(norm), f"Transformer2DModel with norm_type {norm}")
+    if name not in _FAMILIES:
+        pipeline = configs[INDEX].get("_class_name")
+        kind = f" (a {pipeline})" if pipeline else ""
+        raise PipelineError(f"{title}{kind}: features of a {name} cannot be extracted. {SUPPORTED}")
+    return name
+
+
+def _check_unet(title: str, found: Mapping[str, str], config: Mapping[str, Any]) -> None:
+    """Inputs besides the latents, the timestep and the text that the UNet would need."""
+    wants = [
+        f"{key} {config[key]}"
+        for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
+        if config.get(key) is not None
+    ]
+    kind = config.get("addition_embed_type")
+    if kind not in (None, "text_time"):
+        wants.append(f"addition_embed_type {kind}")
+    if wants:
+        raise PipelineError(
+            f"{title} has a UNet that needs inputs other than an image and a text ({', '.join(wants)}). Take the "
+            f"text-to-image model that it is derived from. {SUPPORTED}"
+        )
+    if kind == "text_time" and "text_encoder" not in found and "text_encoder_2" in found:
+        raise PipelineError(
+            f"{title} is a refiner: its UNet needs an aesthetic score and the second text encoder alone. Take the base "
+            "model, such as stabilityai/stable-diffusion-xl-base-1.0"
+        )
+
+
+def _check_vae(title: str, found: Mapping[str, str], config: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+    if found.get("vae") != "AutoencoderKL":
+        has = f"a VAE of class {found['vae']}" if "vae" in found else "no VAE"
+        raise PipelineError(f"{title} has {has}, and an AutoencoderKL is needed. {SUPPORTED}")
+    given, wanted = vae.get("latent_channels"), config.get("in_channels")
+    if isinstance(given, int) and isinstance(wanted, int) and given != wanted:
+        purpose = f", as a model for {_CHANNELS[wanted]}" if wanted in _CHANNELS else ""
+        raise PipelineError(
+            f"{title} has a denoiser that takes {wanted} channels{purpose}, but the VAE gives {given}. Take the "
+            f"text-to-image model that it is derived from. {SUPPORTED}"
+        )
+
+
+def _check_text(title: str, found: Mapping[str, str], family: _Family) -> None:
+    for part, classes in family.encoders.items():
+        if part not in found and part in family.optional:
+            continue
+        if found.get(part) not in classes:
+            has = f"a {part} of class {found[part]}" if part in found else f"no {part}"
+            raise PipelineError(f"{title} has {has}, and a {' or '.join(classes)} is needed. {SUPPORTED}")
+        tokenizer = part.replace("text_encoder", "tokenizer")
+        if found.get(tokenizer) not in _TOKENIZERS:
+            has = f"a {tokenizer} of class {found[tokenizer]}" if tokenizer in found else f"no {tokenizer}"
+            raise PipelineError(f"{title} has {has}, and one of {', '.join(_TOKENIZERS)} is needed. {SUPPORTED}")
+
+
+def _check_widths(title: str, name: str, config: Mapping[str, Any], configs: Configs) -> None:
+    """Whether the text encoders give embeddings as wide as the denoiser takes them."""
+
+    def width(part: str, key: str) -> int | None:
+        return configs.get(f"{part}/config.json", {}).get(key)
+
+    pairs: list[tuple[str, Any, list[int | None]]] = []
+    if name == "UNet2DConditionModel":
+        xl = config.get("addition_embed_type") == "text_time"
+        encoders = ["text_encoder", "text_encoder_2"] if xl else ["text_encoder"]
+        pairs.append(
+            ("cross_attention_dim", config.get("cross_attention_dim"), [width(p, "hidden_size") for p in encoders])
+        )
+        if xl:
+            sizes = config.get("addition_time_embed_dim")
+            inputs = [sizes and 6 * sizes, width("text_encoder_2", "projection_dim")]
+            pairs.append(
+                ("projection_class_embeddings_input_dim", config.get("projection_class_embeddings_input_dim"), inputs)
+            )
+    elif name == "PixArtTransformer2DModel":
+        pairs.append(("caption_channels", config.get("caption_channels"), [width("text_encoder", "d_model")]))
+    elif name == "SD3Transformer2DModel":
+        pooled = [width(part, "projection_dim") for part in ("text_encoder", "text_encoder_2")]
+        pairs.append(("pooled_projection_dim", config.get("pooled_projection_dim"), pooled))
+    for key, wanted, given in pairs:
+        known = [number for number in given if isinstance(number, int)]
+        if isinstance(wanted, int) and len(known) == len(given) and sum(known) != wanted:
+            raise PipelineError(
+                f"{title} has a denoiser with {key} {wanted}, but its text encoders give "
+                f"{' + '.join(map(str, known))}: it needs other inputs than a text. {SUPPORTED}"
+            )
+
+
+def _check_schedule(title: str, found: Mapping[str, str], name: str, schedule: Mapping[str, Any] | None) -> None:
+    if schedule is None:
+        raise PipelineError(
+            f"{title} lacks scheduler/scheduler_config.json, the noise schedule. Get the complete model"
+        )
+    kind = str(schedule.get("_class_name") or found.get("scheduler"))
+    flow = kind.startswith("FlowMatch") or schedule.get("prediction_type") == "flow_prediction"
+    if flow != (name == "SD3Transformer2DModel"):
+        trained = "flow matching" if flow else "diffusion"
+        raise PipelineError(
+            f"{title} is a {name} trained by {trained} ({kind}), for which no backbone exists. {SUPPORTED}"
+        )

@@ -1,0 +1,71 @@
+"""How params.yaml names a model on the hub: an id, an id@revision or the URL of its page, pinned to a commit."""
+
+import re
+
+from pipeline.errors import PipelineError
+from stages.prepare_backbone.selection import CONVERT
+
+_COMMIT = re.compile("[0-9a-f]{40}")
+_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def pinned(source: str, revision: str | None) -> tuple[str, str]:
+    """The id and the commit of a model on the hub.
+
+    Args:
+        source: prepare_backbone.source: organisation/model, the same with @ and a revision, or a page's URL.
+        revision: prepare_backbone.revision; None if it is not set.
+
+    Raises:
+        PipelineError: it names no model, or no commit; the message gives the commit that a branch or tag is at now.
+    """
+    hub_id, written = _parse(source)
+    if written and revision and written != revision and _COMMIT.fullmatch(written):
+        raise PipelineError(
+            f"prepare_backbone.source names the commit {written}, and prepare_backbone.revision is {revision}. Remove "
+            "one of them"
+        )
+    chosen = written if written and _COMMIT.fullmatch(written) else revision or written
+    if chosen and _COMMIT.fullmatch(chosen):
+        return hub_id, chosen
+    from stages.prepare_backbone import hub
+
+    commit = hub.commit_of(hub_id, chosen)
+    now = f"{chosen or 'main'} is at {commit} now" if commit else "The page of the model on the hub lists them"
+    raise PipelineError(
+        f"set prepare_backbone.revision to a commit of {hub_id}, 40 hexadecimal digits, because a branch or tag can "
+        f"move and change the model under the features. {now}"
+    )
+
+
+def _parse(source: str) -> tuple[str, str | None]:
+    """organisation/model, and the revision that stands with it."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfUriError
+    from huggingface_hub.utils import parse_hf_uri
+
+    written = source.strip().rstrip("/")
+    address = re.sub(r"/commits?/", "/tree/", written) if "://" in written else written
+    if re.match(r"(www\.)?(huggingface\.co|hf\.co)/", address):
+        address = f"https://{address}"
+    try:
+        uri = parse_hf_uri(address if "://" in address else f"hf://{address}", endpoint=constants.ENDPOINT)
+    except HfUriError:
+        uri = None
+    if uri is None or uri.type != "model" or not _ID.fullmatch(uri.id) or (uri.path_in_repo and "://" not in address):
+        raise PipelineError(_no_model(written))
+    return uri.id, uri.revision
+
+
+def _no_model(source: str) -> str:
+    if source.endswith((".safetensors", ".ckpt", ".gguf")):
+        return f"prepare_backbone.source = {source!r} is a model in one file. {CONVERT}"
+    if "://" in source:
+        return (
+            f"prepare_backbone.source = {source!r} is not the page of a model on the Hugging Face hub. Download the "
+            "model, and give its directory"
+        )
+    return (
+        f"prepare_backbone.source = {source!r} is neither embedded, nor a directory, nor a hub id. Check the path, or "
+        "write organisation/model"
+    )

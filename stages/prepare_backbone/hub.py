@@ -1,0 +1,275 @@
+"""A model on the Hugging Face hub: its files in the hub client's own cache, each compared with the hub's hash of it.
+
+The client (huggingface_hub) downloads, resumes a broken connection, and shares its cache with every other tool. It
+compares no hash of what arrives, so this is done here, on every run: what changed on the disk is noticed as well. The
+hub gives the SHA-256 of large files and git's SHA-1 of small ones, and the cache names its blobs by them, so that it
+can be checked without a network. One file is fetched at a time, in the main thread, so that Ctrl-C stops it at once.
+"""
+
+import contextlib
+import hashlib
+import logging
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import system_errors
+from pipeline.errors import PipelineError
+from pipeline.progress import progress_bar
+from stages.prepare_backbone import hub_errors
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+_HASH = re.compile("[0-9a-f]{64}|[0-9a-f]{40}")
+
+
+class HubModel:
+    """A repository at a commit, as `selection.Source` describes it."""
+
+    def __init__(self, hub_id: str, revision: str) -> None:
+        """Lists the repository's files; without the hub, those of the commit that are in the cache.
+
+        Args:
+            hub_id: organisation/model.
+            revision: a commit, 40 hexadecimal digits.
+
+        Raises:
+            PipelineError: there is no such model or commit, or access to it; or the hub cannot be reached and the cache
+                has nothing of it.
+        """
+        self.hub_id, self.revision = hub_id, revision
+        self.title = f"{hub_id} at {revision[:12]}"
+        self.sizes: dict[str, int] = {}
+        self._hashes: dict[str, str] = {}
+        self._unreachable: PipelineError | None = None
+        try:
+            with _quiet_client():
+                self._list()
+        except Exception as error:  # the hub's client raises many unrelated types
+            refusal = hub_errors.in_words(error, hub_id, revision)
+            if not hub_errors.is_unreachable(error) or not self._snapshot.is_dir():
+                raise refusal from None
+            self._unreachable = refusal
+            files = [file for file in self._snapshot.rglob("*") if file.is_file()]
+            self.sizes = {file.relative_to(self._snapshot).as_posix(): file.stat().st_size for file in files}
+            self.title += " (the part that is in the cache, as the hub cannot be reached)"
+            log.info("%s: the hub cannot be reached, the files in its cache are used", hub_id)
+
+    def read(self, name: str) -> Path:
+        """A small file, downloaded if it is not in the cache."""
+        with _quiet_client():
+            return self._fetch_checked(name, None)[0]
+
+    def fetch(self, names: Sequence[str]) -> dict[str, tuple[Path, str]]:
+        """Downloads what the cache lacks, and compares every file with the hub's hash.
+
+        Returns:
+            Each file's absolute path in the cache and its SHA-256, 64 hexadecimal digits.
+
+        Raises:
+            PipelineError: a file cannot be fetched, or arrives with other bytes than the hub lists.
+        """
+        missing = [name for name in names if not self._pointer(name).exists()]
+        size = sum(self.sizes[name] for name in missing)
+        self._check_room(size)
+        if missing:
+            log.info("%s: %d files to download, %s", self.title, len(missing), in_units(size))
+        found: dict[str, tuple[Path, str]] = {}
+        with _quiet_client(), progress_bar(size, f"download {self.hub_id}", "B") as bar:
+            try:
+                for name in names:
+                    before = bar.n
+                    found[name] = self._fetch_checked(name, bar)
+                    if name in missing:
+                        bar.update(before + self.sizes[name] - bar.n)  # less if another revision had the same file
+            except BaseException:
+                kept = sum(name in missing for name in found)
+                log.info("%d of these %d files are complete, and are kept in %s", kept, len(missing), _cache())
+                raise
+        return found
+
+    def _list(self) -> None:
+        from huggingface_hub import HfApi, RepoFile
+
+        for entry in HfApi().list_repo_tree(self.hub_id, revision=self.revision, recursive=True):
+            if isinstance(entry, RepoFile):
+                self.sizes[entry.path] = entry.size
+                self._hashes[entry.path] = entry.lfs.sha256 if entry.lfs else entry.blob_id
+
+    def _fetch_checked(self, name: str, bar: "tqdm | None") -> tuple[Path, str]:
+        self._remove_leftovers(name)
+        new = not self._pointer(name).exists()
+        path = self._download(name, bar)
+        sha256, agrees = self._compare(name, path)
+        if not agrees:
+            what = "arrived damaged" if new else "is damaged in the cache"
+            log.warning("%s: %s %s: its bytes differ from the hub's. It is downloaded again", self.title, name, what)
+            if self._unreachable:
+                raise self._damaged(name, path)
+            path = self._download(name, bar, again=True)
+            sha256, agrees = self._compare(name, path)
+        if not agrees:
+            raise self._damaged(name, path)
+        return path, sha256
+
+    def _damaged(self, name: str, path: Path) -> PipelineError:
+        """Removes a file with other bytes than the hub's, which no tool must find in the cache."""
+        path.resolve().unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        return PipelineError(
+            f"{self.title}: the bytes of {name} differ from the hash that the hub lists, so the file was removed from "
+            "the cache. Run again with a network connection; if it repeats, a proxy or the disk changes the file"
+        )
+
+    def _download(self, name: str, bar: "tqdm | None", again: bool = False) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            path = hf_hub_download(
+                self.hub_id, name, revision=self.revision, force_download=again, tqdm_class=_reporting_to(bar)
+            )
+        except Exception as error:  # the hub's client raises many unrelated types
+            raise self._unreachable or hub_errors.in_words(error, self.hub_id, self.revision, name) from None
+        return Path(path).absolute()
+
+    def _compare(self, name: str, path: Path) -> tuple[str, bool]:
+        """The file's SHA-256, and whether its bytes are the hub's."""
+        expected = self._hashes.get(name) or _name_of_blob(path)
+        digests = {64: hashlib.sha256()}
+        if expected and len(expected) == 40:
+            digests[40] = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+        try:
+            with path.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    for digest in digests.values():
+                        digest.update(block)
+        except OSError as error:
+            raise system_errors.refusal(error, path) or error from None
+        return digests[64].hexdigest(), expected is None or digests[len(expected)].hexdigest() == expected
+
+    def _remove_leftovers(self, name: str) -> None:
+        """Removes what a killed download of this file left, unless another process downloads it now."""
+        from filelock import FileLock, Timeout
+
+        if not (blob := self._hashes.get(name)):
+            return
+        leftovers = list((self._storage / "blobs").glob(f"{blob}.*.incomplete"))
+        lock = _cache() / ".locks" / self._storage.name / f"{blob}.lock"  # the hub client's own
+        if leftovers and lock.parent.is_dir():
+            with contextlib.suppress(Timeout), FileLock(lock, timeout=0):
+                for leftover in leftovers:
+                    leftover.unlink(missing_ok=True)
+
+    def _check_room(self, size: int) -> None:
+        folder = next(folder for folder in (_cache(), *_cache().parents) if folder.exists())
+        free = shutil.disk_usage(folder).free
+        if size > free:
+            raise PipelineError(
+                f"{self.title} needs {in_units(size)}, and {_cache()} has {in_units(free)} free. Make room, or set "
+                "HF_HOME to a folder on a larger disk"
+            )
+
+    def _pointer(self, name: str) -> Path:
+        return self._snapshot / name
+
+    @property
+    def _storage(self) -> Path:
+        return _cache() / f"models--{self.hub_id.replace('/', '--')}"
+
+    @property
+    def _snapshot(self) -> Path:
+        return self._storage / "snapshots" / self.revision
+
+
+def commit_of(hub_id: str, revision: str | None) -> str | None:
+    """The commit that a branch or tag, None for the main branch, is at now; None if the hub gives no answer.
+
+    Raises:
+        PipelineError: the hub has no such model or revision, or gives no access to it.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        with _quiet_client():
+            return str(HfApi().model_info(hub_id, revision=revision).sha)
+    except Exception as error:  # the hub's client raises many unrelated types
+        if hub_errors.is_unreachable(error):
+            return None
+        raise hub_errors.in_words(error, hub_id, revision) from None
+
+
+def in_units(size: int) -> str:
+    """A number of bytes in decimal units, as the hub's pages give it."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} bytes"
+
+
+def _cache() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE).expanduser().resolve()
+
+
+def _name_of_blob(path: Path) -> str | None:
+    """The hash by which the cache names the file, None where it holds no links."""
+    name = path.readlink().name if path.is_symlink() else ""
+    return name if _HASH.fullmatch(name) else None
+
+
+def _reporting_to(bar: "tqdm | None") -> Any:
+    """What the hub's client takes for the bar of one file, and what moves the bar of all."""
+
+    class Part:
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            self.n, self.total = 0, kwargs.get("total")
+
+        def __enter__(self) -> "Part":
+            return self
+
+        def __exit__(self, *exception: object) -> None:
+            pass
+
+        def update(self, count: float | None = 1) -> None:
+            if bar is not None:
+                bar.update(count or 0)
+
+        def ignore(self, *args: object, **kwargs: object) -> None:
+            pass
+
+        close = refresh = set_postfix_str = set_transfer_postfix_str = update_transfer = set_description_str = ignore
+
+    return Part
+
+
+class _Once(logging.Handler):
+    """Passes the client's warnings on, one line for each kind of them."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._seen: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage().splitlines()[0]
+        kind = re.sub(r"https?://\S+|[\d.]+", "", line)
+        if kind not in self._seen:
+            self._seen.add(kind)
+            log.info("the hub's client: %s", line)
+
+
+@contextlib.contextmanager
+def _quiet_client() -> Iterator[None]:
+    """The client's log has a handler of its own and passes records on as well, which shows each line twice."""
+    logger = logging.getLogger("huggingface_hub")
+    handlers, propagate = logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [_Once()], False
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate

@@ -1,0 +1,191 @@
+"""Which files of a model are taken: from the names in its repository or directory, and its few kilobytes of JSON.
+
+The files get canonical names: a variant, such as diffusion_pytorch_model.fp16.safetensors, becomes
+diffusion_pytorch_model.safetensors, so that nothing that loads a model has to know of variants, and the hashes of a
+model cover what is loaded and nothing else.
+"""
+
+import json
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline import system_errors
+from pipeline.diffusion import families
+from pipeline.errors import PipelineError
+
+_TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3")
+_MODELS = ("unet", "transformer", "vae", *_TEXT)
+_PARTS = (*_MODELS, "scheduler", *(part.replace("text_encoder", "tokenizer") for part in _TEXT))
+_SMALL = (".json", ".txt", ".model")
+CONVERT = (
+    "Convert it with save_pretrained of diffusers as docs/models.md shows, and set prepare_backbone.source to the "
+    "directory that this writes"
+)
+
+
+class Source(Protocol):
+    """A model as it is offered: a repository on the hub, or a directory."""
+
+    title: str
+    """As errors and logs name it."""
+    sizes: dict[str, int]
+    """Its files, path with "/" between the parts -> bytes."""
+
+    def read(self, name: str) -> Path:
+        """A small file, to be read at once."""
+
+    def fetch(self, names: Sequence[str]) -> dict[str, tuple[Path, str]]:
+        """Each file's absolute path and SHA-256, 64 hexadecimal digits."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The files of a model that are loaded.
+
+    Attributes:
+        family: the class of the denoiser.
+        files: canonical name -> name in the source.
+        variant: "fp16" if any of the weights are, else None.
+    """
+
+    family: str
+    files: dict[str, str]
+    variant: str | None
+
+
+def select(source: Source, variant: str, prefer_fp16: bool) -> Selection:
+    """Judges a model by its configurations and chooses its files.
+
+    Args:
+        source: the model; no weights of it are read.
+        variant: "none" takes full weights, "fp16" those of half size where a part has them, "auto" one of the two.
+        prefer_fp16: what "auto" takes where a part has both.
+
+    Raises:
+        PipelineError: it is no model that features can be extracted from, or has no weights that can be loaded.
+    """
+    index = _index(source)
+    configs = {families.INDEX: index}
+    configs |= {name: _json(source, name) for name in families.config_files(index) if name in source.sizes}
+    family = families.judge(source.title, configs)
+    files = {families.INDEX: families.INDEX}
+    parts = [part for part in _PARTS if part in families.parts(index)]
+    variants = set()
+    for part in parts:
+        names = [name for name in source.sizes if name.startswith(f"{part}/") and name.count("/") == 1]
+        files |= {name: name for name in names if name.endswith(_SMALL) and not _is_weight_index(name)}
+        if part in _MODELS:
+            chosen = _weights(source, part, names, variant, prefer_fp16)
+            files |= chosen
+            variants |= {"fp16" for name in chosen.values() if ".fp16" in name}
+        elif part.startswith("tokenizer"):
+            _check_tokenizer(source.title, part, names)
+    if variant == "fp16" and not variants:
+        raise PipelineError(f"{source.title} has no fp16 files: set prepare_backbone.variant to auto or none")
+    return Selection(family, dict(sorted(files.items())), next(iter(variants), None))
+
+
+def _weights(source: Source, part: str, names: Collection[str], variant: str, prefer_fp16: bool) -> dict[str, str]:
+    """Canonical name -> name of one complete set of weights of a part."""
+    stem = "model" if part in _TEXT else "diffusion_pytorch_model"
+    full, half = (_weight_set(source, part, stem, infix, names) for infix in ("", ".fp16"))
+    if variant == "none" and not full and half:
+        raise PipelineError(f"{source.title} has {part} as fp16 alone: set prepare_backbone.variant to auto")
+    order = (half, full) if variant == "fp16" or (variant == "auto" and prefer_fp16) else (full, half)
+    chosen = next((files for files in order if files), None)
+    if chosen is None:
+        raise PipelineError(f"{source.title} {_why_no_weights(part, names)}")
+    return chosen
+
+
+def _weight_set(source: Source, part: str, stem: str, infix: str, names: Collection[str]) -> dict[str, str]:
+    """The single file, or the shards and their index; nothing if there are none or some are missing.
+
+    diffusers looks for shards first and transformers for a single file, should a part have both. A single shard, 1 of
+    1, is taken as a single file.
+    """
+    whole = f"{part}/{stem}.safetensors"
+    plain = f"{part}/{stem}{infix}.safetensors"
+    single = {whole: plain} if plain in names else {}
+    shards: dict[str, str] = {}
+    for index in (f"{part}/{stem}.safetensors.index{infix}.json", f"{part}/{stem}{infix}.safetensors.index.json"):
+        if index in names and not shards:
+            listed = _json(source, index).get("weight_map")
+            wanted = {f"{part}/{shard}" for shard in listed.values()} if isinstance(listed, dict) else set()
+            if wanted and wanted <= set(names):
+                shards = {name: name for name in sorted(wanted)} | {f"{whole}.index.json": index}
+    only_shard = (
+        f"{part}/{stem}{infix}-00001-of-00001.safetensors",
+        f"{part}/{stem}-00001-of-00001{infix}.safetensors",
+    )
+    only = next(({whole: name} for name in only_shard if name in names), {})
+    return (single or shards or only) if stem == "model" else (shards or single or only)
+
+
+def _why_no_weights(part: str, names: Iterable[str]) -> str:
+    files = sorted(Path(name).name for name in names)
+    if any("-of-" in file and file.endswith(".safetensors") for file in files):
+        return f"lacks shards, or the index, of the .safetensors weights in {part}/. Get the complete model"
+    safe = [file for file in files if file.endswith(".safetensors")]
+    if safe:
+        return f"has {part} as {', '.join(safe)} alone, which are not loaded. Save it in full or fp16 precision"
+    other = [file for file in files if file.endswith((".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx"))]
+    if other:
+        return f"has no .safetensors weights in {part}/, but {', '.join(other)}, which may hold code. {CONVERT}"
+    return f"has no .safetensors weights in {part}/. Get the complete model"
+
+
+def _check_tokenizer(title: str, part: str, names: Collection[str]) -> None:
+    files = {Path(name).name for name in names}
+    if "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files:
+        return
+    if "spiece.model" not in files:
+        raise PipelineError(f"{title} has no vocabulary in {part}/. Get the complete model")
+    try:
+        import sentencepiece  # noqa: F401
+    except ImportError:
+        raise PipelineError(
+            f"{title} has {part}/spiece.model, which needs the library sentencepiece. Run `pip install "
+            "'sentencepiece<0.2.2'`"
+        ) from None
+
+
+def _index(source: Source) -> dict[str, Any]:
+    if families.INDEX in source.sizes:
+        return _json(source, families.INDEX)
+    root = [name for name in source.sizes if "/" not in name]
+    if any("lora" in name.lower() or name.startswith("adapter_") for name in root):
+        raise PipelineError(
+            f"{source.title} holds LoRA weights alone, which change another model. Fuse them into that model as "
+            "docs/models.md shows, and set prepare_backbone.source to the directory that this writes"
+        )
+    if "config.json" in root:
+        config = _json(source, "config.json")
+        names = [config.get("_class_name"), *(config.get("architectures") or [])]
+        kind = next((name for name in names if name), "model")
+        raise PipelineError(f"{source.title} is a {kind}, a part of a model and no pipeline. {families.SUPPORTED}")
+    checkpoints = [name for name in root if name.endswith((".safetensors", ".ckpt", ".gguf"))]
+    if checkpoints:
+        raise PipelineError(f"{source.title} holds a model in one file ({checkpoints[0]}). {CONVERT}")
+    raise PipelineError(f"{source.title} is not a diffusers pipeline: it has no {families.INDEX}. {families.SUPPORTED}")
+
+
+def _json(source: Source, name: str) -> dict[str, Any]:
+    path = source.read(name)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise system_errors.refusal(error, path) or PipelineError(
+            f"{source.title}: {name} cannot be read as JSON ({error})"
+        ) from None
+    if not isinstance(content, dict):
+        raise PipelineError(
+            f"{source.title}: {name} cannot be read: it holds a {type(content).__name__}, not an object"
+        )
+    return content
+
+
+def _is_weight_index(name: str) -> bool:
+    return ".safetensors.index" in name or any(mark in name for mark in (".fp16.", ".bf16.", ".non_ema."))

@@ -1,0 +1,227 @@
+"""Models from a hub on loopback: what is fetched, what is refused and what is kept."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
+
+from pipeline import config
+from pipeline.errors import PipelineError
+from stages.prepare_backbone import run
+from tests.conftest import REPOSITORY, write_params
+from tests.prepare_backbone.hub_server import COMMIT, digests
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+WEIGHTS = ["text_encoder/model.safetensors", UNET, "vae/diffusion_pytorch_model.safetensors"]
+
+
+@pytest.fixture
+def model(hub):
+    return hub.root / "org" / "model"
+
+
+def prepare(root, source="org/model", revision=COMMIT, **settings):
+    changes = {"prepare_backbone.name": "m", "prepare_backbone.source": source, "prepare_backbone.revision": revision}
+    loaded = config.load(
+        write_params(root, changes | {key.replace("__", "."): value for key, value in settings.items()})
+    )
+    return json.loads(run(loaded).read_text()), loaded.backbone_dir
+
+
+def rename(model, name, other):
+    (model / name).rename(model / other)
+
+
+def half(name):
+    return name.replace(".safetensors", ".fp16.safetensors")
+
+
+def test_each_file_is_fetched_once_and_linked(tmp_path, hub, model):
+    manifest, folder = prepare(tmp_path)
+    assert hub.weights() == WEIGHTS
+    assert (manifest["source"], manifest["revision"], manifest["variant"]) == ("org/model", COMMIT, None)
+    assert manifest["files"] == {name: digests(model / name)[0] for name in manifest["files"]}
+    assert (folder / UNET).is_symlink() and (tmp_path / "cache") in (folder / UNET).readlink().parents
+    prepare(tmp_path)
+    assert hub.weights() == WEIGHTS
+
+
+@pytest.mark.parametrize(
+    ("dtype", "variant", "fp16"),
+    [("float32", "auto", False), ("bfloat16", "auto", True), ("float32", "fp16", True), ("float16", "none", False)],
+)
+def test_the_variant_follows_the_computation(tmp_path, hub, model, dtype, variant, fp16):
+    for name in WEIGHTS:
+        shutil.copy(model / name, model / half(name))
+    settings = {"extract_features__dtype": dtype, "prepare_backbone__variant": variant}
+    manifest, _ = prepare(tmp_path, **settings)
+    assert hub.weights() == [half(name) if fp16 else name for name in WEIGHTS]
+    assert manifest["variant"] == ("fp16" if fp16 else None) and UNET in manifest["files"]
+
+
+def test_a_repository_of_fp16_alone(tmp_path, hub, model):
+    for name in WEIGHTS:
+        rename(model, name, half(name))
+    assert set(WEIGHTS) <= prepare(tmp_path)[0]["files"].keys()
+    with pytest.raises(PipelineError, match="as fp16 alone: set prepare_backbone.variant to auto"):
+        prepare(tmp_path, prepare_backbone__variant="none")
+
+
+def test_shards_of_another_variant_are_neither_fetched_nor_hashed(tmp_path, hub, model):
+    (model / "text_encoder" / "model.fp16-00001-of-00002.safetensors").write_bytes(b"x")
+    (model / "text_encoder" / "model.safetensors.index.fp16.json").write_text("{}")
+    manifest, _ = prepare(tmp_path)
+    assert hub.weights() == WEIGHTS and not any("fp16" in name for name in manifest["files"])
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (
+            {"gated": 401},
+            r"org/model is gated. Accept its terms at http://.*/org/model, then log in with `hf auth login`",
+        ),
+        ({"gated": 403}, "the account of the token in use has no access"),
+        ({"private": True}, "the hub has no model org/model, or it is private"),
+    ],
+)
+def test_a_refusal_says_what_to_do(tmp_path, hub, fault, message):
+    hub.faults = fault
+    with pytest.raises(PipelineError, match=message):
+        prepare(tmp_path)
+    assert hub.weights() == []
+
+
+def test_a_typo_in_the_commit_keeps_the_model(tmp_path, hub):
+    _, folder = prepare(tmp_path)
+    with pytest.raises(PipelineError, match="org/model has no revision dddd"):
+        prepare(tmp_path, revision="d" * 40)
+    assert (folder / UNET).is_file()
+
+
+@pytest.mark.parametrize("source", ["org/model", "org/model@main", "{url}/org/model", "{url}/org/model/tree/main"])
+def test_a_branch_is_refused_with_its_commit(tmp_path, hub, source):
+    with pytest.raises(PipelineError, match=f"main is at {COMMIT} now"):
+        prepare(tmp_path, source=source.format(url=hub.url), revision=None)
+
+
+@pytest.mark.parametrize("source", ["org/model@{commit}", "{url}/org/model/commit/{commit}"])
+def test_the_commit_may_stand_in_the_source(tmp_path, hub, source):
+    manifest, _ = prepare(tmp_path, source=source.format(url=hub.url, commit=COMMIT), revision=None)
+    assert (manifest["source"], manifest["revision"]) == ("org/model", COMMIT)
+
+
+def test_a_flipped_bit_is_not_adopted(tmp_path, hub, model):
+    hub.faults = {"corrupt": UNET}
+    with pytest.raises(PipelineError, match=f"the bytes of {UNET} differ from the hash that the hub lists"):
+        prepare(tmp_path)
+    assert not list((tmp_path / "cache").glob(f"*/blobs/{digests(model / UNET)[0]}*"))
+    hub.faults = {}
+    prepare(tmp_path)
+
+
+def test_bit_rot_in_the_cache_is_replaced(tmp_path, hub, model):
+    manifest, folder = prepare(tmp_path)
+    blob = (folder / UNET).resolve()
+    blob.write_bytes(b"\0" + blob.read_bytes()[1:])
+    assert prepare(tmp_path)[0] == manifest
+    assert (folder / UNET).read_bytes() == (model / UNET).read_bytes()
+
+
+def test_without_the_hub_the_cache_will_do_and_is_checked(tmp_path, hub, monkeypatch):
+    manifest, folder = prepare(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    close_session()
+    assert prepare(tmp_path)[0] == manifest
+    blob = (folder / UNET).resolve()
+    blob.write_bytes(b"\0" + blob.read_bytes()[1:])
+    with pytest.raises(PipelineError, match=f"the bytes of {UNET} differ"):
+        prepare(tmp_path)
+
+
+def test_a_broken_connection_is_tried_again(tmp_path, hub, model):
+    hub.faults = {"drop": UNET}
+    manifest, _ = prepare(tmp_path)
+    assert manifest["files"][UNET] == digests(model / UNET)[0]
+
+
+def test_what_a_killed_download_left_is_removed(tmp_path, hub, model):
+    prepare(tmp_path)
+    leftover = next((tmp_path / "cache").glob("*/blobs")) / f"{digests(model / UNET)[0]}.abc.incomplete"
+    leftover.touch()
+    prepare(tmp_path)
+    assert not leftover.exists()
+
+
+def test_weights_as_bin_are_refused_before_any_is_fetched(tmp_path, hub, model):
+    rename(model, UNET, "unet/diffusion_pytorch_model.bin")
+    with pytest.raises(PipelineError, match="but diffusion_pytorch_model.bin, which may hold code. Convert it with"):
+        prepare(tmp_path)
+    assert hub.weights() == []
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("unet", {"in_channels": 9}, "takes 9 channels, as a model for inpainting, but the VAE gives 4"),
+        ("unet", {"in_channels": 8}, "takes 8 channels"),
+        ("unet", {"class_embed_type": "projection"}, "class_embed_type projection"),
+        ("unet", {"num_class_embeds": 1000}, "num_class_embeds 1000"),
+        ("unet", {"addition_embed_type": "image"}, "addition_embed_type image"),
+        ("unet", {"cross_attention_dim": 96}, "cross_attention_dim 96, but its text encoders give 64"),
+    ],
+)
+def test_a_unet_that_wants_other_inputs_is_refused(tmp_path, hub, model, part, changes, message):
+    file = model / part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(PipelineError, match=message):
+        prepare(tmp_path)
+    assert hub.weights() == []
+
+
+def test_lora_alone_is_refused(tmp_path, hub, model):
+    shutil.rmtree(model)
+    model.mkdir()
+    (model / "pytorch_lora_weights.safetensors").write_bytes(b"x")
+    with pytest.raises(PipelineError, match="holds LoRA weights alone"):
+        prepare(tmp_path)
+
+
+def test_a_directory_of_fp16_alone_and_a_revision_left_over(tmp_path, hub, model, caplog):
+    for name in WEIGHTS:
+        rename(model, name, half(name))
+    rename(model, half(WEIGHTS[0]), "text_encoder/model.fp16-00001-of-00001.safetensors")
+    manifest, folder = prepare(tmp_path, source=str(model))
+    assert (manifest["source"], manifest["revision"], manifest["variant"]) == ("model", None, "fp16")
+    assert set(WEIGHTS) <= manifest["files"].keys() and "revision is not used" in caplog.text
+    assert (folder / WEIGHTS[0]).readlink() == model / "text_encoder/model.fp16-00001-of-00001.safetensors"
+
+
+def test_ctrl_c_stops_at_once_and_leaves_no_partial_file(tmp_path, hub, model):
+    write_params(tmp_path, {})
+    hub.faults = {"stall": UNET}
+    command = [sys.executable, "-m", "pipeline", "prepare-backbone", "--source", "org/model", "--revision", COMMIT]
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+    environment["PYTHONPATH"] = str(REPOSITORY)
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 30
+        while not list((tmp_path / "cache").glob(f"*/blobs/{digests(model / UNET)[0]}.*.incomplete")):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert time.monotonic() - started < 2 and process.returncode == 130
+    assert "of these" in errors and "what was finished is kept" in errors and "Traceback" not in errors
+    assert not list((tmp_path / "cache").glob("*/blobs/*.incomplete"))
