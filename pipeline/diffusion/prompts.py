@@ -25,6 +25,7 @@ from pipeline.system_errors import refusal
 
 _TINY_IMAGENET = Path(__file__).parent / "tiny_imagenet.json"  # names of its 200 classes
 _FIELD = "{class_name}"
+_MOST = int(np.iinfo(np.int16).max)  # a shard's prompt numbers are int16
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,18 @@ def build(params: ExtractFeatures, class_names: list[str], locate: Callable[[str
         locate: A path as params.yaml has it -> where the file is; `Config.path`.
 
     Raises:
-        PipelineError: a file of prompts or words cannot be used.
+        PipelineError: a file of prompts or words cannot be used, or there are more prompts than int16 can number.
     """
+    prompt_set = _prompts(params, class_names, locate)
+    if len(prompt_set.texts) > _MOST:
+        raise PipelineError(
+            f"extract_features has {len(prompt_set.texts):,} prompts, but a feature set holds at most {_MOST:,}: "
+            "use fewer words or classes"
+        )
+    return prompt_set
+
+
+def _prompts(params: ExtractFeatures, class_names: list[str], locate: Callable[[str], Path]) -> PromptSet:
     if params.prompts == "self-supervised":
         if params.negative_words:
             words = _read_words(locate(params.negative_words))

@@ -121,3 +121,15 @@ def test_random_negatives_are_distinct_and_keyed_by_the_image():
     assert {n for row in drawn for n in row} == set(range(9))  # 150 draws of 8 words
     again = assign("first", 3, [0], np.eye(9), index=np.array([7]))
     assert again.tolist() == [drawn[7].tolist()]
+
+
+@pytest.mark.parametrize("words, fits", [(32_766, True), (32_767, False)])
+def test_more_prompts_than_int16_can_number_are_refused(tmp_path, words, fits):
+    # the positive prompt is one more, and 2**15 - 1 = 32,767
+    (tmp_path / "words.txt").write_text("\n".join(f"word{number}" for number in range(words)), encoding="utf-8")
+    params = section(ExtractFeatures, "extract_features", prompts="self-supervised", negative_words="words.txt")
+    if fits:
+        assert len(prompts.build(params, [], lambda path: tmp_path / path).texts) == 32_767
+    else:
+        with pytest.raises(PipelineError, match="32,768 prompts, .* at most 32,767"):
+            prompts.build(params, [], lambda path: tmp_path / path)

@@ -281,8 +281,9 @@ def test_image_conditioning_changes_prompted_features_alone(tmp_path):
     assert result.exit_code == 1 and "has no .safetensors weights" in result.output
 
 
-def test_a_dry_run_says_what_it_will_cost_and_writes_nothing(unextracted):
-    result = invoke(unextracted, "extract-features", "--dry-run", "--negatives", "2")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_dry_run_says_what_it_will_cost_and_writes_nothing(unextracted, dtype):
+    result = invoke(unextracted, "extract-features", "--dry-run", "--negatives", "2", "--dtype", dtype)
     assert result.exit_code == 0
     assert "40 in 5 shards" in result.output and "4 per image, 160 in all" in result.output
     assert sorted(path.name for path in unextracted.iterdir()) == ["data", "models", "params.yaml"]
