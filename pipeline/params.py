@@ -5,9 +5,10 @@ absent `guidance` section is no value: it means that a method has none). The com
 its texts, from these descriptions.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic_core import PydanticCustomError
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 """Names a folder, a DVC stage or a run: letters, digits, - and _."""
@@ -27,6 +28,15 @@ class Section(BaseModel):
     """A section of params.yaml: strict types, finite numbers, no unknown keys, immutable."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _fits_into_64_bits(cls, value: Any) -> Any:
+        """Integers end up in int64 arrays and in manifests of that width."""
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and number >= 2**63:
+                raise PydanticCustomError("too_large", "Input should be less than 9223372036854775808 (2^63)")
+        return value
 
 
 class PrepareData(Section):
@@ -114,7 +124,7 @@ class AnalyzeFeatures(Section):
 
     images: int = Field(ge=10, description="at most this many training images, drawn at random")
     validation_fraction: float = Field(gt=0, lt=1, description="the part of them on which linear probes are judged")
-    splits: int = Field(ge=1, description="random validation splits that accuracy is the mean over")
+    splits: int = Field(ge=1, le=1000, description="random validation splits that accuracy is the mean over")
     tsne_images: int = Field(ge=4, description="at most this many images in the t-SNE picture")
     perplexity: float = Field(gt=0, description="t-SNE's number of neighbours")
     seed: int = Field(ge=0, description="seed of the sample, the splits, k-means and t-SNE")

@@ -67,6 +67,18 @@ def test_the_repositorys_own_file_is_valid_and_its_values_arrive(file):
         # missing ones
         ("  timestep: 300", "", "extract_features.timestep is missing"),
         ("  fedavg:\n    algorithm: fedavg\n", "  fedavg: {}\n", "methods.fedavg.algorithm is missing"),
+        # integers wider than the arrays and manifests that they go into
+        (
+            "  rows_per_shard: 512",
+            "  rows_per_shard: 9223372036854775808",
+            "extract_features.rows_per_shard = 9223372036854775808: input should be less than 9223372036854775808",
+        ),
+        (
+            "  dims: [256, 128, 128]",
+            "  dims: [9223372036854775808]",
+            "extract_features.dims = [9223372036854775808]: input",
+        ),
+        ("  seeds: [0, 1, 2]", "  seeds: [9223372036854775808]", "sweep.seeds = [9223372036854775808]: input should"),
         # wrong types
         ("  timestep: 300", "  timestep: yes", "extract_features.timestep = 'yes': input should be a valid integer"),
         ("  timestep: 300", "  timestep: true", "extract_features.timestep = True: input should be a valid integer"),

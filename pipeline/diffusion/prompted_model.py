@@ -4,16 +4,22 @@ The prompts of a set are numbered from 0; the generic one of the denoising repre
 encoded once. Where an image encoder conditions, its embedding goes into an image's own prompts, never the generic one.
 """
 
+import functools
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.diffusion import distinct_prompts, prompts
+from pipeline.diffusion import batching, distinct_prompts, prompts
 from pipeline.diffusion.backbones import Backbone
 from pipeline.diffusion.prompts import PromptSet
+from pipeline.errors import PipelineError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,13 @@ class Inputs:
 
 
 class PromptedModel:
-    """A frozen model that has read its prompts."""
+    """A frozen model that has read its prompts.
+
+    Attributes:
+        conditioning: All prompts, the generic one last.
+        generic: The number of the generic prompt.
+        redone: Pairs that `finite_maps` and its caller computed again in float32.
+    """
 
     def __init__(self, backbone: Backbone, prompt_set: PromptSet, generic: str) -> None:
         """Encodes the prompts, the texts of one averaged, and then `generic`.
@@ -37,6 +49,9 @@ class PromptedModel:
         self.backbone = backbone
         self.conditioning = backbone.encode_prompts([text for group in texts for text in group], list(map(len, texts)))
         self.generic = len(prompt_set.texts)
+        self.redone = 0
+        self._generic_text = generic
+        self._alone = threading.Lock()
         distinct_prompts.check(self.conditioning, prompt_set)
         self._prompt_set = prompt_set
 
@@ -65,3 +80,48 @@ class PromptedModel:
             generic = (text == self.generic).to(of_pair.device)
             chosen = self.backbone.with_image(chosen, torch.where(generic[:, None], 0, of_pair))
         return self.backbone.features(inputs.noisy[image.to(inputs.noisy.device)], timestep, chosen)
+
+    def finite_maps(self, inputs: Inputs, timestep: int, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        """As `maps`; pairs that overflow the model's 16-bit type are computed again in float32.
+
+        Looking at every batch makes a GPU wait: where only pooled features are needed, they are checked once a shard.
+
+        Raises:
+            PipelineError: A map is not finite in float32 either.
+        """
+        maps = self.maps(inputs, timestep, image, text)
+        finite = _finite(maps)
+        if finite.all():
+            return maps
+        if self.backbone.dtype != torch.float32:
+            rows = torch.nonzero(~finite.all(0)).flatten().cpu()
+            again = self.in_float32(lambda model: model.maps(inputs, timestep, image[rows], text[rows]))
+            pairs = torch.stack([image[rows], text[rows]], dim=1)
+            with self._alone:
+                self.redone += len(pairs.unique(dim=0))  # the last batch is filled up with repeats
+            rows = rows.to(finite.device)
+            maps = {layer: of_layer.index_copy(0, rows, again[layer]) for layer, of_layer in maps.items()}
+            finite = _finite(maps)
+        for layer, whole in zip(maps, finite.all(1).tolist(), strict=True):
+            if not whole:
+                raise PipelineError(
+                    f"{layer} of the frozen model is not finite at timestep {timestep}, even in float32. Check its "
+                    "weights, or leave the layer out of extract_features.layers."
+                )
+        return maps
+
+    def in_float32(self, compute: Callable[["PromptedModel"], T]) -> T:
+        """What `compute` gives of the same model in float32, which is loaded when it is first needed, without TF32."""
+        with self._alone:
+            model = self._float32_twin
+        with batching.reproducible(self.backbone.device, torch.float32):
+            return compute(model)
+
+    @functools.cached_property
+    def _float32_twin(self) -> "PromptedModel":
+        return PromptedModel(self.backbone.in_float32(), self._prompt_set, self._generic_text)
+
+
+def _finite(maps: dict[str, Tensor]) -> Tensor:
+    """Which maps are finite, bool (layers, B)."""
+    return torch.stack([of_layer.flatten(1).isfinite().all(1) for of_layer in maps.values()])

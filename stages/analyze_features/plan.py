@@ -8,7 +8,7 @@ import numpy as np
 from pipeline import devices, frozen_model, provenance, seeding
 from pipeline.config import Config
 from pipeline.datasets import Images, PreparedDataset
-from pipeline.diffusion import prompts
+from pipeline.diffusion import backbones, prompts
 from pipeline.diffusion.prompts import PromptSet
 from stages.analyze_features.judge import Judge
 from stages.analyze_features.kept import Kept, Swept
@@ -90,6 +90,8 @@ def make(config: Config) -> Plan:
     kept = Kept(config.state_dir / "sweep" / _key(config, made_of, backbone["files"]))
     timesteps = sorted(set(params.timesteps))
     done = {timestep: swept for timestep in timesteps if (swept := kept.load(timestep))}
+    if len(done) < len(timesteps) and config.backbone_dir.exists():  # a finished sweep needs no model
+        backbones.check_timesteps(config.backbone_dir, timesteps, "sweep_features.timesteps")
     return Plan(
         data=data,
         index=index,

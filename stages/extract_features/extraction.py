@@ -5,7 +5,6 @@ prompts; pairs (image, prompt) are flattened into batches of a fixed shape. Only
 once a shard. A pair whose features overflow the model's 16-bit type is computed again in float32.
 """
 
-import functools
 import logging
 import time
 from collections.abc import Callable
@@ -52,8 +51,7 @@ class Extraction:
     ) -> None:
         """Encodes the prompts and finds the batch size; `check` is called before each batch and may raise to stop."""
         self.backbone, self.params, self.data, self._check = backbone, params, data, check
-        self._image_encoder, self._prompt_set = image_encoder, prompt_set
-        self._redone = 0
+        self._image_encoder = image_encoder
         self._model = PromptedModel(backbone, prompt_set, params.denoise_prompt)
         self.prompts_per_image = len(self.prompts_of(np.zeros(1, np.int64))[0])
         self.latent_shape = backbone.encode_images(data.take(np.zeros(1, np.int64)).images, params.image_size).shape[1:]
@@ -77,7 +75,7 @@ class Extraction:
     @property
     def passes(self) -> int:
         """Passes of the denoiser so far: pairs of an image and a prompt, those redone in float32 counted again."""
-        return self.batcher.computed + self._redone
+        return self.batcher.computed + self._model.redone
 
     def prompts_of(self, index: np.ndarray) -> np.ndarray:
         """int16 (n, P): the prompts of these images."""
@@ -131,9 +129,11 @@ class Extraction:
         The statistics are of what the finished basis makes of the same images, so they can only be had after it.
         """
         inputs = self.clean_inputs(index)
+        before = self._model.redone
         with progress_bar(2 * len(index), "fit basis", "image") as bar:
             layers = self.fit_layers(self.moments(inputs, bar))
             values = self.pooled(inputs, layers, bar)
+        self._say_redone(self._model.redone - before, 2 * len(index), "of the basis ")
         return Basis(layers, values.mean(0), values.std(0))
 
     def clean_inputs(self, index: np.ndarray) -> Inputs:
@@ -164,9 +164,9 @@ class Extraction:
         return pooled.double().cpu().numpy()
 
     def _denoising(self, inputs: Inputs) -> Callable[[Tensor], dict[str, Tensor]]:
-        """Rows -> maps under the generic prompt, which comes last."""
+        """Rows -> finite maps under the generic prompt, which comes last."""
         text = torch.full((len(inputs.noisy),), self._model.generic)
-        return lambda rows: self.maps(inputs, rows, text[rows])
+        return lambda rows: self._model.finite_maps(inputs, self.params.timestep, rows, text[rows])
 
     def maps(self, inputs: Inputs, image: Tensor, text: Tensor) -> dict[str, Tensor]:
         """Layer -> maps of the pairs (image, text), float32 (B, C_l, h_l, w_l)."""
@@ -179,18 +179,21 @@ class Extraction:
             return 0
         image, text = image[overflown], text[overflown]
 
-        def batch(rows: Tensor) -> Tensor:
-            return projector(self._in_float32.maps(inputs, self.params.timestep, image[rows], text[rows])).half()
+        def again(model: PromptedModel) -> Tensor:
+            def batch(rows: Tensor) -> Tensor:
+                return projector(model.maps(inputs, self.params.timestep, image[rows], text[rows])).half()
 
-        batcher = Batcher(min(batching.CPU_BATCH, self.batcher.batch_size), check=self._check)
-        table[overflown.to(table.device)] = batcher.table(batch, len(overflown), lambda done: None)
-        self._redone += batcher.computed
-        log.warning("%d of %d passes overflowed %s: redone in float32", len(overflown), len(table), self.params.dtype)
+            batcher = Batcher(min(batching.CPU_BATCH, self.batcher.batch_size), check=self._check)
+            return batcher.table(batch, len(overflown), lambda done: None)
+
+        table[overflown.to(table.device)] = self._model.in_float32(again)
+        self._model.redone += len(overflown)
+        self._say_redone(len(overflown), len(table))
         return len(overflown)
 
-    @functools.cached_property
-    def _in_float32(self) -> PromptedModel:
-        return PromptedModel(self.backbone.in_float32(), self._prompt_set, self.params.denoise_prompt)
+    def _say_redone(self, redone: int, total: int, of: str = "") -> None:
+        if redone:
+            log.warning("%d of %d passes %soverflowed %s: redone in float32", redone, total, of, self.params.dtype)
 
     def _blank_pass(self, rows: Tensor) -> dict[str, Tensor]:
         noisy = torch.zeros(len(rows), *self.latent_shape, device=self.backbone.device)

@@ -46,6 +46,7 @@ def make(config: Config) -> Job:
         raise PipelineError(
             f"extract_features.dims = {params.dims} must have one entry for each of layers = {list(channels)}"
         )
+    backbones.check_timesteps(config.backbone_dir, [params.timestep], "extract_features.timestep")
     prompt_set = prompts.build(params, dataset.class_names, config.path)
     content = Content(
         extraction_version=params.version,

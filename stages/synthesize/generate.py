@@ -35,8 +35,9 @@ class Generator:
         Raises:
             PipelineError: it cannot be loaded.
         """
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
+        for library in (diffusers.utils.logging, transformers.utils.logging):
+            library.set_verbosity_error()  # such as diffusers' on float16 on a CPU, which works here
+            library.disable_progress_bar()
         try:
             self._pipe = StableDiffusionPipeline.from_pretrained(
                 path,
@@ -77,6 +78,11 @@ class Generator:
             latents=noise.to(self._pipe.device, unet.dtype),
             output_type="np",
         ).images  # float (B, H, W, 3) in [0, 1]
+        if not np.isfinite(images).all():
+            raise PipelineError(
+                f"the frozen model overflows {self._params.dtype} while it generates images of {class_name!r}. Set "
+                "synthesize.dtype to bfloat16 or float32."
+            )
         pixels = (255 * np.clip(images, 0, 1)).round().astype(np.uint8)
         return np.stack([self._resize(image) for image in pixels])
 

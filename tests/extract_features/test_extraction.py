@@ -17,7 +17,7 @@ from pipeline import seeding
 from pipeline.config import load
 from pipeline.datasets import PreparedDataset
 from pipeline.diffusion import backbones
-from pipeline.feature_store import FeatureSet, verification
+from pipeline.feature_store import FeatureSet, read_basis_file, verification
 from stages.extract_features.cost import count_flops
 from tests.conftest import invoke
 from tests.extract_features import tiny_models
@@ -232,12 +232,54 @@ def test_half_precision_overflow_is_redone_in_float32_and_counted(tmp_path):
         tmp_path / "p", images=10, source=source, **TINY,
     )  # fmt: skip
     reference = FeatureSet(extract(root)).read(np.arange(10))
-    shared = ("--basis", str(next(root.glob("data/features/*/basis.h5"))))
-    opened = FeatureSet(extract(root, *shared, "--dtype", "float16", "--overwrite"))
+    fitted = read_basis_file(next(root.glob("data/features/*/basis.h5")), ["up_blocks.1", "up_blocks.2", "up_blocks.3"])
+    shared = root / "shared.h5"
+    shutil.copy(next(root.glob("data/features/*/basis.h5")), shared)
+    result = invoke(root, "extract-features", "--dtype", "float16", "--overwrite")
+    assert "12 of 12 passes of the basis overflowed float16" in result.output  # 6 images, twice
+    again = read_basis_file(next(root.glob("data/features/*/basis.h5")), list(fitted.layers))
+    for layer, of_layer in fitted.layers.items():
+        np.testing.assert_allclose(again.layers[layer].mean, of_layer.mean, rtol=1e-3, atol=1e-3)
+        assert again.layers[layer].total_variance == pytest.approx(of_layer.total_variance, rel=1e-3)
+    opened = FeatureSet(extract(root, "--basis", str(shared), "--dtype", "float16", "--overwrite"))
     assert opened.manifest.redone_in_float32 == 10 * 3
     found = opened.read(np.arange(10))
     np.testing.assert_allclose(found.prompted, reference.prompted, rtol=2e-3, atol=2e-3)
     np.testing.assert_allclose(found.denoised, reference.denoised, rtol=2e-3, atol=2e-3)
+
+
+def test_maps_that_are_not_finite_in_float32_either_name_the_layer_and_leave_no_basis(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    source = tiny_models.sd(tmp_path / "broken")
+    unet = source / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(unet)
+    weights["up_blocks.2.resnets.0.conv1.weight"][0] = float("nan")
+    save_file(weights, unet, metadata={"format": "pt"})
+    root = project(
+        tmp_path / "p", images=10, source=source, **TINY,
+    )  # fmt: skip
+    for dtype in ("float32", "float16"):
+        result = invoke(root, "extract-features", "--dtype", dtype)
+        assert result.exit_code == 1
+        assert "up_blocks.2 of the frozen model is not finite at timestep 300, even in float32" in result.output
+        assert not list(root.glob(".pipeline/staging/*/basis.h5"))
+
+
+def test_timesteps_past_the_models_schedule_are_refused_before_it_is_loaded(tmp_path):
+    source = tiny_models.sd(tmp_path / "short")
+    file = source / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_train_timesteps": 200}))
+    root = project(
+        tmp_path / "p", images=10, source=source, **TINY,
+    )  # fmt: skip
+    for flags in ((), ("--dry-run",)):
+        result = invoke(root, "extract-features", "--timestep", "200", *flags)
+        assert result.exit_code == 1 and "extract_features.timestep = 200" in result.output
+        assert "the noise schedule of short has 200 timesteps. Set it to at most 199." in result.output
+        result = invoke(root, "sweep-features", "--timesteps", "[50, 300]", *flags)
+        assert result.exit_code == 1 and "sweep_features.timesteps = 300" in result.output
+    extract(root, "--timestep", "199")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -150,7 +150,7 @@ def interrupted(made, tmp_path_factory):
         shutil.rmtree(root / output)
         at = (
             made.commands[command[0]].operations
-            - {"train-fl": 12, "synthesize": 15, "extract-features": 14}[command[0]]
+            - {"train-fl": 12, "synthesize": 22, "extract-features": 14}[command[0]]
         )
         more = ("--set", "runtime.cache_latents=true") if command == EXTRACT else ()
         program.run(root, *command, *more, under=program.Conditions(dies_at=at))

@@ -9,6 +9,7 @@ text.py      CLIP and T5 text encoders
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ from pipeline.diffusion.backbones.sd3 import StableDiffusion3Backbone
 from pipeline.diffusion.backbones.unet import UNetBackbone
 from pipeline.errors import PipelineError
 
-__all__ = ["Backbone", "Conditioning", "family", "layer_channels", "load"]
+__all__ = ["Backbone", "Conditioning", "check_timesteps", "family", "layer_channels", "load"]
 
 for _library in (diffusers.utils.logging, transformers.utils.logging):  # their notes and bars say nothing to users
     _library.set_verbosity_error()
     _library.disable_progress_bar()
+
+_USUAL_TIMESTEPS = 1000  # where a schedule does not say: the default of every scheduler of diffusers
 
 _FAMILIES: dict[str, type[DiffusersBackbone]] = {
     "UNet2DConditionModel": UNetBackbone,
@@ -72,6 +75,25 @@ def family(path: Path) -> type[DiffusersBackbone]:
     index = _json(path / families.INDEX)
     files = [name for name in families.config_files(index) if (path / name).is_file()]
     return _FAMILIES[families.judge(path.name, {families.INDEX: index} | {name: _json(path / name) for name in files})]
+
+
+def check_timesteps(path: Path, timesteps: Iterable[int], key: str) -> None:
+    """Checks that the model's noise schedule has these timesteps.
+
+    Args:
+        path: A diffusers pipeline directory.
+        timesteps: Counted from 0.
+        key: The key of params.yaml that names them, for the error.
+
+    Raises:
+        PipelineError: The schedule is shorter; names the largest timestep that it has.
+    """
+    count = _json(path / "scheduler" / "scheduler_config.json").get("num_train_timesteps", _USUAL_TIMESTEPS)
+    if beyond := [timestep for timestep in timesteps if timestep >= count]:
+        raise PipelineError(
+            f"{key} = {beyond[0]}: the noise schedule of {path.name} has {count} timesteps. "
+            f"Set it to at most {count - 1}."
+        )
 
 
 def _json(file: Path) -> dict[str, Any]:

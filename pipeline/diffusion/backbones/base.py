@@ -51,6 +51,7 @@ class Backbone(Protocol):
     """A frozen diffusion model, as extraction sees it."""
 
     device: str
+    dtype: torch.dtype
     channels: dict[str, int]
     """Layer name -> number of channels C_l, in the order asked for."""
 
