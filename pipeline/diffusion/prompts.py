@@ -195,7 +195,7 @@ def _read_mapping(file: Path, key: str) -> dict[str, Any]:
         raise PipelineError(f"{key} must map class names to prompts")
     if other:
         line, written, kind = other[0]
-        more = f"; {len(other) - 1} more keys are no text either" if len(other) > 1 else ""
+        more = f" (and {len(other) - 1} others in the same way)" if len(other) > 1 else ""
         raise PipelineError(f'{key}, line {line}: YAML reads the key {written} as {kind}{more}. Quote it: "{written}".')
     return {
         unicodedata.normalize("NFC", name) if isinstance(name, str) else name: texts for name, texts in content.items()

@@ -84,7 +84,10 @@ def load(
         for line in partitions.left_out(parts, groups):
             log.warning("partitions.%s: %s", partition, line)
     if features:
-        features.require(np.concatenate([index[part] for part in parts]))
+        needed = np.concatenate([index[part] for part in parts])
+        features.require(needed)
+        if guidance and guidance.tdcl_weight:
+            guiding_set.check_prompts_differ(features, needed)
     counts = partitions.label_counts(parts, train.labels, len(dataset.class_names))
     extra, synthetic_hash = _synthetic(config, dataset, bool(source), counts, seed, client_id or 0)
     image_bytes = counts.sum() * train.images[0].nbytes + sum(images.images.nbytes for images in extra)

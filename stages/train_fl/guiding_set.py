@@ -9,6 +9,8 @@ name (`class_prompts`, `negative_words`, `basis`, `image_conditioning`), are no 
 from itertools import zip_longest
 from typing import Any
 
+import numpy as np
+
 from pipeline import frozen_model, provenance
 from pipeline.config import Config
 from pipeline.datasets import PreparedDataset
@@ -17,6 +19,7 @@ from pipeline.errors import PipelineError
 from pipeline.feature_store import Basis, Content, FeatureSet
 from pipeline.params import ExtractFeatures
 
+_LOOKED_AT = 16
 _EXTRACT = "or run `pipeline extract-features --overwrite`"
 _PLAIN = ("timestep", "image_size", "denoise_prompt", "negatives", "noise_seed", "dtype")
 _FILES = {"class": "class_prompts", "self-supervised": "negative_words"}  # what names the file of texts
@@ -52,6 +55,36 @@ def check_method(features: FeatureSet, method: str, without_labels: bool) -> Non
         raise PipelineError(
             f"{features.path} was extracted with self-supervised prompts, which name no class, but {method} trains "
             "with labels and is guided by the class's prompt: set extract_features.prompts to class and extract"
+        )
+
+
+def check_prompts_differ(features: FeatureSet, index: np.ndarray) -> None:
+    """Checks that images look different under their prompts, which TDCL contrasts.
+
+    Sets that were extracted before such prompts were refused may have equal ones: every feature is then equal, so a few
+    images tell.
+
+    Args:
+        features: The set.
+        index: int64 (n,), positions in the training split that the run needs.
+
+    Raises:
+        PipelineError: All images looked at have equal features under two of their prompts; names them.
+    """
+    rows = features.read(np.sort(index)[:_LOOKED_AT])
+    equal: set[tuple[int, int]] | None = None
+    for numbers, values in zip(rows.prompt_class.tolist(), rows.prompted, strict=True):
+        first: dict[bytes, int] = {}
+        pairs = [
+            (first.setdefault(value.tobytes(), number), number) for number, value in zip(numbers, values, strict=True)
+        ]
+        found = {(min(pair), max(pair)) for pair in pairs if pair[0] != pair[1]}
+        equal = found if equal is None else equal & found
+    for one, other in sorted(equal or ()):
+        texts = " and ".join(repr(features.manifest.content.prompts[number][0][:80]) for number in (one, other))
+        raise PipelineError(
+            f"{features.path} has equal features under the prompts {texts}, so TDCL has nothing to contrast. Extract "
+            "again with prompts that the model can tell apart, or set tdcl_weight to 0."
         )
 
 

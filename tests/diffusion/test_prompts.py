@@ -38,7 +38,10 @@ def test_a_file_overrides_classes(tmp_path, write):
         ("[dog]", "must map class names to prompts"),
         ("dog: [", "cannot be read"),
         ("dog: no\n# numbers\n007: a photo", 'line 3: YAML reads the key 007 as a number. Quote it: "007".'),
-        ("true: a photo\n1e3: b", "line 1: YAML reads the key true as true or false; 1 more keys are no text either"),
+        (
+            "true: a photo\n1e3: b",
+            "line 1: YAML reads the key true as true or false \\(and 1 others in the same way\\)",
+        ),
         ("null: a photo", "reads the key null as an empty value. Quote it"),
         ("2020-01-01: a photo", "reads the key 2020-01-01 as a date. Quote it"),
     ],

@@ -258,6 +258,15 @@ def test_prompts_and_labels_go_together(tmp_path):
     refused(project, "self-supervised prompts, which name no class, but feddifrc trains with labels")
 
 
+def test_equal_features_under_two_prompts_are_named_where_they_are_contrasted(tmp_path):
+    project = tiny_project.make(tmp_path, methods__feddifrc__tdcl_weight=0.0, **ROUND)
+    tiny_project.add_features(project, same=(0, 2))
+    assert run(project, "feddifrc", "iid", 0)
+    project = tiny_project.make(tmp_path, **ROUND)
+    names = [text for (text,) in FeatureSet(project.features_dir).manifest.content.prompts]
+    refused(project, f"equal features under the prompts {names[0]!r} and {names[2]!r}", "tdcl_weight to 0")
+
+
 # Only what it needs
 
 

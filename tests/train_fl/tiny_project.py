@@ -66,10 +66,10 @@ def content(project: config.Config) -> Content:
     )
 
 
-def add_features(project: config.Config, **changes) -> None:
+def add_features(project: config.Config, same: tuple[int, ...] = (), **changes) -> None:
     """Random representations of the training images under one prompt per class, the image's own among them.
 
-    `changes` are of what the set says of itself.
+    The prompts `same` give equal representations; `changes` are of what the set says of itself.
     """
     train = datasets.PreparedDataset(project.dataset_dir).load("train")
     stated = Content(**content(project).model_dump() | changes)
@@ -82,6 +82,7 @@ def add_features(project: config.Config, **changes) -> None:
         index = np.array(plan.shard_rows(shard))
         denoised = rng.random((len(index), DIMS)).astype(np.float16)
         prompted = rng.random((len(index), 3, DIMS)).astype(np.float16)
+        prompted[:, list(same)] = prompted[:, list(same[:1])]
         classes = np.tile(np.arange(3, dtype=np.int16), (len(index), 1))
         writer.write_shard(shard, Features(index, train.labels[index], denoised, prompted, classes), 0)
     writer.publish(project.features_dir)
