@@ -1,12 +1,16 @@
 """The frozen model as its manifest names it, and the image encoder beside it: what every stage checks by hash."""
 
 import json
+import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline import provenance, system_errors
 from pipeline.config import Config
 from pipeline.errors import PipelineError
+
+_VARIANT = re.compile(r"\.(fp16|bf16|non_ema)[.-]")
+"""In the names of other precisions and training states of the same weights, which are not loaded."""
 
 
 def read_checked(config: Config) -> dict[str, Any]:
@@ -65,9 +69,13 @@ def image_encoder_hashes(config: Config) -> dict[str, str] | None:
     path = image_encoder_dir(config)
     if path is None:
         return None
-    files = sorted([*path.glob("config.json"), *path.glob("*.safetensors")])
+    weights = [file for file in path.glob("*.safetensors") if not _VARIANT.search(file.name)]
+    files = sorted([*path.glob("config.json"), *weights])
     if not any(file.suffix == ".safetensors" for file in files):
-        raise PipelineError(f"extract_features.image_conditioning: {path} has no .safetensors weights")
+        raise PipelineError(
+            f"extract_features.image_conditioning: {path} has no .safetensors weights in full precision. Name the "
+            "directory of a CLIPVisionModelWithProjection that has them"
+        )
     return {file.name: provenance.file_sha256(file) for file in files}
 
 

@@ -7,6 +7,13 @@ from stages.prepare_backbone.selection import CONVERT
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HOST = re.compile(r"(www\.)?(huggingface\.co|hf\.co)/")
+_PATH = re.compile(r"[./~$].*|.*/|[^/@]+(/[^/@]+){2,}")
+
+
+def is_path(source: str) -> bool:
+    """Whether a source can only be meant as a directory: ./sd, ~/sd, /models/sd, a/b/c, sd/."""
+    return "://" not in source and not _HOST.match(source) and _PATH.fullmatch(source) is not None
 
 
 def pinned(source: str, revision: str | None) -> tuple[str, str]:
@@ -46,7 +53,7 @@ def _parse(source: str) -> tuple[str, str | None]:
 
     written = source.strip().rstrip("/")
     address = re.sub(r"/commits?/", "/tree/", written) if "://" in written else written
-    if re.match(r"(www\.)?(huggingface\.co|hf\.co)/", address):
+    if _HOST.match(address):
         address = f"https://{address}"
     try:
         uri = parse_hf_uri(address if "://" in address else f"hf://{address}", endpoint=constants.ENDPOINT)

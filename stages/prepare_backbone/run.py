@@ -51,6 +51,12 @@ def run(config: Config, train: bool = False) -> Path:
         found = {"name": params.name, "source": directory.name, "revision": None}
         found |= _linked(Directory(directory), config.backbone_dir, params.variant, prefer_fp16=False)
     else:
+        if address.is_path(params.source):
+            places = " and ".join(str(place) for place in config.places(params.source))
+            raise PipelineError(
+                f"prepare_backbone.source = {params.source!r}: there is no such directory (looked for {places}). Check "
+                "the path, or write organisation/model for a model on the hub"
+            )
         from stages.prepare_backbone.hub import HubModel
 
         hub_id, revision = address.pinned(params.source, params.revision)

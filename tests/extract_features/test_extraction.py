@@ -317,6 +317,9 @@ def test_image_conditioning_changes_prompted_features_alone(tmp_path):
     conditioned = FeatureSet(extract(root, "--image-conditioning", "clip", "--overwrite")).read(np.arange(10))
     assert np.array_equal(conditioned.denoised, without.denoised)
     assert not np.allclose(conditioned.prompted, without.prompted, atol=1e-2)
+    (root / "clip" / "model.fp16.safetensors").write_bytes(b"not loaded")  # beside the full weights: the same encoder
+    result = invoke(root, "extract-features", "--image-conditioning", "clip")
+    assert result.exit_code == 0 and "is complete already" in result.output
     result = invoke(root, "extract-features", "--image-conditioning", "clip20", "--overwrite")
     assert result.exit_code == 1 and "embeds images in 20 numbers, but sd has prompt embeddings of 16" in result.output
     result = invoke(root, "extract-features", "--image-conditioning", "nowhere")

@@ -1,0 +1,26 @@
+"""Which sources are directories and which are on the hub."""
+
+import pytest
+
+from pipeline import config
+from pipeline.errors import PipelineError
+from stages import prepare_backbone
+from stages.prepare_backbone import address
+from tests.conftest import write_params
+
+
+@pytest.mark.parametrize("source", ["./sd", "../sd", "/models/sd", "~/sd", "$HOME/sd", "a/b/c", "sd/", "models/a/b"])
+def test_what_can_only_be_a_directory_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, source):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    write_params(tmp_path, {"prepare_backbone.source": source})
+    with pytest.raises(PipelineError, match="there is no such directory") as error:
+        prepare_backbone.run(config.load(tmp_path / "params.yaml"))
+    place = str(tmp_path / "home" / "sd") if source[0] in "~$" else source.removeprefix("./").rstrip("/")
+    assert place in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "source", ["org/model", "org/model@main", "https://huggingface.co/org/model/tree/main", "hf.co/org/model/tree/main"]
+)
+def test_what_names_a_model_on_the_hub_is_no_path(source):
+    assert not address.is_path(source)
