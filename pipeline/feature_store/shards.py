@@ -27,7 +27,7 @@ from pipeline.text import printable
 MALFORMED = (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError)  # what h5py raises
 _DATASETS = {**FIELDS, "crc32": "<u4"}
 _SHARE = 8  # a set takes an eighth of the descriptors that a process may have
-_FEWEST, _MOST = 8, 256
+_FEWEST, _MOST = 8, 64
 _LONGEST = 200  # characters of what a file says of itself, in an error
 
 
