@@ -270,7 +270,7 @@ def synthesize(config: "Config") -> None:
     "seeds",
     required=True,
     multiple=True,
-    type=click.IntRange(min=0),
+    type=click.IntRange(min=0, max=2**63 - 1),
     help="Seed of everything random in a run; repeat it for several runs.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a finished run that other settings or data gave.")

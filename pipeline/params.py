@@ -445,14 +445,16 @@ class Runtime(Section):
     """Speed, and of numbers at most the last bits: DVC does not track this section."""
 
     device: str = Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
-    unet_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+    unet_batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=65536)] = Field(
         description="(image, prompt) pairs per batch of the frozen model; auto fills a GPU's memory; 16 to 64 on "
         "the CPU, where batches are computed side by side"
     )
     compile: bool = Field(description="compile the frozen model (torch.compile): minutes once, faster passes on a GPU")
     cache_latents: bool = Field(description="keep the images' latents under .pipeline/ for the next extraction")
     synthesize_batch_size: int = Field(ge=1, description="synthesize: images generated at a time")
-    num_threads: int | None = Field(ge=1, description="train-fl: CPU threads per operation; null: torch's choice")
+    num_threads: int | None = Field(
+        ge=1, le=65536, description="train-fl: CPU threads per operation; null: torch's choice"
+    )
     channels_last: bool = Field(description="train-fl: channels-last memory format, faster on CPUs and GPUs")
     checkpoint_every: int = Field(ge=1, description="train-fl: rounds between checkpoints")
     tensorboard: bool = Field(description="train-fl: every round to tensorboard/<run> as well")

@@ -5,10 +5,10 @@ encoded once. Where an image encoder conditions, its embedding goes into an imag
 """
 
 import functools
+import logging
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from pipeline.diffusion import batching, distinct_prompts, prompts
 from pipeline.diffusion.backbones import Backbone
+from pipeline.diffusion.batching import Batcher
 from pipeline.diffusion.prompts import PromptSet
 from pipeline.errors import PipelineError
 
-T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class PromptedModel:
     Attributes:
         conditioning: All prompts, the generic one last.
         generic: The number of the generic prompt.
-        redone: Pairs that `finite_maps` and its caller computed again in float32.
+        redone: Pairs that `finite_maps` computed again in float32 so far.
     """
 
     def __init__(self, backbone: Backbone, prompt_set: PromptSet, generic: str) -> None:
@@ -82,9 +83,9 @@ class PromptedModel:
         return self.backbone.features(inputs.noisy[image.to(inputs.noisy.device)], timestep, chosen)
 
     def finite_maps(self, inputs: Inputs, timestep: int, image: Tensor, text: Tensor) -> dict[str, Tensor]:
-        """As `maps`; pairs that overflow the model's 16-bit type are computed again in float32.
+        """As `maps`; pairs that overflow the model's 16-bit type are computed again in float32, without TF32.
 
-        Looking at every batch makes a GPU wait: where only pooled features are needed, they are checked once a shard.
+        A GPU waits once a batch for the answer, as it does anyway for the batch's row numbers to be copied.
 
         Raises:
             PipelineError: A map is not finite in float32 either.
@@ -94,14 +95,12 @@ class PromptedModel:
         if finite.all():
             return maps
         if self.backbone.dtype != torch.float32:
-            rows = torch.nonzero(~finite.all(0)).flatten().cpu()
-            again = self.in_float32(lambda model: model.maps(inputs, timestep, image[rows], text[rows]))
-            pairs = torch.stack([image[rows], text[rows]], dim=1)
+            rows = torch.nonzero(~finite.all(0)).flatten()
+            overflown = torch.stack([image, text], dim=1)[rows.cpu()]  # (r, 2)
+            again = self._in_float32(inputs, timestep, overflown)
             with self._alone:
-                self.redone += len(pairs.unique(dim=0))  # the last batch is filled up with repeats
-            rows = rows.to(finite.device)
-            maps = {layer: of_layer.index_copy(0, rows, again[layer]) for layer, of_layer in maps.items()}
-            finite = _finite(maps)
+                self.redone += len(overflown.unique(dim=0))  # the last batch is filled up with repeats
+            return {layer: of_layer.index_copy(0, rows, again[layer]) for layer, of_layer in maps.items()}
         for layer, whole in zip(maps, finite.all(1).tolist(), strict=True):
             if not whole:
                 raise PipelineError(
@@ -110,12 +109,30 @@ class PromptedModel:
                 )
         return maps
 
-    def in_float32(self, compute: Callable[["PromptedModel"], T]) -> T:
-        """What `compute` gives of the same model in float32, which is loaded when it is first needed, without TF32."""
+    def warn_of_redone(self, before: int, passes: int, what: str) -> None:
+        """Says in the log how many of these passes were computed again since `redone` was `before`, if any."""
+        if redone := self.redone - before:
+            dtype = str(self.backbone.dtype).removeprefix("torch.")
+            log.warning("%d of %d passes of %s overflowed %s: redone in float32", redone, passes, what, dtype)
+
+    def _in_float32(self, inputs: Inputs, timestep: int, pairs: Tensor) -> dict[str, Tensor]:
+        """Finite maps of the pairs, int64 (r, 2), from the same model in float32, loaded when it is first needed.
+
+        Batches have the size by which a row's numbers do not depend on what else is in its batch, on the CPU.
+        """
         with self._alone:
             model = self._float32_twin
+
+        def batch(rows: Tensor) -> dict[str, Tensor]:
+            image, text = pairs[rows].unbind(1)
+            return model.finite_maps(inputs, timestep, image, text)
+
         with batching.reproducible(self.backbone.device, torch.float32):
-            return compute(model)
+            parts = [
+                {layer: of_layer[: rows.stop - rows.start] for layer, of_layer in maps.items()}
+                for rows, maps in Batcher(batching.CPU_BATCH).map(batch, len(pairs))
+            ]
+        return {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
 
     @functools.cached_property
     def _float32_twin(self) -> "PromptedModel":

@@ -9,6 +9,7 @@ LeVeque, 1979) and decomposed on the CPU: streaming, and equal to the PCA of all
 import numpy as np
 import torch
 
+from pipeline.errors import PipelineError
 from pipeline.feature_store import LayerBasis
 
 
@@ -47,7 +48,15 @@ def fit_basis(moments: Moments, dims: int) -> LayerBasis:
     Returns:
         Components by descending variance; the sign of each makes its largest entry positive, so that two fits of the
         same data agree.
+
+    Raises:
+        PipelineError: There are fewer than two vectors.
     """
+    if moments.count < 2:
+        raise PipelineError(
+            "a PCA basis cannot be fitted on one position of one map. Set a larger extract_features.image_size, or "
+            "take more training images"
+        )
     variance, vectors = torch.linalg.eigh(moments.scatter.cpu() / (moments.count - 1))  # ascending
     variance, components = np.maximum(variance.numpy()[::-1], 0), vectors.numpy()[:, ::-1].T
     largest = np.abs(components).argmax(axis=1)

@@ -113,10 +113,10 @@ class FeatureSetWriter:
         """Reads basis.h5."""
         return read_basis(self.path, self._basis_entry, self.fingerprint, list(self.plan.content.layers))
 
-    def write_basis(self, basis: Basis) -> None:
+    def write_basis(self, basis: Basis, redone_in_float32: int = 0) -> None:
         """Writes basis.h5 and enters it; shards projected on another basis no longer count."""
         _write_basis(self.path / "basis.h5", basis, fingerprint=self.fingerprint)
-        self._basis = self._enter("basis", rows=0, redone=0)
+        self._basis = self._enter("basis", rows=0, redone=redone_in_float32)
 
     def write_shard(self, shard: int, features: Features, redone_in_float32: int) -> None:
         """Writes a shard and enters it.

@@ -71,6 +71,7 @@ def make(config: Config) -> Plan:
     index = order[: params.images]
     margin_images = min(params.margin_images, len(index))
     prompt_set = prompts.build(extraction, dataset.class_names, config.path)
+    prompts.check_negatives(prompt_set, extraction.negatives)
     judge = Judge(data.labels[index], config.params.analyze_features)
     made_of = {
         "dataset": {"name": dataset.name, "hash": dataset.hash},
@@ -92,6 +93,7 @@ def make(config: Config) -> Plan:
     done = {timestep: swept for timestep in timesteps if (swept := kept.load(timestep))}
     if len(done) < len(timesteps) and config.backbone_dir.exists():  # a finished sweep needs no model
         backbones.check_timesteps(config.backbone_dir, timesteps, "sweep_features.timesteps")
+        backbones.check_image_size(config.backbone_dir, extraction.image_size)
     return Plan(
         data=data,
         index=index,

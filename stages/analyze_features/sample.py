@@ -94,6 +94,7 @@ class Sample:
             PipelineError: the maps are not finite, even in float32.
         """
         inputs = Inputs(self.backbone.add_noise(self._latents, self._noise, timestep), self._embeddings)
+        before = self._model.redone
         everyone = torch.arange(len(self.images))
         passes = self._passes(inputs, timestep, everyone, torch.full_like(everyone, self._model.generic), done)
         first = _first(passes, min(self._params.basis_images, len(everyone)))
@@ -102,6 +103,7 @@ class Sample:
         projector = Projector(kept, self.backbone.device)
         values = torch.cat([projector(first), *(projector(maps) for maps in passes)]).cpu().numpy()  # (n, D)
         prompted = self._prompted(inputs, timestep, projector, values.shape[1], done)
+        self._model.warn_of_redone(before, len(everyone) + self._own.size, f"timestep {timestep}")
         dims = [len(basis.components) for basis in kept.values()]
         return {
             layer: LayerFeatures(

@@ -81,10 +81,8 @@ def estimate(config: Config) -> Estimate:
 
 def count_flops(path: Path, layers: list[str] | str, image_size: int, conditioning: Conditioning) -> tuple[int, int]:
     """Operations of encoding one image, and of one pass with one prompt, nothing past the last layer included."""
-    floating = [tensor.dtype for tensor in conditioning.tensors.values() if tensor.is_floating_point()]
-    twin = backbones.load(
-        path, layers, "meta", floating[0] if floating else torch.float32
-    )  # takes prompts of its dtype
+    of_prompts = (tensor.dtype for tensor in conditioning.tensors.values() if tensor.is_floating_point())
+    twin = backbones.load(path, layers, "meta", next(of_prompts, torch.float32))  # takes prompts of its own type only
     one_prompt = conditioning.take(torch.zeros(1, dtype=torch.int64)).to("meta")
     with FlopCounterMode(display=False) as encoding:
         latents = twin.encode_images(np.zeros((1, image_size, image_size, 3), np.uint8), image_size)

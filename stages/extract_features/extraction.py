@@ -2,7 +2,7 @@
 
 Per image the VAE encodes once and one noise is drawn from a generator keyed by (noise_seed, index), shared by all its
 prompts; pairs (image, prompt) are flattened into batches of a fixed shape. Only (pairs, D) float16 leave the device,
-once a shard. A pair whose features overflow the model's 16-bit type is computed again in float32.
+once a shard. A pair whose maps overflow the model's 16-bit type is computed again in float32 (prompted_model.py).
 """
 
 import logging
@@ -22,11 +22,14 @@ from pipeline.diffusion.image_conditioning import ImageEncoder
 from pipeline.diffusion.prompted_model import Inputs, PromptedModel
 from pipeline.diffusion.prompts import PromptSet
 from pipeline.diffusion.representation import Moments, Projector
+from pipeline.errors import PipelineError
 from pipeline.feature_store import Basis, Features, LayerBasis
 from pipeline.params import ExtractFeatures, Runtime
 from pipeline.progress import progress_bar
 
 log = logging.getLogger(__name__)
+
+_LARGEST = torch.finfo(torch.float16).max
 
 
 class HostInput(NamedTuple):
@@ -75,7 +78,12 @@ class Extraction:
     @property
     def passes(self) -> int:
         """Passes of the denoiser so far: pairs of an image and a prompt, those redone in float32 counted again."""
-        return self.batcher.computed + self._model.redone
+        return self.batcher.computed + self.redone
+
+    @property
+    def redone(self) -> int:
+        """Pairs of an image and a prompt that were computed again in float32 so far."""
+        return self._model.redone
 
     def prompts_of(self, index: np.ndarray) -> np.ndarray:
         """int16 (n, P): the prompts of these images."""
@@ -108,20 +116,25 @@ class Extraction:
         return Inputs(noisy, self._vae_batcher.table(batch, len(noisy), lambda done: None))
 
     def represent(self, index: np.ndarray, inputs: Inputs, projector: Projector, bar: Any) -> tuple[Features, int]:
-        """All representations of these images, and how many pairs were redone in float32."""
+        """All representations of these images, and how many pairs were redone in float32.
+
+        Raises:
+            PipelineError: A number exceeds the range of float16.
+        """
         own = self.prompts_of(index)  # (n, P)
         generic = np.full((len(index), 1), self._model.generic)
         text = torch.from_numpy(np.concatenate([generic, own], axis=1).astype(np.int64)).flatten()  # (n * (1+P),)
         image = torch.arange(len(index)).repeat_interleave(1 + own.shape[1])
 
         def batch(rows: Tensor) -> Tensor:
-            maps = self.maps(inputs, image[rows], text[rows])
-            return projector(maps).half()
+            return projector(self.maps(inputs, image[rows], text[rows])).half()
 
+        before = self.redone
         table = self.batcher.table(batch, len(text), lambda done: bar.update(done / (1 + own.shape[1])))
-        redone = self._redo_overflows(table, inputs, image, text, projector)
+        self._check_fits_float16(table)
+        self._model.warn_of_redone(before, len(text), "the shard")
         values = table.cpu().numpy().reshape(len(index), 1 + own.shape[1], -1)  # (n, 1+P, D)
-        return Features(index, self.data.labels[index], values[:, 0], values[:, 1:], own), redone
+        return Features(index, self.data.labels[index], values[:, 0], values[:, 1:], own), self.redone - before
 
     def fit_basis(self, index: np.ndarray) -> Basis:
         """PCA of the layers over these images' denoising maps, in one pass; and a second one for mean and std.
@@ -129,11 +142,11 @@ class Extraction:
         The statistics are of what the finished basis makes of the same images, so they can only be had after it.
         """
         inputs = self.clean_inputs(index)
-        before = self._model.redone
+        before = self.redone
         with progress_bar(2 * len(index), "fit basis", "image") as bar:
             layers = self.fit_layers(self.moments(inputs, bar))
             values = self.pooled(inputs, layers, bar)
-        self._say_redone(self._model.redone - before, 2 * len(index), "of the basis ")
+        self._model.warn_of_redone(before, 2 * len(index), "the basis")
         return Basis(layers, values.mean(0), values.std(0))
 
     def clean_inputs(self, index: np.ndarray) -> Inputs:
@@ -158,42 +171,39 @@ class Extraction:
         return {layer: representation.fit_basis(of_layer, dims[layer]) for layer, of_layer in moments.items()}
 
     def pooled(self, inputs: Inputs, layers: dict[str, LayerBasis], bar: Any) -> np.ndarray:
-        """float64 (n, D): the denoising representations of these images on a basis."""
+        """float64 (n, D): the denoising representations of these images on a basis.
+
+        Raises:
+            PipelineError: A number exceeds the range of float16, which the shards would hold it in.
+        """
         projector, maps = Projector(layers, self.backbone.device), self._denoising(inputs)
         pooled = self.batcher.table(lambda rows: projector(maps(rows)), len(inputs.noisy), bar.update)
+        self._check_fits_float16(pooled)
         return pooled.double().cpu().numpy()
 
     def _denoising(self, inputs: Inputs) -> Callable[[Tensor], dict[str, Tensor]]:
-        """Rows -> finite maps under the generic prompt, which comes last."""
+        """Rows -> maps under the generic prompt, which comes last."""
         text = torch.full((len(inputs.noisy),), self._model.generic)
-        return lambda rows: self._model.finite_maps(inputs, self.params.timestep, rows, text[rows])
+        return lambda rows: self.maps(inputs, rows, text[rows])
 
     def maps(self, inputs: Inputs, image: Tensor, text: Tensor) -> dict[str, Tensor]:
-        """Layer -> maps of the pairs (image, text), float32 (B, C_l, h_l, w_l)."""
-        return self._model.maps(inputs, self.params.timestep, image, text)
+        """Layer -> finite maps of the pairs (image, text), float32 (B, C_l, h_l, w_l)."""
+        return self._model.finite_maps(inputs, self.params.timestep, image, text)
 
-    def _redo_overflows(self, table: Tensor, inputs: Inputs, image: Tensor, text: Tensor, projector: Projector) -> int:
-        """Computes again, in float32, the rows of `table` that are not finite; returns how many."""
-        overflown = torch.nonzero(~table.isfinite().all(1)).flatten().cpu()
-        if self.params.dtype == "float32" or not len(overflown):
-            return 0
-        image, text = image[overflown], text[overflown]
+    def _check_fits_float16(self, table: Tensor) -> None:
+        """Checks pooled features (n, D), as every shard holds them.
 
-        def again(model: PromptedModel) -> Tensor:
-            def batch(rows: Tensor) -> Tensor:
-                return projector(model.maps(inputs, self.params.timestep, image[rows], text[rows])).half()
-
-            batcher = Batcher(min(batching.CPU_BATCH, self.batcher.batch_size), check=self._check)
-            return batcher.table(batch, len(overflown), lambda done: None)
-
-        table[overflown.to(table.device)] = self._model.in_float32(again)
-        self._model.redone += len(overflown)
-        self._say_redone(len(overflown), len(table))
-        return len(overflown)
-
-    def _say_redone(self, redone: int, total: int, of: str = "") -> None:
-        if redone:
-            log.warning("%d of %d passes %soverflowed %s: redone in float32", redone, total, of, self.params.dtype)
+        Raises:
+            PipelineError: one exceeds float16's range; names its layer.
+        """
+        fits = table.half().isfinite().all(0).cpu().numpy()  # (D,)
+        for layer, (start, stop) in representation.column_ranges(self.backbone.channels, self.params.dims).items():
+            if not fits[start:stop].all():
+                raise PipelineError(
+                    f"{layer} gives features beyond {_LARGEST:g}, the largest number of a "
+                    f"feature set's float16, at timestep {self.params.timestep}. Leave the layer out of "
+                    "extract_features.layers, or set a smaller image_size"
+                )
 
     def _blank_pass(self, rows: Tensor) -> dict[str, Tensor]:
         noisy = torch.zeros(len(rows), *self.latent_shape, device=self.backbone.device)

@@ -160,7 +160,7 @@ class _Run:
         with self._writer.lock("basis", check=self._check):
             if not self._writer.has_basis():
                 basis = self._make_basis()
-                self._writer.write_basis(basis)
+                self._writer.write_basis(basis, self._extraction.redone)
                 self._ledger.enter("basis.h5", self._extraction.passes)
                 for name, share in pca.explained(basis).items():
                     dims = len(basis.layers[name].components)

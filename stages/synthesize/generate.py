@@ -33,7 +33,7 @@ class Generator:
             device: torch device.
 
         Raises:
-            PipelineError: it cannot be loaded.
+            PipelineError: it cannot be loaded, or its noise schedule is too short for the steps.
         """
         for library in (diffusers.utils.logging, transformers.utils.logging):
             library.set_verbosity_error()  # such as diffusers' on float16 on a CPU, which works here
@@ -51,16 +51,33 @@ class Generator:
             reason = str(error).strip().splitlines()[0]
             raise PipelineError(f"{path} cannot be loaded as a Stable Diffusion pipeline ({reason})") from None
         self._pipe.scheduler = DDIMScheduler.from_config(self._pipe.scheduler.config)
+        self._check_steps(path.name, params.num_inference_steps)
         self._pipe.set_progress_bar_config(disable=True)
         self._pipe.to(device)
         self._params, self._image_size, self._batch_size = params, image_size, batch_size
 
     def __call__(self, label: int, class_name: str, count: int) -> np.ndarray:
-        """Images 0 to count - 1 of a class: uint8 (count, image_size, image_size, 3)."""
+        """Images 0 to count - 1 of a class: uint8 (count, image_size, image_size, 3).
+
+        Raises:
+            PipelineError: the model gives numbers that are not finite.
+        """
         numbers = range(count)
         batches = [numbers[start : start + self._batch_size] for start in range(0, count, self._batch_size)]
         return np.concatenate([self._batch(label, class_name, batch) for batch in batches])
 
+    def _check_steps(self, name: str, steps: int) -> None:
+        schedule = self._pipe.scheduler
+        total = schedule.config.num_train_timesteps
+        if steps <= total:
+            schedule.set_timesteps(steps)
+        if steps > total or schedule.timesteps.max() >= total:  # an offset of steps may lead past the end
+            raise PipelineError(
+                f"synthesize.num_inference_steps = {steps}: the noise schedule of {name} has {total} timesteps. Set "
+                f"it to at most {total // 2}"
+            )
+
+    @torch.inference_mode()
     def _batch(self, label: int, class_name: str, numbers: range) -> np.ndarray:
         unet = self._pipe.unet
         shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
@@ -71,20 +88,27 @@ class Generator:
             ]
         )
         prompt = self._params.prompt_template.replace("{class_name}", class_name)
-        images = self._pipe(
+        latents = self._pipe(
             [prompt] * len(numbers),
             num_inference_steps=self._params.num_inference_steps,
             guidance_scale=self._params.guidance_scale,
             latents=noise.to(self._pipe.device, unet.dtype),
-            output_type="np",
-        ).images  # float (B, H, W, 3) in [0, 1]
-        if not np.isfinite(images).all():
-            raise PipelineError(
-                f"the frozen model overflows {self._params.dtype} while it generates images of {class_name!r}. Set "
-                "synthesize.dtype to bfloat16 or float32."
-            )
-        pixels = (255 * np.clip(images, 0, 1)).round().astype(np.uint8)
+            output_type="latent",
+        ).images  # (B, C, h, w)
+        decoded = self._pipe.vae.decode(latents / self._pipe.vae.config.scaling_factor).sample  # (B, 3, H, W), -1 to 1
+        self._check_finite(decoded, class_name)
+        images = self._pipe.image_processor.postprocess(decoded, output_type="np")  # float32 (B, H, W, 3), 0 to 1
+        pixels = (255 * images).round().astype(np.uint8)
         return np.stack([self._resize(image) for image in pixels])
+
+    def _check_finite(self, decoded: torch.Tensor, class_name: str) -> None:
+        """Looks before pixels are clipped to their range, which would hide an infinite one."""
+        if not decoded.isfinite().all():
+            dtype = self._params.dtype
+            remedy = "Check its weights" if dtype == "float32" else "Set synthesize.dtype to float32"
+            raise PipelineError(
+                f"the frozen model gives images of {class_name!r} that are not finite in {dtype}. {remedy}"
+            )
 
     def _resize(self, image: np.ndarray) -> np.ndarray:
         if image.shape[0] == self._image_size:

@@ -17,6 +17,8 @@ from pipeline import seeding
 from pipeline.config import load
 from pipeline.datasets import PreparedDataset
 from pipeline.diffusion import backbones
+from pipeline.diffusion.prompted_model import Inputs, PromptedModel
+from pipeline.diffusion.prompts import PromptSet
 from pipeline.feature_store import FeatureSet, read_basis_file, verification
 from stages.extract_features.cost import count_flops
 from tests.conftest import invoke
@@ -237,7 +239,9 @@ def test_half_precision_overflow_is_redone_in_float32_and_counted(tmp_path):
     shutil.copy(next(root.glob("data/features/*/basis.h5")), shared)
     result = invoke(root, "extract-features", "--dtype", "float16", "--overwrite")
     assert "12 of 12 passes of the basis overflowed float16" in result.output  # 6 images, twice
-    again = read_basis_file(next(root.glob("data/features/*/basis.h5")), list(fitted.layers))
+    opened = FeatureSet(next(root.glob("data/features/*")))
+    assert (opened.manifest.basis.redone_in_float32, opened.manifest.redone_in_float32) == (6 * 2, 10 * 3)
+    again = opened.basis()
     for layer, of_layer in fitted.layers.items():
         np.testing.assert_allclose(again.layers[layer].mean, of_layer.mean, rtol=1e-3, atol=1e-3)
         assert again.layers[layer].total_variance == pytest.approx(of_layer.total_variance, rel=1e-3)
@@ -246,6 +250,90 @@ def test_half_precision_overflow_is_redone_in_float32_and_counted(tmp_path):
     found = opened.read(np.arange(10))
     np.testing.assert_allclose(found.prompted, reference.prompted, rtol=2e-3, atol=2e-3)
     np.testing.assert_allclose(found.denoised, reference.denoised, rtol=2e-3, atol=2e-3)
+    sweep = ("--timesteps", "[300]", "--images", "10", "--margin-images", "0", "--basis-images", "5")
+    result = invoke(root, "sweep-features", *sweep, "--set", "extract_features.dtype=float16")
+    assert "10 of 10 passes of timestep 300 overflowed float16: redone in float32" in result.output
+
+
+@pytest.mark.parametrize("basis", ["fitted", "shared"])
+def test_features_beyond_the_range_of_float16_name_their_layer(tmp_path, basis):
+    from safetensors.torch import load_file, save_file
+
+    source = tiny_models.sd(tmp_path / "large")
+    root = project(tmp_path / "p", images=10, source=source, **TINY)
+    settings = ["--overwrite"]
+    if basis == "shared":
+        shutil.copy(extract(root) / "basis.h5", root / "shared.h5")
+        settings += ["--basis", "shared.h5"]
+        shutil.rmtree(root / ".pipeline")
+    unet = source / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(unet)
+    for part in ("weight", "bias"):  # the last layer's output grows: nothing after it does
+        for block in range(2):
+            weights[f"up_blocks.3.attentions.{block}.proj_out.{part}"] *= 1e6
+    save_file(weights, unet, metadata={"format": "pt"})
+    assert invoke(root, "prepare-backbone").exit_code == 0
+    result = invoke(root, "extract-features", *settings)
+    assert result.exit_code == 1
+    assert "up_blocks.3 gives features beyond 65504" in result.output.splitlines()[-1]
+    assert not list(root.glob(".pipeline/staging/*/shard-*.h5"))
+    extract(root, *settings[:1], "--layers", "[up_blocks.1, up_blocks.2]", "--dims", "[8, 8]")  # what it advises
+
+
+def test_what_is_redone_depends_on_no_other_pair_of_its_batch(tmp_path, monkeypatch):
+    backbone = backbones.load(tiny_models.sd(tmp_path / "sd"), "auto", "cpu", torch.float16)
+    model = PromptedModel(backbone, PromptSet([["a cat"], ["a dog"]], "label"), "")
+    noisy = torch.randn(20, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(type(backbone), "features", overflowing(type(backbone).features))
+    inputs, number = Inputs(noisy, None), torch.arange(20)
+    together = model.finite_maps(inputs, 300, number, number % 2)
+    assert model.redone == 20
+    rows = torch.tensor([7, 19, 3, 3, 3])  # the last ones fill up the batch
+    few = model.finite_maps(inputs, 300, rows, rows % 2)
+    assert model.redone == 20 + 3
+    assert all(torch.equal(few[layer], together[layer][rows]) for layer in backbone.channels)
+
+
+def overflowing(features):
+    """The denoiser, whose 16-bit maps are all infinite in one place of the last layer."""
+
+    def changed(self, noisy, timestep, conditioning):
+        maps = features(self, noisy, timestep, conditioning)
+        if self.dtype != torch.float32:
+            maps[next(reversed(maps))][:, 0, 0, 0] = float("inf")
+        return maps
+
+    return torch.inference_mode()(changed)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--negatives", "10"], "negatives = 10: an image has 9 non-matching prompts to choose from. Set it to all or"),
+        (["--prompts", "self-supervised", "--negatives", "201"], "negatives = 201: an image has 200 non-matching"),
+        (["--image-size", "40"], "image_size = 40: pixart takes multiples of 16. Set one of them"),
+        (["--image-size", "8"], "image_size = 8: pixart takes multiples of 16. Set one of them"),
+        (["--timestep", "999", "--dims", "[8]"], "dims = [8] must have one entry for each of layers"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused_before_the_model_is_loaded(transformer, settings, message):
+    for command in (["extract-features"], ["extract-features", "--dry-run"]):
+        result = invoke(transformer, *command, *settings)
+        assert result.exit_code == 1 and len(result.output.splitlines()) == 1 and message in result.output
+    if "--dims" not in settings:  # a sweep chooses its own
+        names = [f"extract_features.{flag[2:].replace('-', '_')}" for flag in settings[::2]]
+        changes = [f"--set={name}={value}" for name, value in zip(names, settings[1::2], strict=True)]
+        result = invoke(transformer, "sweep-features", "--dry-run", *changes)
+        assert result.exit_code == 1 and len(result.output.splitlines()) == 1 and message in result.output
+
+
+@pytest.fixture(scope="module")
+def transformer(tmp_path_factory) -> Path:
+    """A project with a PixArt whose weights cannot be loaded."""
+    root = tmp_path_factory.mktemp("transformer")
+    source = tiny_models.pixart(root / "pixart")
+    (source / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    return project(root / "p", images=20, source=source, **TINY)
 
 
 def test_maps_that_are_not_finite_in_float32_either_name_the_layer_and_leave_no_basis(tmp_path):

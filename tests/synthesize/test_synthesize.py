@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline import config
 from pipeline.datasets import PreparedDataset
@@ -75,6 +76,26 @@ def test_a_killed_generation_makes_no_class_twice(generated, project, monkeypatc
     resumed = PreparedDataset(synthesize.run(load(project)))
     assert made == [*range(8), 7, 8, 9]
     assert np.array_equal(resumed.load("train").images, whole)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize(
+    ("dtype", "remedy"), [("float16", "Set synthesize.dtype to float32"), ("float32", "Check its")]
+)
+def test_images_that_are_not_finite_are_refused(project, value, dtype, remedy):
+    made = load(project, synthesize__dtype=dtype)
+    generator = Generator(made.backbone_dir, made.params.synthesize, 32, 2, "cpu")
+    with torch.no_grad():
+        generator._pipe.vae.decoder.conv_out.bias[0] = float(value)
+    with pytest.raises(PipelineError, match=f"images of 'a' that are not finite in {dtype}. {remedy}"):
+        generator(0, "a", 1)
+
+
+@pytest.mark.parametrize("steps", [1000, 1001])  # of 1000 with an offset of one, the first would be timestep 1000
+def test_more_steps_than_the_schedule_has_are_refused(project, steps):
+    made = load(project, synthesize__num_inference_steps=steps)
+    with pytest.raises(PipelineError, match=f"num_inference_steps = {steps}: the noise schedule of tiny-sd has 1000"):
+        Generator(made.backbone_dir, made.params.synthesize, 32, 1, "cpu")
 
 
 def test_clients_are_topped_up_to_their_mean(generated, project):

@@ -26,7 +26,7 @@ from pipeline.diffusion.backbones.sd3 import StableDiffusion3Backbone
 from pipeline.diffusion.backbones.unet import UNetBackbone
 from pipeline.errors import PipelineError
 
-__all__ = ["Backbone", "Conditioning", "check_timesteps", "family", "layer_channels", "load"]
+__all__ = ["Backbone", "Conditioning", "check_image_size", "check_timesteps", "family", "layer_channels", "load"]
 
 for _library in (diffusers.utils.logging, transformers.utils.logging):  # their notes and bars say nothing to users
     _library.set_verbosity_error()
@@ -93,6 +93,26 @@ def check_timesteps(path: Path, timesteps: Iterable[int], key: str) -> None:
         raise PipelineError(
             f"{key} = {beyond[0]}: the noise schedule of {path.name} has {count} timesteps. "
             f"Set it to at most {count - 1}."
+        )
+
+
+def check_image_size(path: Path, image_size: int) -> None:
+    """Checks that images of this size become latents that the model takes.
+
+    Args:
+        path: A diffusers pipeline directory.
+        image_size: Pixels.
+
+    Raises:
+        PipelineError: The images are too small for the VAE, or the latents are not filled by a transformer's patches.
+    """
+    halvings = len(_json(path / "vae" / "config.json").get("block_out_channels", [0])) - 1
+    side, denoiser = image_size >> halvings, family(path)
+    patch = _json(path / denoiser.component / "config.json").get("patch_size", 1)
+    if side == 0 or side % patch:
+        raise PipelineError(
+            f"extract_features.image_size = {image_size}: {path.name} takes multiples of {patch << halvings}. Set one "
+            "of them"
         )
 
 
