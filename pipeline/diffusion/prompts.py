@@ -63,20 +63,6 @@ def build(params: ExtractFeatures, class_names: list[str], locate: Callable[[str
     return prompt_set
 
 
-def check_negatives(prompts: PromptSet, negatives: Literal["all"] | int) -> None:
-    """Checks that an image can have so many non-matching prompts.
-
-    Raises:
-        PipelineError: There are fewer.
-    """
-    others = len(prompts.texts) - 1
-    if negatives != "all" and negatives > others:
-        raise PipelineError(
-            f"extract_features.negatives = {negatives}: an image has {others} non-matching prompts to choose from. Set "
-            f"it to all or to at most {others}"
-        )
-
-
 def _prompts(params: ExtractFeatures, class_names: list[str], locate: Callable[[str], Path]) -> PromptSet:
     if params.prompts == "self-supervised":
         if params.negative_words:

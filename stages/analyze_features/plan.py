@@ -71,7 +71,6 @@ def make(config: Config) -> Plan:
     index = order[: params.images]
     margin_images = min(params.margin_images, len(index))
     prompt_set = prompts.build(extraction, dataset.class_names, config.path)
-    prompts.check_negatives(prompt_set, extraction.negatives)
     judge = Judge(data.labels[index], config.params.analyze_features)
     made_of = {
         "dataset": {"name": dataset.name, "hash": dataset.hash},

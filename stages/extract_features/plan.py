@@ -49,7 +49,6 @@ def make(config: Config) -> Job:
     backbones.check_timesteps(config.backbone_dir, [params.timestep], "extract_features.timestep")
     backbones.check_image_size(config.backbone_dir, params.image_size)
     prompt_set = prompts.build(params, dataset.class_names, config.path)
-    prompts.check_negatives(prompt_set, params.negatives)
     content = Content(
         extraction_version=params.version,
         dataset_hash=dataset.hash,

@@ -309,8 +309,6 @@ def overflowing(features):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["--negatives", "10"], "negatives = 10: an image has 9 non-matching prompts to choose from. Set it to all or"),
-        (["--prompts", "self-supervised", "--negatives", "201"], "negatives = 201: an image has 200 non-matching"),
         (["--image-size", "40"], "image_size = 40: pixart takes multiples of 16. Set one of them"),
         (["--image-size", "8"], "image_size = 8: pixart takes multiples of 16. Set one of them"),
         (["--timestep", "999", "--dims", "[8]"], "dims = [8] must have one entry for each of layers"),
