@@ -115,9 +115,9 @@ def _one_line_errors(ctx: click.Context) -> Iterator[None]:
         raise click.ClickException(str(error)) from None
     except (KeyboardInterrupt, _Terminated) as error:
         what, code = ("Stopped by SIGTERM", 143) if isinstance(error, _Terminated) else ("\nInterrupted", 130)
-        then = "run the same command again; it starts from the beginning"
-        if ctx.invoked_subcommand in _RESUMED:
-            then = "what was finished is kept, and the same command continues from there"
+        then = _AFTER_INTERRUPT.get(
+            ctx.invoked_subcommand or "", "run the same command again; it starts from the beginning"
+        )
         click.echo(f"{what}: {then}.", err=True)
         raise click.exceptions.Exit(code) from None
     except MemoryError:
@@ -132,7 +132,10 @@ def _one_line_errors(ctx: click.Context) -> Iterator[None]:
         raise click.ClickException(f"{what}. {remedy(error.errno or 0)}. What was finished before is kept.") from None
 
 
-_RESUMED = frozenset(("prepare-backbone", "extract-features", "sweep-features", "synthesize", "train-fl", "preset"))
+_AFTER_INTERRUPT = dict.fromkeys(
+    ("extract-features", "sweep-features", "synthesize", "train-fl", "preset"),
+    "what was finished is kept, and the same command continues from there",
+) | {"prepare-backbone": "files that were downloaded completely are kept; run the same command again"}
 
 
 @contextlib.contextmanager

@@ -35,10 +35,11 @@ _YAML_KINDS = {
 class Config:
     """Checked parameters and the layout of the project's files, relative to the folder of params.yaml."""
 
-    def __init__(self, params: Params, root: Path) -> None:
-        """Holds `params` for a project whose files stand under `root`."""
+    def __init__(self, params: Params, root: Path, sweep_is_as_written: bool = True) -> None:
+        """Holds `params` for a project with its files under `root`; the sweep is params.yaml's, or another for once."""
         self.params = params
         self.root = root
+        self.sweep_is_as_written = sweep_is_as_written
 
     @property
     def home(self) -> Path:
@@ -230,7 +231,8 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
         raise PipelineError(explain(error, values, where)) from None
     _check_sweep(params, where)
     _check_names_of_runs(params, where)
-    return Config(params, path.resolve().parent)
+    sweep_is_as_written = not any(key.partition(".")[0] == "sweep" for key in overrides)
+    return Config(params, path.resolve().parent, sweep_is_as_written)
 
 
 def parse_value(key: str, text: str) -> Any:

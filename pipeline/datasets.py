@@ -201,7 +201,7 @@ def _read_manifest(file: Path) -> Manifest:
 
 def label_counts(path: Path, split: SplitName, num_classes: int) -> np.ndarray:
     """Images of each class in a split that was just written, int64 (num_classes,); nothing is checked."""
-    with h5py.File(path / f"{split}.h5", "r") as h5:
+    with open_to_read(path / f"{split}.h5") as h5:
         return np.bincount(h5["labels"][()], minlength=num_classes)
 
 

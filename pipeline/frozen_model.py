@@ -28,7 +28,10 @@ def read_checked(config: Config) -> dict[str, Any]:
         try:
             whole = provenance.file_sha256(part) == sha256
         except FileNotFoundError:
-            raise PipelineError(f"{part} is missing but named in {file}: run `pipeline prepare-backbone`") from None
+            raise PipelineError(
+                f"{part} is missing but named in {file}. Run `pipeline prepare-backbone`: neither git nor DVC keeps "
+                "weights"
+            ) from None
         except OSError as error:
             raise system_errors.refusal(error, part) or PipelineError(
                 f"{part} cannot be read ({error.strerror}). Run `pipeline prepare-backbone`"
@@ -46,7 +49,8 @@ def read_manifest(config: Config) -> dict[str, Any]:
     """
     file = config.backbone_manifest
     try:
-        backbone = json.loads(file.read_text(encoding="utf-8"))
+        with system_errors.reading(file):
+            backbone = json.loads(file.read_text(encoding="utf-8"))
         return {**backbone, "files": {name: str(sha256) for name, sha256 in backbone["files"].items()}}
     except FileNotFoundError:
         raise PipelineError(f"{file} is missing: run `pipeline prepare-backbone`") from None
@@ -55,7 +59,7 @@ def read_manifest(config: Config) -> dict[str, Any]:
 
 
 def image_encoder_dir(config: Config) -> Path | None:
-    """Where the image encoder stands; None without image conditioning."""
+    """The folder of the image encoder; None without image conditioning."""
     path = config.params.extract_features.image_conditioning
     return config.path(path) if path else None
 
@@ -69,9 +73,10 @@ def image_encoder_hashes(config: Config) -> dict[str, str] | None:
     path = image_encoder_dir(config)
     if path is None:
         return None
-    weights = [file for file in path.glob("*.safetensors") if not _VARIANT.search(file.name)]
-    files = sorted([*path.glob("config.json"), *weights])
-    if not any(file.suffix == ".safetensors" for file in files):
+    present = system_errors.entries(path)
+    weights = [file for file in present if file.suffix == ".safetensors" and not _VARIANT.search(file.name)]
+    files = [file for file in present if file.name == "config.json"] + weights
+    if not weights:
         raise PipelineError(
             f"extract_features.image_conditioning: {path} has no .safetensors weights in full precision. Name the "
             "directory of a CLIPVisionModelWithProjection that has them"

@@ -24,7 +24,7 @@ def record(config: Config, run: Path) -> None:
     Raises:
         PipelineError: it cannot be written.
     """
-    if run in config.runs_of_sweep:
+    if config.sweep_is_as_written and run in config.runs_of_sweep:
         config.sweep_dir.mkdir(parents=True, exist_ok=True)
         atomic.write_text(_file(config, run), f"{provenance.file_sha256(run / provenance.CHECKSUMS)}\n")
 
@@ -45,13 +45,17 @@ def check(config: Config, run: Path) -> None:
 
 
 def complete(config: Config) -> None:
-    """Leaves in results/.sweep the runs of the sweep and nothing else; all of them must be finished.
+    """Leaves in results/.sweep the runs of the sweep and no others; all of them must be finished.
+
+    A sweep that was given on the command line is not the one that DVC knows: nothing is changed for it.
 
     Raises:
         PipelineError: a file cannot be written.
     """
+    if not config.sweep_is_as_written:
+        return
     wanted = {_file(config, run): run for run in config.runs_of_sweep}
-    for present in config.sweep_dir.glob("*"):
+    for present in config.sweep_dir.glob(f"*{_SUFFIX}"):
         if present not in wanted:
             atomic.remove(present)
     for file, run in wanted.items():

@@ -22,15 +22,14 @@ place in itself. Each reader reports that in its own words."""
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL})
 """What file systems without file locks answer to a request for one."""
 
+_SET_NO_LOCKS = "The file system has no file locks. Set the environment variable HDF5_USE_FILE_LOCKING=FALSE"
 _REMEDIES = (
     dict.fromkeys(
         (errno.EAGAIN, errno.EWOULDBLOCK, errno.EBUSY, errno.ETXTBSY, errno.EDEADLK),
         "Another process, for example a notebook, has it open for writing. Close it there and run again; nothing is "
         "known to be damaged",
     )
-    | dict.fromkeys(
-        NO_LOCKS, "The file system has no file locks. Set the environment variable HDF5_USE_FILE_LOCKING=FALSE"
-    )
+    | dict.fromkeys((errno.ENOLCK,), _SET_NO_LOCKS)
     | dict.fromkeys(
         (errno.EMFILE, errno.ENFILE), "Raise the limit on open files, for example with `ulimit -n 4096`, and run again"
     )
@@ -43,7 +42,7 @@ _REMEDIES = (
     | dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room on the disk and run again")
     | dict.fromkeys((errno.EROFS,), "Mount the file system for writing, or use another, and run again")
 )
-_DEFAULT_REMEDY = "Nothing is known to be damaged. Remove the cause and run again"
+_DEFAULT_REMEDY = "Remove the cause and run again"
 _UNMARK = (
     "A process has it open, or was killed while it wrote. Close it there; if none runs, get a copy with `dvc pull`, or "
     "remove the mark with `h5clear -s FILE`"
@@ -78,7 +77,8 @@ def refusal(error: BaseException, path: Path) -> SystemRefusal | None:
     """
     code = error_number(error)
     if code is not None and (code not in _NOT_REFUSED or _NOT_LOCKED in str(error)):
-        return SystemRefusal(path, os.strerror(code), remedy(code))
+        no_locks = code in NO_LOCKS and _NOT_LOCKED in str(error)
+        return SystemRefusal(path, os.strerror(code), _SET_NO_LOCKS if no_locks else remedy(code))
     if isinstance(error, MemoryError):
         return SystemRefusal(path, "out of memory", remedy(errno.ENOMEM))
     if code is None and isinstance(error, OSError | RuntimeError) and _OPEN_FOR_WRITING.search(str(error)):
@@ -106,7 +106,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def status(path: Path) -> os.stat_result | None:
-    """What stands at `path`, links followed; None only if nothing does.
+    """The status of the file at `path`, links followed; None only if there is none.
 
     `Path.exists` and `Path.is_file` say no, in some versions of Python, to a file that may not be looked at.
 
@@ -154,6 +154,8 @@ def error_number(error: BaseException) -> int | None:
     for cause in (error, error.__cause__, error.__context__):
         if isinstance(cause, OSError) and cause.errno:
             return cause.errno
-        if cause is not None and (found := _NUMBER.search(str(cause))) and int(found[1]):
+        if cause is None or isinstance(cause, ValueError):  # a parser's, whose text quotes the file
+            continue
+        if (found := _NUMBER.search(str(cause))) and int(found[1]):
             return int(found[1])
     return None

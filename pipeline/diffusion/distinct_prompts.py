@@ -5,21 +5,20 @@ window, or they name the same class of a class-conditional model. Their features
 TDCL would contrast a class with itself.
 """
 
-import logging
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pipeline.diffusion.backbones import Conditioning
+from pipeline.diffusion.backbones.text import warn_once
 from pipeline.diffusion.prompts import PromptSet
 from pipeline.errors import PipelineError
 
-log = logging.getLogger(__name__)
-
 _NOISE = 1e-5  # of float32 embeddings, relative: equal tokens in different batches differ by less
 _SHOWN = 3
+_ROWS = 1024  # compared with all at a time
 
 
 def check(conditioning: Conditioning, prompts: PromptSet) -> None:
@@ -39,9 +38,9 @@ def check(conditioning: Conditioning, prompts: PromptSet) -> None:
         if len(own) > 1:
             raise PipelineError(_in_words(own, prompts))
     for group in groups:
-        log.warning(
-            "the prompt of %s is the same input to the model as extract_features.denoise_prompt. Change one of them.",
-            _named(group[0], prompts),
+        warn_once(
+            f"the prompt of {_named(group[0], prompts)} is the same input to the model as "
+            "extract_features.denoise_prompt. Change one of them."
         )
 
 
@@ -66,27 +65,23 @@ def _named(number: int, prompts: PromptSet) -> str:
 def _equal(conditioning: Conditioning) -> Iterator[list[int]]:
     """Groups of prompts with equal conditioning, the numbers of each ascending.
 
-    Equal prompts have equal projections on one random direction, so only neighbours by projection are compared in full:
-    K log K work instead of K squared comparisons of large tensors.
+    Only prompts with nearly the same embedding are compared in full, because comparing all pairs of large tensors takes
+    long.
     """
-    embeddings = conditioning.similarity.double().numpy()
-    direction = np.random.default_rng(0).standard_normal(embeddings.shape[1])
-    projections = embeddings @ (direction / np.linalg.norm(direction))
-    reach = _tolerance(torch.float32) * max(1.0, float(np.abs(embeddings).max())) * embeddings.shape[1] ** 0.5
-    order = np.argsort(projections, kind="stable")
+    unit = functional.normalize(conditioning.similarity.float(), dim=1)
+    floating = [tensor.dtype for tensor in conditioning.tensors.values() if tensor.is_floating_point()]
+    least = 1 - max(1e-6, _tolerance(floating[0] if floating else torch.float32) ** 2)  # cosines of rounding alone
     taken: set[int] = set()
-    for place, first in enumerate(order.tolist()):
-        if first in taken:
-            continue
-        group = [first]
-        for other in order[place + 1 :].tolist():
-            if projections[other] - projections[first] > reach:
-                break
-            if other not in taken and _same(conditioning, first, other):
-                group.append(other)
-        if len(group) > 1:
-            taken.update(group)
-            yield sorted(group)
+    for start in range(0, len(unit), _ROWS):
+        near = unit[start : start + _ROWS] @ unit.T > least  # (rows, K)
+        for row, others in enumerate(near, start):
+            if row in taken or others.sum() < 2:
+                continue
+            after = (other for other in torch.nonzero(others).flatten().tolist() if other > row and other not in taken)
+            group = [row, *(other for other in after if _same(conditioning, row, other))]
+            if len(group) > 1:
+                taken.update(group)
+                yield group
 
 
 def _same(conditioning: Conditioning, first: int, second: int) -> bool:

@@ -77,7 +77,7 @@ def judge(title: str, configs: Configs) -> str:
     if name == "UNet2DConditionModel":
         _check_unet(title, found, config)
         family = _XL if config.get("addition_embed_type") == "text_time" else family
-    if name == "DiTTransformer2DModel" and not isinstance(configs[INDEX].get("id2label"), dict):
+    if name == "DiTTransformer2DModel" and not _has_class_names(configs[INDEX]):
         raise PipelineError(
             f"{title} is a DiT whose {INDEX} has no id2label, the names of its classes, by which it is prompted. Copy "
             f"id2label from the {INDEX} of the published model, as docs/models.md shows"
@@ -87,6 +87,10 @@ def judge(title: str, configs: Configs) -> str:
     _check_widths(title, name, config, configs)
     _check_schedule(title, found, name, configs.get("scheduler/scheduler_config.json"))
     return name
+
+
+def _has_class_names(index: Mapping[str, Any]) -> bool:
+    return isinstance(index.get("id2label"), dict) and bool(index["id2label"])
 
 
 def _denoiser_class(title: str, found: Mapping[str, str], configs: Configs) -> str:

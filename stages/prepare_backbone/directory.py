@@ -3,38 +3,74 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from pipeline import provenance, system_errors
 from pipeline.errors import PipelineError
+from pipeline.system_errors import entries
+
+_LFS_POINTER = b"version https://git-lfs"
 
 
 class Directory:
     """A diffusers pipeline directory, as `selection.Source` describes it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, target: Path | None = None) -> None:
         """Lists the files of the directory and of the folders in it.
 
+        Args:
+            path: The directory.
+            target: The folder that will be replaced by one with links to the files; None if none will.
+
         Raises:
-            PipelineError: it cannot be read.
+            PipelineError: It cannot be read, or its files are in `target`.
         """
         self.path = path.absolute()
-        self.title = str(path)
+        self.title, self.listed = str(path), True
         try:
-            files = [file for pattern in ("*", "*/*") for file in sorted(self.path.glob(pattern)) if file.is_file()]
+            top = entries(self.path)
+            inner = [file for folder in top if folder.is_dir() for file in entries(folder)]
+            files = [file for file in [*top, *inner] if file.is_file()]
             self.sizes = {file.relative_to(self.path).as_posix(): file.stat().st_size for file in files}
         except OSError as error:
             raise system_errors.refusal(error, path) or PipelineError(f"{path} cannot be read ({error})") from None
+        if target is None or target.is_symlink():
+            return
+        if any(file.resolve().is_relative_to(target.resolve()) for file in files):
+            raise PipelineError(
+                f"prepare_backbone.source = {path} is in {target}, which would be replaced. Move the model to another "
+                "folder, or set another prepare_backbone.name"
+            )
 
     def read(self, name: str) -> Path:
         """A file's path."""
         return self.path / name
 
     def fetch(self, names: Sequence[str]) -> dict[str, tuple[Path, str]]:
-        """Each file's absolute path and SHA-256, 64 hexadecimal digits.
+        """Each file's absolute path, links followed, and its SHA-256, 64 hexadecimal digits.
 
         Raises:
-            PipelineError: a file cannot be read.
+            PipelineError: A file cannot be read, or is not a complete safetensors file by its header and length.
         """
-        return {name: (self.path / name, _sha256(self.path / name)) for name in names}
+        paths = {name: (self.path / name).resolve() for name in names}
+        for path in paths.values():
+            if path.suffix == ".safetensors":
+                _check_header(path)
+        return {name: (path, _sha256(path)) for name, path in paths.items()}
+
+
+def _check_header(path: Path) -> None:
+    with system_errors.reading(path):
+        start = path.read_bytes()[: len(_LFS_POINTER)] if path.stat().st_size < 1024 else b""
+    if start == _LFS_POINTER:
+        raise PipelineError(f"{path} is a pointer of git-lfs, not the weights. Run `git lfs pull` in its repository")
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except SafetensorError as error:
+        raise system_errors.refusal(error, path) or PipelineError(
+            f"{path} is not a complete safetensors file ({error}). Get it again"
+        ) from None
 
 
 def _sha256(path: Path) -> str:

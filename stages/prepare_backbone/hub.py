@@ -8,6 +8,7 @@ can be checked without a network. One file is fetched at a time, in the main thr
 
 import contextlib
 import hashlib
+import json
 import logging
 import re
 import shutil
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import system_errors
+from pipeline import provenance, system_errors
 from pipeline.errors import PipelineError
 from pipeline.progress import progress_bar
 from stages.prepare_backbone import hub_errors
@@ -31,12 +32,16 @@ _HASH = re.compile("[0-9a-f]{64}|[0-9a-f]{40}")
 class HubModel:
     """A repository at a commit, as `selection.Source` describes it."""
 
-    def __init__(self, hub_id: str, revision: str) -> None:
-        """Lists the repository's files; without the hub, those of the commit that are in the cache.
+    def __init__(self, hub_id: str, revision: str, listings: Path) -> None:
+        """Lists the repository's files.
+
+        Without the hub the listing of an earlier run is used, so that the same files are chosen; or else, the files of
+        the commit that are in the cache.
 
         Args:
             hub_id: organisation/model.
             revision: a commit, 40 hexadecimal digits.
+            listings: the folder that keeps listings.
 
         Raises:
             PipelineError: there is no such model or commit, or access to it; or the hub cannot be reached and the cache
@@ -47,17 +52,21 @@ class HubModel:
         self.sizes: dict[str, int] = {}
         self._hashes: dict[str, str] = {}
         self._unreachable: PipelineError | None = None
+        self.listed = True
+        kept = listings / f"{hub_id.replace('/', '--')}-{revision}.json"
         try:
             with _quiet_client():
                 self._list()
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            provenance.write_json(kept, {"sizes": self.sizes, "hashes": self._hashes})
+        except PipelineError:
+            raise
         except Exception as error:  # the hub's client raises many unrelated types
             refusal = hub_errors.in_words(error, hub_id, revision)
-            if not hub_errors.is_unreachable(error) or not self._snapshot.is_dir():
+            if not hub_errors.is_unreachable(error) or system_errors.status(self._snapshot) is None:
                 raise refusal from None
             self._unreachable = refusal
-            files = [file for file in self._snapshot.rglob("*") if file.is_file()]
-            self.sizes = {file.relative_to(self._snapshot).as_posix(): file.stat().st_size for file in files}
-            self.title += " (the part that is in the cache, as the hub cannot be reached)"
+            self._list_without_hub(kept)
             log.info("%s: the hub cannot be reached, the files in its cache are used", hub_id)
 
     def read(self, name: str) -> Path:
@@ -74,6 +83,7 @@ class HubModel:
         Raises:
             PipelineError: a file cannot be fetched, or arrives with other bytes than the hub lists.
         """
+        self._remove_leftovers()
         missing = [name for name in names if not self._pointer(name).exists()]
         size = sum(self.sizes[name] for name in missing)
         self._check_room(size)
@@ -88,8 +98,10 @@ class HubModel:
                     if name in missing:
                         bar.update(before + self.sizes[name] - bar.n)  # less if another revision had the same file
             except BaseException:
-                kept = sum(name in missing for name in found)
-                log.info("%d of these %d files are complete, and are kept in %s", kept, len(missing), _cache())
+                bar.close()  # what follows starts on a line of its own
+                if missing:
+                    kept = sum(name in missing for name in found)
+                    log.info("%d of these %d files are complete, and are kept in %s", kept, len(missing), _cache())
                 raise
         return found
 
@@ -101,16 +113,28 @@ class HubModel:
                 self.sizes[entry.path] = entry.size
                 self._hashes[entry.path] = entry.lfs.sha256 if entry.lfs else entry.blob_id
 
+    def _list_without_hub(self, kept: Path) -> None:
+        try:
+            listing = json.loads(kept.read_text(encoding="utf-8"))
+            self.sizes, self._hashes = listing["sizes"], listing["hashes"]
+        except (OSError, ValueError, KeyError, TypeError):
+            self.listed = False
+            files = [file for file in self._snapshot.rglob("*") if file.is_file()]
+            self.sizes = {file.relative_to(self._snapshot).as_posix(): file.stat().st_size for file in files}
+            self.title += " (the part that is in the cache, as the hub cannot be reached)"
+
     def _fetch_checked(self, name: str, bar: "tqdm | None") -> tuple[Path, str]:
-        self._remove_leftovers(name)
         new = not self._pointer(name).exists()
         path = self._download(name, bar)
         sha256, agrees = self._compare(name, path)
         if not agrees:
+            if self._unreachable:
+                raise PipelineError(
+                    f"{self.title}: {name} is damaged in the cache, because its bytes differ from the hash "
+                    "that the hub gave. Run again with a network connection, and it is downloaded again"
+                )
             what = "arrived damaged" if new else "is damaged in the cache"
             log.warning("%s: %s %s: its bytes differ from the hub's. It is downloaded again", self.title, name, what)
-            if self._unreachable:
-                raise self._damaged(name, path)
             path = self._download(name, bar, again=True)
             sha256, agrees = self._compare(name, path)
         if not agrees:
@@ -123,7 +147,7 @@ class HubModel:
         path.unlink(missing_ok=True)
         return PipelineError(
             f"{self.title}: the bytes of {name} differ from the hash that the hub lists, so the file was removed from "
-            "the cache. Run again with a network connection; if it repeats, a proxy or the disk changes the file"
+            "the cache. Run again; if it repeats, a proxy or the disk changes the file"
         )
 
     def _download(self, name: str, bar: "tqdm | None", again: bool = False) -> Path:
@@ -152,17 +176,15 @@ class HubModel:
             raise system_errors.refusal(error, path) or error from None
         return digests[64].hexdigest(), expected is None or digests[len(expected)].hexdigest() == expected
 
-    def _remove_leftovers(self, name: str) -> None:
-        """Removes what a killed download of this file left, unless another process downloads it now."""
+    def _remove_leftovers(self) -> None:
+        """Removes what killed downloads of this model left, but for files that another process downloads now."""
         from filelock import FileLock, Timeout
 
-        if not (blob := self._hashes.get(name)):
-            return
-        leftovers = list((self._storage / "blobs").glob(f"{blob}.*.incomplete"))
-        lock = _cache() / ".locks" / self._storage.name / f"{blob}.lock"  # the hub client's own
-        if leftovers and lock.parent.is_dir():
-            with contextlib.suppress(Timeout), FileLock(lock, timeout=0):
-                for leftover in leftovers:
+        for leftover in (self._storage / "blobs").glob("*.incomplete"):
+            blob = leftover.name.partition(".")[0]
+            lock = _cache() / ".locks" / self._storage.name / f"{blob}.lock"  # the hub client's own
+            if lock.parent.is_dir():
+                with contextlib.suppress(Timeout, OSError), FileLock(lock, timeout=0):
                     leftover.unlink(missing_ok=True)
 
     def _check_room(self, size: int) -> None:
@@ -266,6 +288,8 @@ class _Once(logging.Handler):
 @contextlib.contextmanager
 def _quiet_client() -> Iterator[None]:
     """The client's log has a handler of its own and passes records on as well, which shows each line twice."""
+    import huggingface_hub.utils  # noqa: F401  its import adds the handler
+
     logger = logging.getLogger("huggingface_hub")
     handlers, propagate = logger.handlers, logger.propagate
     logger.handlers, logger.propagate = [_Once()], False

@@ -49,7 +49,8 @@ def run(config: Config, train: bool = False) -> Path:
         found = {"name": params.name, "source": "embedded", "revision": None} | _embedded(config.backbone_dir, train)
     elif directory.is_dir():
         found = {"name": params.name, "source": directory.name, "revision": None}
-        found |= _linked(Directory(directory), config.backbone_dir, params.variant, prefer_fp16=False)
+        source = Directory(directory, config.backbone_dir)
+        found |= _linked(source, config.backbone_dir, params.variant, prefer_fp16=False)
     else:
         if address.is_path(params.source):
             places = " and ".join(str(place) for place in config.places(params.source))
@@ -61,7 +62,9 @@ def run(config: Config, train: bool = False) -> Path:
 
         hub_id, revision = address.pinned(params.source, params.revision)
         found = {"name": params.name, "source": hub_id, "revision": revision}
-        found |= _linked(HubModel(hub_id, revision), config.backbone_dir, params.variant, prefer_fp16=half)
+        found |= _linked(
+            HubModel(hub_id, revision, config.state_dir / "hub"), config.backbone_dir, params.variant, prefer_fp16=half
+        )
     if found["revision"] is None and params.revision is not None:
         log.warning("prepare_backbone.revision is not used: it is for models from the hub")
     _tell_changes(config, found)
@@ -110,7 +113,7 @@ def _tell_changes(config: Config, found: Mapping[str, Any]) -> None:
         return
     old, new = before["files"], found["files"]
     changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    if changed and all(before.get(key) == found[key] for key in ("source", "revision", "variant")):
+    if changed and all(before.get(key) == found[key] for key in ("source", "revision")):
         log.warning(
             "%s is another model than the one prepared before from the same source: %s changed. Features that were "
             "extracted before do not belong to it",

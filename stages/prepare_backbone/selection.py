@@ -32,6 +32,8 @@ class Source(Protocol):
     """As errors and logs name it."""
     sizes: dict[str, int]
     """Its files, path with "/" between the parts -> bytes."""
+    listed: bool
+    """Whether `sizes` has all of its files, not just those that are here."""
 
     def read(self, name: str) -> Path:
         """A small file, to be read at once."""
@@ -82,6 +84,15 @@ def select(source: Source, variant: str, prefer_fp16: bool) -> Selection:
             variants |= {"fp16" for name in chosen.values() if ".fp16" in name}
         elif part.startswith("tokenizer"):
             _check_tokenizer(source.title, part, names)
+    if (
+        not source.listed
+        and variants
+        and any(".fp16" not in name for name in files.values() if name.endswith(".safetensors"))
+    ):
+        raise PipelineError(
+            f"{source.title} has full weights of some parts and fp16 weights of others there, and the hub's "
+            "list of files is not known. Run once with a network connection"
+        )
     if variant == "fp16" and not variants:
         raise PipelineError(f"{source.title} has no fp16 files: set prepare_backbone.variant to auto or none")
     return Selection(family, dict(sorted(files.items())), next(iter(variants), None))

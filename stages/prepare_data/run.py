@@ -42,6 +42,7 @@ def run(config: Config) -> Path:
         listing.parent.mkdir(parents=True, exist_ok=True)
         write_text(listing, "".join(f"{image.path}\t{image.reason}\n" for image in error.images))
         raise PipelineError(broken_images(root, error.images, listing)) from None
+    listing.unlink(missing_ok=True)  # of an earlier run
     say_outcome(PreparedDataset(path))
     return path
 

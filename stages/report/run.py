@@ -44,7 +44,7 @@ def run(config: Config, with_experiments: bool = False, with_sweep: bool = False
     found = results.read(config)
     sweep.complete(config)
     if found.others:
-        log.warning("not in the report, because sweep in params.yaml does not name them: %s", ", ".join(found.others))
+        log.warning("not in the report, because the sweep does not name them: %s", ", ".join(found.others))
     analysed = analysis.read(config.root, found, with_sweep)
     for reason in analysed.left_out:
         log.warning("not in the report: %s", reason)

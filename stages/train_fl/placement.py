@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pipeline.feature_store import FeatureSet
 from pipeline.params import Guidance as GuidanceParams
-from pipeline.system_errors import reading
 from stages.train_fl.client_data import Guidance
 from stages.train_fl.methods import feddifrc
 
@@ -95,10 +94,9 @@ def _host_free() -> int:
     """Bytes that the kernel can give without swapping."""
     file = Path("/proc/meminfo")
     try:
-        with reading(file):
-            lines = file.read_text().splitlines()
-    except OSError:
-        lines = []  # there is no such file
+        lines = file.read_text().splitlines()
+    except OSError:  # a hint is all that is wanted
+        lines = []
     for line in lines:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

@@ -1,10 +1,13 @@
 """Each family of models: its layers bit for bit against the whole denoiser, its noise and its prompts by hand."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines import DiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from pipeline.diffusion import backbones
 from pipeline.diffusion.backbones import text
@@ -246,7 +249,7 @@ def test_averaging_while_encoding_gives_the_means_of_the_single_texts(models, na
     [("sd", 48, ["text_encoder"]), ("sdxl", 48, ["text_encoder", "text_encoder_2"]), ("pixart", 120, ["text_encoder"])],
 )
 def test_what_a_text_encoder_does_not_read_is_named(models, name, window, parts, caplog):
-    text._warn_once.cache_clear()
+    text.warn_once.cache_clear()
     fits = "a" * (window - 4) if name != "pixart" else "a" * (window - 2)  # one token a letter, and those at the ends
     backbone = backbones.load(models[name], "auto", "cpu", torch.float32)
     backbone.encode_prompts(["a", "b"])
@@ -263,6 +266,20 @@ def test_a_class_conditional_model_takes_one_class_a_prompt(models):
     assert backbone.encode_prompts(["tench", "Tinca tinca", "cock"], [2, 1]).tensors["class_labels"].tolist() == [0, 2]
     with pytest.raises(PipelineError, match="a prompt's texts name several \\('tench', 'cock'\\)"):
         backbone.encode_prompts(["tench", "cock"], [2])
+
+
+@pytest.mark.parametrize("part", ["text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"])
+def test_weights_that_lack_a_tensor_are_refused_and_not_made_up(models, tmp_path, part):
+    path = tmp_path / "m"
+    shutil.copytree(models["sd"], path)
+    file = path / f"{part}.safetensors"
+    tensors = load_file(file)
+    lacking = next(name for name in sorted(tensors) if name.endswith("weight"))
+    del tensors[lacking]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(PipelineError, match="lack 1 of the tensors of a .* Get the complete model") as error:
+        backbones.load(path, "auto", "cpu", torch.float32).encode_prompts(["a"])
+    assert lacking in str(error.value)
 
 
 def test_mistakes_are_named(models, tmp_path):

@@ -69,7 +69,7 @@ def test_a_negative_that_equals_the_positive_prompt(models):
 
 
 def test_a_class_with_the_generic_prompt_is_a_warning(models, caplog):
-    text._warn_once.cache_clear()
+    text.warn_once.cache_clear()
     prompted(models["sd"], [["a cat"], ["a photo"]], generic="a photo")
     assert [message for message in caplog.messages if "denoise_prompt" in message]
     assert re.search("'class 1' .* is the same input to the model as extract_features.denoise_prompt", caplog.text)
@@ -77,7 +77,6 @@ def test_a_class_with_the_generic_prompt_is_a_warning(models, caplog):
 
 def test_differences_of_rounding_are_none_and_others_are_some():
     states = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
-    prompts = PromptSet([["a"]], "label")
 
     def equal(second):
         given = torch.stack([states[0], second])
@@ -86,4 +85,3 @@ def test_differences_of_rounding_are_none_and_others_are_some():
     assert equal(states[0] * (1 + 1e-6)) == [[0, 1]]
     assert equal(states[0] * (1 + 1e-3)) == []
     assert equal(states[1]) == []
-    assert prompts.names == []

@@ -17,6 +17,7 @@ from pipeline.errors import PipelineError
 from stages.prepare_backbone import run
 from tests.conftest import REPOSITORY, write_params
 from tests.prepare_backbone.hub_server import COMMIT, digests
+from tests.prepare_backbone.test_tiny_sd import SHIPPED
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 WEIGHTS = ["text_encoder/model.safetensors", UNET, "vae/diffusion_pytorch_model.safetensors"]
@@ -142,8 +143,52 @@ def test_without_the_hub_the_cache_will_do_and_is_checked(tmp_path, hub, monkeyp
     assert prepare(tmp_path)[0] == manifest
     blob = (folder / UNET).resolve()
     blob.write_bytes(b"\0" + blob.read_bytes()[1:])
-    with pytest.raises(PipelineError, match=f"the bytes of {UNET} differ"):
+    with pytest.raises(PipelineError, match=f"{UNET} is damaged in the cache.*Run again with a network connection"):
         prepare(tmp_path)
+
+
+def test_without_the_hub_the_same_files_are_chosen_as_with_it(tmp_path, hub, model, monkeypatch):
+    shutil.copy(model / WEIGHTS[0], model / half(WEIGHTS[0]))
+    full = prepare(tmp_path)[0]
+    half_wanted = {"extract_features__dtype": "bfloat16"}
+    mixed = prepare(tmp_path, **half_wanted)[0]  # the text encoder alone has fp16
+    assert mixed["variant"] == "fp16" and full["variant"] is None
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    close_session()
+    assert prepare(tmp_path, **half_wanted)[0] == mixed and prepare(tmp_path)[0] == full
+    shutil.rmtree(tmp_path / ".pipeline")
+    with pytest.raises(PipelineError, match="the hub's list of files is not known. Run once with a network connection"):
+        prepare(tmp_path, **half_wanted)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_source_inside_the_folder_that_is_replaced_is_refused(tmp_path, linked):
+    folder = tmp_path / "models" / "m"
+    shutil.copytree(SHIPPED, folder)
+    source = folder
+    if linked:
+        source = tmp_path / "other"
+        source.symlink_to(folder)
+    with pytest.raises(PipelineError, match="which would be replaced. Move the model to another folder"):
+        prepare(tmp_path, source=str(source), revision=None)
+    assert (folder / UNET).read_bytes() == (SHIPPED / UNET).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not a complete safetensors file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a pointer of git-lfs"),
+        ((SHIPPED / UNET).read_bytes()[:-1], "is not a complete safetensors file"),
+    ],
+)
+def test_weights_of_a_directory_that_cannot_be_loaded_keep_the_old_model(tmp_path, content, message):
+    prepare(tmp_path, source="embedded", revision=None)
+    shutil.copytree(SHIPPED, tmp_path / "other")
+    (tmp_path / "other" / UNET).write_bytes(content)
+    with pytest.raises(PipelineError, match=message):
+        prepare(tmp_path, source="other", revision=None)
+    assert (tmp_path / "models" / "m" / UNET).read_bytes() == (SHIPPED / UNET).read_bytes()
 
 
 def test_a_broken_connection_is_tried_again(tmp_path, hub, model):
@@ -154,10 +199,14 @@ def test_a_broken_connection_is_tried_again(tmp_path, hub, model):
 
 def test_what_a_killed_download_left_is_removed(tmp_path, hub, model):
     prepare(tmp_path)
-    leftover = next((tmp_path / "cache").glob("*/blobs")) / f"{digests(model / UNET)[0]}.abc.incomplete"
-    leftover.touch()
+    blobs = next((tmp_path / "cache").glob("*/blobs"))
+    leftovers = [
+        blobs / f"{blob}.abc.incomplete" for blob in (digests(model / UNET)[0], "0" * 64)
+    ]  # another variant's too
+    for leftover in leftovers:
+        leftover.touch()
     prepare(tmp_path)
-    assert not leftover.exists()
+    assert not any(leftover.exists() for leftover in leftovers)
 
 
 def test_weights_as_bin_are_refused_before_any_is_fetched(tmp_path, hub, model):
@@ -223,5 +272,5 @@ def test_ctrl_c_stops_at_once_and_leaves_no_partial_file(tmp_path, hub, model):
     finally:
         process.kill()
     assert time.monotonic() - started < 2 and process.returncode == 130
-    assert "of these" in errors and "what was finished is kept" in errors and "Traceback" not in errors
+    assert "of these" in errors and "downloaded completely are kept" in errors and "Traceback" not in errors
     assert not list((tmp_path / "cache").glob("*/blobs/*.incomplete"))

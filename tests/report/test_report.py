@@ -74,7 +74,7 @@ def test_runs_of_other_data_are_refused(trained):
 
 def test_other_runs_are_named(trained):
     result = invoke(trained, "report", "--set", "sweep.seeds=[0]")
-    assert "sweep in params.yaml does not name them: fedavg-dir05-s1\n" in result.output
+    assert "the sweep does not name them: fedavg-dir05-s1\n" in result.output
     assert "one seed (n = 1)" in (trained / "report" / "index.html").read_text()
 
 

@@ -52,6 +52,7 @@ class DiTBackbone(TokenBackbone):
         index = json.loads((self.path / "model_index.json").read_text(encoding="utf-8"))
         labels: dict[str, str] = index.get("id2label", {})
         named = {name.strip(): int(number) for number, names in labels.items() for name in names.split(",")}
+        named |= {names.strip(): int(number) for number, names in labels.items()}
         return named | {"": self._model.config.num_embeds_ada_norm}
 
     def _denoise(self, noisy: Tensor, timestep: int, conditioning: dict[str, Tensor]) -> None:

@@ -123,7 +123,7 @@ class Tokens:
             return
         prompt, lost = self._cut[0]
         words = self._tokenizer.decode(lost).strip()
-        _warn_once(
+        warn_once(
             f"{len(self._cut)} of {self._seen} prompts are longer than the {self._length} tokens that {self._encoder} "
             f"reads, and their end is ignored. The first, {_short(prompt)!r}, loses {len(lost)} tokens: "
             f"{_short(words)!r}. Shorten it."
@@ -176,7 +176,7 @@ def _average(group: Tensor) -> Tensor:
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     """Logs a warning once per process: prompts are encoded again where something is recomputed in float32."""
     log.warning("%s", message)
 
