@@ -11,10 +11,11 @@ length, references), which, mapped into memory, would be followed.
 
 import contextlib
 import fcntl
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import h5py
 
@@ -92,6 +93,33 @@ def bytes_of(file: Path) -> Iterator[BinaryIO]:
             if os.environ.get("HDF5_USE_FILE_LOCKING", "").upper() not in ("FALSE", "0"):
                 _share(stream)
         yield stream
+
+
+class Unmarked(io.RawIOBase):
+    """The bytes of an HDF5 file as they were before a process opened it for writing and was killed.
+
+    Opening sets the consistency flags in the superblock (bytes 20 to 23 in versions 0 and 1, which h5py writes), and
+    closing clears them; nothing else changes if nothing was written.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        """Of an open file, from its start."""
+        super().__init__()
+        stream.seek(0)
+        self._stream, self._position = stream, 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, block: Any) -> int:
+        """Reads the next bytes, with the flags cleared."""
+        view = memoryview(block).cast("B")
+        size = self._stream.readinto(view)  # type: ignore[attr-defined]
+        for place in range(max(20, self._position), min(24, self._position + size)):
+            view[place - self._position] = 0
+        self._position += size
+        return size
 
 
 def check_not_written(file: Path) -> None:

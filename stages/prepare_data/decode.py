@@ -74,6 +74,8 @@ def read_image(path: Path, image_size: int, rows_cut: int = 0) -> np.ndarray:
         SystemRefusal: the disk, its permissions or the memory are at fault, not the image.
     """
     try:
+        if not path.is_file() and path.exists():  # a pipe would be waited for
+            raise BrokenImageError("is not a file")
         content = path.read_bytes()
     except (OSError, MemoryError) as error:
         raise refusal(error, path) or BrokenImageError(_reason(error)) from None

@@ -23,6 +23,7 @@ _SPLIT_OF_WORD = {word: split for split, words in _SPELLINGS.items() for word in
 _NAME = re.compile(
     r"(?:\d+[ _.-]+)?(?P<word>[a-z]+?)(?:[ _.-]*(?:set|data|dataset|split|images|imgs|folder))?[ _.-]*\d*"
 )
+_LETTERED = re.compile(r"(?P<word>train|test|val)[ _-]?[A-Z]", re.IGNORECASE)
 _MAX_WRAPPERS = 8
 
 
@@ -62,6 +63,7 @@ def find_splits(tree: Path) -> SplitFolders | None:
     splits = _by_split(folders)
     named = _names(splits)
     if not named:
+        _check_no_lettered_splits(tree, folders)
         return None
     others = [name for name in folders if name not in named]
     with_images = [name for name in others if has_images(tree / name)]
@@ -74,6 +76,16 @@ def find_splits(tree: Path) -> SplitFolders | None:
             "put their images directly into them."
         )
     return _chosen(tree, splits, others)
+
+
+def _check_no_lettered_splits(tree: Path, folders: list[str]) -> None:
+    """Refuses trainA, trainB, testA, ...: two domains without classes, as data sets of image translation have them."""
+    found = {name: match["word"].lower() for name in folders if (match := _LETTERED.fullmatch(canonical(name)))}
+    if len(set(found.values())) > 1:
+        raise PipelineError(
+            f"{tree} holds folders named as splits with a letter ({some_folders(found)}). If they are domains, make a "
+            "tree of <domain>/<split>/<class>/<image> and set source: domain-folder; if they are classes, rename them."
+        )
 
 
 def unwrapped(tree: Path) -> Path:

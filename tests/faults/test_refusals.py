@@ -340,6 +340,25 @@ def test_a_row_that_changes_in_training_is_not_called_damaged_while_a_process_wr
         features.read(np.arange(ROWS))
 
 
+def test_a_set_that_a_killed_process_had_open_is_intact(kept, tmp_path, caplog):
+    folder = shutil.copytree(kept / "sets" / "set", tmp_path / "set")
+    code = "import h5py, os, sys; f = h5py.File(sys.argv[1], 'r+'); os._exit(0)"
+    for name in ("basis.h5", "shard-00001.h5"):
+        before = (folder / name).read_bytes()
+        subprocess.run([sys.executable, "-c", code, folder / name], check=True)
+        after = (folder / name).read_bytes()
+        assert [place for place in range(len(before)) if before[place] != after[place]] == [20]  # the consistency flags
+    FeatureSet(folder).verify_files()
+    FeatureSet(folder).read(np.arange(ROWS))
+    assert FeatureSet(folder).basis() is not None
+    assert verification.faults(folder, full=True) == []
+    assert "shard-00001.h5 was open for writing when a process was killed; its data are intact" in caplog.text
+    with open(folder / "shard-00001.h5", "r+b") as stream:
+        stream.seek(24)
+        stream.write(b"\xff")
+    assert any("shard-00001.h5" in str(fault) for fault in verification.faults(folder, full=True))
+
+
 def test_a_mark_of_a_killed_writer_is_told_from_damage(tmp_path):
     """HDF5's newer format marks a file that is open for writing, in the file."""
     file = tmp_path / "marked.h5"

@@ -184,3 +184,8 @@ def test_digits_by_hand(prepare):
             assert table[np.ascontiguousarray(image[..., 0]).tobytes()] == label
             assert (image == image[..., :1]).all()
     assert dataset.class_names[7] == "handwritten number 7"
+
+
+def test_a_pipe_with_the_name_of_an_image_is_not_waited_for(prepare, folder):
+    os.mkfifo(folder / "train" / "a" / "00-pipe.jpg")
+    assert "train/a/00-pipe.jpg (is not a file)" in prepare(source="folder", path=folder).output

@@ -43,6 +43,15 @@ def test_spellings_of_splits(prepare, tmp_path, train, test):
     assert result.output.count("\n") == 3  # the splits, the numbers, the folder
 
 
+def test_splits_with_letters_are_not_taken_for_classes(prepare, tmp_path):
+    names = ("trainA", "trainB", "testA", "testB")
+    for number, name in enumerate(names):
+        save_plain(tmp_path / "in" / name / "0.png", (number, 2, 3))
+    result = prepare(source="folder", path=tmp_path / "in")
+    assert result.exit_code == 1
+    assert "folders named as splits with a letter (testA, testB, trainA, trainB)" in result.output
+
+
 def test_a_validation_split_beside_a_test_split_is_left_out_and_said(prepare, tmp_path):
     layout = {"train": "train", "test": "test", "Validation": "validation"}
     result = prepare(source="folder", path=make(tmp_path / "in", layout))
