@@ -28,7 +28,7 @@ def plain_dataset(h5: h5py.File, name: str, file: Path) -> h5py.Dataset:
     Args:
         h5: the open file.
         name: of the dataset, "/" between groups.
-        file: where its bytes must stand.
+        file: the file that must hold its bytes.
 
     Raises:
         KeyError: there is none.
@@ -48,7 +48,7 @@ def plain_dataset(h5: h5py.File, name: str, file: Path) -> h5py.Dataset:
     if dataset.dtype.kind not in "iuf":
         raise ValueError(f"dataset {name} holds {dataset.dtype}, not numbers")
     if dataset.external or dataset.is_virtual:
-        raise ValueError(f"the bytes of {name} stand in another file")
+        raise ValueError(f"the bytes of {name} are in another file")
     offset = dataset.id.get_offset()
     if offset is None:
         raise ValueError(f"dataset {name} is not contiguous")

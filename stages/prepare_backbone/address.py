@@ -46,7 +46,7 @@ def pinned(source: str, revision: str | None) -> tuple[str, str]:
 
 
 def _parse(source: str) -> tuple[str, str | None]:
-    """organisation/model, and the revision that stands with it."""
+    """organisation/model, and the revision that is written after it."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HfUriError
     from huggingface_hub.utils import parse_hf_uri

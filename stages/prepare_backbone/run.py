@@ -1,6 +1,6 @@
 """Runs the stage: puts a diffusers pipeline directory at models/<name> and writes down exactly what it is.
 
-The weights are neither DVC's nor git's: a team shares features, and whoever has those trains without the weights.
+Neither git nor DVC tracks the weights: a team shares features, and training from those needs no weights.
 What DVC tracks is the manifest, with the hash of every file that decides the features. The directory holds links, to
 the hub's cache or to the directory that params.yaml names, and is replaced only when the new model is complete.
 """
