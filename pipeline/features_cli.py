@@ -259,7 +259,11 @@ def _card(manifest: "Manifest") -> list[tuple[str, str]]:
         ("fingerprint", manifest.fingerprint),
         ("data set", f"{made.get('dataset')}, {manifest.rows:,} training images, hash {content.dataset_hash[:12]}"),
         ("classes", _short(content.class_names)),
-        ("backbone", f"{backbone.get('name')} from {backbone.get('source')}, revision {backbone.get('revision')}"),
+        (
+            "backbone",
+            f"{backbone.get('name')} from {backbone.get('source')}, revision {backbone.get('revision')}"
+            + (f", {backbone['variant']} weights" if "variant" in backbone else ""),
+        ),
         ("computed", f"at timestep {content.timestep}, {content.image_size} px, in {content.dtype}"),
         ("layers", layers),
         ("basis", basis),

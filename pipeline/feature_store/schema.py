@@ -104,6 +104,7 @@ class _Backbone(TypedDict, total=False):
     name: str
     source: str
     revision: str | None
+    variant: str
 
 
 @with_config(_STRICT)
@@ -118,8 +119,9 @@ class _Provenance(TypedDict, total=False):
 
 
 Provenance = Annotated[dict[str, Any], GetPydanticSchema(lambda _, handler: handler(_Provenance))]
-"""What made a set: the data set's name, the backbone's name, source and revision, the program's version and commit,
-Python's and the packages' versions, and every processor or GPU. It decides no feature and is in no fingerprint."""
+"""What made a set: the data set's name; the backbone's name, source, revision, and variant if its weights are fp16; the
+program's version and commit, Python's and the packages' versions, and every processor or GPU. It decides no feature and
+is in no fingerprint."""
 
 
 class Content(BaseModel):

@@ -1,5 +1,6 @@
 """What is to be extracted: from the configuration, the data set and the backbone's hashes; no model is loaded."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from pipeline.diffusion.prompts import PromptSet
 from pipeline.errors import PipelineError
 from pipeline.feature_store import Content, Plan
 from stages.extract_features import basis
+
+log = logging.getLogger(__name__)
 
 EXTRACTION_VERSION = 1
 """Raise it, here and in params.yaml, whenever the features change; tests hold golden features against it."""
@@ -48,6 +51,12 @@ def make(config: Config) -> Job:
         )
     backbones.check_timesteps(config.backbone_dir, [params.timestep], "extract_features.timestep")
     backbones.check_image_size(config.backbone_dir, params.image_size)
+    if backbone.get("variant") and params.dtype == "float32":
+        log.warning(
+            "features are computed in float32 from the %s weights of %s. For full weights set prepare_backbone.variant "
+            "to none and run `pipeline prepare-backbone`",
+            backbone["variant"], backbone["name"],
+        )  # fmt: skip
     prompt_set = prompts.build(params, dataset.class_names, config.path)
     content = Content(
         extraction_version=params.version,
@@ -64,7 +73,8 @@ def make(config: Config) -> Job:
     )
     made_by = {
         "dataset": dataset.name,
-        "backbone": {key: backbone[key] for key in ("name", "source", "revision")},
+        "backbone": {key: backbone[key] for key in ("name", "source", "revision")}
+        | ({"variant": backbone["variant"]} if backbone.get("variant") else {}),
         **provenance.software(),
     }
     plan = Plan(content, dataset.rows("train"), params.rows_per_shard, made_by)
