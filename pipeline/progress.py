@@ -48,6 +48,7 @@ def progress_bar(total: int, description: str, unit: str) -> "tqdm":
         bar_format=bar_format,
         file=io.StringIO(),
         mininterval=_SECONDS_PER_LINE,
+        maxinterval=_SECONDS_PER_LINE,  # tqdm's own thread would draw again after ten seconds without a step
         leave=False,
     )
 
