@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipeline import seeding
 from pipeline.config import load
@@ -224,8 +225,6 @@ def test_the_content_of_a_prompt_file_is_part_of_the_fingerprint(unextracted):
 def test_half_precision_overflow_is_redone_in_float32_and_counted(tmp_path):
     source = tiny_models.sd(tmp_path / "loud")
     unet = source / "unet" / "diffusion_pytorch_model.safetensors"
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(unet)
     weights["up_blocks.2.resnets.0.conv1.weight"] *= 1e7  # beyond float16 inside the block, normalised before its end
     weights["up_blocks.2.resnets.0.conv1.bias"] *= 1e7
@@ -257,8 +256,6 @@ def test_half_precision_overflow_is_redone_in_float32_and_counted(tmp_path):
 
 @pytest.mark.parametrize("basis", ["fitted", "shared"])
 def test_features_beyond_the_range_of_float16_name_their_layer(tmp_path, basis):
-    from safetensors.torch import load_file, save_file
-
     source = tiny_models.sd(tmp_path / "large")
     root = project(tmp_path / "p", images=10, source=source, **TINY)
     settings = ["--overwrite"]
@@ -331,13 +328,11 @@ def transformer(tmp_path_factory) -> Path:
     """A project with a PixArt whose weights cannot be loaded."""
     root = tmp_path_factory.mktemp("transformer")
     source = tiny_models.pixart(root / "pixart")
-    (source / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    save_file({"unknown": torch.zeros(1)}, source / "transformer" / "diffusion_pytorch_model.safetensors")
     return project(root / "p", images=20, source=source, **TINY)
 
 
 def test_maps_that_are_not_finite_in_float32_either_name_the_layer_and_leave_no_basis(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     source = tiny_models.sd(tmp_path / "broken")
     unet = source / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(unet)

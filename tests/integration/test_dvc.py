@@ -130,7 +130,7 @@ def test_an_extraction_killed_under_dvc_resumes_on_the_next_repro(root):
     done = subprocess.run(
         command("repro", "extract-features"), cwd=root, env=environment(root), capture_output=True, text=True
     )
-    assert done.returncode != 0 and "run `pipeline prepare-backbone`" in done.stderr
+    assert done.returncode != 0 and "Run `pipeline prepare-backbone`" in done.stderr
     prepare = [str(BIN / "pipeline"), "--quiet", "prepare-backbone"]
     subprocess.run(prepare, cwd=root, check=True, capture_output=True)
 
