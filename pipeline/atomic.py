@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.errors import PipelineError
 from pipeline.locks import try_flock
-from pipeline.system_errors import error_number, unwritten
+from pipeline.system_errors import unwritten
 
 
 @contextlib.contextmanager
@@ -110,9 +110,3 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def in_words(error: Exception) -> str:
-    """The system's reason where there is one, else what h5py says, on one line."""
-    code = error_number(error)
-    return os.strerror(code) if code else " ".join(str(error).split())

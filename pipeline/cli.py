@@ -24,7 +24,7 @@ from pipeline import __version__
 from pipeline.errors import PipelineError
 from pipeline.features_cli import features
 from pipeline.help import ExamplesAsWritten
-from pipeline.system_errors import remedy
+from pipeline.system_errors import in_words, remedy
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -127,8 +127,7 @@ def _one_line_errors(ctx: click.Context) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.EPIPE:  # nobody reads the output any more: click ends silently
             raise
-        reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
-        what = f"{os.fsdecode(error.filename)}: {reason}" if error.filename else reason
+        what = f"{os.fsdecode(error.filename)}: {in_words(error)}" if error.filename else in_words(error)
         raise click.ClickException(f"{what}. {remedy(error.errno or 0)}. What was finished before is kept.") from None
 
 

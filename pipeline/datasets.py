@@ -29,11 +29,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline import provenance
-from pipeline.atomic import folder_in_place_of, in_words, sync
+from pipeline.atomic import folder_in_place_of, sync
 from pipeline.errors import PipelineError
 from pipeline.hdf5 import check_not_written, open_to_read, plain_dataset
 from pipeline.images import Images, Skipped, Source, Split, images_per_block, stratified_split
-from pipeline.system_errors import reading
+from pipeline.system_errors import in_words, reading
 
 __all__ = ["Images", "Manifest", "PreparedDataset", "Source", "stratified_split", "write"]
 

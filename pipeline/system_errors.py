@@ -139,9 +139,14 @@ def entries(folder: Path) -> list[Path]:
 
 def unwritten(path: Path, error: BaseException) -> PipelineError:
     """The error to raise if writing `path`, which appears whole or not at all, ended in `error`."""
+    advice = remedy(error_number(error) or 0)
+    return PipelineError(f"{path} cannot be written ({in_words(error)}). {advice}. What was there before is kept.")
+
+
+def in_words(error: BaseException) -> str:
+    """The system's reason if there is one, else the text of the error, on one line."""
     code = error_number(error)
-    reason = os.strerror(code) if code else " ".join(str(error).split())
-    return PipelineError(f"{path} cannot be written ({reason}). {remedy(code or 0)}. What was there before is kept.")
+    return os.strerror(code) if code else " ".join(str(error).split())
 
 
 def remedy(code: int) -> str:

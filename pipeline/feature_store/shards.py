@@ -18,10 +18,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from pipeline.atomic import in_words
 from pipeline.feature_store.schema import FIELDS, Fault, Manifest
 from pipeline.hdf5 import check_not_written, open_to_read, plain_dataset
-from pipeline.system_errors import reading
+from pipeline.system_errors import in_words, reading
 from pipeline.text import printable
 
 MALFORMED = (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError)  # what h5py raises

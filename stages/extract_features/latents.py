@@ -12,9 +12,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from pipeline import atomic
 from pipeline.hdf5 import open_to_read, plain_dataset
-from pipeline.system_errors import SystemRefusal
+from pipeline.system_errors import SystemRefusal, in_words
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ class LatentCache:
                 h5.attrs["crc32"] = zlib.crc32(np.ascontiguousarray(latents).data)
             temporary.replace(self._file(shard))
         except (OSError, RuntimeError) as error:  # h5py's, when a write fails
-            log.warning("latents are not kept for the next extraction: %s (%s)", self._folder, atomic.in_words(error))
+            log.warning("latents are not kept for the next extraction: %s (%s)", self._folder, in_words(error))
             temporary.unlink(missing_ok=True)
 
     def _file(self, shard: int) -> Path:

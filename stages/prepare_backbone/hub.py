@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import provenance, system_errors
+from pipeline import provenance, system_errors, text
 from pipeline.errors import PipelineError
 from pipeline.progress import progress_bar
 from stages.prepare_backbone import hub_errors
@@ -88,7 +88,7 @@ class HubModel:
         size = sum(self.sizes[name] for name in missing)
         self._check_room(size)
         if missing:
-            log.info("%s: %d files to download, %s", self.title, len(missing), in_units(size))
+            log.info("%s: %d files to download, %s", self.title, len(missing), text.size(size))
         found: dict[str, tuple[Path, str]] = {}
         with _quiet_client(), progress_bar(size, f"download {self.hub_id}", "B") as bar:
             try:
@@ -192,7 +192,7 @@ class HubModel:
         free = shutil.disk_usage(folder).free
         if size > free:
             raise PipelineError(
-                f"{self.title} needs {in_units(size)}, and {_cache()} has {in_units(free)} free. Make room, or set "
+                f"{self.title} needs {text.size(size)}, and {_cache()} has {text.size(free)} free. Make room, or set "
                 "HF_HOME to a folder on a larger disk"
             )
 
@@ -223,14 +223,6 @@ def commit_of(hub_id: str, revision: str | None) -> str | None:
         if hub_errors.is_unreachable(error):
             return None
         raise hub_errors.in_words(error, hub_id, revision) from None
-
-
-def in_units(size: int) -> str:
-    """A number of bytes in decimal units, as the hub's pages give it."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} bytes"
 
 
 def _cache() -> Path:

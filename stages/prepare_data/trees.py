@@ -43,11 +43,12 @@ class Listing:
 
 @dataclass(frozen=True)
 class Tree:
-    """A tree of class folders: names of the classes in NFC, files by split, and where the splits come from."""
+    """A tree of class folders: names of the classes in NFC, files by split, and in words where the splits come from."""
 
     classes: list[str]
     splits: dict[str, Listing]
     origin: str
+    has_split_folders: bool
 
 
 def folder(root: Path, params: PrepareData) -> Source:
@@ -66,7 +67,7 @@ def folder(root: Path, params: PrepareData) -> Source:
     found = _tree(search, tree, params.seed)
     log.info("%s: %s", tree, found.origin)
     search.say_passed_over()
-    if find_splits(tree) is None:
+    if not found.has_split_folders:
         _say_what_classes_hold(tree)
     splits = {split: lazy_split(root, [listing], params) for split, listing in found.splits.items()}
     return Source([_words(name) for name in found.classes], splits, _UNKNOWN_TERMS)
@@ -140,7 +141,7 @@ def _tree(search: ImageSearch, tree: Path, seed: int, *stream: str) -> Tree:
             f"{tree}: {found.train.name} and {found.test.name} differ in their class folders: {some(differing)}. "
             "Add what is missing (a class folder may be empty), or use one spelling.",
         )
-        return Tree(classes, {"train": train, "test": test}, found.described(tree))
+        return Tree(classes, {"train": train, "test": test}, found.described(tree), True)
     _refuse_splits_of_classes(tree)
     classes, everything = _listing(search, tree)
     require(bool(everything.paths), f"{tree} has no images in its class folders ({some(classes)}).")
@@ -148,7 +149,8 @@ def _tree(search: ImageSearch, tree: Path, seed: int, *stream: str) -> Tree:
     rng = seeding.numpy_generator(seed, "train/test split", *stream)
     in_test, in_train = stratified_split(everything.labels, test_rows, rng)
     drawn = {"train": everything.take(in_train), "test": everything.take(in_test)}
-    return Tree(classes, drawn, "no split folders; one image in five, of each class in proportion, is the test split")
+    origin = "no split folders; one image in five, of each class in proportion, is the test split"
+    return Tree(classes, drawn, origin, False)
 
 
 def _listing(search: ImageSearch, tree: Path) -> tuple[list[str], Listing]:
@@ -218,7 +220,7 @@ def lazy_split(root: Path, listings: list[Listing], params: PrepareData) -> Lazy
 
 
 def _words(folder_name: str) -> str:
-    """The class name that a folder's canonical name stands for."""
+    """The class name that a folder's canonical name gives."""
     return utf8(folder_name).replace("_", " ").strip() or folder_name
 
 

@@ -45,6 +45,11 @@ from tests.test_feature_store import ROWS, open_writer, write
 NOBODY = 65534
 
 
+def usually(names, always):
+    """All names; those that are not in `always` are tried by `make test-faults` alone."""
+    return [name if name in always else pytest.param(name, marks=pytest.mark.faults) for name in names]
+
+
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
     """One of every kind of file that is read again."""
@@ -285,10 +290,7 @@ HELD = {
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in ("train on shard", "verify bytes", "extract") else pytest.param(name, marks=pytest.mark.faults)
-        for name in HELD
-    ],
+    usually(HELD, ("train on shard", "verify bytes", "extract")),
 )
 def test_a_file_that_is_open_for_writing_elsewhere(project, trial, name):
     file, command = HELD[name]
@@ -430,10 +432,7 @@ def but_locks(project):
 @pytest.mark.skipif(os.geteuid() != 0, reason="taking another user's rights needs root")
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in ("data set", "shard", "checkpoint") else pytest.param(name, marks=pytest.mark.faults)
-        for name in CLOSED
-    ],
+    usually(CLOSED, ("data set", "shard", "checkpoint")),
 )
 def test_a_file_or_folder_without_permission(made, trial, name):
     path, command = CLOSED[name]

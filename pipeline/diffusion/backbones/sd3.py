@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.diffusion.backbones.base import Conditioning, TokenBackbone
-from pipeline.diffusion.backbones.text import ClipEncoder, T5Encoder, encode
+from pipeline.diffusion.backbones.text import ClipEncoder, T5Encoder, clip_tensors, encode
 
 _T5_LENGTH = 256
 
@@ -29,7 +29,7 @@ class StableDiffusion3Backbone(TokenBackbone):
 
         def of_clip(number: str) -> dict[str, Tensor]:
             encoder = ClipEncoder(self.path, number, self.device, projected=True)
-            return encode(encoder, prompts, sizes, self._tensors)
+            return encode(encoder, prompts, sizes, clip_tensors(self.dtype))
 
         first, second = of_clip(""), of_clip("_2")
         joined = {name: torch.cat([first[name], second[name]], dim=-1) for name in first}
@@ -42,9 +42,6 @@ class StableDiffusion3Backbone(TokenBackbone):
         states = torch.cat([functional.pad(clip, (0, width - clip.shape[-1])), t5], dim=1)
         tensors = {"encoder_hidden_states": states, "pooled_projections": joined["pooled"]}
         return Conditioning(tensors, joined["similarity"].cpu())
-
-    def _tensors(self, states: Tensor, pooled: Tensor) -> dict[str, Tensor]:
-        return {"states": states.to(self.dtype), "pooled": pooled.to(self.dtype), "similarity": pooled.float()}
 
     def add_noise(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
         """(1 - sigma) * latents + sigma * noise, sigma = timestep / 1000."""

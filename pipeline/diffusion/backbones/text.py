@@ -168,6 +168,19 @@ def encode(
     return {name: torch.stack(groups) for name, groups in done.items()}
 
 
+def clip_tensors(dtype: torch.dtype) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+    """What `encode` keeps of CLIP for a denoiser of this type.
+
+    "states" (B, T, E) and "pooled" (B, E') are rounded to the type before they are averaged; "similarity" is the pooled
+    embedding as float32.
+    """
+    return lambda states, pooled: {
+        "states": states.to(dtype),
+        "pooled": pooled.to(dtype),
+        "similarity": pooled.float(),
+    }
+
+
 def _average(group: Tensor) -> Tensor:
     """(B, ...) -> (...): the mean of embeddings, the union of masks of tokens."""
     if not group.is_floating_point():

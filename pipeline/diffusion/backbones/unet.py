@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from pipeline.diffusion.backbones.base import Conditioning, DiffusersBackbone
-from pipeline.diffusion.backbones.text import ClipEncoder, encode
+from pipeline.diffusion.backbones.text import ClipEncoder, clip_tensors, encode
 
 
 class UNetBackbone(DiffusersBackbone):
@@ -27,7 +27,7 @@ class UNetBackbone(DiffusersBackbone):
 
         def encoded(number: str) -> dict[str, Tensor]:
             encoder = ClipEncoder(self.path, number, self.device, projected=self._is_xl)
-            return encode(encoder, prompts, sizes, self._tensors)
+            return encode(encoder, prompts, sizes, clip_tensors(self.dtype))
 
         if not self._is_xl:
             only = encoded("")
@@ -36,9 +36,6 @@ class UNetBackbone(DiffusersBackbone):
         states = torch.cat([part["states"] for part in parts], dim=-1)
         tensors = {"encoder_hidden_states": states, "text_embeds": parts[-1]["pooled"]}
         return Conditioning(tensors, parts[-1]["similarity"].cpu())
-
-    def _tensors(self, states: Tensor, pooled: Tensor) -> dict[str, Tensor]:
-        return {"states": states.to(self.dtype), "pooled": pooled.to(self.dtype), "similarity": pooled.float()}
 
     @classmethod
     def _known_layers(cls, config: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
