@@ -51,7 +51,7 @@ gallery: $(STAMP)  ## Make the pictures of docs/gallery from the embedded defaul
 	$(BIN)/python benchmarks/screenshot.py report/index.html docs/gallery/report.png
 
 federation-demo: $(STAMP)  ## Run a federation of three nodes on this machine, each with its private folder
-	$(BIN)/python -m pipeline.federation.demo
+	$(BIN)/python -m examples.federation.demo
 
 clean:  ## Remove what unfinished extractions and runs left for resuming, kept latents and sweeps
 	rm -rf .pipeline

@@ -24,8 +24,9 @@ from ruamel.yaml import YAML
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from pipeline import config, provenance
-from pipeline.datasets import PreparedDataset
+from pipeline import provenance
+from pipeline.data.datasets import PreparedDataset
+from pipeline.settings import config
 from stages import prepare_data
 
 BATCH = 64
@@ -116,7 +117,7 @@ def _milliseconds(way: Callable[[np.ndarray], np.ndarray], rng: np.random.Genera
 _PEAK = """
 import re, sys
 from pathlib import Path
-from pipeline.datasets import PreparedDataset
+from pipeline.data.datasets import PreparedDataset
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 dataset = PreparedDataset(Path(sys.argv[1]))

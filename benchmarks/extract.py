@@ -29,11 +29,11 @@ from ruamel.yaml import YAML
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from pipeline import provenance, seeding
-from pipeline.datasets import Images
+from pipeline.data.datasets import Images
 from pipeline.diffusion import backbones, batching
 from pipeline.diffusion.prompts import PromptSet
 from pipeline.diffusion.representation import Projector
-from pipeline.params import ExtractFeatures, Runtime
+from pipeline.settings.params import ExtractFeatures, Runtime
 from stages.extract_features.cost import count_flops
 from stages.extract_features.extraction import Extraction
 

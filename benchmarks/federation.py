@@ -23,9 +23,9 @@ from typing import Any
 
 import click
 
+from examples.federation.loopback import Loopback
 from pipeline import provenance
 from pipeline.errors import PipelineError
-from pipeline.federation.loopback import Loopback
 
 ROOT = Path(__file__).parents[1]
 RUN = "feddifrc-dir05-s0"

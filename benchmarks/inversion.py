@@ -19,9 +19,10 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from pipeline import config, provenance, seeding
-from pipeline.datasets import PreparedDataset
+from pipeline import provenance, seeding
+from pipeline.data.datasets import PreparedDataset
 from pipeline.feature_store import FeatureSet
+from pipeline.settings import config
 
 ROOT = Path(__file__).parents[1]
 

@@ -17,9 +17,10 @@ from sklearn.model_selection import StratifiedShuffleSplit, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from pipeline import config, provenance
-from pipeline.datasets import PreparedDataset
+from pipeline import provenance
+from pipeline.data.datasets import PreparedDataset
 from pipeline.feature_store import FeatureSet
+from pipeline.settings import config
 
 
 @click.command()

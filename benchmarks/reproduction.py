@@ -11,9 +11,10 @@ from pathlib import Path
 
 import click
 
-from pipeline import accuracy, config
-from pipeline.config import Config
+from pipeline import accuracy
 from pipeline.errors import PipelineError
+from pipeline.settings import config
+from pipeline.settings.config import Config
 
 ROOT = Path(__file__).parents[1]
 

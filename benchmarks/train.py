@@ -27,8 +27,9 @@ import torch
 from torch.nn import functional
 from train_job import Job, seconds_a_round
 
-from pipeline import config, params, provenance
-from stages.train_fl import methods
+from pipeline import provenance
+from pipeline.settings import config, params
+from stages.train_fl import methods, rounds
 from stages.train_fl.augmentation import to_model_range
 from stages.train_fl.client_data import ClientData, Guidance
 from stages.train_fl.encoders import EncoderName
@@ -114,9 +115,9 @@ def _bare(model: FLModel, data: ClientData, job: Job) -> None:
 
 def _engine(method: Method, data: ClientData, job: Job, device: str) -> None:
     """A whole round of the local engine with one client: sampling, training, aggregation."""
-    schedule = local.Schedule(1, 1, 1, job.batch_size, job.learning_rate, 1.0, "none", 0)
+    schedule = rounds.Schedule(1, 1, 1, job.batch_size, job.learning_rate, 1.0, "none", 0)
     weights = {name: value.to(device) for name, value in job.model().state_dict().items()}
-    list(local.run(method, local.begin(method, weights, 1), [data], schedule, device))
+    list(local.run(method, rounds.begin(method, weights, 1), [data], schedule, device))
 
 
 def _embedding_dim(job: Job) -> int:
@@ -144,7 +145,7 @@ def _timed(run: Callable[[], None], device: str) -> float:
 
 def _cache_reading() -> dict[str, float] | None:
     """Seconds an image that a run spends once, on reading and preparing the project's feature set."""
-    from pipeline.datasets import PreparedDataset
+    from pipeline.data.datasets import PreparedDataset
     from pipeline.errors import PipelineError
     from pipeline.feature_store import FeatureSet
 
@@ -187,12 +188,12 @@ def _local_rounds(job: Job) -> dict[str, float]:
     """The job on the local engine, in this process."""
     clients = [ClientData(*job.client(k)) for k in range(job.num_clients)]
     method = methods.build(params.FedAvg(algorithm="fedavg"), job.model(), job.momentum, 0.0, job.num_clients)
-    schedule = local.Schedule(
+    schedule = rounds.Schedule(
         job.num_rounds, job.num_clients, job.local_epochs, job.batch_size, job.learning_rate, 1.0, "none", 0
     )
     weights = dict(job.model().state_dict())
     marks = [time.perf_counter()]
-    for _ in local.run(method, local.begin(method, weights, job.num_clients), clients, schedule):
+    for _ in local.run(method, rounds.begin(method, weights, job.num_clients), clients, schedule):
         marks.append(time.perf_counter())
     return seconds_a_round(marks)
 

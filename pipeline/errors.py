@@ -1,5 +1,24 @@
-"""The one exception that reaches users: it says what is wrong, where and what to do; shown without a traceback."""
+"""The errors that reach users: one base class, and a kind for each thing that callers may want to handle.
+
+Each message is one line: what is wrong, where, and what to do. The command line prints it without a traceback.
+"""
 
 
 class PipelineError(Exception):
-    """A mistake or fault that the user can act on."""
+    """Base class of every error that a user can act on."""
+
+
+class ConfigError(PipelineError):
+    """A setting or an argument is invalid, or settings contradict each other."""
+
+
+class DataError(PipelineError):
+    """Images, a prepared data set or a frozen model are missing, invalid or not those that the settings name."""
+
+
+class FeatureSetError(PipelineError):
+    """A feature set is missing, incomplete, damaged, or does not fit the data and settings."""
+
+
+class TrainingDiverged(PipelineError):
+    """A loss is not a finite number."""

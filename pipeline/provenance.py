@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pipeline
-from pipeline import atomic
-from pipeline.system_errors import reading, refusal
+from pipeline.io import atomic
+from pipeline.io.system_errors import reading, refusal
 
 _PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "h5py", "numpy", "scikit-learn")
 CHECKSUMS = "SHA256SUMS"
@@ -107,10 +107,10 @@ def write_checksums(folder: Path) -> None:
         PipelineError: it cannot be written.
     """
     names = sorted(file.name for file in folder.iterdir() if file.is_file() and _is_content(file.name))
-    with atomic.whole_or_not_at_all(folder / CHECKSUMS) as temporary:
+    with atomic.replace_file(folder / CHECKSUMS) as temporary:
         temporary.write_bytes("".join(f"{file_sha256(folder / name)}  {name}\n" for name in names).encode())
         for file in (*(folder / name for name in names), temporary):
-            atomic.sync(file)
+            atomic.sync_to_disk(file)
 
 
 def changed_file(folder: Path, names: Iterable[str]) -> str | None:
@@ -127,11 +127,6 @@ def changed_file(folder: Path, names: Iterable[str]) -> str | None:
         if file_sha256(folder / name) != said[name]:
             return name
     return None
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes readable JSON with a stable order, through a temporary name so that no half file is ever seen."""
-    atomic.write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def _is_content(name: str) -> bool:

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 from ruamel.yaml import YAML
 
-from pipeline.cli import main
+from pipeline.cli.commands import main
 
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-")  # read when the hub's client is imported
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests of the hub start a server of their own

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from pipeline.cli import main
+from pipeline.cli.commands import main
 from tests.conftest import invoke, write_params
 
 TRAIN = ("train-fl", "--method", "fedavg", "--partition", "iid", "--seed", "0")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import config
 from pipeline.errors import PipelineError
+from pipeline.settings import config
 from tests.conftest import REPOSITORY, invoke, write_params
 
 

@@ -1,6 +1,5 @@
 """The prepared data set: what is written is read back, block by block, whole or not at all."""
 
-import fcntl
 import hashlib
 import os
 import resource
@@ -12,10 +11,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeline import datasets, images, provenance
-from pipeline.datasets import Images, PreparedDataset, Source, stratified_split, write
+from pipeline import provenance
+from pipeline.data import datasets, images
+from pipeline.data.datasets import Images, PreparedDataset, Source, stratified_split, write
+from pipeline.data.images import Block, Skipped
 from pipeline.errors import PipelineError
-from pipeline.images import Block, Skipped
+from pipeline.io import locks
 
 SIZE = 8
 
@@ -171,7 +172,7 @@ class Dying(Images):
 KILLED = """
 import sys
 from pathlib import Path
-from pipeline import images
+from pipeline.data import images
 from tests.test_datasets import Dying, SIZE, make_images, make_source, write
 images.BLOCK_BYTES = 5 * 3 * SIZE * SIZE
 splits = {"train": Dying(**vars(make_images(17, 3))), "test": make_images(4, 1)}
@@ -198,15 +199,11 @@ def test_a_killed_run_leaves_the_old_set_or_none(path, tmp_path):
 
 
 def test_a_second_writer_is_sent_away(path):
-    staging = path.with_name("ours.tmp")
-    staging.mkdir()
-    handle = os.open(staging, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    with pytest.raises(PipelineError, match="another process is writing .*ours"):
-        write(path, "ours", "made", make_source())
-    os.close(handle)
-    assert staging.exists()
+    with locks.held(path.with_name("ours.lock"), "another process"):
+        with pytest.raises(PipelineError, match="ours is being written by process"):
+            write(path, "ours", "made", make_source())
     write(path, "ours", "made", make_source())
+    assert [file.name for file in path.parent.iterdir()] == ["ours"]
 
 
 def test_a_full_disk_is_seen_before_anything_is_decoded(path, monkeypatch):

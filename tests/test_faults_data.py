@@ -7,8 +7,8 @@ import h5py
 import numpy as np
 import pytest
 
-from pipeline import datasets
-from pipeline.datasets import Images, PreparedDataset, Source
+from pipeline.data import datasets
+from pipeline.data.datasets import Images, PreparedDataset, Source
 from pipeline.errors import PipelineError
 from tests.conftest import invoke, write_params
 

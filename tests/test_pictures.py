@@ -5,10 +5,10 @@ import re
 import matplotlib
 from matplotlib.figure import Figure
 
-from pipeline import pictures
+from pipeline import plotting
 
 
-@pictures.svg
+@plotting.svg
 def bars(name):
     figure = Figure()
     axes = figure.add_subplot(title=name)
@@ -25,12 +25,12 @@ def test_the_same_figure_gives_the_same_bytes_without_a_date():
 def test_text_is_in_the_readers_colour_and_never_a_formula():
     drawn = bars("$x_2$")
     assert drawn.count(">$x_2$</text>") == 3  # title, axis, legend
-    assert "fill: #000000" not in drawn and "currentColor" in drawn and pictures.INK not in drawn
+    assert "fill: #000000" not in drawn and "currentColor" in drawn and plotting.INK not in drawn
     assert re.search("<svg [^>]*><style>:root { color: #1d2330; background: #fff } @media", drawn)
 
 
 def test_two_inlined_pictures_share_no_id_and_refer_to_their_own():
-    one, other = (pictures.inline(bars("a"), number) for number in (1, 2))
+    one, other = (plotting.inline(bars("a"), number) for number in (1, 2))
     ids = [set(re.findall(r' id="([^"]*)"', text)) for text in (one, other)]
     assert ids[0] and not ids[0] & ids[1]
     for text, own in zip((one, other), ids, strict=True):
@@ -41,14 +41,14 @@ def test_two_inlined_pictures_share_no_id_and_refer_to_their_own():
 
 def test_neither_text_nor_the_users_style_is_touched(recwarn):
     name = ' id="x url(#a) #010203 \u4e2d\u6587'
-    drawn = pictures.inline(bars(name), 7)
+    drawn = plotting.inline(bars(name), 7)
     assert drawn.count(">" + name.replace("&", "&amp;") + "</text>") == 3
     with matplotlib.rc_context({"font.size": 30}):
-        assert pictures.inline(bars(name), 7) == drawn
+        assert plotting.inline(bars(name), 7) == drawn
     assert not recwarn.list
 
 
-@pictures.png
+@plotting.png
 def photo(name):
     figure = Figure(figsize=(1, 1), layout="constrained")
     axes = figure.subplots(3, 3)

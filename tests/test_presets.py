@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import config, presets
 from pipeline.errors import PipelineError
+from pipeline.settings import config, presets
 from tests.conftest import REPOSITORY, invoke
 
 SHIPPED = [file.stem for file in sorted((REPOSITORY / "presets").glob("*.yaml"))]

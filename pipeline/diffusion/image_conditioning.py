@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPVisionModelWithProjection
 
-from pipeline import frozen_model
-from pipeline.config import Config
+from pipeline.diffusion import frozen_model
 from pipeline.diffusion.backbones.base import load_part
+from pipeline.settings.config import Config
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own pixel statistics
 _STD = (0.26862954, 0.26130258, 0.27577711)

@@ -18,10 +18,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline import config, seeding
+from pipeline import seeding
 from pipeline.errors import PipelineError
-from pipeline.params import ExtractFeatures
-from pipeline.system_errors import refusal
+from pipeline.io.system_errors import refusal
+from pipeline.settings import config
+from pipeline.settings.params import ExtractFeatures
 
 _TINY_IMAGENET = Path(__file__).parent / "tiny_imagenet.json"  # names of its 200 classes
 _FIELD = "{class_name}"

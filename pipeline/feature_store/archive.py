@@ -17,14 +17,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from pipeline import atomic
 from pipeline.errors import PipelineError
 from pipeline.feature_store import verification
 from pipeline.feature_store.reader import FeatureSet, parse_manifest, read_manifest
 from pipeline.feature_store.schema import Fault, FileEntry, Manifest
-from pipeline.hdf5 import bytes_of
-from pipeline.locks import try_flock
-from pipeline.system_errors import SystemRefusal, reading
+from pipeline.io import atomic, locks
+from pipeline.io.hdf5 import bytes_of
+from pipeline.io.system_errors import SystemRefusal, reading
 from pipeline.text import printable, size
 
 _BLOCK = 1 << 20
@@ -49,12 +48,12 @@ def write(path: Path, archive: Path, advance: Advance = lambda size: None) -> No
     """
     name = _checked_name(Path(os.path.abspath(path)).name)
     manifest = FeatureSet(path).manifest
-    with _alone(archive), atomic.whole_or_not_at_all(archive) as temporary:
+    with _alone(archive), atomic.replace_file(archive) as temporary:
         with temporary.open("wb") as stream, tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar:
             _add(tar, f"{name}/manifest.json", path / "manifest.json", None, advance)
             for entry in manifest.files:
                 _add(tar, f"{name}/{entry.file}", path / entry.file, entry, advance)
-        atomic.sync(temporary)
+        atomic.sync_to_disk(temporary)
 
 
 def read(archive: Path, sets: Path, name: str | None = None, advance: Advance = lambda size: None) -> Path:
@@ -75,12 +74,12 @@ def read(archive: Path, sets: Path, name: str | None = None, advance: Advance = 
             return target
         sets.mkdir(parents=True, exist_ok=True)
         _check_room(sets, manifest)
-        with atomic.folder_in_place_of(target) as incoming:
+        with atomic.replace_folder(target) as incoming:
             for entry in manifest.files:
                 tar.unpack(f"{own_name}/{entry.file}", entry, incoming / entry.file, advance)
             tar.end()
             (incoming / "manifest.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            atomic.sync(incoming / "manifest.json")
+            atomic.sync_to_disk(incoming / "manifest.json")
             for fault in verification.faults(incoming, full=True):
                 if isinstance(fault, SystemRefusal):
                     raise fault
@@ -111,22 +110,14 @@ def _checked_name(name: str) -> str:
 
 @contextlib.contextmanager
 def _alone(archive: Path) -> Iterator[None]:
-    """Holds the archive's temporary file; another process that writes the same archive is refused."""
-    temporary = archive.with_name(f"{archive.name}.tmp")
+    """Hold the lock of the archive's temporary file, which becomes the archive: no lock file stays behind."""
+    lock = locks.Lock(archive.with_name(f"{archive.name}.tmp"))
+    if not lock.acquire():
+        raise PipelineError(f"another process is writing {archive}: wait until it has ended")
     try:
-        handle = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise PipelineError(f"{archive} cannot be written ({error.strerror}). Name another place with -o.") from None
-    try:
-        try:  # without the second condition it was finished and renamed meanwhile
-            ours = try_flock(handle, temporary) and os.path.samestat(os.fstat(handle), temporary.stat())
-        except FileNotFoundError:
-            ours = False
-        if not ours:
-            raise PipelineError(f"another process is writing {archive}: wait until it has ended")
         yield
     finally:
-        os.close(handle)
+        lock.release()
 
 
 def _add(tar: tarfile.TarFile, name: str, file: Path, entry: FileEntry | None, advance: Advance) -> None:
@@ -207,7 +198,7 @@ class _Archive:
                 advance(len(block))
         if digest.hexdigest() != entry.sha256:
             raise PipelineError(f"{self._path}: {name} is corrupt (SHA-256 differs from its manifest): get it again")
-        atomic.sync(file)
+        atomic.sync_to_disk(file)
 
     def end(self) -> None:
         """Nothing may come any more."""

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import dotted
 from pipeline.feature_store.reader import FeatureSet
 from pipeline.feature_store.schema import Manifest
+from pipeline.settings.config import dotted
 
 
 @dataclass(frozen=True)

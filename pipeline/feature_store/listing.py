@@ -10,7 +10,7 @@ from pipeline.errors import PipelineError
 from pipeline.feature_store.reader import read_manifest
 from pipeline.feature_store.schema import FileEntry, Manifest, Plan
 from pipeline.feature_store.writer import DELIVERED, PLAN, count_finished
-from pipeline.system_errors import SystemRefusal, entries, reading, status
+from pipeline.io.system_errors import SystemRefusal, entries, reading, status
 
 _LEFT_OVER = {
     ".tmp": "is being put together, or was when its process was killed: delete it if none is running",

@@ -22,8 +22,8 @@ from pipeline.feature_store.schema import (
     positive_matches,
 )
 from pipeline.feature_store.shards import MALFORMED, Shards, opened, said
-from pipeline.hdf5 import check_not_written, open_to_read, plain_dataset
-from pipeline.system_errors import reading, status
+from pipeline.io.hdf5 import check_not_written, open_to_read, plain_dataset
+from pipeline.io.system_errors import reading, status
 from pipeline.text import printable
 
 _BLOCK = 256  # rows copied and checked at a time: they stay in the processor's cache between the two

@@ -13,9 +13,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, field_validator, model_validator, with_config
 from typing_extensions import TypedDict  # pydantic reads typing's only from Python 3.12 on
 
-from pipeline import hdf5, provenance
+from pipeline import provenance
 from pipeline.errors import PipelineError
-from pipeline.system_errors import reading, status
+from pipeline.io import hdf5
+from pipeline.io.system_errors import reading, status
 
 log = logging.getLogger(__name__)
 

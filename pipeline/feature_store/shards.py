@@ -19,8 +19,8 @@ import h5py
 import numpy as np
 
 from pipeline.feature_store.schema import FIELDS, Fault, Manifest
-from pipeline.hdf5 import check_not_written, open_to_read, plain_dataset
-from pipeline.system_errors import in_words, reading
+from pipeline.io.hdf5 import check_not_written, open_to_read, plain_dataset
+from pipeline.io.system_errors import in_words, reading
 from pipeline.text import printable
 
 MALFORMED = (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError)  # what h5py raises

@@ -19,8 +19,8 @@ import numpy as np
 from pipeline.errors import PipelineError
 from pipeline.feature_store.reader import FeatureSet, read_manifest
 from pipeline.feature_store.schema import Fault, Features, positive_matches
-from pipeline.hdf5 import check_not_written
-from pipeline.system_errors import SystemRefusal, entries
+from pipeline.io.hdf5 import check_not_written
+from pipeline.io.system_errors import SystemRefusal, entries
 
 _FLOAT16_EXPONENT = 0x7C00  # all ones in infinities and NaNs
 _BLOCK = 1 << 18  # bytes hashed at a time

@@ -8,10 +8,10 @@ cleared away only when nobody has it.
 
 import contextlib
 import dataclasses
-import errno
 import logging
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline import atomic, locks, provenance
+from pipeline import provenance
 from pipeline.errors import PipelineError
 from pipeline.feature_store.reader import read_basis
 from pipeline.feature_store.schema import (
@@ -33,7 +33,8 @@ from pipeline.feature_store.schema import (
     Plan,
     shard_name,
 )
-from pipeline.system_errors import error_number, reading, status, unwritten
+from pipeline.io import atomic, locks
+from pipeline.io.system_errors import reading, status
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +70,7 @@ class FeatureSetWriter:
         self._basis: FileEntry | None = None
         (staging / "locks").mkdir(parents=True, exist_ok=True)
         if status(staging / PLAN) is None:
-            with _full_disk(staging / PLAN):
-                provenance.write_json(staging / PLAN, dataclasses.asdict(plan) | {"content": plan.content.model_dump()})
+            atomic.write_json(staging / PLAN, dataclasses.asdict(plan) | {"content": plan.content.model_dump()})
 
     def has_basis(self) -> bool:
         """Whether basis.h5 is there; reads the whole file the first time.
@@ -151,20 +151,20 @@ class FeatureSetWriter:
             PipelineError: the file system has no locks.
         """
         with locks.opened(self.path / "locks" / name) as lock:
-            held = lock.take()
+            held = lock.acquire()
             if wait and not held:
-                log.info("%s is being made by %s: waiting for it", name, lock.holder())
+                log.info("%s is being written by %s: waiting for it", name, lock.holder())
             while wait and not held:
                 check()
                 time.sleep(0.1)
-                held = lock.take()
+                held = lock.acquire()
             yield held
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Keeps the folder from being cleared away by another set's end, should ours be delivered meanwhile."""
-        with locks.opened(self.path / "locks" / "in-use") as lock:
-            lock.take(shared=True)
+        """Keep the folder from being removed while this process uses it, should another one publish the set."""
+        name = f"in-use-{socket.gethostname()}-{os.getpid()}"
+        with locks.held(self.path / "locks" / name, str(self.path)):
             yield
 
     def publish(self, target: Path) -> None:
@@ -174,11 +174,11 @@ class FeatureSetWriter:
         """
         manifest = self._manifest()
         names = [entry.file for entry in manifest.files]
-        with atomic.folder_in_place_of(target) as incoming:
+        with atomic.replace_folder(target) as incoming:
             for name in [*names, *(plot.name for plot in self.path.glob("*.svg"))]:
                 _link_or_copy(self.path / name, incoming / name)
-            provenance.write_json(incoming / "manifest.json", manifest.model_dump(mode="json"))
-            atomic.sync(incoming / "manifest.json")
+            atomic.write_json(incoming / "manifest.json", manifest.model_dump(mode="json"))
+            atomic.sync_to_disk(incoming / "manifest.json")
         (self.path / DELIVERED).touch()
 
     def drop_delivered_neighbours(self) -> None:
@@ -188,10 +188,8 @@ class FeatureSetWriter:
         """
         for other in self.path.parent.iterdir():
             with contextlib.suppress(OSError):
-                if other != self.path and (other / DELIVERED).exists():
-                    with locks.opened(other / "locks" / "in-use") as in_use:
-                        if in_use.take():
-                            shutil.rmtree(other, ignore_errors=True)
+                if other != self.path and (other / DELIVERED).exists() and not _is_used(other):
+                    shutil.rmtree(other, ignore_errors=True)
 
     @property
     def _basis_entry(self) -> FileEntry:
@@ -228,9 +226,7 @@ class FeatureSetWriter:
         )
         basis_sha256 = entry.sha256 if name == "basis" else self._basis_entry.sha256
         found = _Entry(fingerprint=self.fingerprint, basis_sha256=basis_sha256, entry=entry)
-        with _full_disk(self.path / f"{name}.json"):
-            provenance.write_json(self.path / f"{name}.json", found.model_dump(mode="json"))
-            atomic.sync(self.path)
+        atomic.write_json(self.path / f"{name}.json", found.model_dump(mode="json"))
         return entry
 
 
@@ -245,6 +241,13 @@ def count_finished(staging: Path, plan: Plan) -> int:
     if not basis or basis.entry.size_fault(staging):
         return 0
     return sum(_shard_stands(staging, shard, fingerprint, basis.entry.sha256) for shard in range(plan.num_shards))
+
+
+def _is_used(staging: Path) -> bool:
+    """Return whether a process holds one of the folder's "in-use" locks."""
+    with contextlib.ExitStack() as stack:
+        files = (staging / "locks").glob("in-use-*")
+        return not all(stack.enter_context(locks.opened(file)).acquire() for file in files)
 
 
 def _shard_stands(staging: Path, shard: int, fingerprint: str, basis_sha256: str) -> bool:
@@ -287,29 +290,10 @@ def _write_basis(file: Path, basis: Basis, **attributes: str) -> None:
 @contextlib.contextmanager
 def _new_file(file: Path, size: int) -> Iterator[h5py.File]:
     """A file to fill with `size` bytes of arrays; it appears whole or not at all."""
-    temporary = file.with_name(f"{file.name}.tmp")
-    with _full_disk(temporary):
-        try:
-            _reserve(temporary, size + _OVERHEAD)
-            with h5py.File(temporary, "w") as h5:
-                yield h5
-            atomic.sync(temporary)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        temporary.replace(file)
-        atomic.sync(file.parent)
-
-
-@contextlib.contextmanager
-def _full_disk(file: Path) -> Iterator[None]:
-    """A full disk, quota or file size limit in one line; HDF5 gives the error's number only in its text."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        if error_number(error) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise unwritten(file, error) from None
+    with atomic.replace_file(file) as temporary:
+        _reserve(temporary, size + _OVERHEAD)
+        with h5py.File(temporary, "w") as h5:
+            yield h5
 
 
 def _reserve(file: Path, size: int) -> None:
@@ -324,4 +308,4 @@ def _link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-        atomic.sync(target)
+        atomic.sync_to_disk(target)

@@ -18,8 +18,8 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from pipeline.config import at, differing_keys
 from pipeline.errors import PipelineError
+from pipeline.settings.config import at, differing_keys
 from pipeline.text import printable
 
 log = logging.getLogger(__name__)

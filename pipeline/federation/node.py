@@ -17,9 +17,9 @@ from typing import Any
 from flwr.app import Context, Error, Message, RecordDict
 
 import pipeline
-from pipeline import config
-from pipeline.config import Config
 from pipeline.errors import PipelineError
+from pipeline.settings import config
+from pipeline.settings.config import Config
 
 log = logging.getLogger(__name__)
 

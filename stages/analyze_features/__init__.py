@@ -1,6 +1,6 @@
 """Stage analyze-features: what the cached features hold -> analysis/.
 
-Its sweep, `stages.analyze_features.sweep`, runs the frozen model; the stage itself imports without it.
+Its sweep, `stages.analyze_features.sweep.run`, runs the frozen model; the stage itself imports without it.
 """
 
 from stages.analyze_features.run import run

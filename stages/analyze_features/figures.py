@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 
-from pipeline import pictures
+from pipeline import plotting
 
 MEASURES = {"probe_accuracy": "linear probe", "purity": "k-means purity", "nmi": "k-means NMI", "ari": "k-means ARI"}
 _MOST_NUMBERED = 8  # bars of a measure; numbers on more could not be read
@@ -25,7 +25,7 @@ _PANELS_A_ROW = 3
 _NOTHING = matplotlib.colors.to_rgba("tab:gray", 0.5)
 
 
-@pictures.svg
+@plotting.svg
 def bars(scores: dict[str, dict[str, Any]], chance: dict[str, float]) -> Figure:
     """SVG: every measure of every layer, side by side (the paper's Fig. 3).
 
@@ -45,13 +45,13 @@ def bars(scores: dict[str, dict[str, Any]], chance: dict[str, float]) -> Figure:
         if len(scores) <= _MOST_NUMBERED:
             axes.bar_label(legend[layer], fmt="%.2f", fontsize=7)
     for place, measure in enumerate(MEASURES):
-        legend["chance"] = axes.hlines(chance[measure], place - 0.45, place + 0.45, ls=":", color=pictures.INK)
+        legend["chance"] = axes.hlines(chance[measure], place - 0.45, place + 0.45, ls=":", color=plotting.INK)
     axes.set_xticks(range(len(MEASURES)), list(MEASURES.values()))
     figure.legend(list(legend.values()), list(legend), fontsize=8, loc="outside right upper")
     return figure
 
 
-@pictures.svg
+@plotting.svg
 def scatter(embedded: dict[str, np.ndarray], labels: np.ndarray, class_names: Sequence[str]) -> Figure:
     """SVG: a plane per layer, points float (m, 2) coloured by class (Fig. 2), at most three beside each other."""
     columns = min(_PANELS_A_ROW, len(embedded))
@@ -74,7 +74,7 @@ def scatter(embedded: dict[str, np.ndarray], labels: np.ndarray, class_names: Se
     return figure
 
 
-@pictures.svg
+@plotting.svg
 def confusion(
     share: np.ndarray, prompts: Sequence[str], margins: Sequence[np.ndarray], class_names: Sequence[str]
 ) -> Figure:
@@ -109,7 +109,7 @@ def _margins(axes: Axes, margins: Sequence[np.ndarray]) -> None:
             low, middle, high = np.percentile(values, [5, 50, 95])
             axes.plot([low, high], [place, place], color="tab:blue", lw=2)
             axes.plot(middle, place, "o", color="tab:blue", ms=4)
-    axes.axvline(0, color=pictures.INK, lw=0.8)
+    axes.axvline(0, color=plotting.INK, lw=0.8)
     axes.set(xlabel="margin", title="margin: median, 5 to 95 %")
     axes.grid(axis="x")
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stages.analyze_features.judge import standard_error
+from stages.analyze_features.probes import standard_error
 
 _BLOCK = 256  # images made float64 at a time
 _DIGITS = 6

@@ -22,15 +22,16 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import atomic, provenance, seeding
-from pipeline.config import Config
+from pipeline import seeding
 from pipeline.errors import PipelineError
 from pipeline.feature_store import Features, FeatureSet
-from pipeline.params import AnalyzeFeatures
+from pipeline.io import atomic
 from pipeline.progress import track
+from pipeline.settings.config import Config
+from pipeline.settings.params import AnalyzeFeatures
 from stages.analyze_features import figures, margins, tsne
-from stages.analyze_features.judge import Judge, chance
 from stages.analyze_features.margins import Similarities
+from stages.analyze_features.probes import Judge, chance
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def run(config: Config) -> Path:
         (folder / name).unlink(missing_ok=True)
     atomic.write_text(folder / "clusters.svg", figures.bars(scores, by_chance))
     _draw(folder, features, rows, columns, similar[FUSED], params)
-    provenance.write_json(folder / "features.json", _summary(scores[FUSED]))
+    atomic.write_json(folder / "features.json", _summary(scores[FUSED]))
     details = {
         "feature_set": {"name": features.path.name, "fingerprint": features.manifest.fingerprint},
         "timestep": content.timestep,
@@ -74,7 +75,7 @@ def run(config: Config) -> Path:
             content.class_names[label]: similar[FUSED].means(rows.label == label) for label in np.unique(rows.label)
         },
     }
-    provenance.write_json(folder / "details.json", details)
+    atomic.write_json(folder / "details.json", details)
     return folder / "details.json"
 
 

@@ -10,7 +10,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from pipeline import seeding
-from pipeline.params import AnalyzeFeatures
+from pipeline.settings.params import AnalyzeFeatures
 
 
 def choose(count: int, params: AnalyzeFeatures) -> np.ndarray:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline import atomic, feature_store, pictures, seeding
+from pipeline import feature_store, plotting, seeding
 from pipeline.errors import PipelineError
 from pipeline.feature_store import Basis
+from pipeline.io import atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,7 +61,7 @@ def plot_explained_variance(basis: Basis, file: Path) -> None:
     atomic.write_text(file, _explained_variance(basis))
 
 
-@pictures.svg
+@plotting.svg
 def _explained_variance(basis: Basis) -> "Figure":
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, ScalarFormatter

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.config import Config
 from pipeline.diffusion import backbones, batching
 from pipeline.diffusion.backbones import Conditioning
+from pipeline.settings.config import Config
 from stages.extract_features import plan as planning
 from stages.extract_features.extraction import Extraction
 from stages.extract_features.run import load

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.datasets import Images
+from pipeline.data.datasets import Images
 from pipeline.diffusion import batching, noise, representation
 from pipeline.diffusion.backbones import Backbone, Conditioning
 from pipeline.diffusion.batching import Batcher
@@ -24,8 +24,8 @@ from pipeline.diffusion.prompts import PromptSet
 from pipeline.diffusion.representation import Moments, Projector
 from pipeline.errors import PipelineError
 from pipeline.feature_store import Basis, Features, LayerBasis
-from pipeline.params import ExtractFeatures, Runtime
 from pipeline.progress import progress_bar
+from pipeline.settings.params import ExtractFeatures, Runtime
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from pipeline.hdf5 import open_to_read, plain_dataset
-from pipeline.system_errors import SystemRefusal, in_words
+from pipeline.io.hdf5 import open_to_read, plain_dataset
+from pipeline.io.system_errors import SystemRefusal, in_words
 
 log = logging.getLogger(__name__)
 

@@ -4,13 +4,13 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import devices, frozen_model, provenance
-from pipeline.config import Config
-from pipeline.datasets import PreparedDataset
-from pipeline.diffusion import backbones, prompts, representation
+from pipeline import devices, provenance
+from pipeline.data.datasets import PreparedDataset
+from pipeline.diffusion import backbones, frozen_model, prompts, representation
 from pipeline.diffusion.prompts import PromptSet
 from pipeline.errors import PipelineError
 from pipeline.feature_store import Content, Plan
+from pipeline.settings.config import Config
 from stages.extract_features import basis
 
 log = logging.getLogger(__name__)

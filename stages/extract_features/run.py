@@ -5,7 +5,7 @@ plan.py             what is to be extracted
 extraction.py       the computation
 basis.py            the PCA basis, fitted or shared
 latents.py          latents kept for the next extraction
-delivery.py         the finished set in its place
+publish.py          the finished set in its place
 scheduling.py       who computes which shard
 cost.py             what it will cost
 ledger.py           what it did cost
@@ -21,15 +21,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import atomic, provenance
-from pipeline.config import Config
+from pipeline import provenance
 from pipeline.diffusion import backbones, batching, image_conditioning
 from pipeline.diffusion.representation import Projector
 from pipeline.feature_store import Basis, Features, FeatureSetWriter
+from pipeline.io import atomic
 from pipeline.progress import progress_bar
+from pipeline.settings.config import Config
 from stages.extract_features import basis as pca
-from stages.extract_features import delivery, scheduling
 from stages.extract_features import plan as planning
+from stages.extract_features import publish, scheduling
 from stages.extract_features.extraction import Extraction, HostInput
 from stages.extract_features.latents import LatentCache
 from stages.extract_features.ledger import Ledger
@@ -59,12 +60,12 @@ def run(config: Config, shard_range: str | None = None, overwrite: bool = False)
     target = config.features_dir
     rank, world_size = scheduling.rank_and_world_size()
     shards = scheduling.order_of_shards(job.plan.num_shards, shard_range, rank, world_size)
-    if delivery.is_complete(target, job.plan):
+    if publish.is_complete(target, job.plan):
         atomic.remove_replaced(target)
         log.info("%s is complete already", target)
         return target
     if not overwrite:
-        delivery.check_replaceable(target, job.plan)
+        publish.check_replaceable(target, job.plan)
     if rank:
         logging.getLogger("stages").setLevel(logging.WARNING)
     staging = config.state_dir / "staging" / f"{job.plan.content.fingerprint[:16]}-{job.plan.rows_per_shard}"
@@ -78,7 +79,7 @@ def run(config: Config, shard_range: str | None = None, overwrite: bool = False)
         writer.forget_damaged(shard for shard in shards if shard % world_size == rank)
         if not writer.has_basis() or any(not writer.has_shard(shard) for shard in shards):
             compute(shards)
-        return delivery.deliver(writer, target, compute, overwrite)
+        return publish.deliver(writer, target, compute, overwrite)
 
 
 def load(job: Job, check: Callable[[], None] = lambda: None) -> Extraction:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from pipeline import provenance, system_errors
+from pipeline import provenance
 from pipeline.errors import PipelineError
-from pipeline.system_errors import entries
+from pipeline.io import system_errors
+from pipeline.io.system_errors import entries
 
 _LFS_POINTER = b"version https://git-lfs"
 

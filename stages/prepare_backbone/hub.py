@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import provenance, system_errors, text
+from pipeline import text
 from pipeline.errors import PipelineError
+from pipeline.io import atomic, system_errors
 from pipeline.progress import progress_bar
 from stages.prepare_backbone import hub_errors
 
@@ -58,7 +59,7 @@ class HubModel:
             with _quiet_client():
                 self._list()
             kept.parent.mkdir(parents=True, exist_ok=True)
-            provenance.write_json(kept, {"sizes": self.sizes, "hashes": self._hashes})
+            atomic.write_json(kept, {"sizes": self.sizes, "hashes": self._hashes})
         except PipelineError:
             raise
         except Exception as error:  # the hub's client raises many unrelated types

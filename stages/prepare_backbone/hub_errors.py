@@ -3,8 +3,8 @@
 import os
 from collections.abc import Iterator
 
-from pipeline import system_errors
 from pipeline.errors import PipelineError
+from pipeline.io import system_errors
 
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, with a token of an account that has access"
 

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import atomic, frozen_model, provenance
-from pipeline.config import Config
+from pipeline import provenance
+from pipeline.diffusion import frozen_model
 from pipeline.errors import PipelineError
+from pipeline.io import atomic
+from pipeline.settings.config import Config
 from stages.prepare_backbone import address
 from stages.prepare_backbone.directory import Directory
 from stages.prepare_backbone.selection import Source, select
@@ -69,14 +71,14 @@ def run(config: Config, train: bool = False) -> Path:
         log.warning("prepare_backbone.revision is not used: it is for models from the hub")
     _tell_changes(config, found)
     config.backbone_manifest.parent.mkdir(parents=True, exist_ok=True)
-    provenance.write_json(config.backbone_manifest, found)
+    atomic.write_json(config.backbone_manifest, found)
     log.info("%s: %d files", config.backbone_dir, len(found["files"]))
     return config.backbone_manifest
 
 
 def _embedded(target: Path, train: bool) -> dict[str, Any]:
     """tiny-sd as a copy, so that the model does not depend on where the program is installed."""
-    with atomic.folder_in_place_of(target) as folder:
+    with atomic.replace_folder(target) as folder:
         if train:
             from stages.prepare_backbone import tiny_sd
 
@@ -86,7 +88,7 @@ def _embedded(target: Path, train: bool) -> dict[str, Any]:
         files = select(Directory(folder), "auto", prefer_fp16=False).files
         hashes = {name: provenance.file_sha256(folder / name) for name in files}
         for name in files:
-            atomic.sync(folder / name)
+            atomic.sync_to_disk(folder / name)
     return {"variant": None, "files": hashes}
 
 
@@ -94,7 +96,7 @@ def _linked(source: Source, target: Path, variant: str, prefer_fp16: bool) -> di
     """A folder of absolute links to the files that are loaded, under their canonical names."""
     selection = select(source, variant, prefer_fp16)
     found = source.fetch(list(selection.files.values()))
-    with atomic.folder_in_place_of(target) as folder:
+    with atomic.replace_folder(target) as folder:
         for canonical, name in selection.files.items():
             link = folder / canonical
             link.parent.mkdir(parents=True, exist_ok=True)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline import system_errors
 from pipeline.diffusion import families
 from pipeline.errors import PipelineError
+from pipeline.io import system_errors
 
 _TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _MODELS = ("unet", "transformer", "vae", *_TEXT)

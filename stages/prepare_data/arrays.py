@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from pipeline import seeding
+from pipeline.data.images import Source, stratified_split
 from pipeline.errors import PipelineError
-from pipeline.images import Source, stratified_split
-from pipeline.params import PrepareData
-from pipeline.system_errors import SystemRefusal, refusal
+from pipeline.io.system_errors import SystemRefusal, refusal
+from pipeline.settings.params import PrepareData
 from stages.prepare_data.lazy_images import ImageArrays, LazyImages
 
 _DIGITS_TEST_FRACTION = 0.2

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
-from pipeline.system_errors import refusal
+from pipeline.io.system_errors import refusal
 
 try:
     from pillow_heif import register_heif_opener

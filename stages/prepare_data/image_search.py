@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.errors import PipelineError
-from pipeline.system_errors import refusal
+from pipeline.io.system_errors import refusal
 from stages.prepare_data.decode import ENDINGS, HEIF_ADVICE, HEIF_ENDINGS
 from stages.prepare_data.file_names import canonical, ending, is_leftover
 

@@ -16,7 +16,7 @@ from typing import Self
 import numpy as np
 from PIL import Image
 
-from pipeline.images import Block, Skipped, images_per_block
+from pipeline.data.images import Block, Skipped, images_per_block
 from pipeline.progress import progress_bar
 from stages.prepare_data.decode import BrokenImageError, read_image, resize
 

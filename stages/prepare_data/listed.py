@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.images import Source
-from pipeline.params import PrepareData
+from pipeline.data.images import Source
+from pipeline.settings.params import PrepareData
 from stages.prepare_data.arrays import reader
 from stages.prepare_data.lazy_images import ImageFiles, LazyImages
 

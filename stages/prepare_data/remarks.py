@@ -3,9 +3,9 @@
 import logging
 from pathlib import Path
 
-from pipeline import class_names, datasets
-from pipeline.datasets import PreparedDataset
-from pipeline.images import Skipped
+from pipeline.data import class_names, datasets
+from pipeline.data.datasets import PreparedDataset
+from pipeline.data.images import Skipped
 from stages.prepare_data.file_names import some
 
 log = logging.getLogger(__name__)

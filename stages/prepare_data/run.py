@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import datasets, seeding
-from pipeline.atomic import write_text
-from pipeline.config import Config
-from pipeline.datasets import BrokenImages, PreparedDataset
+from pipeline import seeding
+from pipeline.data import datasets
+from pipeline.data.datasets import BrokenImages, PreparedDataset
+from pipeline.data.images import Source, stratified_split
 from pipeline.errors import PipelineError
-from pipeline.images import Source, stratified_split
+from pipeline.io.atomic import write_text
+from pipeline.settings.config import Config
 from stages.prepare_data.remarks import broken_images, say_outcome
 from stages.prepare_data.sources import SOURCES
 

@@ -2,14 +2,14 @@
 
 A function gets the folder that holds the data set and the stage's parameters. It lists images, labels and class names;
 pixels of image files are read later, only those that are kept, while the prepared data set is written. To add a
-source, write its function, enter it here and name it in `pipeline.params.PrepareData.source`.
+source, write its function, enter it here and name it in `pipeline.settings.params.PrepareData.source`.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.images import Source
-from pipeline.params import PrepareData
+from pipeline.data.images import Source
+from pipeline.settings.params import PrepareData
 from stages.prepare_data import arrays, listed, trees
 from stages.prepare_data.tiny_imagenet import tiny_imagenet
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.images import Source
-from pipeline.params import PrepareData
+from pipeline.data.images import Source
+from pipeline.settings.params import PrepareData
 from stages.prepare_data.image_search import ImageSearch
 from stages.prepare_data.trees import Listing, lazy_split, lines, require
 

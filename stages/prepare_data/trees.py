@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import seeding
+from pipeline.data.images import Source, stratified_split
 from pipeline.errors import PipelineError
-from pipeline.images import Source, stratified_split
-from pipeline.params import PrepareData
-from pipeline.system_errors import refusal
+from pipeline.io.system_errors import refusal
+from pipeline.settings.params import PrepareData
 from stages.prepare_data.file_names import canonical, some, some_folders, utf8
 from stages.prepare_data.image_search import ImageSearch, holds_images_itself, is_folder, subfolders
 from stages.prepare_data.lazy_images import ImageFiles, LazyImages

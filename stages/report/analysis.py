@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.system_errors import entries, reading
+from pipeline.io.system_errors import entries, reading
 from stages.report.results import Results
 
 _OF_SET = {

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import accuracy
-from pipeline.config import dotted
 from pipeline.errors import PipelineError
+from pipeline.settings.config import dotted
 from stages.report.tables import Cell, Table
 
 _RUN = re.compile(r"results/(.+)-s\d+/metrics\.json")

@@ -1,4 +1,4 @@
-"""The report's pictures, SVG for the page to inline.
+"""The report's plotting, SVG for the page to inline.
 
 A method has a colour and a dash; its curve and band bear the id `curve.<figure>.<method>`, by which the page switches
 them on and off.
@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pipeline import pictures
+from pipeline import plotting
 from stages.report.results import TIME_PARTS, Results, Run
 
 _COLOURS = (
@@ -58,7 +58,7 @@ def curves(results: Results, quantity: str) -> list[str]:
     return [_curves(results, partition, quantity, scale, top) for partition in results.partitions]
 
 
-@pictures.svg
+@plotting.svg
 def _curves(results: Results, partition: str, quantity: str, scale: int, top: float) -> Figure:
     """Mean over seeds, and the band from lowest to highest seed."""
     figure, axes = _axes()
@@ -82,7 +82,7 @@ def _stacked(results: Results, partition: str, method: str, quantity: str) -> np
     return np.stack([getattr(run, quantity) for run in results.runs[partition, method]])
 
 
-@pictures.svg
+@plotting.svg
 def client_spread(results: Results, partition: str) -> Figure:
     """The clients' accuracies under every method, first seed: points, and a bar at their mean."""
     figure, axes = _axes(height=0.7 + 0.32 * len(results.methods))
@@ -99,7 +99,7 @@ def client_spread(results: Results, partition: str) -> Figure:
     return figure
 
 
-@pictures.svg
+@plotting.svg
 def time_split(results: Results) -> Figure:
     """Seconds a run by part, methods below one another."""
     figure, axes = _axes(width=7.5, height=0.9 + 0.32 * len(results.methods))
@@ -115,7 +115,7 @@ def time_split(results: Results) -> Figure:
     return figure
 
 
-@pictures.svg
+@plotting.svg
 def clients_by_class(run: Run, label: str, most: int) -> Figure:
     """Clients x classes: samples as the area of a dot, a full one being `most` samples."""
     counts = run.label_counts

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import provenance, sweep
-from pipeline.config import Config
+from pipeline import provenance, run_digests
 from pipeline.errors import PipelineError
+from pipeline.settings.config import Config
 
 TIME_PARTS = ("load", "train", "aggregate", "evaluate")
 
@@ -144,7 +144,7 @@ def _read(config: Config, method: str, partition: str, seed: int) -> Run:
         present = [name for name in _CHECKED_WHERE_PRESENT if (folder / name).exists()]
         if changed := provenance.changed_file(folder, [*_READ, *present]):
             raise PipelineError(f"{folder / changed} is not what the run wrote: train it again, or `dvc checkout` it")
-        sweep.check(config, folder)
+        run_digests.check(config, folder)
         settings = _json(folder / "config.json")
         config.check_settings_of_run(folder, settings, method, partition)
         deal = _json(folder / "partition.json")

@@ -15,8 +15,9 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from pipeline import accuracy, atomic, pictures, provenance, sweep
-from pipeline.config import Config
+from pipeline import accuracy, plotting, run_digests
+from pipeline.io import atomic
+from pipeline.settings.config import Config
 from stages.report import analysis, experiments, figures, results, tables
 from stages.report.analysis import Analysis
 from stages.report.results import Results
@@ -42,7 +43,7 @@ def run(config: Config, with_experiments: bool = False, with_sweep: bool = False
         PipelineError: a run of the sweep is missing, unreadable or was made with other settings.
     """
     found = results.read(config)
-    sweep.complete(config)
+    run_digests.complete(config)
     if found.others:
         log.warning("not in the report, because the sweep does not name them: %s", ", ".join(found.others))
     analysed = analysis.read(config.root, found, with_sweep)
@@ -50,7 +51,7 @@ def run(config: Config, with_experiments: bool = False, with_sweep: bool = False
         log.warning("not in the report: %s", reason)
     folder = config.root / "report"
     folder.mkdir(exist_ok=True)
-    provenance.write_json(folder / "summary.json", _summary(found))
+    atomic.write_json(folder / "summary.json", _summary(found))
     _write_curves(folder / "curves.csv", found)
     shown = _tables(config.root, found, with_experiments)
     atomic.write_text(folder / "index.html", _page(config.params.report.title, found, shown, analysed))
@@ -75,7 +76,7 @@ def _tables(root: Path, found: Results, with_experiments: bool) -> list[Table]:
 def _page(title: str, found: Results, shown: list[Table], analysed: Analysis) -> str:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True)
     number = itertools.count()
-    environment.filters["inline"] = lambda svg: pictures.inline(svg, next(number))
+    environment.filters["inline"] = lambda svg: plotting.inline(svg, next(number))
     first_runs = [found.runs[partition, found.methods[0]][0] for partition in found.partitions]
     most = max(int(run.label_counts.max()) for run in first_runs)
     return environment.get_template("page.html.j2").render(

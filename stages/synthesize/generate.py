@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline import seeding
 from pipeline.errors import PipelineError
-from pipeline.params import Synthesize
+from pipeline.settings.params import Synthesize
 
 
 class Generator:

@@ -14,11 +14,14 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from pipeline import atomic, datasets, devices, frozen_model, locks, provenance
-from pipeline.config import Config
-from pipeline.datasets import Images, PreparedDataset, Source
+from pipeline import devices, provenance
+from pipeline.data import datasets
+from pipeline.data.datasets import Images, PreparedDataset, Source
+from pipeline.diffusion import frozen_model
+from pipeline.io import atomic, locks
+from pipeline.io.system_errors import reading
 from pipeline.progress import track
-from pipeline.system_errors import reading
+from pipeline.settings.config import Config
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +39,7 @@ def run(config: Config) -> Path:
     if params.images_per_class == 0:
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
-        provenance.write_json(target / "manifest.json", {"images_per_class": 0})
+        atomic.write_json(target / "manifest.json", {"images_per_class": 0})
         _write_names(config, "no generated images")
         return target
     dataset = PreparedDataset(config.dataset_dir)
@@ -91,7 +94,7 @@ def _generate(config: Config, dataset: PreparedDataset, staging: Path) -> list[n
 
 
 def _save(file: Path, images: np.ndarray) -> None:
-    with atomic.whole_or_not_at_all(file) as temporary:
+    with atomic.replace_file(file) as temporary:
         try:
             save_file({"images": images, "crc32": np.array([zlib.crc32(images.data)], np.uint32)}, temporary)
         except SafetensorError as error:  # a full disk, among others

@@ -19,10 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline import atomic, provenance
-from pipeline.system_errors import reading, unwritten
-from stages.train_fl.engines.local import Progress
+from pipeline import provenance
+from pipeline.io import atomic
+from pipeline.io.system_errors import reading, unwritten
 from stages.train_fl.methods import ServerState
+from stages.train_fl.rounds import Progress
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +55,8 @@ class Checkpoint:
             "tensors": list(tensors),
             "records": records,
         }
-        provenance.write_json(self._index, content)
-        atomic.sync(self._index)
+        atomic.write_json(self._index, content)
+        atomic.sync_to_disk(self._index)
         for old in self._folder.glob("round-*"):
             if old != file:
                 old.unlink(missing_ok=True)
@@ -108,7 +109,7 @@ def save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     temporary = file.with_name(file.name + ".tmp")
     try:
         save_file(tensors, temporary)
-        atomic.sync(temporary)
+        atomic.sync_to_disk(temporary)
         temporary.replace(file)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from stages.train_fl.augmentation import to_model_range
 from stages.train_fl.client_data import ClientData
-from stages.train_fl.federation import HeldOut
+from stages.train_fl.data import HeldOut
 from stages.train_fl.models import FLModel
 
 Predictor = Callable[[Tensor], Tensor]

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
-from pipeline.config import Config
 from pipeline.errors import PipelineError
+from pipeline.settings.config import Config
 from stages.train_fl.records import RunRecord
 
 Values = dict[str, float]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.feature_store import FeatureSet
-from pipeline.params import Guidance as GuidanceParams
+from pipeline.settings.params import Guidance as GuidanceParams
 from stages.train_fl.client_data import Guidance
 from stages.train_fl.methods import feddifrc
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from stages.train_fl.client_data import ClientData
+from stages.train_fl.data import HeldOut
 from stages.train_fl.evaluate import Predictor, in_batches
-from stages.train_fl.federation import HeldOut
 from stages.train_fl.models import FLModel
 
 _SMALLEST_SHARE = 1e-3

@@ -18,15 +18,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline import accuracy, atomic, provenance
-from pipeline.config import differing_keys
+from pipeline import accuracy
 from pipeline.errors import PipelineError
-from pipeline.system_errors import reading
+from pipeline.io import atomic
+from pipeline.io.system_errors import reading
+from pipeline.settings.config import differing_keys
 from stages.train_fl.checkpoint import save_tensors
-from stages.train_fl.engines.local import Round
-from stages.train_fl.federation import Federation
+from stages.train_fl.data import Federation
 from stages.train_fl.methods import Weights
 from stages.train_fl.partitions import heterogeneity, picture
+from stages.train_fl.rounds import Round
 
 Row = dict[str, Any]
 _PARTS = ("load", "train", "aggregate", "evaluate")
@@ -132,7 +133,7 @@ def write_partition(path: Path, data: Federation) -> None:
         "heterogeneity": heterogeneity(data.label_counts),
         "clients": [part.tolist() for part in data.parts],
     }
-    provenance.write_json(path / "partition.json", content)
+    atomic.write_json(path / "partition.json", content)
     picture.write(path / "partition.svg", data.label_counts, class_names)
 
 

@@ -18,21 +18,23 @@ from typing import Any
 
 import torch
 
-from pipeline import accuracy, devices, locks, provenance, sweep
-from pipeline.config import Config
+from pipeline import accuracy, devices, provenance, run_digests
 from pipeline.errors import PipelineError
-from pipeline.params import Nodes, Runtime, Section, SelfSupervisedFedDifRC, SimSiam
+from pipeline.io import atomic, locks
 from pipeline.progress import progress_bar
-from stages.train_fl import evaluate, federation, guiding_set, loggers, methods, models, records
+from pipeline.settings.config import Config
+from pipeline.settings.params import Nodes, Runtime, Section, SelfSupervisedFedDifRC, SimSiam
+from stages.train_fl import data as federation
+from stages.train_fl import evaluate, feature_check, loggers, methods, models, records, rounds
 from stages.train_fl.checkpoint import Checkpoint
+from stages.train_fl.data import Federation
 from stages.train_fl.encoders import EncoderSettings
 from stages.train_fl.engines import local
-from stages.train_fl.engines.local import Progress, Round
 from stages.train_fl.evaluate import Classification, Evaluator
-from stages.train_fl.federation import Federation
 from stages.train_fl.methods import Method, Weights
 from stages.train_fl.models import FLModel
 from stages.train_fl.probes import Probes
+from stages.train_fl.rounds import Progress, Round
 
 log = logging.getLogger(__name__)
 
@@ -93,9 +95,9 @@ class Job:
             PipelineError: they cannot be written.
         """
         provenance.write_checksums(self.path)
-        sweep.record(self.config, self.path)
+        run_digests.record(self.config, self.path)
 
-    def schedule(self) -> local.Schedule:
+    def schedule(self) -> rounds.Schedule:
         """Rounds, sampling and local training."""
         params = self.config.params.train_fl
         keys = (
@@ -107,7 +109,7 @@ class Job:
             "learning_rate_decay",
             "augmentation",
         )
-        return local.Schedule(**params.model_dump(include=set(keys)), seed=self.seed)
+        return rounds.Schedule(**params.model_dump(include=set(keys)), seed=self.seed)
 
 
 def run(config: Config, method_name: str, partition_name: str, seed: int, overwrite: bool = False) -> Path:
@@ -133,7 +135,7 @@ def run(config: Config, method_name: str, partition_name: str, seed: int, overwr
     device = prepare_torch(config.params.runtime)
     data = federation.load(config, partition_name, seed, guidance, device)
     if data.features:
-        guiding_set.check_method(data.features, method_name, job.without_labels)
+        feature_check.check_method(data.features, method_name, job.without_labels)
     model, method = build(job, len(data.dataset.class_names), data.guidance_dim, len(data.clients), device)
     if config.params.train_fl.clients_per_round > len(data.clients):
         log.warning("train_fl.clients_per_round is above the %d clients there are: all take part", len(data.clients))
@@ -149,15 +151,15 @@ def _make(job: Job, data: Federation, model: FLModel, method: Method, device: st
         records.check_replaceable(job.path, settings)
     key = provenance.fingerprint(settings | numerics(job.config, device))[:16]
     checkpoint = Checkpoint(job.config.state_dir / "checkpoints" / f"{job.path.name}-{key}")
-    start, rows = checkpoint.load(device) or (local.begin(method, weights_of(model), len(data.clients)), None)
+    start, rows = checkpoint.load(device) or (rounds.begin(method, weights_of(model), len(data.clients)), None)
     records.start(job.path)  # removes what a finished run has, so only after all that may be refused
     records.write_partition(job.path, data)
-    rounds = local.run(method, start, data.clients, job.schedule(), device)
+    iterator = local.run(method, start, data.clients, job.schedule(), device)
     evaluator = evaluator_of(job, data)
     every = job.config.params.runtime.checkpoint_every
-    record = train(job, model, start, rows, rounds, evaluator, checkpoint, every)
+    record = train(job, model, start, rows, iterator, evaluator, checkpoint, every)
     finish(job, data, model, evaluator, record)
-    provenance.write_json(job.path / "config.json", settings | {"provenance": provenance.describe(device)})
+    atomic.write_json(job.path / "config.json", settings | {"provenance": provenance.describe(device)})
     job.seal()
     checkpoint.remove()
 
@@ -278,11 +280,11 @@ def finish(job: Job, data: Federation, model: FLModel, evaluator: Evaluator, rec
     )
     records.write_csv(job.path / "clients.csv", clients)
     domains = evaluate.by_domain(predictor, data.held_out, data.dataset.domain_names)
-    provenance.write_json(job.path / "details.json", record.details() | {"domain_accuracy": domains})
+    atomic.write_json(job.path / "details.json", record.details() | {"domain_accuracy": domains})
     if len(domains) > 1:
         extra = extra | {"mean_domain_accuracy": statistics.fmean(domains.values())}
     metrics = record.metrics() | extra
-    provenance.write_json(job.path / "metrics.json", metrics)
+    atomic.write_json(job.path / "metrics.json", metrics)
     words = accuracy.rounds_in_words(job.config.params.train_fl.num_rounds)
     log.info("%s: accuracy %.4f (%s)", job.path.name, metrics["mean_last5_accuracy"], words)
 

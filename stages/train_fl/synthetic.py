@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.datasets import PreparedDataset
+from pipeline.data.datasets import PreparedDataset
 from pipeline.errors import PipelineError
 
 Rule = Literal["mean", "largest"]

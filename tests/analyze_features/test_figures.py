@@ -5,7 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from stages.analyze_features import figures, sweep_figures
+from stages.analyze_features import figures
+from stages.analyze_features.sweep import figures as sweep_figures
 
 UNET = [f"up_blocks.{number}" for number in range(4)]
 TRANSFORMER = [f"transformer_blocks.{number}" for number in range(28)]

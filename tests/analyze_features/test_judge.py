@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.params import AnalyzeFeatures
-from stages.analyze_features.judge import Judge, chance, purity, standard_error
+from pipeline.settings.params import AnalyzeFeatures
+from stages.analyze_features.probes import Judge, chance, purity, standard_error
 from tests.extract_features.fixtures import section
 
 

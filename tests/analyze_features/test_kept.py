@@ -8,11 +8,12 @@ import time
 import numpy as np
 import pytest
 
-from pipeline import config, locks
-from stages.analyze_features import plan
-from stages.analyze_features.judge import Scores
-from stages.analyze_features.kept import Kept, Swept
-from stages.analyze_features.recommend import Candidate
+from pipeline.io import locks
+from pipeline.settings import config
+from stages.analyze_features.probes import Scores
+from stages.analyze_features.sweep import plan
+from stages.analyze_features.sweep.cache import Kept, Swept
+from stages.analyze_features.sweep.recommend import Candidate
 from tests.faults import program
 
 SWEEP = ("sweep-features", "--timesteps", "[100, 200, 300, 400]")
@@ -137,7 +138,7 @@ def test_a_dry_run_says_what_there_is_to_do_and_changes_nothing(killed):
 def test_two_sweeps_at_a_time_are_one_too_many(killed):
     root, _ = killed
     with locks.held(root / ".pipeline" / "locks" / "sweep", "a sweep"):
-        program.refuse(root, *SWEEP, says=["analysis/sweep is being made by process"])
+        program.refuse(root, *SWEEP, says=["analysis/sweep is being written by process"])
 
 
 def test_what_is_kept_comes_back_as_it_was(tmp_path):

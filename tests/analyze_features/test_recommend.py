@@ -2,9 +2,9 @@
 
 from ruamel.yaml import YAML
 
-from stages.analyze_features.advice import as_preset, hint, in_words
-from stages.analyze_features.judge import Scores
-from stages.analyze_features.recommend import Candidate, Choice, choose, sets_to_fuse
+from stages.analyze_features.probes import Scores
+from stages.analyze_features.sweep.advice import as_preset, hint, in_words
+from stages.analyze_features.sweep.recommend import Candidate, Choice, choose, sets_to_fuse
 
 
 def candidate(timestep, dims, accuracy, nearest=None, error=0.01):

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import config as configuration
-from pipeline.datasets import PreparedDataset
+from pipeline.data.datasets import PreparedDataset
 from pipeline.diffusion import backbones, noise, prompts
 from pipeline.diffusion.backbones.base import DiffusersBackbone
 from pipeline.errors import PipelineError
 from pipeline.feature_store import LayerBasis
-from stages.analyze_features.judge import Judge
-from stages.analyze_features.sample import Sample, as_colours, fewest_dims
-from stages.analyze_features.sweep import judge_layers
+from pipeline.settings import config as configuration
+from stages.analyze_features.probes import Judge
+from stages.analyze_features.sweep.run import judge_layers
+from stages.analyze_features.sweep.sample import Sample, as_colours, fewest_dims
 from tests.conftest import invoke
 from tests.extract_features import tiny_models
 from tests.extract_features.fixtures import extract, project

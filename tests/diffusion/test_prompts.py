@@ -8,7 +8,7 @@ import pytest
 from pipeline.diffusion import prompts
 from pipeline.diffusion.prompts import PromptSet
 from pipeline.errors import PipelineError
-from pipeline.params import ExtractFeatures
+from pipeline.settings.params import ExtractFeatures
 from tests.extract_features.fixtures import section
 
 CLASSES = ["cat", "dog"]

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline import seeding
-from pipeline.config import load
-from pipeline.datasets import PreparedDataset
+from pipeline.data.datasets import PreparedDataset
 from pipeline.diffusion import backbones
 from pipeline.diffusion.prompted_model import Inputs, PromptedModel
 from pipeline.diffusion.prompts import PromptSet
 from pipeline.feature_store import FeatureSet, read_basis_file, verification
+from pipeline.settings.config import load
 from stages.extract_features.cost import count_flops
 from tests.conftest import invoke
 from tests.extract_features import tiny_models

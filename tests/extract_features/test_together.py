@@ -11,7 +11,7 @@ from pipeline import provenance
 from pipeline.errors import PipelineError
 from pipeline.feature_store import FeatureSet
 from stages.extract_features import scheduling
-from stages.extract_features.delivery import deliver
+from stages.extract_features.publish import deliver
 from tests.extract_features.fixtures import extract, project
 from tests.test_feature_store import features, open_writer, write
 

@@ -20,14 +20,14 @@ STAGES = ("prepare_data", "prepare_backbone", "extract_features", "synthesize", 
 _FORKED = multiprocessing.get_context("forkserver")
 _FORKED.set_forkserver_preload(
     [
-        "pipeline.cli",
+        "pipeline.cli.commands",
         "sklearn.datasets",
         "sklearn.manifold",
         "matplotlib.figure",
         "matplotlib.backends.backend_svg",
         "h5py",
     ]
-    + ["stages.synthesize.generate", "stages.analyze_features.sweep", *(f"stages.{name}" for name in STAGES)]
+    + ["stages.synthesize.generate", "stages.analyze_features.sweep.run", *(f"stages.{name}" for name in STAGES)]
 )
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GIT_DIR": os.devnull}
 """Of every command. No commit is found: bytes are equal whatever is edited or committed meanwhile."""
@@ -171,7 +171,7 @@ def _child(root: Path, arguments: tuple[str, ...], log: Path, under: Conditions)
         os.setgroups([])
         os.setgid(under.uid)
         os.setuid(under.uid)
-    from pipeline.cli import main
+    from pipeline.cli.commands import main
 
     if under.dies_at is None and under.counts_in is None:
         main(list(arguments), prog_name="pipeline")

@@ -261,7 +261,7 @@ def test_a_whole_foreign_set_in_the_place(project, trial):
         program.succeed(project, *TRAIN_AGAIN)
 
 
-def test_a_folder_in_place_of_a_file_and_a_file_in_place_of_a_folder(project, trial):
+def test_a_replace_folder_a_file_and_a_file_in_place_of_a_folder(project, trial):
     with trial("file and folder mistaken for each other"):
         shutil.rmtree(project / "results")
         (project / "results").write_text("")

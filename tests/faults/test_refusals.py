@@ -18,22 +18,25 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from pipeline import atomic, datasets, locks, presets, provenance
-from pipeline.datasets import Images, PreparedDataset, Source
+from pipeline import provenance
+from pipeline.data import datasets
+from pipeline.data.datasets import Images, PreparedDataset, Source
 from pipeline.errors import PipelineError
 from pipeline.feature_store import FeatureSet, archive, listing, read_basis_file, read_manifest, verification
-from pipeline.hdf5 import open_to_read
-from pipeline.system_errors import SystemRefusal, status
-from stages.analyze_features.kept import Kept
-from stages.extract_features import delivery
+from pipeline.io import atomic, locks
+from pipeline.io.hdf5 import open_to_read
+from pipeline.io.system_errors import SystemRefusal, status
+from pipeline.settings import presets
+from stages.analyze_features.sweep.cache import Kept
+from stages.extract_features import publish
 from stages.extract_features.latents import LatentCache
 from stages.report import analysis
 from stages.synthesize.run import _is_whole
 from stages.train_fl import records
 from stages.train_fl.checkpoint import Checkpoint
 from stages.train_fl.engines.flower.states import States
-from stages.train_fl.engines.local import Progress
 from stages.train_fl.methods import ServerState
+from stages.train_fl.rounds import Progress
 from tests import test_feature_store as store
 from tests.conftest import REPOSITORY
 from tests.faults import program
@@ -66,10 +69,10 @@ def kept(tmp_path_factory):
     pixels = np.zeros((2, 4, 4, 3), np.uint8)
     save_file({"images": pixels, "crc32": np.array([0], np.uint32)}, root / "class.safetensors")
     LatentCache(root / "latents").save(0, np.ones((2, 1, 4, 4), np.float32))
-    provenance.write_json(root / "config.json", {"seed": 0})
+    atomic.write_json(root / "config.json", {"seed": 0})
     content = {"candidates": [], "own_layers": [], "colours": {}}
     (root / "sweep").mkdir()
-    provenance.write_json(root / "sweep/t-00100.json", {"sha256": provenance.fingerprint(content), "content": content})
+    atomic.write_json(root / "sweep/t-00100.json", {"sha256": provenance.fingerprint(content), "content": content})
     (root / "presets").mkdir()
     (root / "presets" / "one.yaml").write_text("# One.\n")
     assert writer.missing_shards == []
@@ -95,8 +98,8 @@ READERS = {
     "staged shards": lambda root: opened_writer(root).missing_shards,
     "every byte of staged shards": lambda root: opened_writer(root).forget_damaged(range(3)),
     "archive": lambda root: archive.manifest_of(root / "set.tar").rows,
-    "finished set": lambda root: delivery.is_complete(root / "sets" / "set", plan_of(root)),
-    "set to replace": lambda root: delivery.check_replaceable(root / "sets" / "set", plan_of(root)),
+    "finished set": lambda root: publish.is_complete(root / "sets" / "set", plan_of(root)),
+    "set to replace": lambda root: publish.check_replaceable(root / "sets" / "set", plan_of(root)),
     "checkpoint": lambda root: Checkpoint(root / "checkpoint").load("cpu")[0].number,
     "client's state": lambda root: States(root, "key", 0).load(1, "cpu")["w"].tolist(),
     "run to replace": lambda root: records.check_replaceable(root, {"seed": 0}),
@@ -183,7 +186,7 @@ def test_a_lock_that_the_environment_demands_and_that_is_refused_is_no_damage(ke
     """HDF5 reads the variable once, when it starts: in an interpreter of its own."""
     script = (
         "import sys\nfrom pathlib import Path\n"
-        "from pipeline.hdf5 import open_to_read\nfrom tests.faults import kernel\n"
+        "from pipeline.io.hdf5 import open_to_read\nfrom tests.faults import kernel\n"
         "kernel.refuse('flock', int(sys.argv[2]))\n"
         "try:\n    open_to_read(Path(sys.argv[1])).__enter__()\nexcept Exception as error:\n    print(repr(error))"
     )
@@ -216,7 +219,7 @@ def test_work_that_needs_locks_says_that_there_are_none(tmp_path):
             pass
 
     def fill(root):
-        with atomic.folder_in_place_of(root / "folder"):
+        with atomic.replace_folder(root / "folder"):
             pass
 
     for action in (hold, fill):

@@ -34,7 +34,7 @@ def test_two_extractions_into_one_set(made, project, trial):
         first = stopped_while_holding(project, EXTRACT)
         second = program.start(project, *EXTRACT, log=project.parent / "second.log")
         until(lambda: "waiting for it" in second.output, second)
-        named = rf"is being made by process {first.process.pid} on {socket.gethostname()} since 2\d\d\d-\d\d-\d\d "
+        named = rf"is being written by process {first.process.pid} on {socket.gethostname()} since 2\d\d\d-\d\d-\d\d "
         assert re.search(named, second.output), second.output
         os.kill(first.process.pid, signal.SIGCONT)
         assert first.end() == 0 and second.end() == 0, first.output + second.output
@@ -62,7 +62,7 @@ def test_two_trainings_or_generations_of_one_name(made, project, trial):
                 project, *command, says=[f"by process {first.process.pid} on", "since 2", "wait until it has ended"],
                 log=project.parent / "second.log",
             )  # fmt: skip
-            assert name != "train-fl" or "feddifrc-iid-s0 is being made" in line
+            assert name != "train-fl" or "feddifrc-iid-s0 is being written" in line
             os.kill(first.process.pid, signal.SIGCONT)
             assert first.end() == 0, first.output
             tried.compare(finished(made.root, name), finished(project, name))

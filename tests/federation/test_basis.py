@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import config, feature_store
-from pipeline.datasets import PreparedDataset
+from pipeline import feature_store
+from pipeline.data.datasets import PreparedDataset
 from pipeline.diffusion.representation import Moments, Projector, fit_basis
 from pipeline.errors import PipelineError
 from pipeline.federation import node
+from pipeline.settings import config
 from stages.extract_features import basis as pca
 from stages.extract_features import plan as planning
 from stages.extract_features.federated import moments

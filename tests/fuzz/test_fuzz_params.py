@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from pipeline import config
 from pipeline.errors import PipelineError
+from pipeline.settings import config
 from tests.conftest import REPOSITORY
 
 TEXT = (REPOSITORY / "params.yaml").read_text(encoding="utf-8")

@@ -12,10 +12,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pipeline import config, datasets, feature_store, frozen_model
-from pipeline.datasets import PreparedDataset
+from pipeline import feature_store
+from pipeline.data import datasets
+from pipeline.data.datasets import PreparedDataset
+from pipeline.diffusion import frozen_model
 from pipeline.errors import PipelineError
 from pipeline.feature_store import FeatureSet, archive, verification
+from pipeline.settings import config
 from tests import test_faults_data, test_feature_store
 from tests.conftest import invoke, write_params
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.datasets import PreparedDataset
+from pipeline.data.datasets import PreparedDataset
 from tests.conftest import write_params
 from tests.integration.project import copy_tracked
 

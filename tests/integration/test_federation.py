@@ -8,8 +8,8 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from pipeline.federation.demo import NAMES, REPOSITORY, SETTINGS, make_projects, pipeline
-from pipeline.federation.loopback import Loopback
+from examples.federation.demo import NAMES, REPOSITORY, SETTINGS, make_projects, pipeline
+from examples.federation.loopback import Loopback
 from tests.conftest import SMALL as SMALL_PROJECT
 from tests.conftest import write_params
 from tests.integration.certificates import write_certificates, write_keys

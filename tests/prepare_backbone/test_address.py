@@ -2,8 +2,8 @@
 
 import pytest
 
-from pipeline import config
 from pipeline.errors import PipelineError
+from pipeline.settings import config
 from stages import prepare_backbone
 from stages.prepare_backbone import address
 from tests.conftest import write_params

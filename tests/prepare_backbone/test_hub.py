@@ -12,8 +12,8 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
-from pipeline import config
 from pipeline.errors import PipelineError
+from pipeline.settings import config
 from stages.prepare_backbone import run
 from tests.conftest import REPOSITORY, write_params
 from tests.prepare_backbone.hub_server import COMMIT, digests

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.datasets import PreparedDataset
+from pipeline.data.datasets import PreparedDataset
 from tests.conftest import invoke, write_params
 
 

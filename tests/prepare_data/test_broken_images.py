@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from pipeline import images
+from pipeline.data import images
 from stages.prepare_data import lazy_images
 from tests.prepare_data.image_files import colours, save_plain
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from pipeline.system_errors import SystemRefusal
+from pipeline.io.system_errors import SystemRefusal
 from stages.prepare_data.decode import BrokenImageError, read_image
 from stages.prepare_data.image_search import ImageSearch, has_images, subfolders
 

@@ -17,7 +17,7 @@ import scipy.io
 from PIL import Image
 from torchvision import datasets as tv
 
-from pipeline.params import PrepareData
+from pipeline.settings.params import PrepareData
 from stages.prepare_data.sources import SOURCES
 from tests.prepare_data.image_files import colours, save_plain
 

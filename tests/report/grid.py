@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import config, provenance
+from pipeline import provenance
+from pipeline.io import atomic
+from pipeline.settings import config
 from stages.report import run
 from stages.train_fl import records
 from stages.train_fl.partitions import heterogeneity
@@ -39,7 +41,7 @@ def _write_run(
     clients = [{"client": k, "num_samples": 30, "held_out_accuracy": float(rng.random())} for k in range(10)]
     records.write_csv(path / "clients.csv", clients)
     counts = rng.integers(0, 40, (10, 10))
-    provenance.write_json(
+    atomic.write_json(
         path / "partition.json",
         {
             "class_names": [f"class {k}" for k in range(10)],
@@ -66,7 +68,7 @@ def _write_run(
         "features": None,
         "provenance": provenance.describe("cpu"),
     }
-    provenance.write_json(path / "config.json", settings)
+    atomic.write_json(path / "config.json", settings)
     provenance.write_checksums(path)
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pipeline import config
+from pipeline.settings import config
 from stages.report import results, tables
 from tests.conftest import invoke
 from tests.report.grid import reseal, write_grid

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import config
-from pipeline.datasets import PreparedDataset
+from pipeline.data.datasets import PreparedDataset
 from pipeline.errors import PipelineError
+from pipeline.settings import config
 from stages import synthesize
 from stages.synthesize.generate import Generator
 from stages.train_fl import run as train

@@ -5,8 +5,8 @@ import torch
 
 from stages.train_fl import partitions
 from stages.train_fl.client_data import ClientData
+from stages.train_fl.data import HeldOut
 from stages.train_fl.evaluate import by_client, by_domain
-from stages.train_fl.federation import HeldOut
 
 CLASSES = 2
 

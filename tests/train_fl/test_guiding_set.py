@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import datasets, provenance
-from pipeline.datasets import Source
+from pipeline.data import datasets
+from pipeline.data.datasets import Source
 from pipeline.diffusion import prompts
 from pipeline.errors import PipelineError
 from pipeline.feature_store import FeatureSet
+from pipeline.io import atomic
 from stages import prepare_data
-from stages.train_fl import guiding_set, run
+from stages.train_fl import feature_check, run
 from tests.train_fl import tiny_project
 
 ROUND = {"train_fl__num_rounds": 1}
@@ -56,7 +57,7 @@ def test_another_data_set_is_named_by_both_hashes_and_sizes(project):
 def test_other_class_names_and_another_order_are_named(project, names, message):
     tiny_project.add_features(project)
     file = project.dataset_dir / "manifest.json"
-    provenance.write_json(file, json.loads(file.read_text()) | {"class_names": names})
+    atomic.write_json(file, json.loads(file.read_text()) | {"class_names": names})
     refused(project, message.format(set=project.features_dir, data=project.dataset_dir))
 
 
@@ -116,7 +117,7 @@ def test_the_set_is_taken_once_params_say_what_it_says(tmp_path, theirs, ours):
 
 
 def opened(project):
-    guiding_set.open_checked(project, datasets.PreparedDataset(project.dataset_dir))
+    feature_check.open_checked(project, datasets.PreparedDataset(project.dataset_dir))
 
 
 def not_opened(project, *names):
@@ -237,9 +238,9 @@ def test_another_frozen_model_is_named_and_none_is_needed(project):
     project.backbone_manifest.parent.mkdir(parents=True)
     ours = {"name": "tiny-sd", "source": "embedded", "revision": None}
     files = {"unet/config.json": "a" * 64, "model_index.json": "c" * 64}
-    provenance.write_json(project.backbone_manifest, ours | {"files": files})
+    atomic.write_json(project.backbone_manifest, ours | {"files": files})
     run(project, "feddifrc", "iid", 0)
-    provenance.write_json(project.backbone_manifest, ours | {"files": files | {"unet/config.json": "b" * 64}})
+    atomic.write_json(project.backbone_manifest, ours | {"files": files | {"unet/config.json": "b" * 64}})
     refused(project, "another frozen model", str(project.backbone_manifest), "source embedded", "unet/config.json")
 
 

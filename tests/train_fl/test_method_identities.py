@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from pipeline.params import Guidance as GuidanceParams
+from pipeline.settings.params import Guidance as GuidanceParams
 from stages.train_fl.methods.fedavg import FedAvg
 from stages.train_fl.methods.fedavgm import FedAvgM
 from stages.train_fl.methods.feddifrc import GuidanceLoss

@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load, save
 from torch.nn import functional
 
-from pipeline import params, seeding
+from pipeline import seeding
+from pipeline.settings import params
+from stages.train_fl import rounds
 from stages.train_fl.client_data import to_model_range
 from stages.train_fl.engines import local
 from stages.train_fl.losses import prototype_loss, unit
@@ -367,8 +369,8 @@ def test_feddyn_equals_the_loop_over_rounds():
 
 def test_the_engine_reports_feddyns_mean_and_not_the_servers_point():
     method = FedDyn(local_sgd(), 3, 0.3)
-    schedule = local.Schedule(2, 3, 1, 4, LR, 1.0, "none", 0)
-    start = local.begin(method, state_of(method._local_sgd.model), 3)
+    schedule = rounds.Schedule(2, 3, 1, 4, LR, 1.0, "none", 0)
+    start = rounds.begin(method, state_of(method._local_sgd.model), 3)
     reported = [done.weights for done in local.run(method, start, CLIENTS, schedule)]
     served = []
 

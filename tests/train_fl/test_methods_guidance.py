@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import config, params
 from pipeline.errors import PipelineError
+from pipeline.settings import config, params
 from stages.train_fl import methods, models
 from stages.train_fl.client_data import Guidance
 from stages.train_fl.encoders import EncoderSettings

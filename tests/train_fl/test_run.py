@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline.errors import PipelineError
-from stages.train_fl import run
+from stages.train_fl import rounds, run
 from stages.train_fl.client_data import Batches, ClientData
 from stages.train_fl.engines import local
 from stages.train_fl.placement import choose
@@ -116,7 +116,7 @@ def dying(function, when):
     return call
 
 if moment == "saving":
-    checkpoint.provenance.write_json = dying(checkpoint.provenance.write_json, number)
+    checkpoint.atomic.write_json = dying(checkpoint.atomic.write_json, number)
 else:
     local.client_batches = dying(local.client_batches, number)
 run(tiny_project.make(Path(sys.argv[1])), "fedavg", "dir", 0)
@@ -199,7 +199,7 @@ def test_divergence_names_round_and_client(tmp_path):
 
 
 def test_the_rate_decays_once_a_round():
-    schedule = local.Schedule(3, 1, 1, 1, 0.1, 0.5, "none", 0)
+    schedule = rounds.Schedule(3, 1, 1, 1, 0.1, 0.5, "none", 0)
     assert [schedule.learning_rate_of(number) for number in (1, 2, 3)] == [0.1, 0.05, 0.025]
 
 
@@ -212,8 +212,8 @@ def test_a_client_with_one_image_and_an_empty_one(tmp_path):
     clients = [
         ClientData(torch.zeros(n, 3, 8, 8, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)) for n in (0, 2)
     ]
-    schedule = local.Schedule(1, 2, 1, 1, 0.1, 1.0, "none", 0)
-    assert local.sample_clients([1], schedule, 1) == [1]
+    schedule = rounds.Schedule(1, 2, 1, 1, 0.1, 1.0, "none", 0)
+    assert rounds.sample_clients([1], schedule, 1) == [1]
     assert list(Batches(clients[0], 1, 4, "none", torch.Generator())) == []
 
 

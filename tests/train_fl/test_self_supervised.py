@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import datasets
+from pipeline.data import datasets
 from pipeline.errors import PipelineError
 from stages.train_fl import run
 from stages.train_fl.client_data import ClientData
-from stages.train_fl.federation import HeldOut
+from stages.train_fl.data import HeldOut
 from stages.train_fl.methods.self_supervised import simsiam_loss
 from stages.train_fl.probes import Probes
 from tests.train_fl import tiny_project

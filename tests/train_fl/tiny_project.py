@@ -4,10 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import config, datasets
-from pipeline.datasets import Images, Source
+from pipeline.data import datasets
+from pipeline.data.datasets import Images, Source
 from pipeline.diffusion import prompts
 from pipeline.feature_store import Basis, Content, Features, FeatureSetWriter, LayerBasis, Plan
+from pipeline.settings import config
 
 CLASSES = ["round", "square", "flat"]
 SIZE, DIMS = 8, 6

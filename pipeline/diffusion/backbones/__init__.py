@@ -17,7 +17,6 @@ import diffusers
 import torch
 import transformers
 
-from pipeline import system_errors
 from pipeline.diffusion import families
 from pipeline.diffusion.backbones.base import Backbone, Conditioning, DiffusersBackbone
 from pipeline.diffusion.backbones.dit import DiTBackbone
@@ -25,6 +24,7 @@ from pipeline.diffusion.backbones.pixart import PixArtBackbone
 from pipeline.diffusion.backbones.sd3 import StableDiffusion3Backbone
 from pipeline.diffusion.backbones.unet import UNetBackbone
 from pipeline.errors import PipelineError
+from pipeline.io import system_errors
 
 __all__ = ["Backbone", "Conditioning", "check_image_size", "check_timesteps", "family", "layer_channels", "load"]
 

@@ -3,14 +3,15 @@
 import numpy as np
 from flwr.app import Context, Message, MetricRecord, RecordDict
 
-from pipeline import atomic, feature_store
-from pipeline.config import Config
+from pipeline import feature_store
 from pipeline.diffusion import backbones
 from pipeline.diffusion.prompted_model import Inputs
 from pipeline.errors import PipelineError
 from pipeline.federation import members
 from pipeline.federation.node import Node, config_of, node_of
+from pipeline.io import atomic
 from pipeline.progress import progress_bar
+from pipeline.settings.config import Config
 from stages.extract_features import basis as pca
 from stages.extract_features import plan as planning
 from stages.extract_features.extraction import Extraction
@@ -57,10 +58,10 @@ def basis(message: Message, context: Context) -> RecordDict:
     config = _config(context, node)
     file = config.path(config.params.extract_features.basis)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic.whole_or_not_at_all(file) as received:
+    with atomic.replace_file(file) as received:
         received.write_bytes(np.array(message.content.array_records["file"]["basis.h5"].numpy()).tobytes())
         feature_store.read_basis_file(received, list(job.plan.content.layers))
-        atomic.sync(received)
+        atomic.sync_to_disk(received)
     return RecordDict({"kept": MetricRecord({"bytes": file.stat().st_size})})
 
 

@@ -14,7 +14,8 @@ from pipeline.errors import PipelineError
 from pipeline.feature_store import Basis
 from pipeline.federation.members import Member, Members, reason_of
 from pipeline.federation.node import config_of, project_of
-from pipeline.params import Federation
+from pipeline.io import atomic
+from pipeline.settings.params import Federation
 from stages.extract_features import basis as pca
 from stages.extract_features.federated.moments import (
     add_moments,
@@ -54,7 +55,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
     basis, file = Basis(layers, *add_pooled(pooled)), config.path(params.basis)
     feature_store.write_basis_file(file, basis)
     made = {"sha256": provenance.file_sha256(file), "members": members, "agreed": agreed}
-    provenance.write_json(file.with_suffix(".json"), made)
+    atomic.write_json(file.with_suffix(".json"), made)
     content = np.frombuffer(file.read_bytes(), np.uint8).copy()
     nodes.ask("query.basis", RecordDict({"file": ArrayRecord({"basis.h5": Array(content)})}), lambda content: None)
     for layer, share in pca.explained(basis).items():

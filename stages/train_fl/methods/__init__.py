@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from pipeline import params
 from pipeline.errors import PipelineError
+from pipeline.settings import params
 from stages.train_fl.methods.base import ClientState, ClientUpdate, Method, Metrics, ServerState, Weights
 from stages.train_fl.methods.fedavg import FedAvg
 from stages.train_fl.methods.fedavgm import FedAvgM

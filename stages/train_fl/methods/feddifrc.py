@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from pipeline.params import Guidance as GuidanceParams
+from pipeline.settings.params import Guidance as GuidanceParams
 from stages.train_fl import losses
 from stages.train_fl.client_data import Guidance
 

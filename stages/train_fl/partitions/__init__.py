@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import PipelineError
-from pipeline.params import Section
+from pipeline.settings.params import Section
 from stages.train_fl.partitions.dirichlet import dirichlet, dirichlet_balanced
 from stages.train_fl.partitions.domains import by_domain, even_clients_per_domain
 from stages.train_fl.partitions.label_skew import classes_per_client, label_skew

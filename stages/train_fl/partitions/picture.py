@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline import atomic, pictures
+from pipeline import plotting
+from pipeline.io import atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,7 +25,7 @@ def write(path: Path, counts: np.ndarray, class_names: list[str]) -> None:
     atomic.write_text(path, _heat_map(counts, class_names))
 
 
-@pictures.svg
+@plotting.svg
 def _heat_map(counts: np.ndarray, class_names: list[str]) -> "Figure":
     from matplotlib.figure import Figure
 

@@ -9,11 +9,11 @@ from flwr.app import Context, Message, MetricRecord, RecordDict
 from pipeline.errors import PipelineError
 from pipeline.federation import members
 from pipeline.federation.node import Node, config_of, node_of, seed_of
-from stages.train_fl import federation, guiding_set, methods
-from stages.train_fl.engines import local
+from stages.train_fl import data as federation
+from stages.train_fl import feature_check, methods, rounds
+from stages.train_fl.data import Federation
 from stages.train_fl.engines.flower.messages import Order, Work, to_tensors
 from stages.train_fl.engines.flower.states import States
-from stages.train_fl.federation import Federation
 from stages.train_fl.methods import Method
 from stages.train_fl.models import FLModel
 from stages.train_fl.run import Job, build, evaluator_of, prepare_torch
@@ -67,7 +67,7 @@ def train(message: Message, context: Context) -> RecordDict:
     client, schedule = me.node.client_id, me.job.schedule()
     states = States(me.job.config.state_dir, order.key, client)
     state = states.load(order.state_of, me.device)
-    batches = local.client_batches(me.data.clients[0], schedule, order.number, client, me.device)
+    batches = rounds.client_batches(me.data.clients[0], schedule, order.number, client, me.device)
     started = time.perf_counter()
     update, state, losses = me.method.client_update(
         weights,
@@ -76,7 +76,7 @@ def train(message: Message, context: Context) -> RecordDict:
         batches,
         schedule.learning_rate_of(order.number),
     )
-    local.check_finite(losses, client, order.number)
+    rounds.check_finite(losses, client, order.number)
     states.save(order.number, state)
     return Work(update, losses, bool(state), batches.loading.seconds, time.perf_counter() - started).content()
 
@@ -120,7 +120,7 @@ def _make(node: Node, told: tuple[tuple[str, object], ...]) -> Participant:
     guidance = methods.guidance_of(job.method)
     data = federation.load(config, job.partition_name, job.seed, guidance, device, node.client_id)
     if data.features:
-        guiding_set.check_method(data.features, job.method_name, job.without_labels)
+        feature_check.check_method(data.features, job.method_name, job.without_labels)
     if not len(data.clients[0]):
         raise PipelineError(f"{config.dataset_dir} has no images for client {node.client_id}")
     model, method = build(job, len(data.dataset.class_names), data.guidance_dim, num_clients, device)

@@ -19,7 +19,7 @@ from torch import nn
 
 from pipeline.errors import PipelineError
 from pipeline.federation.node import REFUSED, config_of, node_of
-from pipeline.params import CentralPrivacy, Federation, LocalPrivacy
+from pipeline.settings.params import CentralPrivacy, Federation, LocalPrivacy
 from stages.train_fl.run import Job
 
 _MEAN_OF_WEIGHTS = ("fedavg", "fedprox", "moon", "feddifrc", "simsiam", "feddifrc-self-supervised")

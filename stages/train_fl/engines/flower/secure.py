@@ -23,7 +23,7 @@ from flwr.serverapp import Grid
 
 from pipeline.errors import PipelineError
 from pipeline.federation.members import reason_of
-from pipeline.params import SecureAggregation
+from pipeline.settings.params import SecureAggregation
 from stages.train_fl.engines.flower.messages import Work, to_tensors
 from stages.train_fl.engines.flower.strategy import Exchange, MethodStrategy
 

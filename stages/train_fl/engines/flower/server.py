@@ -15,22 +15,24 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping, Strategy
 
 from pipeline import provenance
-from pipeline.datasets import PreparedDataset
+from pipeline.data.datasets import PreparedDataset
 from pipeline.errors import PipelineError
 from pipeline.federation.members import Members
 from pipeline.federation.node import config_of, project_of, seed_of
-from pipeline.params import CentralPrivacy
-from stages.train_fl import federation, methods, records
+from pipeline.io import atomic
+from pipeline.settings.params import CentralPrivacy
+from stages.train_fl import data as federation
+from stages.train_fl import methods, records
 from stages.train_fl.checkpoint import Checkpoint
+from stages.train_fl.data import Federation
 from stages.train_fl.engines.flower import privacy
-from stages.train_fl.engines.flower.account import Account
 from stages.train_fl.engines.flower.messages import to_record
-from stages.train_fl.engines.flower.strategy import Exchange, MethodStrategy, plain_exchange, rounds
-from stages.train_fl.engines.local import Progress
+from stages.train_fl.engines.flower.participation import Account
+from stages.train_fl.engines.flower.strategy import Exchange, MethodStrategy, plain_exchange, run
 from stages.train_fl.evaluate import Classification, Evaluator, Predictor
-from stages.train_fl.federation import Federation
 from stages.train_fl.methods import Method
 from stages.train_fl.models import FLModel
+from stages.train_fl.rounds import Progress
 from stages.train_fl.run import (
     Job,
     build,
@@ -98,12 +100,12 @@ class _Run:
         start, rows = checkpoint.load("cpu") or (self._begin(method, model, num_clients), None)
         core = MethodStrategy(method, start, job.schedule(), self._members, self._params, key)
         account = Account(job.path, start.number)
-        engine, evaluator = rounds(core, self._exchange(core), account.write), self._evaluator(core)
+        engine, evaluator = run(core, self._exchange(core), account.write), self._evaluator(core)
         record = train(job, model, start, rows, engine, evaluator, checkpoint, checkpoint_every=1)
         self._finish(model, evaluator, record)
         account.draw()
         made_by = provenance.describe(self._device) | {"code": provenance.code_sha256()}
-        provenance.write_json(job.path / "config.json", settings | {"provenance": made_by})
+        atomic.write_json(job.path / "config.json", settings | {"provenance": made_by})
         job.seal()
         checkpoint.remove()
         self._grid.push_messages(core.farewell())
@@ -162,8 +164,8 @@ class _Run:
             finish(self._job, self._data, model, evaluator, record)
         else:
             records.write_weights(path, model.state_dict())
-            provenance.write_json(path / "details.json", record.details())
-            provenance.write_json(path / "metrics.json", record.metrics())
+            atomic.write_json(path / "details.json", record.details())
+            atomic.write_json(path / "metrics.json", record.metrics())
 
 
 class ByNodes:

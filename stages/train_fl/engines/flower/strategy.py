@@ -22,11 +22,11 @@ from flwr.serverapp.strategy import Strategy
 
 from pipeline.errors import PipelineError
 from pipeline.federation.members import Member, Members, reason_of
-from pipeline.params import Federation
-from stages.train_fl.engines import local
+from pipeline.settings.params import Federation
+from stages.train_fl import rounds
 from stages.train_fl.engines.flower.messages import Order, Work, form, to_record, to_tensors
-from stages.train_fl.engines.local import Progress, Round, Schedule
 from stages.train_fl.methods import ClientState, ClientUpdate, Method
+from stages.train_fl.rounds import Progress, Round, Schedule
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class MethodStrategy(Strategy):
         present = self._members.wait(self._params.min_clients, self._params.join_timeout)
         server = replace(self.progress.server, weights=to_tensors(arrays, self.progress.server.weights))
         self.progress = replace(self.progress, server=server)
-        chosen = local.sample_clients(list(present), self.schedule, server_round)
+        chosen = rounds.sample_clients(list(present), self.schedule, server_round)
         self._sampled = {present[client].node_id: present[client] for client in chosen}
         self._done = {}
         broadcast = {"broadcast": to_record(server.broadcast)} if server.broadcast else {}
@@ -281,7 +281,7 @@ def plain_exchange(strategy: Strategy, core: MethodStrategy, grid: Grid, timeout
     return exchange
 
 
-def rounds(core: MethodStrategy, exchange: Exchange, tell: Callable[[list[Row]], None]) -> Iterator[Round]:
+def run(core: MethodStrategy, exchange: Exchange, tell: Callable[[list[Row]], None]) -> Iterator[Round]:
     """All rounds that are left.
 
     Args:
@@ -309,7 +309,7 @@ def rounds(core: MethodStrategy, exchange: Exchange, tell: Callable[[list[Row]],
         yield Round(
             progress=core.progress,
             weights=core.method.reported_weights(server),
-            bytes_down=len(work) * (local.num_bytes(sent.weights) + local.num_bytes(sent.broadcast)),
+            bytes_down=len(work) * (rounds.num_bytes(sent.weights) + rounds.num_bytes(sent.broadcast)),
             train_seconds=time.perf_counter() - started,
             aggregate_seconds=0.0,  # within the exchange
             **_of_work(work, core.schedule.local_epochs),
@@ -328,7 +328,7 @@ def _of_work(work: dict[int, Work], epochs: int) -> dict[str, Any]:
         train_metrics={
             name: float(np.average([done.losses[name] for done in work.values()], weights=sizes)) for name in names
         },
-        bytes_up=sum(map(local.update_bytes, updates)),
+        bytes_up=sum(map(rounds.update_bytes, updates)),
         load_seconds=max(done.load_seconds for done in work.values()),
     )
 

@@ -1,0 +1,1 @@
+"""Examples: a quickstart notebook and a federation on one machine."""

@@ -1,0 +1,284 @@
+"""`pipeline features`: the cached feature sets, listed, shown, checked, compared, packed and unpacked."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.errors import PipelineError
+from pipeline.text import printable, size
+
+if TYPE_CHECKING:
+    from pipeline.feature_store import Manifest
+    from pipeline.settings.config import Config
+
+_JSON = click.option("--json", "as_json", is_flag=True, help="For scripts.")
+
+
+@click.group("features")
+def features() -> None:
+    """The cached feature sets: list, show, verify, diff, export, import."""
+
+
+@features.command("list")
+@_JSON
+@click.pass_obj
+def list_sets(params: Path, as_json: bool) -> None:
+    """What sets are here, and how far those in the making are.
+
+    \b
+    Example:
+      pipeline features list
+    """
+    from pipeline.feature_store import listing
+
+    config = _config(params)
+    sets = _sets(config)
+    found = listing.finished(sets) + listing.left_over(sets) + listing.in_the_making(config.state_dir / "staging")
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(summary) for summary in found], indent=2))
+        return
+    if not found:
+        click.echo(f"no feature set under {sets}: run `pipeline extract-features`, or `dvc pull` one")
+    for one in found:
+        _say(f"{one.name}: {one.state}")
+        if one.fingerprint is None:
+            continue
+        assert one.layers is not None and one.rows is not None and one.bytes is not None
+        _say(
+            f"    {one.dataset}, {one.rows:,} images; {one.backbone}, t {one.timestep}, {', '.join(one.layers)}, "
+            f"{one.dims} dims, {one.prompts} prompts; {size(one.bytes)}, {one.fingerprint[:12]}"
+        )
+
+
+@features.command("show")
+@click.argument("name")
+@_JSON
+@click.pass_obj
+def show(params: Path, name: str, as_json: bool) -> None:
+    """The card of one set: NAME under data/features, a folder, or an exported tar.
+
+    \b
+    Examples:
+      pipeline features show digits-tiny-sd-t300
+      pipeline features show received.tar
+    """
+    manifest = _manifest(params, name)
+    if as_json:
+        click.echo(json.dumps(manifest.model_dump(mode="json"), indent=2))
+        return
+    for key, text in _card(manifest):
+        _say(f"{key:14}{text}")
+
+
+@features.command("verify")
+@click.argument("names", nargs=-1)
+@click.option("--full", is_flag=True, help="Read every byte: checksums of files and rows, finite features.")
+@click.pass_obj
+def verify(params: Path, names: tuple[str, ...], full: bool) -> None:
+    """Is a set whole? NAMES are sets under data/features or folders; all sets if none is given.
+
+    \b
+    Examples:
+      pipeline features verify
+      pipeline features verify --full digits-tiny-sd-t300
+    """
+    from pipeline.feature_store import listing, verification
+    from pipeline.progress import progress_bar
+
+    paths = [_folder(params, name) for name in names] or listing.folders(_sets(_config(params)))
+    if not paths:
+        raise PipelineError(f"no feature set under {_sets(_config(params))}: `dvc pull` one, or extract it")
+    broken = 0
+    for path in paths:
+        with progress_bar(verification.total_bytes(path), f"verify {path.name}", "B") as bar:
+            found = verification.faults(path, full, bar.update)
+        broken += bool(found)
+        for line in found:
+            _say(f"Error: {line}", err=True)
+        if not found:
+            what = "every byte is what was written" if full else "whole (its bytes were not read: --full)"
+            _say(f"{path.name}: {what}")
+    if broken:
+        raise click.exceptions.Exit(1)
+
+
+@features.command("diff")
+@click.argument("first")
+@click.argument("second")
+@_JSON
+@click.pass_obj
+def diff(params: Path, first: str, second: str, as_json: bool) -> None:
+    """What differs between two sets: settings, software and, where both are folders, the numbers.
+
+    \b
+    Examples:
+      pipeline features diff digits-tiny-sd-t300 digits-tiny-sd-t100
+      pipeline features diff digits-tiny-sd-t300 received.tar
+    """
+    from pipeline.feature_store import comparison
+
+    manifests = [_manifest(params, name) for name in (first, second)]
+    settings = comparison.settings(*manifests)
+    folders = [_path(params, name) for name in (first, second)]
+    why_not = comparison.incomparable(*manifests)
+    if not all(path.is_dir() for path in folders):
+        why_not = "an archive's are read only when it is imported"
+    numbers = [] if why_not else comparison.numbers(*folders)
+    if as_json:
+        parts = {
+            "settings": [dataclasses.asdict(one) for one in settings],
+            "numbers": [dataclasses.asdict(one) for one in numbers],
+            "numbers_not_compared": why_not,
+        }
+        click.echo(json.dumps(parts, indent=2))
+        return
+    same = manifests[0].fingerprint == manifests[1].fingerprint
+    click.echo("the same features by fingerprint" if same else "other features by fingerprint")
+    for change in settings:
+        _say(f"{change.key}: {_short(change.first)} | {_short(change.second)}")
+    for gap in numbers:
+        _say(
+            f"{gap.representation}, {gap.layer}: {100 * gap.share_unequal:.2f} % of the numbers differ, by "
+            f"{gap.mean:.3g} on average and {gap.largest:.3g} at most"
+        )
+    if why_not:
+        click.echo(f"the numbers are not compared: {why_not}")
+
+
+@features.command("export")
+@click.argument("name")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The tar; NAME.tar in this folder if not given.")
+@click.pass_obj
+def export(params: Path, name: str, output: Path | None) -> None:
+    """Pack a set into one tar, its every byte checked, for people without DVC.
+
+    \b
+    Example:
+      pipeline features export digits-tiny-sd-t300 -o /tmp/digits.tar
+    """
+    from pipeline.feature_store import archive, verification
+    from pipeline.progress import progress_bar
+
+    path = _folder(params, name)
+    own_name = Path(os.path.abspath(path)).name
+    target = output or Path(f"{own_name}.tar")
+    with progress_bar(verification.total_bytes(path), f"export {own_name}", "B") as bar:
+        archive.write(path, target, bar.update)
+    click.echo(target)
+
+
+@features.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--as", "name", help="Its name under data/features; the archive's own if not given.")
+@click.pass_obj
+def import_set(params: Path, file: Path, name: str | None) -> None:
+    """Unpack a set that was exported, into data/features, after checking all of it.
+
+    \b
+    Examples:
+      pipeline features import received.tar
+      pipeline features import received.tar --as digits-tiny-sd-t300
+    """
+    from pipeline.feature_store import archive
+    from pipeline.progress import progress_bar
+
+    config = _config(params)
+    with progress_bar(file.stat().st_size if file.exists() else 0, f"import {file.name}", "B") as bar:
+        path = archive.read(file, _sets(config), name, bar.update)
+    click.echo(path)
+    if path != config.features_dir:
+        click.echo(
+            f"params.yaml trains from {config.features_dir.name}; `pipeline features show {path.name}`", err=True
+        )
+    elif (config.root / "dvc.yaml").exists():
+        click.echo(
+            "DVC does not know this set, and the next `dvc repro` deletes it: `dvc commit -f extract-features` first "
+            "(docs/sharing.md, From a tar)",
+            err=True,
+        )
+
+
+def _config(params: Path) -> "Config":
+    from pipeline.settings import config
+
+    return config.load(params)
+
+
+def _sets(config: "Config") -> Path:
+    return config.features_dir.parent
+
+
+def _path(params: Path, name: str) -> Path:
+    """A set of that name under data/features, else the path itself."""
+    if "/" not in name and not name.endswith(".tar"):
+        known = _sets(_config(params)) / name
+        if known.exists() or not Path(name).exists():
+            return known
+    return Path(name)
+
+
+def _folder(params: Path, name: str) -> Path:
+    path = _path(params, name)
+    if not path.is_dir():
+        from pipeline.feature_store import listing
+
+        if path.is_file():
+            raise PipelineError(f"{path} is a file, not a set's folder: `pipeline features import {path}` unpacks one")
+        if "/" in name:
+            raise PipelineError(f"{path} is no feature set's folder")
+        there = ", ".join(one.name for one in listing.folders(_sets(_config(params)))) or "none"
+        raise PipelineError(f"{path} is no feature set; there are: {there}")
+    return path
+
+
+def _manifest(params: Path, name: str) -> "Manifest":
+    from pipeline.feature_store import archive, read_manifest
+
+    path = _path(params, name)
+    return archive.manifest_of(path) if path.is_file() else read_manifest(_folder(params, name))
+
+
+def _say(line: str, err: bool = False) -> None:
+    """Prints a line in which a set's maker has a word: as one line, without what moves a terminal."""
+    click.echo(printable(line), err=err)
+
+
+def _card(manifest: "Manifest") -> list[tuple[str, str]]:
+    content, made = manifest.content, manifest.provenance
+    backbone = made.get("backbone", {})
+    layers = ", ".join(f"{name} (columns {low} to {high - 1})" for name, (low, high) in content.layers.items())
+    total = sum(entry.bytes for entry in manifest.files)
+    packages = ", ".join(f"{name} {version}" for name, version in made.get("packages", {}).items())
+    basis = f"PCA fitted on {content.basis_images} images" if content.basis_images else f"given, {content.basis_sha256}"
+    return [
+        ("fingerprint", manifest.fingerprint),
+        ("data set", f"{made.get('dataset')}, {manifest.rows:,} training images, hash {content.dataset_hash[:12]}"),
+        ("classes", _short(content.class_names)),
+        (
+            "backbone",
+            f"{backbone.get('name')} from {backbone.get('source')}, revision {backbone.get('revision')}"
+            + (f", {backbone['variant']} weights" if "variant" in backbone else ""),
+        ),
+        ("computed", f"at timestep {content.timestep}, {content.image_size} px, in {content.dtype}"),
+        ("layers", layers),
+        ("basis", basis),
+        (
+            "prompts",
+            f"{manifest.prompts_per_image} an image of {_short([text for one in content.prompts for text in one])}",
+        ),
+        ("positive", "the label's prompt" if content.positive == "label" else "the first prompt (no label is shown)"),
+        ("denoising", f"under the prompt {content.denoise_prompt!r}"),
+        ("files", f"{manifest.num_shards} shards of {manifest.rows_per_shard} images at most, {size(total)} in all"),
+        ("made by", f"feddifrc {made.get('feddifrc')}, commit {made.get('commit')}"),
+        ("on", f"{', '.join(made.get('hardware', []))}; {packages}"),
+    ]
+
+
+def _short(value: Any, most: int = 4) -> str:
+    if isinstance(value, list) and len(value) > most:
+        return f"{', '.join(map(str, value[:most]))}, ... ({len(value)})"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,1 @@
+"""Prepared data sets: images, labels and class names."""

@@ -1,0 +1,1 @@
+"""Files: atomic writes, locks, resumable stores, HDF5, and the operating system's errors."""

@@ -1,0 +1,138 @@
+"""Atomic writes: a file or folder is either complete or absent, even if the process is killed while writing.
+
+Nothing is written in place: DVC links its cache into the project, so changing a file there would change the cache and
+every other place that links to it.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from pipeline.io import locks
+from pipeline.io.system_errors import error_number, unwritten
+
+
+@contextlib.contextmanager
+def replace_file(path: Path, sync: bool = True) -> Iterator[Path]:
+    """Yield a temporary path that replaces `path` on success and is removed on error.
+
+    Args:
+        path: The file to write; its folder must exist.
+        sync: Wait until the content is on the disk, so that the file also survives a power cut.
+
+    Raises:
+        PipelineError: The file cannot be written. The previous file is kept.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        yield temporary
+        if sync:
+            sync_to_disk(temporary)
+        temporary.replace(path)
+        if sync:
+            sync_to_disk(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if is_write_error(error):
+            raise unwritten(path, error) from None
+        raise
+
+
+@contextlib.contextmanager
+def replace_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty staging folder that replaces `path` on success and is removed on error.
+
+    The staging folder is `path` with ".tmp" added; what a killed process left in it is removed first. Sync the files
+    that you put into it. `path` is absent for an instant, between two renames.
+
+    Raises:
+        PipelineError: Another process is writing `path`, or a write failed. The previous folder is kept.
+    """
+    staging, old, lock = (path.with_name(f"{path.name}.{end}") for end in ("tmp", "old", "lock"))
+    with locks.held(lock, str(path)):
+        try:
+            remove(staging)
+            staging.mkdir()
+            yield staging
+            sync_to_disk(staging)
+            remove(old)
+            if os.path.lexists(path):
+                path.replace(old)
+            staging.replace(path)
+            sync_to_disk(path.parent)
+        except BaseException as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            if is_write_error(error):
+                raise unwritten(path, error) from error
+            raise
+        finally:
+            lock.unlink(missing_ok=True)  # while it is held: a process that opened it meanwhile is refused
+        remove_replaced(path)
+
+
+def is_write_error(error: BaseException) -> bool:
+    """Return whether an error came from writing a file; h5py and safetensors have types of their own for it."""
+    if isinstance(error, RuntimeError):
+        return error_number(error) is not None
+    return isinstance(error, OSError | SafetensorError)
+
+
+def remove_replaced(path: Path) -> None:
+    """Remove the folder that `path` replaced, in case a killed process did not."""
+    with contextlib.suppress(OSError):
+        remove(path.with_name(f"{path.name}.old"))
+
+
+def write_bytes(path: Path, content: bytes, sync: bool = True) -> None:
+    """Write a file atomically.
+
+    Raises:
+        PipelineError: The file cannot be written. The previous file is kept.
+    """
+    with replace_file(path, sync) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: Path, text: str, sync: bool = True) -> None:
+    """Write a UTF-8 text file atomically; see `write_bytes`."""
+    write_bytes(path, text.encode(), sync)
+
+
+def write_json(path: Path, content: Any, sync: bool = True) -> None:
+    """Write indented JSON atomically, keys in their given order; see `write_bytes`."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n", sync)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], sync: bool = True) -> None:
+    """Write a CSV file with a header atomically; every row has the keys of the first. See `write_bytes`."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, stream.getvalue(), sync)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with its contents, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

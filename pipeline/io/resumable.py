@@ -1,0 +1,100 @@
+"""A store of finished units of work, so that an interrupted process resumes instead of starting over.
+
+A unit is named tensors and JSON metadata in one safetensors file, with a checksum over both. It is written atomically
+and checked when it is loaded; a damaged unit counts as missing, with a warning, and is computed again.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline.io import atomic
+from pipeline.io.system_errors import entries, reading
+
+log = logging.getLogger(__name__)
+
+_SUFFIX = ".safetensors"
+
+
+class ResumableStore:
+    """Units of work in one folder, by name. Key the folder by everything that decides their content."""
+
+    def __init__(self, folder: Path) -> None:
+        """Use `folder`, which is created by the first `save`."""
+        self.folder = folder
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], meta: Any = None) -> None:
+        """Write a unit, replacing an earlier one of that name.
+
+        Args:
+            name: File name of the unit, without its suffix.
+            tensors: Named tensors, on any device. They may share memory.
+            meta: JSON values to keep with them.
+
+        Raises:
+            PipelineError: The unit cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Own copies, because the format refuses tensors that share memory.
+        own = {
+            key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
+        }
+        content = json.dumps({"order": list(own), "meta": meta})  # the format does not keep the order
+        with atomic.replace_file(self._file(name)) as temporary:
+            save_file(own, temporary, metadata={"content": content, "sha256": _sha256(content, own)})
+
+    def load(self, name: str, device: str = "cpu") -> tuple[dict[str, Tensor], Any] | None:
+        """Return the tensors of a unit, on `device`, and its metadata; None if it is missing or damaged.
+
+        Raises:
+            SystemRefusal: The operating system refused to read the file. The file is kept.
+        """
+        file = self._file(name)
+        try:
+            with reading(file):
+                file.open("rb").close()  # safetensors reports any file that it cannot open as missing
+                with safe_open(file, "pt") as opened:
+                    metadata = opened.metadata()
+                    content = json.loads(metadata["content"])
+                    tensors = {key: opened.get_tensor(key) for key in content["order"]}
+            if _sha256(metadata["content"], tensors) != metadata["sha256"]:
+                raise ValueError("its checksum does not match")
+            return {key: tensor.to(device) for key, tensor in tensors.items()}, content["meta"]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            log.warning("%s is damaged (%s). Computing it again.", file, error)
+            return None
+
+    def names(self) -> list[str]:
+        """Return the names of all units, ascending, damaged ones included."""
+        return [file.stem for file in entries(self.folder) if file.suffix == _SUFFIX]
+
+    def discard(self, names: Iterable[str]) -> None:
+        """Remove units, if they exist."""
+        for name in names:
+            self._file(name).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Remove the folder: its work is finished."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}{_SUFFIX}"
+
+
+def _sha256(content: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(content.encode())
+    for key, tensor in tensors.items():
+        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

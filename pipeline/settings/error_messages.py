@@ -1,0 +1,146 @@
+"""What is wrong with the parameters, in words: a line a key, with where it was set, its value and what is allowed.
+
+Pydantic reports one error for every branch of a union that it tried, and names the branch in the key's path; here they
+become one line with the key as the user wrote it. `allowed` says the same beforehand, for --help.
+"""
+
+import difflib
+import reprlib
+import types
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from pipeline.settings.params import METHODS, PARTITIONS, Params, Section
+
+_NAMED = {"methods": (METHODS, "algorithm"), "partitions": (PARTITIONS, "kind")}
+"""Sections of named settings: the models one may have, and the key that says which."""
+
+
+def explain(error: ValidationError, values: Mapping[str, Any], where: Callable[[str], str]) -> str:
+    """Lines of the form `params.yaml: train_fl.batch_size = 0: input should be greater than or equal to 1`.
+
+    Args:
+        error: what pydantic found.
+        values: what it was given.
+        where: dotted key -> where its value comes from, as the user knows it.
+
+    Returns:
+        One line a key, in the order of `Params`.
+    """
+    problems: dict[str, list[str]] = {}
+    for detail in error.errors():
+        key, problem = _problem(detail, values)
+        problems.setdefault(key, []).append(problem)
+    lines = []
+    for key, found in problems.items():
+        value = found[0].partition(": ")[0] + ": "  # named once
+        alternatives = [found[0], *(problem.removeprefix(value) for problem in found[1:])]
+        lines.append(f"{where(key)}: {key}{' or '.join(dict.fromkeys(alternatives))}")
+    return "\n".join(lines)
+
+
+def models_of(section: str, name: str | None = None, values: Mapping[str, Any] | None = None) -> list[type[Section]]:
+    """The models of a section: of a named method or partition the one that its values choose, or all if none."""
+    if section in _NAMED:
+        models, selector = _NAMED[section]
+        chosen = ((values or {}).get(section) or {}).get(name) if name else None
+        tag = chosen.get(selector) if isinstance(chosen, Mapping) else None
+        fitting = [model for model in models if tag in get_args(model.model_fields[selector].annotation)]
+        return fitting or list(models)
+    annotation = Params.model_fields[section].annotation if section in Params.model_fields else None
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, Section) else []
+
+
+def allowed(field: FieldInfo) -> str:
+    """What a key may be, in few words: "cifar10, digits or folder", "an integer >= 1 or null", "all or [A, B, ...]"."""
+    words = _alternatives(field.annotation, field.metadata)
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _alternatives(annotation: Any, limits: Iterable[Any]) -> list[str]:
+    """The alternatives of a type, numbers with their limits."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        inner = [limit for extra in parts[1:] for limit in getattr(extra, "metadata", [extra])]
+        return _alternatives(parts[0], [*limits, *inner])
+    if origin in (Union, types.UnionType):
+        return [kind for part in parts for kind in _alternatives(part, limits)]
+    if origin is Literal:
+        return [str(value) for value in parts]
+    if origin is list:
+        return ["[A, B, ...]"]
+    if annotation not in (int, float):
+        return [{bool: "true or false", types.NoneType: "null"}.get(annotation, "text")]
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    bounds = [
+        f"{sign} {getattr(limit, name):g}" for limit in limits for name, sign in signs.items() if hasattr(limit, name)
+    ]
+    return [" ".join(["an integer" if annotation is int else "a number", " and ".join(bounds)]).strip()]
+
+
+def _problem(detail: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[str, str]:
+    """The dotted key, and the rest of its line."""
+    kind, given, context = detail["type"], detail["input"], detail.get("ctx", {})
+    location = _as_written(detail["loc"], values, keep_last=kind == "missing")
+    key = ".".join(map(str, location))
+    message = detail["msg"][0].lower() + detail["msg"][1:]
+    if kind == "missing":
+        return key, " is missing"
+    if kind == "union_tag_not_found":
+        return f"{key}.{context['discriminator'].strip(chr(39))}", " is missing"
+    if kind == "union_tag_invalid":
+        selector = context["discriminator"].strip("'")
+        return f"{key}.{selector}", f" = {_shown(context['tag'])}: input should be one of {context['expected_tags']}"
+    if kind in ("model_type", "dict_type", "model_attributes_type"):
+        return key, f" = {_shown(given)}: must be a section with its keys below it"
+    if kind == "extra_forbidden":
+        return key, f" is not a known key; {_hint(str(location[-1]), _allowed_keys(location[:-1], values))}"
+    if detail["loc"][-1] == "[key]":
+        return key, f" is not a valid name: {message}"
+    return key, f" = {_shown(given)}: {message}"
+
+
+def _shown(value: Any) -> str:
+    """A value as Python writes it, cut short: aliases make a small file a huge value."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 3, 200, 200, 200
+    try:
+        return short.repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+
+
+def _as_written(loc: tuple[str | int, ...], values: Any, keep_last: bool) -> list[str | int]:
+    """The parts of a location that lead into the values: pydantic's names of a union's branches do not."""
+    kept: list[str | int] = []
+    for position, part in enumerate(loc):
+        if isinstance(values, Mapping) and part in values or isinstance(values, list) and isinstance(part, int):
+            kept.append(part)
+            values = values[part]  # type: ignore[index]
+        elif keep_last and position == len(loc) - 1:
+            kept.append(part)
+    return kept
+
+
+def _hint(unknown: str, allowed: list[str]) -> str:
+    near = difflib.get_close_matches(unknown, allowed, n=1)
+    return f"did you mean {near[0]}?" if near else f"allowed here: {', '.join(allowed)}"
+
+
+def _allowed_keys(section: list[str | int], values: Mapping[str, Any]) -> list[str]:
+    if not section:
+        return list(Params.model_fields)
+    name = str(section[1]) if len(section) > 1 else None
+    models = models_of(str(section[0]), name, values)
+    for part in section[2:]:  # a section inside a method's: guidance
+        models = [inner for model in models for inner in _sections(model.model_fields[str(part)].annotation)]
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    return [
+        kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, Section)
+    ]

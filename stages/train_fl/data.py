@@ -1,0 +1,195 @@
+"""The data of a run: who holds which samples, with their cached representations, and what is held out."""
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline import seeding
+from pipeline.data.datasets import Images, PreparedDataset, stratified_split
+from pipeline.errors import PipelineError
+from pipeline.feature_store import FeatureSet
+from pipeline.settings.config import Config
+from pipeline.settings.params import Guidance as GuidanceParams
+from pipeline.settings.params import Nodes
+from stages.train_fl import feature_check, partitions, placement, synthetic
+from stages.train_fl.client_data import ClientData
+from stages.train_fl.placement import GuidanceOnDisk, GuidanceSource
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Evaluation data on the device: images uint8 (N, 3, H, W), labels and domains int64 (N,)."""
+
+    images: Tensor
+    labels: Tensor
+    domains: Tensor
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Clients and their data; `parts` are positions in the training split. Counts are of real samples."""
+
+    clients: list[ClientData]
+    parts: list[np.ndarray]
+    label_counts: np.ndarray  # int64 (num_clients, num_classes)
+    cell_counts: np.ndarray  # int64 (num_clients, num_domains * num_classes), cell = domain * num_classes + label
+    synthetic_counts: np.ndarray  # int64 (num_clients, num_classes), generated samples
+    held_out: HeldOut
+    dataset: PreparedDataset
+    features: FeatureSet | None
+    guidance_dim: int | None  # length of the targets, for methods with guidance
+    synthetic_hash: str | None  # of the generated images' data set, where clients got some
+
+
+def load(
+    config: Config,
+    partition: str,
+    seed: int,
+    guidance: GuidanceParams | None,
+    device: str,
+    client_id: int | None = None,
+) -> Federation:
+    """Splits, thins out, deals and places the data set.
+
+    Args:
+        config: the project's configuration.
+        partition: the name of a `partitions:` entry.
+        seed: of the validation split, the long tail, the partition and the choice of generated images.
+        guidance: the method's, None for methods that need no cached representations.
+        device: where training runs.
+        client_id: place this client alone, as the only one; None: all.
+
+    Raises:
+        PipelineError: data are missing or damaged, or the settings do not fit them.
+    """
+    params = config.params.train_fl
+    dataset = PreparedDataset(config.dataset_dir)
+    features = feature_check.open_checked(config, dataset) if guidance else None
+    source = GuidanceSource(features, guidance) if features and guidance else None
+    everything = dataset.load("train")
+    if features:
+        features.expect_labels(everything.labels)
+    train, index, held = _split(dataset, everything, config, seed)
+    if params.imbalance_factor < 1:
+        kept = partitions.long_tail(train.labels, params.imbalance_factor, seeding.numpy_generator(seed, "long tail"))
+        train, index = train.take(kept), index[kept]
+    parts = _deal(config, partition, train, seed, client_id)
+    if client_id is None:
+        groups = {"classes": (train.labels, dataset.class_names), "domains": (train.domains, dataset.domain_names)}
+        for line in partitions.left_out(parts, groups):
+            log.warning("partitions.%s: %s", partition, line)
+    if features:
+        needed = np.concatenate([index[part] for part in parts])
+        features.require(needed)
+        if guidance and guidance.tdcl_weight:
+            feature_check.check_prompts_differ(features, needed)
+    counts = partitions.label_counts(parts, train.labels, len(dataset.class_names))
+    extra, synthetic_hash = _synthetic(config, dataset, bool(source), counts, seed, client_id or 0)
+    image_bytes = counts.sum() * train.images[0].nbytes + sum(images.images.nbytes for images in extra)
+    where = placement.place(image_bytes, counts.sum() * source.bytes_per_sample() if source else 0, device)
+    clients = [
+        _client(train.take(part), images, source, index[part], where).to(device if where == "device" else "cpu")
+        for part, images in zip(parts, extra, strict=True)
+    ]
+    num_classes, num_domains = len(dataset.class_names), len(dataset.domain_names)
+    return Federation(
+        clients=clients,
+        parts=[index[part] for part in parts],
+        label_counts=counts,
+        cell_counts=partitions.label_counts(
+            parts, train.domains * num_classes + train.labels, num_domains * num_classes
+        ),
+        synthetic_counts=np.stack([np.bincount(images.labels, minlength=num_classes) for images in extra]),
+        held_out=_on_device(held, device),
+        dataset=dataset,
+        features=features,
+        guidance_dim=source.num_dims if source else None,
+        synthetic_hash=synthetic_hash,
+    )
+
+
+def held_out(dataset: PreparedDataset, device: str) -> HeldOut:
+    """The test images of a data set."""
+    return _on_device(dataset.load("test"), device)
+
+
+def _on_device(images: Images, device: str) -> HeldOut:
+    return HeldOut(*(tensor.to(device) for tensor in _tensors(images)))
+
+
+def _deal(config: Config, partition: str, train: Images, seed: int, client_id: int | None) -> list[np.ndarray]:
+    """Every client's positions in `train`, or one client's alone."""
+    settings = config.settings("partitions", partition)
+    if isinstance(settings, Nodes):
+        if client_id is None:
+            raise PipelineError(f"partitions.{partition} is of nodes with their own images: run it by `flwr run`")
+        return [np.arange(len(train))]
+    rng = seeding.numpy_generator(seed, "partition")
+    try:
+        parts = partitions.deal(settings, train.labels, train.domains, config.params.train_fl.num_clients, rng)
+    except PipelineError as error:
+        raise PipelineError(f"partitions.{partition}: {error}") from None
+    if client_id is None:
+        return parts
+    if client_id >= len(parts):
+        raise PipelineError(f"partitions.{partition} has {len(parts)} clients, there is no client {client_id}")
+    return [parts[client_id]]
+
+
+def _split(dataset: PreparedDataset, train: Images, config: Config, seed: int) -> tuple[Images, np.ndarray, Images]:
+    """The images clients train on, their positions in the training split `train`, and the images held out."""
+    params = config.params.train_fl
+    if params.evaluate_on == "test":
+        return train, np.arange(len(train)), dataset.load("test")
+    rng = seeding.numpy_generator(seed, "validation split")
+    count = max(1, round(params.validation_fraction * len(train)))
+    cells = train.domains * len(dataset.class_names) + train.labels
+    held_out, kept = stratified_split(cells, count, rng)
+    return train.take(kept), kept, train.take(held_out)
+
+
+def _synthetic(
+    config: Config, dataset: PreparedDataset, guided: bool, counts: np.ndarray, seed: int, first_client: int
+) -> tuple[list[Images], str | None]:
+    """Per client, counted from `first_client`, the generated images it gets, and the hash of their data set."""
+    rule = config.params.train_fl.balance_with_synthetic
+    if rule == "none":
+        size = dataset.image_size
+        nothing = Images.of_one_domain(np.empty((0, size, size, 3), np.uint8), np.empty(0, np.int64))
+        return [nothing] * len(counts), None
+    if guided:
+        raise PipelineError(
+            f"train_fl.balance_with_synthetic = {rule}: generated images have no cached representations, so it goes "
+            "only with methods without guidance"
+        )
+    generated = synthetic.open_checked(config.synthetic_dir, dataset)
+    images = generated.load("train")
+    chosen = [
+        images.take(synthetic.top_up(own, images.labels, rule, seeding.numpy_generator(seed, "synthetic", client)))
+        for client, own in enumerate(counts, first_client)
+    ]
+    return chosen, generated.hash
+
+
+def _client(
+    own: Images, extra: Images, source: GuidanceSource | None, index: np.ndarray, where: placement.Placement
+) -> ClientData:
+    """One client's samples, in the host's memory."""
+    images, labels, _ = _tensors(own)
+    if source is None:
+        more_images, more_labels, _ = _tensors(extra)
+        return ClientData(torch.cat([images, more_images]), torch.cat([labels, more_labels]))
+    if where == "shards":
+        return ClientData(images, labels, GuidanceOnDisk(source, index))
+    return ClientData(images, labels, source.read(index))
+
+
+def _tensors(data: Images) -> tuple[Tensor, Tensor, Tensor]:
+    """uint8 (N, 3, H, W), int64 (N,) and int64 (N,)."""
+    images = torch.from_numpy(np.ascontiguousarray(data.images.transpose(0, 3, 1, 2)))
+    return images, torch.from_numpy(data.labels), torch.from_numpy(data.domains)
