@@ -106,7 +106,7 @@ def test_rows_come_back_in_the_order_asked_for(tmp_path):
     assert got.index.tolist() == [9, 0, 5]
     assert np.array_equal(got.denoised[1], features(range(0, 4)).denoised[0])
     assert np.array_equal(got.prompted[2], features(range(4, 8)).prompted[1])
-    assert verification.faults(tmp_path / "set", full=True) == []
+    assert verification.problems(tmp_path / "set", full=True) == []
 
 
 def test_an_interrupted_set_continues_to_the_same_bytes(tmp_path):
@@ -221,14 +221,14 @@ def test_a_file_size_limit_is_one_line_and_loses_nothing(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
     try:
-        with pytest.raises(PipelineError, match=r"shard-00001.h5.tmp cannot be written \(File too large\)"):
+        with pytest.raises(PipelineError, match=r"shard-00001.h5 cannot be written \(File too large\)"):
             writer.write_shard(1, features(range(4, 8)), 0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list((tmp_path / "staging").glob("*.tmp"))
     assert writer.missing_shards == [1, 2]
     write(tmp_path / "staging", tmp_path / "set")
-    assert verification.faults(tmp_path / "set", full=True) == []
+    assert verification.problems(tmp_path / "set", full=True) == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small file system needs root")
@@ -246,7 +246,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
                 writer.write_shard(shard, features(writer.plan.shard_rows(shard)), 0)
         (small / "filler").unlink()
         write(small / "staging", tmp_path / "set")
-        assert verification.faults(tmp_path / "set", full=True) == []
+        assert verification.problems(tmp_path / "set", full=True) == []
     finally:
         subprocess.run(["umount", small], check=True)
 
@@ -313,7 +313,7 @@ def test_a_manifest_that_contradicts_itself(copied, change):
     with pytest.raises(PipelineError, match="is not a manifest") as caught:
         FeatureSet(copied)
     assert "\n" not in str(caught.value)
-    assert [str(fault) for fault in verification.faults(copied, full=False)] == [str(caught.value)]
+    assert [str(fault) for fault in verification.problems(copied, full=False)] == [str(caught.value)]
 
 
 def test_a_manifest_comes_back_in_its_own_words(copied):
@@ -340,7 +340,7 @@ def test_a_basis_of_fewer_dimensions_than_the_manifest_says(copied):
             h5[name] = values
 
     forge(copied, basis=narrow)
-    assert "basis.h5 has 4 dimensions of up_blocks.1, the manifest says 5" in only(verification.faults(copied, True))
+    assert "basis.h5 has 4 dimensions of up_blocks.1 (its manifest says 5" in only(verification.problems(copied, True))
 
 
 @pytest.mark.parametrize("positive", ["label", "first"])
@@ -352,11 +352,11 @@ def test_a_row_without_its_positive_prompt_or_with_it_twice(copied, positive, pr
             h5["prompt_class"][3] = prompts
 
     forge(copied, put("content", "positive", value=positive), change)
-    wrong = only(verification.faults(copied, full=False))
-    assert "shard-00001.h5 has 1 rows without their positive prompt once, the first 3" in wrong
+    wrong = only(verification.problems(copied, full=False))
+    assert "shard-00001.h5 has 1 rows without exactly one matching prompt, the first is row 3" in wrong
     opened = FeatureSet(copied)
     assert len(opened.positive_prompts(opened.read(np.arange(7)))) == 7
-    with pytest.raises(PipelineError, match="sample 7 does not have its positive prompt once"):
+    with pytest.raises(PipelineError, match="sample 7 does not have exactly one matching prompt"):
         opened.positive_prompts(opened.read(np.arange(10)))
 
 
@@ -370,7 +370,7 @@ def test_labels_unlike_the_data_sets(copied):
     opened.read(np.array([5, 9]))
     with pytest.raises(PipelineError, match="shard-00001.h5: sample 6 has label 2, in the data set 0"):
         opened.read(np.array([9, 6, 5]))
-    with pytest.raises(PipelineError, match="holds 10 samples, the data set has 9"):
+    with pytest.raises(PipelineError, match="holds 10 samples, but the data set has 9"):
         opened.expect_labels(labels[:9])
 
 
@@ -390,7 +390,7 @@ def test_as_many_rows_as_a_manifest_may_claim_take_no_memory(copied, rows, per_s
 
     forge(copied, claim)
     tracemalloc.start()
-    faults = verification.faults(copied, full=True)
+    faults = verification.problems(copied, full=True)
     assert tracemalloc.get_traced_memory()[1] < 20 << 20
     tracemalloc.stop()
     with pytest.raises(PipelineError, match=line):
@@ -427,7 +427,7 @@ def test_a_pipe_is_not_waited_for(copied, no_longer_than_a_second, name):
     (copied / "manifest.json").write_text(json.dumps(said))
     (copied / name).unlink()
     os.mkfifo(copied / name)
-    assert f"{name} is not a plain file" in str(verification.faults(copied, full=True)[0])
+    assert f"{name} is not a regular file" in str(verification.problems(copied, full=True)[0])
 
 
 def test_ctrl_c_ends_a_verification_at_once(copied):
@@ -439,7 +439,7 @@ def test_ctrl_c_ends_a_verification_at_once(copied):
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
     started = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
-        verification.faults(copied, full=True)
+        verification.problems(copied, full=True)
     assert time.perf_counter() - started < 1.5
 
 
@@ -452,7 +452,7 @@ def test_a_verification_takes_shard_after_shard(original, monkeypatch):
         return real(pool, check, shard)
 
     monkeypatch.setattr(ThreadPoolExecutor, "submit", noted)
-    assert verification.faults(original, full=True) == []
+    assert verification.problems(original, full=True) == []
     assert asked == [0, 0, 1, 1, 2, 2]
 
 
