@@ -156,6 +156,19 @@ def test_diff_names_settings_and_numbers(root):
     assert json.loads(run(root, "diff", "one", "two", "--json"))["settings"]
 
 
+def test_settings_that_made_a_set_are_shown_and_compared(root):
+    sets = root / "data" / "features"
+    for name, settings in (
+        ("two", {"timestep": 300, "basis": {"images": 4}}),
+        ("three", {"timestep": 100, "basis": None}),
+    ):
+        shutil.copytree(sets / "one", sets / name)
+        forge(sets / name, put("provenance", "settings", value=settings))
+    assert "timestep 300, basis.images 4" in run(root, "show", "two") and "settings " not in run(root, "show", "one")
+    assert "provenance.settings.timestep: 300 | 100" in run(root, "diff", "two", "three")
+    assert "settings" not in run(root, "diff", "one", "two")  # a set of an earlier version has none
+
+
 def test_export_and_import(root, tmp_path_factory):
     run(root, "export", "one", "-o", str(root / "one.tar"))
     other = tmp_path_factory.mktemp("other")
