@@ -94,7 +94,7 @@ def imported_or_refused(root, path):
     """Nothing of the set is left behind where it is not taken."""
     with contextlib.suppress(PipelineError):
         found = archive.read(packed(root, path), root / "imported")
-        assert not verification.faults(found, full=True)
+        assert not verification.problems(found, full=True)
         shutil.rmtree(found)
     assert not list((root / "imported").glob("*"))
 
