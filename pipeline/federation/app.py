@@ -62,7 +62,7 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 
 
 def privacy(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Flower's mods for differential privacy and secure aggregation, as the run's params.yaml asks for them."""
+    """Apply Flower's mods for differential privacy, as the run's params.yaml asks for."""
     return _part(context, "privacy").protect(message, context, call_next)
 
 
