@@ -377,7 +377,7 @@ def test_features_on_a_basis_of_ones_own_are_refused_with_the_way_out(tmp_path, 
         ({"client-id": "x"}, "no client-id"),
         ({"client-id": 9}, "partitions.dir has 4 clients, there is no client 9"),
         ({"name": "\x1b[2Jtwo\nlines", "client-id": 9}, r"client 9 \(\\x1b\[2Jtwo lines\)"),
-        ({"project": "/nowhere"}, "is no folder"),
+        ({"project": "/nowhere"}, "does not exist"),
     ],
 )
 def test_a_node_that_is_told_wrong_is_refused(project, monkeypatch, told, words):
@@ -390,10 +390,10 @@ def test_a_node_that_is_told_wrong_is_refused(project, monkeypatch, told, words)
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("task", "tarin", "there are train, basis"),
+        ("task", "tarin", "Use one of train, basis"),
         ("method", "fedagv", "params.yaml has no methods.fedagv"),
         ("set", "train_fl.num_rounds", "is not KEY=VALUE"),
-        ("project", "/nowhere", "is no folder on the server"),
+        ("project", "/nowhere", "does not exist on the server"),
     ],
 )
 def test_a_mistake_in_the_run_config_is_one_line(project, monkeypatch, key, value, words):
@@ -633,7 +633,7 @@ def test_local_and_flower_runs_do_not_take_each_others_checkpoints(project, monk
     assert (expected / "model.safetensors").read_bytes() == kept
 
 
-@pytest.mark.parametrize(("key", "value", "words"), [("seed", "x", "whole number"), ("set", "a='b", "cannot be read")])
+@pytest.mark.parametrize(("key", "value", "words"), [("seed", "x", "Use an integer"), ("set", "a='b", "cannot parse")])
 def test_a_run_config_that_cannot_be_read_is_one_line(project, monkeypatch, key, value, words):
     federation = all_take_part(project, monkeypatch)
     federation.run_config[key] = value

@@ -41,8 +41,9 @@ def join(message: Message, context: Context) -> RecordDict:
     features = own.data.features
     if features and own.job.has_private_data and features.manifest.content.basis_sha256 is None:
         raise FeatureSetError(
-            f"{features.path} uses a PCA basis of the node's own images, whose axes differ between nodes. Make a "
-            "common basis with --run-config 'task=\"basis\"', set extract_features.basis to its file, and extract again."
+            f"{features.path} uses a PCA basis of the node's own images, whose axes differ between nodes. "
+            "Make a common basis with --run-config 'task=\"basis\"', set extract_features.basis to its file, and "
+            "extract again."
         )
     agreement = {
         "class_names": own.data.dataset.class_names,

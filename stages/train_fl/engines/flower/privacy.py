@@ -35,7 +35,7 @@ def check(job: Job, model: nn.Module) -> None:
     if not job.sends_only_weights:
         raise ConfigError(
             f"federation.differential_privacy protects only weights, but methods.{job.method_name} sends or keeps "
-            "more. Use a method that sends only weights (for example fedavg, fedprox, moon or feddifrc), or set it to null."
+            "more. Use a method that sends only weights (for example fedavg, moon or feddifrc), or set it to null."
         )
     if next(model.buffers(), None) is not None:
         raise ConfigError(
