@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-from pipeline.errors import PipelineError
+from pipeline.errors import DataError
 
 _LEFTOVERS = frozenset(
     {
@@ -39,15 +39,13 @@ def utf8(name: str) -> str:
     """The canonical name of a folder that names a class or a domain, unchanged.
 
     Raises:
-        PipelineError: its bytes are not UTF-8.
+        DataError: its bytes are not UTF-8.
     """
     try:
         name.encode()
         return name
     except UnicodeEncodeError:
-        raise PipelineError(
-            f"the folder {name.encode(errors='surrogateescape')!r} has no UTF-8 name: rename it"
-        ) from None
+        raise DataError(f"the folder {name.encode(errors='surrogateescape')!r} has no UTF-8 name: rename it") from None
 
 
 def ending(name: str) -> str:
