@@ -29,6 +29,8 @@ def test_the_tree_is_where_we_look():
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(ROOT).as_posix())
 def test_a_stage_imports_no_other_stage_and_the_corridor_none(file):
     parts = file.relative_to(ROOT).parts
+    if parts == ("pipeline", "cli", "commands.py"):  # the command line is above the stages
+        return
     own = f"stages.{parts[1]}" if parts[0] == "stages" and len(parts) > 2 else None
     foreign = {
         name

@@ -136,12 +136,12 @@ def test_the_repositorys_own_file_is_valid_and_its_values_arrive(file):
         (
             "  methods: [fedavg,",
             "  methods: [fedavgg,",
-            "sweep.methods names fedavgg, which is not under methods: fedavg,",
+            "sweep.methods names fedavgg, which is not under methods (fedavg,",
         ),
         (
             "  partitions: [dir005,",
             "  partitions: [dir5,",
-            "sweep.partitions names dir5, which is not under partitions: dir005,",
+            "sweep.partitions names dir5, which is not under partitions (dir005,",
         ),
     ],
 )
@@ -175,20 +175,20 @@ def test_a_missing_section(params):
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        (b"", "params.yaml must hold sections (prepare_data, ...), it holds nothing"),
-        (b"- a\n", "params.yaml must hold sections (prepare_data, ...), it holds list"),
-        (b"a: 1\n---\nb: 2\n", "params.yaml, line 2 is not YAML: "),
-        (b"a:\n  b: [1\nc: 2\n", "params.yaml, line 3 is not YAML: expected ',' or ']'"),
-        (b"a:\n\tb: 1\n", "params.yaml, line 2 is not YAML: found character"),
-        (b"a:\n  b: 1\n  b: 2\n", 'params.yaml, line 3 is not YAML: found duplicate key "b"'),
+        (b"", "params.yaml must hold sections (prepare_data, ...), but holds nothing"),
+        (b"- a\n", "params.yaml must hold sections (prepare_data, ...), but holds a list"),
+        (b"a: 1\n---\nb: 2\n", "params.yaml is not valid YAML (line 2: "),
+        (b"a:\n  b: [1\nc: 2\n", "params.yaml is not valid YAML (line 3: expected ',' or ']'"),
+        (b"a:\n\tb: 1\n", "params.yaml is not valid YAML (line 2: found character"),
+        (b"a:\n  b: 1\n  b: 2\n", 'params.yaml is not valid YAML (line 3: found duplicate key "b"'),
         (
             b"a: !!python/object/apply:os.getcwd []\n",
-            "params.yaml, line 1 is not YAML: could not determine a constructor",
+            "params.yaml is not valid YAML (line 1: could not determine a constructor",
         ),
-        (b"a: &x 1\nb: &x 2\n", "params.yaml is not YAML: found duplicate anchor 'x'"),
-        (b"a: *nowhere\n", "params.yaml, line 1 is not YAML: found undefined alias"),
-        (b"a: \xff\n", "params.yaml is not UTF-8 text: invalid start byte at byte 3"),
-        (b"a: \x00\n", "params.yaml is not YAML: "),
+        (b"a: &x 1\nb: &x 2\n", "params.yaml is not valid YAML (found duplicate anchor 'x'"),
+        (b"a: *nowhere\n", "params.yaml is not valid YAML (line 1: found undefined alias"),
+        (b"a: \xff\n", "params.yaml is not UTF-8 text (invalid start byte at byte 3). Save it as UTF-8."),
+        (b"a: \x00\n", "params.yaml is not valid YAML ("),
     ],
 )
 def test_what_is_not_yaml_is_one_line(file, text, line):
@@ -199,9 +199,9 @@ def test_what_is_not_yaml_is_one_line(file, text, line):
 
 
 def test_a_file_that_is_not_there_or_a_folder(tmp_path):
-    assert complaint(tmp_path / "nowhere.yaml").startswith("nowhere.yaml is missing: run in the project's folder")
+    assert complaint(tmp_path / "nowhere.yaml").startswith("nowhere.yaml does not exist. Run in the project's folder")
     (tmp_path / "folder").mkdir()
-    assert complaint(tmp_path / "folder") == "folder cannot be read: Is a directory"
+    assert complaint(tmp_path / "folder") == "folder cannot be read (Is a directory). Name a file with --params."
 
 
 def test_numbers_are_read_as_yaml_1_2(params):
@@ -281,7 +281,7 @@ def test_set_without_a_key_or_a_value(file, assignment):
 
 
 def test_settings_of_an_unknown_name(file):
-    with pytest.raises(PipelineError, match=r"params.yaml has no methods\.nope; it has fedavg, fedprox, "):
+    with pytest.raises(PipelineError, match=r"params.yaml has no methods\.nope\. Available: fedavg, fedprox, "):
         config.load(file).settings("methods", "nope")
 
 
@@ -306,7 +306,7 @@ def test_two_runs_of_one_name_are_refused(params):
     )  # feddifrc-ssl on dir005, feddifrc on ssl-dir005
     assert complaint(params("", "")) == (
         "params.yaml: partitions: method feddifrc on partition ssl-dir005 and method feddifrc-ssl on partition dir005 "
-        "would both be results/feddifrc-ssl-dir005-s0: rename one of them"
+        "would both be results/feddifrc-ssl-dir005-s0. Rename one of them."
     )
 
 
@@ -345,17 +345,17 @@ def test_help_shows_examples_line_by_line(file):
     [
         (
             {"train_fl": {"num_rounds": 3}},
-            "train_fl.num_rounds 3, where params.yaml has",
+            "train_fl.num_rounds 3, but params.yaml has",
             "--set train_fl.num_rounds=3",
         ),
         (
             {"dataset": {"name": "it's; rm"}},
-            "prepare_data.name it's; rm, where",
+            "prepare_data.name it's; rm, but",
             """--set 'prepare_data.name=it'"'"'s; rm'""",
         ),
-        ({"dataset": {"name": "\x1b[2J"}}, "prepare_data.name \\x1b[2J, where", None),
-        ({"train_fl": None}, "train_fl null, where", None),
-        ({"method": {"algorithm": ...}}, "methods.fedavg.algorithm nothing, where", None),
+        ({"dataset": {"name": "\x1b[2J"}}, "prepare_data.name \\x1b[2J, but", None),
+        ({"train_fl": None}, "train_fl null, but", None),
+        ({"method": {"algorithm": ...}}, "methods.fedavg.algorithm nothing, but", None),
     ],
 )
 def test_a_run_of_other_settings_is_refused_with_both_values_and_what_takes_it(change, said, flags):
@@ -367,8 +367,8 @@ def test_a_run_of_other_settings_is_refused_with_both_values_and_what_takes_it(c
     with pytest.raises(PipelineError) as refused:
         here.check_settings_of_run(Path("results/x"), run, "fedavg", "dir05")
     assert said in str(refused.value) and "\x1b" not in str(refused.value)
-    assert flags is None or str(refused.value).endswith(f"or take it as it is, with {flags}")
-    assert ("take it as it is" in str(refused.value)) == ("--set" in str(refused.value))
+    assert flags is None or str(refused.value).endswith(f"or report it as it is with {flags}.")
+    assert ("report it as it is" in str(refused.value)) == ("--set" in str(refused.value))
 
 
 @pytest.mark.parametrize("below", ["", "sub/project"])

@@ -168,4 +168,4 @@ def test_a_user_sees_one_line(tmp_path):
     FAULTS["half"](tmp_path / "data" / "datasets" / "digits" / "train.h5")
     result = invoke(tmp_path, "train-fl", "--method", "fedavg", "--partition", "dir05", "--seed", "0")
     assert (result.exit_code, result.output.count("\n")) == (1, 1)
-    assert "digits/train.h5 is not a whole train split" in result.output
+    assert "digits/train.h5 is truncated or corrupt" in result.output

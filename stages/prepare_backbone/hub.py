@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import text
-from pipeline.errors import PipelineError
+from pipeline.errors import DataError, PipelineError
 from pipeline.io import atomic, system_errors
 from pipeline.progress import progress_bar
 from stages.prepare_backbone import hub_errors
@@ -45,14 +45,14 @@ class HubModel:
             listings: the folder that keeps listings.
 
         Raises:
-            PipelineError: there is no such model or commit, or access to it; or the hub cannot be reached and the cache
+            DataError: there is no such model or commit, or access to it; or the hub cannot be reached and the cache
                 has nothing of it.
         """
         self.hub_id, self.revision = hub_id, revision
         self.title = f"{hub_id} at {revision[:12]}"
         self.sizes: dict[str, int] = {}
         self._hashes: dict[str, str] = {}
-        self._unreachable: PipelineError | None = None
+        self._unreachable: DataError | None = None
         self.listed = True
         kept = listings / f"{hub_id.replace('/', '--')}-{revision}.json"
         try:
@@ -82,7 +82,7 @@ class HubModel:
             Each file's absolute path in the cache and its SHA-256, 64 hexadecimal digits.
 
         Raises:
-            PipelineError: a file cannot be fetched, or arrives with other bytes than the hub lists.
+            DataError: a file cannot be fetched, or arrives with other bytes than the hub lists.
         """
         self._remove_leftovers()
         missing = [name for name in names if not self._pointer(name).exists()]
@@ -130,7 +130,7 @@ class HubModel:
         sha256, agrees = self._compare(name, path)
         if not agrees:
             if self._unreachable:
-                raise PipelineError(
+                raise DataError(
                     f"{self.title}: {name} is damaged in the cache, because its bytes differ from the hash "
                     "that the hub gave. Run again with a network connection, and it is downloaded again"
                 )
@@ -142,11 +142,11 @@ class HubModel:
             raise self._damaged(name, path)
         return path, sha256
 
-    def _damaged(self, name: str, path: Path) -> PipelineError:
+    def _damaged(self, name: str, path: Path) -> DataError:
         """Removes a file with other bytes than the hub's, which no tool must find in the cache."""
         path.resolve().unlink(missing_ok=True)
         path.unlink(missing_ok=True)
-        return PipelineError(
+        return DataError(
             f"{self.title}: the bytes of {name} differ from the hash that the hub lists, so the file was removed from "
             "the cache. Run again; if it repeats, a proxy or the disk changes the file"
         )
@@ -192,7 +192,7 @@ class HubModel:
         folder = next(folder for folder in (_cache(), *_cache().parents) if folder.exists())
         free = shutil.disk_usage(folder).free
         if size > free:
-            raise PipelineError(
+            raise DataError(
                 f"{self.title} needs {text.size(size)}, and {_cache()} has {text.size(free)} free. Make room, or set "
                 "HF_HOME to a folder on a larger disk"
             )
@@ -213,7 +213,7 @@ def commit_of(hub_id: str, revision: str | None) -> str | None:
     """The commit that a branch or tag, None for the main branch, is at now; None if the hub gives no answer.
 
     Raises:
-        PipelineError: the hub has no such model or revision, or gives no access to it.
+        DataError: the hub has no such model or revision, or gives no access to it.
     """
     from huggingface_hub import HfApi
 

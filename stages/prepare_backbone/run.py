@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline import provenance
 from pipeline.diffusion import frozen_model
-from pipeline.errors import PipelineError
+from pipeline.errors import DataError, PipelineError
 from pipeline.io import atomic
 from pipeline.settings.config import Config
 from stages.prepare_backbone import address
@@ -37,14 +37,12 @@ def run(config: Config, train: bool = False) -> Path:
         The manifest's path.
 
     Raises:
-        PipelineError: the source is not there, cannot be downloaded, differs from the hub's hashes, or is not a model
+        DataError: the source is not there, cannot be downloaded, differs from the hub's hashes, or is not a model
             that features can be extracted from.
     """
     params = config.params.prepare_backbone
     if train and params.source != "embedded":
-        raise PipelineError(
-            f"--train makes tiny-sd. Use it with prepare_backbone.source: embedded, not {params.source}"
-        )
+        raise DataError(f"--train makes tiny-sd. Use it with prepare_backbone.source: embedded, not {params.source}")
     half = config.params.extract_features.dtype in _16_BITS
     directory = config.path(params.source)
     if params.source == "embedded":
@@ -56,7 +54,7 @@ def run(config: Config, train: bool = False) -> Path:
     else:
         if address.is_path(params.source):
             places = " and ".join(str(place) for place in config.places(params.source))
-            raise PipelineError(
+            raise DataError(
                 f"prepare_backbone.source = {params.source!r}: there is no such directory (looked for {places}). Check "
                 "the path, or write organisation/model for a model on the hub"
             )

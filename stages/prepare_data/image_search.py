@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.errors import PipelineError
+from pipeline.errors import DataError
 from pipeline.io.system_errors import refusal
 from stages.prepare_data.decode import ENDINGS, HEIF_ADVICE, HEIF_ENDINGS
 from stages.prepare_data.file_names import canonical, ending, is_leftover
@@ -39,13 +39,13 @@ class ImageSearch:
         Two folders whose names differ only in how an accent is written are one class.
 
         Raises:
-            PipelineError: there is none, or a folder cannot be read.
+            DataError: there is none, or a folder cannot be read.
         """
         folders: dict[str, list[Path]] = {}
         for name in subfolders(tree):
             folders.setdefault(canonical(name), []).append(tree / name)
         if not folders:
-            raise PipelineError(f"{tree} has no folders. It must be a tree of <class>/<image>.")
+            raise DataError(f"{tree} has no folders. It must be a tree of <class>/<image>.")
         self.count_outside(tree)
         return folders
 
@@ -62,12 +62,12 @@ class ImageSearch:
             Paths relative to the root, sorted by folder, then name (in NFC), as ImageFolder does.
 
         Raises:
-            PipelineError: there are files and none is an image, or a folder cannot be read.
+            DataError: there are files and none is an image, or a folder cannot be read.
         """
         passed_over: Counter[str] = Counter()
         found = [path for folder in folders for path in _image_files(str(folder), passed_over, frozenset())]
         if not found and passed_over:
-            raise PipelineError(
+            raise DataError(
                 f"{folders[0]} has no images (names that end in {', '.join(ENDINGS[:5])}, ...), only "
                 f"{_counts(passed_over)}. {_advice(passed_over) or 'Add images, or remove the folder'}."
             )
@@ -116,7 +116,7 @@ def subfolders(folder: Path) -> list[str]:
     """Names of the folders in a folder, sorted by their NFC form, without what systems leave.
 
     Raises:
-        PipelineError: the folder cannot be read.
+        DataError: the folder cannot be read.
     """
     names = [entry.name for entry in _entries(str(folder)) if _is_folder(entry)]
     return sorted(names, key=lambda name: (canonical(name), name))
@@ -159,8 +159,8 @@ def _entries(directory: str) -> list[os.DirEntry[str]]:
         raise _unreadable(error, directory) from None
 
 
-def _unreadable(error: OSError, directory: str) -> PipelineError:
-    return refusal(error, Path(directory)) or PipelineError(f"{directory} cannot be read ({error.strerror}).")
+def _unreadable(error: OSError, directory: str) -> DataError:
+    return refusal(error, Path(directory)) or DataError(f"{directory} cannot be read ({error.strerror}).")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

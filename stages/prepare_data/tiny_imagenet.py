@@ -22,7 +22,7 @@ def tiny_imagenet(root: Path, params: PrepareData) -> Source:
     the test split: the release's own test images have no labels.
 
     Raises:
-        PipelineError: a file of the release is missing, or speaks of an unknown class.
+        DataError: a file of the release is missing, or speaks of an unknown class.
     """
     for name in ("wnids.txt", "words.txt", "train", "val/val_annotations.txt", "val/images"):
         where = "unpack tiny-imagenet-200.zip and set prepare_data.path to the folder that holds wnids.txt"

@@ -112,7 +112,7 @@ def test_an_extraction_killed_half_way_resumes_to_the_same_bytes(extracted, tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((*RUN, "fedprix"), "params.yaml has no methods.fedprix; it has fedavg"),
+        ((*RUN, "fedprix"), "params.yaml has no methods.fedprix. Available: fedavg"),
         ((*RUN, "fedavg", "--batch-size", "0"), "train_fl.batch_size = 0: input should be greater than or equal to 1"),
         (("extract-features", "--timestep", "x"), "extract_features.timestep = 'x': input should be a valid integer"),
         (("extract-features", "--version", "99"), "this program computes version"),
@@ -157,7 +157,7 @@ def test_an_interrupt_says_what_is_kept(project):
     process.send_signal(signal.SIGINT)
     _, log = process.communicate()
     assert process.returncode == 130
-    assert log.strip().splitlines()[-1].startswith("Interrupted: what was finished is kept")
+    assert log.strip().splitlines()[-1].startswith("Interrupted: completed work is kept")
 
 
 def test_a_complete_set_with_a_flipped_byte_is_made_again(extracted, tmp_path):

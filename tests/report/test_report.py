@@ -40,7 +40,7 @@ def test_summary_holds_mean_and_sample_deviation_over_seeds(trained):
 def test_rejects_runs_of_other_settings(trained):
     result = invoke(trained, "report", "--set", "train_fl.num_rounds=7")
     assert result.exit_code == 1
-    assert "fedavg-dir05-s0 was made with train_fl.num_rounds 2, where params.yaml has 7: train it" in result.output
+    assert "fedavg-dir05-s0 was trained with train_fl.num_rounds 2, but params.yaml has 7. Retrain it" in result.output
 
 
 def test_reports_runs_trained_with_overrides_when_given_the_flags_in_the_error_message(trained):
@@ -51,7 +51,7 @@ def test_reports_runs_trained_with_overrides_when_given_the_flags_in_the_error_m
     assert invoke(trained, *TRAIN, *flags).exit_code == 0
     result = invoke(trained, "report")
     assert result.exit_code == 1
-    named = shlex.split(result.output.partition("take it as it is, with ")[2])
+    named = shlex.split(result.output.partition("report it as it is with ")[2].strip().removesuffix("."))
     assert "partitions.dir05.alpha=2.0" in named and "train_fl.model=resnet10" in named
     assert invoke(trained, "report", *named).exit_code == 0
 
@@ -63,7 +63,7 @@ def test_rejects_runs_of_other_data(trained):
         ({"dataset": {"name": "digits", "hash": "x"}}, "fedavg-dir05-s1 were trained on different versions of the data set"),
         (
             {"dataset": {"name": "x", "hash": "x"}},
-            "fedavg-dir05-s1 was made with prepare_data.name x, where params.yaml has digits",
+            "fedavg-dir05-s1 was trained with prepare_data.name x, but params.yaml has digits",
         ),
     ):
         file.write_text(json.dumps(whole | changes))
