@@ -118,7 +118,9 @@ def test_source_tree_covers_every_file():
     paths = listed_paths(re.search(r"```text\n(pipeline/.*?)```", text, re.DOTALL)[1])
     paths.pop("")
     assert [path for path in paths if not (ROOT / path).exists()] == []
-    files = [file.relative_to(ROOT) for top in ("pipeline", "stages", "examples") for file in ROOT.glob(f"{top}/**/*.py")]
+    files = [
+        file.relative_to(ROOT) for top in ("pipeline", "stages", "examples") for file in ROOT.glob(f"{top}/**/*.py")
+    ]
     leaves = {path for path, is_leaf in paths.items() if is_leaf}
     uncovered = [
         file.as_posix()

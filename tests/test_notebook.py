@@ -8,13 +8,17 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
+from stages.train_fl import methods
 from tests.conftest import REPOSITORY
 
+needs_method_classes = pytest.mark.skipif(not hasattr(methods, "FedDifRC"), reason="needs the class FedDifRC")
 NOTEBOOK = REPOSITORY / "examples" / "quickstart.ipynb"
 
 
 def text_of(cell) -> str:
-    return "".join(output.get("text", "") + str(output.get("data", {}).get("text/plain", "")) for output in cell.outputs)
+    return "".join(
+        output.get("text", "") + str(output.get("data", {}).get("text/plain", "")) for output in cell.outputs
+    )
 
 
 def test_notebook_is_committed_without_outputs():
@@ -23,6 +27,7 @@ def test_notebook_is_committed_without_outputs():
     assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
 
 
+@needs_method_classes
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_notebook_runs(tmp_path, monkeypatch):
     """Run it with this environment's Python, whatever kernels the machine has, and look at what it shows."""
