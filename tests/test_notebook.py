@@ -29,6 +29,7 @@ def test_notebook_is_committed_without_outputs():
 
 @needs_method_classes
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # sockets of the kernel's client
 def test_notebook_runs(tmp_path, monkeypatch):
     """Run it with this environment's Python, whatever kernels the machine has, and look at what it shows."""
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
