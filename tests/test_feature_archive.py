@@ -177,7 +177,7 @@ def test_hdf5_that_would_read_other_files(exported, tmp_path, trick):
     rewrite(
         tmp_path / "evil.tar", [(parts[0][0], json.dumps(manifest).encode()), parts[1], (parts[2][0], data), *parts[3:]]
     )
-    refused(tmp_path / "evil.tar", tmp_path, "link to somewhere else|are in another file")
+    refused(tmp_path / "evil.tar", tmp_path, "link to another place|are in another file")
 
 
 def header(name, size, kind=b"0"):
