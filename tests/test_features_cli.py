@@ -182,7 +182,7 @@ def test_export_and_import(root, tmp_path_factory):
     assert "dvc" not in run(other, *used)
     (other / "dvc.yaml").touch()
     assert "`dvc repro` would delete it. Run `dvc commit -f extract-features` first" in run(other, *used)
-    assert "missing.tar is missing" in run(other, "import", "missing.tar", code=1)
+    assert "missing.tar cannot be opened (No such file or directory)" in run(other, "import", "missing.tar", code=1)
 
 
 def contents(folder):
