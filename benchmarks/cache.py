@@ -56,12 +56,12 @@ def main(
             "read in order, plain": _best(repeats, lambda: [f.read_bytes() for f in sorted(root.glob("set/*.h5"))]),
             "read in order, cache": _best(repeats, lambda: _read_in_order(cache, rows, rows_per_shard)),
         }
-        if wrong := verification.faults(root / "set", full=True):
+        if wrong := verification.problems(root / "set", full=True):
             raise click.ClickException(wrong[0])
         files = sorted(root.glob("set/*.h5"))
         seconds |= {
             "SHA-256": _best(repeats, lambda: [provenance.file_sha256(file) for file in files]),
-            "verify --full": _best(repeats, lambda: verification.faults(root / "set", full=True)),
+            "verify --full": _best(repeats, lambda: verification.problems(root / "set", full=True)),
         }
         order = np.random.default_rng(0).permutation(rows)
         batches = [order[start : start + batch] for start in range(0, rows - batch + 1, batch)]

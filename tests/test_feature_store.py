@@ -1,11 +1,13 @@
-"""The cache: what is written is read back, and nothing damaged or foreign is read."""
+"""The feature store: rows are read back as written, and damaged or mismatched files are rejected."""
 
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -14,9 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 import h5py
 import numpy as np
 import pytest
+import torch
+from torch.utils.data import DataLoader
 
 from pipeline import provenance
-from pipeline.errors import PipelineError
+from pipeline.errors import FeatureSetError, PipelineError
 from pipeline.feature_store import (
     Basis,
     Content,
@@ -67,7 +71,7 @@ def write(staging, target=None, shards=(0, 1, 2), redone=0, **changes):
 
 
 def forge(path, manifest=lambda said: None, shard=lambda h5, number: None, basis=lambda h5: None):
-    """Makes the set one of ill will: changed as these say, every checksum and the fingerprint right again."""
+    """Change a set as a hostile author would: with the fingerprint and every checksum corrected."""
     said = json.loads((path / "manifest.json").read_text())
     manifest(said)
     said["fingerprint"] = provenance.fingerprint(said["content"])
@@ -100,16 +104,16 @@ def copied(original, tmp_path):
     return shutil.copytree(original, tmp_path / "set")
 
 
-def test_rows_come_back_in_the_order_asked_for(tmp_path):
+def test_rows_are_returned_in_the_requested_order(tmp_path):
     write(tmp_path / "staging", tmp_path / "set")
     got = FeatureSet(tmp_path / "set").read(np.array([9, 0, 5]))
     assert got.index.tolist() == [9, 0, 5]
     assert np.array_equal(got.denoised[1], features(range(0, 4)).denoised[0])
     assert np.array_equal(got.prompted[2], features(range(4, 8)).prompted[1])
-    assert verification.faults(tmp_path / "set", full=True) == []
+    assert verification.problems(tmp_path / "set", full=True) == []
 
 
-def test_an_interrupted_set_continues_to_the_same_bytes(tmp_path):
+def test_interrupted_set_resumes_to_identical_bytes(tmp_path):
     write(tmp_path / "a", tmp_path / "whole")
     write(tmp_path / "b", shards=[0])
     assert open_writer(tmp_path / "b").missing_shards == [1, 2]
@@ -118,7 +122,7 @@ def test_an_interrupted_set_continues_to_the_same_bytes(tmp_path):
         assert file.read_bytes() == (tmp_path / "resumed" / file.name).read_bytes()
 
 
-def test_a_flipped_bit_is_named(tmp_path):
+def test_flipped_bit_is_reported(tmp_path):
     write(tmp_path / "staging", tmp_path / "set")
     shard = tmp_path / "set" / "shard-00001.h5"
     data = bytearray(shard.read_bytes())
@@ -130,7 +134,7 @@ def test_a_flipped_bit_is_named(tmp_path):
         FeatureSet(tmp_path / "set").read(np.arange(ROWS))
 
 
-def test_a_truncated_shard_is_named(tmp_path):
+def test_truncated_shard_is_reported(tmp_path):
     write(tmp_path / "staging", tmp_path / "set")
     shard = tmp_path / "set" / "shard-00002.h5"
     shard.write_bytes(shard.read_bytes()[:-7])
@@ -138,7 +142,7 @@ def test_a_truncated_shard_is_named(tmp_path):
         FeatureSet(tmp_path / "set")
 
 
-def test_a_shard_of_another_set_is_named(tmp_path):
+def test_shard_of_another_set_is_reported(tmp_path):
     write(tmp_path / "a", tmp_path / "ours")
     write(tmp_path / "b", tmp_path / "theirs", timestep=100)
     (tmp_path / "ours" / "shard-00000.h5").unlink()
@@ -147,7 +151,7 @@ def test_a_shard_of_another_set_is_named(tmp_path):
         FeatureSet(tmp_path / "ours").read(np.array([0]))
 
 
-def test_an_incomplete_or_missing_set_is_named(tmp_path):
+def test_incomplete_or_missing_set_is_reported(tmp_path):
     write(tmp_path / "staging", tmp_path / "set")
     with pytest.raises(PipelineError, match="holds no feature set"):
         FeatureSet(tmp_path / "nowhere")
@@ -160,7 +164,7 @@ def test_an_incomplete_or_missing_set_is_named(tmp_path):
         FeatureSet(tmp_path / "set")
 
 
-def test_infinite_features_are_refused(tmp_path):
+def test_infinite_features_are_rejected(tmp_path):
     writer = write(tmp_path / "staging", shards=[])
     broken = features(range(0, 4))
     broken.denoised[0, 0] = np.inf
@@ -168,7 +172,7 @@ def test_infinite_features_are_refused(tmp_path):
         writer.write_shard(0, broken, 0)
 
 
-def test_shards_by_many_writers_make_one_set(tmp_path):
+def test_several_writers_make_the_same_set_as_one(tmp_path):
     write(tmp_path / "alone", tmp_path / "by_one", redone=2)
     write(tmp_path / "staging", shards=[2], redone=2)
     write(tmp_path / "staging", shards=[0], redone=2)
@@ -179,7 +183,7 @@ def test_shards_by_many_writers_make_one_set(tmp_path):
     assert manifest.redone_in_float32 == 6 and manifest.provenance["hardware"] == ["a processor"]
 
 
-def test_a_damaged_shard_is_made_again(tmp_path):
+def test_damaged_shard_counts_as_missing(tmp_path):
     writer = write(tmp_path / "staging")
     shard = tmp_path / "staging" / "shard-00001.h5"
     data = bytearray(shard.read_bytes())
@@ -192,14 +196,14 @@ def test_a_damaged_shard_is_made_again(tmp_path):
     assert writer.missing_shards == [1]
 
 
-def test_another_basis_makes_its_shards_missing(tmp_path):
+def test_shards_of_an_earlier_basis_count_as_missing(tmp_path):
     writer = write(tmp_path / "staging")
     layer = LayerBasis(np.ones(D), np.eye(D), np.ones(D), float(D))
     writer.write_basis(Basis({"up_blocks.1": layer}, np.zeros(D), np.ones(D)))
     assert writer.missing_shards == [0, 1, 2]
 
 
-def test_a_lock_excludes_and_is_let_go(tmp_path):
+def test_lock_excludes_other_writers_until_it_is_released(tmp_path):
     one, other = open_writer(tmp_path / "staging"), open_writer(tmp_path / "staging")
     with one.lock("shard-00000") as held:
         assert held
@@ -209,30 +213,30 @@ def test_a_lock_excludes_and_is_let_go(tmp_path):
         assert held
 
 
-def test_the_positive_prompt_is_the_labels_or_the_first(tmp_path):
+def test_matching_prompt_is_that_of_the_label_or_the_first(tmp_path):
     for positive, expected in (("label", [0, 1, 2, 0]), ("first", [0, 0, 0, 0])):
         write(tmp_path / positive, tmp_path / f"{positive}-set", positive=positive)
         opened = FeatureSet(tmp_path / f"{positive}-set")
         assert opened.positive_prompts(opened.read(np.arange(4))).tolist() == expected
 
 
-def test_a_file_size_limit_is_one_line_and_loses_nothing(tmp_path):
+def test_file_size_limit_gives_one_line_and_keeps_finished_shards(tmp_path):
     writer = write(tmp_path / "staging", shards=[0])
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
     try:
-        with pytest.raises(PipelineError, match=r"shard-00001.h5.tmp cannot be written \(File too large\)"):
+        with pytest.raises(PipelineError, match=r"shard-00001.h5 cannot be written \(File too large\)"):
             writer.write_shard(1, features(range(4, 8)), 0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list((tmp_path / "staging").glob("*.tmp"))
     assert writer.missing_shards == [1, 2]
     write(tmp_path / "staging", tmp_path / "set")
-    assert verification.faults(tmp_path / "set", full=True) == []
+    assert verification.problems(tmp_path / "set", full=True) == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small file system needs root")
-def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
+def test_full_disk_gives_one_line_and_keeps_finished_shards(tmp_path):
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", small], capture_output=True).returncode:
@@ -246,7 +250,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
                 writer.write_shard(shard, features(writer.plan.shard_rows(shard)), 0)
         (small / "filler").unlink()
         write(small / "staging", tmp_path / "set")
-        assert verification.faults(tmp_path / "set", full=True) == []
+        assert verification.problems(tmp_path / "set", full=True) == []
     finally:
         subprocess.run(["umount", small], check=True)
 
@@ -305,7 +309,7 @@ FORGED = {
 
 
 @pytest.mark.parametrize("change", FORGED.values(), ids=FORGED.keys())
-def test_a_manifest_that_contradicts_itself(copied, change):
+def test_inconsistent_manifest_is_rejected(copied, change):
     said = json.loads((copied / "manifest.json").read_text())
     change(said)
     said["fingerprint"] = provenance.fingerprint(said["content"])
@@ -313,12 +317,13 @@ def test_a_manifest_that_contradicts_itself(copied, change):
     with pytest.raises(PipelineError, match="is not a manifest") as caught:
         FeatureSet(copied)
     assert "\n" not in str(caught.value)
-    assert [str(fault) for fault in verification.faults(copied, full=False)] == [str(caught.value)]
+    assert [str(fault) for fault in verification.problems(copied, full=False)] == [str(caught.value)]
 
 
-def test_a_manifest_comes_back_in_its_own_words(copied):
-    """What is checked is not changed: a set is imported with the bytes that it was exported with."""
+def test_manifest_is_written_back_unchanged(copied):
+    """Validation does not change a manifest, so that an imported set has the bytes of the exported one."""
     said = put("provenance", value={"dataset": "d", "backbone": {"name": "b", "source": "s", "revision": None},
+        "settings": {"timestep": 300, "layers": ["a"], "basis": {"path": "auto"}, "x": 1.5, "y": None},
         "feddifrc": "0", "commit": None, "python": "3", "packages": {"x": None}, "hardware": ["c"]})  # fmt: skip
     forge(copied, said)
     text = json.loads((copied / "manifest.json").read_text())
@@ -331,7 +336,7 @@ def only(faults):
     return str(fault)
 
 
-def test_a_basis_of_fewer_dimensions_than_the_manifest_says(copied):
+def test_basis_with_fewer_dimensions_than_the_manifest_is_rejected(copied):
     def narrow(h5):
         for name in ("layers/up_blocks.1/components", "layers/up_blocks.1/explained_variance", "mean", "std"):
             values = h5[name][:-1]
@@ -339,27 +344,27 @@ def test_a_basis_of_fewer_dimensions_than_the_manifest_says(copied):
             h5[name] = values
 
     forge(copied, basis=narrow)
-    assert "basis.h5 has 4 dimensions of up_blocks.1, the manifest says 5" in only(verification.faults(copied, True))
+    assert "basis.h5 has 4 dimensions of up_blocks.1 (its manifest says 5" in only(verification.problems(copied, True))
 
 
 @pytest.mark.parametrize("positive", ["label", "first"])
 @pytest.mark.parametrize("prompts", [[2, 2, 2], [0, 0, 2]])
-def test_a_row_without_its_positive_prompt_or_with_it_twice(copied, positive, prompts):
+def test_row_without_exactly_one_matching_prompt_is_rejected(copied, positive, prompts):
     def change(h5, number):
         if number == 1:
             h5["label"][3] = 0
             h5["prompt_class"][3] = prompts
 
     forge(copied, put("content", "positive", value=positive), change)
-    wrong = only(verification.faults(copied, full=False))
-    assert "shard-00001.h5 has 1 rows without their positive prompt once, the first 3" in wrong
+    wrong = only(verification.problems(copied, full=False))
+    assert "shard-00001.h5 has 1 rows without exactly one matching prompt, the first is row 3" in wrong
     opened = FeatureSet(copied)
     assert len(opened.positive_prompts(opened.read(np.arange(7)))) == 7
-    with pytest.raises(PipelineError, match="sample 7 does not have its positive prompt once"):
+    with pytest.raises(PipelineError, match="sample 7 does not have exactly one matching prompt"):
         opened.positive_prompts(opened.read(np.arange(10)))
 
 
-def test_labels_unlike_the_data_sets(copied):
+def test_labels_that_differ_from_the_data_set_are_rejected(copied):
     labels = np.concatenate([features(range(start, stop)).label for start, stop in ((0, 4), (4, 8), (8, 10))])
     opened = FeatureSet(copied)
     opened.expect_labels(labels)
@@ -369,7 +374,7 @@ def test_labels_unlike_the_data_sets(copied):
     opened.read(np.array([5, 9]))
     with pytest.raises(PipelineError, match="shard-00001.h5: sample 6 has label 2, in the data set 0"):
         opened.read(np.array([9, 6, 5]))
-    with pytest.raises(PipelineError, match="holds 10 samples, the data set has 9"):
+    with pytest.raises(PipelineError, match="holds 10 samples, but the data set has 9"):
         opened.expect_labels(labels[:9])
 
 
@@ -377,7 +382,7 @@ def test_labels_unlike_the_data_sets(copied):
     (2**31 - 1, PER_SHARD, "is incomplete \\(3 of 536870912 shards\\)"),
     (2**31 - 1, 2**31 - 1, "does not have the layout of a shard"),
 ])  # fmt: skip
-def test_as_many_rows_as_a_manifest_may_claim_take_no_memory(copied, rows, per_shard, line):
+def test_rows_claimed_by_a_manifest_are_not_allocated(copied, rows, per_shard, line):
     def claim(said):
         said |= {"rows": rows, "rows_per_shard": per_shard}
         if per_shard == rows:
@@ -389,14 +394,14 @@ def test_as_many_rows_as_a_manifest_may_claim_take_no_memory(copied, rows, per_s
 
     forge(copied, claim)
     tracemalloc.start()
-    faults = verification.faults(copied, full=True)
+    faults = verification.problems(copied, full=True)
     assert tracemalloc.get_traced_memory()[1] < 20 << 20
     tracemalloc.stop()
     with pytest.raises(PipelineError, match=line):
         raise faults[0]
 
 
-def test_a_shard_in_anothers_place_and_samples_that_are_none(copied):
+def test_swapped_shard_and_invalid_sample_numbers_are_rejected(copied):
     forge(copied, shard=lambda h5, number: h5["index"].__setitem__(slice(None), range(len(h5["index"]))))
     with pytest.raises(PipelineError, match="shard-00001.h5: row 2 holds sample 2, not sample 6"):
         FeatureSet(copied).read(np.array([6]))
@@ -407,7 +412,7 @@ def test_a_shard_in_anothers_place_and_samples_that_are_none(copied):
 
 
 @pytest.fixture
-def no_longer_than_a_second():
+def one_second_limit():
     def late(*_):
         raise TimeoutError
 
@@ -419,18 +424,18 @@ def no_longer_than_a_second():
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "basis.h5", "shard-00000.h5"])
-def test_a_pipe_is_not_waited_for(copied, no_longer_than_a_second, name):
+def test_pipe_in_place_of_a_file_does_not_block(copied, one_second_limit, name):
     said = json.loads((copied / "manifest.json").read_text())
     for entry in (said["basis"], said["shards"]["0"]):
         entry["bytes"] = 0 if entry["file"] == name else entry["bytes"]
     (copied / "manifest.json").write_text(json.dumps(said))
     (copied / name).unlink()
     os.mkfifo(copied / name)
-    assert f"{name} is not a plain file" in str(verification.faults(copied, full=True)[0])
+    assert f"{name} is not a regular file" in str(verification.problems(copied, full=True)[0])
 
 
-def test_ctrl_c_ends_a_verification_at_once(copied):
-    """A shard of 6 GB, all but its beginning a hole, takes seconds to hash."""
+def test_ctrl_c_stops_verification_at_once(copied):
+    """A sparse shard of 6 GB takes seconds to hash."""
     os.truncate(copied / "shard-00001.h5", 6 << 30)
     said = json.loads((copied / "manifest.json").read_text())
     said["shards"]["1"]["bytes"] = 6 << 30
@@ -438,12 +443,12 @@ def test_ctrl_c_ends_a_verification_at_once(copied):
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
     started = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
-        verification.faults(copied, full=True)
+        verification.problems(copied, full=True)
     assert time.perf_counter() - started < 1.5
 
 
-def test_a_verification_takes_shard_after_shard(original, monkeypatch):
-    """Not the whole set by one check, and once more by the other; the pool works in the order in which it is asked."""
+def test_verification_reads_one_shard_after_another(original, monkeypatch):
+    """Both checks of a shard are submitted together; the pool works in the order of submission."""
     asked, real = [], ThreadPoolExecutor.submit
 
     def noted(pool, check, shard):
@@ -451,12 +456,12 @@ def test_a_verification_takes_shard_after_shard(original, monkeypatch):
         return real(pool, check, shard)
 
     monkeypatch.setattr(ThreadPoolExecutor, "submit", noted)
-    assert verification.faults(original, full=True) == []
+    assert verification.problems(original, full=True) == []
     assert asked == [0, 0, 1, 1, 2, 2]
 
 
-def test_a_shard_that_takes_anothers_place_is_checked_again(tmp_path, monkeypatch):
-    """Of the same size and layout, and each row of it whole: only the fingerprint tells them apart."""
+def test_replaced_shard_is_checked_again(tmp_path, monkeypatch):
+    """Size, layout and row checksums are right: only the fingerprint differs."""
     monkeypatch.setitem(globals(), "PER_SHARD", 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     for name, timestep in (("ours", 300), ("theirs", 100)):
@@ -470,3 +475,112 @@ def test_a_shard_that_takes_anothers_place_is_checked_again(tmp_path, monkeypatc
     assert opened.read(np.arange(1, ROWS)).index.tolist() == list(range(1, ROWS))
     with pytest.raises(PipelineError, match="shard-00000.h5 belongs to another feature set"):
         opened.read(np.array([0]))
+
+
+DENOISED = np.concatenate([features(range(start, stop)).denoised for start, stop in ((0, 4), (4, 8), (8, 10))])
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        slice(2, 7), slice(None, None, -3), slice(-3, None), slice(4, 4), slice(20, 30), [3, 5], [-1, 0, 0], [],
+        np.array([9, 1]), np.arange(ROWS) % 2 == 0, np.zeros(ROWS, bool), [True] + [False] * 9, torch.tensor([2, 8]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_set_is_indexed_like_an_array(original, key):
+    expected = np.arange(ROWS)[key if not isinstance(key, torch.Tensor) else key.numpy()]
+    rows = FeatureSet(original)[key]
+    assert rows.index.tolist() == expected.tolist() and len(rows) == len(expected)
+    assert np.array_equal(rows.denoised, DENOISED[expected]) and rows.prompted.shape == (len(expected), P, D)
+
+
+@pytest.mark.parametrize("position", [0, 9, -1, -10, np.int64(3), np.int32(-2), torch.tensor(5)])
+def test_an_integer_gives_one_image_without_the_row_axis(original, position):
+    row = FeatureSet(original)[position]
+    assert row.index == range(ROWS)[int(position)] and np.array_equal(row.denoised, DENOISED[int(position)])
+    assert (row.label.shape, row.denoised.shape, row.prompted.shape, row.prompt_class.shape) == ((), (D,), (P, D), (P,))
+
+
+@pytest.mark.parametrize("key", [10, -11, [3, 10], [True, False], [[1, 2]], np.array([0.5])])
+def test_an_index_outside_the_set_is_an_index_error(original, key):
+    with pytest.raises(IndexError):
+        FeatureSet(original)[key]
+
+
+def test_iteration_yields_every_image_once_and_stops(original):
+    opened = FeatureSet(original)
+    assert len(opened) == ROWS and [int(row.index) for row in opened] == list(range(ROWS))
+    assert [int(row.index) for row in opened[6:9]] == [6, 7, 8]
+
+
+def test_a_set_shows_what_it_holds(copied, monkeypatch):
+    made_by = {"dataset": "digits", "backbone": {"name": "tiny-sd"}}
+    forge(
+        copied,
+        lambda said: (put("provenance", value=made_by)(said), put(*LAYERS, value={"a": [0, 2], "b": [2, 5]})(said)),
+    )
+    monkeypatch.setenv("HOME", str(copied.parent))
+    opened = FeatureSet("~/set")
+    assert repr(opened).splitlines() == [
+        "FeatureSet set: 10 images of digits, 3 classes",
+        "  5 dims: a [0:2], b [2:5]; 3 prompts per image",
+        f"  tiny-sd at timestep 300; fingerprint {opened.manifest.fingerprint[:12]}",
+    ]
+    assert (opened.name, opened.layers, opened.class_names) == ("set", ["a", "b"], ["a", "b", "c"])
+    assert opened.prompts == [["a"], ["b"], ["c"]]
+    assert opened[:4].denoised[:, opened.columns("b")].shape == (4, 3)
+    with pytest.raises(FeatureSetError, match="set has no layer 'c'. Its layers are a, b."):
+        opened.columns("c")
+    monkeypatch.chdir(copied)
+    assert FeatureSet(".").name == "set"
+    assert repr(opened[:2]).startswith("Features(index int64 (2,), label int64 (2,), denoised float16 (2, 5), prompted")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "~/nowhere"])
+def test_a_missing_folder_and_a_folder_without_a_set_are_told_apart(tmp_path, name):
+    with pytest.raises(FeatureSetError, match=r"nowhere holds no feature set \(there is no such folder\). Run `pipe"):
+        FeatureSet(name)
+    with pytest.raises(FeatureSetError, match=r"holds no feature set \(it has no manifest.json\)"):
+        FeatureSet(tmp_path)
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_data_loader_reads_batches_in_processes_of_its_own(original, start):
+    opened = FeatureSet(original)
+    opened.read(np.arange(ROWS))  # maps are open when the processes start
+    loader = DataLoader(opened.as_torch(), batch_size=4, num_workers=2, multiprocessing_context=start)
+    batches = list(loader)
+    assert torch.cat([batch["index"] for batch in batches]).tolist() == list(range(ROWS))
+    assert np.array_equal(torch.cat([batch["denoised"] for batch in batches]).numpy(), DENOISED)
+    shapes = {name: (tuple(values.shape), values.dtype) for name, values in batches[0].items()}
+    assert shapes == {
+        "index": ((4,), torch.int64), "label": ((4,), torch.int64), "denoised": ((4, D), torch.float16),
+        "prompted": ((4, P, D), torch.float16), "prompt_class": ((4, P), torch.int16),
+    }  # fmt: skip
+    sample = opened.as_torch()[-1]
+    assert sample["index"] == 9 and sample["prompted"].shape == (P, D)
+
+
+def test_a_pickled_set_reads_the_same_rows(original):
+    opened = FeatureSet(original)
+    opened.expect_labels(opened[:].label)
+    opened.read(np.arange(ROWS))
+    again = pickle.loads(pickle.dumps(opened))
+    assert np.array_equal(again[:].denoised, DENOISED)
+    assert np.array_equal(again._labels, opened._labels)
+
+
+def test_opening_a_set_does_not_import_torch(original):
+    code = f"import sys; from pipeline.feature_store import FeatureSet; FeatureSet({str(original)!r})[0]; "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print('torch' in sys.modules)"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"
+
+
+def test_bytes_per_image_are_those_of_a_shard(original):
+    with h5py.File(original / "shard-00000.h5") as h5:
+        stored = sum(h5[name].nbytes for name in h5)
+    assert content().row_bytes * PER_SHARD == stored == PER_SHARD * (2 * D * (1 + P) + 2 * P + 8 + 8 + 4)

@@ -1,4 +1,4 @@
-"""`pipeline features`: sets listed, shown, verified and compared, as a user sees them."""
+"""`pipeline features`: list, show, verify, diff, export and import, as a user sees them."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def damage(file, position=-1):
     file.write_bytes(data)
 
 
-def test_list_names_whole_broken_partial_and_unfinished_sets(root):
+def test_list_shows_complete_broken_partial_and_unfinished_sets(root):
     sets = root / "data" / "features"
     for name in ("broken", "partial", "cut"):
         shutil.copytree(sets / "one", sets / name)
@@ -45,27 +45,27 @@ def test_list_names_whole_broken_partial_and_unfinished_sets(root):
     states = dict(line.split(": ", 1) for line in lines if not line.startswith(" "))
     assert states["one"] == "complete"
     assert states["broken"].startswith("broken: ") and "is not a manifest" in states["broken"]
-    assert states["partial"] == "2 of 3 shards here: `dvc pull` the others"
+    assert states["partial"] == "2 of 3 shards here. `dvc pull` the others."
     assert "shard-00001.h5 has 5 bytes" in states["cut"]
-    assert states["next"].startswith("1 of 3 shards: run `pipeline extract-features`")
+    assert states["next"].startswith("1 of 3 shards. Run `pipeline extract-features`")
     found = {one["name"]: one for one in json.loads(run(root, "list", "--json"))}
     assert (found["one"]["rows"], found["one"]["timestep"], found["next"]["timestep"]) == (10, 300, 7)
     assert found["broken"]["rows"] is None
 
 
-def test_show_is_a_card_also_of_a_tar(root):
+def test_show_describes_a_set_and_a_tar_alike(root):
     card = run(root, "show", "one")
     fingerprint = FeatureSet(root / "data" / "features" / "one").manifest.fingerprint
     assert fingerprint in card and "at timestep 300, 32 px, in float32" in card
-    assert f"up_blocks.1 (columns 0 to {D - 1})" in card and f"{P} an image of a, b, c" in card
+    assert f"up_blocks.1 (columns 0 to {D - 1})" in card and f"{P} per image, of a, b, c" in card
     run(root, "export", "one", "-o", str(root / "one.tar"))
     assert run(root, "show", str(root / "one.tar")) == card
     assert json.loads(run(root, "show", "one", "--json"))["fingerprint"] == fingerprint
-    assert "there are: one" in run(root, "show", "two", code=1)
+    assert "Available: one." in run(root, "show", "two", code=1)
 
 
-def test_verify_finds_every_fault_and_says_what_to_do(root):
-    assert "one: whole" in run(root, "verify") and "every byte" in run(root, "verify", "--full", "one")
+def test_verify_finds_every_problem_and_says_what_to_do(root):
+    assert "one: complete" in run(root, "verify") and "every byte" in run(root, "verify", "--full", "one")
     path = root / "data" / "features" / "one"
     damage(path / "shard-00000.h5")
     (path / "shard-00001.h5").unlink()
@@ -78,7 +78,7 @@ def test_verify_finds_every_fault_and_says_what_to_do(root):
 
 
 def rewritten(root, name, change):
-    """The set `one` as somebody would make it who changes a shard and mends every checksum after it."""
+    """Make a copy of set `one` with one changed shard and correct checksums."""
     writer = open_writer(root / f"staging-{name}")
     source = open_writer(root / "made")
     source.has_basis()
@@ -89,7 +89,7 @@ def rewritten(root, name, change):
     writer.publish(root / "data" / "features" / name)
 
 
-def test_verify_looks_into_rows_whose_checksums_are_right(root):
+def test_verify_checks_values_of_rows_with_correct_checksums(root):
     def not_finite(rows):
         rows.denoised[2, 1] = np.inf
         return rows
@@ -111,13 +111,13 @@ def test_verify_looks_into_rows_whose_checksums_are_right(root):
         writer_module.np.isfinite = real
     rewritten(root, "labels", other_label)
     rewritten(root, "shifted", other_rows)
-    assert "features are not finite" in run(root, "verify", "--full", "infinite", code=1)
-    assert "has a label beyond 0 to 2" in run(root, "verify", "labels", code=1)
+    assert "features near row 0 are not finite" in run(root, "verify", "--full", "infinite", code=1)
+    assert "has a label outside 0 to 2" in run(root, "verify", "labels", code=1)
     assert "does not hold samples 4 to 7 in order" in run(root, "verify", "shifted", code=1)
 
 
-def test_verify_reads_the_rows_own_checksums(root):
-    """A row that was changed by somebody who mended the file's checksum in the manifest, but not the row's."""
+def test_verify_checks_the_checksum_of_each_row(root):
+    """The checksum of the file was corrected in the manifest, but not that of the changed row."""
     path = root / "data" / "features" / "one"
     shard = path / "shard-00002.h5"
     copy = shard.read_bytes()
@@ -130,13 +130,13 @@ def test_verify_reads_the_rows_own_checksums(root):
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["shards"]["2"]["sha256"] = provenance.file_sha256(shard)
     (path / "manifest.json").write_text(json.dumps(manifest))
-    assert "1 rows are corrupt, the first 1" in run(root, "verify", "--full", code=1)
+    assert "1 rows are corrupt, the first is row 1" in run(root, "verify", "--full", code=1)
 
 
-def test_diff_names_settings_and_numbers(root):
+def test_diff_shows_settings_and_numbers(root):
     write(root / "other", root / "data" / "features" / "two", timestep=100, noise_seed=3)
     output = run(root, "diff", "one", "two")
-    assert "other features by fingerprint" in output
+    assert "different features (fingerprints differ)" in output
     assert "content.timestep: 300 | 100" in output and "content.noise_seed: 0 | 3" in output
     assert "denoised, up_blocks.1: 0.00 % of the numbers differ" in output
 
@@ -150,10 +150,23 @@ def test_diff_names_settings_and_numbers(root):
     assert (denoised.largest, prompted.largest) == (pytest.approx(0.5, abs=1e-3), 0)
     assert denoised.share_unequal == pytest.approx(1 / (10 * D))
     assert denoised.mean == pytest.approx(0.5 / (10 * D), abs=1e-4)
-    assert "the same features by fingerprint" in run(root, "diff", "one", "three")
+    assert "same features (fingerprints are equal)" in run(root, "diff", "one", "three")
     run(root, "export", "two", "-o", str(root / "two.tar"))
     assert "content.timestep: 300 | 100" in run(root, "diff", "one", str(root / "two.tar"))
     assert json.loads(run(root, "diff", "one", "two", "--json"))["settings"]
+
+
+def test_settings_that_made_a_set_are_shown_and_compared(root):
+    sets = root / "data" / "features"
+    for name, settings in (
+        ("two", {"timestep": 300, "basis": {"images": 4}}),
+        ("three", {"timestep": 100, "basis": None}),
+    ):
+        shutil.copytree(sets / "one", sets / name)
+        forge(sets / name, put("provenance", "settings", value=settings))
+    assert "timestep 300, basis.images 4" in run(root, "show", "two") and "settings " not in run(root, "show", "one")
+    assert "provenance.settings.timestep: 300 | 100" in run(root, "diff", "two", "three")
+    assert "settings" not in run(root, "diff", "one", "two")  # a set of an earlier version has none
 
 
 def test_export_and_import(root, tmp_path_factory):
@@ -164,20 +177,20 @@ def test_export_and_import(root, tmp_path_factory):
     assert (
         str(other / "data" / "features" / "one") in output and "params.yaml trains from digits-tiny-sd-t300" in output
     )
-    assert "one: every byte" in run(other, "verify", "--full")
+    assert "one: intact, every byte" in run(other, "verify", "--full")
     used = ("import", str(root / "one.tar"), "--as", "digits-tiny-sd-t300")
     assert "dvc" not in run(other, *used)
     (other / "dvc.yaml").touch()
-    assert "the next `dvc repro` deletes it: `dvc commit -f extract-features` first" in run(other, *used)
-    assert "missing.tar is missing" in run(other, "import", "missing.tar", code=1)
+    assert "`dvc repro` would delete it. Run `dvc commit -f extract-features` first" in run(other, *used)
+    assert "missing.tar cannot be opened (No such file or directory)" in run(other, "import", "missing.tar", code=1)
 
 
 def contents(folder):
     return {path: path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")]}
 
 
-def test_list_changes_and_hashes_nothing(root):
-    """A staging folder may be in the making, or be cleared away just now: its basis is not read, no folder is made."""
+def test_list_neither_changes_nor_hashes_files(root):
+    """Another process may be writing or removing a staging folder: its basis is not read, no folder is created."""
     staging = root / ".pipeline" / "staging" / "next"
     write(staging, shards=[0, 1], timestep=7)
     shutil.rmtree(staging / "locks")
@@ -192,8 +205,8 @@ def test_list_changes_and_hashes_nothing(root):
         assert "next" not in run(root, "list")
 
 
-def test_list_of_many_shards_of_which_one_is_missing(root, monkeypatch):
-    """Entries are compared once each, not each with all: a set may have thousands."""
+def test_list_is_linear_in_the_number_of_shards(root, monkeypatch):
+    """Each entry is compared once, not with all others: a set may have thousands."""
     path = root / "data" / "features" / "one"
     said = json.loads((path / "manifest.json").read_text())
     entry = said["shards"]["2"] | {"bytes": 0, "rows": 1}
@@ -207,17 +220,17 @@ def test_list_of_many_shards_of_which_one_is_missing(root, monkeypatch):
     compared, real = [], FileEntry.__eq__
     monkeypatch.setattr(FileEntry, "__eq__", lambda one, other: compared.append(one) or real(one, other))
     (found,) = listing.finished(path.parent)
-    assert found.state == "99 of 100 shards here: `dvc pull` the others"
+    assert found.state == "99 of 100 shards here. `dvc pull` the others."
     assert len(compared) <= 100
 
 
-def test_a_set_without_its_basis(root):
+def test_missing_basis_is_reported(root):
     (root / "data" / "features" / "one" / "basis.h5").unlink()
-    assert "one: basis.h5 is missing: `dvc pull` it" in run(root, "list")
-    assert "basis.h5 is missing: `dvc pull` it, or run" in run(root, "verify", code=1)
+    assert "one: basis.h5 is missing. `dvc pull` it." in run(root, "list")
+    assert "basis.h5 is missing. `dvc pull` it, or run" in run(root, "verify", code=1)
 
 
-def test_one_broken_set_hides_no_other(root):
+def test_broken_set_does_not_hide_others(root):
     sets = root / "data" / "features"
     shutil.copytree(sets / "one", sets / "two")
     said = json.loads((sets / "two" / "manifest.json").read_text())
@@ -227,21 +240,21 @@ def test_one_broken_set_hides_no_other(root):
     assert "provenance.backbone" in run(root, "show", "two", code=1)
 
 
-def test_what_a_killed_process_left_is_listed_and_not_verified(root):
+def test_leftovers_of_a_killed_process_are_listed_but_not_verified(root):
     sets = root / "data" / "features"
     (sets / "big.tmp").mkdir()
     shutil.copytree(sets / "one", sets / "two.old")
-    assert run(root, "verify").splitlines() == ["one: whole (its bytes were not read: --full)"]
+    assert run(root, "verify").splitlines() == ["one: complete (add --full to check every byte)"]
     listed = run(root, "list")
-    assert "one: complete" in listed and "big.tmp: is being put together, or was when its process was killed" in listed
-    assert "two.old: stood in the place of two when a process that replaced it was killed: rename it if" in listed
+    assert "one: complete" in listed and "big.tmp: is being written, or was when its process was killed" in listed
+    assert "two.old: is an earlier two, left when a process that replaced it was killed. Rename it if" in listed
     assert {one["name"] for one in json.loads(run(root, "list", "--json"))} == {"one", "big.tmp", "two.old"}
 
 
 HOSTILE = "\x1b]0;pwn\x07\x1b[31mdigits\nfingerprint   0000 verified \u202e\x9b2J"
 
 
-def test_no_text_of_a_manifest_moves_the_terminal(root):
+def test_text_of_a_manifest_is_printed_escaped(root):
     path = root / "data" / "features" / "one"
     shutil.copytree(path, path.with_name("good"))
 
@@ -274,34 +287,32 @@ def test_no_text_of_a_manifest_moves_the_terminal(root):
             assert all(one.isprintable() for one in output.replace("\n", "")), output
 
 
-def test_diff_says_why_it_compares_no_numbers(root):
+def test_diff_says_why_numbers_are_not_compared(root):
     sets = root / "data" / "features"
     run(root, "export", "one", "-o", str(root / "one.tar"))
     tar = run(root, "diff", "one", str(root / "one.tar")).splitlines()
     assert tar == [
-        "the same features by fingerprint",
-        "the numbers are not compared: an archive's are read only when it is imported",
+        "same features (fingerprints are equal)",
+        "numbers not compared: import the archive first",
     ]
     shutil.copytree(sets / "one", sets / "two")
     forge(sets / "two", put("content", "layers", value={"a": [0, 2], "b": [2, D]}), basis=lambda h5: None)
     shown = run(root, "diff", "one", "two")
-    assert "the numbers are not compared: the sets have other numbers of images, layers, dimensions or pro" in shown
+    assert "numbers not compared: the sets differ in their number of images, layers, dimensions or prompts" in shown
     parsed = json.loads(run(root, "diff", "one", "two", "--json"))
-    assert parsed["numbers"] == [] and parsed["numbers_not_compared"].startswith("the sets have other")
+    assert parsed["numbers"] == [] and parsed["numbers_not_compared"].startswith("the sets differ")
     assert json.loads(run(root, "diff", "one", "one", "--json"))["numbers_not_compared"] is None
 
 
-def test_a_file_or_folder_that_is_no_set(root, monkeypatch):
+def test_path_that_is_not_a_set_is_rejected(root, monkeypatch):
     run(root, "export", "one", "-o", str(root / "k.tar"))
     monkeypatch.chdir(root)
-    assert "k.tar is a file, not a set's folder: `pipeline features import k.tar`" in run(
-        root, "verify", "k.tar", code=1
-    )
-    assert "two is no feature set; there are: one" in run(root, "verify", "two", code=1)
-    assert "other/two is no feature set's folder" in run(root, "verify", "other/two", code=1)
+    assert "k.tar is a file, not a folder. `pipeline features import k.tar`" in run(root, "verify", "k.tar", code=1)
+    assert "two is not a feature set. Available: one." in run(root, "verify", "two", code=1)
+    assert "other/two is not a folder" in run(root, "verify", "other/two", code=1)
 
 
-def test_export_of_the_folder_one_is_in(root, monkeypatch):
+def test_export_of_the_working_directory(root, monkeypatch):
     path = root / "data" / "features" / "one"
     (path / "note").symlink_to("nowhere")
     monkeypatch.chdir(path)
@@ -311,5 +322,7 @@ def test_export_of_the_folder_one_is_in(root, monkeypatch):
     assert "one" in run(root, "import", str(root / "one.tar"))
     monkeypatch.chdir(root)
     shutil.copytree(path, root / "one.old")
-    assert "'one.old' is no name for a feature set" in run(root, "export", "./one.old", code=1)
-    assert "is no name for a feature set" in run(root, "import", str(root / "one.tar"), "--as", "one.old", code=1)
+    assert "'one.old' is not a valid name for a feature set" in run(root, "export", "./one.old", code=1)
+    assert "is not a valid name for a feature set" in run(
+        root, "import", str(root / "one.tar"), "--as", "one.old", code=1
+    )

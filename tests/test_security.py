@@ -82,7 +82,8 @@ def _call(node: ast.Call, names: dict[str, str]) -> list[str]:
     name = full.rpartition(".")[2].lstrip("?")
     keywords = {keyword.arg: keyword.value for keyword in node.keywords}
     found = [word for word in KEYWORDS & set(keywords)]
-    if full.removeprefix("?") in BUILTINS or isinstance(node.func, ast.Attribute) and name in METHODS:
+    filtered = name == "extract" and ast.unparse(keywords.get("filter", ast.Constant(None))) == "'data'"  # PEP 706
+    if full.removeprefix("?") in BUILTINS or isinstance(node.func, ast.Attribute) and name in METHODS and not filtered:
         found.append(name)
     if re.fullmatch(r"os\.(exec|spawn|posix_spawn)\w*", full):
         found.append(full)
@@ -113,7 +114,8 @@ def test_no_file_loads_code_or_unpacks_archives(file):
         "import torch\ngetattr(torch, 'load')('x')", "import torch.hub", "import numpy as n\nn.load('x')",
         "import importlib\nimportlib.import_module('pickle')", "from importlib import import_module as i\ni('dill.x')",
         "import importlib\nimportlib.import_module(name)", "import runpy", "from runpy import run_path",
-        "eval('1')", "import builtins as b\nb.exec('1')", "tar.extractall('.')", "from shutil import unpack_archive",
+        "eval('1')", "import builtins as b\nb.exec('1')", "tar.extractall('.')",
+        "tar.extract('x')", "tar.extract('x', filter='tar')", "from shutil import unpack_archive",
         "np.load('x', allow_pickle=True)", "run('ls', shell=True)", "import os\nos.system('ls')",
         "from os import popen", "import os\nos.execv('ls', [])", "import subprocess as s\ns.getoutput('ls')",
         "M.from_pretrained('x')", "M.from_pretrained('x', use_safetensors=True, trust_remote_code=True)",
@@ -131,7 +133,7 @@ def test_the_search_finds_what_it_looks_for(source):
         "import json\njson.load(x)", "yaml = YAML()\nyaml.load(x)",
         "import torch\ntorch.loadtxt('x')", "from safetensors.torch import load_file",
         "import importlib\nimportlib.import_module('stages.report')", "import re\nre.compile('x')", "model.eval()",
-        "from loading import load\nload('x')",
+        "from loading import load\nload('x')", "tar.extract('x', filter='data')",
     ],
 )  # fmt: skip
 def test_the_search_finds_nothing_else(source):

@@ -1,4 +1,4 @@
-"""`pipeline features`: the cached feature sets, listed, shown, checked, compared, packed and unpacked."""
+"""`pipeline features`: list, show, verify, compare, export and import cached feature sets."""
 
 import dataclasses
 import json
@@ -8,26 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.errors import PipelineError
-from pipeline.text import printable, size
+from pipeline.errors import FeatureSetError
+from pipeline.text import first_few, printable, size
 
 if TYPE_CHECKING:
     from pipeline.feature_store import Manifest
     from pipeline.settings.config import Config
 
-_JSON = click.option("--json", "as_json", is_flag=True, help="For scripts.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 
 
 @click.group("features")
 def features() -> None:
-    """The cached feature sets: list, show, verify, diff, export, import."""
+    """Work with cached feature sets: list, show, verify, diff, export, import."""
 
 
 @features.command("list")
 @_JSON
 @click.pass_obj
 def list_sets(params: Path, as_json: bool) -> None:
-    """What sets are here, and how far those in the making are.
+    """List the feature sets, finished and unfinished.
 
     \b
     Example:
@@ -37,18 +37,18 @@ def list_sets(params: Path, as_json: bool) -> None:
 
     config = _config(params)
     sets = _sets(config)
-    found = listing.finished(sets) + listing.left_over(sets) + listing.in_the_making(config.state_dir / "staging")
+    found = listing.finished(sets) + listing.leftovers(sets) + listing.unfinished(config.state_dir / "staging")
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(summary) for summary in found], indent=2))
         return
     if not found:
-        click.echo(f"no feature set under {sets}: run `pipeline extract-features`, or `dvc pull` one")
+        click.echo(f"No feature set under {sets}. Run `pipeline extract-features`, or `dvc pull` one.")
     for one in found:
-        _say(f"{one.name}: {one.state}")
+        _print(f"{one.name}: {one.state}")
         if one.fingerprint is None:
             continue
         assert one.layers is not None and one.rows is not None and one.bytes is not None
-        _say(
+        _print(
             f"    {one.dataset}, {one.rows:,} images; {one.backbone}, t {one.timestep}, {', '.join(one.layers)}, "
             f"{one.dims} dims, {one.prompts} prompts; {size(one.bytes)}, {one.fingerprint[:12]}"
         )
@@ -59,7 +59,7 @@ def list_sets(params: Path, as_json: bool) -> None:
 @_JSON
 @click.pass_obj
 def show(params: Path, name: str, as_json: bool) -> None:
-    """The card of one set: NAME under data/features, a folder, or an exported tar.
+    """Describe one set: NAME under data/features, a folder, or an exported tar.
 
     \b
     Examples:
@@ -71,15 +71,17 @@ def show(params: Path, name: str, as_json: bool) -> None:
         click.echo(json.dumps(manifest.model_dump(mode="json"), indent=2))
         return
     for key, text in _card(manifest):
-        _say(f"{key:14}{text}")
+        _print(f"{key:14}{text}")
 
 
 @features.command("verify")
 @click.argument("names", nargs=-1)
-@click.option("--full", is_flag=True, help="Read every byte: checksums of files and rows, finite features.")
+@click.option(
+    "--full", is_flag=True, help="Read every byte: checksums of files and rows, and that features are finite."
+)
 @click.pass_obj
 def verify(params: Path, names: tuple[str, ...], full: bool) -> None:
-    """Is a set whole? NAMES are sets under data/features or folders; all sets if none is given.
+    """Check that sets are complete and undamaged. NAMES are sets under data/features, or folders; default: all sets.
 
     \b
     Examples:
@@ -91,17 +93,17 @@ def verify(params: Path, names: tuple[str, ...], full: bool) -> None:
 
     paths = [_folder(params, name) for name in names] or listing.folders(_sets(_config(params)))
     if not paths:
-        raise PipelineError(f"no feature set under {_sets(_config(params))}: `dvc pull` one, or extract it")
+        raise FeatureSetError(f"No feature set under {_sets(_config(params))}. `dvc pull` one, or extract it.")
     broken = 0
     for path in paths:
         with progress_bar(verification.total_bytes(path), f"verify {path.name}", "B") as bar:
-            found = verification.faults(path, full, bar.update)
+            found = verification.problems(path, full, bar.update)
         broken += bool(found)
-        for line in found:
-            _say(f"Error: {line}", err=True)
+        for problem in found:
+            _print(f"Error: {problem}", err=True)
         if not found:
-            what = "every byte is what was written" if full else "whole (its bytes were not read: --full)"
-            _say(f"{path.name}: {what}")
+            result = "intact, every byte was checked" if full else "complete (add --full to check every byte)"
+            _print(f"{path.name}: {result}")
     if broken:
         raise click.exceptions.Exit(1)
 
@@ -112,7 +114,7 @@ def verify(params: Path, names: tuple[str, ...], full: bool) -> None:
 @_JSON
 @click.pass_obj
 def diff(params: Path, first: str, second: str, as_json: bool) -> None:
-    """What differs between two sets: settings, software and, where both are folders, the numbers.
+    """Show how two sets differ: settings, software and, if both are folders, the numbers.
 
     \b
     Examples:
@@ -126,7 +128,7 @@ def diff(params: Path, first: str, second: str, as_json: bool) -> None:
     folders = [_path(params, name) for name in (first, second)]
     why_not = comparison.incomparable(*manifests)
     if not all(path.is_dir() for path in folders):
-        why_not = "an archive's are read only when it is imported"
+        why_not = "import the archive first"
     numbers = [] if why_not else comparison.numbers(*folders)
     if as_json:
         parts = {
@@ -137,24 +139,26 @@ def diff(params: Path, first: str, second: str, as_json: bool) -> None:
         click.echo(json.dumps(parts, indent=2))
         return
     same = manifests[0].fingerprint == manifests[1].fingerprint
-    click.echo("the same features by fingerprint" if same else "other features by fingerprint")
+    click.echo("same features (fingerprints are equal)" if same else "different features (fingerprints differ)")
     for change in settings:
-        _say(f"{change.key}: {_short(change.first)} | {_short(change.second)}")
+        _print(f"{change.key}: {_short(change.first)} | {_short(change.second)}")
     for gap in numbers:
-        _say(
+        _print(
             f"{gap.representation}, {gap.layer}: {100 * gap.share_unequal:.2f} % of the numbers differ, by "
             f"{gap.mean:.3g} on average and {gap.largest:.3g} at most"
         )
     if why_not:
-        click.echo(f"the numbers are not compared: {why_not}")
+        click.echo(f"numbers not compared: {why_not}")
 
 
 @features.command("export")
 @click.argument("name")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="The tar; NAME.tar in this folder if not given.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="The tar to write; default: NAME.tar in this folder."
+)
 @click.pass_obj
 def export(params: Path, name: str, output: Path | None) -> None:
-    """Pack a set into one tar, its every byte checked, for people without DVC.
+    """Pack a set into one tar, for people without DVC. Every byte is checked.
 
     \b
     Example:
@@ -173,10 +177,10 @@ def export(params: Path, name: str, output: Path | None) -> None:
 
 @features.command("import")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--as", "name", help="Its name under data/features; the archive's own if not given.")
+@click.option("--as", "name", help="Name under data/features; default: the archive's own.")
 @click.pass_obj
 def import_set(params: Path, file: Path, name: str | None) -> None:
-    """Unpack a set that was exported, into data/features, after checking all of it.
+    """Unpack an exported set into data/features, after checking every byte of it.
 
     \b
     Examples:
@@ -192,12 +196,14 @@ def import_set(params: Path, file: Path, name: str | None) -> None:
     click.echo(path)
     if path != config.features_dir:
         click.echo(
-            f"params.yaml trains from {config.features_dir.name}; `pipeline features show {path.name}`", err=True
+            f"params.yaml trains from {config.features_dir.name}. `pipeline features show {path.name}` prints the "
+            "settings of this set.",
+            err=True,
         )
     elif (config.root / "dvc.yaml").exists():
         click.echo(
-            "DVC does not know this set, and the next `dvc repro` deletes it: `dvc commit -f extract-features` first "
-            "(docs/sharing.md, From a tar)",
+            "DVC does not know this set, and the next `dvc repro` would delete it. Run `dvc commit -f "
+            "extract-features` first (docs/sharing.md, From a tar).",
             err=True,
         )
 
@@ -213,7 +219,7 @@ def _sets(config: "Config") -> Path:
 
 
 def _path(params: Path, name: str) -> Path:
-    """A set of that name under data/features, else the path itself."""
+    """Return the set of that name under data/features if there is one, else the path itself."""
     if "/" not in name and not name.endswith(".tar"):
         known = _sets(_config(params)) / name
         if known.exists() or not Path(name).exists():
@@ -227,11 +233,13 @@ def _folder(params: Path, name: str) -> Path:
         from pipeline.feature_store import listing
 
         if path.is_file():
-            raise PipelineError(f"{path} is a file, not a set's folder: `pipeline features import {path}` unpacks one")
+            raise FeatureSetError(
+                f"{path} is a file, not a folder. `pipeline features import {path}` unpacks an exported set."
+            )
         if "/" in name:
-            raise PipelineError(f"{path} is no feature set's folder")
+            raise FeatureSetError(f"{path} is not a folder. Give the folder of a feature set.")
         there = ", ".join(one.name for one in listing.folders(_sets(_config(params)))) or "none"
-        raise PipelineError(f"{path} is no feature set; there are: {there}")
+        raise FeatureSetError(f"{path} is not a feature set. Available: {there}.")
     return path
 
 
@@ -242,14 +250,16 @@ def _manifest(params: Path, name: str) -> "Manifest":
     return archive.manifest_of(path) if path.is_file() else read_manifest(_folder(params, name))
 
 
-def _say(line: str, err: bool = False) -> None:
-    """Prints a line in which a set's maker has a word: as one line, without what moves a terminal."""
+def _print(line: str, err: bool = False) -> None:
+    """Print text that may come from a set's author: on one line, without control characters."""
     click.echo(printable(line), err=err)
 
 
 def _card(manifest: "Manifest") -> list[tuple[str, str]]:
+    from pipeline.settings.config import dotted
+
     content, made = manifest.content, manifest.provenance
-    backbone = made.get("backbone", {})
+    backbone, settings = made.get("backbone", {}), dotted(made["settings"]) if "settings" in made else {}
     layers = ", ".join(f"{name} (columns {low} to {high - 1})" for name, (low, high) in content.layers.items())
     total = sum(entry.bytes for entry in manifest.files)
     packages = ", ".join(f"{name} {version}" for name, version in made.get("packages", {}).items())
@@ -268,17 +278,19 @@ def _card(manifest: "Manifest") -> list[tuple[str, str]]:
         ("basis", basis),
         (
             "prompts",
-            f"{manifest.prompts_per_image} an image of {_short([text for one in content.prompts for text in one])}",
+            f"{manifest.prompts_per_image} per image, of {_short([text for one in content.prompts for text in one])}",
         ),
-        ("positive", "the label's prompt" if content.positive == "label" else "the first prompt (no label is shown)"),
-        ("denoising", f"under the prompt {content.denoise_prompt!r}"),
-        ("files", f"{manifest.num_shards} shards of {manifest.rows_per_shard} images at most, {size(total)} in all"),
+        (
+            "matching",
+            "the prompt of the label" if content.positive == "label" else "the first prompt (labels are not used)",
+        ),
+        ("denoising", f"with the prompt {content.denoise_prompt!r}"),
+        ("files", f"{manifest.num_shards} shards of at most {manifest.rows_per_shard} images, {size(total)} in total"),
+        *([("settings", ", ".join(f"{key} {value}" for key, value in settings.items()))] if settings else []),
         ("made by", f"feddifrc {made.get('feddifrc')}, commit {made.get('commit')}"),
         ("on", f"{', '.join(made.get('hardware', []))}; {packages}"),
     ]
 
 
-def _short(value: Any, most: int = 4) -> str:
-    if isinstance(value, list) and len(value) > most:
-        return f"{', '.join(map(str, value[:most]))}, ... ({len(value)})"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _short(value: Any) -> str:
+    return first_few([str(one) for one in value]) if isinstance(value, list) else str(value)

@@ -1,8 +1,15 @@
-"""The feature set on disk: all that stage 1 and stage 2 share. Nothing else knows this layout.
+"""The feature set on disk: all that extraction and training share. No other package knows its layout.
+
+Open one by its path, a `str` or a `Path`; `FeatureSet` shows how to index it:
+
+    features = FeatureSet("data/features/digits-tiny-sd-t300")
+    rows = features[:64]                                           # rows.denoised (64, D), rows.prompted (64, P, D)
+    rows.denoised[:, features.columns("up_blocks.1")]              # one layer
+    DataLoader(features.as_torch(), batch_size=64, shuffle=True)   # batches of tensors
 
 A feature set is a folder:
 
-    manifest.json     what decides the features ("content", hashed into the fingerprint), what made them
+    manifest.json     what determines the features ("content", hashed into the fingerprint), what made them
                       ("provenance"), and per file its rows, bytes and SHA-256; format version 1
     basis.h5          per layer: mean (C,), components (d, C), explained_variance (d,), total_variance ();
                       and mean (D,), std (D,) of the denoising representations of the basis images; all float64
@@ -10,16 +17,18 @@ A feature set is a folder:
     shard-00001.h5    prompt_class int16 (n, P), crc32 uint32 (n,); attribute fingerprint
     ...
 
-`index` counts from 0 in the training split; shard k holds the rows k*rows_per_shard and on. `prompt_class` counts in
-the manifest's list of prompts: that of a class is its label; in a self-supervised set the positive prompt is 0.
-Datasets are contiguous and uncompressed: a row is then a slice of the file and is read through a memory map at memory
-speed, which filters and chunks would prevent (they also save little on dense float16). `crc32` covers the other fields
-of its row, so that a flipped bit is noticed by whoever reads the row, without hashing the file.
-
-Files appear whole or not at all: each is written under a temporary name, closed, synced and renamed, then its entry is
-written beside it. A set that is being made has no manifest, only files and entries, so that many processes may add to
-it without a common file; the manifest is put together of the entries once all are there, and is then the same whoever
-made which shard. No pickle anywhere.
+- `index` counts from 0 in the training split; shard k holds the rows from k * rows_per_shard on.
+- `prompt_class` counts in the manifest's list of prompts. The prompt of a class has the number of its label; in a
+  self-supervised set, prompt 0 matches every image.
+- Datasets are contiguous and uncompressed, so that a row is a slice of the file and is read through a memory map at
+  memory speed. Chunks and filters would prevent that, and would save little on dense float16.
+- `crc32` covers the other fields of its row, so that a flipped bit is noticed when the row is read, without hashing the
+  file.
+- Files are written atomically: under a temporary name, closed, synced and renamed; then the file's entry is written.
+  An unfinished set has no manifest, only files and entries, so that many processes can add to it without sharing a
+  file. Once all entries exist, the manifest is assembled from them; it does not depend on which process wrote which
+  shard.
+- Nothing is pickled.
 """
 
 from pipeline.feature_store.reader import FeatureSet, read_basis, read_basis_file, read_manifest
@@ -28,6 +37,7 @@ from pipeline.feature_store.schema import (
     Content,
     Features,
     FileEntry,
+    InvalidFeatureSet,
     LayerBasis,
     Manifest,
     Plan,
@@ -42,6 +52,7 @@ __all__ = [
     "FeatureSetWriter",
     "Features",
     "FileEntry",
+    "InvalidFeatureSet",
     "LayerBasis",
     "Manifest",
     "Plan",

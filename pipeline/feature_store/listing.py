@@ -1,4 +1,4 @@
-"""What feature sets a project has: finished ones, those in the making, and broken ones among them."""
+"""List a project's feature sets: finished, unfinished and broken ones."""
 
 import stat
 from dataclasses import dataclass
@@ -9,23 +9,27 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.errors import PipelineError
 from pipeline.feature_store.reader import read_manifest
 from pipeline.feature_store.schema import FileEntry, Manifest, Plan
-from pipeline.feature_store.writer import DELIVERED, PLAN, count_finished
+from pipeline.feature_store.writer import PLAN, PUBLISHED, count_finished
 from pipeline.io.system_errors import SystemRefusal, entries, reading, status
 
 _LEFT_OVER = {
-    ".tmp": "is being put together, or was when its process was killed: delete it if none is running",
-    ".old": "stood in the place of {0} when a process that replaced it was killed: rename it if {0} is gone, else "
-    "delete it",
+    ".tmp": "is being written, or was when its process was killed. Delete it if none is running.",
+    ".old": "is an earlier {0}, left when a process that replaced it was killed. Rename it if {0} is gone; otherwise "
+    "delete it.",
 }
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One set in a line; all but name, path and state are None where the set cannot be read."""
+    """A set in brief; all but name, path and state are None if the set cannot be read.
+
+    Attributes:
+        state: "complete", "2 of 3 shards ...", or what is wrong.
+    """
 
     name: str
     path: str
-    state: str  # "complete", "2 of 3 shards", or what is wrong
+    state: str
     dataset: str | None = None
     backbone: str | None = None
     timestep: int | None = None
@@ -38,27 +42,27 @@ class Summary:
 
 
 def folders(sets: Path) -> list[Path]:
-    """The folders of finished sets in `sets`, by name; not those of a set that is being put together or replaced."""
+    """Return the folders in `sets` by name, without those of a set that is being written or replaced."""
     return [path for path in _folders(sets) if path.suffix not in _LEFT_OVER]
 
 
 def finished(sets: Path) -> list[Summary]:
-    """The sets in the folder `sets`, by name."""
+    """Summarise the sets in the folder `sets`, by name."""
     return [_summarise(path) for path in folders(sets)]
 
 
-def left_over(sets: Path) -> list[Summary]:
-    """What stands in `sets` beside the sets while one is put together, and stays if that is killed."""
+def leftovers(sets: Path) -> list[Summary]:
+    """Summarise temporary folders in `sets`, which stay if a process is killed while it publishes a set."""
     found = [path for path in _folders(sets) if path.suffix in _LEFT_OVER]
     return [Summary(path.name, str(path), _LEFT_OVER[path.suffix].format(path.stem)) for path in found]
 
 
-def in_the_making(staging: Path) -> list[Summary]:
-    """Unfinished extractions, which the same command continues."""
+def unfinished(staging: Path) -> list[Summary]:
+    """Summarise unfinished extractions, which the same command resumes."""
     found = []
     for path in _folders(staging):
         try:
-            if status(path / DELIVERED):
+            if status(path / PUBLISHED):
                 continue
             with reading(path / PLAN):
                 plan = TypeAdapter(Plan).validate_json((path / PLAN).read_bytes())
@@ -68,8 +72,8 @@ def in_the_making(staging: Path) -> list[Summary]:
             found.append(Summary(path.name, str(path), str(refused)))
             continue
         except (OSError, ValidationError):
-            continue  # another program's, or of an earlier version: extraction does not read it either; or just gone
-        state = f"{done} of {plan.num_shards} shards: run `pipeline extract-features` with the same settings"
+            continue  # of another program or an earlier version, which extraction does not read either; or just removed
+        state = f"{done} of {plan.num_shards} shards. Run `pipeline extract-features` with the same settings."
         found.append(_describe(path.name, path, state, plan, size))
     return found
 
@@ -91,17 +95,17 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _state(path: Path, manifest: Manifest, here: list[FileEntry]) -> str:
-    """Of a set's files by their sizes: complete, here in part as after a `dvc pull` of some, or broken."""
+    """Return the state of a set by the sizes of its files: complete, partly pulled, or broken."""
     have, want = len(manifest.shards), manifest.num_shards
     if have != want:
-        return f"broken: its manifest has {have} of {want} shards: run `pipeline extract-features`"
-    if wrong := next(filter(None, (entry.size_fault(path) for entry in here)), None):
-        return f"broken: {wrong}"
+        return f"broken: its manifest has {have} of {want} shards. Run `pipeline extract-features`."
+    if problem := next(filter(None, (entry.size_problem(path) for entry in here)), None):
+        return f"broken: {problem}"
     if len(here) == want + 1:
         return "complete"
     if manifest.basis not in here:
-        return "basis.h5 is missing: `dvc pull` it"
-    return f"{len(here) - 1} of {want} shards here: `dvc pull` the others"
+        return "basis.h5 is missing. `dvc pull` it."
+    return f"{len(here) - 1} of {want} shards here. `dvc pull` the others."
 
 
 def _describe(name: str, path: Path, state: str, plan: Plan, size: int) -> Summary:

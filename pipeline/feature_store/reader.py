@@ -1,59 +1,68 @@
-"""Reads a feature set: nothing damaged, incomplete or foreign is read without being named."""
+"""Read a feature set; damaged, missing or mismatched files are reported by name."""
 
+import operator
 import os
 import stat
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
 from pydantic import BaseModel, StrictInt, ValidationError
 
-from pipeline.errors import PipelineError
+from pipeline.errors import FeatureSetError
 from pipeline.feature_store.schema import (
     FIELDS,
     FORMAT_VERSION,
     Basis,
-    Fault,
     Features,
     FileEntry,
+    InvalidFeatureSet,
     LayerBasis,
     Manifest,
     positive_matches,
 )
-from pipeline.feature_store.shards import MALFORMED, Shards, opened, said
+from pipeline.feature_store.shards import MALFORMED, MOST_CHARACTERS, Shards, opened, quoted
 from pipeline.io.hdf5 import check_not_written, open_to_read, plain_dataset
 from pipeline.io.system_errors import reading, status
-from pipeline.text import printable
+from pipeline.text import first_few, printable
+
+if TYPE_CHECKING:
+    from pipeline.feature_store.torch_dataset import FeatureDataset
 
 _BLOCK = 256  # rows copied and checked at a time: they stay in the processor's cache between the two
-_LISTED = 8  # missing shards named one by one
-_LONGEST = 200  # characters of what a file says of itself, in an error
-_PARALLEL = 4  # threads of a long reading; copying and checksums let go of the interpreter
+_MOST_NAMED = 8  # missing shards that are named one by one
+_THREADS = 4  # for a long read; copying and checksums release the GIL
 
 
 class _Versioned(BaseModel):
-    """What a manifest of any format version says first; a newer one may have keys that are not known here."""
+    """The start of a manifest of any format version; a newer one may have keys that are unknown here."""
 
     format_version: StrictInt
 
 
 class FeatureSet:
-    """A set, opened for reading."""
+    """A feature set, opened for reading: `len(features)`, `features[0]`, `features[2:10]`, `features[mask]`.
 
-    def __init__(self, path: Path, unchecked: bool = False, partial: bool = False) -> None:
-        """Opens the set in folder `path`; sizes are checked here, rows as they are read.
+    An integer gives one image, any other index gives the images it selects, both as `Features`. Rows are checked
+    against their checksums as they are read. It may be used by several threads, after a fork, and pickled.
+    """
+
+    def __init__(self, path: str | Path, unchecked: bool = False, partial: bool = False) -> None:
+        """Open the set and check the sizes of its files.
 
         Args:
-            path: the folder.
-            unchecked: open it also if files are missing or damaged; each is then named when it is read.
-            partial: shards may be missing, as where a colleague pulled some of them; `require` then says whether the
-                rows that are wanted are there.
+            path: The set's folder; `~` is the home folder.
+            unchecked: Open it even if files are missing or damaged; reading such a file fails.
+            partial: Allow missing shards, e.g. after a partial `dvc pull`. Call `require` to check that the rows you
+                need are present.
 
         Raises:
-            PipelineError: there is none, it is incomplete, or a file is missing or of another size.
+            FeatureSetError: There is no set, it is incomplete, or a file is missing or has the wrong size.
         """
-        self.path = path
+        self.path = path = Path(path).expanduser()
         self.manifest = read_manifest(path)
         self._shards = Shards(path, self.manifest)
         self._absent: dict[int, FileEntry] = {}
@@ -62,217 +71,314 @@ class FeatureSet:
             return
         have, want = len(self.manifest.shards), self.manifest.num_shards
         if have != want:
-            raise Fault(f"{path} is incomplete ({have} of {want} shards)", "run `pipeline extract-features`")
+            raise InvalidFeatureSet(
+                f"{path} is incomplete ({have} of {want} shards)", "Run `pipeline extract-features`"
+            )
         if partial:
             shards = self.manifest.shards.items()
             self._absent = {shard: entry for shard, entry in shards if status(path / entry.file) is None}
         for entry in self._entries():
-            if wrong := entry.size_fault(path):
-                raise wrong
+            if problem := entry.size_problem(path):
+                raise problem
 
-    def expect_labels(self, labels: np.ndarray) -> None:
-        """Refuses from now on to read rows whose labels are not these: a set's maker may have written any.
+    @property
+    def name(self) -> str:
+        """Name of the set's folder."""
+        return os.path.basename(os.path.abspath(self.path))
 
-        Args:
-            labels: int64 (rows,), the data set's, of the whole training split.
+    @property
+    def class_names(self) -> list[str]:
+        """Class names by label."""
+        return self.manifest.content.class_names
+
+    @property
+    def prompts(self) -> list[list[str]]:
+        """Per prompt its texts, whose embeddings are averaged; `prompt_class` counts in this list."""
+        return self.manifest.content.prompts
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers, in the order of their columns."""
+        return list(self.manifest.content.layers)
+
+    def columns(self, layer: str) -> slice:
+        """Return the columns of one layer: `rows.denoised[..., features.columns("up_blocks.2")]`.
 
         Raises:
-            PipelineError: there are more or fewer than the set has rows.
+            FeatureSetError: The set has no such layer.
         """
-        if len(labels) != self.manifest.rows:
-            raise PipelineError(f"{self.path} holds {self.manifest.rows} samples, the data set has {len(labels)}")
+        if layer not in self.manifest.content.layers:
+            raise FeatureSetError(f"{self.name} has no layer {layer!r}. Its layers are {', '.join(self.layers)}.")
+        return slice(*self.manifest.content.layers[layer])
+
+    def __repr__(self) -> str:
+        """Return a summary of three lines."""
+        content, made_by, classes = self.manifest.content, self.manifest.provenance, len(self.class_names)
+        backbone, fingerprint = made_by.get("backbone", {}).get("name"), self.manifest.fingerprint[:12]
+        layers = ", ".join(f"{name} [{start}:{stop}]" for name, (start, stop) in content.layers.items())
+        lines = (
+            f"FeatureSet {self.name}: {len(self):,} images of {made_by.get('dataset')}, {classes} classes",
+            f"  {content.num_dims} dims: {layers}; {content.prompts_per_image} prompts per image",
+            f"  {backbone} at timestep {content.timestep}; fingerprint {fingerprint}",
+        )
+        return "\n".join(map(printable, lines))
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return self.manifest.rows
+
+    def __getitem__(self, rows: Any) -> Features:
+        """Return one image for an integer, or several for a slice, a list or array of integers, or a boolean mask.
+
+        Raises:
+            IndexError: A position is outside the set.
+            FeatureSetError: As `read`.
+        """
+        try:
+            one = operator.index(rows)
+        except TypeError:
+            every = range(len(self))
+            index = np.array(every[rows], np.int64) if isinstance(rows, slice) else np.arange(len(self))[rows]
+            if index.ndim != 1:
+                raise IndexError(f"a feature set has one axis to index, not {index.ndim}") from None
+            return self.read(index)
+        if not -len(self) <= one < len(self):
+            raise IndexError(f"{self.name} has images 0 to {len(self) - 1}, not {one}")
+        return self.read(np.array([one % len(self)]))[0]
+
+    def __iter__(self) -> Iterator[Features]:
+        """Yield one image after another."""
+        for start in range(0, len(self), _BLOCK):
+            rows = self[start : start + _BLOCK]
+            yield from (rows[place] for place in range(len(rows)))
+
+    def as_torch(self) -> "FeatureDataset":
+        """Return the set as a dataset of dictionaries of tensors, for `torch.utils.data.DataLoader`."""
+        from pipeline.feature_store.torch_dataset import FeatureDataset
+
+        return FeatureDataset(self)
+
+    def expect_labels(self, labels: np.ndarray) -> None:
+        """Make later reads fail if a stored label differs from `labels`.
+
+        Args:
+            labels: int64 (rows,), those of the data set's training split.
+
+        Raises:
+            FeatureSetError: Their number differs from that of the set's rows.
+        """
+        if len(labels) != len(self):
+            raise FeatureSetError(
+                f"{self.path} holds {len(self)} samples, but the data set has {len(labels)}. Use features of this data "
+                "set, or prepare the data set of these features."
+            )
         self._labels = labels
 
     def require(self, index: np.ndarray) -> None:
-        """Checks that the shards of these samples are here.
+        """Check that the shards of these samples are present.
 
         Args:
             index: int64 (n,), positions in the training split.
 
         Raises:
-            PipelineError: some are not; names them, and the command that brings them.
+            FeatureSetError: Some are missing. The message names them, and the command that fetches them.
         """
         needed = set((np.asarray(index, np.int64) // self.manifest.rows_per_shard).tolist())
         missing = [entry.file for shard, entry in sorted(self._absent.items()) if shard in needed]
         if missing:
             here = os.path.relpath(self.path)
-            few = len(missing) <= _LISTED
-            files = ", ".join(missing) if few else f"{missing[0]} and {len(missing) - 1} more"
+            few = len(missing) <= _MOST_NAMED
             wanted = " ".join(f"{here}/{file}" for file in missing) if few else here
-            raise PipelineError(
-                f"{self.path} lacks {files} of the {len(needed)} shards that these samples are in: `dvc pull {wanted}`"
+            names = first_few(missing, _MOST_NAMED if few else 1)
+            raise FeatureSetError(
+                f"{self.path} lacks {names} of the {len(needed)} shards that hold these "
+                f"samples. Run `dvc pull {wanted}`."
             )
 
     def basis(self) -> Basis:
-        """The PCA basis and the statistics beside it."""
+        """Return the PCA basis, and the mean and standard deviation of the denoising representations."""
         content = self.manifest.content
         basis = read_basis(self.path, self.manifest.basis, self.manifest.fingerprint, list(content.layers))
         for name, (start, stop) in content.layers.items():
             if (count := len(basis.layers[name].components)) != stop - start:
                 file = self.path / self.manifest.basis.file
-                raise Fault(f"{file} has {count} dimensions of {name}, the manifest says {stop - start}")
+                raise InvalidFeatureSet(f"{file} has {count} dimensions of {name} (its manifest says {stop - start})")
         return basis
 
     def read(self, index: np.ndarray) -> Features:
-        """The rows of these samples, in this order, checked against their checksums.
+        """Return the rows of these samples, in this order.
 
         Args:
-            index: int64 (n,), positions in the training split.
+            index: int64 (n,), positions in the training split, 0 or more.
 
         Raises:
-            PipelineError: a sample is not in the set, or a row's bytes are not what was written, or its label is not
-                the one that is expected.
+            FeatureSetError: A sample is not in the set, a row does not match its checksum, or its label is not the
+                expected one.
         """
         index = np.asarray(index, np.int64)
-        if len(beyond := index[(index < 0) | (index >= self.manifest.rows)]):
-            raise PipelineError(f"{self.path} holds samples 0 to {self.manifest.rows - 1}, not {beyond[0]}")
+        if len(beyond := index[(index < 0) | (index >= len(self))]):
+            raise FeatureSetError(f"{self.path} holds samples 0 to {len(self) - 1}, not {beyond[0]}.")
         shard_of = index // self.manifest.rows_per_shard
         for shard in np.unique(shard_of):
-            self._shards.check(int(shard))  # before memory is taken for the rows: a manifest may say anything
-        shapes = self._shards.shapes(len(index))
+            self._shards.check(int(shard))  # before allocating memory for the rows: a manifest may claim any number
+        shapes = self.manifest.content.shapes(len(index))
         rows = Features(**{name: np.empty(shapes[name], dtype) for name, dtype in FIELDS.items()})
         parts = [
             (int(shard), places)
             for shard in np.unique(shard_of)
             for places in _blocks(np.flatnonzero(shard_of == shard))
         ]
-        if len(index) < _PARALLEL * _BLOCK:  # a training batch: threads would cost more than they gain
+        if len(index) < _THREADS * _BLOCK:  # a training batch: threads would cost more than they gain
             for shard, places in parts:
                 self._fill(rows, places, shard, index)
         else:
-            with ThreadPoolExecutor(_PARALLEL) as pool:
+            with ThreadPoolExecutor(_THREADS) as pool:
                 for _ in pool.map(lambda part: self._fill(rows, part[1], part[0], index), parts):
                     pass
         return rows
 
     def positive_prompts(self, rows: Features) -> np.ndarray:
-        """Which of its P prompts matches each image: int64 (n,), columns of `rows.prompted`.
+        """Return which of its P prompts matches each image: int64 (n,), columns of `rows.prompted`.
 
         Raises:
-            PipelineError: an image has no such prompt, or has it twice.
+            FeatureSetError: An image has no such prompt, or has it twice.
         """
         matching = positive_matches(self.manifest.content.positive, rows.prompt_class, rows.label)
         if len(wrong := np.flatnonzero(matching.sum(1) != 1)):
-            raise Fault(f"{self.path}: sample {rows.index[wrong[0]]} does not have its positive prompt once")
+            raise InvalidFeatureSet(
+                f"{self.path}: sample {rows.index[wrong[0]]} does not have exactly one matching prompt"
+            )
         return matching.argmax(1)
 
     def verify_files(self) -> None:
-        """Compares every file with its checksum in the manifest.
+        """Compare every file with its checksum in the manifest.
 
         Raises:
-            PipelineError: names the first file that is not what was written.
+            FeatureSetError: Names the first file that differs.
         """
         for entry in self._entries():
-            if wrong := entry.fault(self.path):
-                raise wrong
+            if problem := entry.content_problem(self.path):
+                raise problem
 
     def _entries(self) -> list[FileEntry]:
-        """The files that should be here."""
+        """Return the entries of the files that should be present."""
         shards = self.manifest.shards.items()
         return [self.manifest.basis, *(entry for shard, entry in shards if shard not in self._absent)]
 
     def _fill(self, rows: Features, places: np.ndarray, shard: int, index: np.ndarray) -> None:
-        """Copies one block of one shard into `rows` and checks it."""
+        """Copy one block of one shard into `rows` and check it."""
         maps = self.open_shard(shard)
         local = index[places] - shard * self.manifest.rows_per_shard
         into, source = _as_slice(places), _as_slice(local)
         for name in FIELDS:
             getattr(rows, name)[into] = maps[name][source]
-        got = Features(**{name: getattr(rows, name)[into] for name in FIELDS})
+        got = rows[into]
         file = self.path / self.manifest.shards[shard].file
         if len(wrong := np.flatnonzero(got.crc32() != maps["crc32"][source])):
-            raise self._changed(file, f"row {local[wrong[0]]} is corrupt (checksum differs)")
+            raise self._damaged(file, f"row {local[wrong[0]]} is corrupt (checksum differs)")
         if len(wrong := np.flatnonzero(got.index != index[places])):
             sample, other = index[places][wrong[0]], got.index[wrong[0]]
-            raise self._changed(file, f"row {local[wrong[0]]} holds sample {other}, not sample {sample}")
+            raise self._damaged(file, f"row {local[wrong[0]]} holds sample {other}, not sample {sample}")
         if self._labels is not None and len(wrong := np.flatnonzero(got.label != self._labels[index[places]])):
             sample, label = got.index[wrong[0]], got.label[wrong[0]]
-            raise self._changed(file, f"sample {sample} has label {label}, in the data set {self._labels[sample]}")
+            raise self._damaged(file, f"sample {sample} has label {label}, in the data set {self._labels[sample]}")
 
     @staticmethod
-    def _changed(file: Path, what: str) -> PipelineError:
-        """The fault of a row, unless a process writes the file: then nothing is known of it."""
+    def _damaged(file: Path, problem: str) -> InvalidFeatureSet:
+        """Return the error of a row, unless a process is writing the file: its content is then unknown."""
         check_not_written(file)
-        return Fault(f"{file}: {what}")
+        return InvalidFeatureSet(f"{file}: {problem}")
 
     def open_shard(self, shard: int) -> dict[str, np.ndarray]:
-        """The shard's datasets as memory maps, by name; no HDF5 handle stays open, so processes may fork.
+        """Return the shard's datasets as memory maps, by name.
 
         Raises:
-            PipelineError: the file is missing, not a whole HDF5 file, another set's, or not laid out as a shard; or the
-                operating system did not let it be read.
+            FeatureSetError: The file is missing, truncated, of another set, or not laid out as a shard.
+            SystemRefusal: The operating system refused to read it.
         """
         return self._shards.open(shard)
 
 
-def read_manifest(path: Path) -> Manifest:
-    """Reads and checks manifest.json of the set in folder `path`.
+def read_manifest(path: str | Path) -> Manifest:
+    """Read and check manifest.json of the set in folder `path`.
 
     Raises:
-        PipelineError: it is missing, no manifest, of another format version, or its fingerprint is not its content's;
-            or the operating system did not let it be read.
+        FeatureSetError: It is missing, not a manifest, of another format version, or its fingerprint does not match
+            its content.
+        SystemRefusal: The operating system refused to read it.
     """
+    path = Path(path).expanduser()
     file = path / "manifest.json"
     try:
         found = status(file)
-        if found and not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
-            raise Fault(f"{file} is not a plain file")
+        if found and not stat.S_ISREG(found.st_mode):  # reading a pipe would block
+            raise InvalidFeatureSet(f"{file} is not a regular file")
         with reading(file):
             text = file.read_bytes()
     except OSError:
-        raise Fault(f"{path} holds no feature set", "run `pipeline extract-features`, or `dvc pull` it") from None
+        why = "there is no such folder" if status(path) is None else "it has no manifest.json"
+        raise InvalidFeatureSet(
+            f"{path} holds no feature set ({why})", "Run `pipeline extract-features`, or `dvc pull` it"
+        ) from None
     return parse_manifest(text, file)
 
 
 def parse_manifest(text: bytes, file: Path) -> Manifest:
-    """Checks the content of a manifest.json; `file` names it in errors.
+    """Check the content of a manifest.json; `file` names it in errors.
 
     Raises:
-        PipelineError: it is no manifest, of another format version, or its fingerprint is not its content's.
+        FeatureSetError: It is not a manifest, of another format version, or its fingerprint does not match its content.
     """
     try:
         version = _Versioned.model_validate_json(text).format_version
         if version != FORMAT_VERSION:
-            raise PipelineError(f"{file} has format version {version}, this program reads {FORMAT_VERSION}: update it")
+            raise FeatureSetError(
+                f"{file} has format version {version}, but this program reads {FORMAT_VERSION}. Update the program."
+            )
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole file"
-        reason = printable(f"{where[:_LONGEST]}: {first['msg'].removeprefix('Value error, ')[:_LONGEST]}")
-        raise Fault(f"{file} is not a manifest ({reason})") from None
+        problem = first["msg"].removeprefix("Value error, ")
+        reason = printable(f"{where[:MOST_CHARACTERS]}: {problem[:MOST_CHARACTERS]}")
+        raise InvalidFeatureSet(f"{file} is not a manifest ({reason})") from None
     if manifest.fingerprint != manifest.content.fingerprint:
-        raise Fault(f"{file} was changed: its fingerprint is not that of its content")
+        raise InvalidFeatureSet(f"{file} was changed (its fingerprint does not match its content)")
     return manifest
 
 
 def read_basis(path: Path, entry: FileEntry, fingerprint: str, layers: list[str]) -> Basis:
-    """Reads basis.h5 of the set in folder `path`, finished or not.
+    """Read basis.h5 of the set in folder `path`, finished or not.
 
     Raises:
-        PipelineError: it is missing, corrupt, or another set's.
+        FeatureSetError: It is missing, corrupt, or belongs to another set.
     """
-    if wrong := entry.fault(path):
-        raise wrong
+    if problem := entry.content_problem(path):
+        raise problem
     with opened(path / entry.file, fingerprint, "is not a basis.h5") as h5:
         return _basis(h5, layers)
 
 
 def read_basis_file(file: Path, layers: list[str]) -> Basis:
-    """Reads the basis.h5 of any set, to be shared.
+    """Read the basis.h5 of any set, to be shared.
 
     Raises:
-        PipelineError: it is missing, no basis, or of other layers.
+        FeatureSetError: It is missing, not a basis, or has other layers.
     """
     try:
         with open_to_read(file) as h5:
             if set(h5["layers"]) != set(layers):
-                theirs = printable(", ".join(h5["layers"]))[:_LONGEST]
-                raise PipelineError(f"{file} is a basis of {theirs}, not of {', '.join(layers)}")
+                theirs = printable(", ".join(h5["layers"]))[:MOST_CHARACTERS]
+                raise FeatureSetError(
+                    f"{file} is a basis of {theirs}, not of {', '.join(layers)}. Set extract_features.basis to a basis "
+                    "of these layers, or to auto to fit one."
+                )
             return _basis(h5, layers)
     except FileNotFoundError:
-        raise PipelineError(f"{file} is missing: extract_features.basis names it; auto fits a basis") from None
+        problem = "is missing"
     except MALFORMED as error:
-        raise PipelineError(f"{file} is not a basis.h5 ({said(error)}): extract_features.basis names it") from None
+        problem = f"is not a basis.h5 ({quoted(error)})"
+    raise FeatureSetError(f"{file} {problem}. Set extract_features.basis to a basis file, or to auto to fit one.")
 
 
 def _basis(h5: h5py.File, names: list[str]) -> Basis:
@@ -287,12 +393,12 @@ def _basis(h5: h5py.File, names: list[str]) -> Basis:
     basis = Basis(layers, _float64(h5, "mean", 1), _float64(h5, "std", 1))
     dims = sum(len(layer.components) for layer in layers.values())
     if basis.mean.shape != (dims,) or basis.std.shape != (dims,):
-        raise ValueError(f"mean and std are not of {dims} dimensions")
+        raise ValueError(f"mean and std do not have {dims} dimensions")
     return basis
 
 
 def _float64(h5: h5py.File, name: str, ndim: int) -> np.ndarray:
-    """A dataset of finite numbers that stand in this file."""
+    """Return a dataset of finite numbers, stored in this file."""
     dataset = plain_dataset(h5, name, Path(h5.filename))
     if dataset.dtype != np.float64 or dataset.ndim != ndim:
         raise ValueError(f"{name} is {dataset.dtype} of shape {dataset.shape}, not float64 in {ndim} dimensions")
@@ -307,7 +413,7 @@ def _blocks(places: np.ndarray) -> list[np.ndarray]:
 
 
 def _as_slice(positions: np.ndarray) -> np.ndarray | slice:
-    """Consecutive positions as a slice, which is copied at memory speed."""
+    """Return consecutive positions as a slice, because a slice is copied at memory speed."""
     first, count = int(positions[0]), len(positions)
     consecutive = positions[-1] - first == count - 1 and (np.diff(positions) == 1).all()
     return slice(first, first + count) if consecutive else positions

@@ -1,7 +1,8 @@
-"""What a feature set says of itself, and what its files hold; see the package's docstring for the layout."""
+"""What the manifest of a feature set says, and what its files hold; the package's docstring shows the layout."""
 
 import hashlib
 import logging
+import math
 import stat
 import zlib
 from collections.abc import Callable
@@ -10,34 +11,51 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, field_validator, model_validator, with_config
-from typing_extensions import TypedDict  # pydantic reads typing's only from Python 3.12 on
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    JsonValue,
+    field_validator,
+    model_validator,
+    with_config,
+)
+from typing_extensions import TypedDict  # pydantic supports typing.TypedDict only from Python 3.12 on
 
 from pipeline import provenance
-from pipeline.errors import PipelineError
+from pipeline.errors import FeatureSetError
 from pipeline.io import hdf5
 from pipeline.io.system_errors import reading, status
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-EXTRACT_AGAIN = "delete it and run `pipeline extract-features`, or `dvc pull` a good copy"
+EXTRACT_AGAIN = "Delete it and run `pipeline extract-features`, or `dvc pull` a good copy"
 FETCH = "`dvc pull` it, or run `pipeline extract-features`"
+
+FIELDS = {"index": "<i8", "label": "<i8", "denoised": "<f2", "prompted": "<f2", "prompt_class": "<i2"}
+DATASETS = {**FIELDS, "crc32": "<u4"}
+"""The datasets of a shard, by name, with their types."""
 
 _STRICT = ConfigDict(strict=True, extra="forbid")
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Rows = Annotated[int, Field(ge=0, lt=2**31)]
 _AllRows = Annotated[int, Field(ge=1, lt=2**31)]
-_PerShard = Annotated[int, Field(ge=1, lt=2**63)]  # may exceed the set's: then it has one shard
+_PerShard = Annotated[int, Field(ge=1, lt=2**63)]  # may exceed the number of rows: the set then has one shard
 
 
-class Fault(PipelineError):
-    """Something of a set is not as it should be; `what` says so without the remedy, which is another in an archive."""
+class InvalidFeatureSet(FeatureSetError):
+    """A feature set is missing, incomplete or damaged.
 
-    def __init__(self, what: str, remedy: str = EXTRACT_AGAIN) -> None:
-        """One line of both."""
-        super().__init__(f"{what}: {remedy}")
-        self.what = what
+    Attributes:
+        problem: What is wrong, without the remedy, because an archive of the set needs a different one.
+    """
+
+    def __init__(self, problem: str, remedy: str = EXTRACT_AGAIN) -> None:
+        """Combine both into one line."""
+        super().__init__(f"{problem}. {remedy}.")
+        self.problem = problem
 
 
 def _sha256(stream: BinaryIO) -> str:
@@ -45,14 +63,15 @@ def _sha256(stream: BinaryIO) -> str:
 
 
 class FileEntry(BaseModel):
-    """A file of the set.
+    """The manifest's entry of one file.
 
     Attributes:
-        rows: its images (none in basis.h5).
-        bytes: its size.
-        sha256: of its bytes.
-        redone_in_float32: (image, prompt) pairs whose features overflowed the set's dtype and were computed again.
-        hardware: the processor or GPU that it was computed on.
+        file: Its name in the set's folder.
+        rows: Number of images in it; 0 for basis.h5.
+        bytes: Its size.
+        sha256: The SHA-256 of its bytes.
+        redone_in_float32: Number of (image, prompt) pairs that overflowed the set's dtype and were recomputed.
+        hardware: The processor or GPU that computed it.
     """
 
     model_config = _STRICT
@@ -64,14 +83,18 @@ class FileEntry(BaseModel):
     redone_in_float32: _Count
     hardware: str
 
-    def fault(self, folder: Path, sha256: Callable[[BinaryIO], str] = _sha256) -> Fault | None:
-        """What is wrong with the file in `folder`, or None; reads the whole file, by `sha256`.
+    def content_problem(self, folder: Path, sha256: Callable[[BinaryIO], str] = _sha256) -> InvalidFeatureSet | None:
+        """Read every byte of the file in `folder` and return what is wrong with it, or None.
+
+        Args:
+            folder: The set's folder.
+            sha256: Hashes an open file.
 
         Raises:
-            SystemRefusal: the operating system did not let it be read.
+            SystemRefusal: The operating system refused to read the file.
         """
-        if wrong := self.size_fault(folder):
-            return wrong
+        if problem := self.size_problem(folder):
+            return problem
         file = folder / self.file
         with hdf5.bytes_of(file) as stream, reading(file):
             if sha256(stream) == self.sha256:
@@ -80,23 +103,23 @@ class FileEntry(BaseModel):
                 log.warning("%s was open for writing when a process was killed; its data are intact", file)
                 return None
         hdf5.check_not_written(file)
-        return Fault(f"{file} is corrupt (SHA-256 differs from its manifest)")
+        return InvalidFeatureSet(f"{file} is corrupt (SHA-256 differs from its manifest)")
 
-    def size_fault(self, folder: Path) -> Fault | None:
-        """What is wrong with the file by its kind and size, or None.
+    def size_problem(self, folder: Path) -> InvalidFeatureSet | None:
+        """Return what is wrong with the kind and size of the file in `folder`, or None.
 
         Raises:
-            SystemRefusal: the operating system did not let it be looked at.
+            SystemRefusal: The operating system refused to inspect the file.
         """
         file = folder / self.file
         found = status(file)
         if found is None:
-            return Fault(f"{file} is missing", FETCH)
-        if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
-            return Fault(f"{file} is not a plain file")
+            return InvalidFeatureSet(f"{file} is missing", FETCH)
+        if not stat.S_ISREG(found.st_mode):  # reading a pipe would block
+            return InvalidFeatureSet(f"{file} is not a regular file")
         if found.st_size != self.bytes:
             hdf5.check_not_written(file)
-            return Fault(f"{file} has {found.st_size} bytes, its manifest says {self.bytes}")
+            return InvalidFeatureSet(f"{file} has {found.st_size} bytes (its manifest says {self.bytes})")
         return None
 
 
@@ -112,6 +135,7 @@ class _Backbone(TypedDict, total=False):
 class _Provenance(TypedDict, total=False):
     dataset: str
     backbone: _Backbone
+    settings: dict[str, JsonValue]
     feddifrc: str
     commit: str | None
     python: str
@@ -121,22 +145,30 @@ class _Provenance(TypedDict, total=False):
 
 Provenance = Annotated[dict[str, Any], GetPydanticSchema(lambda _, handler: handler(_Provenance))]
 """What made a set: the data set's name; the backbone's name, source, revision, and variant if its weights are fp16; the
-program's version and commit, Python's and the packages' versions, and every processor or GPU. It decides no feature and
-is in no fingerprint."""
+`extract_features` settings; the versions of the program, Python and the packages; every processor or GPU. It is not
+part of the fingerprint. Sets made by earlier versions have no settings."""
 
 
 class Content(BaseModel):
-    """Everything that decides the features, and nothing else; its hash is the fingerprint.
+    """Everything that determines the features, and nothing else; its hash is the fingerprint.
 
     Attributes:
-        backbone: the hash of each of its files, by name.
-        layers: layer -> [first column, one past its last].
-        prompts: per prompt its texts, whose embeddings are averaged; numbered from 0.
-        positive: which prompt matches an image: its label's, or the first.
-        negatives: how many others it is shown with, or "all".
-        basis_images: how many images the basis was fitted on; None if it was given.
-        basis_sha256: of the file that the basis was given in; None if it was fitted.
-        image_conditioning: the hash of each of the image encoder's files; None without.
+        extraction_version: Version of the extraction code.
+        dataset_hash: Hash of the data set's pixels, labels and class names.
+        class_names: Class names by label.
+        backbone: File name -> hash, of the frozen model.
+        timestep: Diffusion timestep of the noise.
+        image_size: Side of the square input, in pixels.
+        layers: Layer -> [first column, last column + 1].
+        prompts: Per prompt its texts, whose embeddings are averaged. `prompt_class` counts in this list.
+        positive: The prompt that matches an image: that of its label, or the first one.
+        denoise_prompt: The prompt of the denoising representation.
+        negatives: Number of non-matching prompts per image, or "all".
+        noise_seed: Seed of the noise.
+        basis_images: Number of images that the basis was fitted on; None if it was given.
+        basis_sha256: SHA-256 of the given basis file; None if the basis was fitted.
+        image_conditioning: File name -> hash, of the image encoder; None without one.
+        dtype: Floating-point type of the passes.
     """
 
     model_config = _STRICT
@@ -160,11 +192,11 @@ class Content(BaseModel):
 
     @field_validator("layers")
     @classmethod
-    def _columns_follow_one_another(cls, layers: dict[str, list[int]]) -> dict[str, list[int]]:
+    def _columns_are_consecutive(cls, layers: dict[str, list[int]]) -> dict[str, list[int]]:
         expected = 0
         for name, (start, stop) in layers.items():
             if start != expected or stop <= start:
-                raise ValueError(f"{name} has columns {start} to {stop}, not some from {expected} on")
+                raise ValueError(f"{name} has columns {start} to {stop}, but must start at {expected} and have some")
             expected = stop
         return layers
 
@@ -174,7 +206,7 @@ class Content(BaseModel):
         return provenance.fingerprint(self.model_dump())
 
     def common(self) -> dict[str, Any]:
-        """All of it but the data set: sets that agree on this mean the same by their features."""
+        """Return everything but the data set: sets that agree on it have comparable features."""
         return self.model_dump(exclude={"dataset_hash"})
 
     @property
@@ -184,14 +216,25 @@ class Content(BaseModel):
 
     @property
     def prompts_per_image(self) -> int:
-        """P: one positive and the negatives."""
+        """P: one matching prompt and the others."""
         total = len(self.prompts)
         return total if isinstance(self.negatives, str) else min(self.negatives + 1, total)
+
+    def shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each of `DATASETS` for that many rows."""
+        p, d = self.prompts_per_image, self.num_dims
+        per_row = {"denoised": (d,), "prompted": (p, d), "prompt_class": (p,)}
+        return {name: (rows, *per_row.get(name, ())) for name in DATASETS}
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes per image in a shard."""
+        return sum(math.prod(shape) * np.dtype(DATASETS[name]).itemsize for name, shape in self.shapes(1).items())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A set to be made: what decides it, how many images it has, how they are cut into shards, and what makes it."""
+    """A set to extract: its content, number of images, images per shard, and provenance."""
 
     content: Content
     rows: _AllRows
@@ -200,21 +243,21 @@ class Plan:
 
     @property
     def num_shards(self) -> int:
-        """How many shards the whole set has."""
+        """Number of shards of the complete set."""
         return -(-self.rows // self.rows_per_shard)
 
     def shard_rows(self, shard: int) -> range:
-        """The sample indices of a shard."""
+        """Return the sample indices of a shard."""
         return range(shard * self.rows_per_shard, min(self.rows, (shard + 1) * self.rows_per_shard))
 
 
 def shard_name(shard: int) -> str:
-    """The name of a shard's file, without its suffix."""
+    """Return the name of a shard's file, without its suffix."""
     return f"shard-{shard:05d}"
 
 
 class Manifest(BaseModel):
-    """The set's manifest.json; shards may be lacking, those that it names are the set's own."""
+    """The set's manifest.json. It may lack shards; those that it names belong to the set."""
 
     model_config = _STRICT
 
@@ -230,21 +273,21 @@ class Manifest(BaseModel):
     provenance: Provenance
 
     @model_validator(mode="after")
-    def _parts_fit(self) -> Self:
+    def _parts_agree(self) -> Self:
         if self.prompts_per_image != self.content.prompts_per_image:
-            raise ValueError(f"prompts_per_image is {self.prompts_per_image}, its content says otherwise")
+            raise ValueError(f"prompts_per_image is {self.prompts_per_image}, but its content says otherwise")
         if (self.basis.file, self.basis.rows) != ("basis.h5", 0):
-            raise ValueError("the entry of the basis is another file's")
+            raise ValueError("the entry of the basis describes another file")
         for shard, entry in self.shards.items():
             if not 0 <= shard < self.num_shards:
                 raise ValueError(f"there is no shard {shard} among {self.num_shards}")
             if (entry.file, entry.rows) != (f"{shard_name(shard)}.h5", len(self.shard_rows(shard))):
-                raise ValueError(f"the entry of shard {shard} is another file's")
+                raise ValueError(f"the entry of shard {shard} describes another file")
         return self
 
     @property
     def num_shards(self) -> int:
-        """How many shards the whole set has."""
+        """Number of shards of the complete set."""
         return self.plan.num_shards
 
     @property
@@ -254,11 +297,11 @@ class Manifest(BaseModel):
 
     @property
     def plan(self) -> Plan:
-        """What the set was made from."""
+        """The plan that the set was made from."""
         return Plan(self.content, self.rows, self.rows_per_shard, self.provenance)
 
     def shard_rows(self, shard: int) -> range:
-        """The sample indices of a shard."""
+        """Return the sample indices of a shard."""
         return self.plan.shard_rows(shard)
 
 
@@ -274,28 +317,48 @@ class LayerBasis:
 
 @dataclass(frozen=True)
 class Basis:
-    """Per layer its PCA, and the mean and std (D,) of the pooled denoising representations, float64."""
+    """The PCA of each layer, and mean and std (D,) of the pooled denoising representations, float64."""
 
     layers: dict[str, LayerBasis]
     mean: np.ndarray
     std: np.ndarray
 
 
-FIELDS = {"index": "<i8", "label": "<i8", "denoised": "<f2", "prompted": "<f2", "prompt_class": "<i2"}
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Features:
-    """Representations of n images: the datasets of a shard, by the same names."""
+    """Representations of n images, or of one image, whose arrays then lack the axis n.
 
-    index: np.ndarray  # int64 (n,)
-    label: np.ndarray  # int64 (n,)
-    denoised: np.ndarray  # float16 (n, D)
-    prompted: np.ndarray  # float16 (n, P, D)
-    prompt_class: np.ndarray  # int16 (n, P)
+    Index it like an array: `rows[0]` is one image, `rows[2:5]` and `rows[[1, 3]]` are several.
+
+    Attributes:
+        index: int64 (n,), positions in the training split.
+        label: int64 (n,).
+        denoised: float16 (n, D), denoising representations.
+        prompted: float16 (n, P, D), representations under each of the image's prompts.
+        prompt_class: int16 (n, P), the numbers of these prompts.
+    """
+
+    index: np.ndarray
+    label: np.ndarray
+    denoised: np.ndarray
+    prompted: np.ndarray
+    prompt_class: np.ndarray
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.index)
+
+    def __getitem__(self, rows: Any) -> "Features":
+        """Return one image, for an integer, or several, for any other index of a NumPy array."""
+        return Features(**{name: values[rows] for name, values in vars(self).items()})
+
+    def __repr__(self) -> str:
+        """Return the type and shape of each array."""
+        arrays = (f"{name} {values.dtype} {values.shape}" for name, values in vars(self).items())
+        return f"Features({', '.join(arrays)})"
 
     def crc32(self) -> np.ndarray:
-        """uint32 (n,): CRC-32 over each row's fields, little-endian, in the order of this class."""
+        """Return uint32 (n,): the CRC-32 of each row's fields, little-endian, in the order of this class."""
         fields = [np.ascontiguousarray(getattr(self, name)) for name in FIELDS]
         rows = [(field.reshape(-1).view(np.uint8).data, field.nbytes // len(field)) for field in fields if len(field)]
         sums = np.empty(len(self.index), np.uint32)
@@ -308,11 +371,11 @@ class Features:
 
 
 def positive_matches(positive: Literal["label", "first"], prompt_class: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Which of its P prompts match each image, bool (n, P): one a row, unless somebody wrote other prompts.
+    """Return which of its P prompts match each image, bool (n, P); exactly one per row in a valid set.
 
     Args:
-        positive: that of its class, or the first prompt, which every image of a self-supervised set has; no label is
-            read then.
+        positive: "label": the prompt of the image's class. "first": prompt 0, which every image of a self-supervised
+            set has; labels are then not used.
         prompt_class: int16 (n, P).
         label: int64 (n,).
     """
@@ -320,5 +383,5 @@ def positive_matches(positive: Literal["label", "first"], prompt_class: np.ndarr
 
 
 def positive_columns(positive: Literal["label", "first"], prompt_class: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """The column of its positive prompt, int64 (n,), of images that have it; the rest as for `positive_matches`."""
+    """Return the column of each image's matching prompt, int64 (n,); arguments as for `positive_matches`."""
     return positive_matches(positive, prompt_class, label).argmax(1)

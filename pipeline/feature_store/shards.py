@@ -1,8 +1,8 @@
-"""The shards of a set as arrays in memory maps, however many there are, on a few open files.
+"""The shards of a set as memory-mapped arrays, with few open files even for thousands of shards.
 
-A map holds a descriptor for as long as it is there, and systems allow a process 256 to 1,024 of them. So of each shard
-only the layout is kept, and of the maps those that were used last: opening one again takes microseconds, against
-milliseconds for HDF5. A map that is dropped is closed with the last array that looks into it.
+A map holds a file descriptor while it exists, and systems allow a process 256 to 1,024 of them. So the layout of every
+shard is cached, but only the most recently used maps: reopening a map takes microseconds, HDF5 takes milliseconds. A
+dropped map is closed when the last array that refers to it is garbage-collected.
 """
 
 import contextlib
@@ -18,51 +18,57 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from pipeline.feature_store.schema import FIELDS, Fault, Manifest
+from pipeline.feature_store.schema import DATASETS, InvalidFeatureSet, Manifest
 from pipeline.io.hdf5 import check_not_written, open_to_read, plain_dataset
 from pipeline.io.system_errors import in_words, reading
 from pipeline.text import printable
 
-MALFORMED = (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError)  # what h5py raises
-_DATASETS = {**FIELDS, "crc32": "<u4"}
-_SHARE = 8  # a set takes an eighth of the descriptors that a process may have
-_FEWEST, _MOST = 8, 64
-_LONGEST = 200  # characters of what a file says of itself, in an error
+MALFORMED = (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError)
+"""The exceptions that h5py raises for a malformed file."""
 
+MOST_CHARACTERS = 200
+"""Characters of a file's own text that are quoted in an error."""
+
+_SHARE = 8  # a set uses at most an eighth of the descriptors that a process may have
+_FEWEST, _MOST = 8, 64  # and this many
 
 _Identity = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class _Dataset:
-    """Where a dataset lies in its file."""
+    """Position, shape and type of a dataset in its file."""
 
     offset: int
     shape: tuple[int, ...]
     dtype: np.dtype
 
     def of(self, content: mmap.mmap) -> np.ndarray:
-        """A read-only array in the map; fancy indexing through h5py is a hundred times slower."""
+        """Return a read-only array in the map; fancy indexing through h5py is a hundred times slower."""
         return np.ndarray(self.shape, self.dtype, content, self.offset)
 
 
 class Shards:
-    """The shards of one set. Safe to use from several threads, and after a fork: no HDF5 handle stays open."""
+    """The shards of one set, for several threads, and after a fork or pickling: no HDF5 handle stays open."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
-        """Those in folder `path`."""
+        """Use the shards in folder `path`; nothing is opened yet."""
         self._path, self._manifest = path, manifest
         self._layouts: dict[int, tuple[_Identity, dict[str, _Dataset]]] = {}
         self._maps: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
         self._room = max(_FEWEST, min(_MOST, _descriptors() // _SHARE))
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[type, tuple[Path, Manifest]]:
+        """Pickle without maps and lock, so that a spawned data loader opens its own."""
+        return Shards, (self._path, self._manifest)
+
     def open(self, shard: int) -> dict[str, np.ndarray]:
-        """The shard's datasets.
+        """Return the shard's datasets.
 
         Raises:
-            Fault: the file is missing, not a whole HDF5 file, another set's, or not laid out as a shard.
-            SystemRefusal: the operating system did not let it be read.
+            InvalidFeatureSet: The file is missing, truncated, of another set, or not laid out as a shard.
+            SystemRefusal: The operating system refused to read it.
         """
         with self._lock:
             if shard in self._maps:
@@ -78,7 +84,7 @@ class Shards:
         return maps
 
     def check(self, shard: int) -> None:
-        """Reads the shard's layout, once; raises what `open` raises."""
+        """Read the shard's layout, once; raises what `open` raises."""
         if shard not in self._layouts:
             file = self._checked_file(shard)
             with reading(file):
@@ -86,28 +92,22 @@ class Shards:
             self._layout(shard, file, identity)
 
     def _layout(self, shard: int, file: Path, identity: _Identity) -> dict[str, _Dataset]:
-        """The layout of the file that is of this identity: one that took its place may be another set's."""
+        """Return the layout of the file with this identity; a file that replaced it may belong to another set."""
         if shard not in self._layouts or self._layouts[shard][0] != identity:
             self._layouts[shard] = (identity, self._read_layout(shard, file))
         return self._layouts[shard][1]
 
-    def shapes(self, n: int) -> dict[str, tuple[int, ...]]:
-        """Of the datasets of n rows."""
-        p, d = self._manifest.prompts_per_image, self._manifest.content.num_dims
-        of_rows = dict.fromkeys(("index", "label", "crc32"), (n,))
-        return {**of_rows, "denoised": (n, d), "prompted": (n, p, d), "prompt_class": (n, p)}
-
     def _checked_file(self, shard: int) -> Path:
         entry = self._manifest.shards[shard]
-        if wrong := entry.size_fault(self._path):  # a map of a file that was cut short would end the process
-            raise wrong
+        if problem := entry.size_problem(self._path):  # reading a map beyond the end of its file kills the process
+            raise problem
         return self._path / entry.file
 
     def _read_layout(self, shard: int, file: Path) -> dict[str, _Dataset]:
-        shapes = self.shapes(len(self._manifest.shard_rows(shard)))
+        shapes = self._manifest.content.shapes(len(self._manifest.shard_rows(shard)))
         with opened(file, self._manifest.fingerprint, "does not have the layout of a shard") as h5:
-            layout = {name: _place(plain_dataset(h5, name, file)) for name in _DATASETS}
-            for name, dtype in _DATASETS.items():
+            layout = {name: _place(plain_dataset(h5, name, file)) for name in DATASETS}
+            for name, dtype in DATASETS.items():
                 found = layout[name]
                 if found.shape != shapes[name] or found.dtype != np.dtype(dtype):
                     raise ValueError(f"{name} is {found.dtype} {found.shape}, not {dtype} {shapes[name]}")
@@ -115,34 +115,34 @@ class Shards:
 
 
 @contextlib.contextmanager
-def opened(file: Path, fingerprint: str, otherwise: str) -> Iterator[h5py.File]:
-    """An HDF5 file of the set of this fingerprint.
+def opened(file: Path, fingerprint: str, problem: str) -> Iterator[h5py.File]:
+    """Yield an open HDF5 file of the set with this fingerprint.
 
     Args:
-        file: the file.
-        fingerprint: the set's.
-        otherwise: what is wrong with the file if the block does not find in it what should be there.
+        file: The file.
+        fingerprint: The set's.
+        problem: What to report if the block does not find what it expects in the file.
 
     Raises:
-        Fault: it is missing, not a whole HDF5 file or another set's, or the block failed.
-        SystemRefusal: the operating system did not let it be read.
+        InvalidFeatureSet: It is missing, truncated or of another set, or the block failed.
+        SystemRefusal: The operating system refused to read it.
     """
-    wrong = "is not a whole HDF5 file"
+    found_problem = "is not a complete HDF5 file"
     try:
         with open_to_read(file) as h5:
             found = h5.attrs.get("fingerprint")
             if not isinstance(found, str) or found != fingerprint:
-                raise Fault(f"{file} belongs to another feature set (fingerprint differs)")
-            wrong = otherwise
+                raise InvalidFeatureSet(f"{file} belongs to another feature set (fingerprint differs)")
+            found_problem = problem
             yield h5
     except MALFORMED as error:
         check_not_written(file)
-        raise Fault(f"{file} {wrong} ({said(error)})") from None
+        raise InvalidFeatureSet(f"{file} {found_problem} ({quoted(error)})") from None
 
 
-def said(error: Exception) -> str:
-    """What an error says, on one line of bounded length."""
-    return printable(in_words(error))[:_LONGEST]
+def quoted(error: Exception) -> str:
+    """Return the text of an error, on one line of bounded length."""
+    return printable(in_words(error))[:MOST_CHARACTERS]
 
 
 def _place(dataset: h5py.Dataset) -> _Dataset:
@@ -156,11 +156,11 @@ def _map(file: Path) -> tuple[mmap.mmap, _Identity]:
 
 
 def _identity(found: os.stat_result) -> _Identity:
-    """What is another once a file is replaced or written."""
+    """Return values that change when a file is replaced or written."""
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _descriptors() -> int:
-    """How many descriptors the process may have."""
+    """Return how many descriptors the process may have open."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 2**31 if soft == resource.RLIM_INFINITY else soft

@@ -1,19 +1,19 @@
-"""Makes a feature set shard by shard, by one process or many, continuing what killed ones left.
+"""Write a feature set shard by shard, by one or many processes, and resume after interruptions.
 
-Every file gets its own entry beside it, and every file its own lock (flock), held by whoever computes it and let go by
-the system if that process dies. So no process needs to know of the others, and the folder may stand on any file system
-with working locks that all of them see. All of them share one more lock, "in-use": a folder whose set was delivered is
-cleared away only when nobody has it.
+Each file has an entry beside it and a lock of its own, which its writer holds and the operating system frees if that
+process dies. So the processes need not know each other, and the folder may be on any file system that all of them share
+and that has file locks. A further lock per process, "in-use", keeps the folder from being removed after its set was
+published.
 """
 
 import contextlib
-import dataclasses
 import logging
 import os
 import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import h5py
@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline import provenance
-from pipeline.errors import PipelineError
+from pipeline.errors import DataError
 from pipeline.feature_store.reader import read_basis
 from pipeline.feature_store.schema import (
     FIELDS,
@@ -38,13 +38,17 @@ from pipeline.io.system_errors import reading, status
 
 log = logging.getLogger(__name__)
 
-PLAN = "plan.json"  # says what is being made, for who lists the sets
-DELIVERED = "delivered"  # marks a staging folder whose set stands in its place
-_OVERHEAD = 16 * 1024  # bytes of a file besides its arrays' (HDF5's own structures), at most
+PLAN = "plan.json"
+"""The plan of the set in a staging folder, for `pipeline features list`."""
+
+PUBLISHED = "published"
+"""Marks a staging folder whose set has been published."""
+
+_OVERHEAD = 16 * 1024  # upper bound of a file's bytes besides its arrays (HDF5's own structures)
 
 
 class _Entry(BaseModel):
-    """An entry on disk; a shard is projected on the basis whose hash it names."""
+    """The entry of a file on disk, with the hash of the basis that its features were projected on."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -54,15 +58,15 @@ class _Entry(BaseModel):
 
 
 class FeatureSetWriter:
-    """A set in the making, in a staging folder."""
+    """An unfinished set, in a staging folder."""
 
     def __init__(self, staging: Path, plan: Plan, hardware: str) -> None:
-        """Opens the folder; keeps every file of an earlier run that is still what its entry says.
+        """Open the folder. Files of an earlier run that match their entries are kept.
 
         Args:
-            staging: the folder; one per fingerprint and shard size.
-            plan: the set to be made.
-            hardware: what this process computes on, entered with each file that it writes.
+            staging: The folder; one per fingerprint and shard size.
+            plan: The set to write.
+            hardware: The processor or GPU of this process, for the entries of the files that it writes.
         """
         self.path, self.plan = staging, plan
         self.fingerprint = plan.content.fingerprint
@@ -70,65 +74,66 @@ class FeatureSetWriter:
         self._basis: FileEntry | None = None
         (staging / "locks").mkdir(parents=True, exist_ok=True)
         if status(staging / PLAN) is None:
-            atomic.write_json(staging / PLAN, dataclasses.asdict(plan) | {"content": plan.content.model_dump()})
+            atomic.write_json(staging / PLAN, asdict(plan) | {"content": plan.content.model_dump()})
 
     def has_basis(self) -> bool:
-        """Whether basis.h5 is there; reads the whole file the first time.
+        """Return whether basis.h5 is finished; reads every byte of it the first time.
 
         Raises:
-            SystemRefusal: the operating system did not let it be read.
+            SystemRefusal: The operating system refused to read it.
         """
         if self._basis is None:
             found = _read_entry(self.path, "basis", self.fingerprint)
-            if found and not found.entry.fault(self.path):
+            if found and not found.entry.content_problem(self.path):
                 self._basis = found.entry
         return self._basis is not None
 
     def has_shard(self, shard: int) -> bool:
-        """Whether a shard is there, by its size, and is projected on our basis.
+        """Return whether a shard is finished, by its size, and was projected on this set's basis.
 
         Raises:
-            SystemRefusal: the operating system did not let it be looked at.
+            SystemRefusal: The operating system refused to inspect it.
         """
-        return self.has_basis() and _shard_stands(self.path, shard, self.fingerprint, self._basis_entry.sha256)
+        return self.has_basis() and _shard_is_finished(self.path, shard, self.fingerprint, self._basis_entry.sha256)
 
     def forget_damaged(self, shards: Iterable[int]) -> None:
-        """Reads every byte of these shards, and makes those missing that are not what their entries say.
+        """Read every byte of these shards, and discard those that do not match their entries.
 
         Raises:
-            SystemRefusal: the operating system did not let one be read, which says nothing of its content.
+            SystemRefusal: The operating system refused to read one; its content is unknown, so it is kept.
         """
         for shard in shards:
             found = _read_entry(self.path, shard_name(shard), self.fingerprint)
-            if found and (wrong := found.entry.fault(self.path)):
-                log.warning("%s: computing it again", wrong.what)
+            if found and (damage := found.entry.content_problem(self.path)):
+                log.warning("%s. Recomputing it.", damage.problem)
                 (self.path / f"{shard_name(shard)}.json").unlink(missing_ok=True)
 
     @property
     def missing_shards(self) -> list[int]:
-        """The shards still to be computed, ascending."""
+        """The shards that are not finished, ascending."""
         return [shard for shard in range(self.plan.num_shards) if not self.has_shard(shard)]
 
     def basis(self) -> Basis:
-        """Reads basis.h5."""
+        """Read basis.h5."""
         return read_basis(self.path, self._basis_entry, self.fingerprint, list(self.plan.content.layers))
 
     def write_basis(self, basis: Basis, redone_in_float32: int = 0) -> None:
-        """Writes basis.h5 and enters it; shards projected on another basis no longer count."""
+        """Write basis.h5 and its entry; shards that were projected on another basis become unfinished."""
         _write_basis(self.path / "basis.h5", basis, fingerprint=self.fingerprint)
-        self._basis = self._enter("basis", rows=0, redone=redone_in_float32)
+        self._basis = self._add_entry("basis", rows=0, redone=redone_in_float32)
 
     def write_shard(self, shard: int, features: Features, redone_in_float32: int) -> None:
-        """Writes a shard and enters it.
+        """Write a shard and its entry.
 
         Raises:
-            PipelineError: a feature is not finite, or the disk is full.
+            DataError: A feature is not finite.
+            PipelineError: The shard cannot be written.
         """
         for name in ("denoised", "prompted"):
             if not np.isfinite(getattr(features, name)).all():
-                raise PipelineError(
-                    f"shard {shard}: {name} features are not finite even in float32, or exceed float16's 65504: "
-                    "the backbone does not work at this image_size and timestep"
+                raise DataError(
+                    f"The {name} features of shard {shard} are not finite even in float32, or exceed float16's 65504. "
+                    "The backbone does not work at this image_size and timestep. Choose others."
                 )
         name = shard_name(shard)
         with _new_file(self.path / f"{name}.h5", sum(array.nbytes for array in vars(features).values())) as h5:
@@ -136,24 +141,24 @@ class FeatureSetWriter:
             for field, dtype in FIELDS.items():
                 h5.create_dataset(field, data=getattr(features, field).astype(dtype, copy=False))
             h5.create_dataset("crc32", data=features.crc32())
-        self._enter(name, rows=len(features.index), redone=redone_in_float32)
+        self._add_entry(name, rows=len(features.index), redone=redone_in_float32)
 
     @contextlib.contextmanager
     def lock(self, name: str, wait: bool = True, check: Callable[[], None] = lambda: None) -> Iterator[bool]:
-        """Holds the lock of this name, and says whether it is held.
+        """Hold the lock of this name during the block, and yield whether it is held.
 
         Args:
-            name: what is to be made: "basis", "shard-00000", "set".
-            wait: wait, saying so, while another process holds it; else do without.
-            check: called while waiting; may raise to stop.
+            name: What is being written: "basis", "shard-00000", "set".
+            wait: Wait, with a log line, while another process holds it; otherwise yield False.
+            check: Called while waiting; may raise to stop.
 
         Raises:
-            PipelineError: the file system has no locks.
+            PipelineError: The file system has no locks.
         """
         with locks.opened(self.path / "locks" / name) as lock:
             held = lock.acquire()
             if wait and not held:
-                log.info("%s is being written by %s: waiting for it", name, lock.holder())
+                log.info("%s is being written by %s. Waiting for it.", name, lock.holder())
             while wait and not held:
                 check()
                 time.sleep(0.1)
@@ -168,9 +173,9 @@ class FeatureSetWriter:
             yield
 
     def publish(self, target: Path) -> None:
-        """Puts the complete set at `target`, whole or not at all, by hard links where the file system has them.
+        """Publish the complete set at `target` atomically, with hard links where the file system supports them.
 
-        The staging copy stays: should the caller be killed before it has noted the result, nothing is computed twice.
+        The staging copy stays, so that nothing is recomputed if the caller is killed before it has recorded the result.
         """
         manifest = self._manifest()
         names = [entry.file for entry in manifest.files]
@@ -179,16 +184,13 @@ class FeatureSetWriter:
                 _link_or_copy(self.path / name, incoming / name)
             atomic.write_json(incoming / "manifest.json", manifest.model_dump(mode="json"))
             atomic.sync_to_disk(incoming / "manifest.json")
-        (self.path / DELIVERED).touch()
+        (self.path / PUBLISHED).touch()
 
-    def drop_delivered_neighbours(self) -> None:
-        """Removes the staging folders of other sets that were published; those unfinished or in use stay.
-
-        So do those that may not be read, such as another user's.
-        """
+    def remove_published_siblings(self) -> None:
+        """Remove the staging folders of other published sets; unfinished, used or unreadable folders stay."""
         for other in self.path.parent.iterdir():
             with contextlib.suppress(OSError):
-                if other != self.path and (other / DELIVERED).exists() and not _is_used(other):
+                if other != self.path and (other / PUBLISHED).exists() and not _is_used(other):
                     shutil.rmtree(other, ignore_errors=True)
 
     @property
@@ -214,7 +216,7 @@ class FeatureSetWriter:
             provenance=self.plan.provenance | {"hardware": hardware},
         )
 
-    def _enter(self, name: str, rows: int, redone: int) -> FileEntry:
+    def _add_entry(self, name: str, rows: int, redone: int) -> FileEntry:
         path = self.path / f"{name}.h5"
         entry = FileEntry(
             file=path.name,
@@ -231,16 +233,16 @@ class FeatureSetWriter:
 
 
 def count_finished(staging: Path, plan: Plan) -> int:
-    """How many shards of the set in the making are there, by their sizes; changes nothing and reads no file as a whole.
+    """Return how many shards of an unfinished set are finished, by their sizes. Changes and hashes nothing.
 
     Raises:
-        SystemRefusal: the operating system did not let a file be looked at.
+        SystemRefusal: The operating system refused to inspect a file.
     """
     fingerprint = plan.content.fingerprint
     basis = _read_entry(staging, "basis", fingerprint)
-    if not basis or basis.entry.size_fault(staging):
+    if not basis or basis.entry.size_problem(staging):
         return 0
-    return sum(_shard_stands(staging, shard, fingerprint, basis.entry.sha256) for shard in range(plan.num_shards))
+    return sum(_shard_is_finished(staging, shard, fingerprint, basis.entry.sha256) for shard in range(plan.num_shards))
 
 
 def _is_used(staging: Path) -> bool:
@@ -250,9 +252,9 @@ def _is_used(staging: Path) -> bool:
         return not all(stack.enter_context(locks.opened(file)).acquire() for file in files)
 
 
-def _shard_stands(staging: Path, shard: int, fingerprint: str, basis_sha256: str) -> bool:
+def _shard_is_finished(staging: Path, shard: int, fingerprint: str, basis_sha256: str) -> bool:
     found = _read_entry(staging, shard_name(shard), fingerprint)
-    return found is not None and found.basis_sha256 == basis_sha256 and not found.entry.size_fault(staging)
+    return found is not None and found.basis_sha256 == basis_sha256 and not found.entry.size_problem(staging)
 
 
 def _read_entry(staging: Path, name: str, fingerprint: str) -> _Entry | None:
@@ -266,10 +268,10 @@ def _read_entry(staging: Path, name: str, fingerprint: str) -> _Entry | None:
 
 
 def write_basis_file(file: Path, basis: Basis) -> None:
-    """Writes a basis to be shared, of no set in particular; whole or not at all.
+    """Write a basis to be shared, atomically, without the fingerprint of a set.
 
     Raises:
-        PipelineError: the disk is full.
+        PipelineError: It cannot be written.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     _write_basis(file, basis)
@@ -289,7 +291,7 @@ def _write_basis(file: Path, basis: Basis, **attributes: str) -> None:
 
 @contextlib.contextmanager
 def _new_file(file: Path, size: int) -> Iterator[h5py.File]:
-    """A file to fill with `size` bytes of arrays; it appears whole or not at all."""
+    """Yield a new HDF5 file for `size` bytes of arrays, which appears atomically."""
     with atomic.replace_file(file) as temporary:
         _reserve(temporary, size + _OVERHEAD)
         with h5py.File(temporary, "w") as h5:
@@ -297,7 +299,7 @@ def _new_file(file: Path, size: int) -> Iterator[h5py.File]:
 
 
 def _reserve(file: Path, size: int) -> None:
-    """Fails now if the disk has no room for `size` bytes: HDF5, failing while it writes, prints many pages."""
+    """Fail now if the disk has no room for `size` bytes: HDF5 prints pages of errors if a write fails later."""
     with file.open("wb") as stream:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(stream.fileno(), 0, size)

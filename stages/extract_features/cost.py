@@ -66,14 +66,13 @@ def estimate(config: Config) -> Estimate:
         extraction = load(job)
         seconds = _seconds_per_image(extraction, content.prompts_per_image)
     vae_flops, pass_flops = count_flops(config.backbone_dir, params.layers, params.image_size, extraction.conditioning)
-    row = 2 * content.num_dims * (1 + content.prompts_per_image) + 2 * content.prompts_per_image + 8 + 8 + 4
     return Estimate(
         images=job.plan.rows,
         passes_per_image=1 + content.prompts_per_image,
         shards=job.plan.num_shards,
         vae_flops=vae_flops,
         pass_flops=pass_flops,
-        num_bytes=row * job.plan.rows,
+        num_bytes=content.row_bytes * job.plan.rows,
         images_per_second=1 / seconds,
         device=job.device,
     )

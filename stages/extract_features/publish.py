@@ -46,7 +46,7 @@ def deliver(writer: FeatureSetWriter, target: Path, again: Callable[[list[int]],
                 again(damaged)
             basis.plot_explained_variance(writer.basis(), writer.path / "explained_variance.svg")
             writer.publish(target)
-            writer.drop_delivered_neighbours()
+            writer.remove_published_siblings()
     return target
 
 
@@ -69,7 +69,7 @@ def is_complete(target: Path, plan: Plan) -> bool:
     except SystemRefusal:
         raise
     except PipelineError as error:
-        log.warning("the set there cannot be used: %s", str(error).partition(": delete it")[0])
+        log.warning("the set there cannot be used: %s", getattr(error, "problem", error))
         return False
     return True
 

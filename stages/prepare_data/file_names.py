@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Iterable
 
 from pipeline.errors import PipelineError
+from pipeline.text import first_few
 
 _LEFTOVERS = frozenset(
     {
@@ -60,9 +61,7 @@ def ending(name: str) -> str:
 
 def some(names: Iterable[str], count: int = 5) -> str:
     """The first names in order, and how many more there are."""
-    ordered = sorted(names)
-    more = len(ordered) - count
-    return ", ".join(ordered[:count]) + (f" and {more} more" if more > 0 else "")
+    return first_few(sorted(names), count)
 
 
 def some_folders(names: Iterable[str]) -> str:

@@ -38,7 +38,10 @@ def test_it_writes_every_layer_and_class_of_a_sample_the_same_twice(project):
 def test_without_features_it_says_what_to_run(project):
     invoked = invoke(project, "analyze-features", "--set", "extract_features.timestep=1")
     assert invoked.exit_code == 1
-    assert "digits-tiny-sd-t1 holds no feature set: run `pipeline extract-features`" in invoked.output
+    assert (
+        "digits-tiny-sd-t1 holds no feature set (there is no such folder). Run `pipeline extract-features`"
+        in invoked.output
+    )
 
 
 def test_it_imports_without_the_frozen_models_libraries():

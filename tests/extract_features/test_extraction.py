@@ -380,7 +380,7 @@ def test_every_family_runs_through_the_command_line(tmp_path, family):
         tmp_path / "p", images=10, source=source, **TINY, prompt_templates=["a {class_name}", "the {class_name}"],
     )  # fmt: skip
     opened = FeatureSet(extract(root))
-    assert verification.faults(opened.path, full=True) == []
+    assert verification.problems(opened.path, full=True) == []
     assert opened.manifest.content.num_dims == 24
     assert all(name.split("/")[0] in json.loads((source / "model_index.json").read_text())
                for name in opened.manifest.content.backbone)  # fmt: skip

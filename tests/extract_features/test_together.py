@@ -128,9 +128,9 @@ def test_a_delivered_set_is_cleared_away_only_when_nobody_uses_it(tmp_path):
     used = write(tmp_path / "staging" / "one", tmp_path / "one")
     ending = write(tmp_path / "staging" / "other", tmp_path / "other", timestep=100)
     with used.in_use():  # by a second process that ends with the first
-        ending.drop_delivered_neighbours()
+        ending.remove_published_siblings()
         assert deliver(used, tmp_path / "one", None, overwrite=False) == tmp_path / "one"
-    ending.drop_delivered_neighbours()
+    ending.remove_published_siblings()
     assert [path.name for path in (tmp_path / "staging").iterdir()] == ["other"]
 
 

@@ -147,7 +147,7 @@ def test_a_refusal_is_named_as_what_it_is_and_loses_nothing(kept, reader, trial)
 @CAN_REFUSE
 def test_a_verification_says_one_reason_once_and_a_list_does_not_call_a_set_broken(kept):
     def verified(root):
-        return [(type(error), str(error)) for error in verification.faults(root / "sets" / "set", full=True)]
+        return [(type(error), str(error)) for error in verification.problems(root / "sets" / "set", full=True)]
 
     ((kind, said),) = in_child(lambda: after("flock", errno.EAGAIN, verified, kept))
     assert issubclass(kind, SystemRefusal)  # the basis and three shards
@@ -177,7 +177,9 @@ def test_a_folder_that_may_not_be_listed_is_not_empty(kept):
 def test_finished_files_are_read_where_the_file_system_has_no_locks(kept, code):
     for reader in OF_HDF5 - {"every byte of staged shards"}:
         assert in_child(lambda r=reader: after("flock", code, READERS[r], kept)) == READERS[reader](kept)
-    assert in_child(lambda: after("flock", code, lambda root: verification.faults(root / "sets/set", True), kept)) == []
+    assert (
+        in_child(lambda: after("flock", code, lambda root: verification.problems(root / "sets/set", True), kept)) == []
+    )
 
 
 @CAN_REFUSE
@@ -206,7 +208,7 @@ def test_damage_is_still_found_where_the_file_system_has_no_locks(kept, tmp_path
     (folder / "basis.h5").write_bytes(content)
 
     def faults(root):
-        return [str(error) for error in verification.faults(folder, full=True)]
+        return [str(error) for error in verification.problems(folder, full=True)]
 
     basis, *of_shard = in_child(lambda: after("flock", errno.ENOLCK, faults, tmp_path))
     assert "basis.h5 has" in basis and "shard-00001.h5 is corrupt (SHA-256 differs" in of_shard[0]
@@ -356,12 +358,12 @@ def test_a_set_that_a_killed_process_had_open_is_intact(kept, tmp_path, caplog):
     FeatureSet(folder).verify_files()
     FeatureSet(folder).read(np.arange(ROWS))
     assert FeatureSet(folder).basis() is not None
-    assert verification.faults(folder, full=True) == []
+    assert verification.problems(folder, full=True) == []
     assert "shard-00001.h5 was open for writing when a process was killed; its data are intact" in caplog.text
     with open(folder / "shard-00001.h5", "r+b") as stream:
         stream.seek(24)
         stream.write(b"\xff")
-    assert any("shard-00001.h5" in str(fault) for fault in verification.faults(folder, full=True))
+    assert any("shard-00001.h5" in str(fault) for fault in verification.problems(folder, full=True))
 
 
 def test_a_mark_of_a_killed_writer_is_told_from_damage(tmp_path):
@@ -383,7 +385,7 @@ def read_all(folder):
     resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
     features, order = FeatureSet(folder, partial=True), np.random.default_rng(0).permutation(MANY)
     rows = np.concatenate([features.read(order[start : start + 100]).index for start in range(0, MANY, 100)])
-    return np.array_equal(rows, order), len(os.listdir("/dev/fd")), verification.faults(folder, full=True)
+    return np.array_equal(rows, order), len(os.listdir("/dev/fd")), verification.problems(folder, full=True)
 
 
 def test_two_thousand_shards_are_trained_on_and_verified_with_few_descriptors(tmp_path, monkeypatch):

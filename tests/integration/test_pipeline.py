@@ -60,7 +60,7 @@ def test_every_image_has_its_features(extracted):
     assert rows.index.tolist() == list(range(120))
     assert rows.prompted.shape == (120, 10, 144)
     assert (rows.prompted > 0).all()  # energies
-    assert verification.faults(features.path, full=True) == []
+    assert verification.problems(features.path, full=True) == []
 
 
 def test_the_prompt_reaches_the_features(extracted):
@@ -116,7 +116,10 @@ def test_an_extraction_killed_half_way_resumes_to_the_same_bytes(extracted, tmp_
         ((*RUN, "fedavg", "--batch-size", "0"), "train_fl.batch_size = 0: input should be greater than or equal to 1"),
         (("extract-features", "--timestep", "x"), "extract_features.timestep = 'x': input should be a valid integer"),
         (("extract-features", "--version", "99"), "this program computes version"),
-        ((*RUN, "feddifrc", "--set", "extract_features.timestep=7"), "holds no feature set: run `pipeline extract"),
+        (
+            (*RUN, "feddifrc", "--set", "extract_features.timestep=7"),
+            "holds no feature set (there is no such folder). Run `pipeline extract",
+        ),
         (("prepare-data", "--source", "folder", "--path", "nowhere"), "nowhere is not a folder"),
         (("prepare-backbone", "--source", "org/model"), "set prepare_backbone.revision to a commit of org/model"),
         (("prepare-backbone", "--source", "some where"), "is neither embedded, nor a directory, nor a hub id"),

@@ -128,7 +128,7 @@ def test_a_run_that_took_the_place_of_the_sweeps_own_is_refused(trained):
     shutil.copytree(other, ours)
     refused = invoke(trained, "report")
     assert refused.exit_code == 1
-    assert refused.output.startswith(f"Error: {ours} is not the run that {file} was written for: train it again or")
+    assert refused.output.startswith(f"Error: {ours} is not the run that {file} was written for (checksums differ).")
     file.unlink()
     assert invoke(trained, "report").exit_code == 0
 

@@ -250,7 +250,7 @@ def test_a_manifest_changed_by_hand_is_named(project):
     text = file.read_text().replace('"timestep": 200', '"timestep": 300')
     file.unlink()  # staging holds the same file
     file.write_text(text)
-    refused(project, "manifest.json was changed: its fingerprint is not that of its content")
+    refused(project, "manifest.json was changed (its fingerprint does not match its content)")
 
 
 def test_prompts_and_labels_go_together(tmp_path):
@@ -295,7 +295,7 @@ def test_a_run_whose_rows_are_here_needs_no_other_shard(blocks):
     here = blocks.features_dir
     with pytest.raises(PipelineError, match="lacks shard-00001.h5, shard-00002.h5 of the 3 shards") as caught:
         run(blocks, "feddifrc", "iid", 0)
-    command = str(caught.value).partition("`dvc pull ")[2].rstrip("`").split()
+    command = str(caught.value).partition("`dvc pull ")[2].rstrip("`.").split()
     assert [name.rpartition("/")[2] for name in command] == ["shard-00001.h5", "shard-00002.h5"]
     assert all(name.endswith(f"{here.name}/shard-0000{k}.h5") for k, name in enumerate(command, 1))
 

@@ -8,6 +8,8 @@ which is the mutual information of client and label; the mean Hellinger distance
 
 import numpy as np
 
+from pipeline.text import first_few
+
 _MOST_NAMES = 10  # in one sentence
 
 
@@ -31,19 +33,16 @@ def left_out(parts: list[np.ndarray], groups: dict[str, tuple[np.ndarray, list[s
     for kind, (numbers, names) in groups.items():
         missing = [names[number] for number in np.setdiff1d(numbers, numbers[dealt])]
         if missing:
-            lines.append(f"{len(missing)} of {len(np.unique(numbers))} {kind} go to no client: {_listed(missing)}")
+            lines.append(
+                f"{len(missing)} of {len(np.unique(numbers))} {kind} go to no client: {first_few(missing, _MOST_NAMES)}"
+            )
     total = len(next(iter(groups.values()))[0])
     if len(dealt) < total:
         lines.append(f"{total - len(dealt)} of {total} samples go to no client")
     empty = [str(client) for client, part in enumerate(parts) if not len(part)]
     if empty:
-        lines.append(f"{len(empty)} of {len(parts)} clients have no samples: {_listed(empty)}")
+        lines.append(f"{len(empty)} of {len(parts)} clients have no samples: {first_few(empty, _MOST_NAMES)}")
     return lines
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return ", ".join(names[:_MOST_NAMES]) + more
 
 
 def heterogeneity(counts: np.ndarray) -> dict[str, float | None]:
