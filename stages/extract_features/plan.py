@@ -75,6 +75,7 @@ def make(config: Config) -> Job:
         "dataset": dataset.name,
         "backbone": {key: backbone[key] for key in ("name", "source", "revision")}
         | ({"variant": backbone["variant"]} if backbone.get("variant") else {}),
+        "settings": params.model_dump(mode="json"),
         **provenance.software(),
     }
     plan = Plan(content, dataset.rows("train"), params.rows_per_shard, made_by)

@@ -21,6 +21,7 @@ from pipeline.diffusion.prompted_model import Inputs, PromptedModel
 from pipeline.diffusion.prompts import PromptSet
 from pipeline.feature_store import FeatureSet, read_basis_file, verification
 from pipeline.settings.config import load
+from pipeline.settings.params import ExtractFeatures
 from stages.extract_features.cost import count_flops
 from tests.conftest import invoke
 from tests.extract_features import tiny_models
@@ -85,6 +86,12 @@ def test_features_are_those_of_one_pass_at_a_time(digits):
                     expected.append(np.sqrt(np.square(scores).sum()))
             got = rows.denoised[image] if prompt == 10 else rows.prompted[image, prompt]
             np.testing.assert_allclose(got, expected, rtol=2e-3, atol=2e-3)  # float16 is good to 5e-4
+
+
+def test_manifest_records_the_settings_that_made_the_set(digits):
+    settings = FeatureSet(digits / SET).manifest.provenance["settings"]
+    assert ExtractFeatures.model_validate(settings) == load(digits / "params.yaml").params.extract_features
+    assert (settings["rows_per_shard"], settings["basis_images"], settings["basis"]) == (8, 20, "auto")
 
 
 def test_threads_and_batches_change_no_byte(digits, unextracted):
