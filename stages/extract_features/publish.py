@@ -19,7 +19,7 @@ from stages.extract_features import basis
 log = logging.getLogger(__name__)
 
 
-def deliver(writer: FeatureSetWriter, target: Path, again: Callable[[list[int]], None], overwrite: bool) -> Path:
+def publish(writer: FeatureSetWriter, target: Path, again: Callable[[list[int]], None], overwrite: bool) -> Path:
     """Puts the set together if all its shards are there and nobody has done so.
 
     Args:
