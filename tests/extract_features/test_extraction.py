@@ -156,8 +156,8 @@ def test_a_finished_set_of_other_settings_is_replaced_only_when_asked(digits, un
     for more in ((), ("--shard-range", "0:1")):
         result = invoke(unextracted, "extract-features", "--noise-seed", "5", "--negatives", "2", *more)
         assert result.exit_code == 1 and len(result.output.splitlines()) == 1
-        assert f"{SET} holds a finished feature set with another negatives, noise_seed: move or" in result.output
-        assert result.output.rstrip().endswith("or say --overwrite")
+        assert f"{SET} holds a finished feature set with another negatives, noise_seed. Move or" in result.output
+        assert result.output.rstrip().endswith("or pass --overwrite.")
     assert not (unextracted / ".pipeline").exists()
     (unextracted / SET / "shard-00003.h5").unlink()  # part of a set is somebody's set too
     assert invoke(unextracted, "extract-features", "--noise-seed", "5").exit_code == 1

@@ -117,7 +117,7 @@ def test_a_set_of_a_later_format_is_not_replaced_and_one_of_a_damaged_manifest_i
     manifest |= {"format_version": 2, "content": later, "fingerprint": provenance.fingerprint(later)}
     file.unlink()
     file.write_text(json.dumps(manifest))
-    with pytest.raises(PipelineError, match="another pooling: "):
+    with pytest.raises(PipelineError, match="another pooling. "):
         publish(writer, tmp_path / "set", None, overwrite=False)
     file.write_text(json.dumps(manifest | {"fingerprint": "0" * 64}))
     publish(writer, tmp_path / "set", None, overwrite=False)

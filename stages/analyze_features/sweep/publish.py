@@ -5,11 +5,10 @@ from typing import Any
 
 from pipeline.io import atomic
 from stages.analyze_features.probes import chance
-from stages.analyze_features.sweep import advice
 from stages.analyze_features.sweep import figures as sweep_figures
 from stages.analyze_features.sweep.cache import SweepResult
 from stages.analyze_features.sweep.plan import SweepPlan
-from stages.analyze_features.sweep.recommend import Choice
+from stages.analyze_features.sweep.recommend import Choice, as_preset
 
 PRESET = "recommended.yaml"
 
@@ -49,10 +48,10 @@ def _write_table(folder: Path, plan: SweepPlan, swept: dict[int, SweepResult], c
 
 def _preset(made_of: dict[str, Any], choice: Choice) -> str:
     images, share = made_of["images"], made_of["sweep_features"]["explained_variance"]
-    rests_on = f"Of {images['sampled']:,} training images the probe was judged on {images['held_out']:,}"
+    rests_on = f"Of {images['sampled']:,} training images the probe was scored on {images['held_out']:,}"
     rests_on += f", the prompts on {images['prompted']:,}." if choice.by_prompts else "."
     described = f"{made_of['dataset']['name']} with {made_of['backbone']['name']}"
-    return advice.as_preset(choice, described, rests_on, share, made_of["extract_features"])
+    return as_preset(choice, described, rests_on, share, made_of["extract_features"])
 
 
 def _write_maps(folder: Path, plan: SweepPlan, swept: dict[int, SweepResult]) -> None:

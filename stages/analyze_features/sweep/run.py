@@ -9,7 +9,7 @@ analysis/sweep/recommended.yaml  a preset
 
 plan.py       what is to be computed
 sample.py     passes of the frozen model: every image once per timestep, some once more for each of their prompts
-recommend.py  the choice of one set of layers; advice.py puts it into words
+recommend.py  the choice of one candidate, and its description
 cache.py      results of finished timesteps
 publish.py    the output; figures.py draws
 
@@ -30,8 +30,8 @@ from pipeline.progress import progress_bar
 from pipeline.settings.config import Config
 from stages.analyze_features import margins
 from stages.analyze_features.probes import ProbeEvaluator
-from stages.analyze_features.sweep import advice, publish, recommend
 from stages.analyze_features.sweep import plan as planning
+from stages.analyze_features.sweep import publish, recommend
 from stages.analyze_features.sweep.cache import SweepResult
 from stages.analyze_features.sweep.plan import SweepPlan
 from stages.analyze_features.sweep.recommend import Candidate
@@ -64,9 +64,9 @@ def run(config: Config) -> Path:
         choice = recommend.choose(candidates, plan.params.standard_errors)
         publish.write(target, plan, swept, choice)
         plan.cache.remove_others()
-    for line in [*advice.in_words(choice), *advice.hint(choice, len(plan.data) - len(plan.index))]:
+    for line in [*recommend.in_words(choice), *recommend.hint(choice, len(plan.data) - len(plan.index))]:
         log.info("%s", line)
-    log.info("to take it: pipeline preset %s", target / publish.PRESET)
+    log.info("To use it, run: pipeline preset %s", target / publish.PRESET)
     return target / publish.PRESET
 
 
