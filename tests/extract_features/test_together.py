@@ -101,7 +101,7 @@ def test_a_set_that_came_meanwhile_is_not_replaced_unasked(tmp_path):
     before = (tmp_path / "set" / "manifest.json").read_bytes()
     writer = write(tmp_path / "staging" / "ours")
     with pytest.raises(
-        PipelineError, match="holds a finished feature set with another timestep, prompts: .*--overwrite"
+        PipelineError, match="holds a finished feature set with another timestep, prompts. .*--overwrite"
     ):
         publish(writer, tmp_path / "set", None, overwrite=False)
     assert (tmp_path / "set" / "manifest.json").read_bytes() == before and not writer.missing_shards
