@@ -30,9 +30,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from pipeline import provenance, seeding
 from pipeline.data.datasets import Images
-from pipeline.diffusion import backbones, batching
+from pipeline.diffusion import batching
 from pipeline.diffusion.prompts import PromptSet
 from pipeline.diffusion.representation import Projector
+from pipeline.diffusion.session import FrozenSession
 from pipeline.settings.params import ExtractFeatures, Runtime
 from stages.extract_features.cost import count_flops
 from stages.extract_features.extraction import Extraction
@@ -106,21 +107,21 @@ def _measure(job: Job, baseline_images: int) -> dict:
 def _measure_ours(job: Job) -> tuple[dict, Projector, np.ndarray]:
     """Ours alone: its part of the row, the basis, and the features."""
     started = time.perf_counter()
-    backbone = backbones.load(job.path, job.params.layers, job.device, getattr(torch, job.params.dtype))
     prompt_set = PromptSet([[text] for text in job.prompts], "label")
-    extraction = Extraction(backbone, None, prompt_set, job.params, job.runtime, job.data)
+    session = FrozenSession(job.path, job.params.layers, prompt_set, job.params, job.runtime, job.device)
+    extraction = Extraction(session, job.data, job.params)
     projector = Projector(extraction.fit_basis(np.arange(min(len(job.data), 16))).layers, job.device)
-    _ours(extraction, projector, min(len(job.data), extraction.batcher.parallel_rows))
+    _ours(extraction, projector, min(len(job.data), session.batcher.parallel_rows))
     _wait(job.device)
     ready = time.perf_counter() - started
     _reset_memory(job.device)
     seconds, ours = _timed(job.device, lambda: _ours(extraction, projector, len(job.data)))
     passes = 1 + len(job.prompts)
-    vae, one_pass = count_flops(job.path, job.params.layers, job.params.image_size, extraction.conditioning)
+    vae, one_pass = count_flops(job.path, job.params.layers, job.params.image_size, session.model.conditioning)
     rate, flops = len(job.data) / seconds, vae + passes * one_pass
     row = {
         "passes": passes,
-        "batch": extraction.batcher.batch_size,
+        "batch": session.batcher.batch_size,
         "seconds_until_ready": ready,
         "images_per_second": rate,
         "flops_per_image": flops,
@@ -135,7 +136,7 @@ def _ours(extraction: Extraction, projector: Projector, count: int) -> np.ndarra
     index = np.arange(count)
     host = extraction.host_input(index)
     features, _ = extraction.represent(
-        index, extraction.inputs(host, extraction.encode(host.images)), projector, _NoBar
+        index, extraction.inputs(host, extraction.session.encode(host.images)), projector, _NoBar
     )
     return np.concatenate([features.denoised[:, None], features.prompted], axis=1).astype(np.float32)
 

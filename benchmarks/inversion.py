@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 import numpy as np
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -23,6 +23,7 @@ from pipeline import provenance, seeding
 from pipeline.data.datasets import PreparedDataset
 from pipeline.feature_store import FeatureSet
 from pipeline.settings import config
+from stages.analyze_features.probes import linear_probe
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,7 +60,7 @@ def _attack(
     guessed, truth = inverse.predict(values[hidden]), pixels[hidden]
     explained = 1 - ((guessed - truth) ** 2).sum() / ((truth - pixels[known].mean(0)) ** 2).sum()
     distances = (guessed**2).sum(1)[:, None] - 2 * guessed @ truth.T + (truth**2).sum(1)
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(values[known], labels[known])
+    probe = linear_probe().fit(values[known], labels[known])
     return {
         "explained": float(explained),
         "identified": float((distances.argmin(1) == np.arange(len(hidden))).mean()),

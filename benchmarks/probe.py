@@ -12,15 +12,13 @@ from pathlib import Path
 
 import click
 import numpy as np
-from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedShuffleSplit, cross_val_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from pipeline import provenance
 from pipeline.data.datasets import PreparedDataset
 from pipeline.feature_store import FeatureSet
 from pipeline.settings import config
+from stages.analyze_features.probes import linear_probe
 
 
 @click.command()
@@ -44,9 +42,8 @@ def main(params: Path, splits: int) -> None:
 
 
 def _probe(inputs: np.ndarray, labels: np.ndarray, splits: int) -> list[float]:
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     folds = StratifiedShuffleSplit(splits, test_size=0.2, random_state=0)
-    return cross_val_score(probe, inputs, labels, cv=folds).tolist()
+    return cross_val_score(linear_probe(), inputs, labels, cv=folds).tolist()
 
 
 if __name__ == "__main__":

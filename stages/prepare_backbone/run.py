@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline import provenance
 from pipeline.diffusion import frozen_model
+from pipeline.diffusion.frozen_model import BackboneManifest
 from pipeline.errors import PipelineError
 from pipeline.io import atomic
 from pipeline.settings.config import Config
@@ -71,7 +72,7 @@ def run(config: Config, train: bool = False) -> Path:
         log.warning("prepare_backbone.revision is not used: it is for models from the hub")
     _tell_changes(config, found)
     config.backbone_manifest.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write_json(config.backbone_manifest, found)
+    atomic.write_json(config.backbone_manifest, BackboneManifest(**found).model_dump())
     log.info("%s: %d files", config.backbone_dir, len(found["files"]))
     return config.backbone_manifest
 
@@ -110,12 +111,12 @@ def _linked(source: Source, target: Path, variant: str, prefer_fp16: bool) -> di
 def _tell_changes(config: Config, found: Mapping[str, Any]) -> None:
     """Says when another model takes the name of one that was prepared before: its features are not this one's."""
     try:
-        before = frozen_model.read_manifest(config)
+        before = frozen_model.read_manifest(config.backbone_manifest)
     except PipelineError:
         return
-    old, new = before["files"], found["files"]
+    old, new = before.files, found["files"]
     changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    if changed and all(before.get(key) == found[key] for key in ("source", "revision")):
+    if changed and all(getattr(before, key) == found[key] for key in ("source", "revision")):
         log.warning(
             "%s is another model than the one prepared before from the same source: %s changed. Features that were "
             "extracted before do not belong to it",

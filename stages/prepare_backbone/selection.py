@@ -71,7 +71,7 @@ def select(source: Source, variant: str, prefer_fp16: bool) -> Selection:
     index = _index(source)
     configs = {families.INDEX: index}
     configs |= {name: _json(source, name) for name in families.config_files(index) if name in source.sizes}
-    family = families.judge(source.title, configs)
+    family = families.identify(source.title, configs)
     files = {families.INDEX: families.INDEX}
     parts = [part for part in _PARTS if part in families.parts(index)]
     variants = set()

@@ -213,10 +213,11 @@ def _basis_difference(content: Content, config: Config) -> str | None:
 
 def _encoder_difference(content: Content, config: Config) -> str | None:
     """An image encoder: the same, where it is here."""
-    theirs, folder = content.image_conditioning, frozen_model.image_encoder_dir(config)
+    path = config.params.extract_features.image_conditioning
+    theirs, folder = content.image_conditioning, config.path(path) if path else None
     if theirs is None or (folder and not folder.exists()):
         return None
-    if folder and frozen_model.image_encoder_hashes(config) == theirs:
+    if folder and frozen_model.image_encoder_hashes(folder) == theirs:
         return None
     ours = f"{folder}, whose files differ" if folder else "null"
     return (
@@ -237,16 +238,16 @@ def _check_frozen_model(features: FeatureSet, config: Config) -> None:
     """By the hashes of its files, where the model's manifest is here."""
     if not config.backbone_manifest.exists():
         return
-    ours = frozen_model.read_manifest(config)
+    ours = frozen_model.read_manifest(config.backbone_manifest)
     content = features.manifest.content.backbone
-    files = {name: sha256 for name, sha256 in ours["files"].items() if name != "model_index.json"}
+    files = {name: sha256 for name, sha256 in ours.files.items() if name != "model_index.json"}
     if files != content:
         file = min(name for name in files.keys() | content.keys() if files.get(name) != content.get(name))
         made_by = features.manifest.provenance.get("backbone", {})
         raise PipelineError(
             f"{features.path} was extracted with another frozen model ({_model(made_by)}) than "
-            f"{config.backbone_manifest} names ({_model(ours)}): {file} differs; set prepare_backbone to the set's "
-            f"model and run `pipeline prepare-backbone`, {_EXTRACT}"
+            f"{config.backbone_manifest} names ({_model(ours.origin())}): {file} differs; set prepare_backbone to "
+            f"the set's model and run `pipeline prepare-backbone`, {_EXTRACT}"
         )
 
 

@@ -127,7 +127,7 @@ STATE = {
     "staged-basis": ("staging/*/basis.h5", EXTRACT),
     "entry": ("staging/*/shard-00002.json", EXTRACT),
     "basis-entry": ("staging/*/basis.json", EXTRACT),
-    "latents": ("latents/*/latents-00002.h5", EXTRACT),
+    "latents": ("latents/*/latents-00002.safetensors", EXTRACT),
     "tensors": ("checkpoints/*/round-*.safetensors", TRAIN),
     "checkpoint": ("checkpoints/*/checkpoint.json", TRAIN),
     "class": ("synthesize/*/class-00003.safetensors", SYNTHESIZE),

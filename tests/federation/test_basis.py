@@ -68,11 +68,13 @@ def centralised(projects):
         made = config.load(project / "params.yaml", {"extract_features.basis": "auto"})
         job = planning.make(made)
         extraction = load(job)
-        index = pca.images(job.plan.rows, 12, made.params.extract_features.noise_seed)
+        index = pca.images(job.feature_set.rows, 12, made.params.extract_features.noise_seed)
         assert len(index) == min(12, len(PreparedDataset(made.dataset_dir).load("train")))
         inputs = extraction.clean_inputs(index)
-        text = torch.full((len(index),), len(extraction.conditioning) - 1)
-        batches = extraction.batcher.map(lambda r, i=inputs, t=text, e=extraction: e.maps(i, r, t[r]), len(index))
+        text = torch.full((len(index),), extraction.session.model.generic)
+        batches = extraction.session.batcher.map(
+            lambda r, i=inputs, t=text, e=extraction: e.maps(i, r, t[r]), len(index)
+        )
         parts = [{name: own[: rows.stop - rows.start] for name, own in found.items()} for rows, found in batches]
         maps.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
         for layer, own in maps[-1].items():

@@ -429,5 +429,5 @@ def test_any_manifest_of_a_frozen_model(settings, changes, content):
     changes = [(at(text, *name.split(".")) if isinstance(name, str) else name, value) for name, value in changes]
     settings.backbone_manifest.write_bytes(changed_json(text, changes, fit=False) if changes else content)
     with contextlib.suppress(PipelineError):
-        found = frozen_model.read_checked(settings)
-        assert found["files"] == {}  # no file of that hash is there
+        found = frozen_model.read_checked(settings.backbone_manifest, settings.backbone_dir)
+        assert found.files == {}  # no file of that hash is there

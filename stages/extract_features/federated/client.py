@@ -16,7 +16,7 @@ from stages.extract_features import basis as pca
 from stages.extract_features import plan as planning
 from stages.extract_features.extraction import Extraction
 from stages.extract_features.federated.moments import pack_moments, pack_pooled, unpack_layers
-from stages.extract_features.plan import Job
+from stages.extract_features.plan import ExtractionPlan
 from stages.extract_features.run import load
 
 
@@ -27,8 +27,8 @@ def join(message: Message, context: Context) -> RecordDict:
         PipelineError: it cannot take part.
     """
     node, job = _job(context)
-    channels = backbones.layer_channels(job.config.backbone_dir, job.config.params.extract_features.layers)
-    agreement = job.plan.content.common() | {"channels": channels}
+    channels = backbones.layer_channels(job.model_dir, job.settings.layers)
+    agreement = job.feature_set.content.common() | {"channels": channels}
     return members.introduction(node.client_id, node.name, len(_images(job)), agreement)
 
 
@@ -60,7 +60,7 @@ def basis(message: Message, context: Context) -> RecordDict:
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic.replace_file(file) as received:
         received.write_bytes(np.array(message.content.array_records["file"]["basis.h5"].numpy()).tobytes())
-        feature_store.read_basis_file(received, list(job.plan.content.layers))
+        feature_store.read_basis_file(received, list(job.feature_set.content.layers))
         atomic.sync_to_disk(received)
     return RecordDict({"kept": MetricRecord({"bytes": file.stat().st_size})})
 
@@ -72,7 +72,7 @@ def _config(context: Context, node: Node) -> Config:
     return config
 
 
-def _job(context: Context) -> tuple[Node, Job]:
+def _job(context: Context) -> tuple[Node, ExtractionPlan]:
     """The extraction that the node would do if it fitted a basis of its own."""
     node = node_of(context)
     config = _config(context, node)
@@ -80,11 +80,10 @@ def _job(context: Context) -> tuple[Node, Job]:
     return node, planning.make(Config(config.params.model_copy(update={"extract_features": own}), config.root))
 
 
-def _images(job: Job) -> np.ndarray:
-    params = job.config.params.extract_features
-    return pca.images(job.plan.rows, params.basis_images, params.noise_seed)
+def _images(job: ExtractionPlan) -> np.ndarray:
+    return pca.images(job.feature_set.rows, job.settings.basis_images, job.settings.noise_seed)
 
 
-def _ready(job: Job) -> tuple[Extraction, Inputs]:
+def _ready(job: ExtractionPlan) -> tuple[Extraction, Inputs]:
     extraction = load(job)
     return extraction, extraction.clean_inputs(_images(job))
