@@ -1,6 +1,7 @@
 """`pipeline features`: the cached feature sets, listed, shown, checked, compared, packed and unpacked."""
 
 import dataclasses
+import importlib
 import json
 import os
 from pathlib import Path
@@ -205,6 +206,7 @@ def import_set(params: Path, file: Path, name: str | None) -> None:
 def _config(params: Path) -> "Config":
     from pipeline.settings import config
 
+    importlib.import_module("stages.train_fl.methods")  # registers the methods' settings
     return config.load(params)
 
 

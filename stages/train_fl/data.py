@@ -12,11 +12,10 @@ from pipeline.data.datasets import Images, PreparedDataset, stratified_split
 from pipeline.errors import PipelineError
 from pipeline.feature_store import FeatureSet
 from pipeline.settings.config import Config
-from pipeline.settings.params import Guidance as GuidanceParams
-from pipeline.settings.params import Nodes
+from pipeline.settings.params import Guidance, Nodes
 from stages.train_fl import feature_check, partitions, placement, synthetic
 from stages.train_fl.client_data import ClientData
-from stages.train_fl.placement import GuidanceOnDisk, GuidanceSource
+from stages.train_fl.guidance import GuidanceOnDisk, GuidanceSource
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Federation:
+class FederatedData:
     """Clients and their data; `parts` are positions in the training split. Counts are of real samples."""
 
     clients: list[ClientData]
@@ -50,10 +49,10 @@ def load(
     config: Config,
     partition: str,
     seed: int,
-    guidance: GuidanceParams | None,
+    guidance: Guidance | None,
     device: str,
     client_id: int | None = None,
-) -> Federation:
+) -> FederatedData:
     """Splits, thins out, deals and places the data set.
 
     Args:
@@ -97,7 +96,7 @@ def load(
         for part, images in zip(parts, extra, strict=True)
     ]
     num_classes, num_domains = len(dataset.class_names), len(dataset.domain_names)
-    return Federation(
+    return FederatedData(
         clients=clients,
         parts=[index[part] for part in parts],
         label_counts=counts,
