@@ -319,6 +319,7 @@ def test_a_manifest_that_contradicts_itself(copied, change):
 def test_a_manifest_comes_back_in_its_own_words(copied):
     """What is checked is not changed: a set is imported with the bytes that it was exported with."""
     said = put("provenance", value={"dataset": "d", "backbone": {"name": "b", "source": "s", "revision": None},
+        "settings": {"timestep": 300, "layers": ["a"], "basis": {"path": "auto"}, "x": 1.5, "y": None},
         "feddifrc": "0", "commit": None, "python": "3", "packages": {"x": None}, "hardware": ["c"]})  # fmt: skip
     forge(copied, said)
     text = json.loads((copied / "manifest.json").read_text())

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, field_validator, model_validator, with_config
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    JsonValue,
+    field_validator,
+    model_validator,
+    with_config,
+)
 from typing_extensions import TypedDict  # pydantic reads typing's only from Python 3.12 on
 
 from pipeline import provenance
@@ -112,6 +121,7 @@ class _Backbone(TypedDict, total=False):
 class _Provenance(TypedDict, total=False):
     dataset: str
     backbone: _Backbone
+    settings: dict[str, JsonValue]
     feddifrc: str
     commit: str | None
     python: str
@@ -121,8 +131,8 @@ class _Provenance(TypedDict, total=False):
 
 Provenance = Annotated[dict[str, Any], GetPydanticSchema(lambda _, handler: handler(_Provenance))]
 """What made a set: the data set's name; the backbone's name, source, revision, and variant if its weights are fp16; the
-program's version and commit, Python's and the packages' versions, and every processor or GPU. It decides no feature and
-is in no fingerprint."""
+`extract_features` settings; the versions of the program, Python and the packages; every processor or GPU. It is not
+part of the fingerprint. Sets made by earlier versions have no settings."""
 
 
 class Content(BaseModel):
