@@ -31,12 +31,12 @@ from pipeline import provenance
 from pipeline.settings import config, params
 from stages.train_fl import methods, rounds
 from stages.train_fl.augmentation import to_model_range
-from stages.train_fl.client_data import ClientData, Guidance
+from stages.train_fl.client_data import ClientData
 from stages.train_fl.encoders import EncoderName
 from stages.train_fl.engines import local
-from stages.train_fl.methods import Method, feddifrc
+from stages.train_fl.guidance import GuidanceSource, GuidanceTargets, prepare
+from stages.train_fl.methods import Method
 from stages.train_fl.models import FLModel
-from stages.train_fl.placement import GuidanceSource
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -78,9 +78,9 @@ def _steps(encoder: EncoderName, steps: int, repeats: int, device: str) -> dict[
     images, labels = job.client(0)
     data = ClientData(images, labels).to(device)
     section = config.load(ROOT / "params.yaml").settings("methods", "feddifrc")
-    assert isinstance(section, params.FedDifRC)
+    assert isinstance(section, params.Guidance)
     guided = ClientData(images, labels, _targets(section, len(labels), _embedding_dim(job), labels)).to(device)
-    fedavg = methods.build(params.FedAvg(algorithm="fedavg"), job.model().to(device), 0.9, 0.0, 1)
+    fedavg = methods.build(methods.FedAvg.Settings(), job.model().to(device), 0.9, 0.0, 1)
     guidance = methods.build(section, job.model().to(device), 0.9, 0.0, 1)
     bare_model = job.model().to(device)
     kinds: dict[str, Callable[[], None]] = {
@@ -124,15 +124,15 @@ def _embedding_dim(job: Job) -> int:
     return job.model().embedding_dim
 
 
-def _targets(section: params.FedDifRC, count: int, dims: int, labels: torch.Tensor) -> Guidance:
+def _targets(section: params.Guidance, count: int, dims: int, labels: torch.Tensor) -> GuidanceTargets:
     """Targets from a random cache in the type that the shards have, prepared as the stage prepares them."""
     generator = torch.Generator().manual_seed(0)
-    cached = Guidance(
+    cached = GuidanceTargets(
         torch.rand((count, dims), generator=generator).half(),
         torch.rand((count, PROMPTS, dims), generator=generator).half(),
         labels,
     )
-    return feddifrc.prepare(cached, section, {"up_blocks.1": [0, dims]}, torch.full((dims,), 0.5), torch.ones(dims))
+    return prepare(cached, section, {"up_blocks.1": [0, dims]}, torch.full((dims,), 0.5), torch.ones(dims))
 
 
 def _timed(run: Callable[[], None], device: str) -> float:
@@ -151,7 +151,7 @@ def _cache_reading() -> dict[str, float] | None:
 
     project = config.load(ROOT / "params.yaml")
     section = project.settings("methods", "feddifrc")
-    assert isinstance(section, params.FedDifRC)
+    assert isinstance(section, params.Guidance)
     try:
         features, rows = FeatureSet(project.features_dir), PreparedDataset(project.dataset_dir).rows("train")
     except PipelineError as error:
@@ -187,7 +187,7 @@ def _simulators(job: Job, peers: str) -> dict[str, Any]:
 def _local_rounds(job: Job) -> dict[str, float]:
     """The job on the local engine, in this process."""
     clients = [ClientData(*job.client(k)) for k in range(job.num_clients)]
-    method = methods.build(params.FedAvg(algorithm="fedavg"), job.model(), job.momentum, 0.0, job.num_clients)
+    method = methods.build(methods.FedAvg.Settings(), job.model(), job.momentum, 0.0, job.num_clients)
     schedule = rounds.Schedule(
         job.num_rounds, job.num_clients, job.local_epochs, job.batch_size, job.learning_rate, 1.0, "none", 0
     )

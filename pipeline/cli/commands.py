@@ -71,6 +71,7 @@ class StageCommand(click.Command):
         """Checks the configuration and calls the command."""
         from pipeline.settings import config
 
+        importlib.import_module("stages.train_fl.methods")  # registers the methods' settings
         overrides = {}
         for option in self._flags:
             assert option.name
@@ -337,6 +338,7 @@ def preset(params: Path, name: str | None, run_it: bool, force: bool) -> None:
         for known, text in presets.describe(params.resolve().parent / "presets").items():
             click.echo(f"{known:24} {text}")
         return
+    importlib.import_module("stages.train_fl.methods")  # registers the methods' settings
     applied = presets.apply(name, params.resolve(), force)
     for key, (old, new) in applied.changes.items():
         whole = "replaced" if old else "added"

@@ -83,6 +83,7 @@ for _question in ("join", "forget", "moments", "pooled", "basis"):
 
 
 def _part(context: Context, name: str) -> Any:
+    importlib.import_module("stages.train_fl.methods")  # registers the methods' settings
     task = str(context.run_config.get("task"))
     if task not in _TASKS:
         raise PipelineError(f"--run-config task={task!r}: there are {', '.join(_TASKS)}")

@@ -17,9 +17,9 @@ from typing import Annotated, Any, Literal
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.settings.error_messages import explain, models_of
-from pipeline.settings.params import Params, Section
+from pipeline.settings.params import METHODS, Params, Section
 from pipeline.text import printable
 
 _MAX_OPEN_BRACKETS = 100
@@ -217,6 +217,8 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
         PipelineError: the file is missing or not YAML, a key is unknown, missing, of a wrong type or range, or the
             sweep names what there is not.
     """
+    if not METHODS:
+        raise ConfigError("No federated methods are registered. Import stages.train_fl.methods before config.load.")
     values, overrides = read_yaml(path), overrides or {}
     for key, value in overrides.items():
         _set(values, key, value)

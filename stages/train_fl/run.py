@@ -19,15 +19,15 @@ from typing import Any
 import torch
 
 from pipeline import accuracy, devices, provenance, run_digests
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.io import atomic, locks
 from pipeline.progress import progress_bar
 from pipeline.settings.config import Config
-from pipeline.settings.params import Nodes, Runtime, Section, SelfSupervisedFedDifRC, SimSiam
+from pipeline.settings.params import Nodes, Runtime, Section
 from stages.train_fl import data as federation
 from stages.train_fl import evaluate, feature_check, loggers, methods, models, records, rounds
 from stages.train_fl.checkpoint import Checkpoint
-from stages.train_fl.data import Federation
+from stages.train_fl.data import FederatedData
 from stages.train_fl.encoders import EncoderSettings
 from stages.train_fl.engines import local
 from stages.train_fl.evaluate import Classification, Evaluator
@@ -37,8 +37,6 @@ from stages.train_fl.probes import Probes
 from stages.train_fl.rounds import Progress, Round
 
 log = logging.getLogger(__name__)
-
-SelfSupervised = SimSiam | SelfSupervisedFedDifRC
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Job:
     @property
     def without_labels(self) -> bool:
         """Whether the method trains without labels."""
-        return isinstance(self.method, SelfSupervised)
+        return not methods.method_class(self.method).needs_labels
 
     @property
     def of_nodes(self) -> bool:
@@ -85,8 +83,12 @@ class Job:
         Raises:
             PipelineError: it cannot.
         """
-        if isinstance(self.method, SimSiam) and self.config.params.train_fl.augmentation == "none":
-            raise PipelineError("simsiam compares two views of an image: set train_fl.augmentation to views (or crop)")
+        needed = methods.method_class(self.method).needs_augmentation
+        if needed and self.config.params.train_fl.augmentation == "none":
+            raise ConfigError(
+                f"{self.method_name} compares two views of an image (train_fl.augmentation is none). "
+                "Set it to views or crop."
+            )
 
     def seal(self) -> None:
         """Writes the checksums, which mark the run as whole, and what the report's stage depends on.
@@ -144,7 +146,7 @@ def run(config: Config, method_name: str, partition_name: str, seed: int, overwr
     return job.path
 
 
-def _make(job: Job, data: Federation, model: FLModel, method: Method, device: str, overwrite: bool) -> None:
+def _make(job: Job, data: FederatedData, model: FLModel, method: Method, device: str, overwrite: bool) -> None:
     """Trains and writes all that a run leaves; the checksums last, which mark it as whole."""
     settings = settings_of(job, data)
     if not overwrite:
@@ -206,10 +208,10 @@ def build(
     return model, methods.build(job.method, model, *optimiser, num_clients, params.gradient_clipping)
 
 
-def evaluator_of(job: Job, data: Federation) -> Evaluator:
+def evaluator_of(job: Job, data: FederatedData) -> Evaluator:
     """The classifier's accuracy, or for training without labels a k-NN classifier's and a linear probe's."""
-    if isinstance(job.method, SelfSupervised):
-        return Probes(data.clients, data.held_out, job.method.knn_neighbours)
+    if job.without_labels:
+        return Probes(data.clients, data.held_out, job.method.model_dump()["knn_neighbours"])
     return Classification(data.held_out)
 
 
@@ -271,7 +273,7 @@ def weights_of(model: FLModel) -> Weights:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def finish(job: Job, data: Federation, model: FLModel, evaluator: Evaluator, record: records.RunRecord) -> None:
+def finish(job: Job, data: FederatedData, model: FLModel, evaluator: Evaluator, record: records.RunRecord) -> None:
     """Writes the weights, the accuracy by client and by domain, and the run in a few numbers."""
     predictor, extra = evaluator.final(model)
     records.write_weights(job.path, model.state_dict())
@@ -289,7 +291,7 @@ def finish(job: Job, data: Federation, model: FLModel, evaluator: Evaluator, rec
     log.info("%s: accuracy %.4f (%s)", job.path.name, metrics["mean_last5_accuracy"], words)
 
 
-def settings_of(job: Job, data: Federation) -> dict[str, Any]:
+def settings_of(job: Job, data: FederatedData) -> dict[str, Any]:
     """All that decides the run."""
     return {
         **job.config.settings_of_run(job.method_name, job.partition_name),

@@ -1,4 +1,4 @@
-"""A picture of clients x classes; matplotlib is imported only when one is drawn."""
+"""A heat map of clients x classes; matplotlib is imported only when one is drawn."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ _MAX_NUMBERED_CELLS = 400
 
 
 def write(path: Path, counts: np.ndarray, class_names: list[str]) -> None:
-    """Writes an SVG heat map of samples per client and class; equal counts give equal bytes.
+    """Write an SVG heat map of samples per client and class; equal counts give equal bytes.
 
     Args:
         path: the file.

@@ -19,10 +19,9 @@ from torch import nn
 
 from pipeline.errors import PipelineError
 from pipeline.federation.node import REFUSED, config_of, node_of
-from pipeline.settings.params import CentralPrivacy, Federation, LocalPrivacy
+from pipeline.settings.params import METHODS, CentralPrivacy, Federation, LocalPrivacy
+from stages.train_fl.methods import method_class
 from stages.train_fl.run import Job
-
-_MEAN_OF_WEIGHTS = ("fedavg", "fedprox", "moon", "feddifrc", "simsiam", "feddifrc-self-supervised")
 
 
 def check(job: Job, model: nn.Module) -> None:
@@ -42,11 +41,11 @@ def check(job: Job, model: nn.Module) -> None:
         raise PipelineError(
             f"{asked} hides a node among others: set federation.min_clients and clients_per_round to 2 or more"
         )
-    algorithm = job.method.model_dump()["algorithm"]
-    if algorithm not in _MEAN_OF_WEIGHTS:
+    if not method_class(job.method).sends_only_weights:
+        covered = [name for name, settings in METHODS.items() if method_class(settings()).sends_only_weights]
         raise PipelineError(
-            f"{asked} covers the mean of weights alone, but {algorithm} sends or keeps more: use one of "
-            f"{', '.join(_MEAN_OF_WEIGHTS)}, or set it to null"
+            f"{asked} covers the mean of weights alone, but {job.method.model_dump()['algorithm']} sends or keeps "
+            f"more: use one of {', '.join(covered)}, or set it to null"
         )
     if next(model.buffers(), None) is not None:
         raise PipelineError(f"{asked} does not go with BatchNorm's statistics: set train_fl.normalisation to group")

@@ -24,7 +24,7 @@ from pipeline.settings.params import CentralPrivacy
 from stages.train_fl import data as federation
 from stages.train_fl import methods, records
 from stages.train_fl.checkpoint import Checkpoint
-from stages.train_fl.data import Federation
+from stages.train_fl.data import FederatedData
 from stages.train_fl.engines.flower import privacy
 from stages.train_fl.engines.flower.messages import to_record
 from stages.train_fl.engines.flower.participation import Account
@@ -67,7 +67,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         _Run(job, grid, data, device).make(overwrite=bool(run_config.get("overwrite")))
 
 
-def _own_data(job: Job, device: str) -> Federation | None:
+def _own_data(job: Job, device: str) -> FederatedData | None:
     """All clients' data where the partition is dealt; None where the nodes have their own."""
     if job.of_nodes:
         return None
@@ -77,7 +77,7 @@ def _own_data(job: Job, device: str) -> Federation | None:
 class _Run:
     """One run, from the first node that joins to the last file."""
 
-    def __init__(self, job: Job, grid: Grid, data: Federation | None, device: str) -> None:
+    def __init__(self, job: Job, grid: Grid, data: FederatedData | None, device: str) -> None:
         self._job, self._grid, self._data, self._device = job, grid, data, device
         self._params = job.config.params.federation
         self._num_clients = len(data.clients) if data else job.config.params.train_fl.num_clients
