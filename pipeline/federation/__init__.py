@@ -1,11 +1,10 @@
-"""Federations of real nodes, over Flower: who they are, what they are told, and the app that runs on them.
+"""Federations of real nodes over Flower.
 
-    app      the Flower app that pyproject.toml names: a ServerApp and a ClientApp that call a stage, as the CLI does
-    node     a node's view: its own folder and name, the run's settings, and how it refuses
-    members  the server's view: who has joined, who was refused and why
-    demo     a whole federation on this machine, for a first try, the tests and the benchmark
+app      the Flower app of pyproject.toml: a ServerApp and a ClientApp that call a stage, as the command line does
+node     a node's view: its folder and name, the run's settings, and how it refuses a request
+members  the server's view: which nodes have joined, which were rejected and why, and how to ask them
 
 A node is a Flower SuperNode whose `--node-config` names its client-id and its project folder. Transport, scheduling,
-TLS and authentication are Flower's. What must not differ between nodes comes with the run: the code and params.yaml
-travel in Flower's app bundle, so a node's folder holds data alone.
+TLS and authentication are Flower's. The code and params.yaml, which must not differ between nodes, travel in Flower's
+app bundle, so a node's folder holds only data.
 """

@@ -1,8 +1,8 @@
-"""The Flower app: what `flwr run` starts on the server and on every node. Like the CLI, it calls one stage.
+"""The Flower app that `flwr run` starts on the server and on every node. Like the command line, it calls one stage.
 
-The run's `task` says which: `train` is stage 2 (stages/train_fl/engines/flower), `basis` the federated part of stage 1
-(stages/extract_features/federated). Each has a `server` with serve(grid, run_config) and a `client` with a function a
-message type. They are imported when they are needed: a node loads no more than its part.
+The run's `task` selects it: `train` is stage 2 (stages/train_fl/engines/flower), `basis` the federated part of stage 1
+(stages/extract_features/federated). Each has a `server` with serve(grid, run_config) and a `client` with a function per
+message type. They are imported on demand, so a node loads only its own part.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp import Grid, ServerApp
 
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.federation.node import answering
 
 _TASKS = {"train": "stages.train_fl.engines.flower", "basis": "stages.extract_features.federated"}
@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 @server_app.main()
 def serve(grid: Grid, context: Context) -> None:
-    """Runs the task; a mistake or fault is one line, and the run ends as failed."""
-    with _speaking():
+    """Run the task. An error is logged on one line, and the run ends as failed."""
+    with _run_log():
         try:
             _part(context, "server").serve(grid, context.run_config)
         except PipelineError as error:
@@ -39,14 +39,14 @@ def serve(grid: Grid, context: Context) -> None:
 
 
 @contextlib.contextmanager
-def _speaking() -> Iterator[None]:
-    """Our own words, and Flower's, go to the run's log; those of the libraries below do not."""
+def _run_log() -> Iterator[None]:
+    """Send the log messages of this project to the run's log, and not those of other libraries."""
     handler = logging.StreamHandler(sys.stdout)
     ours, flower = [logging.getLogger(name) for name in ("pipeline", "stages")], logging.getLogger("flwr")
     for logger in ours:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
-    flower.addFilter(_without_traceback)  # stays: Flower's word on how it ended comes later
+    flower.addFilter(_without_traceback)  # stays: Flower logs how the app ended after this block
     try:
         yield
     finally:
@@ -55,19 +55,19 @@ def _speaking() -> Iterator[None]:
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """Flower logs what ends a ServerApp with its traceback, which says nothing of a mistake that is named already."""
+    """Drop the traceback with which Flower logs an error that was reported already."""
     if record.exc_info and isinstance(record.exc_info[1], PipelineError):
         record.exc_info = None
     return True
 
 
 def privacy(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Flower's mods for differential privacy and secure aggregation, as the run's params.yaml asks for them."""
+    """Apply Flower's mods for differential privacy, as the run's params.yaml asks for."""
     return _part(context, "privacy").protect(message, context, call_next)
 
 
 def _handler(name: str) -> ClientAppCallable:
-    """What answers a message: the function of this name in the task's `client`."""
+    """Return a handler that calls the function of this name in the task's `client`."""
 
     @answering
     def handle(message: Message, context: Context) -> RecordDict:
@@ -86,5 +86,5 @@ def _part(context: Context, name: str) -> Any:
     importlib.import_module("stages.train_fl.methods")  # registers the methods' settings
     task = str(context.run_config.get("task"))
     if task not in _TASKS:
-        raise PipelineError(f"--run-config task={task!r}: there are {', '.join(_TASKS)}")
+        raise ConfigError(f"unknown --run-config task={task!r}. Use one of {', '.join(_TASKS)}.")
     return importlib.import_module(f"{_TASKS[task]}.{name}")

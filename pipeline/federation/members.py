@@ -1,52 +1,63 @@
-"""The server's view of the federation: who has joined, who was refused and why, who has left.
+"""The server's view of the federation: which nodes have joined, which were rejected and why, and how to ask them.
 
-Every node that is connected and unknown is asked to join; it answers with its client id, its name and what it must
-agree on with the others (class names, what its features are). Asking never holds up a round: answers are collected
-when the next one begins, so a node may join late, or again after a restart. What most of the first nodes agree on
-stands for the whole run (the lowest client's among equals); a node that differs is refused by name, the others go on.
+Every connected node that is unknown is asked to join. It answers with its client id, its name and the settings that
+must agree between nodes (class names, the properties of its features). Nothing waits for these answers: they are
+collected at the next call, so a node may join late, or again after a restart. The majority of the first nodes
+determines the agreed settings (ties go to the lowest client id). Nodes that differ are rejected by name.
 """
 
 import collections
 import json
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.settings.config import at, differing_keys
+from pipeline.settings.params import Federation
 from pipeline.text import printable
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 JOIN = "query.join"
 _POLL_SECONDS = 0.5
-_PATIENCE_SECONDS = 30.0  # before a node that was refused is asked again: it loads its data each time
+_RETRY_SECONDS = 30.0  # before a rejected node is asked again: it loads its data each time
 _NO_ANSWER = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
 
 
 @dataclass(frozen=True)
 class Member:
-    """A node that takes part: Flower's id of it, which changes at a restart, and what it said of itself."""
+    """A node that takes part.
+
+    Attributes:
+        node_id: Flower's id of the node, which changes when it restarts.
+        client_id: Which client it is, counted from 0.
+        name: Its name in messages.
+        num_samples: Its training images.
+        agreement: The settings that must agree between nodes, as JSON.
+    """
 
     node_id: int
     client_id: int
     name: str
     num_samples: int
-    agreement: dict[str, Any]
+    agreement: dict[str, Any] = field(compare=False)
 
     def __str__(self) -> str:
-        """As messages name it."""
+        """Return its name in messages."""
         return f"client {self.client_id} ({self.name})"
 
 
 def introduction(client_id: int, name: str, num_samples: int, agreement: dict[str, Any]) -> RecordDict:
-    """A node's answer to being asked to join; `agreement` is what may not differ between nodes, as JSON."""
+    """Return a node's answer to the request to join; see `Member`."""
     facts = {
         "client-id": client_id,
         "name": name,
@@ -57,83 +68,137 @@ def introduction(client_id: int, name: str, num_samples: int, agreement: dict[st
 
 
 class Members:
-    """Who takes part."""
+    """The nodes of a run."""
 
-    def __init__(
-        self, grid: Grid, num_clients: int, answer_within: float, told: Callable[[str], None] = log.warning
-    ) -> None:
-        """Nobody yet.
+    def __init__(self, grid: Grid, num_clients: int, params: Federation) -> None:
+        """Start without members.
 
         Args:
             grid: Flower's connection to the nodes.
-            num_clients: client ids are below it.
-            answer_within: seconds that a node has to answer.
-            told: gets every change in words.
+            num_clients: Client ids are below it.
+            params: How many nodes to wait for, and how long.
         """
-        self._grid, self._num_clients, self._ttl, self._told = grid, num_clients, answer_within, told
-        self._asked: dict[str, tuple[int, float]] = {}  # message id -> node, and when it was asked
+        self._grid, self._num_clients, self._params = grid, num_clients, params
+        self._asked: dict[str, tuple[int, float]] = {}  # message id -> node id, and when it was asked
         self._joined: dict[int, Member] = {}  # by node id
-        self._refused: dict[int, str] = {}  # by node id
-        self._not_before: dict[int, float] = {}  # node id -> when it may be asked again
+        self._rejected: dict[int, str] = {}  # node id -> reason
+        self._retry_at: dict[int, float] = {}  # node id -> when it may be asked again
         self._agreed: dict[str, Any] | None = None
 
     @property
     def agreed(self) -> dict[str, Any]:
-        """What all members agree on; known once `wait` has returned."""
+        """The settings on which all members agree; available once `wait` has returned."""
         assert self._agreed is not None
         return self._agreed
 
     def present(self) -> dict[int, Member]:
-        """The members that are connected, by client id, ascending, after collecting who came and who left."""
+        """Update who has joined and left, and return the connected members by client id, ascending."""
         online = set(self._grid.get_node_ids())
         for node_id in [node_id for node_id in self._joined if node_id not in online]:
-            self._told(f"{self._joined.pop(node_id)} has left")
+            log.warning("%s has left", self._joined.pop(node_id))
         self._collect()
-        self._ask(online)
+        self._ask_to_join(online)
         members = [member for member in self._joined.values() if self._agreed in (None, member.agreement)]
         return {member.client_id: member for member in sorted(members, key=lambda member: member.client_id)}
 
-    def wait(self, minimum: int, seconds: float, wanted: int | None = None) -> dict[int, Member]:
-        """Waits for members that agree; they, by client id.
+    def wait(self, for_all: bool = False) -> dict[int, Member]:
+        """Wait until `min_clients` members that agree are present, and return all that are, by client id.
 
         Args:
-            minimum: how many there must be.
-            seconds: how long to wait.
-            wanted: how many are waited for before the minimum is enough; None: the minimum.
+            for_all: Wait for all clients instead, and settle for `min_clients` after `join_timeout`.
 
         Raises:
-            PipelineError: they have not come in time; names who was refused.
+            PipelineError: Too few joined within `join_timeout`. The message names the rejected ones.
         """
+        minimum, seconds = self._params.min_clients, self._params.join_timeout
         deadline = time.monotonic() + seconds
         while True:
             late, present = time.monotonic() > deadline, self.present()
-            enough = minimum if wanted is None or late else max(wanted, minimum)
+            enough = max(self._num_clients, minimum) if for_all and not late else minimum
             if self._agreed is None and len(present) >= enough:
                 present = self._agree(list(present.values()))
             if self._agreed is not None and len(present) >= enough:
                 return present
             if late:
-                refused = "".join(f"; refused: {reason}" for reason in self._refused.values())
+                rejected = "".join(f"; rejected: {reason}" for reason in self._rejected.values())
                 raise PipelineError(
-                    f"{len(present)} nodes have joined in {seconds:g} s, federation.min_clients = {minimum}{refused}: "
-                    "start the SuperNodes, or lower it, and run again; it goes on from where it was"
+                    f"too few nodes ({len(present)} joined within {seconds:g} s, federation.min_clients is {minimum}"
+                    f"{rejected}). Start the SuperNodes, or lower min_clients, and run again to resume."
                 )
             time.sleep(_POLL_SECONDS)
 
-    def name_of(self, node_id: int) -> str:
-        """A node as messages name it."""
-        return str(self._joined.get(node_id, f"node {node_id}"))
+    def messages(self, kind: str, content: RecordDict, members: Iterable[Member] | None = None) -> list[Message]:
+        """Address a message to each of `members`, or to all that are present.
 
-    def _ask(self, online: set[int]) -> None:
-        """Asks everyone who is connected and neither joined nor asked already."""
-        now = time.monotonic()
-        self._asked = {key: (node, at) for key, (node, at) in self._asked.items() if now - at < self._ttl}
-        waiting = {node for node, _ in self._asked.values()} | {
-            node for node, at in self._not_before.items() if now < at
-        }
+        Args:
+            kind: Flower's message type, for example "query.basis".
+            content: The same for all.
+            members: The recipients.
+        """
+        recipients = self.present().values() if members is None else members
+        ttl = self._params.round_timeout
+        return [Message(content, dst_node_id=own.node_id, message_type=kind, ttl=ttl) for own in recipients]
+
+    def ask(
+        self, kind: str, content: RecordDict, read: Callable[[RecordDict], T], members: Iterable[Member] | None = None
+    ) -> dict[Member, T]:
+        """Send the same message to members and read their answers. Members that fail are logged by name.
+
+        Args:
+            kind: Flower's message type.
+            content: The message.
+            read: Returns the value of an answer, or raises PipelineError.
+            members: The recipients; None: all that are present.
+
+        Returns:
+            The values by member, ascending by client id, without the members that failed.
+        """
+        messages = self.messages(kind, content, members)
+        answers, failures = self.exchange(messages, lambda member, reply: read(reply.content))
+        for member, reason in failures.items():
+            log.warning("continuing %s without %s: %s", kind.removeprefix("query."), member, reason)
+        return answers
+
+    def exchange(
+        self, messages: list[Message], read: Callable[[Member, Message], T]
+    ) -> tuple[dict[Member, T], dict[Member, str]]:
+        """Send messages to members and read their replies.
+
+        Args:
+            messages: At most one per member.
+            read: Returns the value of a reply without error, or raises PipelineError.
+
+        Returns:
+            The values by member, and for each other recipient the reason why it has none; ascending by client id.
+        """
+        recipients = {message.metadata.dst_node_id for message in messages}
+        by_node = {node_id: member for node_id, member in self._joined.items() if node_id in recipients}
+        timeout = self._params.round_timeout
+        failures = {member: f"no answer within {timeout:g} s" for member in by_node.values()}
+        answers: dict[Member, T] = {}
+        for reply in self._grid.send_and_receive(messages, timeout=timeout):
+            if not (member := by_node.get(reply.metadata.src_node_id)):
+                continue
+            try:
+                if reply.has_error():
+                    raise PipelineError(_reason_of(reply, member))
+                answers[member] = read(member, reply)
+            except PipelineError as error:
+                failures[member] = str(error)
+        ascending = sorted(by_node.values(), key=lambda member: member.client_id)
+        return (
+            {member: answers[member] for member in ascending if member in answers},
+            {member: failures[member] for member in ascending if member not in answers},
+        )
+
+    def _ask_to_join(self, online: set[int]) -> None:
+        """Ask every connected node that has neither joined nor been asked already."""
+        now, ttl = time.monotonic(), self._params.join_timeout
+        self._asked = {key: (node, asked) for key, (node, asked) in self._asked.items() if now - asked < ttl}
+        waiting = {node for node, _ in self._asked.values()} | {node for node, at in self._retry_at.items() if now < at}
         unknown = online - self._joined.keys() - waiting
         messages = [
-            Message(RecordDict(), dst_node_id=node_id, message_type=JOIN, ttl=self._ttl) for node_id in sorted(unknown)
+            Message(RecordDict(), dst_node_id=node_id, message_type=JOIN, ttl=ttl) for node_id in sorted(unknown)
         ]
         if messages:
             keys = self._grid.push_messages(messages)
@@ -142,43 +207,44 @@ class Members:
             }
 
     def _collect(self) -> None:
+        """Read the answers to requests to join that have arrived."""
         for reply in self._grid.pull_messages(list(self._asked)) if self._asked else ():
             self._asked.pop(reply.metadata.reply_to_message_id, None)
             node_id = reply.metadata.src_node_id
             if reply.has_error() and reply.error.code in _NO_ANSWER:
                 continue  # slow, or gone: it is asked again
-            self._not_before[node_id] = time.monotonic() + _PATIENCE_SECONDS
+            self._retry_at[node_id] = time.monotonic() + _RETRY_SECONDS
             try:
-                self._admit(_read(reply))
+                self._admit(_read_introduction(reply))
             except PipelineError as error:
-                if self._refused.get(node_id) != str(error):
-                    self._told(f"refused: {error}")
-                self._refused[node_id] = str(error)
+                if self._rejected.get(node_id) != str(error):
+                    log.warning("rejected: %s", error)
+                self._rejected[node_id] = str(error)
 
     def _admit(self, member: Member) -> None:
-        """Takes a node in, unless it differs or its place is taken.
+        """Add a member.
 
         Raises:
-            PipelineError: it is not taken in.
+            ConfigError: Its client id is invalid or taken, it has no images, or its settings differ.
         """
-        if not 0 <= member.client_id < self._num_clients or member.num_samples <= 0:
-            raise PipelineError(
-                f"{member} has {member.num_samples} images: there must be some, and a client-id is from 0 to "
-                f"{self._num_clients - 1}, one below train_fl.num_clients"
+        if not 0 <= member.client_id < self._num_clients:
+            raise ConfigError(
+                f"{member} has an invalid client-id. It must be from 0 to {self._num_clients - 1} "
+                "(train_fl.num_clients - 1)."
             )
+        if member.num_samples <= 0:
+            raise ConfigError(f"{member} has {member.num_samples} images. It needs at least one.")
         for other in self._joined.values():
             if other.client_id == member.client_id:
-                raise PipelineError(
-                    f"{member}: client-id {member.client_id} is {other.name}'s already: give each node its own"
-                )
+                raise ConfigError(f"{member} has the client-id of {other.name}. Give each node its own.")
         if self._agreed is not None:
             _check_agreement(member, self._agreed)
         self._joined[member.node_id] = member
-        self._refused.pop(member.node_id, None)
-        self._told(f"{member} has joined with {member.num_samples} images")
+        self._rejected.pop(member.node_id, None)
+        log.info("%s has joined with %d images", member, member.num_samples)
 
     def _agree(self, members: list[Member]) -> dict[int, Member]:
-        """Takes what most agree on, the lowest client's among equals; refuses the others."""
+        """Fix the agreed settings, reject the members that differ, and return the others by client id."""
         counts = collections.Counter(json.dumps(member.agreement, sort_keys=True) for member in members)
         self._agreed = json.loads(counts.most_common(1)[0][0])
         for member in members:
@@ -186,37 +252,39 @@ class Members:
                 _check_agreement(member, self._agreed)
             except PipelineError as error:
                 del self._joined[member.node_id]
-                self._refused[member.node_id] = str(error)
-                self._told(f"refused: {error}")
+                self._rejected[member.node_id] = str(error)
+                log.warning("rejected: %s", error)
         return {member.client_id: member for member in members if member.node_id in self._joined}
 
 
-def _read(reply: Message) -> Member:
-    """A node's introduction.
+def _read_introduction(reply: Message) -> Member:
+    """Read a node's answer to the request to join.
 
     Raises:
-        PipelineError: it refuses, or its answer is not one.
+        PipelineError: The node refuses, or its answer is not an introduction.
     """
     node_id = reply.metadata.src_node_id
     if reply.has_error():
-        raise PipelineError(_said(reply.error.reason) or f"node {node_id} failed without a word")
+        raise PipelineError(_one_line(reply.error.reason) or f"node {node_id} failed without an error message")
     try:
         facts = reply.content.config_records["introduction"]
         agreement = json.loads(str(facts["agreement"]))
         client_id, num_samples = int(str(facts["client-id"])), int(str(facts["num-samples"]))
-        return Member(node_id, client_id, _said(str(facts["name"])), num_samples, agreement)
+        return Member(node_id, client_id, _one_line(str(facts["name"])), num_samples, agreement)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise PipelineError(f"node {node_id} gave no introduction ({error!r}): does it run another version?") from None
+        raise PipelineError(
+            f"node {node_id} sent an invalid introduction ({error!r}). Check that it runs the same version of Flower."
+        ) from None
 
 
-def reason_of(reply: Message, member: Member | None = None) -> str:
-    """Why a node did not do what was asked, from its reply with an error; without its own name before it, if known."""
-    reason = _said(reply.error.reason) or f"error {reply.error.code}"
+def _reason_of(reply: Message, member: Member) -> str:
+    """Return the reason in a reply with an error, without the member's own name before it."""
+    reason = _one_line(reply.error.reason) or f"error {reply.error.code}"
     return reason.removeprefix(f"{member}: ")
 
 
-def _said(text: str | None) -> str:
-    """What a node says, on one line of a terminal or a log, of a thousand letters at most."""
+def _one_line(text: str | None) -> str:
+    """Return a node's text on one line of at most a thousand printable characters."""
     return printable(" ".join((text or "")[:1000].split()))
 
 
@@ -224,4 +292,4 @@ def _check_agreement(member: Member, agreed: dict[str, Any]) -> None:
     if keys := differing_keys(member.agreement, agreed):
         theirs = {key: at(member.agreement, key, None) for key in keys[:3]}
         ours = {key: at(agreed, key, None) for key in keys[:3]}
-        raise PipelineError(f"{member} has {theirs}, the others have {ours}: it cannot train with them")
+        raise ConfigError(f"{member} has {theirs}, but the others have {ours}. Make them agree to train together.")

@@ -1,8 +1,8 @@
-"""A node's view of a run: which client it is, where its data stand, and the settings that came with the run.
+"""A node's view of a run: which client it is, where its data are, and the settings of the run.
 
---node-config   this node's own: client-id, name, project, device
+--node-config   the node's own settings: client-id, name, project, device
 --run-config    the run's: method, partition, seed, set
-params.yaml     all else: the one in the app's bundle, the same on every node
+params.yaml     everything else, from Flower's app bundle: the same on every node
 """
 
 import functools
@@ -17,17 +17,17 @@ from typing import Any
 from flwr.app import Context, Error, Message, RecordDict
 
 import pipeline
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.settings import config
 from pipeline.settings.config import Config
 
 log = logging.getLogger(__name__)
 
 PARAMS = Path(pipeline.__file__).parents[1] / "params.yaml"
-"""The run's: in Flower's app bundle it stands beside the code."""
+"""The run's settings, which Flower's app bundle holds beside the code."""
 
 REFUSED = 100
-"""Code of the error that a node answers with when it cannot do what is asked, and says why."""
+"""Code of the error with which a node refuses a request; the error gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Node:
     """One client of the federation.
 
     Attributes:
-        client_id: which client it is, counted from 0; decides its random draws.
-        name: for people.
-        root: its project folder: data/, models/ and .pipeline/ below it.
-        device: what it trains on; None: as params.yaml says.
+        client_id: Which client it is, counted from 0; a key of its random draws.
+        name: Its name in messages.
+        root: Its project folder, with data/, models/ and .pipeline/.
+        device: Where it trains; None: as params.yaml says.
     """
 
     client_id: int
@@ -47,45 +47,47 @@ class Node:
     device: str | None
 
     def __str__(self) -> str:
-        """As messages name it."""
+        """Return its name in messages."""
         return f"client {self.client_id} ({self.name})"
 
 
 def node_of(context: Context) -> Node:
-    """The node that a ClientApp runs on.
+    """Return the node that a ClientApp runs on.
 
     Raises:
-        PipelineError: its --node-config lacks something.
+        ConfigError: Its --node-config is incomplete or wrong.
     """
-    told = context.node_config
-    client_id = told.get("client-id", told.get("partition-id"))  # the latter is what Flower's simulation gives
+    options = context.node_config
+    client_id = options.get("client-id", options.get("partition-id"))  # the latter comes from Flower's simulation
     if not isinstance(client_id, int) or client_id < 0:
-        raise PipelineError("start the SuperNode with --node-config 'client-id=0 project=\"/path\"': no client-id")
-    folder = told.get("project") or str(context.run_config.get("clients", "")).format(client_id=client_id)
+        raise ConfigError(
+            "the SuperNode has no client-id. Start it with --node-config 'client-id=0 project=\"/path\"'."
+        )
+    folder = options.get("project") or str(context.run_config.get("clients", "")).format(client_id=client_id)
     if not folder:
-        raise PipelineError(f"start the SuperNode of client {client_id} with --node-config 'project=\"/path\"'")
+        raise ConfigError(f'client {client_id} has no project folder. Add project="/path" to its --node-config.')
     root = Path(str(folder)).expanduser().resolve()
     if not root.is_dir():
-        raise PipelineError(f"{root}, the project of client {client_id}, is no folder: mend its --node-config")
-    device = told.get("device")
-    return Node(client_id, str(told.get("name", f"node {client_id}")), root, str(device) if device else None)
+        raise ConfigError(f"project folder {root} of client {client_id} does not exist. Fix project in --node-config.")
+    device = options.get("device")
+    return Node(client_id, str(options.get("name", f"node {client_id}")), root, str(device) if device else None)
 
 
 def config_of(run_config: Mapping[str, Any], root: Path, device: str | None = None) -> Config:
-    """The run's configuration, for a project whose data stand under `root`.
+    """Return the run's configuration for the project folder `root`.
 
     Raises:
-        PipelineError: params.yaml or the run's `set` is wrong.
+        ConfigError: params.yaml or the run's `set` is invalid.
     """
     overrides = {}
     try:
         assignments = shlex.split(str(run_config.get("set", "")))
     except ValueError as error:
-        raise PipelineError(f"--run-config set: {run_config['set']!r} cannot be read ({error})") from None
+        raise ConfigError(f"cannot parse --run-config set={run_config['set']!r} ({error}). Fix its quotes.") from None
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not (key and equals):
-            raise PipelineError(f"--run-config set: {assignment!r} is not KEY=VALUE")
+            raise ConfigError(f"--run-config set: {assignment!r} is not KEY=VALUE")
         overrides[key] = config.parse_value(key, text)
     if device:
         overrides["runtime.device"] = device
@@ -93,33 +95,33 @@ def config_of(run_config: Mapping[str, Any], root: Path, device: str | None = No
 
 
 def project_of(run_config: Mapping[str, Any]) -> Path:
-    """The server's project folder.
+    """Return the server's project folder.
 
     Raises:
-        PipelineError: there is none.
+        ConfigError: It does not exist.
     """
     root = Path(str(run_config["project"])).expanduser().resolve()
     if not root.is_dir():
-        raise PipelineError(f"{root}, --run-config project, is no folder on the server")
+        raise ConfigError(f"project folder {root} does not exist on the server. Fix project in --run-config.")
     return root
 
 
 def seed_of(run_config: Mapping[str, Any]) -> int:
-    """The run's seed.
+    """Return the run's seed.
 
     Raises:
-        PipelineError: it is no whole number from 0 on.
+        ConfigError: It is not an integer, or negative.
     """
     seed = run_config.get("seed")
     if not isinstance(seed, int) or seed < 0:
-        raise PipelineError(f"--run-config seed={seed!r}: must be a whole number, 0 or more")
+        raise ConfigError(f"--run-config seed={seed!r} is invalid. Use an integer, 0 or more.")
     return seed
 
 
 def answering(task: Callable[[Message, Context], RecordDict]) -> Callable[[Message, Context], Message]:
-    """Makes of `task` what a ClientApp calls: it answers, or says in one line why it does not.
+    """Wrap `task` as a handler of a ClientApp, which replies with the result or a one-line error.
 
-    An error that nobody foresaw goes on to Flower, which answers for the node and goes on.
+    Unexpected errors propagate to Flower, which replies for the node.
     """
 
     @functools.wraps(task)

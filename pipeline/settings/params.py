@@ -310,17 +310,17 @@ class Nodes(Section):
 
 
 class CentralPrivacy(Section):
-    """Central differential privacy (McMahan et al., 2018): nodes clip updates, the server adds noise to the mean."""
+    """Central differential privacy (McMahan et al., ICLR 2018): nodes clip, the server adds noise to the mean."""
 
     kind: Literal["central"]
     clipping_norm: float = Field(gt=0, description="largest norm of a node's update")
     noise_multiplier: float = Field(
-        gt=0, description="the noise's deviation on the sum of updates, in units of the norm"
+        gt=0, description="standard deviation of the noise on the sum of updates, in units of the norm"
     )
 
 
 class LocalPrivacy(Section):
-    """Local differential privacy: every node clips its update and adds noise before it leaves (Gaussian mechanism)."""
+    """Local differential privacy: every node clips its update and adds noise before sending (Gaussian mechanism)."""
 
     kind: Literal["local"]
     clipping_norm: float = Field(gt=0, description="largest norm of a node's update")
@@ -328,23 +328,15 @@ class LocalPrivacy(Section):
     delta: float = Field(gt=0, lt=1, description="probability that the budget does not hold")
 
 
-class SecureAggregation(Section):
-    """SecAgg+ (Bell et al., CCS 2020): the server sees the sum of the nodes' weights alone."""
-
-    clipping_range: float = Field(gt=0, description="weights are clipped to this magnitude, then quantised to 22 bits")
-    max_samples: int = Field(ge=1, description="no node has more images than this")
-
-
 class Federation(Section):
-    """A run over Flower (`flwr run`), where every client is a node of its own."""
+    """A run over Flower (`flwr run`), where every client is a node."""
 
-    min_clients: int = Field(ge=1, description="nodes that a round must have to begin")
-    join_timeout: float = Field(gt=0, description="seconds to wait for them")
-    round_timeout: float = Field(gt=0, description="seconds to wait for a round's answers; who is later is left out")
+    min_clients: int = Field(ge=1, description="nodes that a round needs to start")
+    join_timeout: float = Field(gt=0, description="seconds to wait for them; a start waits as long for all clients")
+    round_timeout: float = Field(gt=0, description="seconds to wait for a round's replies; later ones are skipped")
     differential_privacy: Annotated[CentralPrivacy | LocalPrivacy, Field(discriminator="kind")] | None = Field(
-        description="of the nodes' updates: kind central or local; null: none"
+        description="noise on the nodes' updates: kind central or local; null: none"
     )
-    secure_aggregation: SecureAggregation | None = Field(description="SecAgg+ of the nodes' weights; null: none")
 
 
 class Sweep(Section):

@@ -1,5 +1,10 @@
-"""Stage train-fl: one federated run from images and cached features -> results/<run>. Never imports diffusers."""
+"""Stage train-fl: federated training from images and cached features. Never imports diffusers.
+
+run        one run of params.yaml -> results/<run>
+simulate   training from arrays in memory, for notebooks: `Samples` in, `History` out
+"""
 
 from stages.train_fl.run import run
+from stages.train_fl.simulation import History, Samples, simulate
 
-__all__ = ["run"]
+__all__ = ["History", "Samples", "run", "simulate"]

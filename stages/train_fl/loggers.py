@@ -1,7 +1,7 @@
-"""Who watches a run besides its tables: the terminal, TensorBoard, DVCLive; each by one key of `runtime`.
+"""Loggers for a run: terminal, TensorBoard and DVCLive, each enabled by a `runtime` key.
 
-A logger gets the rows of rounds.csv, with the round's seconds. It is begun anew with every start of a run and told the
-rounds that an earlier start has done, so that a resumed run leaves one curve without gaps or doubles.
+A logger gets the rows of rounds.csv, with the seconds of each round. Every start of a run creates its loggers again and
+repeats the rounds of earlier starts, so that a resumed run leaves one curve without gaps or duplicates.
 """
 
 import contextlib
@@ -12,92 +12,98 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
-from pipeline.errors import PipelineError
-from pipeline.settings.config import Config
+from pipeline.errors import ConfigError
+from pipeline.settings.params import Runtime
 from stages.train_fl.records import RunRecord
 
 Values = dict[str, float]
 
 
 class Logger(Protocol):
-    """Gets every round of one run."""
+    """Logs every round of one run."""
 
     def log(self, number: int, values: Values) -> None:
-        """One round, counted from 1; `values` are named as in rounds.csv."""
+        """Log a round, counted from 1; `values` are named as in rounds.csv."""
 
     def close(self) -> None:
-        """After the last round, or when the run is stopped."""
+        """Close what is open, after the last round or when the run is stopped."""
 
 
 @contextlib.contextmanager
-def watching(config: Config, run_name: str, record: RunRecord) -> Iterator[Callable[[], None]]:
-    """The loggers that `runtime` switches on; gives a function that tells them of the record's last round.
+def opened(runtime: Runtime, home: Path, run_name: str, record: RunRecord) -> Iterator[Callable[[], None]]:
+    """Yield a function that logs the last round of `record` with every logger that `runtime` enables.
+
+    Args:
+        runtime: Its keys `tensorboard` and `dvclive`.
+        home: The folder for tensorboard/ and dvclive/.
+        run_name: Names the run's folder in them.
+        record: The rounds so far.
 
     Raises:
-        PipelineError: a logger's library is not installed.
+        ConfigError: A logger's library is not installed.
     """
-    runtime, terminal = config.params.runtime, Terminal()
-    others: list[Logger] = []
+    terminal, others = Terminal(), list[Logger]()
     with contextlib.ExitStack() as stack:
         if runtime.tensorboard:
-            others.append(TensorBoard(config.home / "tensorboard" / run_name))
+            others.append(TensorBoard(home / "tensorboard" / run_name))
             stack.callback(others[-1].close)
         if runtime.dvclive:
-            others.append(DVCLive(config.home / "dvclive" / run_name))
+            others.append(DVCLive(home / "dvclive" / run_name))
             stack.callback(others[-1].close)
         for logger in others:
             for number, values in enumerate(record.values(), start=1):
                 logger.log(number, values)
 
-        def tell() -> None:
-            *_, last = rounds = list(record.values())
+        def log_last_round() -> None:
+            *_, last = rounds = record.values()
             for logger in (terminal, *others):
                 logger.log(len(rounds), last)
 
-        yield tell
+        yield log_last_round
 
 
 class Terminal:
-    """A line a round, above the progress bar; nothing where standard error is no terminal."""
+    """One line per round above the progress bar; nothing where standard error is not a terminal."""
 
     def __init__(self) -> None:
-        """Writes the heading with the first round."""
-        self._begun = not sys.stderr.isatty()
-        self._silent = self._begun
+        """Write the heading with the first round."""
+        self._started = not sys.stderr.isatty()
+        self._silent = self._started
 
     def log(self, number: int, values: Values) -> None:
-        """Writes the round's line."""
+        """Write the line of a round."""
         from tqdm import tqdm
 
         if self._silent:
             return
-        if not self._begun:
+        if not self._started:
             tqdm.write(f"{'round':>6}{'accuracy':>11}{'loss':>10}{'train loss':>12}{'seconds':>10}", file=sys.stderr)
-            self._begun = True
+            self._started = True
         train_loss = sum(value for name, value in values.items() if name.startswith("train_"))
         line = f"{number:>6}{100 * values['accuracy']:>9.2f} %{values['loss']:>10.4f}"
         tqdm.write(f"{line}{train_loss:>12.4f}{values['seconds']:>10.2f}", file=sys.stderr)
 
     def close(self) -> None:
-        """Nothing is left open."""
+        """Do nothing: nothing is open."""
 
 
 class TensorBoard:
     """Event files for `tensorboard --logdir tensorboard`."""
 
     def __init__(self, folder: Path) -> None:
-        """Starts anew in `folder`."""
-        _remove_events(folder)
+        """Replace the events in `folder`."""
+        for file in folder.glob("events.out.tfevents.*"):
+            file.unlink()
         self._writer = _import("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(folder))
 
     def log(self, number: int, values: Values) -> None:
-        """One scalar a value."""
+        """Write one scalar per value."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, number)
         self._writer.flush()
 
     def close(self) -> None:
-        """Closes the event file."""
+        """Close the event file."""
         self._writer.close()
 
 
@@ -105,31 +111,27 @@ class DVCLive:
     """Tables for `dvc plots show dvclive/<run>/plots` and DVC's VS Code view; changes neither dvc.yaml nor git."""
 
     def __init__(self, folder: Path) -> None:
-        """Starts anew in `folder`."""
+        """Replace the tables in `folder`."""
         live = _import("dvclive", "dvclive").Live
         self._live = live(str(folder), resume=False, report=None, save_dvc_exp=False, dvcyaml=None)
 
     def log(self, number: int, values: Values) -> None:
-        """One metric a value, at step `number`."""
+        """Write one metric per value, at step `number`."""
         self._live.step = number
         for name, value in values.items():
             self._live.log_metric(name, value)
         self._live.make_summary()
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Write what is buffered."""
         self._live.end()
-
-
-def _remove_events(folder: Path) -> None:
-    for file in folder.glob("events.out.tfevents.*"):
-        file.unlink()
 
 
 def _import(module: str, package: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise PipelineError(
-            f"runtime.{package} is true, but {package} is not installed: pip install {package}, or set it to false"
+        raise ConfigError(
+            f"{package} is not installed, but runtime.{package} is true. Run `pip install {package}`, or set the key "
+            "to false."
         ) from None

@@ -1,60 +1,56 @@
-"""What a run leaves in results/<run>.
+"""The files of a run in results/<run>.
 
-rounds.csv         one row a round: accuracy and loss held out, training losses, bytes sent; equal seeds, equal bytes
-timing.csv         one row a round: seconds of loading, training, aggregation and evaluation
-clients.csv        one row a client: samples, and the final global model's accuracy for it
-partition.json     every client's samples and label counts, and statistics of heterogeneity
-partition.svg      the same as a picture
+rounds.csv         one row per round: held-out accuracy and loss, training losses, bytes sent; equal seeds, equal bytes
+timing.csv         one row per round: seconds of loading, training, aggregation and evaluation
+clients.csv        one row per client: samples, and the final global model's accuracy for it
+partition.json     samples and label counts of every client, and statistics of heterogeneity
+partition.svg      the partition as a figure
 model.safetensors  the last global weights
-details.json       best accuracy, accuracy by domain, seconds in all and by part, samples per second, bytes
-metrics.json       mean-of-last-five and final accuracy; the mean over domains where there are several
+details.json       best accuracy, accuracy by domain, total seconds and seconds by part, samples per second, bytes
+metrics.json       final accuracy and the mean of the last five rounds; with several domains, the mean over them
 config.json        the resolved settings, the hashes of data set and features, software and hardware
-SHA256SUMS         the checksums of all these, written last: a run that has them is whole
+SHA256SUMS         the checksums of all these, written last: a run that has them is complete
+
+`pipeline.manifests` has the JSON files as typed models.
 """
 
-import csv
-import io
 import json
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+
 from pipeline import accuracy
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError
 from pipeline.io import atomic
 from pipeline.io.system_errors import reading
 from pipeline.settings.config import differing_keys
-from stages.train_fl.checkpoint import save_tensors
 from stages.train_fl.data import FederatedData
 from stages.train_fl.methods import Weights
 from stages.train_fl.partitions import heterogeneity, picture
 from stages.train_fl.rounds import Round
 
-Row = dict[str, Any]
+RoundRow = dict[str, Any]
 _PARTS = ("load", "train", "aggregate", "evaluate")
 
 
 class RunRecord:
-    """The rows of a run's rounds so far, kept in its folder after every round."""
+    """The rows of a run's rounds so far, written to its folder after every round."""
 
-    def __init__(self, path: Path, earlier: dict[str, list[Row]] | None = None) -> None:
-        """Starts in folder `path`, or goes on from the `rows` of an earlier record."""
+    def __init__(self, path: Path, earlier: dict[str, list[RoundRow]] | None = None) -> None:
+        """Write to folder `path`, continuing the `rows` of an earlier record if there is one."""
         self.path = path
         earlier = earlier or {"rounds": [], "timing": []}
         self._rounds, self._timing = earlier["rounds"], earlier["timing"]
-        path.mkdir(parents=True, exist_ok=True)
 
     @property
-    def rows(self) -> dict[str, list[Row]]:
+    def rows(self) -> dict[str, list[RoundRow]]:
         """All rows so far, as JSON."""
         return {"rounds": self._rounds, "timing": self._timing}
 
     def add(self, done: Round, scores: dict[str, float], evaluate_seconds: float) -> None:
-        """Adds a round and writes the tables, whole: a killed run leaves whole rows."""
-        self._rounds.append(
-            {"round": done.number, **scores, **{f"train_{k}": v for k, v in done.train_metrics.items()}}
-            | {"num_clients": len(done.participants), "num_samples": done.num_samples}
-            | {"bytes_down": done.bytes_down, "bytes_up": done.bytes_up}
-        )
+        """Add a round and write the tables."""
+        self._rounds.append(round_row(done, scores))
         self._timing.append(
             {
                 "round": done.number,
@@ -64,11 +60,12 @@ class RunRecord:
                 "evaluate": evaluate_seconds,
             }
         )
-        write_csv(self.path / "rounds.csv", self._rounds)
-        write_csv(self.path / "timing.csv", self._timing)
+        # Not synced: after a power cut the checkpoint, which has the rows too, writes them again.
+        atomic.write_csv(self.path / "rounds.csv", self._rounds, sync=False)
+        atomic.write_csv(self.path / "timing.csv", self._timing, sync=False)
 
     def values(self) -> list[dict[str, float]]:
-        """Every round's numbers so far, and its seconds."""
+        """Return the numbers of every round so far, with its total seconds, for loggers."""
         return [
             {name: value for name, value in row.items() if name != "round"}
             | {"seconds": sum(seconds for part, seconds in timing.items() if part != "round")}
@@ -76,15 +73,12 @@ class RunRecord:
         ]
 
     def metrics(self) -> dict[str, float]:
-        """The run in a few numbers, each a column of `dvc metrics show`."""
+        """Return the few numbers that stand for the run: the columns of `dvc metrics show`."""
         accuracies = [row["accuracy"] for row in self._rounds]
-        return {
-            "mean_last5_accuracy": accuracy.of_run(accuracies),
-            "final_accuracy": accuracies[-1],
-        }
+        return {"mean_last5_accuracy": accuracy.of_run(accuracies), "final_accuracy": accuracies[-1]}
 
     def details(self) -> dict[str, Any]:
-        """What else a run comes to: its best accuracy, seconds in all and by part, samples per second, bytes."""
+        """Return best accuracy, total seconds and seconds by part, samples per second, and bytes."""
         seconds = {part: sum(row[part] for row in self._timing) for part in _PARTS}
         samples = sum(row["num_samples"] for row in self._rounds)
         return {
@@ -97,11 +91,25 @@ class RunRecord:
         }
 
 
+def round_row(done: Round, scores: dict[str, float]) -> RoundRow:
+    """Return the row of a round: its number, held-out scores, training losses, participants and bytes."""
+    return {
+        "round": done.number,
+        **scores,
+        **{f"train_{name}": value for name, value in done.train_metrics.items()},
+        "num_clients": len(done.participants),
+        "num_samples": done.num_samples,
+        "bytes_down": done.bytes_down,
+        "bytes_up": done.bytes_up,
+    }
+
+
 def check_replaceable(path: Path, settings: dict[str, Any]) -> None:
-    """Checks that folder `path` holds no finished run of other settings or data, which would be lost.
+    """Check that folder `path` holds no finished run of other settings or data, which would be lost.
 
     Raises:
-        PipelineError: it does; names what differs. Or the operating system does not say what is there.
+        ConfigError: It does. The message names the settings that differ.
+        SystemRefusal: The operating system refused to read the folder.
     """
     file = path / "config.json"
     try:
@@ -110,21 +118,21 @@ def check_replaceable(path: Path, settings: dict[str, Any]) -> None:
     except (OSError, ValueError):
         return  # no finished run
     if differing := differing_keys(found, settings):
-        raise PipelineError(
-            f"{path} holds a finished run with another {', '.join(differing)}: move or delete the folder, give "
-            "this run another name under methods or partitions, or say --overwrite (flwr run: overwrite=true)"
+        raise ConfigError(
+            f"{path} holds a finished run with another {', '.join(differing)}. Move or delete the folder, rename this "
+            "run's entry under methods or partitions, or pass --overwrite (flwr run: overwrite=true)."
         )
 
 
 def start(path: Path) -> None:
-    """Makes the folder, and removes what only a finished run has: a run in the making is not taken for whole."""
+    """Create the folder, and remove the files that mark a run as finished."""
     path.mkdir(parents=True, exist_ok=True)
     for name in ("metrics.json", "config.json", "clients.csv", "details.json", "model.safetensors", "SHA256SUMS"):
         (path / name).unlink(missing_ok=True)
 
 
 def write_partition(path: Path, data: FederatedData) -> None:
-    """partition.json and partition.svg in folder `path`."""
+    """Write partition.json and partition.svg to folder `path`."""
     class_names = data.dataset.class_names
     content = {
         "class_names": class_names,
@@ -138,14 +146,6 @@ def write_partition(path: Path, data: FederatedData) -> None:
 
 
 def write_weights(path: Path, weights: Weights) -> None:
-    """model.safetensors in folder `path`."""
-    save_tensors(path / "model.safetensors", {name: value.cpu().contiguous() for name, value in weights.items()})
-
-
-def write_csv(file: Path, rows: list[Row]) -> None:
-    """A table, through a temporary name."""
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    atomic.write_text(file, stream.getvalue())
+    """Write model.safetensors to folder `path`."""
+    with atomic.replace_file(path / "model.safetensors") as temporary:
+        save_file({name: value.cpu().contiguous() for name, value in weights.items()}, temporary)

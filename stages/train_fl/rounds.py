@@ -4,12 +4,13 @@ Between rounds a run is a `Progress`, and every random draw is keyed by (seed, r
 after any round and resume from its Progress with identical results.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
 from pipeline import seeding
 from pipeline.errors import TrainingDiverged
+from pipeline.settings.params import TrainFL
 from stages.train_fl.client_data import Augmentation, Batches, ClientData
 from stages.train_fl.methods import ClientState, ClientUpdate, Method, Metrics, ServerState, Weights
 
@@ -27,26 +28,51 @@ class Schedule:
     augmentation: Augmentation
     seed: int
 
+    @staticmethod
+    def of(params: TrainFL, seed: int) -> "Schedule":
+        """Return the schedule of the settings `train_fl`."""
+        keys = {own.name for own in fields(Schedule)} - {"seed"}
+        return Schedule(**params.model_dump(include=keys), seed=seed)
+
     def learning_rate_of(self, number: int) -> float:
-        """The rate of round `number`, counted from 1: decayed once after every round."""
+        """Return the learning rate of round `number`, counted from 1: it decays once after every round."""
         return self.learning_rate * self.learning_rate_decay ** (number - 1)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A federation between two rounds: rounds done, the server's state, and every client's."""
+    """The state of a run between two rounds.
+
+    Attributes:
+        number: Rounds done.
+        server: The server's state.
+        clients: The state of every client; empty where clients keep their states themselves (Flower).
+        state_rounds: Where clients keep their states: for each of them, the last round whose update was aggregated, and
+            with it the state that the client continues from; 0 if there is none.
+    """
 
     number: int
     server: ServerState
     clients: list[ClientState]
+    state_rounds: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Round:
-    """What one round did.
+    """The outcome of one round.
 
-    The global model to report, means over participants, the bytes the server sent to them and they sent back, and
-    seconds; `load_seconds` is the part of `train_seconds` that went into gathering and augmenting batches.
+    Attributes:
+        progress: The state after it.
+        weights: The global model to report.
+        participants: Client ids, ascending.
+        num_samples: Samples that the participants trained on, counted once per epoch.
+        num_steps: Optimiser steps of all participants.
+        train_metrics: Mean losses over participants, weighted by their samples.
+        bytes_down: Bytes sent to the participants.
+        bytes_up: Bytes that the participants sent back.
+        load_seconds: The part of `train_seconds` spent on gathering and augmenting batches.
+        train_seconds: Seconds of local training.
+        aggregate_seconds: Seconds of the server's update.
     """
 
     progress: Progress
@@ -68,41 +94,56 @@ class Round:
 
 
 def begin(method: Method, weights: Weights, num_clients: int) -> Progress:
-    """The federation before its first round."""
+    """Return the state before the first round."""
     return Progress(0, method.init_server(weights), [method.init_client(weights) for _ in range(num_clients)])
 
 
 def client_batches(data: ClientData, schedule: Schedule, number: int, client: int, device: str | None) -> Batches:
-    """The batches of one client in one round, the same under every engine."""
+    """Return the batches of one client in one round, the same under every engine."""
     generator = seeding.torch_generator(schedule.seed, "batches", number, client)
     return Batches(data, schedule.local_epochs, schedule.batch_size, schedule.augmentation, generator, device)
 
 
 def sample_clients(with_data: list[int], schedule: Schedule, number: int) -> list[int]:
-    """Ids of the round's participants, ascending, drawn uniformly among the clients that have data (ascending ids)."""
+    """Draw the participants of a round uniformly.
+
+    Args:
+        with_data: Ids of the clients that have data, ascending.
+        schedule: Its seed and `clients_per_round`.
+        number: The round, counted from 1.
+
+    Returns:
+        Client ids, ascending.
+    """
     rng = seeding.numpy_generator(schedule.seed, "client sampling", number)
     drawn = rng.permutation(with_data)[: schedule.clients_per_round]
     return sorted(int(client) for client in drawn)
 
 
+def mean_metrics(metrics: list[Metrics], sizes: list[int]) -> Metrics:
+    """Return the mean of each of the participants' metrics, weighted by their samples."""
+    return {name: float(np.average([own[name] for own in metrics], weights=sizes)) for name in metrics[0]}
+
+
 def check_finite(metrics: Metrics, client: int, number: int) -> None:
-    """Checks a client's losses.
+    """Check a client's losses.
 
     Raises:
-        PipelineError: one is not a finite number.
+        TrainingDiverged: A loss is not a finite number.
     """
     if not all(np.isfinite(value) for value in metrics.values()):
         raise TrainingDiverged(
-            f"training diverged: in round {number}, client {client}'s loss is {metrics}; lower train_fl.learning_rate"
+            f"training diverged (the loss of client {client} in round {number} is {metrics}). "
+            "Lower train_fl.learning_rate."
         )
 
 
 def num_bytes(tensors: Weights) -> int:
-    """Of all tensors together."""
+    """Return the bytes of all tensors together."""
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def update_bytes(update: ClientUpdate) -> int:
-    """All tensors that a client sends: its weights, and whatever else its method adds."""
-    parts = [getattr(update, field.name) for field in fields(update)]
+    """Return the bytes of all tensors that a client sends: its weights, and whatever else its method adds."""
+    parts = [getattr(update, own.name) for own in fields(update)]
     return sum(num_bytes(part) for part in parts if isinstance(part, dict))

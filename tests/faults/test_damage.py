@@ -128,14 +128,13 @@ STATE = {
     "entry": ("staging/*/shard-00002.json", EXTRACT),
     "basis-entry": ("staging/*/basis.json", EXTRACT),
     "latents": ("latents/*/latents-00002.safetensors", EXTRACT),
-    "tensors": ("checkpoints/*/round-*.safetensors", TRAIN),
-    "checkpoint": ("checkpoints/*/checkpoint.json", TRAIN),
+    "checkpoint": ("checkpoints/*/round-*.safetensors", TRAIN),
     "class": ("synthesize/*/class-00003.safetensors", SYNTHESIZE),
 }
 
 
 SOME_STATE = [
-    kind if kind in ("staged-shard", "class", "tensors") else pytest.param(kind, marks=pytest.mark.faults)
+    kind if kind in ("staged-shard", "class", "checkpoint") else pytest.param(kind, marks=pytest.mark.faults)
     for kind in STATE
 ]
 

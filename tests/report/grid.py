@@ -9,7 +9,6 @@ from pipeline import provenance
 from pipeline.io import atomic
 from pipeline.settings import config
 from stages.report import run
-from stages.train_fl import records
 from stages.train_fl.partitions import heterogeneity
 from tests.conftest import write_params
 
@@ -37,9 +36,9 @@ def _write_run(
         {"round": number, "accuracy": float(value), "loss": float(2 - value)}
         for number, value in enumerate(accuracy, start=1)
     ]
-    records.write_csv(path / "rounds.csv", rows)
+    atomic.write_csv(path / "rounds.csv", rows)
     clients = [{"client": k, "num_samples": 30, "held_out_accuracy": float(rng.random())} for k in range(10)]
-    records.write_csv(path / "clients.csv", clients)
+    atomic.write_csv(path / "clients.csv", clients)
     counts = rng.integers(0, 40, (10, 10))
     atomic.write_json(
         path / "partition.json",

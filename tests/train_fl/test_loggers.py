@@ -60,7 +60,7 @@ def test_a_resumed_run_leaves_one_curve(tmp_path, monkeypatch):
 
 def test_a_missing_library_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "dvclive", None)
-    with pytest.raises(PipelineError, match="runtime.dvclive is true, but dvclive is not installed: pip install"):
+    with pytest.raises(PipelineError, match="dvclive is not installed, but runtime.dvclive is true"):
         run(tiny_project.make(tmp_path, runtime__dvclive=True), "fedavg", "iid", 0)
 
 

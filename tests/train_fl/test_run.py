@@ -1,4 +1,4 @@
-"""Whole runs on a tiny project: what they leave, equal bytes, resuming after a kill, faults named in a line."""
+"""Complete runs on a tiny project: their files, equal bytes, resuming after a kill, errors on one line."""
 
 import csv
 import json
@@ -43,7 +43,7 @@ def undisturbed(tmp_path_factory) -> Path:
     return run(tiny_project.make(tmp_path_factory.mktemp("undisturbed")), "fedavg", "dir", 0)
 
 
-def test_what_a_run_leaves(undisturbed):
+def test_files_of_a_run(undisturbed):
     rounds = rows(undisturbed / "rounds.csv")
     assert [row["round"] for row in rounds] == ["1", "2", "3", "4"]
     sent = sum(tensor.nbytes for tensor in _weights(undisturbed).values())
@@ -65,13 +65,13 @@ def test_what_a_run_leaves(undisturbed):
     assert metrics["mean_domain_accuracy"] == pytest.approx(metrics["final_accuracy"])
 
 
-def test_a_finished_run_of_other_settings_is_not_lost(tmp_path):
+def test_finished_run_of_other_settings_is_not_overwritten(tmp_path):
     project = tiny_project.make(tmp_path, train_fl__num_rounds=1)
     path = run(project, "fedavg", "iid", 0)
     weights = (path / "model.safetensors").read_bytes()
     assert run(project, "fedavg", "iid", 0) == path  # the same settings: the same run again
     other = tiny_project.make(tmp_path, train_fl__num_rounds=2)
-    with pytest.raises(PipelineError, match="holds a finished run with another train_fl.num_rounds: .*--overwrite"):
+    with pytest.raises(PipelineError, match="holds a finished run with another train_fl.num_rounds. .*--overwrite"):
         run(other, "fedavg", "iid", 0)
     assert (path / "model.safetensors").read_bytes() == weights
     run(other, "fedavg", "iid", 0, overwrite=True)
@@ -93,14 +93,14 @@ def test_equal_seeds_give_equal_bytes_and_leave_no_checkpoint(undisturbed, tmp_p
     assert not list((project.state_dir / "checkpoints").iterdir())
 
 
-# the process kills itself: right after a checkpoint's tensors are there and before the index names them; or in the
-# middle of the round after a checkpoint
+# the process kills itself: after the file of a checkpoint has been written and before it replaces anything; after it
+# replaced it and before the previous one is removed; or in the middle of the round after a checkpoint
 KILLED = """
 import os, signal, sys
 from tests.train_fl import tiny_project
 from pathlib import Path
 from stages.train_fl import run
-from stages.train_fl import checkpoint
+from pipeline.io import resumable
 from stages.train_fl.engines import local
 
 moment, number = sys.argv[2], int(sys.argv[3])
@@ -116,16 +116,17 @@ def dying(function, when):
     return call
 
 if moment == "saving":
-    checkpoint.atomic.write_json = dying(checkpoint.atomic.write_json, number)
+    resumable.save_file = dying(resumable.save_file, number)
+elif moment == "discarding":
+    resumable.ResumableStore.discard = dying(resumable.ResumableStore.discard, number)
 else:
     local.client_batches = dying(local.client_batches, number)
 run(tiny_project.make(Path(sys.argv[1])), "fedavg", "dir", 0)
 """
 
 
-# moment, call at which the process dies, rounds that the checkpoint has: one JSON is the data set's and one the
-# partition's, then there is one a round; two clients train a round
-KILLS = [("saving", 4, 1), ("training", 6, 2)]
+# moment, call at which the process dies, rounds that the checkpoint has: two clients train per round
+KILLS = [("saving", 2, 1), ("discarding", 2, 2), ("training", 6, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -143,18 +144,18 @@ def killed(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("moment, found", [(moment, found) for moment, _, found in KILLS])
-def test_a_killed_run_goes_on_to_the_same_bytes(undisturbed, killed, caplog, moment, found):
+def test_killed_run_resumes_with_identical_results(undisturbed, killed, caplog, moment, found):
     project = tiny_project.make(killed[moment])
     with caplog.at_level("INFO"):
         resumed = run(project, "fedavg", "dir", 0)
-    assert f"going on after round {found} of 4" in caplog.text
+    assert f"resuming after round {found} of 4" in caplog.text
     equal(undisturbed, resumed)
 
 
 @pytest.mark.parametrize("method", ["scaffold", "fednova", "moon", "fednh", "fedcr", "feddyn", "fedavgm", "fedproto"])
-def test_every_state_is_in_the_checkpoint(tmp_path, caplog, method):
+def test_checkpoint_holds_every_state_of_a_method(tmp_path, caplog, method):
     paths = []
-    for name in ("whole", "resumed"):
+    for name in ("uninterrupted", "resumed"):
         (tmp_path / name).mkdir()
         project = tiny_project.make(tmp_path / name, train_fl__num_rounds=3)
         if name == "resumed":
@@ -162,11 +163,11 @@ def test_every_state_is_in_the_checkpoint(tmp_path, caplog, method):
                 _interrupt_after(project, rounds=2, method=method)
         with caplog.at_level("INFO"):
             paths.append(run(project, method, "dir", 0))
-    assert "going on after round 2 of 3" in caplog.text
+    assert "resuming after round 2 of 3" in caplog.text
     equal(*paths)
 
 
-def test_a_damaged_checkpoint_is_said_and_not_used(undisturbed, tmp_path, caplog):
+def test_damaged_checkpoint_is_logged_and_recomputed(undisturbed, tmp_path, caplog):
     project = tiny_project.make(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         _interrupt_after(project, rounds=2)
@@ -175,18 +176,18 @@ def test_a_damaged_checkpoint_is_said_and_not_used(undisturbed, tmp_path, caplog
     data[-1] ^= 1
     file.write_bytes(data)
     equal(undisturbed, run(project, "fedavg", "dir", 0))
-    assert "is not what was written): starting from the first round" in caplog.text
+    assert "is damaged (its checksum does not match)" in caplog.text
 
 
-def test_other_settings_do_not_use_the_checkpoint(tmp_path, caplog):
+def test_checkpoint_of_other_settings_is_not_used(tmp_path, caplog):
     with pytest.raises(KeyboardInterrupt):
         _interrupt_after(tiny_project.make(tmp_path), rounds=2)
     with caplog.at_level("INFO"):
         run(tiny_project.make(tmp_path, train_fl__learning_rate=0.02), "fedavg", "dir", 0)
-    assert "going on" not in caplog.text
+    assert "resuming" not in caplog.text
 
 
-def test_a_partition_that_does_not_fit_is_named(tmp_path):
+def test_partition_that_does_not_fit_is_reported(tmp_path):
     project = tiny_project.make(tmp_path, partitions={"big": {"kind": "dirichlet", "alpha": 1.0, "min_samples": 13}})
     with pytest.raises(PipelineError, match=r"^partitions.big: 48 samples cannot give each of 4 clients 13: lower"):
         run(project, "fedavg", "big", 0)
@@ -194,11 +195,11 @@ def test_a_partition_that_does_not_fit_is_named(tmp_path):
 
 def test_divergence_names_round_and_client(tmp_path):
     project = tiny_project.make(tmp_path, train_fl__learning_rate=1e30)
-    with pytest.raises(PipelineError, match=r"in round 1, client \d's loss is .*nan.*lower train_fl.learning_rate"):
+    with pytest.raises(PipelineError, match=r"loss of client \d in round 1 is .*nan.*Lower train_fl.learning_rate"):
         run(project, "fedavg", "iid", 0)
 
 
-def test_the_rate_decays_once_a_round():
+def test_learning_rate_decays_once_per_round():
     schedule = rounds.Schedule(3, 1, 1, 1, 0.1, 0.5, "none", 0)
     assert [schedule.learning_rate_of(number) for number in (1, 2, 3)] == [0.1, 0.05, 0.025]
 
@@ -227,7 +228,7 @@ def test_guidance_gives_the_same_bytes_from_memory_and_from_shards(tmp_path, mon
     assert kept == {file: (again / file).read_bytes() for file in FILES}
 
 
-def test_the_nearest_place_with_room_is_chosen():
+def test_fastest_placement_with_enough_memory_is_chosen():
     assert choose(100, 0, None, 1000) == "device"
     assert choose(100, 500, None, 1000) == "device"  # 600 of 750
     assert choose(100, 700, None, 1000) == "shards"
@@ -238,7 +239,7 @@ def test_the_nearest_place_with_room_is_chosen():
 
 
 @pytest.mark.parametrize("augmentation", ["none", "crop", "crop-flip", "views"])
-def test_batches_hold_every_sample_once_an_epoch(augmentation):
+def test_batches_hold_every_sample_once_per_epoch(augmentation):
     labels = torch.arange(10)
     data = ClientData(torch.zeros(10, 3, 8, 8, dtype=torch.uint8), labels)
     batches = Batches(data, 2, 4, augmentation, torch.Generator().manual_seed(0))
@@ -280,11 +281,10 @@ def _weights(path: Path):
     return load_file(path / "model.safetensors")
 
 
-def test_a_full_disk_is_one_line(tmp_path):
-    code = "import resource, pathlib, torch; from stages.train_fl.checkpoint import save_tensors; "
-    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); import signal; "
-    code += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-    code += f"save_tensors(pathlib.Path({str(tmp_path / 'x.safetensors')!r}), {{'w': torch.zeros(10_000)}})"
+def test_full_disk_is_reported_on_one_line(tmp_path):
+    code = "import resource, pathlib, signal, torch; from stages.train_fl.records import write_weights; "
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    code += f"write_weights(pathlib.Path({str(tmp_path)!r}), {{'w': torch.zeros(10_000)}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "PipelineError" in done.stderr and "x.safetensors cannot be written" in done.stderr
+    assert "PipelineError" in done.stderr and "model.safetensors cannot be written" in done.stderr
     assert not list(tmp_path.iterdir())

@@ -2,39 +2,61 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from stages.train_fl.client_data import ClientData
-from stages.train_fl.methods import ClientUpdate, Method, Metrics
+from stages.train_fl.methods import ClientUpdate, Method, Metrics, Weights
 from stages.train_fl.rounds import (
     Progress,
     Round,
     Schedule,
+    begin,
     check_finite,
     client_batches,
+    mean_metrics,
     num_bytes,
     sample_clients,
     update_bytes,
 )
 
 
+@dataclass(frozen=True)
+class LocalEngine:
+    """The rounds of a method over clients whose data are here: a `session.Engine`."""
+
+    method: Method
+    clients: list[ClientData]
+    schedule: Schedule
+    device: str
+    checkpoint_every: int = 1
+    name: str = "local"
+
+    def begin(self, weights: Weights) -> Progress:
+        """Return the state before the first round, with these initial weights."""
+        return begin(self.method, weights, len(self.clients))
+
+    def rounds(self, start: Progress) -> Iterator[Round]:
+        """Run all rounds after `start`."""
+        return run(self.method, start, self.clients, self.schedule, self.device)
+
+
 def run(
     method: Method, start: Progress, clients: list[ClientData], schedule: Schedule, device: str | None = None
 ) -> Iterator[Round]:
-    """Runs a method and yields after every round.
+    """Run a method and yield after every round.
 
     Args:
-        method: the federated method.
-        start: from `begin`, or the progress of an earlier round.
-        clients: every client's data.
-        schedule: rounds and sampling. Who takes part, and each client's batches, come from generators keyed by
-            (seed, round, client), so that they depend neither on the method nor on the order of clients.
-        device: where training runs; None: where the data are.
+        method: The federated method.
+        start: The state from `begin`, or the progress of an earlier round.
+        clients: Every client's data.
+        schedule: Rounds and sampling. Participants and batches are drawn from generators keyed by (seed, round,
+            client), so they depend neither on the method nor on the order of clients.
+        device: Where to train; None: where the data are.
 
     Raises:
-        PipelineError: a client's loss is not finite.
+        TrainingDiverged: A client's loss is not finite.
     """
     server, states = start.server, list(start.clients)
     for number in range(start.number + 1, schedule.num_rounds + 1):
@@ -63,7 +85,7 @@ def run(
             participants=participants,
             num_samples=sum(sizes) * schedule.local_epochs,
             num_steps=sum(update.num_steps for update in updates),
-            train_metrics={name: float(np.average([m[name] for m in metrics], weights=sizes)) for name in metrics[0]},
+            train_metrics=mean_metrics(metrics, sizes),
             bytes_down=bytes_down,
             bytes_up=sum(map(update_bytes, updates)),
             load_seconds=load_seconds,
@@ -73,6 +95,6 @@ def run(
 
 
 def _wait(device: str | None) -> None:
-    """Lets a GPU finish, so that the seconds are those of the work."""
+    """Wait for a GPU to finish, so that the seconds are those of the work."""
     if device is not None and device.startswith("cuda"):
         torch.cuda.synchronize(device)

@@ -65,6 +65,7 @@ def build(
     weight_decay: float,
     num_clients: int,
     gradient_clipping: float | None = None,
+    kind: type[Method] | None = None,
 ) -> Method:
     """Create the method of a `methods:` entry.
 
@@ -75,6 +76,7 @@ def build(
         weight_decay: L2 penalty of local SGD.
         num_clients: N, the number of all clients.
         gradient_clipping: Largest norm of a step's gradient; None for no limit.
+        kind: The class to create, if it is not the one that registered the type of `settings`.
 
     Raises:
         ConfigError: Training without labels has both of its losses disabled.
@@ -82,4 +84,4 @@ def build(
     guidance = guidance_of(settings)
     loss = GuidanceLoss(guidance) if guidance else None
     local_sgd = LocalSGD(model, momentum, weight_decay, loss, gradient_clipping)
-    return method_class(settings)(local_sgd, settings, num_clients)
+    return (kind or method_class(settings))(local_sgd, settings, num_clients)

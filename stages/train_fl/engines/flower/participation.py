@@ -1,73 +1,61 @@
-"""Who took part: participation.csv, a row a round and sampled client, and the same as a picture.
+"""Which clients took part: participation.csv, one row per round and sampled client.
 
 round, client, name, outcome ("trained", or why not), num_samples, train_seconds (on the node)
 """
 
 import csv
+import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pipeline import plotting
+from pipeline.federation.members import Member
 from pipeline.io import atomic
-from stages.train_fl import records
+from stages.train_fl.engines.flower.messages import TrainReply
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-Row = dict[str, Any]
-FILE = "participation.csv"
+log = logging.getLogger(__name__)
 
 
-class Account:
-    """The rows so far, kept in the run's folder after every round."""
+class Participation:
+    """The rows so far, written to the run's folder after every round."""
 
-    def __init__(self, path: Path, rounds_done: int) -> None:
-        """In folder `path`; rows of an earlier start are kept for the rounds that it finished."""
-        self._path = path
-        self._earlier = [row for row in _read(path / FILE) if int(row["round"]) <= rounds_done]
+    def __init__(self, folder: Path, rounds_done: int) -> None:
+        """Continue the table in `folder` from the rounds done before; later rows are dropped."""
+        self._file = folder / "participation.csv"
+        self._rows = [row for row in _read(self._file) if int(row["round"]) <= rounds_done]
 
-    def write(self, rows: list[Row]) -> None:
-        """The earlier rows and these, whole."""
-        records.write_csv(self._path / FILE, self._earlier + rows)
+    def add(self, number: int, replies: dict[Member, TrainReply], failures: dict[Member, str]) -> None:
+        """Add a round and write the table. Clients that failed are logged by name."""
+        for member in sorted([*replies, *failures], key=lambda member: member.client_id):
+            reply = replies.get(member)
+            if not reply:
+                log.warning("round %d continues without %s: %s", number, member, failures[member])
+            row: dict[str, Any] = {
+                "round": number,
+                "client": member.client_id,
+                "name": member.name,
+                "outcome": "trained" if reply else failures[member],
+                "num_samples": reply.update.num_samples if reply else 0,
+                "train_seconds": reply.train_seconds if reply else None,
+            }
+            self._rows.append(row)
+        atomic.write_csv(self._file, self._rows, sync=False)
 
-    def summary(self) -> list[str]:
-        """A line a client: how many of its rounds it took part in."""
-        rows = _read(self._path / FILE)
+    def outcomes(self, number: int) -> str:
+        """Return the outcomes of a round, on one line."""
+        return "; ".join(f"client {row['client']}: {row['outcome']}" for row in self._rows if row["round"] == number)
+
+    def summary(self) -> str:
+        """Return one line per client: the number of rounds in which it trained, and why it did not in others."""
         lines = []
-        for client in sorted({int(row["client"]) for row in rows}):
-            own = [row for row in rows if int(row["client"]) == client]
+        for client in sorted({int(row["client"]) for row in self._rows}):
+            own = [row for row in self._rows if int(row["client"]) == client]
             missed = [f"round {row['round']}: {row['outcome']}" for row in own if row["outcome"] != "trained"]
             line = f"client {client} ({own[-1]['name']}): trained in {len(own) - len(missed)} of {len(own)} rounds"
             lines.append("; ".join([line, *missed]))
-        return lines
-
-    def draw(self) -> None:
-        """participation.svg: a square a client and round; the same rows give the same bytes."""
-        atomic.write_text(self._path / "participation.svg", _squares(_read(self._path / FILE)))
+        return "\n".join(lines)
 
 
-@plotting.svg
-def _squares(rows: list[Row]) -> "Figure":
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    clients = sorted({int(row["client"]) for row in rows})
-    figure = Figure(figsize=(7, 1.2 + 0.3 * len(clients)))
-    axes = figure.add_subplot(xlabel="round")
-    for trained, colour, label in ((True, "#2a7f62", "trained"), (False, "#c8553d", "asked, did not")):
-        points = [row for row in rows if (row["outcome"] == "trained") == trained]
-        x = [int(row["round"]) for row in points]
-        y = [clients.index(int(row["client"])) for row in points]
-        axes.scatter(x, y, marker="s", s=40, color=colour, label=label)
-    names = {int(row["client"]): row["name"] for row in rows}
-    axes.set_yticks(range(len(clients)), [names[client] for client in clients])
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.invert_yaxis()
-    figure.legend(loc="outside upper right", ncols=2)
-    return figure
-
-
-def _read(file: Path) -> list[Row]:
+def _read(file: Path) -> list[dict[str, Any]]:
     try:
         with file.open(encoding="utf-8", newline="") as stream:
             return list(csv.DictReader(stream))

@@ -1,13 +1,14 @@
-"""Differential privacy and secure aggregation of what nodes send: Flower's own mods, as `federation` asks for them.
+"""Differential privacy of the nodes' updates, with Flower's own mods, as `federation.differential_privacy` asks for.
 
     central   fixedclipping_mod on the node, DifferentialPrivacyClientSideFixedClipping around the Strategy
-    local     LocalDpMod on the node; a clipped update differs from another by at most twice the norm: its sensitivity
-              (told a noise that holds for every epsilon: Balle and Wang, ICML 2018; Flower's own formula does below 1)
-    SecAgg+   secaggplus_mod on the node, SecAggPlusWorkflow on the server (see `secure`)
+    local     LocalDpMod on the node; two clipped updates differ by at most twice the norm, which is the sensitivity
 
-All of them protect one set of weights, whose mean the server takes. So they go with methods that send nothing else
-and whose server does nothing else, and with networks without BatchNorm, whose variances noise would make negative.
-What they do not cover: a node's number of images, its mean losses and accuracy, which it sends in the clear.
+The noise of LocalDpMod follows a formula that holds only for epsilon below 1, so it is given a sensitivity that makes
+its noise that of the analytic Gaussian mechanism (Balle and Wang, ICML 2018, https://arxiv.org/abs/1805.06530).
+
+Both protect one set of weights whose mean the server takes. They are therefore limited to methods that send nothing
+else, and to networks without BatchNorm, whose variances noise would make negative. They do not cover a node's number of
+images, mean losses and accuracy.
 """
 
 import math
@@ -17,70 +18,59 @@ from flwr.clientapp.mod import LocalDpMod, fixedclipping_mod
 from flwr.clientapp.typing import ClientAppCallable
 from torch import nn
 
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.federation.node import REFUSED, config_of, node_of
-from pipeline.settings.params import METHODS, CentralPrivacy, Federation, LocalPrivacy
-from stages.train_fl.methods import method_class
-from stages.train_fl.run import Job
+from pipeline.settings.params import CentralPrivacy, LocalPrivacy
+from stages.train_fl.session import Job
 
 
 def check(job: Job, model: nn.Module) -> None:
-    """Checks that what params.yaml asks for covers all that the method sends.
+    """Check that differential privacy, if it is on, covers everything that the method sends.
 
     Raises:
-        PipelineError: it does not.
+        ConfigError: It does not.
     """
-    params = job.config.params.federation
-    wanted = [key for key in ("differential_privacy", "secure_aggregation") if getattr(params, key) is not None]
-    if not wanted:
+    if job.config.params.federation.differential_privacy is None:
         return
-    asked = f"federation.{wanted[0]}"
-    if len(wanted) > 1:
-        raise PipelineError(f"federation.{wanted[0]} and federation.{wanted[1]} do not go together here: choose one")
-    if params.secure_aggregation and min(params.min_clients, job.config.params.train_fl.clients_per_round) < 2:
-        raise PipelineError(
-            f"{asked} hides a node among others: set federation.min_clients and clients_per_round to 2 or more"
-        )
-    if not method_class(job.method).sends_only_weights:
-        covered = [name for name, settings in METHODS.items() if method_class(settings()).sends_only_weights]
-        raise PipelineError(
-            f"{asked} covers the mean of weights alone, but {job.method.model_dump()['algorithm']} sends or keeps "
-            f"more: use one of {', '.join(covered)}, or set it to null"
+    if not job.sends_only_weights:
+        raise ConfigError(
+            f"federation.differential_privacy protects only weights, but methods.{job.method_name} sends or keeps "
+            "more. Use a method that sends only weights (for example fedavg, moon or feddifrc), or set it to null."
         )
     if next(model.buffers(), None) is not None:
-        raise PipelineError(f"{asked} does not go with BatchNorm's statistics: set train_fl.normalisation to group")
+        raise ConfigError(
+            "federation.differential_privacy does not work with BatchNorm's statistics. Set train_fl.normalisation to "
+            "group."
+        )
 
 
 def protect(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """The node's side, around its training."""
+    """Protect the node's training: a Flower mod."""
     try:
-        params = _federation(context)
-        match params.differential_privacy:
-            case CentralPrivacy():
-                return fixedclipping_mod(message, context, call_next)
-            case LocalPrivacy(clipping_norm=norm, epsilon=epsilon, delta=delta):
-                formula = math.sqrt(2 * math.log(1.25 / delta)) / epsilon  # what the mod multiplies its sensitivity by
-                sensitivity = gaussian_deviation(2 * norm, epsilon, delta) / formula
-                return LocalDpMod(norm, sensitivity, epsilon, delta)(message, context, call_next)
-        if params.secure_aggregation is not None:
-            from stages.train_fl.engines.flower import secure
-
-            return secure.protect(message, context, call_next)
+        federation = config_of(context.run_config, node_of(context).root).params.federation
     except PipelineError as error:
         return Message(Error(REFUSED, str(error)), reply_to=message)
-    return call_next(message, context)
+    match federation.differential_privacy:
+        case CentralPrivacy():
+            return fixedclipping_mod(message, context, call_next)
+        case LocalPrivacy(clipping_norm=norm, epsilon=epsilon, delta=delta):
+            formula = math.sqrt(2 * math.log(1.25 / delta)) / epsilon  # what the mod multiplies its sensitivity by
+            sensitivity = gaussian_deviation(2 * norm, epsilon, delta) / formula
+            return LocalDpMod(norm, sensitivity, epsilon, delta)(message, context, call_next)
+        case _:
+            return call_next(message, context)
 
 
 def gaussian_deviation(sensitivity: float, epsilon: float, delta: float) -> float:
-    """The least deviation of Gaussian noise that is (epsilon, delta)-private: the analytic Gaussian mechanism.
+    """Return the least standard deviation s of Gaussian noise that is (epsilon, delta)-private.
 
-    delta(s) = Phi(D / 2s - epsilon s / D) - e^epsilon Phi(-D / 2s - epsilon s / D), which falls with s (Balle and Wang,
-    ICML 2018, theorem 8); found by bisection.
+    delta(s) = Phi(D / 2s - epsilon s / D) - e^epsilon Phi(-D / 2s - epsilon s / D) falls with s (Balle and Wang, ICML
+    2018, theorem 8); s is found by bisection.
 
     Args:
-        sensitivity: D > 0, the largest distance of two outcomes.
-        epsilon: > 0.
-        delta: in (0, 1).
+        sensitivity: The largest distance D > 0 between two outcomes.
+        epsilon: Above 0.
+        delta: In (0, 1).
     """
     low, high = 1e-9, 1.0
     while gaussian_delta(high, epsilon) > delta:
@@ -92,12 +82,8 @@ def gaussian_deviation(sensitivity: float, epsilon: float, delta: float) -> floa
 
 
 def gaussian_delta(deviation: float, epsilon: float) -> float:
-    """The delta that noise of this deviation gives, both for a sensitivity of 1."""
+    """Return the delta of noise with this standard deviation, for a sensitivity of 1."""
     from scipy.special import log_ndtr
 
     near, far = 0.5 / deviation - epsilon * deviation, -0.5 / deviation - epsilon * deviation
     return math.exp(log_ndtr(near)) - math.exp(epsilon + log_ndtr(far))
-
-
-def _federation(context: Context) -> Federation:
-    return config_of(context.run_config, node_of(context).root).params.federation

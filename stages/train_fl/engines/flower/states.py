@@ -1,20 +1,17 @@
-"""What a node keeps between the rounds it takes part in, on its own disk: control variates, its last model, drifts.
+"""The state of a client between the rounds it takes part in, on its node's disk: control variates, last model, drift.
 
-    .pipeline/federation/<key>/client-0003/round-00012.safetensors     the state after its training in round 12
+    .pipeline/federation/<run key>/client-0003/round-00012.safetensors     the state after training in round 12
 
-The server says with every order which round's update of this client it added up last, and the node goes on from that
-round's state: an answer that never arrived leaves no trace, whether the node, the server or the line between them
-failed, and a server that went back to its checkpoint finds the states of that time. Older states are dropped then.
-States never leave the node; they are dropped when the run is finished.
+With every request the server names the last round whose update of this client it aggregated, and the node continues
+from that round's state. A reply that never arrived therefore leaves no trace, whichever side failed, and a server that
+returned to its checkpoint finds the states of that time. Older states are removed then. States never leave the node;
+they are removed when the run is finished.
 """
 
 import logging
-import shutil
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from stages.train_fl.checkpoint import load_tensors, save_tensors
+from pipeline.io.resumable import ResumableStore
 from stages.train_fl.methods import ClientState
 
 log = logging.getLogger(__name__)
@@ -23,42 +20,40 @@ log = logging.getLogger(__name__)
 class States:
     """The states of one client in one run."""
 
-    def __init__(self, state_dir: Path, key: str, client_id: int) -> None:
-        """Under the node's `state_dir`, for the run of this key."""
-        self._folder = state_dir / "federation" / key / f"client-{client_id:04d}"
+    def __init__(self, state_dir: Path, run_key: str, client_id: int) -> None:
+        """Use a folder under the node's `state_dir`."""
+        self._store = ResumableStore(state_dir / "federation" / run_key / f"client-{client_id:04d}")
 
     def load(self, number: int, device: str) -> ClientState | None:
-        """The state after round `number`, on `device`; None for round 0 and, with a warning, if it is lost or damaged.
+        """Return the state after round `number`, on `device`.
+
+        Returns:
+            None for round 0 and, with a warning, if the state is missing or damaged.
 
         Raises:
-            SystemRefusal: the operating system did not let it be read; it is kept.
+            SystemRefusal: The operating system refused to read it. The state is kept.
         """
         if number == 0:
             return None
-        file = self._file(number)
-        try:
-            tensors = load_tensors(file, device)
-        except (OSError, SafetensorError) as error:
-            log.warning("%s, this client's state, cannot be read (%s): it begins anew", file, error)
+        if not (found := self._store.load(_name(number), device)):
+            log.warning("%s has no usable state of round %d. Starting without one.", self._store.folder, number)
             return None
-        for older in self._folder.glob("round-*.safetensors"):
-            if older.name < file.name:
-                older.unlink(missing_ok=True)
-        return tensors
+        self._store.discard(name for name in self._store.names() if name < _name(number))
+        return found[0]
 
     def save(self, number: int, state: ClientState) -> None:
-        """Keeps the state after round `number`; nothing for methods that keep nothing.
+        """Save the state after round `number`, unless the method has none.
 
         Raises:
-            PipelineError: it cannot be written.
+            PipelineError: It cannot be written.
         """
         if state:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            save_tensors(self._file(number), {name: value.cpu().contiguous() for name, value in state.items()})
+            self._store.save(_name(number), state)
 
     def remove(self) -> None:
-        """Drops all states: the run is finished."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        """Remove all states, because the run is finished."""
+        self._store.remove()
 
-    def _file(self, number: int) -> Path:
-        return self._folder / f"round-{number:05d}.safetensors"
+
+def _name(number: int) -> str:
+    return f"round-{number:05d}"

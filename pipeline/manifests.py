@@ -1,0 +1,99 @@
+"""The JSON files of a run in results/, as typed models: training writes them, the report reads them.
+
+config.json      `RunConfig`     the settings that decide the run, what it was made from, and the software
+metrics.json     `RunMetrics`    the few numbers that `dvc metrics show` prints
+details.json     `RunDetails`    best accuracy, seconds, bytes
+partition.json   `RunPartition`  which samples and labels each client has
+"""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.errors import DataError
+from pipeline.io.system_errors import reading
+
+
+class _Manifest(BaseModel):
+    """Fields of a newer version are kept, not rejected."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+
+class DatasetReference(_Manifest):
+    """The data set that a run was trained on; a run over nodes knows no hash."""
+
+    name: str
+    hash: str | None = None
+
+
+class RunConfig(_Manifest):
+    """config.json. `method` and `partition` hold a name besides the settings of that entry in params.yaml."""
+
+    method: dict[str, Any]
+    partition: dict[str, Any]
+    train_fl: dict[str, Any]
+    seed: int
+    dataset: DatasetReference
+    features: str | None = None  # fingerprint of the feature set
+    synthetic: str | None = None  # hash of the generated images
+    provenance: dict[str, Any] = {}
+
+
+class RunMetrics(_Manifest):
+    """metrics.json. Methods may add numbers of their own; `mean_domain_accuracy` needs two domains or more."""
+
+    mean_last5_accuracy: float
+    final_accuracy: float
+    mean_domain_accuracy: float | None = None
+
+
+class RunDetails(_Manifest):
+    """details.json. A run over nodes with images of their own knows no accuracy by domain."""
+
+    best_accuracy: float
+    wall_seconds: float
+    seconds: dict[str, float]  # load, train, aggregate, evaluate
+    samples_per_second: float
+    bytes_down: int
+    bytes_up: int
+    domain_accuracy: dict[str, float] = {}
+
+
+class RunPartition(_Manifest):
+    """partition.json. Counts are per client and class; `clients` lists positions in the training split."""
+
+    class_names: list[str]
+    label_counts: list[list[int]]
+    synthetic_counts: list[list[int]]
+    heterogeneity: dict[str, float | None]
+    clients: list[list[int]]
+
+
+M = TypeVar("M", bound=_Manifest)
+
+
+def read(file: Path, model: type[M]) -> M:
+    """Read a manifest.
+
+    Args:
+        file: The JSON file.
+        model: The class that describes it.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        SystemRefusal: The operating system refused to read it.
+        DataError: It does not hold what `model` describes.
+    """
+    with reading(file):
+        text = file.read_bytes()
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        detail = f"{where}: {problem['msg']}" if where else problem["msg"]
+        raise DataError(
+            f"{file} is damaged ({detail}). Train the run again, or restore it with `dvc checkout`."
+        ) from None

@@ -1,0 +1,326 @@
+"""One run of a federated method, the same for every engine: resume, train, evaluate, write.
+
+Job       one run of the sweep: a method, a partition and a seed of a project
+Engine    computes the rounds: `engines.local` in this process, `engines.flower` on nodes
+execute   runs a job on an engine and leaves the run's folder; see `records` for its files
+"""
+
+import contextlib
+import hashlib
+import logging
+import math
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from pipeline import accuracy, devices, provenance, run_digests
+from pipeline.errors import ConfigError, TrainingDiverged
+from pipeline.io import atomic, locks
+from pipeline.progress import progress_bar
+from pipeline.settings.config import Config
+from pipeline.settings.params import Guidance, Nodes, Runtime, Section, TrainFL
+from stages.train_fl import evaluate, loggers, methods, models, records
+from stages.train_fl.checkpoint import Checkpoint
+from stages.train_fl.data import FederatedData
+from stages.train_fl.encoders import EncoderSettings
+from stages.train_fl.evaluate import Classification, Evaluator
+from stages.train_fl.methods import Method, Weights
+from stages.train_fl.models import FLModel
+from stages.train_fl.probes import Probes
+from stages.train_fl.rounds import Progress, Round, Schedule
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the sweep, by the names and settings in params.yaml."""
+
+    config: Config
+    method_name: str
+    partition_name: str
+    seed: int
+
+    @property
+    def params(self) -> TrainFL:
+        """The settings that all methods share."""
+        return self.config.params.train_fl
+
+    @property
+    def method(self) -> Section:
+        """The method's settings."""
+        return self.config.settings("methods", self.method_name)
+
+    @property
+    def guidance(self) -> Guidance | None:
+        """The settings of the method's guidance, if it has any."""
+        return methods.guidance_of(self.method)
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the method trains with labels."""
+        return methods.method_class(self.method).needs_labels
+
+    @property
+    def sends_only_weights(self) -> bool:
+        """Whether clients send nothing besides their weights, of which the server takes the mean."""
+        return methods.method_class(self.method).sends_only_weights
+
+    @property
+    def has_private_data(self) -> bool:
+        """Whether every client is a node with images of its own, so that no data set is partitioned."""
+        return isinstance(self.config.settings("partitions", self.partition_name), Nodes)
+
+    @property
+    def schedule(self) -> Schedule:
+        """Rounds, sampling and local training."""
+        return Schedule.of(self.params, self.seed)
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return self.config.run_dir(self.method_name, self.partition_name, self.seed)
+
+    def check(self) -> None:
+        """Check that the settings suit the method.
+
+        Raises:
+            ConfigError: They do not.
+        """
+        if methods.method_class(self.method).needs_augmentation and self.params.augmentation == "none":
+            raise ConfigError(
+                f"methods.{self.method_name} compares two views of each image, but train_fl.augmentation is none. "
+                "Set it to views (or crop)."
+            )
+
+    def build(
+        self, num_classes: int, guidance_dim: int | None, num_clients: int, device: str
+    ) -> tuple[FLModel, Method]:
+        """Build the network, with the initial weights of the job's seed, and the method that trains it.
+
+        Args:
+            num_classes: Classes of the data set.
+            guidance_dim: Length of the guidance targets; None for methods without guidance.
+            num_clients: All clients, N.
+            device: Where to place the network.
+        """
+        channels_last = self.config.params.runtime.channels_last
+        model = build_model(self.params, self.method, num_classes, guidance_dim, self.seed, channels_last).to(device)
+        optimiser = (self.params.momentum, self.params.weight_decay)
+        return model, methods.build(self.method, model, *optimiser, num_clients, self.params.gradient_clipping)
+
+    def settings(self, data: FederatedData) -> dict[str, Any]:
+        """Return everything that decides the run's results."""
+        return {
+            **self.config.settings_of_run(self.method_name, self.partition_name),
+            "seed": self.seed,
+            "dataset": {"name": data.dataset.name, "hash": data.dataset.hash},
+            "features": data.features.manifest.fingerprint if data.features else None,
+            "synthetic": data.synthetic_hash,
+        }
+
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the lock of the run's folder.
+
+        Raises:
+            PipelineError: Another process holds it.
+        """
+        lock = f"{self.path.name}-{hashlib.sha256(os.fsencode(self.path)).hexdigest()[:8]}"
+        return locks.held(self.config.state_dir / "locks" / lock, str(self.path))
+
+
+class Engine(Protocol):
+    """Computes the rounds of a run."""
+
+    @property
+    def name(self) -> str:
+        """Names the engine in checkpoints: an engine does not resume from another's."""
+
+    @property
+    def device(self) -> str:
+        """The device of the server's state."""
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Rounds between checkpoints."""
+
+    def begin(self, weights: Weights) -> Progress:
+        """Return the state before the first round, with these initial weights."""
+
+    def rounds(self, start: Progress) -> Iterator[Round]:
+        """Run all rounds after `start`."""
+
+
+def execute(
+    job: Job,
+    engine: Engine,
+    model: FLModel,
+    evaluator: Evaluator,
+    data: FederatedData | None,
+    settings: dict[str, Any],
+    overwrite: bool = False,
+) -> None:
+    """Run a job, or resume it from its checkpoint, and write all files of the run.
+
+    The checksums are written last: they mark the run as complete.
+
+    Args:
+        job: The run.
+        engine: Computes its rounds.
+        model: A network with the initial weights; it is evaluated in and left with the final weights.
+        evaluator: Scores every round.
+        data: The clients' data; None if they are on nodes.
+        settings: Everything that decides the run's results, for config.json.
+        overwrite: Replace a finished run of other settings or data.
+
+    Raises:
+        ConfigError: The folder holds a finished run of other settings or data.
+        TrainingDiverged: A loss is not a finite number.
+        PipelineError: Another process is writing the run, or a file cannot be written.
+    """
+    with job.locked():
+        if not overwrite:
+            records.check_replaceable(job.path, settings)
+        device = str(next(model.parameters()).device)
+        key = provenance.fingerprint(settings | _numerics(job.config.params.runtime, device, engine))[:16]
+        checkpoint = Checkpoint(job.config.state_dir / "checkpoints" / f"{job.path.name}-{key}")
+        start, rows = checkpoint.load(engine.device) or (engine.begin(weights_of(model)), None)
+        records.start(job.path)  # removes a finished run, so everything that may be rejected comes before
+        if data:
+            records.write_partition(job.path, data)
+        record = records.RunRecord(job.path, rows)
+        _train(job, engine, start, model, evaluator, record, checkpoint)
+        _write_results(job, model, evaluator, data, record)
+        atomic.write_json(job.path / "config.json", settings | {"provenance": _provenance(device)})
+        provenance.write_checksums(job.path)
+        run_digests.record(job.config, job.path)
+        checkpoint.remove()
+
+
+def _train(
+    job: Job,
+    engine: Engine,
+    start: Progress,
+    model: FLModel,
+    evaluator: Evaluator,
+    record: records.RunRecord,
+    checkpoint: Checkpoint,
+) -> None:
+    """Train all rounds after `start`; leaves the final global weights in `model`."""
+    num_rounds = job.params.num_rounds
+    model.load_state_dict(start.server.weights)
+    if start.number:
+        log.info("%s: resuming after round %d of %d", job.path.name, start.number, num_rounds)
+    with (
+        loggers.opened(job.config.params.runtime, job.config.home, job.path.name, record) as log_last_round,
+        progress_bar(num_rounds, job.path.name, "round") as bar,
+    ):
+        bar.update(start.number)
+        for done in engine.rounds(start):
+            started = time.perf_counter()
+            scores = score_round(done, model, evaluator)
+            record.add(done, scores, time.perf_counter() - started)
+            log_last_round()
+            if done.number % engine.checkpoint_every == 0 and done.number < num_rounds:
+                checkpoint.save(done.progress, record.rows)
+            bar.set_postfix_str(f"accuracy {scores['accuracy']:.3f}", refresh=False)
+            bar.update()
+
+
+def score_round(done: Round, model: FLModel, evaluator: Evaluator) -> dict[str, float]:
+    """Load the global weights of a round into `model` and score it.
+
+    Raises:
+        TrainingDiverged: The held-out loss is not a finite number.
+    """
+    model.load_state_dict(done.weights)
+    scores = evaluator.scores(model)
+    if not math.isfinite(scores["loss"]):
+        raise TrainingDiverged(
+            f"training diverged (the held-out loss of the global model after round {done.number} is "
+            f"{scores['loss']}). Lower train_fl.learning_rate."
+        )
+    return scores
+
+
+def _write_results(
+    job: Job, model: FLModel, evaluator: Evaluator, data: FederatedData | None, record: records.RunRecord
+) -> None:
+    """Write the weights, accuracy by client and by domain, and the metrics."""
+    details, metrics = record.details(), record.metrics()
+    records.write_weights(job.path, model.state_dict())
+    if data:
+        predictor, extra = evaluator.final(model)
+        clients = evaluate.by_client(
+            predictor, data.clients, data.held_out, data.cell_counts, len(data.dataset.class_names)
+        )
+        atomic.write_csv(job.path / "clients.csv", clients)
+        domains = evaluate.by_domain(predictor, data.held_out, data.dataset.domain_names)
+        details |= {"domain_accuracy": domains}
+        metrics |= extra
+        if len(domains) > 1:
+            metrics |= {"mean_domain_accuracy": statistics.fmean(domains.values())}
+    atomic.write_json(job.path / "details.json", details)
+    atomic.write_json(job.path / "metrics.json", metrics)
+    words = accuracy.rounds_in_words(job.params.num_rounds)
+    log.info("%s: accuracy %.4f (%s)", job.path.name, metrics["mean_last5_accuracy"], words)
+
+
+def prepare_torch(runtime: Runtime) -> str:
+    """Make torch deterministic, set its number of threads, and return the device to train on.
+
+    On a GPU an operation without a deterministic implementation warns instead of failing.
+
+    Raises:
+        PipelineError: The requested GPU is not available.
+    """
+    device = devices.resolve(runtime.device)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
+    torch.use_deterministic_algorithms(True, warn_only=device != "cpu")
+    if runtime.num_threads is not None:
+        torch.set_num_threads(runtime.num_threads)
+    return device
+
+
+def build_model(
+    params: TrainFL, method: Section, num_classes: int, guidance_dim: int | None, seed: int, channels_last: bool = True
+) -> FLModel:
+    """Build a network with the parts that a method needs, on the CPU, with the initial weights of `seed`."""
+    encoder = EncoderSettings(params.model, params.normalisation, params.precision, channels_last)
+    return models.build(encoder, num_classes, seed, guidance_dim, params.projection_dim, **methods.model_parts(method))
+
+
+def evaluator_of(job: Job, data: FederatedData) -> Evaluator:
+    """Return the classifier's evaluator; for training without labels that of a k-NN classifier and a linear probe."""
+    if job.needs_labels:
+        return Classification(data.held_out)
+    return Probes(data.clients, data.held_out, job.method.model_dump()["knn_neighbours"])
+
+
+def weights_of(model: FLModel) -> Weights:
+    """Return a copy of the model's state dict."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def _numerics(runtime: Runtime, device: str, engine: Engine) -> dict[str, Any]:
+    """Return what may change the last bits of a result: a checkpoint that promises equal bytes depends on it."""
+    return {
+        "engine": engine.name,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "channels_last": runtime.channels_last,
+        "torch": torch.__version__,
+        "code": provenance.git_commit() or provenance.code_sha256(),
+    }
+
+
+def _provenance(device: str) -> dict[str, Any]:
+    """Describe software and hardware; without a commit, for example in Flower's app bundle, the code by its hash."""
+    described = provenance.describe(device)
+    return described if described["commit"] else described | {"code": provenance.code_sha256()}

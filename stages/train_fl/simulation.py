@@ -1,0 +1,193 @@
+"""Federated training from arrays in memory, for notebooks and scripts: no params.yaml and no files.
+
+Samples    images and labels of a client or of the held-out data, with rows of a feature set for guidance
+simulate   trains a method over clients on the local engine
+History    the outcome: one row per round, and the final network
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from tabulate import tabulate
+from torch import Tensor
+
+from pipeline import devices
+from pipeline.errors import ConfigError, DataError
+from pipeline.feature_store import FeatureSet
+from pipeline.settings.params import Section, TrainFL
+from stages.train_fl import methods, session
+from stages.train_fl.client_data import ClientData
+from stages.train_fl.data import HeldOut
+from stages.train_fl.engines.local import LocalEngine
+from stages.train_fl.evaluate import Classification, Evaluator
+from stages.train_fl.guidance import GuidanceSource
+from stages.train_fl.methods import Method
+from stages.train_fl.models import FLModel
+from stages.train_fl.probes import Probes
+from stages.train_fl.records import RoundRow, round_row
+from stages.train_fl.rounds import Schedule
+
+DEFAULTS: dict[str, Any] = {
+    "model": "small_cnn",
+    "normalisation": "batch",
+    "precision": "float32",
+    "projection_dim": None,
+    "clients_per_round": 5,
+    "num_rounds": 25,
+    "local_epochs": 5,
+    "batch_size": 64,
+    "learning_rate": 0.01,
+    "learning_rate_decay": 1.0,
+    "momentum": 0.9,
+    "weight_decay": 0.00001,
+    "gradient_clipping": None,
+    "augmentation": "none",
+}
+"""The settings of `train_fl` that `simulate` accepts, with the values of params.yaml."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of one client, or held-out samples; arrays or tensors.
+
+    Attributes:
+        images: uint8, or float in [0, 1] (stored with 8 bits); (N, H, W, 3), (N, H, W, 1) or (N, H, W).
+        labels: Integers (N,), counted from 0.
+        features: The feature set of the images, for methods with guidance.
+        rows: Integers (N,), the row of each image in `features`.
+    """
+
+    images: Any
+    labels: Any
+    features: FeatureSet | None = None
+    rows: Any = None
+
+
+@dataclass(frozen=True)
+class History:
+    """The outcome of `simulate`; prints as a table.
+
+    Attributes:
+        rows: One per round: round, accuracy, loss, train_<loss>, num_clients, num_samples, bytes_down, bytes_up.
+        model: The network with the final global weights.
+    """
+
+    rows: list[RoundRow]
+    model: FLModel
+
+    def __str__(self) -> str:
+        """Return the rows as a table."""
+        return str(tabulate(self.rows, headers="keys", floatfmt=".4f"))
+
+    __repr__ = __str__
+
+
+def simulate(
+    method: type[Method] | Section,
+    clients: Sequence[Samples],
+    held_out: Samples,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    **settings: Any,
+) -> History:
+    """Train a federated method from arrays in memory.
+
+    Args:
+        method: A method class with its default settings, for example FedDifRC or your own subclass of FedAvg; or the
+            settings of a method, for example FedDifRC.Settings(ndcr_weight=0).
+        clients: The clients' training samples.
+        held_out: Samples to evaluate on after every round.
+        seed: Seed of the initial weights, client sampling and batches.
+        device: "auto", "cpu" or "cuda".
+        **settings: Settings of `train_fl` that differ from `DEFAULTS`, for example num_rounds or learning_rate.
+
+    Returns:
+        The rows of all rounds, and the final network.
+
+    Raises:
+        ConfigError: A setting is unknown or invalid, or a method with guidance gets clients without features.
+        DataError: Images, labels and rows do not fit each other.
+        TrainingDiverged: A loss is not a finite number.
+    """
+    params, device = _train_fl(settings, len(clients)), devices.resolve(device)
+    section, kind = (
+        (method, methods.method_class(method)) if isinstance(method, Section) else (method.Settings(), method)
+    )
+    guidance = methods.guidance_of(section)
+    sources = [_source(own, guidance) if guidance else None for own in clients]
+    data = [_client(own, source).to(device) for own, source in zip(clients, sources, strict=True)]
+    test = _client(held_out, None).to(device)
+    held = HeldOut(test.images, test.labels, torch.zeros_like(test.labels))
+    num_classes = 1 + max(int(own.labels.max()) for own in [*data, test] if len(own))
+    dims = next((source.num_dims for source in sources if source), None)
+    model = session.build_model(params, section, num_classes, dims, seed).to(device)
+    optimiser = (params.momentum, params.weight_decay)
+    made = methods.build(section, model, *optimiser, len(data), params.gradient_clipping, kind)
+    evaluator: Evaluator = Classification(held)
+    if not kind.needs_labels:
+        evaluator = Probes(data, held, section.model_dump()["knn_neighbours"])
+    engine = LocalEngine(made, data, Schedule.of(params, seed), device)
+    start = engine.begin(session.weights_of(model))
+    rows = [round_row(done, session.score_round(done, model, evaluator)) for done in engine.rounds(start)]
+    return History(rows, model)
+
+
+def _train_fl(settings: dict[str, Any], num_clients: int) -> TrainFL:
+    """Check the settings against the types and ranges of params.yaml."""
+    if unknown := settings.keys() - DEFAULTS.keys():
+        raise ConfigError(f"unknown setting {min(unknown)}. Known: {', '.join(DEFAULTS)}.")
+    data_settings = {
+        "num_clients": num_clients,
+        "imbalance_factor": 1.0,
+        "balance_with_synthetic": "none",
+        "evaluate_on": "test",
+        "validation_fraction": 0.2,
+    }
+    try:
+        return TrainFL(**{**DEFAULTS, **settings, **data_settings})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise ConfigError(f"invalid setting {where} ({problem['msg']}). Choose another value.") from None
+
+
+def _source(samples: Samples, guidance: Any) -> GuidanceSource:
+    if samples.features is None or samples.rows is None:
+        raise ConfigError("the method has guidance, but a client has no features. Pass Samples(..., features, rows).")
+    return GuidanceSource(samples.features, guidance)
+
+
+def _client(samples: Samples, source: GuidanceSource | None) -> ClientData:
+    images, labels = _pixels(samples.images), torch.as_tensor(np.asarray(samples.labels), dtype=torch.int64)
+    if labels.ndim != 1 or len(labels) != len(images) or (len(labels) and labels.min() < 0):
+        raise DataError(f"labels must be {len(images)} integers from 0, one per image, not of shape {labels.shape}")
+    if source is None or samples.features is None:
+        return ClientData(images, labels)
+    rows = np.asarray(samples.rows, dtype=np.int64)
+    if rows.shape != labels.shape:
+        raise DataError(f"rows must be {len(images)} integers, one per image, not of shape {rows.shape}")
+    if not np.array_equal(samples.features.read(rows).label, labels.numpy()):
+        raise DataError("the labels differ from those in the feature set. Check that `rows` are the images' own rows.")
+    return ClientData(images, labels, source.read(rows))
+
+
+def _pixels(images: Any) -> Tensor:
+    """Return the images as uint8 (N, 3, H, W)."""
+    array = np.asarray(images)
+    if array.ndim == 3:
+        array = array[..., None]
+    if array.ndim != 4 or array.shape[-1] not in (1, 3):
+        raise DataError(f"images must be (N, H, W), (N, H, W, 1) or (N, H, W, 3), not {array.shape}")
+    if np.issubdtype(array.dtype, np.floating):
+        if array.size and not (array.min() >= 0 and array.max() <= 1):
+            raise DataError("float images must be from 0 to 1. Divide them by their largest value.")
+        array = np.round(array * 255).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise DataError(f"images must be uint8 or float, not {array.dtype}")
+    array = np.broadcast_to(array, (*array.shape[:3], 3)).transpose(0, 3, 1, 2)
+    return torch.from_numpy(np.ascontiguousarray(array))
