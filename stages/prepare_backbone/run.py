@@ -1,4 +1,4 @@
-"""Runs the stage: puts a diffusers pipeline directory at models/<name> and writes down exactly what it is.
+"""Run the stage: put a diffusers pipeline directory at models/<name> and record exactly what it is.
 
 Neither git nor DVC tracks the weights: a team shares features, and training from those needs no weights.
 What DVC tracks is the manifest, with the hash of every file that decides the features. The directory holds links, to
@@ -27,17 +27,17 @@ _16_BITS = ("float16", "bfloat16")
 
 
 def run(config: Config, train: bool = False) -> Path:
-    """Makes models/<name> from the source that params.yaml names.
+    """Make models/<name> from the source that params.yaml names.
 
     Args:
-        config: the project's configuration.
-        train: train tiny-sd again instead of copying its shipped weights.
+        config: The project's configuration.
+        train: Train tiny-sd again instead of copying its shipped weights.
 
     Returns:
         The manifest's path.
 
     Raises:
-        DataError: the source is not there, cannot be downloaded, differs from the hub's hashes, or is not a model
+        DataError: The source does not exist, cannot be downloaded, differs from the hub's hashes, or is not a model
             that features can be extracted from.
     """
     params = config.params.prepare_backbone
@@ -106,7 +106,7 @@ def _linked(source: Source, target: Path, variant: str, prefer_fp16: bool) -> di
 
 
 def _tell_changes(config: Config, found: Mapping[str, Any]) -> None:
-    """Says when another model takes the name of one that was prepared before: its features are not this one's."""
+    """Warn if another model takes the name of one prepared before, because earlier features are not from it."""
     try:
         before = frozen_model.read_manifest(config)
     except PipelineError:
