@@ -85,7 +85,7 @@ FAULTS = {
 def test_a_damaged_split_is_named(path, fault):
     FAULTS[fault](path / "train.h5")
     with pytest.raises(
-        PipelineError, match=r"probe/train\.h5 .*run `pipeline prepare-data` again, or `dvc pull`"
+        PipelineError, match=r"probe/train\.h5 .*Run `pipeline prepare-data` again, or get a good copy with `dvc pull`"
     ) as caught:
         PreparedDataset(path).load("train")
     assert "\n" not in str(caught.value)
