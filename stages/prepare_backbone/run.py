@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline import provenance
 from pipeline.diffusion import frozen_model
-from pipeline.errors import DataError, PipelineError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.io import atomic
 from pipeline.settings.config import Config
 from stages.prepare_backbone import address
@@ -37,12 +37,13 @@ def run(config: Config, train: bool = False) -> Path:
         The manifest's path.
 
     Raises:
+        ConfigError: The settings contradict each other, or name no model or commit.
         DataError: The source does not exist, cannot be downloaded, differs from the hub's hashes, or is not a model
             that features can be extracted from.
     """
     params = config.params.prepare_backbone
     if train and params.source != "embedded":
-        raise DataError(f"--train makes tiny-sd. Use it with prepare_backbone.source: embedded, not {params.source}")
+        raise ConfigError(f"--train makes tiny-sd. Use it with prepare_backbone.source: embedded, not {params.source}")
     half = config.params.extract_features.dtype in _16_BITS
     directory = config.path(params.source)
     if params.source == "embedded":
@@ -54,7 +55,7 @@ def run(config: Config, train: bool = False) -> Path:
     else:
         if address.is_path(params.source):
             places = " and ".join(str(place) for place in config.places(params.source))
-            raise DataError(
+            raise ConfigError(
                 f"prepare_backbone.source = {params.source!r}: there is no such directory (looked for {places}). Check "
                 "the path, or write organisation/model for a model on the hub"
             )
@@ -67,7 +68,7 @@ def run(config: Config, train: bool = False) -> Path:
         )
     if found["revision"] is None and params.revision is not None:
         log.warning("prepare_backbone.revision is not used: it is for models from the hub")
-    _tell_changes(config, found)
+    _warn_about_changes(config, found)
     config.backbone_manifest.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_json(config.backbone_manifest, found)
     log.info("%s: %d files", config.backbone_dir, len(found["files"]))
@@ -105,7 +106,7 @@ def _linked(source: Source, target: Path, variant: str, prefer_fp16: bool) -> di
     return {"variant": selection.variant, "files": hashes}
 
 
-def _tell_changes(config: Config, found: Mapping[str, Any]) -> None:
+def _warn_about_changes(config: Config, found: Mapping[str, Any]) -> None:
     """Warn if another model takes the name of one prepared before, because earlier features are not from it."""
     try:
         before = frozen_model.read_manifest(config)

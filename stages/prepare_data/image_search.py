@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, PipelineError
 from pipeline.io.system_errors import refusal
 from stages.prepare_data.decode import ENDINGS, HEIF_ADVICE, HEIF_ENDINGS
 from stages.prepare_data.file_names import canonical, ending, is_leftover
@@ -151,7 +151,7 @@ def _images_in(folder: Path) -> list[str]:
 
 
 def _entries(directory: str) -> list[os.DirEntry[str]]:
-    """What is in a folder, without what systems leave."""
+    """Return the entries of a folder, without those that systems leave."""
     try:
         with os.scandir(directory) as entries:
             return [entry for entry in entries if not is_leftover(entry.name)]
@@ -159,7 +159,7 @@ def _entries(directory: str) -> list[os.DirEntry[str]]:
         raise _unreadable(error, directory) from None
 
 
-def _unreadable(error: OSError, directory: str) -> DataError:
+def _unreadable(error: OSError, directory: str) -> PipelineError:
     return refusal(error, Path(directory)) or DataError(f"{directory} cannot be read ({error.strerror}).")
 
 
