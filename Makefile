@@ -1,4 +1,4 @@
-# Everything a newcomer needs: `make repro` runs the pipeline, `make test` passes the tests; both set up what is missing.
+# Targets for development. `make repro` runs the pipeline and `make test` the tests; both create .venv if it is missing.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -21,10 +21,10 @@ $(STAMP): requirements.lock pyproject.toml
 repro: $(STAMP)  ## Run the whole pipeline: data, features, training, report
 	$(BIN)/dvc repro
 
-test: $(STAMP)  ## Run the tests, a process for each of up to eight cores
+test: $(STAMP)  ## Run the tests in parallel, on up to eight cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 
-test-faults: $(STAMP)  ## Try every fault and fuzz at length (about a quarter of an hour), with a table at the end
+test-faults: $(STAMP)  ## Run the long fault and fuzz tests (about 15 minutes) and print a table
 	HYPOTHESIS_PROFILE=large OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" tests/faults tests/fuzz
 
 lint: $(STAMP)  ## Check format, style and types
@@ -32,17 +32,17 @@ lint: $(STAMP)  ## Check format, style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: $(STAMP)  ## Format and mend what ruff can
+format: $(STAMP)  ## Format the code and apply ruff's fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lock: $(STAMP)  ## Write requirements.lock anew from pyproject.toml
+lock: $(STAMP)  ## Update requirements.lock from pyproject.toml
 	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --extra dev --extra simulation --no-header --no-annotate pyproject.toml --output-file requirements.lock
 
-audit: $(STAMP)  ## Look the locked packages up in the database of known vulnerabilities (needs the network)
+audit: $(STAMP)  ## Check the locked packages for known vulnerabilities (needs network access)
 	$(BIN)/uv tool run pip-audit --requirement requirements.lock --no-deps --disable-pip --strict
 
-gallery: $(STAMP)  ## Make the pictures of docs/gallery from the embedded default (needs a Chromium)
+gallery: $(STAMP)  ## Regenerate the images of docs/gallery from the default settings (needs Chromium)
 	$(BIN)/dvc repro
 	$(BIN)/pipeline sweep-features
 	install -m 644 analysis/*.svg analysis/sweep/sweep.svg results/feddifrc-dir005-s0/partition.svg \
@@ -50,8 +50,8 @@ gallery: $(STAMP)  ## Make the pictures of docs/gallery from the embedded defaul
 	install -m 644 $$(ls analysis/sweep/maps-*.png | head -n 1) docs/gallery/maps.png
 	$(BIN)/python benchmarks/screenshot.py report/index.html docs/gallery/report.png
 
-federation-demo: $(STAMP)  ## Run a federation of three nodes on this machine, each with its private folder
+federation-demo: $(STAMP)  ## Run a federation of three local nodes, each with its own folder
 	$(BIN)/python -m examples.federation.demo
 
-clean:  ## Remove what unfinished extractions and runs left for resuming, kept latents and sweeps
+clean:  ## Remove the state of unfinished work, cached latents and sweeps
 	rm -rf .pipeline

@@ -2,26 +2,26 @@
 
 import os
 
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError
 
 
 def resolve(name: str) -> str:
-    """A torch device for `runtime.device`; "auto" is a GPU where there is one.
+    """Return the torch device for `runtime.device`; "auto" is a GPU if there is one.
 
-    Of several GPUs a process started by accelerate or torchrun takes the one of its local rank.
+    A process started by accelerate or torchrun uses the GPU of its local rank.
 
     Raises:
-        PipelineError: a GPU is asked for that is not there.
+        ConfigError: The requested GPU is not available.
     """
     import torch
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise PipelineError(f"runtime.device = {name}: this machine has no usable CUDA GPU; use auto or cpu")
+        raise ConfigError(f"runtime.device = {name}: this machine has no usable CUDA GPU. Use auto or cpu.")
     local_rank = os.environ.get("LOCAL_RANK")
     if name != "cuda" or local_rank is None:
         return name
     if int(local_rank) >= torch.cuda.device_count():
-        raise PipelineError(f"local rank {local_rank} has no GPU: launch {torch.cuda.device_count()} processes here")
+        raise ConfigError(f"Local rank {local_rank} has no GPU. Launch {torch.cuda.device_count()} processes here.")
     return f"cuda:{local_rank}"

@@ -1,4 +1,4 @@
-"""Progress with speed and time left: a bar on stderr where it is a terminal, else a line in the log every minute."""
+"""Progress with speed and time left: a bar on stderr if it is a terminal, else a log line every minute."""
 
 import io
 import logging
@@ -17,9 +17,9 @@ _SECONDS_PER_LINE = 60
 
 
 def progress_bar(total: int, description: str, unit: str) -> "tqdm":
-    """A bar to be moved by its `update(count)`; a context manager.
+    """Return a progress bar, a context manager that is advanced by `update(count)`.
 
-    The unit "B" is bytes, shown as kB, MB or GB.
+    The unit "B" means bytes, shown as kB, MB or GB.
     """
     from tqdm import tqdm
 
@@ -48,13 +48,13 @@ def progress_bar(total: int, description: str, unit: str) -> "tqdm":
         bar_format=bar_format,
         file=io.StringIO(),
         mininterval=_SECONDS_PER_LINE,
-        maxinterval=_SECONDS_PER_LINE,  # tqdm's own thread would draw again after ten seconds without a step
+        maxinterval=_SECONDS_PER_LINE,  # otherwise tqdm's thread draws after ten seconds without a step
         leave=False,
     )
 
 
 def track(items: Iterable[T], description: str, total: int, unit: str = "step") -> Iterator[T]:
-    """Yields `items` while showing how many are done, how fast, and the time left."""
+    """Yield `items` while showing the number done, the speed and the time left."""
     with progress_bar(total, description, unit) as bar:
         for item in items:
             yield item

@@ -1,4 +1,4 @@
-"""Text for a terminal. Text written by others must not move the cursor, change colours or forge a line."""
+"""Text for a terminal: untrusted text must not move the cursor, change colours or fake a line."""
 
 from collections.abc import Sequence
 
@@ -6,14 +6,14 @@ _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 def printable(text: str) -> str:
-    """Return the text on one line, with Python's escape for every invisible character (control, direction, newline)."""
+    """Return the text on one line, with invisible characters (control, direction, newline) escaped as in Python."""
     if text.isprintable():
         return text
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
 
 
 def size(count: float) -> str:
-    """Return a number of bytes in three digits: 512 B, 1.23 MB."""
+    """Format a number of bytes with three digits: 512 B, 1.23 MB."""
     for unit in _UNITS[:-1]:
         if count < 999.5:
             return f"{count:.3g} {unit}"

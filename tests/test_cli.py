@@ -1,15 +1,16 @@
-"""How commands end that are stopped, or whose output nobody reads any more."""
+"""How commands end when they are interrupted or their output is closed, and shell completion."""
 
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 
 import pytest
 
 from pipeline.cli.commands import main
-from tests.conftest import invoke, write_params
+from tests.conftest import REPOSITORY, invoke, write_params
 
 TRAIN = ("train-fl", "--method", "fedavg", "--partition", "iid", "--seed", "0")
 
@@ -18,12 +19,12 @@ TRAIN = ("train-fl", "--method", "fedavg", "--partition", "iid", "--seed", "0")
 @pytest.mark.parametrize(
     ("command", "then"),
     [
-        (TRAIN, "what was finished is kept, and the same command continues from there."),
-        (("features", "list"), "run the same command again; it starts from the beginning."),
-        (("prepare-data",), "run the same command again; it starts from the beginning."),
+        (TRAIN, "completed work is kept; run the command again to resume."),
+        (("features", "list"), "run the command again to start over."),
+        (("prepare-data",), "run the command again to start over."),
     ],
 )
-def test_a_stopped_command_says_whether_it_goes_on(tmp_path, command, then, number, said, code):
+def test_interrupted_command_tells_whether_it_resumes(tmp_path, command, then, number, said, code):
     os.mkfifo(tmp_path / "params.yaml")
     ended = threading.Event()
 
@@ -41,7 +42,7 @@ def test_a_stopped_command_says_whether_it_goes_on(tmp_path, command, then, numb
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_output_that_nobody_reads_any_more_is_no_error(tmp_path, monkeypatch, capsys):
+def test_closed_output_is_not_an_error(tmp_path, monkeypatch, capsys):
     reader, writer = os.pipe()
     os.close(reader)
     write_params(tmp_path, {})
@@ -50,3 +51,19 @@ def test_output_that_nobody_reads_any_more_is_no_error(tmp_path, monkeypatch, ca
         with pytest.raises(SystemExit):
             main(["--params", str(tmp_path / "params.yaml"), "features", "list"])
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_completion_offers_commands(shell):
+    program = "from pipeline.cli import main; main(prog_name='pipeline')"
+
+    def answer(**variables):
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=os.environ | variables, cwd=REPOSITORY, capture_output=True, text=True
+        )
+        return done.stdout
+
+    if shell != "bash":  # click asks bash for its version, which a machine may lack
+        assert "_PIPELINE_COMPLETE" in answer(_PIPELINE_COMPLETE=f"{shell}_source")
+    words = {"COMP_WORDS": "pipeline train", "COMP_CWORD": "1" if shell != "fish" else "train"}
+    assert "train-fl" in answer(_PIPELINE_COMPLETE=f"{shell}_complete", **words)

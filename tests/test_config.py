@@ -36,7 +36,7 @@ def complaint(file, overrides=None):
     return str(caught.value).replace(str(file.parent) + "/", "")
 
 
-def test_the_repositorys_own_file_is_valid_and_its_values_arrive(file):
+def test_repositorys_own_file_is_valid(file):
     loaded = config.load(file)
     assert loaded.params.extract_features.timestep == 300
     assert loaded.params.train_fl.weight_decay == 1e-5
@@ -136,22 +136,22 @@ def test_the_repositorys_own_file_is_valid_and_its_values_arrive(file):
         (
             "  methods: [fedavg,",
             "  methods: [fedavgg,",
-            "sweep.methods names fedavgg, which is not under methods: fedavg,",
+            "sweep.methods names fedavgg, which is not under methods (fedavg,",
         ),
         (
             "  partitions: [dir005,",
             "  partitions: [dir5,",
-            "sweep.partitions names dir5, which is not under partitions: dir005,",
+            "sweep.partitions names dir5, which is not under partitions (dir005,",
         ),
     ],
 )
-def test_a_mistake_is_one_line(params, old, new, line):
+def test_invalid_key_is_reported_on_one_line(params, old, new, line):
     message = complaint(params(old, new))
     assert message.startswith(f"params.yaml: {line}")
     assert "\n" not in message
 
 
-def test_two_mistakes_are_two_lines(params):
+def test_two_invalid_keys_are_two_lines(params):
     params("  timestep: 300", "  timestep: -1")
     lines = complaint(params("  image_size: 32", "  imagesize: 32")).splitlines()
     assert lines == [
@@ -161,7 +161,7 @@ def test_two_mistakes_are_two_lines(params):
     ]
 
 
-def test_a_missing_section(params):
+def test_missing_and_unknown_sections(params):
     file = params("report:\n", "sweeep: {}\nreport:\n")
     text = file.read_text()
     file.write_text(text.replace(text[text.index("partitions:  ") : text.index("federation:  ")], ""))
@@ -175,33 +175,33 @@ def test_a_missing_section(params):
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        (b"", "params.yaml must hold sections (prepare_data, ...), it holds nothing"),
-        (b"- a\n", "params.yaml must hold sections (prepare_data, ...), it holds list"),
-        (b"a: 1\n---\nb: 2\n", "params.yaml, line 2 is not YAML: "),
-        (b"a:\n  b: [1\nc: 2\n", "params.yaml, line 3 is not YAML: expected ',' or ']'"),
-        (b"a:\n\tb: 1\n", "params.yaml, line 2 is not YAML: found character"),
-        (b"a:\n  b: 1\n  b: 2\n", 'params.yaml, line 3 is not YAML: found duplicate key "b"'),
+        (b"", "params.yaml must hold sections (prepare_data, ...), but holds nothing"),
+        (b"- a\n", "params.yaml must hold sections (prepare_data, ...), but holds a list"),
+        (b"a: 1\n---\nb: 2\n", "params.yaml is not valid YAML (line 2: "),
+        (b"a:\n  b: [1\nc: 2\n", "params.yaml is not valid YAML (line 3: expected ',' or ']'"),
+        (b"a:\n\tb: 1\n", "params.yaml is not valid YAML (line 2: found character"),
+        (b"a:\n  b: 1\n  b: 2\n", 'params.yaml is not valid YAML (line 3: found duplicate key "b"'),
         (
             b"a: !!python/object/apply:os.getcwd []\n",
-            "params.yaml, line 1 is not YAML: could not determine a constructor",
+            "params.yaml is not valid YAML (line 1: could not determine a constructor",
         ),
-        (b"a: &x 1\nb: &x 2\n", "params.yaml is not YAML: found duplicate anchor 'x'"),
-        (b"a: *nowhere\n", "params.yaml, line 1 is not YAML: found undefined alias"),
-        (b"a: \xff\n", "params.yaml is not UTF-8 text: invalid start byte at byte 3"),
-        (b"a: \x00\n", "params.yaml is not YAML: "),
+        (b"a: &x 1\nb: &x 2\n", "params.yaml is not valid YAML (found duplicate anchor 'x'"),
+        (b"a: *nowhere\n", "params.yaml is not valid YAML (line 1: found undefined alias"),
+        (b"a: \xff\n", "params.yaml is not UTF-8 text (invalid start byte at byte 3). Save it as UTF-8."),
+        (b"a: \x00\n", "params.yaml is not valid YAML ("),
     ],
 )
-def test_what_is_not_yaml_is_one_line(file, text, line):
+def test_invalid_yaml_is_reported_on_one_line(file, text, line):
     file.write_bytes(text)
     message = complaint(file)
     assert message.startswith(line)
     assert "\n" not in message
 
 
-def test_a_file_that_is_not_there_or_a_folder(tmp_path):
-    assert complaint(tmp_path / "nowhere.yaml").startswith("nowhere.yaml is missing: run in the project's folder")
+def test_missing_file_and_folder_are_reported(tmp_path):
+    assert complaint(tmp_path / "nowhere.yaml").startswith("nowhere.yaml does not exist. Run in the project's folder")
     (tmp_path / "folder").mkdir()
-    assert complaint(tmp_path / "folder") == "folder cannot be read: Is a directory"
+    assert complaint(tmp_path / "folder") == "folder cannot be read (Is a directory). Name a file with --params."
 
 
 def test_numbers_are_read_as_yaml_1_2(params):
@@ -213,7 +213,7 @@ def test_numbers_are_read_as_yaml_1_2(params):
     assert loaded.params.extract_features.timestep == 10
 
 
-def test_words_stay_words_as_in_yaml_1_2(params):
+def test_no_is_text_as_in_yaml_1_2(params):
     assert config.load(params("  name: digits ", "  name: no ")).params.prepare_data.name == "no"
 
 
@@ -239,12 +239,12 @@ def test_words_stay_words_as_in_yaml_1_2(params):
         ("nowhere", "x", "x"),
     ],
 )
-def test_a_value_on_the_command_line_is_what_its_key_takes(key, text, value):
+def test_command_line_value_is_parsed_by_the_type_of_its_key(key, text, value):
     read = config.parse_value(key, text)
     assert (read, type(read)) == (value, type(value))
 
 
-def test_flags_and_set_go_over_the_file(file):
+def test_overrides_replace_the_files_values(file):
     loaded = config.load(
         file, {"train_fl.num_rounds": 3, "methods.feddifrc.temperature": 0.1, "prepare_data.path": "x"}
     )
@@ -266,7 +266,7 @@ def test_flags_and_set_go_over_the_file(file):
         (["--set", "methods.new.algorithm=x"], "command line: methods.new.algorithm = 'x': input should be one of"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(file, arguments, line):
+def test_invalid_command_line_value_is_not_blamed_on_the_file(file, arguments, line):
     result = invoke(file.parent, "prepare-data", *arguments)
     assert (result.exit_code, result.output.count("\n")) == (1, 1)
     assert result.output.startswith(f"Error: {line}")
@@ -281,16 +281,16 @@ def test_set_without_a_key_or_a_value(file, assignment):
 
 
 def test_settings_of_an_unknown_name(file):
-    with pytest.raises(PipelineError, match=r"params.yaml has no methods\.nope; it has fedavg, fedprox, "):
+    with pytest.raises(PipelineError, match=r"params.yaml has no methods\.nope\. Available: fedavg, fedprox, "):
         config.load(file).settings("methods", "nope")
 
 
-def test_only_the_keys_of_the_chosen_algorithm_are_offered(params):
+def test_hint_lists_only_keys_of_the_chosen_algorithm(params):
     message = complaint(params("    algorithm: fedavg\n", "    algorithm: fedavg\n    tempreture: 1\n"))
     assert message == "params.yaml: methods.fedavg.tempreture is not a known key; allowed here: algorithm, guidance"
 
 
-def test_what_takes_guidance_by_an_alias_has_its_own_value_when_set(params):
+def test_override_does_not_change_other_users_of_a_yaml_alias(params):
     file = params("  simsiam:", "  moon-feddifrc: {algorithm: fedavg, guidance: *guidance}\n  simsiam:")
     changed = "methods.fedprox-feddifrc.guidance.temperature"
     methods = config.load(file, {changed: 0.1}).params.methods
@@ -300,17 +300,17 @@ def test_what_takes_guidance_by_an_alias_has_its_own_value_when_set(params):
     assert found == {"fedprox-feddifrc": 0.1, "moon-feddifrc": 0.04, "feddifrc": 0.04, "feddifrc-ssl": 0.04}
 
 
-def test_two_runs_of_one_name_are_refused(params):
+def test_two_runs_with_one_folder_are_rejected(params):
     params(
         "  dir005: {kind", "  ssl-dir005: {kind: iid}\n  dir005: {kind"
     )  # feddifrc-ssl on dir005, feddifrc on ssl-dir005
     assert complaint(params("", "")) == (
         "params.yaml: partitions: method feddifrc on partition ssl-dir005 and method feddifrc-ssl on partition dir005 "
-        "would both be results/feddifrc-ssl-dir005-s0: rename one of them"
+        "would both be results/feddifrc-ssl-dir005-s0. Rename one of them."
     )
 
 
-def test_differing_keys_are_named_as_they_are_written():
+def test_differing_keys_are_dotted():
     wanted = {"a": {"b": 1, "c": [1, 2], "d": {"e": None}}, "f": 0.1, "g": {"h": 1}}
     assert (
         config.differing_keys({"a": {"b": 1, "c": [1, 2], "d": {"e": None}, "x": 1}, "f": 0.1, "g": {"h": 1}}, wanted)
@@ -325,7 +325,7 @@ def test_differing_keys_are_named_as_they_are_written():
     ]
 
 
-def test_help_says_what_a_key_may_be(file):
+def test_help_describes_allowed_values(file):
     words = " ".join(invoke(file.parent, "train-fl", "--help").output.split())
     assert "[small_cnn, resnet10, resnet18 or mobilenet_v2]" in words
     assert "[a number > 0 and <= 1]" in words and "[an integer >= 1 or null]" in words
@@ -345,20 +345,20 @@ def test_help_shows_examples_line_by_line(file):
     [
         (
             {"train_fl": {"num_rounds": 3}},
-            "train_fl.num_rounds 3, where params.yaml has",
+            "train_fl.num_rounds 3, but params.yaml has",
             "--set train_fl.num_rounds=3",
         ),
         (
             {"dataset": {"name": "it's; rm"}},
-            "prepare_data.name it's; rm, where",
+            "prepare_data.name it's; rm, but",
             """--set 'prepare_data.name=it'"'"'s; rm'""",
         ),
-        ({"dataset": {"name": "\x1b[2J"}}, "prepare_data.name \\x1b[2J, where", None),
-        ({"train_fl": None}, "train_fl null, where", None),
-        ({"method": {"algorithm": ...}}, "methods.fedavg.algorithm nothing, where", None),
+        ({"dataset": {"name": "\x1b[2J"}}, "prepare_data.name \\x1b[2J, but", None),
+        ({"train_fl": None}, "train_fl null, but", None),
+        ({"method": {"algorithm": ...}}, "methods.fedavg.algorithm nothing, but", None),
     ],
 )
-def test_a_run_of_other_settings_is_refused_with_both_values_and_what_takes_it(change, said, flags):
+def test_run_with_other_settings_is_rejected_with_both_values_and_the_flags_for_it(change, said, flags):
     here = config.load(REPOSITORY / "params.yaml")
     run = here.settings_of_run("fedavg", "dir05")
     for section, values in change.items():
@@ -367,12 +367,12 @@ def test_a_run_of_other_settings_is_refused_with_both_values_and_what_takes_it(c
     with pytest.raises(PipelineError) as refused:
         here.check_settings_of_run(Path("results/x"), run, "fedavg", "dir05")
     assert said in str(refused.value) and "\x1b" not in str(refused.value)
-    assert flags is None or str(refused.value).endswith(f"or take it as it is, with {flags}")
-    assert ("take it as it is" in str(refused.value)) == ("--set" in str(refused.value))
+    assert flags is None or str(refused.value).endswith(f"or report it as it is with {flags}.")
+    assert ("report it as it is" in str(refused.value)) == ("--set" in str(refused.value))
 
 
 @pytest.mark.parametrize("below", ["", "sub/project"])
-def test_a_path_is_the_projects_own_first_and_then_the_real_projects(tmp_path, monkeypatch, below):
+def test_path_is_found_in_dvcs_copy_before_the_project(tmp_path, monkeypatch, below):
     """An experiment's copy of a project is below .dvc/tmp of the real one; the project may be a part of DVC's."""
     copied = tmp_path / ".dvc" / "tmp" / "exps" / "standalone" / "tmp1"
     here, there = copied / below, tmp_path / below
@@ -393,7 +393,7 @@ def test_a_path_is_the_projects_own_first_and_then_the_real_projects(tmp_path, m
     assert workspace.home == there and workspace.places("nowhere") == [there / "nowhere"]
 
 
-def test_another_project_that_a_dvc_stage_names_is_its_own_home(tmp_path, monkeypatch):
+def test_other_project_under_a_dvc_stage_has_its_own_home(tmp_path, monkeypatch):
     (tmp_path / "other").mkdir()
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "project"))
     assert config.load(write_params(tmp_path / "other", {})).home == tmp_path / "other"

@@ -148,7 +148,7 @@ def test_one_domain_is_named_as_the_set(tmp_path):
         ({"domain_names": ["x"]}, "train split has a domain outside the 1 domain names"),
         ({"class_names": ["a", "b", "b"]}, "named 'b'"),
         ({"splits": {"train": make_images(3, 0), "test": make_images(0, 0)}}, "the test split has no images"),
-        ({"splits": {"train": make_images(3, 0), "test": LARGER}}, "the splits of ours differ in the size"),
+        ({"splits": {"train": make_images(3, 0), "test": LARGER}}, "The splits of ours have images of different sizes"),
     ],
 )
 def test_a_source_that_contradicts_itself_changes_nothing(path, change, message):
@@ -187,7 +187,7 @@ def test_a_killed_run_leaves_the_old_set_or_none(path, tmp_path):
         assert killed.returncode == -signal.SIGKILL
     assert PreparedDataset(path).hash == before
     PreparedDataset(path).load("train")
-    with pytest.raises(PipelineError, match="is missing: run `pipeline prepare-data`"):
+    with pytest.raises(PipelineError, match="is missing. Run `pipeline prepare-data`"):
         PreparedDataset(tmp_path / "sets" / "fresh")
     (tmp_path / "sets" / "fresh.tmp" / "train.h5.shorter").write_bytes(b"half")
     write(tmp_path / "sets" / "fresh", "ours", "made", make_source())  # what the killed run left is cleared

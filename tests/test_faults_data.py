@@ -85,7 +85,7 @@ FAULTS = {
 def test_damaged_split_is_reported(path, fault):
     FAULTS[fault](path / "train.h5")
     with pytest.raises(
-        PipelineError, match=r"probe/train\.h5 .*run `pipeline prepare-data` again, or `dvc pull`"
+        PipelineError, match=r"probe/train\.h5 .*Run `pipeline prepare-data` again, or get a good copy with `dvc pull`"
     ) as caught:
         PreparedDataset(path).load("train")
     assert "\n" not in str(caught.value)
@@ -168,4 +168,4 @@ def test_user_sees_one_line(tmp_path):
     FAULTS["half"](tmp_path / "data" / "datasets" / "digits" / "train.h5")
     result = invoke(tmp_path, "train-fl", "--method", "fedavg", "--partition", "dir05", "--seed", "0")
     assert (result.exit_code, result.output.count("\n")) == (1, 1)
-    assert "digits/train.h5 is not a whole train split" in result.output
+    assert "digits/train.h5 is truncated or corrupt" in result.output

@@ -1,4 +1,4 @@
-"""Presets: every one that ships fits, and a merge changes what it says and nothing else."""
+"""Presets: all shipped ones are valid, and a merge changes only their keys."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ def project(tmp_path):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_preset_fits(project, name):
+def test_every_preset_is_valid(project, name):
     experiments = presets.apply(name, project / "params.yaml").experiments
     made = config.load(project / "params.yaml")
     for method in made.params.sweep.methods:
@@ -32,7 +32,7 @@ def test_every_preset_fits(project, name):
     assert len(experiments) == (7 if name.endswith("timesteps") else 1)
 
 
-def test_the_papers_protocol(project):
+def test_cifar10_table_follows_the_paper(project):
     presets.apply("cifar10-table", project / "params.yaml")
     train = config.load(project / "params.yaml").params.train_fl
     found = (train.model, train.num_clients, train.clients_per_round, train.num_rounds, train.local_epochs)
@@ -40,40 +40,41 @@ def test_the_papers_protocol(project):
     assert (train.batch_size, train.learning_rate, train.momentum) == (64, 0.01, 0.9)
 
 
-def test_a_merge_keeps_comments_and_other_values(project):
+def test_merge_keeps_comments_and_other_values(project):
     (project / "presets" / "one.yaml").write_text("# one key\ntrain_fl: {num_rounds: 3}\nsweep: {seeds: [4, 5]}\n")
     before = (project / "params.yaml").read_text().splitlines()
     said = invoke(project, "preset", "one")
     assert "train_fl.num_rounds: 25 -> 3\nsweep.seeds: [0, 1, 2] -> [4, 5]\n" in said.output
-    assert "next: pipeline preset one --run" in said.output
+    assert "next: dvc repro, or pipeline preset one --run" in said.output
     after = (project / "params.yaml").read_text().splitlines()
     added = [line for line in after if line not in before]
     assert [line.strip() for line in added] == ["num_rounds: 3", "seeds: [4, 5]"]
     assert len(after) == len(before)
 
 
-def test_a_preset_that_does_not_fit_changes_nothing(project):
+def test_invalid_preset_changes_nothing(project):
     before = (project / "params.yaml").read_bytes()
     (project / "presets" / "wrong.yaml").write_text("base: digits\ntrain_fl: {num_rounds: 0}\n")
     with pytest.raises(PipelineError, match="preset wrong: train_fl.num_rounds = 0"):
         presets.apply("wrong", project / "params.yaml")
-    with pytest.raises(PipelineError, match=r"no preset digits-tabel .*; did you mean digits-table\?"):
+    with pytest.raises(PipelineError, match=r"Unknown preset digits-tabel\. Did you mean digits-table\?"):
         presets.apply("digits-tabel", project / "params.yaml")
     assert (project / "params.yaml").read_bytes() == before
     assert not list(project.glob("*.tmp"))
 
 
-def test_a_preset_may_stand_elsewhere(project, tmp_path_factory):
+def test_preset_by_absolute_path(project, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "mine.yaml"
     elsewhere.write_text("# mine\nbase: digits-table\nextract_features: {timestep: 50}\n")
     assert invoke(project, "preset", str(elsewhere)).exit_code == 0
     assert config.load(project / "params.yaml").params.extract_features.timestep == 50
     elsewhere.unlink()
     said = invoke(project, "preset", str(elsewhere))
-    assert said.exit_code == 1 and f"(looked for {elsewhere}); {project}/presets has cifar10-ablation, " in said.output
+    assert said.exit_code == 1
+    assert f"Unknown preset {elsewhere} (looked for {elsewhere}). Available: cifar10, cifar10-" in said.output
 
 
-def test_a_preset_by_its_path_from_the_projects_folder(project, tmp_path_factory, monkeypatch):
+def test_preset_by_path_relative_to_the_project(project, tmp_path_factory, monkeypatch):
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     assert invoke(project, "preset", "digits").exit_code == 0
     (project / "mine.yaml").write_text("train_fl: {num_rounds: 7}\n")
@@ -81,19 +82,40 @@ def test_a_preset_by_its_path_from_the_projects_folder(project, tmp_path_factory
     assert config.load(project / "params.yaml").params.train_fl.num_rounds == 7
     (project / "mine.yaml").unlink()
     said = invoke(project, "preset", "mine.yaml")
-    assert f"no preset mine.yaml (looked for {Path.cwd()}/mine.yaml and {project}/mine.yaml)" in said.output
-    assert "did you mean digits-table?" in invoke(project, "preset", "digits-tabel.yaml").output
+    assert f"Unknown preset mine.yaml (looked for {Path.cwd()}/mine.yaml and {project}/mine.yaml)" in said.output
+    assert "Did you mean digits-table?" in invoke(project, "preset", "digits-tabel.yaml").output
 
 
-@pytest.mark.parametrize("command", [("preset",), ("preset", "digits")])
-def test_without_presets_it_says_where_it_looked(project, command):
+def test_project_without_presets_uses_the_packages_own(project):
     shutil.rmtree(project / "presets")
-    said = invoke(project, *command)
-    assert said.exit_code == 1
-    assert f"{project}/presets has no presets: run in the project's folder, or say `pipeline --params" in said.output
+    listed = invoke(project, "preset").output
+    assert all(name in listed for name in SHIPPED)
+    assert invoke(project, "preset", "cifar10").exit_code == 0
+    assert config.load(project / "params.yaml").params.prepare_data.name == "cifar10"
 
 
-def test_the_command_lists_and_merges(project):
+def test_project_preset_overrides_the_packages_own(project):
+    (project / "presets" / "digits.yaml").write_text("# mine\ntrain_fl: {num_rounds: 3}\n")
+    assert presets.describe(project / "presets")["digits"] == "mine"
+    assert invoke(project, "preset", "digits").exit_code == 0
+    assert config.load(project / "params.yaml").params.train_fl.num_rounds == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train_fl: 3", "Preset wrong: train_fl must be a section"),
+        ("base: wrong", "Preset wrong is a base of itself"),
+        ("experiments: {train_fl.num_rounds: 0}", "train_fl.num_rounds = 0: input should be"),
+    ],
+)
+def test_invalid_preset_is_one_line(project, text, message):
+    (project / "presets" / "wrong.yaml").write_text(text + "\n")
+    result = invoke(project, "preset", "wrong")
+    assert (result.exit_code, len(result.output.splitlines())) == (1, 1) and message in result.output
+
+
+def test_command_lists_and_merges(project):
     listed = invoke(project, "preset")
     assert all(name in listed.output for name in SHIPPED)
     said = invoke(project, "preset", "digits-ablation")
@@ -106,7 +128,7 @@ def git(folder, *arguments):
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
 
 
-def test_edits_that_stand_nowhere_else_are_not_lost(project):
+def test_uncommitted_edits_are_not_overwritten(project):
     params = project / "params.yaml"
     git(project, "init")
     git(project, "add", "params.yaml")
@@ -117,7 +139,7 @@ def test_edits_that_stand_nowhere_else_are_not_lost(project):
     assert "num_rounds: 21" in before
     result = invoke(project, "preset", "digits-layers")
     assert result.exit_code == 1 and len(result.output.splitlines()) == 1
-    assert "would replace (train_fl.num_rounds, report.title): `git add params.yaml` or commit" in result.output
+    assert f"would overwrite uncommitted edits in {params} (train_fl.num_rounds, report.title). Commit" in result.output
     assert params.read_text() == before
     git(project, "add", "params.yaml")
     assert invoke(project, "preset", "digits-layers").exit_code == 0
@@ -126,7 +148,7 @@ def test_edits_that_stand_nowhere_else_are_not_lost(project):
     assert config.load(params).params.train_fl.num_rounds == 20
 
 
-def test_edits_that_the_preset_leaves_alone_are_no_hindrance(project):
+def test_edits_outside_the_preset_do_not_block_it(project):
     git(project, "init")
     git(project, "add", "params.yaml")
     params = project / "params.yaml"
@@ -135,7 +157,7 @@ def test_edits_that_the_preset_leaves_alone_are_no_hindrance(project):
     assert config.load(params).params.runtime.checkpoint_every == 3
 
 
-def test_digits_presets_are_those_of_cifar10_on_digits(project):
+def test_digits_presets_are_the_cifar10_ones_scaled_down(project):
     presets.apply("digits-layers", project / "params.yaml")
     text = (project / "params.yaml").read_text()
     assert "    <<: &guidance\n" in text and "guidance: *guidance}" in text  # what is shared stays so
@@ -145,7 +167,7 @@ def test_digits_presets_are_those_of_cifar10_on_digits(project):
     assert made.prepare_data.name == "digits" and made.train_fl.model == "small_cnn"
 
 
-def test_a_base_sets_whatever_its_presets_change():
+def test_base_sets_every_key_that_its_presets_change():
     """So that one preset after another leaves nothing of the first behind, and digits nothing of CIFAR-10."""
     folder = REPOSITORY / "presets"
     digits, cifar10 = (config.read_yaml(folder / f"{name}.yaml") for name in ("digits", "cifar10"))
@@ -162,8 +184,8 @@ def test_a_base_sets_whatever_its_presets_change():
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="giving a folder to another user needs root")
-def test_edits_are_kept_where_git_does_not_open_the_repository(project, monkeypatch):
-    """Git refuses a repository of another user, which is no word on what it holds."""
+def test_edits_are_kept_if_git_refuses_the_repository(project, monkeypatch):
+    """Git refuses to read another user's repository, so nothing is known about its content."""
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
     git(project, "init")

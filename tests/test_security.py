@@ -34,7 +34,7 @@ KEYWORDS = {"trust_remote_code", "allow_pickle", "shell", "custom_pipeline", "Lo
 WITHOUT_WEIGHTS = re.compile("tokenizer|Tokenizer|Scheduler|AutoConfig")
 COMPUTED = "importlib.import_module of a computed name"
 # Modules whose names come from closed lists.
-NAMES_OF_ITS_OWN = {"pipeline/cli/commands.py", "pipeline/federation/app.py", "stages/train_fl/loggers.py"}
+NAMES_OF_ITS_OWN = {"pipeline/federation/app.py", "stages/train_fl/loggers.py"}
 
 
 def findings(source: str) -> list[str]:

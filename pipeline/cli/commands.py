@@ -1,17 +1,23 @@
-"""The command line: parse, check the configuration, run one stage.
+"""The command line: one command per stage.
 
-A stage and its libraries are imported only inside its command, so that --help answers at once. Every key of a stage's
-section in params.yaml is a flag of its command, made from the configuration's types; a flag overrides the key for one
-run. Exit codes: 0 done, 1 a mistake or fault that is named in one line, 2 a wrong command line, 130 interrupted,
-143 stopped by SIGTERM.
+This is the only module that imports stages, and it does so inside the commands, so that --help answers at once. Every
+key of a stage's section in params.yaml is a flag of its command, generated from the types of the settings; a flag
+overrides the key for one run.
+
+Exit codes:
+    0: Success.
+    1: An error, explained in one line.
+    2: A wrong command line.
+    130: Interrupted.
+    143: Stopped by SIGTERM.
 """
 
 import contextlib
 import errno
 import functools
-import importlib
 import logging
 import os
+import shlex
 import signal
 import threading
 from collections.abc import Iterator
@@ -20,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline import __version__
+from pipeline import __version__, project
 from pipeline.cli.features import features
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.io.system_errors import in_words, remedy
 
 if TYPE_CHECKING:
@@ -30,10 +36,10 @@ if TYPE_CHECKING:
 
 
 class StageCommand(click.Command):
-    """A command whose flags are the keys of one section of params.yaml; its function gets the checked `config`."""
+    """A command whose flags are the keys of one section of params.yaml; its function receives the checked `config`."""
 
     def __init__(self, *args: Any, section: str, **kwargs: Any) -> None:
-        """Remembers the section; its keys are read when help or flags are asked for."""
+        """Store the section's name; its keys are read when they are needed."""
         super().__init__(*args, **kwargs)
         self._section = section
 
@@ -54,24 +60,24 @@ class StageCommand(click.Command):
         ]
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """The command's own options, a flag for each key, and --set for any other key."""
+        """Return the command's own options, a flag per key, and --set for any other key."""
         *own, help_option = super().get_params(ctx)
         return [*own, *self._flags, _SET, help_option]
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Says how values are written."""
+        """Explain how values are written."""
         super().format_epilog(ctx, formatter)
         formatter.write_paragraph()
         formatter.write_text(
-            "A VALUE is written as in params.yaml, and a list in quotes: '[A, B]' or '[0.5, 1]'. Any key of another "
-            "section: --set sweep.seeds='[0, 1]'."
+            "Write a VALUE as in params.yaml, and a list in quotes: '[A, B]' or '[0.5, 1]'. For a key of another "
+            "section use --set, for example --set sweep.seeds='[0, 1]'."
         )
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Checks the configuration and calls the command."""
+        """Check the configuration and call the command."""
+        import stages.train_fl.methods  # noqa: F401  # registers the settings of every method
         from pipeline.settings import config
 
-        importlib.import_module("stages.train_fl.methods")  # registers the methods' settings
         overrides = {}
         for option in self._flags:
             assert option.name
@@ -79,67 +85,67 @@ class StageCommand(click.Command):
             if text is not None:
                 key = f"{self._section}.{option.name.removeprefix('key_')}"
                 overrides[key] = config.parse_value(key, text)
-        for assignment in ctx.params.pop("assignments"):
-            key, equals, text = assignment.partition("=")
-            if not (key and equals):
-                raise click.BadParameter(f"{assignment!r} is not KEY=VALUE", param_hint="--set")
-            overrides[key] = config.parse_value(key, text)
+        try:
+            overrides |= config.parse_overrides(ctx.params.pop("assignments"))
+        except ConfigError as error:
+            raise click.BadParameter(str(error), param_hint="--set") from None
         ctx.params["config"] = config.load(ctx.obj, overrides)
         return super().invoke(ctx)
 
 
 _SET = click.Option(
-    ["--set", "assignments"], multiple=True, metavar="KEY=VALUE", help="Override any key, dotted; repeatable."
+    ["--set", "assignments"],
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override any key, such as sweep.seeds; repeatable.",
 )
 
 
 class _Main(click.Group):
-    """Turns errors that users can act on into one line and an exit code."""
+    """Print errors that users can act on as one line, and set the exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Runs the command."""
+        """Run the command."""
         with _one_line_errors(ctx):
             return super().invoke(ctx)
 
 
 class _Terminated(BaseException):
-    """SIGTERM came."""
+    """SIGTERM was received."""
 
 
 @contextlib.contextmanager
 def _one_line_errors(ctx: click.Context) -> Iterator[None]:
     try:
-        with _sigterm_ends_as_ctrl_c_does():
+        with _sigterm_as_exception():
             yield
     except PipelineError as error:
         raise click.ClickException(str(error)) from None
     except (KeyboardInterrupt, _Terminated) as error:
         what, code = ("Stopped by SIGTERM", 143) if isinstance(error, _Terminated) else ("\nInterrupted", 130)
-        then = _AFTER_INTERRUPT.get(
-            ctx.invoked_subcommand or "", "run the same command again; it starts from the beginning"
-        )
+        then = _AFTER_INTERRUPT.get(ctx.invoked_subcommand or "", "run the command again to start over")
         click.echo(f"{what}: {then}.", err=True)
         raise click.exceptions.Exit(code) from None
     except MemoryError:
         raise click.ClickException(
-            "Out of memory. Free some, or lower a batch size, and run again. What was finished before is kept."
+            "Out of memory. Completed work is kept; free some memory or lower a batch size, and run again."
         ) from None
     except OSError as error:
-        if error.errno == errno.EPIPE:  # nobody reads the output any more: click ends silently
+        if error.errno == errno.EPIPE:  # the reader of the output is gone; click exits silently
             raise
         what = f"{os.fsdecode(error.filename)}: {in_words(error)}" if error.filename else in_words(error)
-        raise click.ClickException(f"{what}. {remedy(error.errno or 0)}. What was finished before is kept.") from None
+        raise click.ClickException(f"{what}. Completed work is kept. {remedy(error.errno or 0)}.") from None
 
 
 _AFTER_INTERRUPT = dict.fromkeys(
     ("extract-features", "sweep-features", "synthesize", "train-fl", "preset"),
-    "what was finished is kept, and the same command continues from there",
-) | {"prepare-backbone": "files that were downloaded completely are kept; run the same command again"}
+    "completed work is kept; run the command again to resume",
+) | {"prepare-backbone": "completed downloads are kept; run the command again to resume"}
 
 
 @contextlib.contextmanager
-def _sigterm_ends_as_ctrl_c_does() -> Iterator[None]:
-    """Unwinds the stack on SIGTERM, so that half-written files go; a second one ends the process at once."""
+def _sigterm_as_exception() -> Iterator[None]:
+    """Unwind the stack on SIGTERM, so that partial files are removed; a second SIGTERM kills the process at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -157,14 +163,15 @@ def _sigterm_ends_as_ctrl_c_does() -> Iterator[None]:
 
 @click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="pipeline")
-@click.option("--params", type=click.Path(path_type=Path), default="params.yaml", help="The parameter file.")
-@click.option("--quiet", is_flag=True, help="Only warnings and errors.")
+@click.option("--params", type=click.Path(path_type=Path), default="params.yaml", help="The project's parameter file.")
+@click.option("--quiet", is_flag=True, help="Show only warnings and errors.")
 @click.pass_context
 def main(ctx: click.Context, params: Path, quiet: bool) -> None:
-    """FedDifRC in two stages: run the frozen diffusion model once, train federated from its cached features.
+    """FedDifRC in two stages: run a frozen diffusion model once, then train federated models from its cached features.
 
     \b
     Examples:
+      pipeline init my-project && cd my-project
       pipeline prepare-data && pipeline prepare-backbone
       pipeline extract-features
       pipeline train-fl --method feddifrc --partition dir005 --seed 0
@@ -172,13 +179,38 @@ def main(ctx: click.Context, params: Path, quiet: bool) -> None:
     """
     ctx.obj = params
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", force=True)
-    for library in ("httpx", "httpx2", "matplotlib", "PIL"):  # such as matplotlib's on its cache folder
+    for library in (
+        "httpx",
+        "httpx2",
+        "matplotlib",
+        "PIL",
+    ):  # their warnings, such as matplotlib's about its cache, mean nothing here
         logging.getLogger(library).setLevel(logging.ERROR)
+
+
+@main.command("init")
+@click.argument("folder", type=click.Path(path_type=Path), default=".")
+def init(folder: Path) -> None:
+    """Make a project in FOLDER, by default the working folder: params.yaml, dvc.yaml, .dvc/, .gitignore and data/.
+
+    \b
+    Examples:
+      pipeline init my-project
+      pipeline init
+    """
+    project.create(folder)
+    _report_path(folder)
+    enter = "" if folder.resolve() == Path.cwd() else f"cd {shlex.quote(str(folder))}, then "
+    click.echo(
+        f"next: {enter}edit params.yaml or choose a preset (`pipeline preset`), and run `dvc repro`, or stage by stage "
+        "`pipeline prepare-data`, `pipeline prepare-backbone`, `pipeline extract-features`, ...",
+        err=True,
+    )
 
 
 @main.command("prepare-data", cls=StageCommand, section="prepare_data")
 def prepare_data(config: "Config") -> None:
-    """Images -> data/datasets/<name>.
+    """Prepare a data set: images -> data/datasets/<name>.
 
     \b
     Examples:
@@ -187,13 +219,15 @@ def prepare_data(config: "Config") -> None:
       pipeline prepare-data --name office --source domain-folder --path ~/office_caltech_10 --image-size 224
       pipeline prepare-data --name tiny --source tiny-imagenet --path ~/tiny-imagenet-200 --broken-images skip
     """
-    _report_path(_stage("prepare_data").run(config))
+    from stages import prepare_data as stage
+
+    _report_path(stage.run(config))
 
 
 @main.command("prepare-backbone", cls=StageCommand, section="prepare_backbone")
-@click.option("--train", is_flag=True, help="Train tiny-sd anew instead of using its shipped weights (40 minutes).")
+@click.option("--train", is_flag=True, help="Train tiny-sd instead of using its shipped weights (40 minutes).")
 def prepare_backbone(config: "Config", train: bool) -> None:
-    """The frozen diffusion model -> models/<name>.
+    """Prepare the frozen diffusion model -> models/<name>.
 
     \b
     Examples:
@@ -201,15 +235,17 @@ def prepare_backbone(config: "Config", train: bool) -> None:
       pipeline prepare-backbone --train
       pipeline prepare-backbone --name sd15 --source stable-diffusion-v1-5/stable-diffusion-v1-5 --revision COMMIT
     """
-    _report_path(_stage("prepare_backbone").run(config, train=train))
+    from stages import prepare_backbone as stage
+
+    _report_path(stage.run(config, train=train))
 
 
 @main.command("extract-features", cls=StageCommand, section="extract_features")
-@click.option("--shard-range", metavar="A:B", help="Compute shards A to B - 1 only, as one job of a batch queue.")
-@click.option("--overwrite", is_flag=True, help="Replace a finished set that other settings or data gave.")
-@click.option("--dry-run", is_flag=True, help="Print what it would cost, after timing a few batches; write nothing.")
+@click.option("--shard-range", metavar="A:B", help="Compute only shards A to B - 1, as one job of a batch queue.")
+@click.option("--overwrite", is_flag=True, help="Replace a finished set made from other settings or data.")
+@click.option("--dry-run", is_flag=True, help="Time a few batches and print the estimated cost; write nothing.")
 def extract_features(config: "Config", shard_range: str | None, overwrite: bool, dry_run: bool) -> None:
-    """Stage 1: the frozen model, run once per image and prompt -> data/features/<set>. Resumes if killed.
+    """Stage 1: run the frozen model once per image and prompt -> data/features/<set>. Resumes if interrupted.
 
     \b
     Examples:
@@ -218,27 +254,32 @@ def extract_features(config: "Config", shard_range: str | None, overwrite: bool,
       accelerate launch --num_processes 8 -m pipeline extract-features
       pipeline extract-features --shard-range 0:4
     """
+    from stages import extract_features as stage
+
     if dry_run:
-        click.echo("\n".join(_stage("extract_features").estimate(config).lines()))
+        click.echo("\n".join(stage.estimate(config).lines()))
     else:
-        _report_path(_stage("extract_features").run(config, shard_range, overwrite))
+        _report_path(stage.run(config, shard_range, overwrite))
 
 
 @main.command("analyze-features", cls=StageCommand, section="analyze_features")
 def analyze_features(config: "Config") -> None:
-    """What the cached features hold, per layer: linear probe, clusters, t-SNE, prompts -> analysis/.
+    """Analyze the cached features per layer: linear probe, clusters, t-SNE, prompts -> analysis/.
 
     \b
-    Example:
+    Examples:
       pipeline analyze-features
+      pipeline analyze-features --images 2000 --splits 5
     """
-    _report_path(_stage("analyze_features").run(config))
+    from stages import analyze_features as stage
+
+    _report_path(stage.run(config))
 
 
 @main.command("sweep-features", cls=StageCommand, section="sweep_features")
-@click.option("--dry-run", is_flag=True, help="Print how many passes it would be, and what is done; write nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the number of passes and how many are done; write nothing.")
 def sweep_features(config: "Config", dry_run: bool) -> None:
-    """Every timestep and layer on a sample of images, and which to take -> analysis/sweep. Resumes if killed.
+    """Compare timesteps and layers on a sample and recommend a choice -> analysis/sweep. Resumes if interrupted.
 
     \b
     Examples:
@@ -246,38 +287,43 @@ def sweep_features(config: "Config", dry_run: bool) -> None:
       pipeline sweep-features --timesteps "[100, 200, 300]" --images 500 --margin-images 100
       pipeline preset analysis/sweep/recommended.yaml
     """
+    from stages.analyze_features import sweep
+    from stages.analyze_features.sweep import plan
+
     if dry_run:
-        click.echo("\n".join(_stage("analyze_features.sweep.plan").make(config).lines()))
+        click.echo("\n".join(plan.make(config).lines()))
     else:
-        _report_path(_stage("analyze_features.sweep").run(config))
+        _report_path(sweep.run(config))
 
 
 @main.command("synthesize", cls=StageCommand, section="synthesize")
 def synthesize(config: "Config") -> None:
-    """Images of every class, generated by the frozen model -> data/datasets/<name>-synthetic. Resumes if killed.
+    """Generate images of every class with the frozen model -> data/datasets/<name>-synthetic. Resumes if interrupted.
 
     \b
     Examples:
       pipeline synthesize --images-per-class 100
       pipeline train-fl --method fedavg --partition dir005 --seed 0 --balance-with-synthetic mean
     """
-    _report_path(_stage("synthesize").run(config))
+    from stages import synthesize as stage
+
+    _report_path(stage.run(config))
 
 
 @main.command("train-fl", cls=StageCommand, section="train_fl")
-@click.option("--method", required=True, help="A name under methods: in params.yaml.")
-@click.option("--partition", required=True, help="A name under partitions: in params.yaml.")
+@click.option("--method", required=True, help="Name of an entry under methods in params.yaml.")
+@click.option("--partition", required=True, help="Name of an entry under partitions in params.yaml.")
 @click.option(
     "--seed",
     "seeds",
     required=True,
     multiple=True,
     type=click.IntRange(min=0, max=2**63 - 1),
-    help="Seed of everything random in a run; repeat it for several runs.",
+    help="Seed of a run's random numbers; repeat the option for several runs.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a finished run that other settings or data gave.")
+@click.option("--overwrite", is_flag=True, help="Replace a finished run made from other settings or data.")
 def train_fl(config: "Config", method: str, partition: str, seeds: tuple[int, ...], overwrite: bool) -> None:
-    """Stage 2: one federated run a seed from images and cached features -> results/<run>. Resumes if killed.
+    """Stage 2: train from images and cached features, one run per seed -> results/<run>. Resumes if interrupted.
 
     \b
     Examples:
@@ -285,8 +331,10 @@ def train_fl(config: "Config", method: str, partition: str, seeds: tuple[int, ..
       pipeline train-fl --method feddifrc --partition dir005 --seed 1 --evaluate-on validation
       pipeline train-fl --method feddifrc --partition dir005 --seed 1 --set methods.feddifrc.temperature=0.1
     """
+    from stages import train_fl as stage
+
     for seed in dict.fromkeys(seeds):
-        _report_path(_stage("train_fl").run(config, method, partition, seed, overwrite))
+        _report_path(stage.run(config, method, partition, seed, overwrite))
 
 
 @main.command("report", cls=StageCommand, section="report")
@@ -296,12 +344,12 @@ def train_fl(config: "Config", method: str, partition: str, seeds: tuple[int, ..
     type=click.Choice(["html", "markdown", "latex"]),
     default="html",
     show_default=True,
-    help="html writes the page; the others print the tables.",
+    help="html writes the page; the others print its tables.",
 )
 @click.option("--experiments", is_flag=True, help="Add a table of the project's DVC experiments.")
-@click.option("--sweep", "with_sweep", is_flag=True, help="Show on the page what sweep-features found.")
+@click.option("--sweep", "with_sweep", is_flag=True, help="Add the results of sweep-features to the page.")
 def report(config: "Config", form: str, experiments: bool, with_sweep: bool) -> None:
-    """Results of the sweep -> report/index.html, one self-contained page; or its tables on the standard output.
+    """Report the results of the sweep -> report/index.html, one self-contained page; or print its tables.
 
     \b
     Examples:
@@ -309,19 +357,25 @@ def report(config: "Config", form: str, experiments: bool, with_sweep: bool) -> 
       pipeline report --format latex > tables.tex
       pipeline report --experiments --sweep
     """
+    from stages import report as stage
+
     if form == "html":
-        _report_path(_stage("report").run(config, experiments, with_sweep))
+        _report_path(stage.run(config, experiments, with_sweep))
     else:
-        click.echo(_stage("report").as_text(config, form, experiments), nl=False)
+        click.echo(stage.as_text(config, form, experiments), nl=False)
 
 
 @main.command("preset")
 @click.argument("name", required=False)
-@click.option("--run", "run_it", is_flag=True, help="Run the pipeline after it: dvc repro, or its DVC experiments.")
-@click.option("--force", is_flag=True, help="Replace also edits of the parameter file that git does not hold.")
+@click.option(
+    "--run", "run_it", is_flag=True, help="Then run the pipeline: dvc repro, or the preset's DVC experiments."
+)
+@click.option("--force", is_flag=True, help="Overwrite edits of the parameter file that git does not have.")
 @click.pass_obj
 def preset(params: Path, name: str | None, run_it: bool, force: bool) -> None:
-    """Merge presets/NAME.yaml, or a file of that form, into params.yaml; without NAME, list the presets.
+    """Merge a preset into params.yaml; without NAME, list the presets.
+
+    NAME is a file in the project's presets/, a preset of the program, or the path of a file that ends in .yaml.
 
     \b
     Examples:
@@ -338,14 +392,15 @@ def preset(params: Path, name: str | None, run_it: bool, force: bool) -> None:
         for known, text in presets.describe(params.resolve().parent / "presets").items():
             click.echo(f"{known:24} {text}")
         return
-    importlib.import_module("stages.train_fl.methods")  # registers the methods' settings
+    import stages.train_fl.methods  # noqa: F401  # registers the settings of every method
+
     applied = presets.apply(name, params.resolve(), force)
     for key, (old, new) in applied.changes.items():
-        whole = "replaced" if old else "added"
-        click.echo(f"{key}: {whole if isinstance(new, dict) else f'{json.dumps(old)} -> {json.dumps(new)}'}", err=True)
+        entry = "replaced" if old else "added"
+        click.echo(f"{key}: {entry if isinstance(new, dict) else f'{json.dumps(old)} -> {json.dumps(new)}'}", err=True)
     _report_path(params)
     if not run_it:
-        click.echo(f"next: pipeline preset {name} --run, or dvc repro; git checkout {params} goes back", err=True)
+        click.echo(f"next: dvc repro, or pipeline preset {name} --run; to undo: git checkout {params}", err=True)
         return
     for changes in applied.experiments:
         _dvc(params.resolve().parent, changes)
@@ -355,19 +410,19 @@ main.add_command(features)
 
 
 def _dvc(root: Path, changes: dict[str, Any]) -> None:
-    """Runs the pipeline under DVC, with other values as an experiment; exits with its code if it fails."""
+    """Run the pipeline with DVC, as an experiment if values change; exit with DVC's code if it fails."""
     import subprocess
     import sys
 
     sets = [word for key, value in changes.items() for word in ("--set-param", f"{key}={value}")]
     command = ["exp", "run", *sets] if sets else ["repro"]
-    done = subprocess.run([sys.executable, "-m", "dvc", *command], cwd=root, check=False)
+    # dvc.yaml runs `pipeline` from the PATH, which lacks this environment if it is not activated.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *command], cwd=root, env=os.environ | {"PATH": path}, check=False
+    )
     if done.returncode:
         raise click.exceptions.Exit(done.returncode)
-
-
-def _stage(name: str) -> Any:
-    return importlib.import_module(f"stages.{name}")
 
 
 def _report_path(path: Path) -> None:

@@ -1,20 +1,19 @@
-"""The prepared data set: the images and labels that both stages read, in one checked form.
+"""The prepared data set: images and labels in one checked form, which both stages read.
 
 A prepared data set is a folder:
 
     manifest.json   name, source, licence, class and domain names, image size; per split: rows, SHA-256 of content;
                     the broken images that were left out
-    train.h5        images uint8 (N, H, W, 3), labels and domains int64 (N,), in the order of the samples' index
+    train.h5        images uint8 (N, H, W, 3), labels and domains int64 (N,), in the order of the image index
     test.h5         the same for the standard test split
 
 Labels are positions in `class_names` and domains in `domain_names`, by construction; most data sets have one domain,
-named as they are. The data set's hash covers pixels, labels, domains and both lists of names:
-features extracted from one data set cannot be used with another by mistake.
+named like the data set. The data set's hash covers pixels, labels, domains and both lists of names, so that features
+extracted from one data set cannot be used with another by mistake.
 
 Images may exceed memory. They are written block by block, contiguous and uncompressed, and read through a memory map:
-pages come from the disk as rows are asked for, and processes that read the same data set share them. The price is
-disk space, a byte per channel of every pixel. The folder appears whole or not at all, and equal inputs give equal
-bytes.
+pages are loaded on demand, and processes that read the same data set share them. The price is disk space, a byte per
+channel of every pixel. The folder is written atomically, and equal inputs give equal bytes.
 """
 
 import hashlib
@@ -30,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline import provenance
 from pipeline.data.images import Images, Skipped, Source, Split, images_per_block, stratified_split
-from pipeline.errors import PipelineError
+from pipeline.errors import DataError
 from pipeline.io import atomic
 from pipeline.io.atomic import replace_folder, sync_to_disk
 from pipeline.io.hdf5 import check_not_written, open_to_read, plain_dataset
@@ -40,14 +39,14 @@ __all__ = ["Images", "Manifest", "PreparedDataset", "Source", "stratified_split"
 
 SplitName = Literal["train", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "test")
-_PREPARE_AGAIN = "run `pipeline prepare-data` again, or `dvc pull` a good copy"
+_PREPARE_AGAIN = "Run `pipeline prepare-data` again, or get a good copy with `dvc pull`."
 
 
-class BrokenImages(PipelineError):
-    """Images of a source cannot be read and must not be left out."""
+class BrokenImages(DataError):
+    """Images of a source cannot be read, and skipping them was not allowed."""
 
     def __init__(self, images: list[Skipped]) -> None:
-        """Holds all of them, in the order of splits and images."""
+        """Store all of them, in the order of splits and images."""
         super().__init__(f"{len(images)} images cannot be read")
         self.images = images
 
@@ -77,7 +76,7 @@ class Manifest(BaseModel):
 
     @property
     def hash(self) -> str:
-        """SHA-256 that stands for pixels, labels, domains and their names."""
+        """SHA-256 over the hashes of the splits, which cover pixels, labels and domains, and the names."""
         splits = {split: self.splits[split].model_dump() for split in SPLITS}
         names = {"class_names": self.class_names, "domain_names": self.domain_names}
         return provenance.fingerprint({**names, "splits": splits})
@@ -87,10 +86,10 @@ class PreparedDataset:
     """A prepared data set on disk, opened by its manifest."""
 
     def __init__(self, path: Path) -> None:
-        """Opens the data set in folder `path`.
+        """Open the data set in folder `path`.
 
         Raises:
-            PipelineError: there is none, or its manifest cannot be read.
+            DataError: There is none, or its manifest cannot be read.
         """
         self.path = path
         self.manifest = _read_manifest(path / "manifest.json")
@@ -101,7 +100,7 @@ class PreparedDataset:
 
     @property
     def hash(self) -> str:
-        """SHA-256 that stands for pixels, labels, domains and their names."""
+        """SHA-256 over the hashes of the splits, which cover pixels, labels and domains, and the names."""
         return self.manifest.hash
 
     def rows(self, split: SplitName) -> int:
@@ -109,13 +108,13 @@ class PreparedDataset:
         return self.manifest.splits[split].rows
 
     def load(self, split: SplitName) -> Images:
-        """Opens a split as a read-only memory map and checks all of it against the manifest.
+        """Open a split as a read-only memory map and check all of it against the manifest.
 
         The check reads the file once, in bounded memory. Labels and domains are arrays in memory.
 
         Raises:
-            PipelineError: the file is missing, truncated, or does not hold what the manifest says; or the operating
-                system did not let it be read.
+            DataError: The file is missing, truncated, or differs from the manifest.
+            SystemRefusal: The operating system did not let it be read.
         """
         file = self.path / f"{split}.h5"
         try:
@@ -126,13 +125,13 @@ class PreparedDataset:
                 as_promised = self._as_promised(split, on_disk)
                 loaded = replace(on_disk, images=_map(file, h5["images"]))
         except FileNotFoundError:
-            raise PipelineError(f"{file} is missing: {_PREPARE_AGAIN}") from None
+            raise DataError(f"{file} is missing. {_PREPARE_AGAIN}") from None
         except (OSError, KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
             check_not_written(file)
-            raise PipelineError(f"{file} is not a whole {split} split ({in_words(error)}): {_PREPARE_AGAIN}") from None
+            raise DataError(f"{file} is truncated or corrupt ({in_words(error)}). {_PREPARE_AGAIN}") from None
         if not as_promised:
             check_not_written(file)
-            raise PipelineError(f"{file} does not hold the {split} images of its manifest: {_PREPARE_AGAIN}")
+            raise DataError(f"{file} does not hold the {split} images of its manifest. {_PREPARE_AGAIN}")
         return loaded
 
     def _as_promised(self, split: SplitName, content: Images) -> bool:
@@ -143,29 +142,29 @@ class PreparedDataset:
 
 
 def write(path: Path, name: str, source_name: str, source: Source, skip_broken: bool = True) -> Path:
-    """Writes a prepared data set in place of what was at `path`, whole or not at all.
+    """Write a prepared data set atomically, replacing the previous one at `path`.
 
     Args:
-        path: the data set's folder.
-        name: the data set's name.
-        source_name: where it came from.
-        source: images, labels and class names; every split of the same image size.
-        skip_broken: leave images out that cannot be read, and list them in the manifest.
+        path: The data set's folder.
+        name: The data set's name.
+        source_name: The source's name, for the manifest.
+        source: Images, labels and class names; both splits have the same image size.
+        skip_broken: Leave out images that cannot be read, and list them in the manifest.
 
     Returns:
         `path`.
 
     Raises:
-        BrokenImages: there are images that cannot be read and `skip_broken` is False; holds all of them.
-        PipelineError: a split is empty, a label is outside the class names or a domain outside the domain names,
+        BrokenImages: Images cannot be read and `skip_broken` is False; holds all of them.
+        DataError: A split is empty, a label is outside the class names or a domain outside the domain names,
             two classes or domains share a name, image sizes differ, another process writes the same data set, or the
-            disk is full; what was at `path` is kept.
+            disk is full; the previous data set is kept.
     """
     domain_names = source.domain_names or [name]
     _check_names(source.class_names, "class")
     _check_names(domain_names, "domain")
     if source.splits["train"].image_size != source.splits["test"].image_size:
-        raise PipelineError(f"the splits of {name} differ in the size of their images")
+        raise DataError(f"The splits of {name} have images of different sizes.")
     for split in SPLITS:
         _check_positions(source.splits[split], split, len(source.class_names), len(domain_names))
     with replace_folder(path) as folder:
@@ -191,17 +190,17 @@ def _read_manifest(file: Path) -> Manifest:
         with reading(file):
             return Manifest.model_validate_json(file.read_bytes())
     except FileNotFoundError:
-        raise PipelineError(f"{file} is missing: run `pipeline prepare-data`, or `dvc pull` it") from None
+        raise DataError(f"{file} is missing. Run `pipeline prepare-data`, or `dvc pull`.") from None
     except ValidationError as error:
         detail = error.errors()[0]
         problem = ": ".join(filter(None, [".".join(map(str, detail["loc"])), detail["msg"]]))
-        raise PipelineError(f"{file} is not the manifest of a data set ({problem}): {_PREPARE_AGAIN}") from None
+        raise DataError(f"{file} is not the manifest of a data set ({problem}). {_PREPARE_AGAIN}") from None
     except OSError as error:
-        raise PipelineError(f"{file} cannot be read ({error.strerror}): {_PREPARE_AGAIN}") from None
+        raise DataError(f"{file} cannot be read ({error.strerror}). {_PREPARE_AGAIN}") from None
 
 
 def label_counts(path: Path, split: SplitName, num_classes: int) -> np.ndarray:
-    """Images of each class in a split that was just written, int64 (num_classes,); nothing is checked."""
+    """Count the images per class of a split that was just written, int64 (num_classes,), without checking it."""
     with open_to_read(path / f"{split}.h5") as h5:
         return np.bincount(h5["labels"][()], minlength=num_classes)
 
@@ -209,7 +208,7 @@ def label_counts(path: Path, split: SplitName, num_classes: int) -> np.ndarray:
 def _write_splits(
     folder: Path, source: Source, skip_broken: bool
 ) -> tuple[dict[SplitName, SplitEntry], dict[SplitName, list[Skipped]]]:
-    """Reads and writes every image before it says which are broken, so that one run names them all."""
+    """Write both splits before raising an error about broken images, so that one run names them all."""
     entries, skipped = {}, {}
     for split in SPLITS:
         entry, skipped[split] = _write_split(folder / f"{split}.h5", source.splits[split])
@@ -220,12 +219,12 @@ def _write_splits(
     for split in SPLITS:
         if split not in entries:
             first = skipped[split][0]
-            raise PipelineError(f"the {split} split has no readable image. The first is {first.path} ({first.reason}).")
+            raise DataError(f"the {split} split has no readable image. The first is {first.path} ({first.reason}).")
     return entries, skipped
 
 
 def _write_split(file: Path, content: Split) -> tuple[SplitEntry | None, list[Skipped]]:
-    """Writes a split as its blocks come, without skipped images, their labels and domains; None if none is left."""
+    """Write a split block by block, without the skipped images; None if no image is left."""
     digest, kept, skipped, size = hashlib.sha256(), [np.empty(0, np.int64)], [], content.image_size
     written = 0
     with h5py.File(file, "w") as h5:
@@ -250,7 +249,7 @@ def _write_split(file: Path, content: Split) -> tuple[SplitEntry | None, list[Sk
 
 
 def _keep_first_images(file: Path, count: int) -> None:
-    """Rewrites the file with its first `count` images: a contiguous dataset cannot shrink."""
+    """Rewrite the file with its first `count` images, because a contiguous dataset cannot shrink."""
     shorter = file.with_name(file.name + ".shorter")
     with h5py.File(file, "r") as old, h5py.File(shorter, "w") as new:
         size = old["images"].shape[1]
@@ -265,32 +264,32 @@ def _keep_first_images(file: Path, count: int) -> None:
 def _check_names(names: list[str], kind: str) -> None:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise PipelineError(
+        raise DataError(
             f'two {kind} folders or labels are named {twice[0]!r} ("_" reads as a space). Merge or rename one.'
         )
 
 
 def _check_positions(content: Split, split: SplitName, num_classes: int, num_domains: int) -> None:
     if len(content) == 0:
-        raise PipelineError(f"the {split} split has no images")
+        raise DataError(f"the {split} split has no images")
     if content.labels.min() < 0 or content.labels.max() >= num_classes:
-        raise PipelineError(f"the {split} split has a label outside the {num_classes} class names")
+        raise DataError(f"the {split} split has a label outside the {num_classes} class names")
     if content.domains.min() < 0 or content.domains.max() >= num_domains:
-        raise PipelineError(f"the {split} split has a domain outside the {num_domains} domain names")
+        raise DataError(f"the {split} split has a domain outside the {num_domains} domain names")
 
 
 def _check_space(folder: Path, source: Source) -> None:
     needed = sum(len(content) * 3 * content.image_size**2 for content in source.splits.values())
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise PipelineError(
-            f"the data set needs {needed / 1e9:.1f} GB and {folder.parent} has {free / 1e9:.1f} GB free: "
-            "make room, or lower prepare_data.image_size or train_subset"
+        raise DataError(
+            f"The data set needs {needed / 1e9:.1f} GB and {folder.parent} has {free / 1e9:.1f} GB free. "
+            "Make room, or lower prepare_data.image_size or train_subset."
         )
 
 
 def _sha256(content: Images) -> str:
-    """SHA-256 over images, labels and domains, in this order; blocks are read one at a time."""
+    """Return the SHA-256 over images, labels and domains, in this order, reading one block at a time."""
     digest = hashlib.sha256()
     for block in content.blocks():
         digest.update(np.ascontiguousarray(block.images).data)
@@ -304,5 +303,5 @@ def _finish(digest: "hashlib._Hash", labels: np.ndarray, domains: np.ndarray) ->
 
 
 def _map(file: Path, dataset: h5py.Dataset) -> np.ndarray:
-    """A read-only memory map of a contiguous dataset."""
+    """Return a read-only memory map of a contiguous dataset."""
     return np.memmap(file, dataset.dtype, "r", dataset.id.get_offset(), dataset.shape)

@@ -1,6 +1,6 @@
 """Images with their labels and domains, in memory or read block by block, and how a data set is split.
 
-A source hands over each split as a `Split`: `Images` holds its pixels, others read them only while they are written.
+A source gives each split as a `Split`: `Images` holds the pixels in memory; others read them while they are written.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,7 +30,7 @@ class Block(NamedTuple):
 
 
 class Split(Protocol):
-    """What a source gives for one split; `Images` is one, in memory, and a source may read lazily instead."""
+    """One split of a source, in memory as `Images` or read lazily."""
 
     @property
     def labels(self) -> np.ndarray:
@@ -48,10 +48,10 @@ class Split(Protocol):
         """Number of images."""
 
     def take(self, index: np.ndarray) -> Self:
-        """The images at these positions, in this order."""
+        """Return the images at these positions, in this order."""
 
     def blocks(self) -> Iterator[Block]:
-        """All images in order; rows that were skipped are in no block's `rows`."""
+        """Yield all images in order; skipped rows are not in any block's `rows`."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Images:
 
     @classmethod
     def of_one_domain(cls, images: np.ndarray, labels: np.ndarray) -> "Images":
-        """Images that all come from domain 0."""
+        """Make images that all come from domain 0."""
         return cls(images, labels, np.zeros(len(labels), np.int64))
 
     def __len__(self) -> int:
@@ -80,11 +80,11 @@ class Images:
         return int(self.images.shape[1])
 
     def take(self, index: np.ndarray) -> "Images":
-        """The images at these positions, in this order, in memory."""
+        """Return the images at these positions, in this order, in memory."""
         return Images(self.images[index], self.labels[index], self.domains[index])
 
     def blocks(self) -> Iterator[Block]:
-        """All images, in blocks of about `BLOCK_BYTES`."""
+        """Yield all images, in blocks of about `BLOCK_BYTES`."""
         step = images_per_block(self.image_size)
         for start in range(0, len(self), step):
             rows = np.arange(start, min(start + step, len(self)))
@@ -102,20 +102,20 @@ class Source:
 
 
 def images_per_block(image_size: int) -> int:
-    """How many RGB images of this height and width make about `BLOCK_BYTES`; at least one."""
+    """Return how many RGB images of this height and width fill about `BLOCK_BYTES`; at least one."""
     return max(1, BLOCK_BYTES // (3 * image_size**2))
 
 
 def stratified_split(labels: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draws `count` samples with each class in proportion, and the rest.
+    """Draw `count` samples with each class in proportion, and return them and the rest.
 
-    Classes get floor(count * share) samples; what is left over goes to the classes with the largest remainders
+    Classes get floor(count * share) samples; the remaining ones go to the classes with the largest remainders
     (Hamilton's method), ties to the smaller label.
 
     Args:
-        labels: int64 (N,).
-        count: how many to draw, 0 <= count <= N.
-        rng: decides which samples of a class are drawn.
+        labels: Class labels, int64 (N,).
+        count: Number to draw, 0 <= count <= N.
+        rng: Generator that draws the samples of each class.
 
     Returns:
         Two ascending int64 arrays of positions, (count,) and (N - count,).

@@ -170,7 +170,7 @@ def _read_mapping(file: Path, key: str) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
         content = config.parse_yaml(text)
-        other = config.keys_that_are_no_text(text)
+        other = config.non_text_keys(text)
     except (OSError, UnicodeDecodeError, YAMLError) as error:
         raise refusal(error, file) or PipelineError(f"{key} cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(content, Mapping):

@@ -1,28 +1,26 @@
-"""The configuration: params.yaml, read and checked, and the layout of the project's files.
+"""Read and check params.yaml, and name the project's files.
 
-An unknown key, a missing one, a wrong type or a value out of range is one line that names file, key, value and what
-is allowed. The file is read as YAML 1.2, as DVC reads it (PyYAML's 1.1 would make `1e-4` a string).
+The file is read as YAML 1.2, as DVC reads it; by the 1.1 rules of PyYAML, `1e-4` would be text.
 """
 
 import itertools
 import json
 import os
-import re
 import shlex
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError
+from pipeline.io.system_errors import reading
 from pipeline.settings.error_messages import explain, models_of
 from pipeline.settings.params import METHODS, Params, Section
 from pipeline.text import printable
 
-_MAX_OPEN_BRACKETS = 100
 _YAML_KINDS = {
     "int": "a number",
     "float": "a number",
@@ -33,35 +31,43 @@ _YAML_KINDS = {
 
 
 class Config:
-    """Checked parameters and the layout of the project's files, relative to the folder of params.yaml."""
+    """Checked parameters, and the paths of the project's files, relative to the folder of params.yaml."""
 
     def __init__(self, params: Params, root: Path, sweep_is_as_written: bool = True) -> None:
-        """Holds `params` for a project with its files under `root`; the sweep is params.yaml's, or another for once."""
+        """Hold the parameters of the project in `root`.
+
+        Args:
+            params: The content of params.yaml.
+            root: The project's folder.
+            sweep_is_as_written: Whether `params.sweep` is the one in the file, rather than overridden for one command.
+        """
         self.params = params
         self.root = root
         self.sweep_is_as_written = sweep_is_as_written
 
     @property
     def home(self) -> Path:
-        """The folder of files that DVC does not track: the real project, also in an experiment's temporary copy."""
-        project = Path(os.environ.get("DVC_ROOT", self.root)).resolve()  # DVC gives every stage the real project's root
+        """The folder of the files that DVC does not track.
+
+        It is the project itself, even where `root` is a temporary copy of it that DVC made for an experiment.
+        """
+        project = Path(os.environ.get("DVC_ROOT", self.root)).resolve()  # DVC sets it for every stage
         if not self.root.is_relative_to(project / ".dvc" / "tmp"):
             return self.root
         copy = next(folder for folder in (self.root, *self.root.parents) if (folder / ".dvc").is_dir())
         return project / self.root.relative_to(copy)
 
     def places(self, written: str) -> list[Path]:
-        """Where a path of params.yaml is looked for, in this order: the one rule for every key that names a path.
+        """Return the candidates for a path in params.yaml, best first; every key that holds a path follows this rule.
 
         "~" is the user's home and $NAME an environment variable. A relative path starts at the folder of params.yaml.
-        The temporary copy that DVC makes of a project for an experiment has only the files that git or DVC track: what
-        it lacks is taken from the project.
+        DVC's temporary copy of a project has only the files that git or DVC tracks; others are found in the project.
         """
         path = os.path.expanduser(os.path.expandvars(written))
         return list(dict.fromkeys([self.root / path, self.home / path]))
 
     def path(self, written: str) -> Path:
-        """The file or folder that a path of params.yaml means: the first that exists of `places`, or the last."""
+        """Return the first of `places` that exists, or the last."""
         places = self.places(written)
         return next((place for place in places if os.path.exists(place)), places[-1])
 
@@ -77,71 +83,71 @@ class Config:
 
     @property
     def backbone_manifest(self) -> Path:
-        """What the frozen model is: the file that DVC tracks in place of the weights."""
+        """The description of the frozen model, which DVC tracks in place of the weights."""
         return self.root / "data" / "backbones" / f"{self.params.prepare_backbone.name}.json"
 
     @property
     def features_dir(self) -> Path:
-        """The cached feature set: one folder per data set, backbone and timestep."""
+        """The cached feature set; one folder per data set, backbone and timestep."""
         p = self.params
         set_name = f"{p.prepare_data.name}-{p.prepare_backbone.name}-t{p.extract_features.timestep}"
         return self.root / "data" / "features" / set_name
 
     @property
     def synthetic_dir(self) -> Path:
-        """The images that the frozen model generated of the data set's classes."""
+        """The images of the data set's classes that the frozen model generated."""
         return self.root / "data" / "datasets" / f"{self.params.prepare_data.name}-synthetic"
 
     @property
     def synthetic_names(self) -> list[Path]:
-        """A file for each rule of balancing, with the hash of the generated images: what DVC's training depends on.
+        """The files with the hash of the generated images, one per value of `train_fl.balance_with_synthetic`.
 
-        Its name is the value of `train_fl.balance_with_synthetic`. For "none" git has one, which never changes, so
-        that training without generated images does not wait for any.
+        DVC's training depends on the file for the configured value. The one for "none" is in git and never changes, so
+        that training without generated images does not wait for them.
         """
         return [self.root / "data" / "synthetic" / rule for rule in ("mean", "largest")]
 
     @property
     def state_dir(self) -> Path:
-        """What unfinished work left for resuming: outside every DVC out, because DVC deletes those before a stage."""
+        """The state of unfinished work, outside of every DVC output: DVC deletes those before it runs a stage."""
         return self.home / ".pipeline"
 
     @property
     def results_dir(self) -> Path:
-        """One folder a run."""
+        """The results, one folder per run."""
         return self.root / "results"
 
     def run_dir(self, method: str, partition: str, seed: int) -> Path:
-        """The folder of one run of the sweep."""
+        """Return the folder of one run."""
         return self.results_dir / f"{method}-{partition}-s{seed}"
 
     @property
     def runs_of_sweep(self) -> list[Path]:
-        """The folders of the runs that the sweep names."""
+        """The folders of the sweep's runs."""
         sweep = self.params.sweep
         return [self.run_dir(*run) for run in itertools.product(sweep.methods, sweep.partitions, sweep.seeds)]
 
     @property
     def sweep_dir(self) -> Path:
-        """A small file for each finished run of the sweep, see `pipeline.run_digests`."""
+        """One small file per finished run of the sweep, see `pipeline.run_digests`."""
         return self.results_dir / ".sweep"
 
     def settings(self, section: Literal["methods", "partitions"], name: str) -> Section:
-        """The settings of a named method or partition.
+        """Return the settings of a named method or partition.
 
         Raises:
-            PipelineError: there is no such name; the message lists those there are.
+            ConfigError: The name is unknown; the message lists those that exist.
         """
         known: Mapping[str, Section] = getattr(self.params, section)
         if name not in known:
-            raise PipelineError(f"params.yaml has no {section}.{name}; it has {', '.join(known)}")
+            raise ConfigError(f"params.yaml has no {section}.{name}. Available: {', '.join(known)}.")
         return known[name]
 
     def settings_of_run(self, method: str, partition: str) -> dict[str, Any]:
-        """The settings that decide a run, as its config.json holds them.
+        """Return the settings that determine a run, as its config.json holds them.
 
         Raises:
-            PipelineError: there is no such method or partition.
+            ConfigError: There is no such method or partition.
         """
         return {
             "method": {"name": method, **self.settings("methods", method).model_dump()},
@@ -151,43 +157,51 @@ class Config:
         }
 
     def check_settings_of_run(self, folder: Path, found: Mapping[str, Any], method: str, partition: str) -> None:
-        """Checks that a run, by its config.json, was made with the present settings.
+        """Check that a run was trained with the present settings.
+
+        Args:
+            folder: The run's folder, for the message.
+            found: The content of its config.json.
+            method: Name of the method.
+            partition: Name of the partition.
 
         Raises:
-            PipelineError: it was not; names what differs, both values, and the flags that take the run as it is.
+            ConfigError: A setting differs; the message gives both values, and the flags to report the run as it is.
         """
         wanted = self.settings_of_run(method, partition)
         if not (differing := differing_keys(found, wanted)):
             return
         sections = {"method": f"methods.{method}", "partition": f"partitions.{partition}", "dataset": "prepare_data"}
-        said, flags = [], []
+        differences, flags = [], []
         for setting in differing:
             section, _, inner = setting.partition(".")
             key = ".".join(part for part in (sections.get(section, section), inner) if part)
             theirs, here = at(found, setting), at(wanted, setting)
-            said.append(f"{key} {_as_typed(theirs)}, where params.yaml has {_as_typed(here)}")
+            differences.append(f"{key} {_as_typed(theirs)}, but params.yaml has {_as_typed(here)}")
             if inner and theirs is not ...:
                 flags.append(f"--set {shlex.quote(f'{key}={_as_typed(theirs)}')}")
-        taken = f", or take it as it is, with {' '.join(flags)}" if len(flags) == len(differing) else ""
-        raise PipelineError(f"{folder} was made with {'; '.join(said)}: train it again, as by `dvc repro`{taken}")
+        as_is = f", or report it as it is with {' '.join(flags)}" if len(flags) == len(differing) else ""
+        raise ConfigError(
+            f"{folder} was trained with {'; '.join(differences)}. Retrain it (for example with `dvc repro`){as_is}."
+        )
 
 
 def _as_typed(value: Any) -> str:
-    """A value as `--set` takes it; "nothing" for ..."""
+    """Write a value as for `--set`; "nothing" for ..."""
     if value is ...:
         return "nothing"
     return printable(value if isinstance(value, str) else json.dumps(value))
 
 
 def at(values: Any, dotted_key: str, missing: Any = ...) -> Any:
-    """The value at a dotted key of nested mappings, or `missing` if there is none."""
+    """Return the value at a dotted key of nested mappings, or `missing`."""
     for part in dotted_key.split("."):
         values = values.get(part, missing) if isinstance(values, Mapping) else missing
     return values
 
 
 def dotted(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys; lists and empty mappings stay whole."""
+    """Flatten nested mappings to dotted keys; lists and empty mappings are kept as values."""
     if not isinstance(values, Mapping) or not values:
         return {prefix: values}
     parts = [dotted(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in values.items()]
@@ -195,7 +209,7 @@ def dotted(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differing_keys(found: Any, wanted: Mapping[str, Any]) -> list[str]:
-    """The dotted keys of `wanted` that are missing or another in `found`, read from JSON; others there do not count."""
+    """Return the dotted keys of `wanted` that are missing or differ in `found`, which was read from JSON."""
     differing = []
     for key, value in wanted.items():
         present = found.get(key) if isinstance(found, Mapping) else None
@@ -207,15 +221,16 @@ def differing_keys(found: Any, wanted: Mapping[str, Any]) -> list[str]:
 
 
 def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
-    """Reads and checks params.yaml.
+    """Read and check params.yaml.
 
     Args:
-        path: the file.
-        overrides: dotted key -> value, put over the file's values for this run ("train_fl.num_rounds": 3).
+        path: The file.
+        overrides: Dotted key -> value, replacing the file's values for this run ("train_fl.num_rounds": 3).
 
     Raises:
-        PipelineError: the file is missing or not YAML, a key is unknown, missing, of a wrong type or range, or the
-            sweep names what there is not.
+        ConfigError: The file is missing or not YAML; a key is unknown, missing, or has a value of the wrong type or
+            range; or the sweep names something that does not exist. One line per mistake, with the file, the key, its
+            value and what is allowed.
     """
     if not METHODS:
         raise ConfigError("No federated methods are registered. Import stages.train_fl.methods before config.load.")
@@ -230,7 +245,7 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
     try:
         params = Params.model_validate(values)
     except ValidationError as error:
-        raise PipelineError(explain(error, values, where)) from None
+        raise ConfigError(explain(error, values, where)) from None
     _check_sweep(params, where)
     _check_names_of_runs(params, where)
     sweep_is_as_written = not any(key.partition(".")[0] == "sweep" for key in overrides)
@@ -238,10 +253,10 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
 
 
 def parse_value(key: str, text: str) -> Any:
-    """A value typed on the command line for a dotted key.
+    """Parse a value from the command line for a dotted key.
 
-    Where the key takes text, the text is the value as it is typed ("007" is a name), and null is none; elsewhere it is
-    read as it would be in params.yaml.
+    If the key accepts text, the value is taken as typed ("007" is a name), except that null is None. Otherwise it is
+    read as in params.yaml.
     """
     from ruamel.yaml import YAMLError
 
@@ -257,8 +272,23 @@ def parse_value(key: str, text: str) -> Any:
     return text if value is None and text not in ("null", "~") else value
 
 
+def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
+    """Parse assignments of the form KEY=VALUE, with dotted keys, into overrides for `load`.
+
+    Raises:
+        ConfigError: An assignment has another form.
+    """
+    overrides = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not (key and equals):
+            raise ConfigError(f"{assignment!r} is not KEY=VALUE")
+        overrides[key] = parse_value(key, text)
+    return overrides
+
+
 def _fields(dotted_key: str) -> list[FieldInfo]:
-    """What is declared for a key: nothing if it is unknown, several where methods share its name."""
+    """Return the declarations of a key: none if it is unknown, several if methods share its name."""
     section, _, rest = dotted_key.partition(".")
     name = rest.rpartition(".")[2]
     return [model.model_fields[name] for model in models_of(section) if name in model.model_fields]
@@ -274,50 +304,51 @@ def _accepts(field: FieldInfo, value: Any) -> bool:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds sections.
+    """Read a YAML file of sections.
 
     Raises:
-        PipelineError: it is missing, cannot be read, is not YAML, or holds something else.
+        ConfigError: It is missing, is not YAML, or holds something else.
+        SystemRefusal: The operating system does not let it be read.
     """
     from ruamel.yaml import YAMLError
     from ruamel.yaml.error import MarkedYAMLError
 
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
+        with reading(path):
+            values = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise PipelineError(f"{path} is missing: run in the project's folder, or name the file by --params") from None
+        raise ConfigError(
+            f"{path} does not exist. Run in the project's folder, name the file with --params, or make a project with "
+            "`pipeline init`."
+        ) from None
     except UnicodeDecodeError as error:
-        raise PipelineError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise ConfigError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
+        ) from None
     except OSError as error:
-        raise PipelineError(f"{path} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path} cannot be read ({error.strerror}). Name a file with --params.") from None
     except MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         problem = error.problem or error.context or "it cannot be parsed"
-        raise PipelineError(f"{path}{line} is not YAML: {' '.join(problem.split())}") from None
+        raise ConfigError(f"{path} is not valid YAML ({line}{' '.join(problem.split())}). Fix the line.") from None
     except YAMLError as error:
-        raise PipelineError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path} is not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
-        found = "nothing" if values is None else type(values).__name__
-        raise PipelineError(f"{path} must hold sections (prepare_data, ...), it holds {found}")
+        found = "nothing" if values is None else f"a {type(values).__name__}"
+        raise ConfigError(f"{path} must hold sections (prepare_data, ...), but holds {found}")
     return values
 
 
 def parse_yaml(text: str) -> Any:
-    """YAML 1.2, no tags that make objects.
+    """Parse YAML 1.2, without tags that make objects.
 
     Raises:
-        YAMLError: it is not YAML, nested too deeply, gives two places one anchor, or holds a date or number that is
-            none: of these the library's parser raises whatever comes.
+        YAMLError: It is not valid, is nested too deeply, defines an anchor twice, or holds an impossible date or
+            number, for which the library raises errors of many types.
     """
     from ruamel.yaml import YAML, YAMLError
     from ruamel.yaml.error import ReusedAnchorWarning
 
-    depth = deepest = 0
-    for bracket in re.findall(r"[\[\]{}]", text):  # the parser's time grows with the square of those that are open
-        depth = max(0, depth + (1 if bracket in "[{" else -1))
-        deepest = max(deepest, depth)
-    if deepest > _MAX_OPEN_BRACKETS:
-        raise YAMLError("it is nested too deeply")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", ReusedAnchorWarning)
@@ -332,14 +363,14 @@ def parse_yaml(text: str) -> Any:
         raise YAMLError(f"a value cannot be read ({error or type(error).__name__})") from None
 
 
-def keys_that_are_no_text(text: str) -> list[tuple[int, str, str]]:
-    """Keys of a YAML file's outermost mapping that are not text to YAML: 007, true, null.
+def non_text_keys(text: str) -> list[tuple[int, str, str]]:
+    """Find the keys of a YAML file's outermost mapping that are not text: 007, true, null.
 
     Args:
-        text: the file's text, which `parse_yaml` has read.
+        text: The file's text, which `parse_yaml` accepts.
 
     Returns:
-        Per key its line, counted from 1, the key as it is written, and what YAML takes it for.
+        The line of each, counted from 1, the key as written, and its kind.
     """
     from ruamel.yaml import YAML
 
@@ -354,14 +385,14 @@ def _set(values: dict[str, Any], dotted_key: str, value: Any) -> None:
     for parent in parents:
         section = values.get(parent, {})
         if not isinstance(section, dict):
-            raise PipelineError(f"cannot set {dotted_key}: {parent} is a value, not a section")
-        values[parent] = dict(section)  # with a YAML alias, others share it
+            raise ConfigError(f"cannot set {dotted_key}: {parent} is a value, not a section")
+        values[parent] = dict(section)  # a YAML alias may share the section with others
         values = values[parent]
     values[key] = value
 
 
 def _check_sweep(params: Params, where: Callable[[str], str]) -> None:
-    """Every method and partition that the sweep names has its settings."""
+    """Check that every method and partition of the sweep has settings."""
     for section, names, known in (
         ("methods", params.sweep.methods, params.methods),
         ("partitions", params.sweep.partitions, params.partitions),
@@ -369,18 +400,18 @@ def _check_sweep(params: Params, where: Callable[[str], str]) -> None:
         for name in names:
             if name not in known:
                 key = f"sweep.{section}"
-                raise PipelineError(
-                    f"{where(key)}: {key} names {name}, which is not under {section}: {', '.join(known)}"
+                raise ConfigError(
+                    f"{where(key)}: {key} names {name}, which is not under {section} ({', '.join(known)})"
                 )
 
 
 def _check_names_of_runs(params: Params, where: Callable[[str], str]) -> None:
-    """Every method has a run's folder of its own on every partition: with hyphens in both names two may meet."""
+    """Check that no two runs share a folder, which hyphens in the names of methods and partitions can cause."""
     owners: dict[str, tuple[str, str]] = {}
     for pair in itertools.product(params.methods, params.partitions):
         method, partition = owners.setdefault("-".join(pair), pair)
         if (method, partition) != pair:
-            raise PipelineError(
+            raise ConfigError(
                 f"{where('partitions')}: partitions: method {method} on partition {partition} and method {pair[0]} on "
-                f"partition {pair[1]} would both be results/{'-'.join(pair)}-s0: rename one of them"
+                f"partition {pair[1]} would both be results/{'-'.join(pair)}-s0. Rename one of them."
             )

@@ -1,7 +1,7 @@
-"""What is wrong with the parameters, in words: a line a key, with where it was set, its value and what is allowed.
+"""Explain invalid parameters: one line per key, with where it was set, its value and what is allowed.
 
-Pydantic reports one error for every branch of a union that it tried, and names the branch in the key's path; here they
-become one line with the key as the user wrote it. `allowed` says the same beforehand, for --help.
+Pydantic reports one error for every branch of a union that it tried, and puts the branch's name into the key's path.
+Here they become one line with the key as the user wrote it.
 """
 
 import difflib
@@ -16,19 +16,19 @@ from pydantic.fields import FieldInfo
 from pipeline.settings.params import METHODS, PARTITIONS, Params, Section
 
 _NAMED = {"methods": (METHODS.values(), "algorithm"), "partitions": (PARTITIONS, "kind")}
-"""Sections of named settings: the models one may have, and the key that says which."""
+"""Sections of named settings: the models of an entry, and the key that selects one."""
 
 
 def explain(error: ValidationError, values: Mapping[str, Any], where: Callable[[str], str]) -> str:
-    """Lines of the form `params.yaml: train_fl.batch_size = 0: input should be greater than or equal to 1`.
+    """Return lines of the form `params.yaml: train_fl.batch_size = 0: input should be greater than or equal to 1`.
 
     Args:
-        error: what pydantic found.
-        values: what it was given.
-        where: dotted key -> where its value comes from, as the user knows it.
+        error: Pydantic's error.
+        values: The values that were validated.
+        where: Dotted key -> where its value was set: a file, or the command line.
 
     Returns:
-        One line a key, in the order of `Params`.
+        One line per key, in the order of `Params`.
     """
     problems: dict[str, list[str]] = {}
     for detail in error.errors():
@@ -36,14 +36,14 @@ def explain(error: ValidationError, values: Mapping[str, Any], where: Callable[[
         problems.setdefault(key, []).append(problem)
     lines = []
     for key, found in problems.items():
-        value = found[0].partition(": ")[0] + ": "  # named once
+        value = found[0].partition(": ")[0] + ": "  # repeated by every alternative
         alternatives = [found[0], *(problem.removeprefix(value) for problem in found[1:])]
         lines.append(f"{where(key)}: {key}{' or '.join(dict.fromkeys(alternatives))}")
     return "\n".join(lines)
 
 
 def models_of(section: str, name: str | None = None, values: Mapping[str, Any] | None = None) -> list[type[Section]]:
-    """The models of a section: of a named method or partition the one that its values choose, or all if none."""
+    """Return the models of a section; for a named method or partition the one that its values select, if they do."""
     if section in _NAMED:
         models, selector = _NAMED[section]
         chosen = ((values or {}).get(section) or {}).get(name) if name else None
@@ -55,13 +55,13 @@ def models_of(section: str, name: str | None = None, values: Mapping[str, Any] |
 
 
 def allowed(field: FieldInfo) -> str:
-    """What a key may be, in few words: "cifar10, digits or folder", "an integer >= 1 or null", "all or [A, B, ...]"."""
+    """Describe the values of a key: "cifar10, digits or folder", "an integer >= 1 or null", "all or [A, B, ...]"."""
     words = _alternatives(field.annotation, field.metadata)
     return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _alternatives(annotation: Any, limits: Iterable[Any]) -> list[str]:
-    """The alternatives of a type, numbers with their limits."""
+    """Describe each alternative of a type, numbers with their limits."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         inner = [limit for extra in parts[1:] for limit in getattr(extra, "metadata", [extra])]
@@ -82,7 +82,7 @@ def _alternatives(annotation: Any, limits: Iterable[Any]) -> list[str]:
 
 
 def _problem(detail: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[str, str]:
-    """The dotted key, and the rest of its line."""
+    """Return the dotted key and the rest of its line."""
     kind, given, context = detail["type"], detail["input"], detail.get("ctx", {})
     location = _as_written(detail["loc"], values, keep_last=kind == "missing")
     key = ".".join(map(str, location))
@@ -104,7 +104,7 @@ def _problem(detail: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[str,
 
 
 def _shown(value: Any) -> str:
-    """A value as Python writes it, cut short: aliases make a small file a huge value."""
+    """Write a value as Python does, cut short, because YAML aliases can make a small file a huge value."""
     short = reprlib.Repr()
     short.maxlevel, short.maxstring, short.maxother, short.maxlong = 3, 200, 200, 200
     try:
@@ -114,7 +114,7 @@ def _shown(value: Any) -> str:
 
 
 def _as_written(loc: tuple[str | int, ...], values: Any, keep_last: bool) -> list[str | int]:
-    """The parts of a location that lead into the values: pydantic's names of a union's branches do not."""
+    """Return a location's parts without pydantic's names of a union's branches, which are not in the values."""
     kept: list[str | int] = []
     for position, part in enumerate(loc):
         if isinstance(values, Mapping) and part in values or isinstance(values, list) and isinstance(part, int):

@@ -1,8 +1,7 @@
-"""What params.yaml may hold: one section a stage, every key with its type, its range and what it means.
+"""The content of params.yaml: one section per stage, and the type, range and meaning of every key.
 
-No key has a default here: params.yaml is the only place for values, so what a run used can be read in one place (an
-absent `guidance` section is no value: it means that a method has none). The command line makes its flags, and --help
-its texts, from these descriptions.
+The file is the only place for values, so that all settings of a run can be read in one place. The command line
+generates its flags and their help from these descriptions.
 """
 
 from typing import Annotated, Any, Literal
@@ -11,17 +10,17 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, SerializeAsAn
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-"""Names a folder, a DVC stage or a run: letters, digits, - and _."""
+"""Name of a folder, a DVC stage or a run: letters, digits, - and _."""
 
 Layer = Annotated[str, StringConstraints(pattern=r"^(up_blocks|transformer_blocks)\.\d+$")]
-"""Names a layer of the frozen model."""
+"""Name of a layer of the frozen model."""
 
 
 ImageSource = Literal[
     "digits", "cifar10", "cifar100", "svhn", "mnist", "usps", "flowers102", "fgvc-aircraft", "stanford-cars",
     "tiny-imagenet", "digits-five", "folder", "domain-folder",
 ]  # fmt: skip
-"""Where images may come from; `stages.prepare_data.sources` reads each."""
+"""Sources of images, which `stages.prepare_data.sources` reads."""
 
 
 class Section(BaseModel):
@@ -32,7 +31,7 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _fits_into_64_bits(cls, value: Any) -> Any:
-        """Integers end up in int64 arrays and in manifests of that width."""
+        """Reject integers that do not fit into int64 arrays and manifests."""
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int) and number >= 2**63:
                 raise PydanticCustomError("too_large", "Input should be less than 9223372036854775808 (2^63)")
@@ -54,10 +53,10 @@ class PrepareData(Section):
     image_size: int = Field(ge=8, le=1024, description="images are stored at this height and width, pixels")
     train_subset: int | None = Field(ge=1, description="keep this many training images, stratified by class")
     broken_images: Literal["stop", "skip"] = Field(
-        description="what to do about images that cannot be read: stop with an error that names them all, or skip "
-        "them and list them in the data set's manifest.json"
+        description="what to do with unreadable images: stop with an error that lists them all, or skip them "
+        "and list them in the data set's manifest.json"
     )
-    seed: int = Field(ge=0, description="seed of the subset and of splits that the source does not give")
+    seed: int = Field(ge=0, description="seed of the subset, and of the test split if the source has none")
 
 
 class PrepareBackbone(Section):
@@ -71,13 +70,13 @@ class PrepareBackbone(Section):
     )
     revision: str | None = Field(description="hub only: the commit, 40 hexadecimal digits; null with any other source")
     variant: Literal["auto", "fp16", "none"] = Field(
-        description="weights to take where a model has them in full and as fp16: none is full, fp16 is half the bytes; "
-        "auto is fp16 from the hub if extract_features.dtype has 16 bits, else full, or what there is"
+        description="weights to use if a model has both full and fp16 ones: none is full, fp16 is half the size; "
+        "auto is fp16 from the hub if extract_features.dtype has 16 bits, else full; or the only ones that exist"
     )
 
 
 class ExtractFeatures(Section):
-    """Stage 1. Only what decides the features: every key but rows_per_shard is part of the fingerprint."""
+    """Stage 1. Every key but rows_per_shard determines the features and is part of the fingerprint."""
 
     version: int = Field(ge=1, description="version of the computation; must equal what this code computes")
     timestep: int = Field(ge=0, le=999, description="diffusion timestep of the noised latents")
@@ -91,18 +90,18 @@ class ExtractFeatures(Section):
     )
     image_size: int = Field(ge=8, le=2048, description="images are resized to this before encoding, pixels")
     prompts: Literal["class", "self-supervised"] = Field(
-        description="one prompt per class, or without labels: one that fits every image, and random words"
+        description="class: one prompt per class; self-supervised, without labels: one for all images, and random words"
     )
     prompt_templates: list[Annotated[str, StringConstraints(pattern=r"\{class_name\}")]] = Field(
         min_length=1,
-        description="conditional prompt, {class_name} filled in with a class or word; the embeddings are averaged",
+        description="conditional prompts; {class_name} is replaced by a class or word; their embeddings are averaged",
     )
     class_prompts: str | None = Field(
-        description="file (YAML or JSON): class name -> text, or list of texts, to take instead of the templates"
+        description="file (YAML or JSON): class name -> text, or list of texts, which replace the templates"
     )
     self_supervised_prompt: str = Field(description="self-supervised: the prompt that fits every image")
     negative_words: str | None = Field(
-        description="self-supervised: file of words, one a line, to draw negatives from; null: Tiny-ImageNet's classes"
+        description="self-supervised: file of negative words, one per line; null: Tiny-ImageNet's classes"
     )
     denoise_prompt: str = Field(description="generic prompt of the denoising representation")
     negatives: Literal["all"] | Annotated[int, Field(ge=1)] = Field(
@@ -110,7 +109,7 @@ class ExtractFeatures(Section):
         "at random (self-supervised)"
     )
     image_conditioning: str | None = Field(
-        description="directory of a CLIP image encoder whose embedding is added to the prompts'; null is without"
+        description="directory of a CLIP image encoder whose embedding is added to the prompts'; null for none"
     )
     noise_seed: int = Field(ge=0, description="seed of the per-image noise, the basis images and random negatives")
     basis: str = Field(min_length=1, description="auto fits the PCA basis; or the path of a basis.h5 to share")
@@ -120,27 +119,28 @@ class ExtractFeatures(Section):
 
 
 class AnalyzeFeatures(Section):
-    """What the cached features hold -> analysis/."""
+    """Analysis of the cached features -> analysis/."""
 
     images: int = Field(ge=10, description="at most this many training images, drawn at random")
-    validation_fraction: float = Field(gt=0, lt=1, description="the part of them on which linear probes are judged")
-    splits: int = Field(ge=1, le=1000, description="random validation splits that accuracy is the mean over")
+    validation_fraction: float = Field(gt=0, lt=1, description="fraction of them on which linear probes are evaluated")
+    splits: int = Field(ge=1, le=1000, description="number of random validation splits; the accuracy is their mean")
     tsne_images: int = Field(ge=4, description="at most this many images in the t-SNE picture")
     perplexity: float = Field(gt=0, description="t-SNE's number of neighbours")
     seed: int = Field(ge=0, description="seed of the sample, the splits, k-means and t-SNE")
 
 
 class SweepFeatures(Section):
-    """Timesteps and layers compared on a sample -> analysis/sweep; judged as analyze_features says."""
+    """Comparison of timesteps and layers on a sample -> analysis/sweep; evaluated as in analyze_features."""
 
     timesteps: list[Annotated[int, Field(ge=0, le=999)]] = Field(
         min_length=1, description="diffusion timesteps to compare; every layer is read at each"
     )
     images: int = Field(ge=10, description="at most this many training images, drawn at random")
-    basis_images: int = Field(ge=2, description="of them, those on which each PCA basis is fitted; held in memory")
+    basis_images: int = Field(ge=2, description="number of these images used to fit each PCA basis (kept in memory)")
     margin_images: int = Field(
         ge=0,
-        description="of them, those also seen under each of their prompts (extract_features.negatives), P more passes",
+        description="number of these images also run with each of their P prompts (extract_features.negatives), "
+        "P extra passes per image",
     )
     explained_variance: float = Field(
         gt=0, le=1, description="a layer keeps the fewest PCA dimensions that explain this share of its variance"
@@ -148,19 +148,21 @@ class SweepFeatures(Section):
     max_dims: int = Field(ge=1, description="but at most this many")
     standard_errors: float = Field(
         ge=0,
-        description="candidates within so many of the best one's are not told apart: by the probe, then by prompts; "
-        "of those left the fewest layers win, then the fewest dimensions",
+        description="candidates within this many standard errors of the best count as equal, first by the probe, then "
+        "by the prompt margin; among equals the fewest layers win, then the fewest dimensions",
     )
-    picture_images: int = Field(ge=0, description="images whose maps are drawn as colours, a picture each")
+    picture_images: int = Field(ge=0, description="number of images whose feature maps are drawn in colour")
 
 
 class Synthesize(Section):
     """Images of every class, generated by the frozen model -> data/datasets/<name>-synthetic."""
 
     images_per_class: int = Field(ge=0, description="images generated of each class; 0 generates none")
-    prompt_template: str = Field(pattern=r"\{class_name\}", description="the prompt; {class_name} is filled in")
+    prompt_template: str = Field(
+        pattern=r"\{class_name\}", description="the prompt; {class_name} is replaced by the class"
+    )
     num_inference_steps: int = Field(ge=1, description="DDIM steps")
-    guidance_scale: float = Field(ge=1, description="classifier-free guidance; 1 is without")
+    guidance_scale: float = Field(ge=1, description="classifier-free guidance; 1 for none")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="the frozen model computes in this type")
     seed: int = Field(ge=0, description="seed of the first noise of every image")
 
@@ -177,7 +179,7 @@ class TrainFL(Section):
         ge=1, description="every method's model gets MOON's projection head of this length before its classifier"
     )
     num_clients: int = Field(
-        ge=1, description="clients the training set is dealt to (label-skew and domain may set their own number)"
+        ge=1, description="clients that share the training set (label-skew and domain may set their own number)"
     )
     clients_per_round: int = Field(ge=1, description="clients sampled each round")
     num_rounds: int = Field(ge=1, description="communication rounds")
@@ -185,7 +187,7 @@ class TrainFL(Section):
     batch_size: int = Field(ge=1, description="local batch size")
     learning_rate: float = Field(gt=0, description="SGD's rate in the first round")
     learning_rate_decay: float = Field(gt=0, le=1, description="multiplies the rate after every round; 1 keeps it")
-    momentum: float = Field(ge=0, lt=1, description="SGD's momentum; the buffer starts anew each round")
+    momentum: float = Field(ge=0, lt=1, description="SGD's momentum; its buffer is reset every round")
     weight_decay: float = Field(ge=0, description="SGD's L2 penalty")
     gradient_clipping: float | None = Field(
         gt=0, description="largest norm of a step's gradient; null: no limit (the code of FedNH, FedCR, FedDyn: 10)"
@@ -198,13 +200,13 @@ class TrainFL(Section):
         gt=0, le=1, description="long tail before any partition: the last class's size to the first's; 1 keeps all"
     )
     balance_with_synthetic: Literal["none", "mean", "largest"] = Field(
-        description="top up every class of every client with images of the synthesize stage, to the client's mean or "
-        "largest class size"
+        description="add images of the synthesize stage to every client's classes, up to the client's mean or largest "
+        "class size"
     )
     evaluate_on: Literal["test", "validation"] = Field(
         description="validation holds out a part of the training set: use it for every choice"
     )
-    validation_fraction: float = Field(gt=0, lt=1, description="the part held out when evaluate_on is validation")
+    validation_fraction: float = Field(gt=0, lt=1, description="fraction held out if evaluate_on is validation")
 
 
 class Guidance(Section):
@@ -354,7 +356,7 @@ class Report(Section):
 
 
 class Runtime(Section):
-    """Speed, and of numbers at most the last bits: DVC does not track this section."""
+    """Settings of speed, which change results by rounding at most; DVC does not track this section."""
 
     device: str = Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
     unet_batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=65536)] = Field(
@@ -362,7 +364,7 @@ class Runtime(Section):
         "the CPU, where batches are computed side by side"
     )
     compile: bool = Field(description="compile the frozen model (torch.compile): minutes once, faster passes on a GPU")
-    cache_latents: bool = Field(description="keep the images' latents under .pipeline/ for the next extraction")
+    cache_latents: bool = Field(description="cache the images' latents under .pipeline/ for the next extraction")
     synthesize_batch_size: int = Field(ge=1, description="synthesize: images generated at a time")
     num_threads: int | None = Field(
         ge=1, le=65536, description="train-fl: CPU threads per operation; null: torch's choice"
@@ -389,7 +391,7 @@ Partition = Annotated[
 
 
 class Params(Section):
-    """All of params.yaml."""
+    """All sections of params.yaml."""
 
     prepare_data: PrepareData
     prepare_backbone: PrepareBackbone

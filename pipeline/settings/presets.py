@@ -1,11 +1,15 @@
-"""Presets: named settings, as `presets/<name>.yaml`, that are merged into params.yaml.
+"""Merge presets, which are named settings, into params.yaml.
 
-params.yaml stays the one source of truth that DVC reads; a preset is written into it, comments kept, and `git diff`
-shows what it changed. A key replaces its value; under `methods` and `partitions` an entry replaces the entry of its
-name, whole. `base: NAME`, or a list of names, takes those presets first, later ones over earlier ones. `experiments`
-is not merged: it lists values of keys by which the whole pipeline is run several times, each as a DVC experiment.
-A merge stops before it loses a value that neither git nor a preset holds, unless it is told to. A preset in another
-folder is given by its path, which ends in .yaml and starts in the working folder or in the project's.
+params.yaml stays the only file that DVC reads: a preset is written into it, its comments are kept, and `git diff` shows
+what changed. A preset is a YAML file with sections, like params.yaml:
+
+- A key replaces the value of that key; under `methods` and `partitions` an entry replaces the entry of its name.
+- `base` names one or more presets to merge first; later ones override earlier ones.
+- `experiments` lists values of keys: the whole pipeline runs once per combination, each as a DVC experiment.
+
+The project's own `presets/` comes before the presets of the package. A file elsewhere is given by its path, which ends
+in .yaml and is relative to the working folder or to the project. A merge refuses to overwrite an edit of params.yaml
+that neither git nor a preset has.
 """
 
 import difflib
@@ -17,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import PipelineError
+from pipeline import project
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.io import atomic
 from pipeline.io.system_errors import entries, status
 from pipeline.settings import config
@@ -25,14 +30,14 @@ from pipeline.text import printable
 
 _UNKNOWN_TO_GIT = ("not a git repository", "not in the index", "does not exist", "neither on disk nor in the index")
 
-_ELSEWHERE = "run in the project's folder, or say `pipeline --params FILE preset` with its parameter file"
-
 
 @dataclass(frozen=True)
 class Applied:
-    """What a merge did: dotted key -> (old value, new value), None for none; and the experiments asked for.
+    """Result of a merge.
 
-    Each experiment is dotted key -> value; a single empty one if the preset asks for none.
+    Attributes:
+        changes: Dotted key -> (old value, new value); the old value is None if the key was absent.
+        experiments: Dotted key -> value, per experiment; one without keys if the preset asks for none.
     """
 
     changes: dict[str, tuple[Any, Any]]
@@ -40,111 +45,118 @@ class Applied:
 
 
 def describe(folder: Path) -> dict[str, str]:
-    """Every preset in `folder` by name, with the first line of its file, which says what it is.
+    """Return every preset by name, with the first line of its file, a comment that describes it.
 
-    Raises:
-        PipelineError: there are none.
+    Args:
+        folder: The project's `presets`, which need not exist.
     """
-    if not (files := _files(folder)):
-        raise PipelineError(f"{folder} has no presets: {_ELSEWHERE}")
-    return {file.stem: file.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip() for file in files}
+    return {
+        name: file.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
+        for name, file in _files(folder).items()
+    }
 
 
-def _files(folder: Path) -> list[Path]:
-    return [file for file in entries(folder) if file.match("*.yaml")]
+def _files(folder: Path) -> dict[str, Path]:
+    """Name -> file, of the package's presets and of those in the project's `folder`, which override them."""
+    found = [*entries(project.source() / "presets"), *entries(folder)]
+    return dict(sorted({file.stem: file for file in found if file.suffix == ".yaml"}.items()))
 
 
 def apply(name: str, params_file: Path, force: bool = False) -> Applied:
-    """Merges a preset of the project into its params.yaml, or, if the result would not be valid, changes nothing.
+    """Merge a preset into params.yaml, or change nothing if the result would not be valid.
 
     Args:
-        name: of a file in presets/ beside `params_file`, or the path of another one, which ends in .yaml.
-        params_file: the project's params.yaml.
-        force: also replace values that were edited by hand and are kept nowhere else.
+        name: The preset's name, or the path of its file.
+        params_file: The project's params.yaml.
+        force: Also overwrite edits that exist nowhere else.
 
     Raises:
-        PipelineError: there is no such preset, it is not YAML, or it does not fit the configuration; or it would
-            replace values that neither git nor a preset holds.
+        ConfigError: There is no such preset, or it is not valid; or it would overwrite edits that neither git nor a
+            preset has.
     """
-    merged = _read(name, params_file.parent / "presets")
-    experiments = merged.pop("experiments", {})
-    config.load(params_file)  # mistakes that are there already are named first
+    config.load(params_file)  # so that an error that is already in the file is not blamed on the preset
+    folder = params_file.parent / "presets"
+    preset = _read(name, folder)
+    experiments = preset.pop("experiments", {})
+    lists = [values if isinstance(values, list) else [values] for values in experiments.values()]
+    combinations = [dict(zip(experiments, values, strict=True)) for values in itertools.product(*lists)]
+    before = config.read_yaml(params_file)
+    new = {f"{section}.{key}": value for section, keys in preset.items() for key, value in keys.items()}
+    changes = {key: (config.at(before, key), value) for key, value in new.items() if config.at(before, key) != value}
+    if not force and (edits := _only_here({key: old for key, (old, _) in changes.items()}, params_file)):
+        raise ConfigError(
+            f"Preset {name} would overwrite uncommitted edits in {params_file} ({', '.join(edits)}). Commit or "
+            "`git add` them first, or pass --force."
+        )
     yaml = _round_trip()
     values = yaml.load(params_file.read_text(encoding="utf-8"))
-    before = config.read_yaml(params_file)
-    if not force and (lost := _held_nowhere(before, merged, params_file)):
-        raise PipelineError(
-            f"{params_file} has edits that git does not hold and preset {name} would replace ({', '.join(lost)}): "
-            f"`git add {params_file.name}` or commit them first, or say --force"
-        )
-    for section, keys in merged.items():
-        present = values.setdefault(section, {})
-        present.update({key: _in_flow(value) for key, value in keys.items() if present.get(key, ...) != value})
-    combinations = [dict(zip(experiments, chosen, strict=True)) for chosen in itertools.product(*experiments.values())]
+    for dotted_key, (_, value) in changes.items():
+        section, _, key = dotted_key.partition(".")
+        values.setdefault(section, {})[key] = value
     with atomic.replace_file(params_file) as temporary:
         with temporary.open("w", encoding="utf-8") as stream:
             yaml.dump(values, stream)
         try:
-            for changes in combinations:
-                config.load(temporary, changes)
+            for combination in combinations:
+                config.load(temporary, combination)
         except PipelineError as error:
-            raise PipelineError(str(error).replace(str(temporary), f"preset {name}")) from None
-    changed = {
-        f"{section}.{key}": (before.get(section, {}).get(key), value)
-        for section, keys in merged.items()
-        for key, value in keys.items()
-        if before.get(section, {}).get(key) != value
-    }
-    return Applied(changed, combinations)
+            raise ConfigError(str(error).replace(str(temporary), f"preset {name}")) from None
+    return Applied({key: (None if old is ... else old, value) for key, (old, value) in changes.items()}, combinations)
 
 
-def _read(name: str, folder: Path) -> dict[str, Any]:
-    """A preset with its bases under it: section -> keys."""
+def _read(name: str, folder: Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Read a preset and merge it over its bases: section -> keys.
+
+    Args:
+        name: The preset's name or path.
+        folder: The project's `presets`.
+        above: The presets that have this one as a base.
+    """
+    if name in above:
+        raise ConfigError(f"Preset {name} is a base of itself. Remove one of {', '.join(above)} from `base`.")
     own = config.read_yaml(_file(name, folder))
     bases = own.pop("base", [])
-    below: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        below = _over(below, _read(base, folder))
-    return _over(below, own)
+    if wrong := [key for key, keys in own.items() if not isinstance(keys, dict)]:
+        raise ConfigError(f"Preset {name}: {wrong[0]} must be a section with its keys below it.")
+    merged: dict[str, Any] = {}
+    below = (_read(base, folder, (*above, name)) for base in ([bases] if isinstance(bases, str) else bases))
+    for layer in (*below, own):
+        merged |= {section: merged.get(section, {}) | keys for section, keys in layer.items()}
+    return merged
 
 
 def _file(name: str, folder: Path) -> Path:
-    """The file of a preset: `name` in `folder`, or the path `name` from the working folder or the project's."""
-    by_path = name.endswith(".yaml")
-    places = dict.fromkeys([Path(name).absolute(), folder.parent / name] if by_path else [folder / f"{name}.yaml"])
+    known = _files(folder)
+    if name in known:
+        return known[name]
+    places = [Path(name).absolute(), folder.parent / name] if name.endswith(".yaml") else []
     if found := next((place for place in places if status(place)), None):
         return found
-    known = [file.stem for file in _files(folder)]
     near = difflib.get_close_matches(Path(name).stem, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"{folder} has {', '.join(known) or f'no presets: {_ELSEWHERE}'}"
-    raise PipelineError(f"no preset {name} (looked for {' and '.join(map(str, places))}); {hint}")
+    looked = f" (looked for {' and '.join(map(str, dict.fromkeys(places)))})" if places else ""
+    hint = f"Did you mean {near[0]}?" if near else f"Available: {', '.join(known)}."
+    raise ConfigError(f"Unknown preset {name}{looked}. {hint}")
 
 
-def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    return {**below, **{section: {**below.get(section, {}), **keys} for section, keys in above.items()}}
-
-
-def _held_nowhere(before: Mapping[str, Any], merged: Mapping[str, Any], params_file: Path) -> list[str]:
-    """The keys that a merge changes and whose values stand neither in git nor in a preset; none outside of git."""
-    committed = _in_git(params_file)
-    if committed is None:
+def _only_here(values: Mapping[str, Any], params_file: Path) -> list[str]:
+    """Return the dotted keys whose values neither git nor a preset has; none if git does not track the file."""
+    tracked = _in_git(params_file)
+    if tracked is None:
         return []
     folder = params_file.parent / "presets"
-    holders = [committed, *(_read(file.stem, folder) for file in _files(folder))]
+    holders = [tracked, *(_read(name, folder) for name in _files(folder))]
     return [
-        f"{section}.{key}"
-        for section, keys in merged.items()
-        for key in keys
-        if before.get(section, {}).get(key, keys[key]) != keys[key]
-        and not any(holder.get(section, {}).get(key, ...) == before[section][key] for holder in holders)
+        key
+        for key, value in values.items()
+        if value is not ... and not any(config.at(holder, key) == value for holder in holders)
     ]
 
 
-def _in_git(file: Path) -> dict[str, Any] | None:
-    """The file as git's index has it, where `git checkout` takes it from; None if git does not know it.
+def _in_git(file: Path) -> Any:
+    """Return the file's values in git's index, from where `git checkout` restores it; None if git does not track it.
 
     Raises:
-        PipelineError: git does not say, for example because the repository is another user's.
+        ConfigError: Git gives no answer, for example because another user owns the repository.
     """
     from ruamel.yaml import YAMLError
 
@@ -152,45 +164,36 @@ def _in_git(file: Path) -> dict[str, Any] | None:
     try:
         answer = subprocess.run(command, cwd=file.parent, env=environment, capture_output=True, check=False)
         reason = answer.stderr.decode(errors="replace").strip() if answer.returncode else ""
-    except FileNotFoundError:  # there is no git
+    except FileNotFoundError:  # git is not installed
         return None
     except OSError as error:
         reason = error.strerror or str(error)
     if any(words in reason for words in _UNKNOWN_TO_GIT):
         return None
     if reason:
-        raise PipelineError(
-            f"{file} may have edits that would be lost, and git cannot tell ({printable(reason.splitlines()[0])}). "
-            "Make git work there, or say --force to replace them."
+        raise ConfigError(
+            f"{file} may have uncommitted edits, and git cannot tell ({printable(reason.splitlines()[0])}). Make git "
+            "work there, or pass --force to overwrite them."
         )
     try:
-        values = config.parse_yaml(answer.stdout.decode("utf-8"))
+        return config.parse_yaml(answer.stdout.decode("utf-8"))
     except (UnicodeDecodeError, YAMLError):
         return None
-    return {s: keys for s, keys in values.items() if isinstance(keys, dict)} if isinstance(values, dict) else None
 
 
 def _round_trip() -> Any:
-    """A YAML reader and writer that keeps comments, quotes and the word null."""
-    from ruamel.yaml import YAML
+    """Return a YAML reader and writer that keeps comments and quotes, and the style of null and of [a, b]."""
+    from ruamel.yaml import YAML, RoundTripRepresenter
 
+    class Representer(RoundTripRepresenter):
+        pass
+
+    Representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
+    Representer.add_representer(
+        list, lambda to, values: to.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
+    )
     yaml = YAML()
+    yaml.Representer = Representer
     yaml.preserve_quotes = True
     yaml.width = 120
-    yaml.representer.add_representer(
-        type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
-    )
     return yaml
-
-
-def _in_flow(value: Any) -> Any:
-    """Lists as [a, b], as params.yaml has them."""
-    from ruamel.yaml.comments import CommentedSeq
-
-    if isinstance(value, dict):
-        return {key: _in_flow(inner) for key, inner in value.items()}
-    if not isinstance(value, list):
-        return value
-    sequence = CommentedSeq(value)
-    sequence.fa.set_flow_style()
-    return sequence

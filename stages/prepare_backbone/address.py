@@ -2,7 +2,7 @@
 
 import re
 
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError
 from stages.prepare_backbone.selection import CONVERT
 
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -12,7 +12,7 @@ _PATH = re.compile(r"[./~$].*|.*/|[^/@]+(/[^/@]+){2,}")
 
 
 def is_path(source: str) -> bool:
-    """Whether a source can only be meant as a directory: ./sd, ~/sd, /models/sd, a/b/c, sd/."""
+    """Return whether a source can only be meant as a directory: ./sd, ~/sd, /models/sd, a/b/c, sd/."""
     return "://" not in source and not _HOST.match(source) and _PATH.fullmatch(source) is not None
 
 
@@ -20,15 +20,15 @@ def pinned(source: str, revision: str | None) -> tuple[str, str]:
     """The id and the commit of a model on the hub.
 
     Args:
-        source: prepare_backbone.source: organisation/model, the same with @ and a revision, or a page's URL.
-        revision: prepare_backbone.revision; None if it is not set.
+        source: Value of prepare_backbone.source: organisation/model, the same with @ and a revision, or a page's URL.
+        revision: Value of prepare_backbone.revision; None if it is not set.
 
     Raises:
-        PipelineError: it names no model, or no commit; the message gives the commit that a branch or tag is at now.
+        ConfigError: It names no model, or no commit; the message gives the commit that a branch or tag is at now.
     """
     hub_id, written = _parse(source)
     if written and revision and written != revision and _COMMIT.fullmatch(written):
-        raise PipelineError(
+        raise ConfigError(
             f"prepare_backbone.source names the commit {written}, and prepare_backbone.revision is {revision}. Remove "
             "one of them"
         )
@@ -39,7 +39,7 @@ def pinned(source: str, revision: str | None) -> tuple[str, str]:
 
     commit = hub.commit_of(hub_id, chosen)
     now = f"{chosen or 'main'} is at {commit} now" if commit else "The page of the model on the hub lists them"
-    raise PipelineError(
+    raise ConfigError(
         f"set prepare_backbone.revision to a commit of {hub_id}, 40 hexadecimal digits, because a branch or tag can "
         f"move and change the model under the features. {now}"
     )
@@ -60,7 +60,7 @@ def _parse(source: str) -> tuple[str, str | None]:
     except HfUriError:
         uri = None
     if uri is None or uri.type != "model" or not _ID.fullmatch(uri.id) or (uri.path_in_repo and "://" not in address):
-        raise PipelineError(_no_model(written))
+        raise ConfigError(_no_model(written))
     return uri.id, uri.revision
 
 

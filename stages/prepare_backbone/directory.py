@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from pipeline import provenance
-from pipeline.errors import PipelineError
+from pipeline.errors import DataError
 from pipeline.io import system_errors
 from pipeline.io.system_errors import entries
 
@@ -17,14 +17,14 @@ class Directory:
     """A diffusers pipeline directory, as `selection.Source` describes it."""
 
     def __init__(self, path: Path, target: Path | None = None) -> None:
-        """Lists the files of the directory and of the folders in it.
+        """List the files of the directory and of the folders in it.
 
         Args:
             path: The directory.
             target: The folder that will be replaced by one with links to the files; None if none will.
 
         Raises:
-            PipelineError: It cannot be read, or its files are in `target`.
+            DataError: It cannot be read, or its files are in `target`.
         """
         self.path = path.absolute()
         self.title, self.listed = str(path), True
@@ -34,11 +34,11 @@ class Directory:
             files = [file for file in [*top, *inner] if file.is_file()]
             self.sizes = {file.relative_to(self.path).as_posix(): file.stat().st_size for file in files}
         except OSError as error:
-            raise system_errors.refusal(error, path) or PipelineError(f"{path} cannot be read ({error})") from None
+            raise system_errors.refusal(error, path) or DataError(f"{path} cannot be read ({error})") from None
         if target is None or target.is_symlink():
             return
         if any(file.resolve().is_relative_to(target.resolve()) for file in files):
-            raise PipelineError(
+            raise DataError(
                 f"prepare_backbone.source = {path} is in {target}, which would be replaced. Move the model to another "
                 "folder, or set another prepare_backbone.name"
             )
@@ -51,7 +51,7 @@ class Directory:
         """Each file's absolute path, links followed, and its SHA-256, 64 hexadecimal digits.
 
         Raises:
-            PipelineError: A file cannot be read, or is not a complete safetensors file by its header and length.
+            DataError: A file cannot be read, or is not a complete safetensors file by its header and length.
         """
         paths = {name: (self.path / name).resolve() for name in names}
         for path in paths.values():
@@ -64,12 +64,12 @@ def _check_header(path: Path) -> None:
     with system_errors.reading(path):
         start = path.read_bytes()[: len(_LFS_POINTER)] if path.stat().st_size < 1024 else b""
     if start == _LFS_POINTER:
-        raise PipelineError(f"{path} is a pointer of git-lfs, not the weights. Run `git lfs pull` in its repository")
+        raise DataError(f"{path} is a pointer of git-lfs, not the weights. Run `git lfs pull` in its repository")
     try:
         with safe_open(path, "pt"):
             pass
     except SafetensorError as error:
-        raise system_errors.refusal(error, path) or PipelineError(
+        raise system_errors.refusal(error, path) or DataError(
             f"{path} is not a complete safetensors file ({error}). Get it again"
         ) from None
 
@@ -78,4 +78,4 @@ def _sha256(path: Path) -> str:
     try:
         return provenance.file_sha256(path)
     except OSError as error:
-        raise system_errors.refusal(error, path) or PipelineError(f"{path} cannot be read ({error.strerror})") from None
+        raise system_errors.refusal(error, path) or DataError(f"{path} cannot be read ({error.strerror})") from None

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import text
-from pipeline.errors import PipelineError
+from pipeline.errors import DataError, PipelineError
 from pipeline.io import atomic, system_errors
 from pipeline.progress import progress_bar
 from stages.prepare_backbone import hub_errors
@@ -34,7 +34,7 @@ class HubModel:
     """A repository at a commit, as `selection.Source` describes it."""
 
     def __init__(self, hub_id: str, revision: str, listings: Path) -> None:
-        """Lists the repository's files.
+        """List the repository's files.
 
         Without the hub the listing of an earlier run is used, so that the same files are chosen; or else, the files of
         the commit that are in the cache.
@@ -45,14 +45,14 @@ class HubModel:
             listings: the folder that keeps listings.
 
         Raises:
-            PipelineError: there is no such model or commit, or access to it; or the hub cannot be reached and the cache
+            DataError: There is no such model or commit, or access to it; or the hub cannot be reached and the cache
                 has nothing of it.
         """
         self.hub_id, self.revision = hub_id, revision
         self.title = f"{hub_id} at {revision[:12]}"
         self.sizes: dict[str, int] = {}
         self._hashes: dict[str, str] = {}
-        self._unreachable: PipelineError | None = None
+        self._unreachable: DataError | None = None
         self.listed = True
         kept = listings / f"{hub_id.replace('/', '--')}-{revision}.json"
         try:
@@ -76,13 +76,13 @@ class HubModel:
             return self._fetch_checked(name, None)[0]
 
     def fetch(self, names: Sequence[str]) -> dict[str, tuple[Path, str]]:
-        """Downloads what the cache lacks, and compares every file with the hub's hash.
+        """Download what the cache lacks, and compare every file with the hub's hash.
 
         Returns:
             Each file's absolute path in the cache and its SHA-256, 64 hexadecimal digits.
 
         Raises:
-            PipelineError: a file cannot be fetched, or arrives with other bytes than the hub lists.
+            DataError: A file cannot be fetched, or arrives with other bytes than the hub lists.
         """
         self._remove_leftovers()
         missing = [name for name in names if not self._pointer(name).exists()]
@@ -130,7 +130,7 @@ class HubModel:
         sha256, agrees = self._compare(name, path)
         if not agrees:
             if self._unreachable:
-                raise PipelineError(
+                raise DataError(
                     f"{self.title}: {name} is damaged in the cache, because its bytes differ from the hash "
                     "that the hub gave. Run again with a network connection, and it is downloaded again"
                 )
@@ -142,11 +142,11 @@ class HubModel:
             raise self._damaged(name, path)
         return path, sha256
 
-    def _damaged(self, name: str, path: Path) -> PipelineError:
-        """Removes a file with other bytes than the hub's, which no tool must find in the cache."""
+    def _damaged(self, name: str, path: Path) -> DataError:
+        """Remove a file with other bytes than the hub's, so that no other tool finds it in the cache."""
         path.resolve().unlink(missing_ok=True)
         path.unlink(missing_ok=True)
-        return PipelineError(
+        return DataError(
             f"{self.title}: the bytes of {name} differ from the hash that the hub lists, so the file was removed from "
             "the cache. Run again; if it repeats, a proxy or the disk changes the file"
         )
@@ -178,7 +178,7 @@ class HubModel:
         return digests[64].hexdigest(), expected is None or digests[len(expected)].hexdigest() == expected
 
     def _remove_leftovers(self) -> None:
-        """Removes what killed downloads of this model left, but for files that another process downloads now."""
+        """Remove partial files of killed downloads of this model, except those that another process is downloading."""
         from filelock import FileLock, Timeout
 
         for leftover in (self._storage / "blobs").glob("*.incomplete"):
@@ -192,7 +192,7 @@ class HubModel:
         folder = next(folder for folder in (_cache(), *_cache().parents) if folder.exists())
         free = shutil.disk_usage(folder).free
         if size > free:
-            raise PipelineError(
+            raise DataError(
                 f"{self.title} needs {text.size(size)}, and {_cache()} has {text.size(free)} free. Make room, or set "
                 "HF_HOME to a folder on a larger disk"
             )
@@ -213,7 +213,7 @@ def commit_of(hub_id: str, revision: str | None) -> str | None:
     """The commit that a branch or tag, None for the main branch, is at now; None if the hub gives no answer.
 
     Raises:
-        PipelineError: the hub has no such model or revision, or gives no access to it.
+        DataError: The hub has no such model or revision, or gives no access to it.
     """
     from huggingface_hub import HfApi
 
@@ -264,7 +264,7 @@ def _reporting_to(bar: "tqdm | None") -> Any:
 
 
 class _Once(logging.Handler):
-    """Passes the client's warnings on, one line for each kind of them."""
+    """Pass the client's warnings on, one line for each kind of them."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

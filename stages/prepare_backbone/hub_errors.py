@@ -1,22 +1,22 @@
-"""What the hub refused, in one line: what is wrong, then what to do."""
+"""Explain the hub's errors in one line: what is wrong, then what to do."""
 
 import os
 from collections.abc import Iterator
 
-from pipeline.errors import PipelineError
+from pipeline.errors import DataError
 from pipeline.io import system_errors
 
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, with a token of an account that has access"
 
 
-def in_words(error: BaseException, hub_id: str, revision: str | None, name: str | None = None) -> PipelineError:
-    """The error to raise for what the hub's client raised.
+def in_words(error: BaseException, hub_id: str, revision: str | None, name: str | None = None) -> DataError:
+    """Return the error to raise for an error of the hub's client.
 
     Args:
-        error: of any type; the client wraps the answer of the hub in others.
-        hub_id: organisation/model.
-        revision: the commit, branch or tag that was asked for; None for the main branch.
-        name: the file that was asked for, if it was one.
+        error: An error of any type; the client wraps the answer of the hub in others.
+        hub_id: The model's id, organisation/model.
+        revision: The commit, branch or tag that was requested; None for the main branch.
+        name: The requested file, if it was a file.
     """
     from huggingface_hub import constants, errors
 
@@ -25,47 +25,47 @@ def in_words(error: BaseException, hub_id: str, revision: str | None, name: str 
     for cause in causes:
         if isinstance(cause, errors.GatedRepoError):
             if cause.response.status_code == 403:
-                return PipelineError(
+                return DataError(
                     f"{hub_id} is gated, and the account of the token in use has no access. Ask for it at {page}, then "
                     f"run again; or {_LOG_IN}"
                 )
-            return PipelineError(f"{hub_id} is gated. Accept its terms at {page}, then {_LOG_IN}")
+            return DataError(f"{hub_id} is gated. Accept its terms at {page}, then {_LOG_IN}")
         if isinstance(cause, errors.RepositoryNotFoundError):
-            return PipelineError(
+            return DataError(
                 f"the hub has no model {hub_id}, or it is private. Check the id at {page}; if it is private, {_LOG_IN}"
             )
         if isinstance(cause, errors.RevisionNotFoundError):
-            return PipelineError(f"{hub_id} has no revision {revision}. Take a commit from {page}/commits/main")
+            return DataError(f"{hub_id} has no revision {revision}. Take a commit from {page}/commits/main")
         if isinstance(cause, errors.RemoteEntryNotFoundError):
-            return PipelineError(f"{hub_id} at {revision} has no file {name}. See {page}/tree/{revision}")
+            return DataError(f"{hub_id} at {revision} has no file {name}. See {page}/tree/{revision}")
         if isinstance(cause, errors.HfHubHTTPError):
             return _of_status(cause.response.status_code, hub_id, page, name)
     if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes):
         what = name or "this model"
-        return PipelineError(
+        return DataError(
             f"the cache of the hub lacks {what} of {hub_id}, and HF_HUB_OFFLINE is set. Unset it, or run where the "
             "cache has the model"
         )
     file = f"{name} of {hub_id}" if name else hub_id
     if any("Consistency check failed" in str(cause) for cause in causes):
-        return PipelineError(
+        return DataError(
             f"{file} arrived with another length than the hub lists. What arrived was removed. Run again; if it "
             "repeats, a proxy changes the file"
         )
     if (number := system_errors.error_number(error)) and not is_unreachable(error):
-        return PipelineError(
+        return DataError(
             f"{file} cannot be written to the cache of the hub ({os.strerror(number)}). Make room or give access, "
             "or set HF_HOME to another folder"
         )
     reason = next((str(cause).strip().splitlines()[0] for cause in reversed(causes) if str(cause).strip()), "no reason")
-    return PipelineError(
+    return DataError(
         f"{file} cannot be downloaded ({reason}). Check the network and run again, or set prepare_backbone.source to a "
         "directory that holds the model"
     )
 
 
 def is_unreachable(error: BaseException) -> bool:
-    """Whether the hub gave no answer, or that it is busy: then the cache may do."""
+    """Return whether the hub gave no answer or is busy, so that the cache may be used instead."""
     from huggingface_hub import errors
 
     for cause in _chain(error):
@@ -78,18 +78,18 @@ def is_unreachable(error: BaseException) -> bool:
     return False
 
 
-def _of_status(status: int, hub_id: str, page: str, name: str | None) -> PipelineError:
+def _of_status(status: int, hub_id: str, page: str, name: str | None) -> DataError:
     file = f"{name} of {hub_id}" if name else hub_id
     if status == 429:
-        return PipelineError(
+        return DataError(
             f"the hub limits how many requests it answers (429, at {file}). Wait some minutes and run again; a token "
             "raises the limit: log in with `hf auth login`, or set HF_TOKEN"
         )
     if status >= 500:
-        return PipelineError(f"the hub is busy or down ({status}, at {file}). Wait some minutes and run again")
+        return DataError(f"the hub is busy or down ({status}, at {file}). Wait some minutes and run again")
     if status in (401, 403):
-        return PipelineError(f"the hub refuses access ({status}, at {file}). See {page}; {_LOG_IN}")
-    return PipelineError(f"the hub refuses the request ({status}, at {file}). Check the id and the revision at {page}")
+        return DataError(f"the hub refuses access ({status}, at {file}). See {page}; {_LOG_IN}")
+    return DataError(f"the hub refuses the request ({status}, at {file}). Check the id and the revision at {page}")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -1,4 +1,4 @@
-"""Which files of a model are taken: from the names in its repository or directory, and its few kilobytes of JSON.
+"""Select the files of a model, by the names in its repository or directory and its few kilobytes of JSON.
 
 The files get canonical names: a variant, such as diffusion_pytorch_model.fp16.safetensors, becomes
 diffusion_pytorch_model.safetensors, so that nothing that loads a model has to know of variants, and the hashes of a
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.diffusion import families
-from pipeline.errors import PipelineError
+from pipeline.errors import DataError
 from pipeline.io import system_errors
 
 _TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -33,7 +33,7 @@ class Source(Protocol):
     sizes: dict[str, int]
     """Its files, path with "/" between the parts -> bytes."""
     listed: bool
-    """Whether `sizes` has all of its files, not just those that are here."""
+    """Whether `sizes` has all of its files, not only the local ones."""
 
     def read(self, name: str) -> Path:
         """A small file, to be read at once."""
@@ -47,8 +47,8 @@ class Selection:
     """The files of a model that are loaded.
 
     Attributes:
-        family: the class of the denoiser.
-        files: canonical name -> name in the source.
+        family: The class of the denoiser.
+        files: Canonical name -> name in the source.
         variant: "fp16" if any of the weights are, else None.
     """
 
@@ -58,15 +58,15 @@ class Selection:
 
 
 def select(source: Source, variant: str, prefer_fp16: bool) -> Selection:
-    """Judges a model by its configurations and chooses its files.
+    """Check a model by its configurations and choose its files.
 
     Args:
-        source: the model; no weights of it are read.
+        source: The model; no weights of it are read.
         variant: "none" takes full weights, "fp16" those of half size where a part has them, "auto" one of the two.
         prefer_fp16: what "auto" takes where a part has both.
 
     Raises:
-        PipelineError: it is no model that features can be extracted from, or has no weights that can be loaded.
+        DataError: Features cannot be extracted from the model, or it has no weights that can be loaded.
     """
     index = _index(source)
     configs = {families.INDEX: index}
@@ -89,12 +89,12 @@ def select(source: Source, variant: str, prefer_fp16: bool) -> Selection:
         and variants
         and any(".fp16" not in name for name in files.values() if name.endswith(".safetensors"))
     ):
-        raise PipelineError(
+        raise DataError(
             f"{source.title} has full weights of some parts and fp16 weights of others there, and the hub's "
             "list of files is not known. Run once with a network connection"
         )
     if variant == "fp16" and not variants:
-        raise PipelineError(f"{source.title} has no fp16 files: set prepare_backbone.variant to auto or none")
+        raise DataError(f"{source.title} has no fp16 files: set prepare_backbone.variant to auto or none")
     return Selection(family, dict(sorted(files.items())), next(iter(variants), None))
 
 
@@ -103,11 +103,11 @@ def _weights(source: Source, part: str, names: Collection[str], variant: str, pr
     stem = "model" if part in _TEXT else "diffusion_pytorch_model"
     full, half = (_weight_set(source, part, stem, infix, names) for infix in ("", ".fp16"))
     if variant == "none" and not full and half:
-        raise PipelineError(f"{source.title} has {part} as fp16 alone: set prepare_backbone.variant to auto")
+        raise DataError(f"{source.title} has {part} as fp16 alone: set prepare_backbone.variant to auto")
     order = (half, full) if variant == "fp16" or (variant == "auto" and prefer_fp16) else (full, half)
     chosen = next((files for files in order if files), None)
     if chosen is None:
-        raise PipelineError(f"{source.title} {_why_no_weights(part, names)}")
+        raise DataError(f"{source.title} {_why_no_weights(part, names)}")
     return chosen
 
 
@@ -153,11 +153,11 @@ def _check_tokenizer(title: str, part: str, names: Collection[str]) -> None:
     if "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files:
         return
     if "spiece.model" not in files:
-        raise PipelineError(f"{title} has no vocabulary in {part}/. Get the complete model")
+        raise DataError(f"{title} has no vocabulary in {part}/. Get the complete model")
     try:
         import sentencepiece  # noqa: F401
     except ImportError:
-        raise PipelineError(
+        raise DataError(
             f"{title} has {part}/spiece.model, which needs the library sentencepiece. Run `pip install "
             "'sentencepiece<0.2.2'`"
         ) from None
@@ -168,7 +168,7 @@ def _index(source: Source) -> dict[str, Any]:
         return _json(source, families.INDEX)
     root = [name for name in source.sizes if "/" not in name]
     if any("lora" in name.lower() or name.startswith("adapter_") for name in root):
-        raise PipelineError(
+        raise DataError(
             f"{source.title} holds LoRA weights alone, which change another model. Fuse them into that model as "
             "docs/models.md shows, and set prepare_backbone.source to the directory that this writes"
         )
@@ -176,11 +176,11 @@ def _index(source: Source) -> dict[str, Any]:
         config = _json(source, "config.json")
         names = [config.get("_class_name"), *(config.get("architectures") or [])]
         kind = next((name for name in names if name), "model")
-        raise PipelineError(f"{source.title} is a {kind}, a part of a model and no pipeline. {families.SUPPORTED}")
+        raise DataError(f"{source.title} is a {kind}, a part of a model and no pipeline. {families.SUPPORTED}")
     checkpoints = [name for name in root if name.endswith((".safetensors", ".ckpt", ".gguf"))]
     if checkpoints:
-        raise PipelineError(f"{source.title} holds a model in one file ({checkpoints[0]}). {CONVERT}")
-    raise PipelineError(f"{source.title} is not a diffusers pipeline: it has no {families.INDEX}. {families.SUPPORTED}")
+        raise DataError(f"{source.title} holds a model in one file ({checkpoints[0]}). {CONVERT}")
+    raise DataError(f"{source.title} is not a diffusers pipeline: it has no {families.INDEX}. {families.SUPPORTED}")
 
 
 def _json(source: Source, name: str) -> dict[str, Any]:
@@ -188,13 +188,11 @@ def _json(source: Source, name: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise system_errors.refusal(error, path) or PipelineError(
+        raise system_errors.refusal(error, path) or DataError(
             f"{source.title}: {name} cannot be read as JSON ({error})"
         ) from None
     if not isinstance(content, dict):
-        raise PipelineError(
-            f"{source.title}: {name} cannot be read: it holds a {type(content).__name__}, not an object"
-        )
+        raise DataError(f"{source.title}: {name} cannot be read: it holds a {type(content).__name__}, not an object")
     return content
 
 

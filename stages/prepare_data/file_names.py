@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-from pipeline.errors import PipelineError
+from pipeline.errors import DataError
 from pipeline.text import first_few
 
 _LEFTOVERS = frozenset(
@@ -24,7 +24,7 @@ _LEFTOVERS = frozenset(
 
 
 def is_leftover(name: str) -> bool:
-    """Whether systems and programs leave such a file or folder: hidden names, thumbnails, wastebaskets, caches."""
+    """Return whether a name is hidden, or one that systems and programs leave: thumbnails, wastebaskets, caches."""
     return name.startswith((".", "~$")) or name.casefold() in _LEFTOVERS
 
 
@@ -40,15 +40,13 @@ def utf8(name: str) -> str:
     """The canonical name of a folder that names a class or a domain, unchanged.
 
     Raises:
-        PipelineError: its bytes are not UTF-8.
+        DataError: Its bytes are not UTF-8.
     """
     try:
         name.encode()
         return name
     except UnicodeEncodeError:
-        raise PipelineError(
-            f"the folder {name.encode(errors='surrogateescape')!r} has no UTF-8 name: rename it"
-        ) from None
+        raise DataError(f"the folder {name.encode(errors='surrogateescape')!r} has no UTF-8 name: rename it") from None
 
 
 def ending(name: str) -> str:

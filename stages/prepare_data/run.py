@@ -1,4 +1,4 @@
-"""Runs the stage: lists the source, subsets it if asked, reads the images while it writes the prepared data set."""
+"""Run the stage: list the source, subset it if configured, and write the prepared data set."""
 
 import warnings
 from dataclasses import replace
@@ -10,7 +10,7 @@ from pipeline import seeding
 from pipeline.data import datasets
 from pipeline.data.datasets import BrokenImages, PreparedDataset
 from pipeline.data.images import Source, stratified_split
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, DataError
 from pipeline.io.atomic import write_text
 from pipeline.settings.config import Config
 from stages.prepare_data.remarks import broken_images, say_outcome
@@ -18,14 +18,14 @@ from stages.prepare_data.sources import SOURCES
 
 
 def run(config: Config) -> Path:
-    """Prepares the data set that params.yaml names.
+    """Prepare the data set that params.yaml names.
 
     Returns:
         Its folder.
 
     Raises:
-        PipelineError: the source is missing, holds a broken image that is not to be skipped, or is smaller than the
-            subset asked for.
+        DataError: The source is missing, or has broken images that may not be skipped.
+        ConfigError: The subset is larger than the training split.
     """
     params = config.params.prepare_data
     root = config.path(params.path or f"data/raw/{params.source}")
@@ -35,23 +35,23 @@ def run(config: Config) -> Path:
     listing = config.state_dir / f"broken-images-{params.name}.txt"
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"PIL\.")  # a strange image is decoded or named, not remarked on
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # a damaged image is decoded or named in the error
             path = datasets.write(
                 config.dataset_dir, params.name, params.source, source, skip_broken=params.broken_images == "skip"
             )
     except BrokenImages as error:
         listing.parent.mkdir(parents=True, exist_ok=True)
         write_text(listing, "".join(f"{image.path}\t{image.reason}\n" for image in error.images))
-        raise PipelineError(broken_images(root, error.images, listing)) from None
+        raise DataError(broken_images(root, error.images, listing)) from None
     listing.unlink(missing_ok=True)  # of an earlier run
     say_outcome(PreparedDataset(path))
     return path
 
 
 def _subset(source: Source, count: int, rng: np.random.Generator) -> Source:
-    """Keeps `count` training images, each class of each domain in proportion."""
+    """Keep `count` training images, with each class of each domain in proportion."""
     train = source.splits["train"]
     if count > len(train):
-        raise PipelineError(f"prepare_data.train_subset = {count}: the training split has {len(train)} images")
+        raise ConfigError(f"prepare_data.train_subset = {count}: the training split has only {len(train)} images.")
     chosen, _ = stratified_split(train.domains * len(source.class_names) + train.labels, count, rng)
     return replace(source, splits={**source.splits, "train": train.take(chosen)})

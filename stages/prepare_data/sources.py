@@ -1,8 +1,8 @@
-"""Where images come from: the name of a source -> the function that reads it.
+"""The sources of images: the name of each -> the function that reads it.
 
 A function gets the folder that holds the data set and the stage's parameters. It lists images, labels and class names;
-pixels of image files are read later, only those that are kept, while the prepared data set is written. To add a
-source, write its function, enter it here and name it in `pipeline.settings.params.PrepareData.source`.
+image files are read later, and only those that are kept, while the prepared data set is written. To add a source,
+write its function, add it here and to `pipeline.settings.params.ImageSource`.
 """
 
 from collections.abc import Callable

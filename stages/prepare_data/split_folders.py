@@ -1,7 +1,7 @@
-"""Finds out which folders of a tree are its splits: train/ and test/ in the spellings that people use.
+"""Find the split folders of a tree, train/ and test/, in their usual spellings.
 
-A split folder holds class folders and is named "train", "Testing", "val", "valid_set", "seg_test", ... What can be read
-in two ways is refused: where a split is taken for a class, training sees the test images.
+A split folder holds class folders and is named "train", "Testing", "val", "valid_set", "seg_test", ... Ambiguous
+trees are rejected: if a split were read as a class, training would see the test images.
 """
 
 import os
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import PipelineError
+from pipeline.errors import DataError
 from stages.prepare_data.file_names import canonical, some_folders
 from stages.prepare_data.image_search import has_images, holds_images_itself, subfolders
 
@@ -56,7 +56,7 @@ def find_splits(tree: Path) -> SplitFolders | None:
     Validation images are the test split where no other is, and are left out where one is.
 
     Raises:
-        PipelineError: the folders can be read in two ways, training or test images are missing, or a folder cannot
+        DataError: The folders can be read in two ways, training or test images are missing, or a folder cannot
             be read.
     """
     folders = subfolders(tree)
@@ -70,7 +70,7 @@ def find_splits(tree: Path) -> SplitFolders | None:
     if with_images:
         if all(holds_images_itself(tree / name) or not subfolders(tree / name) for name in named):
             return None  # classes that have such a name, as the train among vehicles
-        raise PipelineError(
+        raise DataError(
             f"{tree} holds folders named as splits ({some_folders(named)}) beside other folders with images "
             f"({some_folders(with_images)}). If the former are splits, move the others elsewhere; if they are classes, "
             "put their images directly into them."
@@ -79,10 +79,10 @@ def find_splits(tree: Path) -> SplitFolders | None:
 
 
 def _check_no_lettered_splits(tree: Path, folders: list[str]) -> None:
-    """Refuses trainA, trainB, testA, ...: two domains without classes, as data sets of image translation have them."""
+    """Reject trainA, trainB, testA, ...: two domains without classes, as in data sets for image translation."""
     found = {name: match["word"].lower() for name in folders if (match := _LETTERED.fullmatch(canonical(name)))}
     if len(set(found.values())) > 1:
-        raise PipelineError(
+        raise DataError(
             f"{tree} holds folders named as splits with a letter ({some_folders(found)}). If they are domains, make a "
             "tree of <domain>/<split>/<class>/<image> and set source: domain-folder; if they are classes, rename them."
         )
@@ -99,7 +99,7 @@ def unwrapped_domains(tree: Path) -> Path:
 
 
 def is_split_tree(tree: Path) -> bool:
-    """Whether the folders of a tree are named as a training split and another one, and there are no others."""
+    """Return whether all folders of a tree are named as splits, the training split and another one among them."""
     folders = subfolders(tree)
     splits = _by_split(folders)
     return "train" in splits and len(splits) > 1 and len(_names(splits)) == len(folders)
@@ -123,7 +123,7 @@ def _chosen(tree: Path, splits: dict[str, list[str]], others: list[str]) -> Spli
     for split, names in splits.items():
         filled = [name for name in names if subfolders(tree / name)]
         if len(filled) > 1:
-            raise PipelineError(
+            raise DataError(
                 f"{tree} has two folders for one split, {split}: {some_folders(filled)}. Merge them, or move one away."
             )
         if filled:
@@ -139,7 +139,7 @@ def _chosen(tree: Path, splits: dict[str, list[str]], others: list[str]) -> Spli
             else f"Found: {some_folders(_names(splits))}"
         )
         instead = f", or set prepare_data.path to {train}, of which one image in five becomes the test split"
-        raise PipelineError(
+        raise DataError(
             f"{tree} has split folders, but none with class folders for the {missing} split. {found}. Arrange it as "
             f"{missing}/<class>/<image>{instead if train else ''}."
         )

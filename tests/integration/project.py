@@ -1,32 +1,22 @@
-"""A project as a clone of the repository has it, with small parameters: under git and DVC."""
+"""A project with the files of a clone, under git and DVC."""
 
 import shutil
 import subprocess
 from pathlib import Path
 
+from pipeline import project
 from tests.conftest import REPOSITORY
-
-TRACKED = (
-    "dvc.yaml",
-    ".dvcignore",
-    ".gitignore",
-    ".dvc/.gitignore",
-    ".dvc/config",
-    "data/README.md",
-    "data/synthetic/none",
-)
 
 
 def copy_tracked(into: Path) -> None:
-    """Copies what git has for DVC, without params.yaml."""
-    for name in TRACKED:
+    """Copy the files that a clone has for DVC, without params.yaml."""
+    for name in project.FILES[1:]:
         (into / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / name, into / name)
-    shutil.copytree(REPOSITORY / ".dvc" / "plots", into / ".dvc" / "plots", dirs_exist_ok=True)
 
 
 def git(root: Path, *arguments: str) -> str:
-    """A git command as nobody in particular; it must succeed."""
+    """Run a git command with a made-up identity; it must succeed."""
     identity = ("-c", "user.name=nobody", "-c", "user.email=nobody@localhost")
     done = subprocess.run(["git", *identity, *arguments], cwd=root, check=True, capture_output=True, text=True)
     return done.stdout

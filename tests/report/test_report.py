@@ -40,7 +40,7 @@ def test_the_summary_is_mean_and_sample_deviation_over_seeds(trained):
 def test_runs_of_other_settings_are_refused(trained):
     result = invoke(trained, "report", "--set", "train_fl.num_rounds=7")
     assert result.exit_code == 1
-    assert "fedavg-dir05-s0 was made with train_fl.num_rounds 2, where params.yaml has 7: train it" in result.output
+    assert "fedavg-dir05-s0 was trained with train_fl.num_rounds 2, but params.yaml has 7. Retrain it" in result.output
 
 
 def test_runs_made_with_flags_are_reported_with_the_flags_that_the_refusal_names(trained):
@@ -51,7 +51,7 @@ def test_runs_made_with_flags_are_reported_with_the_flags_that_the_refusal_names
     assert invoke(trained, *TRAIN, *flags).exit_code == 0
     result = invoke(trained, "report")
     assert result.exit_code == 1
-    named = shlex.split(result.output.partition("take it as it is, with ")[2])
+    named = shlex.split(result.output.partition("report it as it is with ")[2].strip().removesuffix("."))
     assert "partitions.dir05.alpha=2.0" in named and "train_fl.model=resnet10" in named
     assert invoke(trained, "report", *named).exit_code == 0
 
@@ -63,7 +63,7 @@ def test_runs_of_other_data_are_refused(trained):
         ({"dataset": {"name": "digits", "hash": "x"}}, "fedavg-dir05-s1 were made from another dataset each"),
         (
             {"dataset": {"name": "x", "hash": "x"}},
-            "fedavg-dir05-s1 was made with prepare_data.name x, where params.yaml has digits",
+            "fedavg-dir05-s1 was trained with prepare_data.name x, but params.yaml has digits",
         ),
     ):
         file.write_text(json.dumps(whole | changes))

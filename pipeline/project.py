@@ -1,0 +1,61 @@
+"""Make a new project from the package's own files.
+
+The repository is itself a project: its files exist once, at its top level. A wheel holds copies of them in
+`pipeline/template` (see setup.py, which imports this module, so it may import nothing that a build lacks).
+"""
+
+import os
+from pathlib import Path
+
+from pipeline.errors import ConfigError
+
+TEMPLATE = "template"
+FILES = (
+    "params.yaml",
+    "dvc.yaml",
+    ".dvc/config",
+    ".dvc/.gitignore",
+    ".dvc/plots/fl_curves.json",
+    ".dvcignore",
+    ".gitignore",
+    "data/README.md",
+    "data/synthetic/none",
+)
+"""What a project consists of before any stage has run."""
+
+
+def source() -> Path:
+    """Return the folder with `FILES` and `presets/`: in a wheel the template, in a clone the repository."""
+    package = Path(__file__).parent
+    template = package / TEMPLATE
+    return template if template.is_dir() else package.parent
+
+
+def create(folder: Path) -> None:
+    """Write the files of a new project into a folder, which is made if it is missing.
+
+    Args:
+        folder: The project's folder. Outside a git repository, DVC is set to work without one.
+
+    Raises:
+        ConfigError: The folder already has one of the files; nothing is written.
+        PipelineError: A file cannot be written; those that were written are removed.
+    """
+    from pipeline.io import atomic
+
+    if existing := [name for name in FILES if os.path.lexists(folder / name)]:
+        raise ConfigError(f"{folder} already has {', '.join(existing)}. Choose another folder, or move them away.")
+    in_git = any((parent / ".git").exists() for parent in (folder.resolve(), *folder.resolve().parents))
+    written = []
+    try:
+        for name in FILES:
+            content = (source() / name).read_bytes()
+            if name == ".dvc/config" and not in_git:
+                content = content.replace(b"[core]\n", b"[core]\n    no_scm = true\n")
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            atomic.write_bytes(folder / name, content)
+            written.append(folder / name)
+    except BaseException:
+        for file in written:
+            file.unlink(missing_ok=True)
+        raise
