@@ -105,8 +105,8 @@ READERS = {
     "run to replace": lambda root: records.check_replaceable(root, {"seed": 0}),
     "timestep of a sweep": lambda root: len(Kept(root / "sweep").load(100).candidates),
     "generated class": lambda root: _is_whole(root / "class.safetensors"),
-    "analysis": lambda root: analysis._found(root / "config.json", "seed"),
-    "picture": lambda root: len(analysis._bytes(root / "config.json")),
+    "analysis": lambda root: analysis._text_at(root / "config.json", "seed"),
+    "picture": lambda root: len(analysis._content(root / "config.json")),
     "checksum": lambda root: provenance.file_sha256(root / "config.json"),
 }
 OF_HDF5 = {"images", "basis", "given basis", "rows", "every byte of staged shards", "finished set"}

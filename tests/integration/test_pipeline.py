@@ -120,7 +120,7 @@ def test_an_extraction_killed_half_way_resumes_to_the_same_bytes(extracted, tmp_
         (("prepare-data", "--source", "folder", "--path", "nowhere"), "nowhere is not a folder"),
         (("prepare-backbone", "--source", "org/model"), "set prepare_backbone.revision to a commit of org/model"),
         (("prepare-backbone", "--source", "some where"), "is neither embedded, nor a directory, nor a hub id"),
-        (("report", "--set", "sweep.seeds=[7]"), "is missing: run `pipeline train-fl --method fedavg"),
+        (("report", "--set", "sweep.seeds=[7]"), "is missing. Run `pipeline train-fl --method fedavg"),
     ],
 )
 def test_a_mistake_is_one_line(project, arguments, message):

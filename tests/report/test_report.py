@@ -33,7 +33,9 @@ def test_summary_holds_mean_and_sample_deviation_over_seeds(trained):
     assert summary["std_accuracy"] == pytest.approx(np.sqrt(0.02))  # deviations 0.1 and 0.1, divided by n - 1
     assert "60.00 ± 14.14" in (trained / "report" / "index.html").read_text()
     invoke(trained, "report", "--set", "sweep.seeds=[1]")
-    assert "<b>70.00</b>" not in (page := (trained / "report" / "index.html").read_text())  # a single method is not the best
+    assert "<b>70.00</b>" not in (
+        page := (trained / "report" / "index.html").read_text()
+    )  # a single method is not the best
     assert "70.00</td>" in page and "±" not in page.partition('id="curves"')[0].partition('id="accuracy"')[2]
 
 
@@ -60,7 +62,10 @@ def test_rejects_runs_of_other_data(trained):
     file = trained / "results" / "fedavg-dir05-s1" / "config.json"
     whole = json.loads(file.read_text())
     for changes, message in (
-        ({"dataset": {"name": "digits", "hash": "x"}}, "fedavg-dir05-s1 were trained on different versions of the data set"),
+        (
+            {"dataset": {"name": "digits", "hash": "x"}},
+            "fedavg-dir05-s1 were trained on different versions of the data set",
+        ),
         (
             {"dataset": {"name": "x", "hash": "x"}},
             "fedavg-dir05-s1 was made with prepare_data.name x, where params.yaml has digits",
