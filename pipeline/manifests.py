@@ -94,4 +94,6 @@ def read(file: Path, model: type[M]) -> M:
         problem = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in problem["loc"])
         detail = f"{where}: {problem['msg']}" if where else problem["msg"]
-        raise DataError(f"{file} is damaged ({detail}). Train the run again, or restore it with `dvc checkout`.") from None
+        raise DataError(
+            f"{file} is damaged ({detail}). Train the run again, or restore it with `dvc checkout`."
+        ) from None
