@@ -1,8 +1,8 @@
-"""docs/sharing.md, run as written: three team members with real repositories, storage and DVC.
+"""docs/sharing.md, run as it is written: three members with real repositories, storages and DVC.
 
-The commands of each section run as one script; a line `# params.yaml: key: value` sets the key, and
-`# dvc.yaml: without NAME` deletes a stage. The ledger .pipeline/passes.csv counts the passes of the frozen model; a
-member without the model has made none.
+Each section's commands run as one script; a line `# params.yaml: key: value` sets the key, and
+`# dvc.yaml: without NAME` deletes a stage. What the frozen model did is
+counted by its own ledger, .pipeline/passes.csv, and where the model is not there, it did nothing.
 """
 
 import csv
@@ -50,18 +50,18 @@ yaml.dump(content, open(file, "w"))
 
 @dataclass(frozen=True)
 class Team:
-    """Folders of the team's repository, storage and members."""
+    """Where the team's repository, storage and members are."""
 
     root: Path
 
     def member(self, name: str) -> Path:
-        """Return the member's home folder."""
+        """The member's home."""
         home = self.root / name
         home.mkdir(exist_ok=True)
         return home
 
     def shell(self, home: Path, script: str, **environment: str) -> str:
-        """Run a script, which must succeed, and return its output."""
+        """What a script prints; it must succeed."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "GIT_", "AWS_"))}
         own = {"DVC_SITE_CACHE_DIR": str(self.root / "site"), "DVC_NO_ANALYTICS": "1", "GIT_CONFIG_GLOBAL": os.devnull}
         path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
@@ -73,7 +73,7 @@ class Team:
         return done.stdout + done.stderr
 
     def section(self, title: str, home: Path, port: int = 9000, **environment: str) -> str:
-        """Run the commands of a section of the page."""
+        """Runs the commands of a section of the page."""
         edit = f"{sys.executable} {self.root / 'edit.py'}"
         script = re.sub(r"# ((?:params|dvc)\.yaml): ([\w.]+):? (.*)", rf"{edit} \1 \2 '\3'", SECTIONS[title])
         places = {"git@host:team/feddifrc.git": self.root / "hub.git", ":9000": f":{port}"}
@@ -84,7 +84,7 @@ class Team:
 
 
 def sections() -> dict[str, str]:
-    """Return section title -> commands."""
+    """Title -> its commands."""
     found: dict[str, str] = {}
     for part in (REPOSITORY / "docs" / "sharing.md").read_text(encoding="utf-8").split("\n## ")[1:]:
         title, _, text = part.partition("\n")
@@ -104,7 +104,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def passes(project: Path) -> dict[str, int]:
-    """Return set -> passes of the frozen model that this project computed."""
+    """Set -> the passes of the frozen model that were computed in this project."""
     file = project / ".pipeline" / "passes.csv"
     counts: dict[str, int] = {}
     for row in csv.DictReader(file.read_text().splitlines()) if file.exists() else []:
@@ -113,7 +113,7 @@ def passes(project: Path) -> dict[str, int]:
 
 
 def project_files(into: Path) -> None:
-    """Write the files of a small project, as in git."""
+    """A small project's files, as git has them."""
     copy_tracked(into)
     write_params(into, SMALL)
 
@@ -124,7 +124,7 @@ WHOLE_SET = 60 * 11 + 2 * 20
 
 @pytest.fixture(scope="module")
 def team(tmp_path_factory) -> Team:
-    """Make the team's repository and storage, after member A has extracted and pushed."""
+    """The team's repository and storage, after A has extracted and pushed."""
     team = Team(tmp_path_factory.mktemp("team"))
     (team.root / "edit.py").write_text(EDIT)
     first = team.member("first")
@@ -139,7 +139,7 @@ def team(tmp_path_factory) -> Team:
     return team
 
 
-def test_member_b_trains_without_the_model_and_member_a_pulls_the_run(team):
+def test_b_trains_without_a_pass_of_the_model_and_a_takes_over_the_run(team):
     b = team.member("b")
     output = team.section("B: train without the model", b)
     mine, hers = b / "feddifrc", team.root / "a" / "feddifrc"
@@ -160,7 +160,7 @@ def test_member_b_trains_without_the_model_and_member_a_pulls_the_run(team):
     team.shell(hers, "git checkout -q .")
 
 
-def test_member_c_extracts_only_the_new_timestep(team):
+def test_c_extracts_the_new_timestep_alone(team):
     c = team.member("c")
     output = team.section("C: another timestep", c)
     project = c / "feddifrc"
@@ -177,7 +177,7 @@ def test_member_c_extracts_only_the_new_timestep(team):
     assert passes(other / "p") == {}
 
 
-def test_training_needs_only_the_pulled_shards(team, monkeypatch):
+def test_some_shards_only(team, monkeypatch):
     home = team.member("some")
     team.section("Some shards only", home)
     project = home / "feddifrc"
@@ -194,7 +194,7 @@ def test_training_needs_only_the_pulled_shards(team, monkeypatch):
 
 
 @pytest.mark.parametrize("title", ["From another repository", "From another repository, tracked"])
-def test_training_accepts_a_set_from_another_repository(team, title):
+def test_a_set_from_another_repository_trains(team, title):
     home = team.member(title.replace(" ", "_"))
     project_files(home)
     team.shell(home, "git init -q -b main; git add -A; git commit -qm ours")
@@ -205,7 +205,7 @@ def test_training_accepts_a_set_from_another_repository(team, title):
     assert tracked == ({f"{SET}.dvc"} if title.endswith("tracked") else set())
 
 
-def test_dvc_tracks_a_set_imported_from_a_tar_file(team):
+def test_dvc_keeps_a_set_that_came_in_a_tar(team):
     hers, home = team.root / "a" / "feddifrc", team.member("tar")
     project_files(home)
     team.shell(home, "git init -q -b main; git add -A; git commit -qm ours")
@@ -218,7 +218,7 @@ def test_dvc_tracks_a_set_imported_from_a_tar_file(team):
     assert passes(home) == {}
 
 
-def test_shared_cache_is_linked_without_copies(team):
+def test_a_shared_cache_needs_no_copy(team):
     (team.root / "cache").mkdir()
     homes = [team.member(name) for name in ("desk", "lab")]
     for home in homes:
@@ -232,7 +232,7 @@ def test_shared_cache_is_linked_without_copies(team):
 
 @pytest.fixture
 def s3():
-    """Start an S3 server on loopback, and return its port."""
+    """A server that speaks S3, on loopback; gives its port."""
     import logging
 
     from moto.server import ThreadedMotoServer
