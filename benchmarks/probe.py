@@ -1,8 +1,8 @@
-"""How much of the class the cached denoising representations hold: a linear probe, beside one on raw pixels.
+"""Compare linear probes on the cached denoising representations with one on raw pixels.
 
-Logistic regression on standardised inputs, fitted on four fifths of the training images and scored on the held-out
-fifth (stratified, the mean over a few splits); the test set is not touched. If the representations scored near
-chance, the frozen model would be of no use as a guide. The last line is JSON.
+A probe is logistic regression on standardised inputs, fitted on four fifths of the training images and scored on the
+rest (stratified; mean over a few splits); the test set is not used. Representations near chance level could not guide
+training. The last line is JSON.
 
     python benchmarks/probe.py
 """
@@ -25,7 +25,7 @@ from stages.analyze_features.probes import linear_probe
 @click.option("--params", type=click.Path(path_type=Path, exists=True), default="params.yaml")
 @click.option("--splits", default=5, help="Random splits to average over.")
 def main(params: Path, splits: int) -> None:
-    """Prints the accuracy of each probe."""
+    """Print the accuracy of each probe."""
     settings = config.load(params)
     train = PreparedDataset(settings.dataset_dir).load("train")
     features = FeatureSet(settings.features_dir)

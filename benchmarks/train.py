@@ -1,13 +1,13 @@
-"""How fast stage 2 is, in ratios of one run on one machine.
+"""Compare the speed of training with other implementations, on one machine in one run.
 
 steps       FedAvg on the local engine against a bare PyTorch loop of the same steps (same model, batches, optimiser),
-            and FedDifRC against FedAvg, per step, targets' gathering included; both on ResNet-10 and the small CNN
+            and FedDifRC against FedAvg, per step, including the lookup of targets; with ResNet-10 and the small CNN
 simulators  rounds per hour of the local engine against Flower's Ray simulation and apple/pfl-research's simulator, on
-            the same small FedAvg job: of the whole job, start included, and of its rounds after the first; skipped,
-            and said, where they are not installed
+            the same small FedAvg job: for the job including start-up, and for rounds after the first; simulators
+            that are not installed are skipped
 
-Measurements that are compared alternate and the median of their ratios over the repeats is taken, so that a busy
-moment of the machine falls on both. A table for people; one JSON line comes last.
+Measurements to compare alternate, and the result is the median of their ratios over the repeats, so that other
+processes slow down both. Prints a table, then one JSON line.
 
     python benchmarks/train.py --peers /tmp/peers/bin/python
 """
@@ -45,18 +45,18 @@ ENCODERS: tuple[EncoderName, ...] = ("resnet10", "small_cnn")
 
 
 @click.command()
-@click.option("--steps", default=40, show_default=True, help="Training steps a measurement.")
+@click.option("--steps", default=40, show_default=True, help="Training steps per measurement.")
 @click.option("--repeats", default=9, show_default=True, help="Measurements of each kind.")
 @click.option("--rounds", default=6, show_default=True, help="Rounds of the simulators' job.")
 @click.option("--clients", default=8, show_default=True, help="Its clients.")
-@click.option("--samples", default=256, show_default=True, help="Its images a client.")
+@click.option("--samples", default=256, show_default=True, help="Its images per client.")
 @click.option("--peers", default=sys.executable, help="A Python with the requirements of benchmarks/requirements.txt.")
 @click.option("--threads", type=int, default=None, help="CPU threads per operation; torch's own choice if not given.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 def main(
     steps: int, repeats: int, rounds: int, clients: int, samples: int, peers: str, threads: int | None, device: str
 ) -> None:
-    """Measures and prints."""
+    """Measure and print."""
     if threads:
         torch.set_num_threads(threads)
     result: dict[str, Any] = {"steps": {}, "threads": torch.get_num_threads()}
@@ -73,7 +73,7 @@ def main(
 
 
 def _steps(encoder: EncoderName, steps: int, repeats: int, device: str) -> dict[str, float]:
-    """Seconds a step of each kind, and the median ratios."""
+    """Return seconds per step of each kind, and the median ratios."""
     job = Job(encoder, 1, 64 * steps, 1, 1, 64, 0.01, 0.9)
     images, labels = job.client(0)
     data = ClientData(images, labels).to(device)

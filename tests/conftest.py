@@ -13,8 +13,8 @@ from ruamel.yaml import YAML
 import stages.train_fl.methods  # noqa: F401  registers the methods' settings
 from pipeline.cli.commands import main
 
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-")  # read when the hub's client is imported
-os.environ["HF_HUB_OFFLINE"] = "1"  # tests of the hub start a server of their own
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-")  # read when huggingface_hub is imported
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests of downloads start their own server
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -33,7 +33,7 @@ SMALL = {
 
 
 def write_params(root: Path, changes: Mapping[str, Any]) -> Path:
-    """The repository's params.yaml with SMALL and `changes` put over it (dotted keys), written into `root`."""
+    """Write the repository's params.yaml, overridden by SMALL and `changes` (dotted keys), into `root`."""
     yaml = YAML()
     params = yaml.load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
     for dotted, value in {**SMALL, **changes}.items():
@@ -48,13 +48,13 @@ Pipeline = Callable[..., Result]
 
 
 def invoke(root: Path, *arguments: str) -> Result:
-    """One command of the program in the project at `root`, in this process."""
+    """Run one command in the project at `root`, in this process."""
     return CliRunner().invoke(main, ["--params", str(root / "params.yaml"), *arguments], catch_exceptions=False)
 
 
 @pytest.fixture(scope="session")
 def extracted(tmp_path_factory) -> Path:
-    """A small project whose data, backbone and features are made; shared by tests, which must not change it."""
+    """Make a small project with data, backbone and features; tests share it and must not modify it."""
     root = tmp_path_factory.mktemp("extracted")
     write_params(root, {})
     for command in ("prepare-data", "prepare-backbone", "extract-features"):
@@ -65,7 +65,7 @@ def extracted(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def project(extracted, tmp_path) -> Path:
-    """A project of one's own on the data and features of `extracted`, which are shared by a link."""
+    """Make a project that shares the data and features of `extracted` through a link."""
     write_params(tmp_path, {})
     (tmp_path / "data").symlink_to(extracted / "data")
     return tmp_path

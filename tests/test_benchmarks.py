@@ -1,4 +1,4 @@
-"""The benchmarks of stage 2 do what they say, at a size that measures nothing."""
+"""The benchmarks run, at sizes too small to measure anything."""
 
 import importlib
 
@@ -16,7 +16,7 @@ def benchmark(monkeypatch):
     return importlib.import_module
 
 
-def test_an_absent_simulator_is_skipped_and_said(benchmark, capsys):
+def test_train_benchmark_skips_simulators_that_are_not_installed(benchmark, capsys):
     train = benchmark("train")
     job = benchmark("train_job").Job("small_cnn", 2, 4, 2, 1, 4, 0.01, 0.9)
     found = train._simulators(job, "/bin/false")
@@ -25,28 +25,28 @@ def test_an_absent_simulator_is_skipped_and_said(benchmark, capsys):
     assert "flower (ray)   skipped: no output" in printed and "requirements.txt" in printed
 
 
-def test_the_clock_takes_the_first_round_apart(benchmark):
+def test_first_round_is_timed_separately(benchmark):
     seconds = benchmark("train_job").seconds_a_round([10.0, 15.0, 16.0, 18.0])
     assert seconds == {"num_rounds": 3, "job_seconds": 8.0, "first_round_seconds": 5.0, "round_seconds": 1.5}
 
 
-def test_the_page_gets_the_runs_of_the_sweep_and_no_others(benchmark, tmp_path):
+def test_reproduction_table_holds_only_runs_of_the_current_settings(benchmark, tmp_path):
     reproduction = benchmark("reproduction")
     sweep = {"sweep.methods": ["fedavg"], "sweep.partitions": ["iid"], "sweep.seeds": [0]}
     project = tiny_project.make(tmp_path, train_fl__num_rounds=1, **sweep)
     accuracy = (run(project, "fedavg", "iid", 0) / "rounds.csv").read_text().splitlines()[1].split(",")[1]
     table = reproduction.make_table(project)
     assert table.splitlines()[2] == f"| fedavg | {100 * float(accuracy):.2f} |"
-    assert table.splitlines()[-1].startswith("After the only round; one run, of seed 0 (n = 1); commit ")
+    assert table.splitlines()[-1].startswith("After the only round; one run, seed 0 (n = 1); commit ")
     page = "before\n<!-- x -->\nold\n<!-- /x -->\nafter\n"
     assert reproduction.put(page, "x", "new") == "before\n<!-- x -->\nnew\n<!-- /x -->\nafter\n"
-    with pytest.raises(PipelineError, match="no marks"):
+    with pytest.raises(PipelineError, match="has no marks"):
         reproduction.put(page, "y", "new")
     with pytest.raises(PipelineError, match="train_fl.num_rounds 1, where params.yaml has 2"):
         reproduction.make_table(tiny_project.make(tmp_path, train_fl__num_rounds=2, **sweep))
 
 
-def test_every_preset_that_is_a_table_has_its_place_on_the_page():
+def test_every_table_preset_has_a_place_on_the_reproduction_page():
     page = (REPOSITORY / "docs" / "reproduction.md").read_text()
     for name in (file.stem for file in (REPOSITORY / "presets").glob("*-*.yaml")):
         assert f"`{name}`" in page

@@ -1,4 +1,4 @@
-"""Pictures: equal bytes, the reader's colours, text as it stands, and ids that do not collide within a page."""
+"""Figures: equal bytes, the reader's colours, literal text, and ids that are unique within a page."""
 
 import re
 
@@ -17,19 +17,19 @@ def bars(name):
     return figure
 
 
-def test_the_same_figure_gives_the_same_bytes_without_a_date():
+def test_equal_figures_give_equal_bytes_without_a_date():
     assert bars("a") == bars("a") != bars("c")
     assert "<dc:date>" not in bars("a")
 
 
-def test_text_is_in_the_readers_colour_and_never_a_formula():
+def test_text_has_the_readers_colour_and_is_not_parsed_as_a_formula():
     drawn = bars("$x_2$")
     assert drawn.count(">$x_2$</text>") == 3  # title, axis, legend
     assert "fill: #000000" not in drawn and "currentColor" in drawn and plotting.INK not in drawn
     assert re.search("<svg [^>]*><style>:root { color: #1d2330; background: #fff } @media", drawn)
 
 
-def test_two_inlined_pictures_share_no_id_and_refer_to_their_own():
+def test_inlined_figures_share_no_ids_and_refer_to_their_own():
     one, other = (plotting.inline(bars("a"), number) for number in (1, 2))
     ids = [set(re.findall(r' id="([^"]*)"', text)) for text in (one, other)]
     assert ids[0] and not ids[0] & ids[1]
@@ -39,7 +39,7 @@ def test_two_inlined_pictures_share_no_id_and_refer_to_their_own():
         assert text.startswith("<svg") and "<style>:root" not in text
 
 
-def test_neither_text_nor_the_users_style_is_touched(recwarn):
+def test_inlining_changes_no_text_and_ignores_the_users_style(recwarn):
     name = ' id="x url(#a) #010203 \u4e2d\u6587'
     drawn = plotting.inline(bars(name), 7)
     assert drawn.count(">" + name.replace("&", "&amp;") + "</text>") == 3
@@ -57,7 +57,7 @@ def photo(name):
     return figure
 
 
-def test_warnings_of_drawing_do_not_reach_users(recwarn):
-    assert photo("\u4e2d\U0001f69a").startswith(b"\x89PNG")  # no such glyphs, and no room for nine titles
+def test_drawing_emits_no_warnings(recwarn):
+    assert photo("\u4e2d\U0001f69a").startswith(b"\x89PNG")  # missing glyphs, crowded axes
     assert bars("\u4e2d\U0001f69a")
     assert not recwarn.list

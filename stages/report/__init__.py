@@ -1,5 +1,6 @@
-"""Stage report: results of the sweep -> report/index.html and the tables beside it."""
+"""Stage report: the results of a sweep -> report/index.html and tables; and finished runs as Python objects."""
 
 from stages.report.run import as_text, run
+from stages.report.runs import Run, Summary, read_run, read_runs, summary
 
-__all__ = ["as_text", "run"]
+__all__ = ["Run", "Summary", "as_text", "read_run", "read_runs", "run", "summary"]

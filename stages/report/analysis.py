@@ -1,16 +1,15 @@
-"""What analyze-features and sweep-features found: pictures for the report, if of the runs' features or images.
+"""Figures of analyze-features and sweep-features for the report, if they belong to the runs' features or images.
 
-Pictures go into the page as data URIs, not as elements: a picture is a file that came from elsewhere, and an image
-runs no script. It follows light and dark by itself.
+They are embedded as data URIs in <img>, because the files may come from elsewhere, and an image runs no script.
 """
 
 import base64
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.io.system_errors import entries, reading
+from pipeline.settings.config import at
 from stages.report.results import Results
 
 _OF_SET = {
@@ -18,80 +17,85 @@ _OF_SET = {
     "prompts.svg": "Matching and other prompts",
     "tsne.svg": "t-SNE by layer",
 }
-_OF_SWEEP = {"sweep.svg": "Timesteps and layers", "maps-*.png": "One image's maps as colours, by timestep"}
+_OF_SWEEP = {"sweep.svg": "Timesteps and layers", "maps-*.png": "Feature maps of one image, by timestep"}
 _MIME = {".svg": "image/svg+xml", ".png": "image/png"}
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """Captions -> data URIs; the recommended preset, or ""; and what was found but left out, and why."""
+    """Figures to show.
+
+    Attributes:
+        of_set: Caption -> data URI, of analyze-features.
+        of_sweep: Caption -> data URI, of sweep-features.
+        recommended: The preset that the sweep recommends, or "".
+        omitted: What was found but is not shown, with the reason.
+    """
 
     of_set: dict[str, str]
     of_sweep: dict[str, str]
     recommended: str
-    left_out: list[str]
+    omitted: list[str]
 
 
 def read(root: Path, results: Results, with_sweep: bool) -> Analysis:
-    """Reads analysis/; if a stage has not run, or was killed, there is nothing of it.
+    """Read analysis/. A stage that has not run, or was interrupted, contributes nothing.
 
     Args:
-        root: the project's folder.
-        results: the runs of the report.
-        with_sweep: also what sweep-features found.
+        root: The project's folder.
+        results: The runs of the report.
+        with_sweep: Also read the results of sweep-features.
 
     Raises:
-        SystemRefusal: the operating system did not let a file be read.
+        SystemRefusal: The operating system refused to read a file.
     """
-    used = {run.config["features"] for run in results.all_runs} - {None}
-    folder, left_out = root / "analysis", []
+    used = {run.settings.features for run in results.all_runs} - {None}
+    folder, omitted = root / "analysis", []
     of_set: dict[str, str] = {}
     of_sweep: dict[str, str] = {}
     recommended = ""
-    if used and (analysed := _found(folder / "details.json", "feature_set", "fingerprint")):
+    if used and (analysed := _text_at(folder / "details.json", "feature_set.fingerprint")):
         if analysed in used:
             of_set = _pictures(folder, _OF_SET)
         else:
-            left_out.append(
-                f"analysis/ is of the feature set {analysed[:8]}, and no run was trained from that: run "
-                "`pipeline analyze-features`"
+            omitted.append(
+                f"analysis/ describes feature set {analysed[:8]}, which no run was trained on. "
+                "Run `pipeline analyze-features`"
             )
-    if with_sweep and (swept := _found(folder / "sweep" / "sweep.json", "made_of", "dataset", "hash")):
-        if swept == results.all_runs[0].config["dataset"]["hash"]:
+    if with_sweep and (swept := _text_at(folder / "sweep" / "sweep.json", "made_of.dataset.hash")):
+        if swept == results.all_runs[0].settings.dataset.hash:
             of_sweep = _pictures(folder / "sweep", _OF_SWEEP)
-            recommended = (_bytes(folder / "sweep" / "recommended.yaml") or b"").decode("utf-8", "replace")
+            recommended = (_content(folder / "sweep" / "recommended.yaml") or b"").decode("utf-8", "replace")
         else:
-            left_out.append(
-                "analysis/sweep is of another data set than the runs were trained on: run `pipeline sweep-features`"
+            omitted.append(
+                "analysis/sweep describes another data set than the one the runs were trained on. "
+                "Run `pipeline sweep-features`"
             )
-    return Analysis(of_set, of_sweep, recommended, left_out)
+    return Analysis(of_set, of_sweep, recommended, omitted)
 
 
-def _found(file: Path, *keys: str) -> str | None:
-    """Text at the end of these keys of a JSON file, or None."""
+def _text_at(file: Path, key: str) -> str | None:
+    """Return the text at a dotted key of a JSON file, or None if there is no such file or text."""
     try:
-        with reading(file):
-            found: Any = json.loads(file.read_text(encoding="utf-8"))
-        for key in keys:
-            found = found[key]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        found = at(json.loads(_content(file) or b""), key)
+    except (ValueError, RecursionError):  # not JSON, or nested too deeply
         return None
     return found if isinstance(found, str) else None
 
 
 def _pictures(folder: Path, captions: dict[str, str]) -> dict[str, str]:
-    """Of each pattern the first file, if there is one."""
+    """Return caption -> data URI of the first file that matches each pattern."""
     found = {}
     for pattern, caption in captions.items():
         for file in [file for file in entries(folder) if file.match(pattern)][:1]:
-            if data := _bytes(file):
+            if data := _content(file):
                 found[caption] = f"data:{_MIME[file.suffix]};base64,{base64.b64encode(data).decode()}"
     return found
 
 
-def _bytes(file: Path) -> bytes | None:
+def _content(file: Path) -> bytes | None:
     try:
         with reading(file):
             return file.read_bytes()
-    except OSError:  # there is none
+    except OSError:  # no such file
         return None

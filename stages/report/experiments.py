@@ -1,4 +1,4 @@
-"""DVC's experiments (`dvc exp run`) as one more table of the report: what each changed, and what came of it."""
+"""A table of DVC's experiments (`dvc exp run`): the settings that each changed, and its accuracies."""
 
 import json
 import re
@@ -11,19 +11,19 @@ from typing import Any
 from pipeline import accuracy
 from pipeline.errors import PipelineError
 from pipeline.settings.config import dotted
-from stages.report.tables import Cell, Table
+from stages.report.formats import Cell, Table
 
 _RUN = re.compile(r"results/(.+)-s\d+/metrics\.json")
 
 
 def table(root: Path) -> Table | None:
-    """Every experiment of the project at `root` that has run, under the present state; None if there is none.
+    """List every finished experiment of the project at `root` below the current state; None if there is none.
 
     Raises:
-        PipelineError: the folder is no DVC project in git.
+        PipelineError: The folder is not a DVC project in a git repository.
     """
     shown = _show(root)
-    present = _data(shown[0])
+    current = _data(shown[0])
     rows = []
     for commit in shown:
         for experiment in commit.get("experiments") or []:
@@ -32,11 +32,11 @@ def table(root: Path) -> Table | None:
                 rows.append((experiment["name"] or last["rev"][:8], _data(last)))
     if not rows:
         return None
-    columns = list(dict.fromkeys(run for data in [present, *(data for _, data in rows)] for run in _runs(data)))
-    cells = [[Cell("here"), Cell(""), *_accuracies(present, columns)]]
-    cells += [[Cell(name), Cell(_changes(present, found)), *_accuracies(found, columns)] for name, found in rows]
-    note = "What each changed against params.yaml, and its accuracy, %; mean ± standard deviation where it has seeds."
-    header = ["experiment", "changed", *columns]
+    columns = list(dict.fromkeys(run for data in [current, *(data for _, data in rows)] for run in _runs(data)))
+    cells = [[Cell("current"), Cell(""), *_accuracies(current, columns)]]
+    cells += [[Cell(name), Cell(_changes(current, found)), *_accuracies(found, columns)] for name, found in rows]
+    note = "Settings that differ from params.yaml, and accuracy, %; mean ± standard deviation where there are seeds."
+    header = ["experiment", "changes", *columns]
     return Table("experiments", "Experiments", note, header, cells)
 
 
@@ -47,7 +47,7 @@ def _show(root: Path) -> list[dict[str, Any]]:
         return json.loads(done.stdout)
     except ValueError:
         reason = (done.stderr.strip().splitlines() or ["no answer"])[-1]
-        raise PipelineError(f"{root}: `dvc exp show` failed ({reason})") from None
+        raise PipelineError(f"`dvc exp show` failed in {root} ({reason}). Run it there to see more.") from None
 
 
 def _data(revision: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def _data(revision: dict[str, Any]) -> dict[str, Any]:
 
 
 def _runs(data: dict[str, Any]) -> dict[str, list[float]]:
-    """Accuracies over seeds by "method-partition", of the runs that an experiment holds."""
+    """Return "method-partition" -> one accuracy per seed, of an experiment's runs."""
     found: dict[str, list[float]] = {}
     for file, content in (data.get("metrics") or {}).items():
         run = _RUN.fullmatch(file)
@@ -72,9 +72,9 @@ def _accuracies(data: dict[str, Any], columns: list[str]) -> list[Cell]:
     ]
 
 
-def _changes(present: dict[str, Any], other: dict[str, Any]) -> str:
-    """The keys of params.yaml that differ, with the experiment's values."""
-    mine, theirs = (
-        dotted(((data.get("params") or {}).get("params.yaml") or {}).get("data")) for data in (present, other)
+def _changes(current: dict[str, Any], experiment: dict[str, Any]) -> str:
+    """List the keys of params.yaml that differ, with the experiment's values."""
+    ours, theirs = (
+        dotted(((data.get("params") or {}).get("params.yaml") or {}).get("data")) for data in (current, experiment)
     )
-    return ", ".join(f"{key} = {value}" for key, value in theirs.items() if mine.get(key, ...) != value) or "nothing"
+    return ", ".join(f"{key} = {value}" for key, value in theirs.items() if ours.get(key, ...) != value) or "nothing"

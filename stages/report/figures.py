@@ -1,7 +1,7 @@
-"""The report's plotting, SVG for the page to inline.
+"""The report's figures, as SVG for the page to inline.
 
-A method has a colour and a dash; its curve and band bear the id `curve.<figure>.<method>`, by which the page switches
-them on and off.
+Every method has a colour and a dash. The ids of its curve and band end in `curve.<figure>.<method>`; the page's script
+shows and hides them by these ids.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pipeline import plotting
-from stages.report.results import TIME_PARTS, Results, Run
+from stages.report.results import TIME_PARTS, Results
 
 _COLOURS = (
     "#0072B2",
@@ -26,20 +26,19 @@ _COLOURS = (
     "#B2A800",
     "#6A3D9A",
 )
-_LONGEST_NAME = 14  # characters of a class's
 _DASHES = ("solid", "dashed", "dotted")  # as CSS and matplotlib both call them
 
 
 @dataclass(frozen=True)
 class Pen:
-    """How a method is drawn."""
+    """Line style of a method."""
 
     colour: str
     dash: str
 
 
 def pens(methods: list[str]) -> dict[str, Pen]:
-    """A pen a method: ten colours that the colour-blind tell apart, then the same dashed, then dotted."""
+    """Give every method a style: ten colours that colour-blind readers can distinguish; then dashed, then dotted."""
     count = len(_COLOURS)
     return {
         method: Pen(_COLOURS[number % count], _DASHES[number // count % len(_DASHES)])
@@ -48,11 +47,11 @@ def pens(methods: list[str]) -> dict[str, Pen]:
 
 
 def curves(results: Results, quantity: str) -> list[str]:
-    """A picture a partition: its accuracy (%) or loss by round."""
+    """Draw accuracy (%) or loss by round, one figure per partition; all have the same axis limits."""
     scale = 100 if quantity == "accuracy" else 1
     if quantity == "accuracy":
         top = min(100.0, 1.05 * max(scale * float(np.max(run.accuracy)) for run in results.all_runs))
-    else:  # where a few runs soar, the others would be flat lines
+    else:  # cut off outliers: where the loss of a few runs explodes, all others would be flat lines
         means = [_stacked(results, *place, quantity).mean(0) for place in results.runs]
         top = 1.1 * float(np.quantile(np.concatenate(means), 0.98))
     return [_curves(results, partition, quantity, scale, top) for partition in results.partitions]
@@ -60,7 +59,7 @@ def curves(results: Results, quantity: str) -> list[str]:
 
 @plotting.svg
 def _curves(results: Results, partition: str, quantity: str, scale: int, top: float) -> Figure:
-    """Mean over seeds, and the band from lowest to highest seed."""
+    """Draw the mean over seeds, and a band from the lowest to the highest seed."""
     figure, axes = _axes()
     for method, pen in pens(results.methods).items():
         values = scale * _stacked(results, partition, method, quantity)
@@ -78,13 +77,13 @@ def _curves(results: Results, partition: str, quantity: str, scale: int, top: fl
 
 
 def _stacked(results: Results, partition: str, method: str, quantity: str) -> np.ndarray:
-    """float64 (seeds, rounds)."""
+    """Return float64 (num_seeds, num_rounds)."""
     return np.stack([getattr(run, quantity) for run in results.runs[partition, method]])
 
 
 @plotting.svg
 def client_spread(results: Results, partition: str) -> Figure:
-    """The clients' accuracies under every method, first seed: points, and a bar at their mean."""
+    """Draw the clients' accuracies for every method, first seed: a point per client, and a bar at their mean."""
     figure, axes = _axes(height=0.7 + 0.32 * len(results.methods))
     for row, (method, pen) in enumerate(pens(results.methods).items()):
         accuracy = 100 * results.runs[partition, method][0].client_accuracy
@@ -101,7 +100,7 @@ def client_spread(results: Results, partition: str) -> Figure:
 
 @plotting.svg
 def time_split(results: Results) -> Figure:
-    """Seconds a run by part, methods below one another."""
+    """Draw the seconds per run of each method, split into parts."""
     figure, axes = _axes(width=7.5, height=0.9 + 0.32 * len(results.methods))
     left = np.zeros(len(results.methods))
     seconds = [results.seconds(method) for method in results.methods]
@@ -109,26 +108,9 @@ def time_split(results: Results) -> Figure:
         values = np.array([row[part] for row in seconds])
         axes.barh(results.methods, values, left=left, color=colour, label=part, height=0.6)
         left += values
-    axes.set(xlabel="seconds a run")
+    axes.set(xlabel="seconds per run")
     axes.invert_yaxis()
     axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
-    return figure
-
-
-@plotting.svg
-def clients_by_class(run: Run, label: str, most: int) -> Figure:
-    """Clients x classes: samples as the area of a dot, a full one being `most` samples."""
-    counts = run.label_counts
-    figure, axes = _axes(height=min(9.0, 1.1 + 0.24 * len(counts)))
-    clients, classes = np.nonzero(counts)
-    axes.scatter(classes, clients, s=170 * counts[clients, classes] / most, color="#0072B2", lw=0)
-    shown = list(range(0, counts.shape[1], max(1, counts.shape[1] // 20)))
-    axes.set(title=label, xlabel="class", ylabel="client", xticks=shown)
-    short = [name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…" for name in run.class_names]
-    names = [short[k] if len(set(short)) == len(short) else str(k) for k in shown]
-    axes.set_xticklabels(names, rotation=60 if len("".join(names)) > 30 else 0)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.invert_yaxis()
     return figure
 
 

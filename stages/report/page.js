@@ -1,4 +1,4 @@
-// A click on a legend's method hides or shows its curves everywhere; a click on a table's heading sorts by it.
+// Clicking a method in a legend hides or shows its curves in all figures; clicking a column heading sorts the table.
 for (const button of document.querySelectorAll(".legend button")) {
   button.addEventListener("click", () => {
     const shown = button.getAttribute("aria-pressed") !== "true";
@@ -25,7 +25,7 @@ for (const heading of document.querySelectorAll("th")) {
       const [x, y] = [key(a), key(b)];
       return x !== "" && y !== "" && !isNaN(x) && !isNaN(y) ? x - y : x.localeCompare(y);
     };
-    const missing = (row) => key(row) === "nan" || key(row) === "–"; // always last
+    const missing = (row) => key(row) === "nan" || key(row) === "–"; // sorted last in both directions
     const rows = [...body.rows].sort((a, b) => missing(a) - missing(b) || (descending ? -order(a, b) : order(a, b)));
     body.append(...rows);
   });

@@ -1,71 +1,51 @@
-"""The runs of the sweep as their folders tell them, and the statistics over seeds that papers quote.
+"""The runs of a sweep, and the statistics over seeds that the tables and figures show.
 
-Accuracy is always the mean of the last five rounds' held-out accuracy (of all rounds, where there are fewer); the
-deviation is the sample standard deviation over seeds, and there is none for one seed.
+A run's accuracy is the mean over its last five rounds, see `pipeline.accuracy`.
 """
 
-import csv
-import json
 import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline import provenance, run_digests
-from pipeline.errors import PipelineError
-from pipeline.settings.config import Config
+from pipeline.errors import DataError
+from stages.report.runs import Run
 
 TIME_PARTS = ("load", "train", "aggregate", "evaluate")
 
 
 @dataclass(frozen=True)
-class Run:
-    """One finished run."""
-
-    name: str
-    method: str
-    partition: str
-    seed: int
-    metrics: dict[str, Any]
-    config: dict[str, Any]
-    class_names: list[str]
-    label_counts: np.ndarray  # int64 (num_clients, num_classes)
-    heterogeneity: dict[str, float | None]
-    client_accuracy: np.ndarray  # (num_clients,), held out; nan where a client's classes are not held out
-    accuracy: np.ndarray  # (num_rounds,)
-    loss: np.ndarray  # (num_rounds,)
-
-    @property
-    def judged_by_neighbours(self) -> bool:
-        """Its accuracy is a k-NN classifier's on embeddings: it was trained without labels."""
-        return "knn_neighbours" in self.config["method"]
-
-
-@dataclass(frozen=True)
 class Results:
-    """All runs of the sweep, by partition and method, in the order of the seeds; and runs that it does not name."""
+    """All runs of a sweep.
+
+    Attributes:
+        methods: Names, in the order of the sweep.
+        partitions: Names, in the order of the sweep.
+        seeds: In the order of the sweep.
+        runs: (partition, method) -> one run per seed.
+        not_in_sweep: Names of finished runs that the sweep does not list.
+    """
 
     methods: list[str]
     partitions: list[str]
     seeds: list[int]
     runs: dict[tuple[str, str], list[Run]]
-    others: list[str]
+    not_in_sweep: list[str]
 
     @property
     def labels(self) -> dict[str, str]:
-        """Partition -> what it is called in tables and pictures: as papers do, or its name where that is not clear."""
-        said = {name: _label(self.runs[name, self.methods[0]][0].config["partition"]) for name in self.partitions}
-        return {name: label if list(said.values()).count(label) == 1 else name for name, label in said.items()}
+        """Partition -> its label in tables and figures: the usual term, or its name where two would share a label."""
+        labels = {name: _label(self.first_run(name).settings.partition) for name in self.partitions}
+        return {name: label if list(labels.values()).count(label) == 1 else name for name, label in labels.items()}
 
     @property
     def baseline(self) -> str | None:
-        """The method that gains are counted from: plain FedAvg, if the sweep has it."""
+        """The method that gains are measured against: FedAvg without guidance, if the sweep has it."""
         for method in self.methods:
-            settings = self.runs[self.partitions[0], method][0].config["method"]
+            settings = self.runs[self.partitions[0], method][0].settings.method
             if settings["algorithm"] == "fedavg" and not settings.get("guidance"):
                 return method
         return None
@@ -75,110 +55,57 @@ class Results:
         """Every run of the sweep."""
         return [run for group in self.runs.values() for run in group]
 
-    def measured_like(self, method: str) -> list[str]:
-        """The methods whose accuracies compare with its: a classifier's own, or a k-NN classifier's."""
-        first = {name: self.runs[self.partitions[0], name][0] for name in self.methods}
-        return [name for name in first if first[name].judged_by_neighbours == first[method].judged_by_neighbours]
+    def first_run(self, partition: str) -> Run:
+        """Return the run of the first method and seed; the clients of its seed are the same for every method."""
+        return self.runs[partition, self.methods[0]][0]
+
+    def of_method(self, method: str) -> list[Run]:
+        """Return the method's runs of all partitions and seeds."""
+        return [run for partition in self.partitions for run in self.runs[partition, method]]
+
+    def comparable_with(self, method: str) -> list[str]:
+        """Return the methods whose accuracy is measured as this method's: by the model itself, or by k-NN."""
+        knn = {name: self.runs[self.partitions[0], name][0].is_knn for name in self.methods}
+        return [name for name in self.methods if knn[name] == knn[method]]
 
     def accuracies(self, partition: str, method: str) -> list[float]:
-        """One a seed."""
+        """Return one accuracy per seed."""
         return [run.metrics["mean_last5_accuracy"] for run in self.runs[partition, method]]
 
     def mean_accuracies(self, method: str) -> list[float]:
-        """The mean over partitions, one a seed."""
+        """Return the mean over partitions, one per seed."""
         by_partition = [self.accuracies(partition, method) for partition in self.partitions]
         return [statistics.fmean(of_seed) for of_seed in zip(*by_partition, strict=True)]
 
     def rounds_to(self, partition: str, method: str, target: float) -> list[float]:
-        """Per seed the first round whose accuracy is at least `target`, counted from 1; infinity if none is."""
+        """Return, per seed, the first round (from 1) whose accuracy is at least `target`, or infinity."""
         return [_first_at_least(run.accuracy, target) for run in self.runs[partition, method]]
 
     def seconds(self, method: str) -> dict[str, float]:
-        """Mean seconds a run, by part."""
-        runs = [run for partition in self.partitions for run in self.runs[partition, method]]
+        """Return the mean seconds per run of each of `TIME_PARTS`."""
+        runs = self.of_method(method)
         return {part: float(np.mean([run.metrics["seconds"][part] for run in runs])) for part in TIME_PARTS}
 
 
-_READ = ("config.json", "partition.json", "rounds.csv", "clients.csv", "metrics.json", "details.json")
-_CHECKED_WHERE_PRESENT = ("timing.csv", "partition.svg", "model.safetensors")  # not read, and not pulled by everyone
-
-
-def read(config: Config) -> Results:
-    """Reads every run that the sweep in params.yaml names.
+def check_comparable(groups: Iterable[list[Run]]) -> None:
+    """Check that the seeds of each group have equally many rounds, and that all runs used the same data and features.
 
     Raises:
-        PipelineError: a run is missing, unreadable or was made with other settings.
+        DataError: They differ.
     """
-    named = config.params.sweep
-    runs = {
-        (partition, method): [_read(config, method, partition, seed) for seed in named.seeds]
-        for partition in named.partitions
-        for method in named.methods
-    }
-    for group in runs.values():
-        if len({len(run.accuracy) for run in group}) > 1:
-            raise PipelineError(f"the seeds of {group[0].name} have different numbers of rounds: train them again")
-    _check_one_origin([run for group in runs.values() for run in group])
-    present = sorted(file.parent.name for file in config.results_dir.glob("*/config.json"))
-    of_sweep = {run.name for run in config.runs_of_sweep}
-    others = [name for name in present if name not in of_sweep]
-    return Results(named.methods, named.partitions, named.seeds, runs, others)
-
-
-def _check_one_origin(runs: Iterable[Run]) -> None:
-    """All runs were made from one data set, and those that are guided from one feature set."""
-    for origin in ("dataset", "features"):
-        found = {json.dumps(run.config[origin]): run.name for run in runs if run.config[origin]}
+    dataset: dict[Any, str] = {}
+    features: dict[Any, str] = {}
+    for group in groups:
+        if len({len(run.rounds) for run in group}) > 1:
+            raise DataError(f"The seeds of {group[0].name} have different numbers of rounds. Train them again.")
+        for run in group:
+            dataset[run.settings.dataset.model_dump_json()] = run.name
+            if run.settings.features:  # runs without guidance read none
+                features[run.settings.features] = run.name
+    for kind, found in (("data set", dataset), ("feature set", features)):
         if len(found) > 1:
             one, other = list(found.values())[:2]
-            raise PipelineError(f"{one} and {other} were made from another {origin} each: run `dvc repro`")
-
-
-def _json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def _read(config: Config, method: str, partition: str, seed: int) -> Run:
-    folder = config.run_dir(method, partition, seed)
-    try:
-        present = [name for name in _CHECKED_WHERE_PRESENT if (folder / name).exists()]
-        if changed := provenance.changed_file(folder, [*_READ, *present]):
-            raise PipelineError(f"{folder / changed} is not what the run wrote: train it again, or `dvc checkout` it")
-        run_digests.check(config, folder)
-        settings = _json(folder / "config.json")
-        config.check_settings_of_run(folder, settings, method, partition)
-        deal = _json(folder / "partition.json")
-        rounds = _rows(folder / "rounds.csv")
-        return Run(
-            name=folder.name,
-            method=method,
-            partition=partition,
-            seed=seed,
-            metrics=_json(folder / "metrics.json") | _json(folder / "details.json"),
-            config=settings,
-            class_names=deal["class_names"],
-            label_counts=np.array(deal["label_counts"]),
-            heterogeneity=deal["heterogeneity"],
-            client_accuracy=np.array([_number(row["held_out_accuracy"]) for row in _rows(folder / "clients.csv")]),
-            accuracy=np.array([float(row["accuracy"]) for row in rounds]),
-            loss=np.array([float(row["loss"]) for row in rounds]),
-        )
-    except FileNotFoundError as error:
-        raise PipelineError(
-            f"{error.filename} is missing: run `pipeline train-fl --method {method} --partition {partition} "
-            f"--seed {seed}`, or take the run out of sweep in params.yaml"
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PipelineError(f"{folder} does not hold a whole run ({error!r}): train it again") from None
-
-
-def _rows(file: Path) -> list[dict[str, str]]:
-    with file.open(encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
-
-
-def _number(text: str) -> float:
-    return float(text) if text else math.nan
+            raise DataError(f"{one} and {other} were trained on different versions of the {kind}. Run `dvc repro`.")
 
 
 def _first_at_least(values: np.ndarray, target: float) -> float:
@@ -187,7 +114,7 @@ def _first_at_least(values: np.ndarray, target: float) -> float:
 
 
 def _label(partition: dict[str, Any]) -> str:
-    """A partition by its settings, as papers head a column."""
+    """Label a partition by its settings, as papers head a column."""
     match partition:
         case {"kind": "dirichlet", "alpha": alpha}:
             return f"Dirichlet {alpha:g}"

@@ -1,27 +1,28 @@
-"""Runs the stage: reads the runs of the sweep and writes one self-contained page, a summary and the curves.
+"""Run the stage: read the runs of the sweep, and write one self-contained page, a summary and the curves.
 
-report/index.html    tables, curves, clients, bytes, time, provenance of every number; no network
-report/summary.json  per partition and method: mean and standard deviation of accuracy over seeds
+report/index.html    tables, curves, clients, bytes, time, provenance of every number; opens without a network
+report/summary.json  partition -> method -> mean and standard deviation of accuracy over seeds
 report/curves.csv    method, partition, round, accuracy, loss: means over seeds, for `dvc plots`
 """
 
-import csv
-import io
 import itertools
 import logging
 import statistics
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
 
 from pipeline import accuracy, plotting, run_digests
+from pipeline.errors import DataError
 from pipeline.io import atomic
 from pipeline.settings.config import Config
-from stages.report import analysis, experiments, figures, results, tables
+from stages.report import analysis, experiments, figures, formats, results, runs, tables
 from stages.report.analysis import Analysis
+from stages.report.formats import Table
 from stages.report.results import Results
-from stages.report.tables import Table
+from stages.report.runs import Run
 
 log = logging.getLogger(__name__)
 
@@ -29,55 +30,88 @@ _HERE = Path(__file__).parent
 
 
 def run(config: Config, with_experiments: bool = False, with_sweep: bool = False) -> Path:
-    """Writes the report of the sweep in params.yaml.
+    """Write the report of the sweep in params.yaml.
 
     Args:
-        config: the project's configuration.
-        with_experiments: add a table of DVC's experiments.
-        with_sweep: show what sweep-features found; it is no stage of `dvc repro`, whose report does without.
+        config: The project's configuration.
+        with_experiments: Add a table of DVC's experiments.
+        with_sweep: Show the results of sweep-features. It is not a stage of `dvc repro`, whose report omits it.
 
     Returns:
-        The page.
+        Path of the page.
 
     Raises:
-        PipelineError: a run of the sweep is missing, unreadable or was made with other settings.
+        PipelineError: A run of the sweep is missing, damaged, or was made with other settings.
     """
-    found = results.read(config)
+    found = read_sweep(config)
     run_digests.complete(config)
-    if found.others:
-        log.warning("not in the report, because the sweep does not name them: %s", ", ".join(found.others))
+    if found.not_in_sweep:
+        log.warning("Not in the report, because the sweep does not list them: %s", ", ".join(found.not_in_sweep))
     analysed = analysis.read(config.root, found, with_sweep)
-    for reason in analysed.left_out:
-        log.warning("not in the report: %s", reason)
+    for reason in analysed.omitted:
+        log.warning("Not in the report: %s", reason)
     folder = config.root / "report"
     folder.mkdir(exist_ok=True)
     atomic.write_json(folder / "summary.json", _summary(found))
-    _write_curves(folder / "curves.csv", found)
+    atomic.write_csv(folder / "curves.csv", _mean_curves(found))
     shown = _tables(config.root, found, with_experiments)
     atomic.write_text(folder / "index.html", _page(config.params.report.title, found, shown, analysed))
     return folder / "index.html"
 
 
 def as_text(config: Config, form: str, with_experiments: bool = False) -> str:
-    """All tables as "markdown" or "latex".
+    """Return all tables as "markdown" or "latex".
 
     Raises:
-        PipelineError: as `run`.
+        PipelineError: As `run`.
     """
-    write = {"markdown": tables.to_markdown, "latex": tables.to_latex}[form]
-    return "\n".join(map(write, _tables(config.root, results.read(config), with_experiments)))
+    write = {"markdown": formats.to_markdown, "latex": formats.to_latex}[form]
+    return "\n".join(map(write, _tables(config.root, read_sweep(config), with_experiments)))
+
+
+def read_sweep(config: Config) -> Results:
+    """Read and check every run that the sweep in params.yaml lists.
+
+    Raises:
+        PipelineError: A run is missing, damaged, or was made with other settings.
+    """
+    sweep = config.params.sweep
+    groups = {
+        (partition, method): [_read(config, method, partition, seed) for seed in sweep.seeds]
+        for partition in sweep.partitions
+        for method in sweep.methods
+    }
+    results.check_comparable(groups.values())
+    listed = {path.name for path in config.runs_of_sweep}
+    finished = sorted(file.parent.name for file in config.results_dir.glob("*/config.json"))
+    not_in_sweep = [name for name in finished if name not in listed]
+    return Results(sweep.methods, sweep.partitions, sweep.seeds, groups, not_in_sweep)
+
+
+def _read(config: Config, method: str, partition: str, seed: int) -> Run:
+    folder = config.run_dir(method, partition, seed)
+    try:
+        found = runs.load(folder)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{error.filename} is missing. Run `pipeline train-fl --method {method} --partition {partition} "
+            f"--seed {seed}`, or remove the run from sweep in params.yaml."
+        ) from None
+    run_digests.check(config, folder)
+    config.check_settings_of_run(folder, found.settings.model_dump(), method, partition)
+    return found
 
 
 def _tables(root: Path, found: Results, with_experiments: bool) -> list[Table]:
-    more = experiments.table(root) if with_experiments else None
-    return tables.make(found) + ([more] if more else [])
+    extra = experiments.table(root) if with_experiments else None
+    return tables.make(found) + ([extra] if extra else [])
 
 
 def _page(title: str, found: Results, shown: list[Table], analysed: Analysis) -> str:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True)
     number = itertools.count()
     environment.filters["inline"] = lambda svg: plotting.inline(svg, next(number))
-    first_runs = [found.runs[partition, found.methods[0]][0] for partition in found.partitions]
+    first_runs = [found.first_run(partition) for partition in found.partitions]
     most = max(int(run.label_counts.max()) for run in first_runs)
     return environment.get_template("page.html.j2").render(
         title=title,
@@ -90,51 +124,53 @@ def _page(title: str, found: Results, shown: list[Table], analysed: Analysis) ->
         loss_curves=figures.curves(found, "loss"),
         client_spread=[figures.client_spread(found, partition) for partition in found.partitions],
         time_split=figures.time_split(found),
-        clients_by_class=[figures.clients_by_class(run, found.labels[run.partition], most) for run in first_runs],
+        clients_by_class=[
+            plotting.clients_by_class(run.label_counts, run.class_names, found.labels[run.partition], most)
+            for run in first_runs
+        ],
         most=most,
-        runs=found.all_runs,
-        others=found.others,
+        runs={run.name: run.settings.model_dump(exclude_unset=True) for run in found.all_runs},
+        not_in_sweep=found.not_in_sweep,
         analysis=analysed,
     )
 
 
 def _subtitle(found: Results) -> str:
-    """What was run, in one sentence."""
-    run = found.all_runs[0]
-    train = run.config["train_fl"]
+    """Describe the sweep in one sentence."""
+    settings = found.all_runs[0].settings
+    train = settings.train_fl
     clients = sorted({len(run.label_counts) for run in found.all_runs})
     return (
-        f"{run.config['dataset']['name']}, {train['model']}; {' or '.join(map(str, clients))} clients, "
-        f"{train['clients_per_round']} a round, {_counted(train['num_rounds'], 'round')} of "
+        f"{settings.dataset.name}, {train['model']}; {' or '.join(map(str, clients))} clients, "
+        f"{train['clients_per_round']} per round; {_counted(train['num_rounds'], 'round')} of "
         f"{_counted(train['local_epochs'], 'local epoch')}; "
-        f"{_counted(len(found.methods), 'method')}, {_counted(len(found.partitions), 'setting')}, "
+        f"{_counted(len(found.methods), 'method')}, {_counted(len(found.partitions), 'partition')}, "
         f"{'seeds' if len(found.seeds) > 1 else 'seed'} {', '.join(map(str, found.seeds))}."
     )
 
 
-def _counted(count: int, of: str) -> str:
-    return f"{count} {of}" if count == 1 else f"{count} {of}s"
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _summary(found: Results) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Partition -> method -> accuracy over seeds."""
+    """Return partition -> method -> mean and standard deviation of accuracy over seeds."""
     summary: dict[str, dict[str, dict[str, float | None]]] = {}
     for partition, method in found.runs:
-        values = found.accuracies(partition, method)
+        by_seed = found.accuracies(partition, method)
         summary.setdefault(partition, {})[method] = {
-            "mean_accuracy": statistics.fmean(values),
-            "std_accuracy": accuracy.deviation(values),
+            "mean_accuracy": statistics.fmean(by_seed),
+            "std_accuracy": accuracy.deviation(by_seed),
         }
     return summary
 
 
-def _write_curves(path: Path, found: Results) -> None:
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["method", "partition", "round", "accuracy", "loss"])
+def _mean_curves(found: Results) -> list[dict[str, Any]]:
+    """Return a row per method, partition and round: means over seeds."""
+    rows = []
     for (partition, method), group in found.runs.items():
-        accuracy = np.mean([run.accuracy for run in group], axis=0)
-        loss = np.mean([run.loss for run in group], axis=0)
-        for number, (a, b) in enumerate(zip(accuracy, loss, strict=True), start=1):
-            writer.writerow([method, partition, number, round(float(a), 6), round(float(b), 6)])
-    atomic.write_text(path, stream.getvalue())
+        reached, loss = (np.mean([getattr(run, name) for run in group], axis=0) for name in ("accuracy", "loss"))
+        for index in range(len(reached)):
+            place = {"method": method, "partition": partition, "round": index + 1}
+            rows.append(place | {"accuracy": round(float(reached[index]), 6), "loss": round(float(loss[index]), 6)})
+    return rows

@@ -101,8 +101,8 @@ READERS = {
     "run to replace": lambda root: records.check_replaceable(root, {"seed": 0}),
     "timestep of a sweep": lambda root: len(SweepCache(root / "sweep").load(100).candidates),
     "generated class": lambda root: len(ResumableStore(root / "classes").load("class-00000")[0]["images"]),
-    "analysis": lambda root: analysis._found(root / "config.json", "seed"),
-    "picture": lambda root: len(analysis._bytes(root / "config.json")),
+    "analysis": lambda root: analysis._text_at(root / "config.json", "seed"),
+    "picture": lambda root: len(analysis._content(root / "config.json")),
     "checksum": lambda root: provenance.file_sha256(root / "config.json"),
 }
 OF_SAFETENSORS = {"client's state", "generated class", "timestep of a sweep"}

@@ -1,4 +1,4 @@
-"""Folders of finished runs with made-up numbers, for reports of many runs."""
+"""Folders of finished runs with invented numbers, for reports on many runs."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.conftest import write_params
 
 
 def write_grid(root: Path, methods: list[str], partitions: list[str], seeds: list[int], num_rounds: int) -> Path:
-    """A project whose whole sweep has run, and its report."""
+    """Write a project whose sweep is finished, and its report."""
     sweep = {"sweep.methods": methods, "sweep.partitions": partitions, "sweep.seeds": seeds}
     project = config.load(write_params(root, sweep))
     rng = np.random.default_rng(0)
@@ -45,7 +45,9 @@ def _write_run(
         {
             "class_names": [f"class {k}" for k in range(10)],
             "label_counts": counts.tolist(),
+            "synthetic_counts": np.zeros_like(counts).tolist(),
             "heterogeneity": heterogeneity(counts),
+            "clients": [[] for _ in counts],
         },
     )
     metrics = {
@@ -54,6 +56,8 @@ def _write_run(
     }
     details = {
         "best_accuracy": float(accuracy.max()),
+        "wall_seconds": 23.1,
+        "samples_per_second": 100.0,
         "seconds": {"load": 1.0, "train": 20.0, "aggregate": 0.1, "evaluate": 2.0},
         "bytes_down": 10_000_000,
         "bytes_up": 20_000_000,
@@ -72,6 +76,6 @@ def _write_run(
 
 
 def reseal(run: Path) -> None:
-    """Makes a changed folder of a run look as if it had been written so."""
+    """Write checksums that match a changed run."""
     provenance.write_checksums(run)
     (run.parent / ".sweep" / f"{run.name}.sha256").unlink(missing_ok=True)

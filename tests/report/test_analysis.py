@@ -1,4 +1,4 @@
-"""What analyze-features and sweep-features left: shown if it is of what the runs used, named if it is not."""
+"""Figures of analyze-features and sweep-features: shown if they belong to the runs' data, named otherwise."""
 
 import json
 
@@ -34,36 +34,36 @@ def report(root, *flags):
     return (root / "report" / "index.html").read_text(), done.output
 
 
-def test_both_are_shown_with_one_images_maps_and_the_recommendation(project):
-    assert report(project)[0].count('src="data:image/svg+xml;base64,') == 3  # of what DVC's stage depends on
+def test_shows_both_analyses_with_the_maps_of_one_image_and_the_recommendation(project):
+    assert report(project)[0].count('src="data:image/svg+xml;base64,') == 3  # those that DVC's report stage depends on
     page, output = report(project, "--sweep")
     assert page.count('src="data:image/svg+xml;base64,') == 4 and page.count('src="data:image/png;base64,') == 1
-    assert "timestep: 50 # &lt;best&gt;" in page and "not in the report" not in output
+    assert "timestep: 50 # &lt;best&gt;" in page and "Not in the report" not in output
 
 
 @pytest.mark.parametrize(
     ("feature_set", "dataset", "reason", "left"),
     [
-        ("e" * 64, "0" * 64, "analysis/ is of the feature set eeeeeeee, and no run was trained from that", 2),
-        ("f" * 64, "1" * 64, "analysis/sweep is of another data set than the runs were trained on", 3),
+        ("e" * 64, "0" * 64, "analysis/ describes feature set eeeeeeee, which no run was trained on", 2),
+        ("f" * 64, "1" * 64, "analysis/sweep describes another data set than the one the runs were trained on", 3),
     ],
 )
-def test_what_is_of_something_else_is_left_out_and_said(project, feature_set, dataset, reason, left):
+def test_omits_an_analysis_of_other_data_and_says_why(project, feature_set, dataset, reason, left):
     write_analysis(project, feature_set, dataset)
     page, output = report(project, "--sweep")
     assert page.count('<img alt="') == left
-    assert f"not in the report: {reason}" in output
+    assert f"Not in the report: {reason}" in output
     assert f"Not in this report: {reason}" in page
 
 
 @pytest.mark.parametrize("broken", ["", "[]", "{", "[" * 100_000, '{"feature_set": 1, "made_of": {"dataset": null}}'])
-def test_what_is_not_whole_is_not_there(project, broken):
+def test_ignores_damaged_json(project, broken):
     (project / "analysis" / "details.json").write_text(broken)
     (project / "analysis" / "sweep" / "sweep.json").write_text(broken)
     assert "<img alt=" not in report(project, "--sweep")[0]
 
 
-def test_damaged_files_are_no_traceback(project):
+def test_skips_unreadable_figures_without_a_traceback(project):
     (project / "analysis" / "sweep" / "recommended.yaml").write_bytes(b"\xff\xfe")
     (project / "analysis" / "tsne.svg").unlink()
     (project / "analysis" / "tsne.svg").mkdir()

@@ -1,4 +1,4 @@
-"""The page in a real browser: no error, no request, the runs' numbers, legends that hide curves, tables that sort."""
+"""The page in a real browser: no errors or requests, correct numbers, legends that hide curves, sortable tables."""
 
 import json
 import re
@@ -48,12 +48,12 @@ def page(project, browser):
     page.close()
 
 
-def test_it_opens_fast_and_is_light(project, page):
+def test_page_opens_fast_and_is_small(project, page):
     assert page.seconds < 2
     assert (project / "report" / "index.html").stat().st_size < 5e6
 
 
-def test_it_shows_the_runs_numbers(project, page):
+def test_page_shows_the_numbers_of_the_runs(project, page):
     cells = page.locator("#table-accuracy tbody tr")
     for row, method in enumerate(METHODS):
         for column, partition in enumerate(PARTITIONS, start=1):
@@ -73,7 +73,7 @@ def test_it_shows_the_runs_numbers(project, page):
         assert (shown, best) == (f"{100 * metrics['mean_last5_accuracy']:.2f}", f"{100 * details['best_accuracy']:.2f}")
 
 
-def test_a_click_on_the_legend_hides_a_curve_and_another_shows_it(page):
+def test_clicking_the_legend_hides_and_shows_a_curve(page):
     curve = page.locator('[id$="-curve.accuracy-dir02.moon"]')
     other = page.locator('[id$="-curve.accuracy-dir02.fedavg"]')
     button = page.locator('.legend button[data-method="moon"]').first
@@ -85,7 +85,7 @@ def test_a_click_on_the_legend_hides_a_curve_and_another_shows_it(page):
     assert curve.is_visible()
 
 
-def test_a_click_on_a_heading_sorts(page):
+def test_clicking_a_heading_sorts_the_table(page):
     def column() -> list[float]:
         texts = page.locator("#table-accuracy tbody tr td:nth-child(3)").all_inner_texts()
         return [float(text.split()[0]) for text in texts]
@@ -105,7 +105,7 @@ def test_no_two_elements_share_an_id(page):
     assert len(ids) > 100 and len(set(ids)) == len(ids)
 
 
-def test_every_method_has_a_pen_of_its_own_which_the_legend_shows_in_print_too(page):
+def test_methods_have_distinct_line_styles_which_a_printed_legend_shows(page):
     methods = [f"method {number}" for number in range(30)]
     assert len(set(figures.pens(methods).values())) == 30
     page.evaluate("document.body.replaceChildren(document.querySelector('.legend'))")
@@ -117,7 +117,7 @@ def test_every_method_has_a_pen_of_its_own_which_the_legend_shows_in_print_too(p
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_a_phone_and_the_dark(project, browser, scheme):
+def test_page_fits_a_phone_in_light_and_dark_mode(project, browser, scheme):
     page = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme=scheme)
     page.goto((project / "report" / "index.html").as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") <= 390

@@ -1,4 +1,4 @@
-"""The report: its numbers, what it refuses, and that it changes nothing but itself."""
+"""The report: its numbers, the runs it rejects, and that it modifies nothing else."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ def trained(project):
     return project
 
 
-def test_the_summary_is_mean_and_sample_deviation_over_seeds(trained):
+def test_summary_holds_mean_and_sample_deviation_over_seeds(trained):
     for seed, accuracy in ((0, 0.5), (1, 0.7)):
         file = trained / "results" / f"fedavg-dir05-s{seed}" / "metrics.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"mean_last5_accuracy": accuracy}))
@@ -33,17 +33,19 @@ def test_the_summary_is_mean_and_sample_deviation_over_seeds(trained):
     assert summary["std_accuracy"] == pytest.approx(np.sqrt(0.02))  # deviations 0.1 and 0.1, divided by n - 1
     assert "60.00 ± 14.14" in (trained / "report" / "index.html").read_text()
     invoke(trained, "report", "--set", "sweep.seeds=[1]")
-    assert "<b>70.00</b>" not in (page := (trained / "report" / "index.html").read_text())  # nothing to be best of
+    assert "<b>70.00</b>" not in (
+        page := (trained / "report" / "index.html").read_text()
+    )  # a single method is not the best
     assert "70.00</td>" in page and "±" not in page.partition('id="curves"')[0].partition('id="accuracy"')[2]
 
 
-def test_runs_of_other_settings_are_refused(trained):
+def test_rejects_runs_of_other_settings(trained):
     result = invoke(trained, "report", "--set", "train_fl.num_rounds=7")
     assert result.exit_code == 1
     assert "fedavg-dir05-s0 was trained with train_fl.num_rounds 2, but params.yaml has 7. Retrain it" in result.output
 
 
-def test_runs_made_with_flags_are_reported_with_the_flags_that_the_refusal_names(trained):
+def test_reports_runs_trained_with_overrides_when_given_the_flags_in_the_error_message(trained):
     changed = [
         f"--set={key}" for key in ("train_fl.num_rounds=1", "train_fl.model=resnet10", "partitions.dir05.alpha=2")
     ]
@@ -56,11 +58,14 @@ def test_runs_made_with_flags_are_reported_with_the_flags_that_the_refusal_names
     assert invoke(trained, "report", *named).exit_code == 0
 
 
-def test_runs_of_other_data_are_refused(trained):
+def test_rejects_runs_of_other_data(trained):
     file = trained / "results" / "fedavg-dir05-s1" / "config.json"
     whole = json.loads(file.read_text())
     for changes, message in (
-        ({"dataset": {"name": "digits", "hash": "x"}}, "fedavg-dir05-s1 were made from another dataset each"),
+        (
+            {"dataset": {"name": "digits", "hash": "x"}},
+            "fedavg-dir05-s1 were trained on different versions of the data set",
+        ),
         (
             {"dataset": {"name": "x", "hash": "x"}},
             "fedavg-dir05-s1 was trained with prepare_data.name x, but params.yaml has digits",
@@ -72,14 +77,14 @@ def test_runs_of_other_data_are_refused(trained):
         assert result.exit_code == 1 and message in result.output
 
 
-def test_other_runs_are_named(trained):
+def test_names_runs_outside_the_sweep(trained):
     result = invoke(trained, "report", "--set", "sweep.seeds=[0]")
-    assert "the sweep does not name them: fedavg-dir05-s1\n" in result.output
-    assert "one seed (n = 1)" in (trained / "report" / "index.html").read_text()
+    assert "the sweep does not list them: fedavg-dir05-s1\n" in result.output
+    assert "one run, seed 0 (n = 1)" in (trained / "report" / "index.html").read_text()
 
 
-def test_nothing_is_written_in_place(trained, tmp_path_factory):
-    """DVC links its cache into the project: what is changed in place would change in the cache as well."""
+def test_files_are_replaced_rather_than_modified(trained, tmp_path_factory):
+    """DVC links files of its cache into the project; modifying them in place would corrupt the cache."""
     assert invoke(trained, "report").exit_code == 0
     cache = tmp_path_factory.mktemp("cache")
     files = [path for top in ("report", "results") for path in (trained / top).rglob("*") if path.is_file()]
@@ -93,35 +98,35 @@ def test_nothing_is_written_in_place(trained, tmp_path_factory):
     assert all(linked.read_bytes() == content for linked, content in before.items())
 
 
-def test_a_run_that_was_begun_again_is_not_taken_for_finished(trained):
+def test_a_restarted_run_does_not_count_as_finished(trained):
     run = trained / "results" / "fedavg-dir05-s0"
     result = invoke(trained, *TRAIN, "--overwrite", "--learning-rate", "1e30")
     assert result.exit_code == 1 and "training diverged" in result.output
     assert not (run / "metrics.json").exists()
 
 
-def named(root):
+def digests(root):
     return sorted(file.name for file in (root / "results" / ".sweep").iterdir())
 
 
-def test_runs_of_the_sweep_are_named_for_dvc_and_others_are_not(trained):
+def test_only_runs_of_the_sweep_get_a_digest_for_dvc(trained):
     of_sweep = ["fedavg-dir05-s0.sha256", "fedavg-dir05-s1.sha256"]
-    assert named(trained) == of_sweep
+    assert digests(trained) == of_sweep
     for name in of_sweep:
         sums = (trained / "results" / name.removesuffix(".sha256") / "SHA256SUMS").read_bytes()
         assert (trained / "results" / ".sweep" / name).read_text() == f"{hashlib.sha256(sums).hexdigest()}\n"
     by_hand = ("train-fl", "--partition", "dir05", "--method", "fedprox", "--seed", "0")
     assert invoke(trained, *by_hand).exit_code == 0
-    assert named(trained) == of_sweep
+    assert digests(trained) == of_sweep
     write_params(trained, {"sweep.methods": ["fedavg"], "sweep.seeds": [1]})
     assert invoke(trained, "report").exit_code == 0
-    assert named(trained) == of_sweep[1:]
+    assert digests(trained) == of_sweep[1:]
     write_params(trained, {"sweep.methods": ["fedavg", "fedprox"], "sweep.seeds": [0]})
-    assert invoke(trained, "report").exit_code == 0  # whose runs are there, though they were not of the sweep
-    assert named(trained) == [of_sweep[0], "fedprox-dir05-s0.sha256"]
+    assert invoke(trained, "report").exit_code == 0  # fedprox was trained before the sweep listed it
+    assert digests(trained) == [of_sweep[0], "fedprox-dir05-s0.sha256"]
 
 
-def test_a_run_that_took_the_place_of_the_sweeps_own_is_refused(trained):
+def test_rejects_a_run_that_replaced_a_run_of_the_sweep(trained):
     ours, other = (trained / "results" / f"fedavg-dir05-s{seed}" for seed in (0, 1))
     file = trained / "results" / ".sweep" / f"{ours.name}.sha256"
     shutil.rmtree(ours)
@@ -133,7 +138,7 @@ def test_a_run_that_took_the_place_of_the_sweeps_own_is_refused(trained):
     assert invoke(trained, "report").exit_code == 0
 
 
-def test_the_tables_alone_change_nothing(trained):
+def test_printing_tables_writes_no_files(trained):
     shutil.rmtree(trained / "results" / ".sweep")
     assert invoke(trained, "report", "--format", "markdown").exit_code == 0
     assert not (trained / "results" / ".sweep").exists()

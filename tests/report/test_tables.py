@@ -1,15 +1,17 @@
-"""The report's tables: gains, the best, rounds to accuracy and their three forms, on numbers worked out by hand."""
+"""The report's tables and their three forms, compared with numbers derived by hand."""
 
 import json
+import re
 
 import pytest
 
 from pipeline.settings import config
-from stages.report import results, tables
+from stages.report import formats, tables
+from stages.report.run import read_sweep
 from tests.conftest import invoke
 from tests.report.grid import reseal, write_grid
 
-CURVES = {  # mean of the last five (all): 0.6 and 0.5 for FedAvg's seeds, 0.7 and 0.8 for FedProx's
+CURVES = {  # mean of all rounds (fewer than five): 0.6 and 0.5 for FedAvg's seeds, 0.7 and 0.8 for FedProx's
     ("fedavg", 0): [0.4, 0.6, 0.8],
     ("fedavg", 1): [0.4, 0.5, 0.6],
     ("fedprox", 0): [0.5, 0.7, 0.9],
@@ -32,7 +34,7 @@ def project(tmp_path):
 
 
 def table(project, name):
-    made = tables.make(results.read(config.load(project / "params.yaml")))
+    made = tables.make(read_sweep(config.load(project / "params.yaml")))
     return {table.name: table for table in made}[name]
 
 
@@ -52,19 +54,19 @@ def texts(table):
     return [[(cell.text, cell.remark) for cell in row[1:]] for row in table.rows]
 
 
-def test_accuracy_gain_and_best(project):
+def test_accuracy_table_has_gains_and_the_best(project):
     accuracy = table(project, "accuracy")
     assert texts(accuracy) == [[("55.00 ± 7.07", "")], [("75.00 ± 7.07", "+20.00 ± 14.14")]]  # +10 and +30
     assert [row[1].best for row in accuracy.rows] == [False, True]
-    assert "mean of the last 3 rounds" in accuracy.note
+    assert "mean of all 3 rounds" in accuracy.note
 
 
-def test_equal_means_are_both_best(project):
+def test_equal_means_are_both_marked_best(project):
     set_metric(project, "fedavg", "mean_last5_accuracy", (0.7, 0.8))
     assert [row[1].best for row in table(project, "accuracy").rows] == [True, True]
 
 
-def test_what_is_measured_otherwise_is_not_compared(tmp_path):
+def test_knn_accuracy_is_not_compared_with_model_accuracy(tmp_path):
     write_grid(tmp_path, ["fedavg", "fedprox", "simsiam"], ["dir05"], [0, 1], num_rounds=3)
     for method, accuracy in (("fedavg", 0.5), ("fedprox", 0.6), ("simsiam", 0.9)):
         set_metric(tmp_path, method, "mean_last5_accuracy", (accuracy, accuracy))
@@ -75,23 +77,23 @@ def test_what_is_measured_otherwise_is_not_compared(tmp_path):
     assert texts(rounds)[2] == [("–", "")]
 
 
-def test_the_linear_probe_of_runs_without_labels(project):
-    assert "probe" not in {table.name for table in tables.make(results.read(config.load(project / "params.yaml")))}
+def test_linear_probe_table_exists_only_for_runs_without_labels(project):
+    assert "probe" not in {table.name for table in tables.make(read_sweep(config.load(project / "params.yaml")))}
     set_metric(project, "fedprox", "linear_probe_accuracy", (0.8, 0.9))
     probe = table(project, "probe")
     assert texts(probe) == [[("–", "")], [("85.00 ± 7.07", "")]]
-    assert not probe.rows[1][1].best  # of one
+    assert not probe.rows[1][1].best  # the only one
     assert '<table id="table-probe">' in page(project)
     for form in ("markdown", "latex"):
         assert "85.00" in invoke(project, "report", "--format", form).output
 
 
-def test_rounds_to_the_baselines_accuracy(project):
+def test_rounds_to_the_accuracy_of_the_baseline(project):
     # 0.55 is reached by FedAvg in rounds 2 and 3, by FedProx in rounds 2 and 1
     assert texts(table(project, "rounds")) == [[("2.5", "")], [("1.5", "")]]
 
 
-def test_a_seed_that_never_gets_there_is_said(project):
+def test_rounds_table_counts_seeds_that_never_reach_the_baseline(project):
     run = project / "results" / "fedprox-dir05-s1" / "rounds.csv"
     run.write_text("round,accuracy,loss\n1,0.1,1\n2,0.1,1\n3,0.1,1\n")
     reseal(run.parent)
@@ -100,41 +102,42 @@ def test_a_seed_that_never_gets_there_is_said(project):
     assert rounds.rows[1][1].value > rounds.rows[0][1].value and rounds.lower_is_better
 
 
-def test_the_worst_client_and_the_spread(project):
+def test_clients_table_has_the_worst_client_and_the_spread(project):
     assert texts(table(project, "clients")) == 2 * [
         [("20.00", "σ 20.00")]
-    ]  # 0.2 and 0.6; the third has no class held out
+    ]  # 0.2 and 0.6; no class of the third client is held out
 
 
-def test_markdown_and_latex(project):
+def test_markdown_and_latex_forms(project):
     markdown = invoke(project, "report", "--format", "markdown").output
+    squeezed = re.sub(" +", " ", re.sub("--+", "---", markdown))  # without the padding of columns
     assert (
-        "| method | Dirichlet 0.5 |\n| --- | ---: |\n| fedavg | 55.00 ± 7.07 |\n"
-        "| fedprox | **75.00 ± 7.07** (+20.00 ± 14.14) |" in markdown
+        "| method | Dirichlet 0.5 |\n|:---|---:|\n| fedavg | 55.00 ± 7.07 |\n"
+        "| fedprox | **75.00 ± 7.07** (+20.00 ± 14.14) |" in squeezed
     )
     latex = invoke(project, "report", "--format", "latex").output
     assert "    fedprox & \\textbf{75.00 $\\pm$ 7.07} (+20.00 $\\pm$ 14.14) \\\\\n    \\bottomrule" in latex
     assert "accuracy, \\%" in latex and "\\caption{\\textbf{Accuracy.} Global model" in latex
-    assert "{tabular}{lr}" in latex and "{tabular}{lrrlllll}" in latex  # text to the left
+    assert "{tabular}{lr}" in latex and "{tabular}{lrrlllll}" in latex  # text columns are left-aligned
 
 
-def test_latex_takes_any_character():
-    made = tables.Table(
-        "x", "A_b", "50 % & more", ["~", "^"], [[tables.Cell("\\{}"), tables.Cell("$#", 1.0, best=True)]]
+def test_latex_escapes_special_characters():
+    made = formats.Table(
+        "x", "A_b", "50 % & more", ["~", "^"], [[formats.Cell("\\{}"), formats.Cell("$#", 1.0, best=True)]]
     )
-    written = tables.to_latex(made)
+    written = formats.to_latex(made)
     assert "\\textbf{A\\_b.} 50 \\% \\& more" in written and "\\textasciitilde{} & \\textasciicircum{} \\\\" in written
     assert "\\textbackslash{}\\{\\} & \\textbf{\\$\\#} \\\\" in written
 
 
-def test_runs_that_the_sweep_does_not_name_are_told(project):
+def test_page_names_runs_outside_the_sweep(project):
     result = invoke(project, "report", "--set", "sweep.methods=[fedavg]")
     assert result.exit_code == 0
     page = (project / "report" / "index.html").read_text()
-    assert "does not name them: fedprox-dir05-s0, fedprox-dir05-s1." in page
+    assert "does not list them: fedprox-dir05-s0, fedprox-dir05-s1." in page
 
 
-def test_equal_results_give_equal_bytes(project):
+def test_equal_results_give_an_identical_page(project):
     invoke(project, "report")
     first = (project / "report" / "index.html").read_bytes()
     invoke(project, "report")
