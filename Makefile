@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro report test test-faults lint format lock audit gallery federation-demo clean
+.PHONY: help setup repro test test-faults lint format docs lock audit gallery federation-demo clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ lint: $(STAMP)  ## Check format, style and types
 format: $(STAMP)  ## Format the code and apply ruff's fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(STAMP)  ## Build the documentation into site/; open site/index.html, no server or network needed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 lock: $(STAMP)  ## Update requirements.lock from pyproject.toml
 	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --extra dev --extra simulation --no-header --no-annotate pyproject.toml --output-file requirements.lock
