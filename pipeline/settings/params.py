@@ -1,8 +1,7 @@
 """What params.yaml may hold: one section a stage, every key with its type, its range and what it means.
 
-No key has a default here: params.yaml is the only place for values, so what a run used can be read in one place (an
-absent `guidance` section is no value: it means that a method has none). The command line makes its flags, and --help
-its texts, from these descriptions.
+Only methods and guidance have defaults, the papers' values; every other key must be in params.yaml, so that the values of
+a run can be read in one place. The command line makes its flags, and --help its texts, from these descriptions.
 """
 
 from typing import Annotated, Any, Literal
