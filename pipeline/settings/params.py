@@ -1,7 +1,7 @@
 """What params.yaml may hold: one section a stage, every key with its type, its range and what it means.
 
-Only methods and guidance have defaults, the papers' values; every other key must be in params.yaml, so that the values of
-a run can be read in one place. The command line makes its flags, and --help its texts, from these descriptions.
+Only methods and guidance have defaults, the papers' values. Every other key must be in params.yaml, so that a run's
+values can be read in one place. The command line makes its flags, and --help its texts, from these descriptions.
 """
 
 from typing import Annotated, Any, Literal
