@@ -127,7 +127,7 @@ def test_a_node_that_fails_is_left_out_by_name(projects, monkeypatch, capsys):
     assert [row["name"] for row in account["members"]] == ["n0", "n2"]
     federation = deploy(projects, monkeypatch, federation__min_clients=3)
     federation.silent.add((8, "query.moments"))
-    with pytest.raises(PipelineError, match=r"2 nodes are left, federation.min_clients = 3"):
+    with pytest.raises(PipelineError, match=r"too few nodes are left .2, federation.min_clients is 3"):
         federation.serve()
 
 
