@@ -1,7 +1,7 @@
 """The content of params.yaml: one section per stage, and the type, range and meaning of every key.
 
-Only methods and guidance have defaults, the papers' values. Every other key must be in params.yaml, so that all settings
-of a run can be read in one place. The command line generates its flags and their help from these descriptions.
+Only methods and guidance have defaults, the values of their papers. Every other key must be in params.yaml, so that all
+settings of a run are in one place. The command line generates its flags and their help from these descriptions.
 """
 
 from typing import Annotated, Any, Literal
