@@ -1,8 +1,8 @@
-"""What each guidance term and each scale of its targets does, on a validation split of the prepared data set.
+"""Compare the guidance terms and the scalings of their targets on a validation split of the prepared data set.
 
 The choices in params.yaml come from this table, never from the test set: `train_fl.evaluate_on: validation` holds out
-a stratified fifth of the training images. Runs every variant on every partition and seed through the command line, as
-a user would, and prints the mean over seeds of the mean accuracy of the last five rounds; one JSON line comes last.
+a stratified fifth of the training images. The benchmark trains every variant on every partition and seed through the
+command line, and prints mean and standard deviation of accuracy over seeds (see `pipeline.accuracy`), then a JSON line.
 
     python benchmarks/ablation.py --partition dir005 --partition dir05 --seed 0 --seed 1 --seed 2
 """
@@ -45,9 +45,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @click.option("--project", type=click.Path(path_type=Path, exists=True), default=".", help="Holds params.yaml, data/.")
 @click.option("--partition", "partitions", multiple=True, default=["dir005", "dir05"], help="Repeatable.")
 @click.option("--seed", "seeds", type=int, multiple=True, default=[0, 1, 2], help="Repeatable.")
-@click.option("--variant", "variants", multiple=True, help="Only these of the table's rows; repeatable.")
+@click.option("--variant", "variants", multiple=True, help="Only these rows of the table; repeatable.")
 def main(project: Path, partitions: list[str], seeds: list[int], variants: list[str]) -> None:
-    """Trains every variant and prints the table."""
+    """Train every variant and print the table."""
     chosen = {name: VARIANTS[name] for name in variants or VARIANTS}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -65,7 +65,7 @@ def main(project: Path, partitions: list[str], seeds: list[int], variants: list[
 
 
 def _write_project(project: Path, root: Path, chosen: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """A copy of params.yaml with one method a variant, beside the same data; returns the methods' names."""
+    """Copy params.yaml, add one method per variant, link the data; return variant -> name of its method."""
     yaml = YAML()
     params = yaml.load((project / "params.yaml").read_text(encoding="utf-8"))
     guided = dict(params["methods"]["feddifrc"])

@@ -1,8 +1,8 @@
-"""Writing and reading the feature cache, in MB/s beside a plain write and read of the same bytes in the same run.
+"""Measure writing and reading the feature cache in MB/s, and compare with plain writes and reads of the same bytes.
 
-Every reading is of whole, checked rows through `FeatureSet`, as training does it: in order, and in random batches. The
-plain reading reads the files into memory; both are repeated and the best is taken, so both come from the page cache.
-`pipeline features verify --full` stands beside plain SHA-256 hashing of the same files.
+Rows are read and checked through `FeatureSet`, as in training: in order, and in random batches. Plain reads load the
+files into memory. Both are repeated and the fastest counts, so both read from the page cache.
+`pipeline features verify --full` is compared with plain SHA-256 hashing of the same files.
 
     python benchmarks/cache.py --rows 8192 --prompts 10 --dims 512
 """
@@ -36,12 +36,12 @@ from pipeline.feature_store import (
 @click.option("--prompts", default=10, help="Prompts per image.")
 @click.option("--dims", default=512, help="Numbers per representation.")
 @click.option("--batch", default=64, help="Rows of a random batch.")
-@click.option("--repeats", default=5, help="Measurements of each; the best counts.")
+@click.option("--repeats", default=5, help="Measurements of each; the fastest counts.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where to write; a temporary folder by default.")
 def main(
     rows: int, rows_per_shard: int, prompts: int, dims: int, batch: int, repeats: int, folder: Path | None
 ) -> None:
-    """Measures, prints the table, then one JSON line."""
+    """Measure, print the table, then one JSON line."""
     plan = Plan(_content(prompts, dims), rows, rows_per_shard, {})
     shards = [_features(plan.shard_rows(shard), prompts, dims) for shard in range(plan.num_shards)]
     megabytes = sum(array.nbytes for shard in shards for array in vars(shard).values()) / 1e6

@@ -1,9 +1,9 @@
-"""Speed and memory of the prepared data set, beside what a user would write without it.
+"""Measure speed and memory of the prepared data set, and compare with simple alternatives.
 
-Preparing: photographs of a made-up folder, read, cropped, resized and written by prepare-data, beside a loop over
-torchvision's ImageFolder with the same resize that only stacks its results. Reading: random batches through the memory
-map that `load` gives, from an array in memory, and from the HDF5 file by its own indexing, on a warm page cache; and
-how much memory checking and mapping a split takes. A table for people, one JSON line last.
+Preparing: prepare-data reads, crops, resizes and writes a folder of synthetic photographs; the alternative is a loop
+over torchvision's ImageFolder with the same resizing, whose results are only stacked. Reading: random batches through
+the memory map that `load` returns, from an array in memory, and by h5py indexing, with a warm page cache; and the
+memory needed to check and map a split. Prints a table, then one JSON line.
 
     python benchmarks/datasets.py --images 2000 --side 500 --image-size 224
 """
@@ -34,11 +34,11 @@ REPEATS = 20
 
 
 @click.command()
-@click.option("--images", default=500, help="Training images; a tenth as many for the test split.")
-@click.option("--side", default=500, help="Height of a photograph, pixels; it is a half wider.")
-@click.option("--image-size", default=224, help="Size of the prepared images, pixels.")
+@click.option("--images", default=500, help="Training images; the test split has a tenth as many.")
+@click.option("--side", default=500, help="Height of a photograph in pixels; the width is 1.5 times the height.")
+@click.option("--image-size", default=224, help="Size of the prepared images in pixels.")
 def main(images: int, side: int, image_size: int) -> None:
-    """Prints images per second of preparing, and milliseconds per batch of reading."""
+    """Print images per second of preparing, and milliseconds per batch of reading."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         _write_photographs(root / "photographs", images, side)
@@ -55,7 +55,7 @@ def main(images: int, side: int, image_size: int) -> None:
     for name, milliseconds in batches.items():
         click.echo(f"{name:22} {milliseconds:10.3f} ms for {BATCH} random rows")
     size = data.images.nbytes / 2**20
-    click.echo(f"check and map          {memory:10.0f} MiB more at the peak, for {size:.0f} MiB of images")
+    click.echo(f"check and map          {memory:10.0f} MiB of additional peak memory, for {size:.0f} MiB of images")
     result = {
         "images_per_second": rates, "batch_milliseconds": batches, "load_mebibytes": memory, "set_mebibytes": size,
         "images": images, "side": side, "image_size": image_size, "hardware": provenance.hardware(),
@@ -64,7 +64,7 @@ def main(images: int, side: int, image_size: int) -> None:
 
 
 def _write_photographs(root: Path, images: int, side: int) -> None:
-    """JPEG files with the spectrum of photographs, roughly: noise enlarged eight times."""
+    """Write JPEG files with roughly the spectrum of photographs: noise, enlarged eight times."""
     rng = np.random.default_rng(0)
     for split, count in (("train", images), ("test", max(2, images // 10))):
         for number in range(count):
@@ -95,7 +95,7 @@ def _rate(work: Callable[[], object], images: int) -> float:
 
 
 def _batches(file: Path, mapped: np.ndarray) -> dict[str, float]:
-    """Milliseconds of the fastest of several batches."""
+    """Return the milliseconds of the fastest of several batches."""
     in_memory = np.array(mapped)
     rng = np.random.default_rng(0)
     with h5py.File(file) as h5:
@@ -128,7 +128,7 @@ print(peak() - before)
 
 
 def _load_mebibytes(path: Path) -> float:
-    """By how much `load` raises the peak of resident memory in a process of its own; Linux only."""
+    """Return how much `load` raises the peak resident memory of a separate process; Linux only."""
     command = [sys.executable, "-c", _PEAK, str(path)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / 2**10
 

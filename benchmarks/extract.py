@@ -1,12 +1,12 @@
-"""Extraction beside the way one would write it with diffusers alone: same images, passes, model and basis, one run.
+"""Compare extraction with a direct implementation in diffusers: same images, passes, model and basis, in one run.
 
-(a) ours: what `pipeline extract-features` runs, without the writing.
-(b) diffusers: for every image and prompt, one after the other, the prompt is encoded, the image goes through the VAE,
-    is noised and goes through the whole UNet in float32, hooks read the up blocks, PCA and pooling follow: as DIFT's
-    published code and those built on it do. It is timed on fewer images, being slower.
+(a) ours: the code of `pipeline extract-features`, without writing.
+(b) diffusers: for every image and prompt, in sequence, encode the prompt, encode the image by the VAE, add noise, run
+    the full UNet in float32 with hooks on the up blocks, apply PCA and pooling, as DIFT's published code and its
+    successors do. Timed on fewer images, because it is slower.
 
-Both give the same features, which is checked. FLOPs are counted by torch's counter; what is reached of the device's
-matrix peak is said beside that peak, measured here. Models are loaded, compiled and warmed up before the clock starts.
+The benchmark checks that both give the same features. FLOPs come from torch's counter; they are compared with the rate
+of a large matrix product, measured here. Models are loaded, compiled and warmed up before the clock starts.
 
     python benchmarks/extract.py                                         # tiny-sd on the CPU
     python benchmarks/extract.py --real-size sd15 --images 1 --classes 1 --image-size 224
@@ -30,9 +30,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from pipeline import provenance, seeding
 from pipeline.data.datasets import Images
-from pipeline.diffusion import backbones, batching
+from pipeline.diffusion import batching
 from pipeline.diffusion.prompts import PromptSet
 from pipeline.diffusion.representation import Projector
+from pipeline.diffusion.session import FrozenSession
 from pipeline.settings.params import ExtractFeatures, Runtime
 from stages.extract_features.cost import count_flops
 from stages.extract_features.extraction import Extraction
@@ -43,7 +44,7 @@ TINY_SD = ROOT / "stages" / "prepare_backbone" / "tiny-sd"
 
 @dataclass(frozen=True)
 class Job:
-    """What both ways are given."""
+    """Input of both implementations."""
 
     path: Path
     params: ExtractFeatures
@@ -57,7 +58,7 @@ class Job:
 @click.option("--backbone", type=click.Path(path_type=Path), default=TINY_SD, help="A Stable Diffusion directory.")
 @click.option("--real-size", type=click.Choice(list(stable_diffusion.SIZES)), help="Random weights of this size.")
 @click.option("--images", default=256, help="Images for ours.")
-@click.option("--baseline-images", default=8, help="Images for diffusers alone; 0 leaves it out.")
+@click.option("--baseline-images", default=8, help="Images for diffusers; 0 skips it.")
 @click.option("--classes", multiple=True, type=int, default=[10], help='Prompts per image besides ""; repeatable.')
 @click.option("--image-size", default=32, help="Pixels.")
 @click.option("--device", default="cpu")
@@ -68,7 +69,7 @@ def main(
     backbone: Path, real_size: str | None, images: int, baseline_images: int, classes: list[int], image_size: int,
     device: str, dtype: str, batch: str, compiled: bool,
 ) -> None:  # fmt: skip
-    """Measures, prints the table, then one JSON line."""
+    """Measure, print the table, then one JSON line."""
     sections = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params = ExtractFeatures(**sections["extract_features"] | {"image_size": image_size, "dtype": dtype})
     size = int(batch) if batch.isdigit() else batch
@@ -89,7 +90,7 @@ def main(
 
 
 def _measure(job: Job, baseline_images: int) -> dict:
-    """One row of the table: both ways with this many prompts."""
+    """Measure both implementations with this many prompts, and return a row of the table."""
     with batching.reproducible(job.device, getattr(torch, job.params.dtype)):
         row, projector, ours = _measure_ours(job)
     if baseline_images:
@@ -104,23 +105,23 @@ def _measure(job: Job, baseline_images: int) -> dict:
 
 
 def _measure_ours(job: Job) -> tuple[dict, Projector, np.ndarray]:
-    """Ours alone: its part of the row, the basis, and the features."""
+    """Measure our implementation; return its part of the row, the basis, and the features."""
     started = time.perf_counter()
-    backbone = backbones.load(job.path, job.params.layers, job.device, getattr(torch, job.params.dtype))
     prompt_set = PromptSet([[text] for text in job.prompts], "label")
-    extraction = Extraction(backbone, None, prompt_set, job.params, job.runtime, job.data)
+    session = FrozenSession(job.path, job.params.layers, prompt_set, job.params, job.runtime, job.device)
+    extraction = Extraction(session, job.data, job.params)
     projector = Projector(extraction.fit_basis(np.arange(min(len(job.data), 16))).layers, job.device)
-    _ours(extraction, projector, min(len(job.data), extraction.batcher.parallel_rows))
+    _ours(extraction, projector, min(len(job.data), session.batcher.parallel_rows))
     _wait(job.device)
     ready = time.perf_counter() - started
     _reset_memory(job.device)
     seconds, ours = _timed(job.device, lambda: _ours(extraction, projector, len(job.data)))
     passes = 1 + len(job.prompts)
-    vae, one_pass = count_flops(job.path, job.params.layers, job.params.image_size, extraction.conditioning)
+    vae, one_pass = count_flops(job.path, job.params.layers, job.params.image_size, session.model.conditioning)
     rate, flops = len(job.data) / seconds, vae + passes * one_pass
     row = {
         "passes": passes,
-        "batch": extraction.batcher.batch_size,
+        "batch": session.batcher.batch_size,
         "seconds_until_ready": ready,
         "images_per_second": rate,
         "flops_per_image": flops,
@@ -131,11 +132,11 @@ def _measure_ours(job: Job) -> tuple[dict, Projector, np.ndarray]:
 
 
 def _ours(extraction: Extraction, projector: Projector, count: int) -> np.ndarray:
-    """float32 (count, 1 + prompts, D)."""
+    """Return float32 (count, 1 + prompts, D)."""
     index = np.arange(count)
     host = extraction.host_input(index)
     features, _ = extraction.represent(
-        index, extraction.inputs(host, extraction.encode(host.images)), projector, _NoBar
+        index, extraction.inputs(host, extraction.session.encode(host.images)), projector, _NoBar
     )
     return np.concatenate([features.denoised[:, None], features.prompted], axis=1).astype(np.float32)
 
@@ -147,10 +148,10 @@ class _NoBar:
 
 
 class DiffusersAlone:
-    """A pass at a time, everything anew in each, as one would write it with diffusers' classes."""
+    """One pass at a time that recomputes everything, written with diffusers' classes."""
 
     def __init__(self, job: Job, projector: Projector) -> None:
-        """Loads the models in float32 and hooks the UNet's up blocks."""
+        """Load the models in float32 and register hooks on the UNet's up blocks."""
         self.job, self.projector = job, projector
         self.unet = (
             UNet2DConditionModel.from_pretrained(job.path / "unet", use_safetensors=True)
@@ -173,7 +174,7 @@ class DiffusersAlone:
 
     @torch.no_grad()
     def represent(self, image: int) -> np.ndarray:
-        """float32 (1 + prompts, D)."""
+        """Return float32 (1 + prompts, D)."""
         return np.concatenate([self._one_pass(image, prompt) for prompt in ["", *self.job.prompts]])
 
     def _one_pass(self, image: int, prompt: str) -> np.ndarray:
@@ -201,7 +202,7 @@ class DiffusersAlone:
 
 
 def _matrix_peak(device: str, dtype: str) -> float:
-    """FLOP/s of a large matrix product in this type: the best of five."""
+    """Return the FLOP/s of a large matrix product in this type, the best of five."""
     side = 8192 if device.startswith("cuda") else 1024
     left, right = (torch.ones(side, side, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
     left @ right
@@ -227,7 +228,7 @@ def _reset_memory(device: str) -> None:
 
 
 def _peak_memory(device: str) -> int:
-    """Of the GPU; on the CPU of the whole process since it started."""
+    """Return the peak memory of the GPU, or on the CPU that of the process since it started."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

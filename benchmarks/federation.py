@@ -1,9 +1,9 @@
-"""What a federation costs: one job on the local engine, on SuperNodes over loopback, and on Flower's Ray simulation.
+"""Time one job on the local engine, on Flower SuperNodes over loopback, and in Flower's Ray simulation.
 
-The job is FedDifRC on handwritten digits, all clients in every round. Per engine: seconds of the whole job, start
-included, of the first round, and the median of the later ones; and how much of a round the nodes trained (the slowest
-of them). The weights must be equal to the byte, else there is nothing to compare. Needs `dvc repro` (or the first three
-stages) to have run; the simulation needs flwr[simulation] and is skipped, and said, without it.
+The job is FedDifRC on handwritten digits with all clients in every round. For each engine, the benchmark prints the
+seconds of the job including start-up, of the first round, the median of later rounds, and the training time of the
+slowest node per round. The engines' weights must be identical. Needs the results of the first three stages, as after
+`dvc repro`; the simulation is skipped if flwr[simulation] is not installed.
 
     python benchmarks/federation.py --rounds 6
 """
@@ -34,16 +34,16 @@ RUN = "feddifrc-dir05-s0"
 @click.command()
 @click.option("--rounds", default=6, show_default=True)
 @click.option("--clients", default=3, show_default=True)
-@click.option("--epochs", default=5, show_default=True, help="Local epochs a round.")
+@click.option("--epochs", default=5, show_default=True, help="Local epochs per round.")
 def main(rounds: int, clients: int, epochs: int) -> None:
-    """Measures and prints."""
+    """Measure and print."""
     settings = {
         "train_fl.num_clients": clients,
         "train_fl.clients_per_round": clients,
         "train_fl.num_rounds": rounds,
         "train_fl.local_epochs": epochs,
         "federation.min_clients": clients,
-        "runtime.num_threads": 1,  # the number of threads moves last bits, and Ray's processes have one
+        "runtime.num_threads": 1,  # results depend on the thread count in the last bits, and Ray's processes have one
     }
     engines = {"local engine": _local, "SuperNodes": _nodes, "Ray simulation": _simulation}
     result: dict[str, Any] = {}
@@ -65,7 +65,7 @@ def main(rounds: int, clients: int, epochs: int) -> None:
         click.echo(f"{name:16}{row['job_seconds']:>8.1f} s{times}{row['training_seconds']:>14.2f} s")
     weights = {row.pop("weights") for row in result.values()}
     if len(weights) != 1:
-        raise PipelineError("the engines' weights differ")
+        raise PipelineError("The engines' weights differ. Their times cannot be compared.")
     click.echo("weights: the same bytes under every engine")
     job = {"rounds": rounds, "clients": clients, "epochs": epochs, "flwr": metadata.version("flwr")}
     click.echo(json.dumps({"engines": result, "job": job, "provenance": provenance.describe()}))
@@ -96,7 +96,7 @@ def _finish(federation: Loopback, run_id: int) -> None:
 
 
 def _read(results: Path, seconds: float) -> dict[str, Any]:
-    """Of one run: its seconds by the server's clock, and by the nodes' own."""
+    """Return a run's seconds by the server's clock and by the nodes' clocks."""
     with (results / "timing.csv").open() as stream:
         rounds = [sum(float(value) for key, value in row.items() if key != "round") for row in csv.DictReader(stream)]
     training = _training(results)
@@ -110,7 +110,7 @@ def _read(results: Path, seconds: float) -> dict[str, Any]:
 
 
 def _training(results: Path) -> list[float]:
-    """Per round the slowest node's training; the local engine's clients train in turn."""
+    """Return the training seconds of the slowest node per round; on the local engine, of all clients in sequence."""
     if not (results / "participation.csv").exists():
         with (results / "timing.csv").open() as stream:
             return [float(row["load"]) + float(row["train"]) for row in csv.DictReader(stream)]

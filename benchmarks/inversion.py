@@ -1,11 +1,11 @@
-"""What a shared feature set tells of the images it came from: an attacker with some images of his own inverts it.
+"""Measure how much a shared feature set reveals about its images, by an attacker who inverts it.
 
-He holds half of the images with their features (his own data, put through the public backbone), learns a linear map
-from features to pixels (ridge regression), and applies it to the features of the other half, which he has not seen.
+The attacker has half of the images with their features (data of their own, passed through the public backbone), learns
+a linear map from features to pixels (ridge regression), and applies it to the features of the other, hidden half.
 
-    explained     share of the pixels' variance that his pictures explain; 0 is predicting the mean image
-    identified    how often the nearest of all hidden images to his picture is the right one; chance is 1 / their number
-    label         the label by logistic regression on the features (it also stands in every shard as it is)
+    explained     share of the pixels' variance that the reconstructions explain; predicting the mean image gives 0
+    identified    how often the hidden image nearest to a reconstruction is the right one; chance is 1 / their number
+    label         accuracy of logistic regression on the features (every shard also contains the labels themselves)
 
     python benchmarks/inversion.py
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 import numpy as np
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -23,6 +23,7 @@ from pipeline import provenance, seeding
 from pipeline.data.datasets import PreparedDataset
 from pipeline.feature_store import FeatureSet
 from pipeline.settings import config
+from stages.analyze_features.probes import linear_probe
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 @click.command()
 @click.option("--params", type=click.Path(path_type=Path), default=ROOT / "params.yaml", help="The parameter file.")
 def main(params: Path) -> None:
-    """Attacks the project's own feature set."""
+    """Attack the project's own feature set."""
     project = config.load(params)
     features, images = FeatureSet(project.features_dir), PreparedDataset(project.dataset_dir).load("train")
     order = seeding.numpy_generator(0, "inversion").permutation(len(images))
@@ -59,7 +60,7 @@ def _attack(
     guessed, truth = inverse.predict(values[hidden]), pixels[hidden]
     explained = 1 - ((guessed - truth) ** 2).sum() / ((truth - pixels[known].mean(0)) ** 2).sum()
     distances = (guessed**2).sum(1)[:, None] - 2 * guessed @ truth.T + (truth**2).sum(1)
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(values[known], labels[known])
+    probe = linear_probe().fit(values[known], labels[known])
     return {
         "explained": float(explained),
         "identified": float((distances.argmin(1) == np.arange(len(hidden))).mean()),

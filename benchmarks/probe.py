@@ -1,8 +1,8 @@
-"""How much of the class the cached denoising representations hold: a linear probe, beside one on raw pixels.
+"""Compare linear probes on the cached denoising representations with one on raw pixels.
 
-Logistic regression on standardised inputs, fitted on four fifths of the training images and scored on the held-out
-fifth (stratified, the mean over a few splits); the test set is not touched. If the representations scored near
-chance, the frozen model would be of no use as a guide. The last line is JSON.
+A probe is logistic regression on standardised inputs, fitted on four fifths of the training images and scored on the
+rest (stratified; mean over a few splits); the test set is not used. Representations near chance level could not guide
+training. The last line is JSON.
 
     python benchmarks/probe.py
 """
@@ -12,22 +12,20 @@ from pathlib import Path
 
 import click
 import numpy as np
-from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedShuffleSplit, cross_val_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from pipeline import provenance
 from pipeline.data.datasets import PreparedDataset
 from pipeline.feature_store import FeatureSet
 from pipeline.settings import config
+from stages.analyze_features.probes import linear_probe
 
 
 @click.command()
 @click.option("--params", type=click.Path(path_type=Path, exists=True), default="params.yaml")
 @click.option("--splits", default=5, help="Random splits to average over.")
 def main(params: Path, splits: int) -> None:
-    """Prints the accuracy of each probe."""
+    """Print the accuracy of each probe."""
     settings = config.load(params)
     train = PreparedDataset(settings.dataset_dir).load("train")
     features = FeatureSet(settings.features_dir)
@@ -44,9 +42,8 @@ def main(params: Path, splits: int) -> None:
 
 
 def _probe(inputs: np.ndarray, labels: np.ndarray, splits: int) -> list[float]:
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     folds = StratifiedShuffleSplit(splits, test_size=0.2, random_state=0)
-    return cross_val_score(probe, inputs, labels, cv=folds).tolist()
+    return cross_val_score(linear_probe(), inputs, labels, cv=folds).tolist()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Takes a picture of the report's first screen, as a reader meets it, for docs/gallery.
+"""Take a screenshot of the top of the report, for docs/gallery.
 
     python benchmarks/screenshot.py report/index.html docs/gallery/report.png
 
@@ -17,14 +17,20 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 @click.command()
 @click.argument("page", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("picture", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--width", type=click.IntRange(min=1), default=1000, show_default=True, help="Of the window, pixels.")
-@click.option("--height", type=click.IntRange(min=1), default=1400, show_default=True, help="Of the window, pixels.")
-@click.option("--dark", is_flag=True, help="As in the dark.")
+@click.option(
+    "--width", type=click.IntRange(min=1), default=1000, show_default=True, help="Size of the window in pixels."
+)
+@click.option(
+    "--height", type=click.IntRange(min=1), default=1400, show_default=True, help="Size of the window in pixels."
+)
+@click.option("--dark", is_flag=True, help="Use dark mode.")
 def main(page: Path, picture: Path, width: int, height: int, dark: bool) -> None:
-    """Opens PAGE in a headless Chromium and writes PICTURE, a PNG."""
+    """Open PAGE in a headless Chromium and write PICTURE, a PNG file."""
     browser_path = next(filter(None, map(shutil.which, NAMES)), None)
     if browser_path is None:
-        raise click.ClickException(f"no {', '.join(NAMES)} on the PATH: install one, as by apt-get install chromium")
+        raise click.ClickException(
+            f"None of {', '.join(NAMES)} is on the PATH. Install one, for example by apt-get install chromium."
+        )
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         window = browser.new_page(viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light")

@@ -1,9 +1,9 @@
-"""Several `pipeline train-fl` on one machine: one after the other or side by side, with all threads or one each.
+"""Time several `pipeline train-fl` on one machine: in sequence or in parallel, with all threads or one thread each.
 
-    python benchmarks/side_by_side.py            # in a project whose features are there, as after `make repro`
+    python benchmarks/side_by_side.py            # in a project with extracted features, as after `make repro`
 
-Threads of one operation wait for one another, awake; where processes have more threads than there are cores, the thread
-that is waited for does not run, and everybody waits.
+The threads of an operation wait for one another by spinning. If processes have more threads than there are cores, the
+thread that the others wait for may not be scheduled, and all of them waste time.
 """
 
 import json
@@ -22,10 +22,12 @@ from pipeline import provenance
 
 @click.command()
 @click.option("--jobs", type=click.IntRange(min=2), default=2, show_default=True, help="Runs.")
-@click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True, help="Of each run.")
-@click.option("--repeats", type=click.IntRange(min=1), default=2, show_default=True, help="The fastest counts.")
+@click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True, help="Rounds of each run.")
+@click.option(
+    "--repeats", type=click.IntRange(min=1), default=2, show_default=True, help="Repetitions; the fastest counts."
+)
 def main(jobs: int, rounds: int, repeats: int) -> None:
-    """Times FedDifRC on dir05, as params.yaml has it, as many seeds as jobs."""
+    """Time FedDifRC on dir05 with the settings of params.yaml, one seed per job."""
     cores = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         project = Path(folder)
@@ -52,7 +54,9 @@ def _seconds(project: Path, jobs: int, rounds: int, at_a_time: int, threads: int
     for first in range(0, jobs, at_a_time):
         running = [_start(project, seed, rounds, threads) for seed in range(first, first + at_a_time)]
         if any([process.wait() for process in running]):
-            raise click.ClickException("a run failed: `pipeline train-fl --method feddifrc --partition dir05` says why")
+            raise click.ClickException(
+                "A run failed. `pipeline train-fl --method feddifrc --partition dir05` shows why."
+            )
     return time.perf_counter() - started
 
 

@@ -1,6 +1,6 @@
-"""Stable Diffusion 1.5 and 2.1 at their real widths, with random weights: for timing and memory, where no hub is.
+"""Stable Diffusion 1.5 and 2.1 at full size with random weights, to measure time and memory without a download.
 
-The numbers are those of the published configurations; weights do not change how long a pass takes.
+The sizes are those of the published configurations; the weights' values do not affect the time of a pass.
 """
 
 from pathlib import Path
@@ -43,11 +43,11 @@ SIZES = {"sd15": (_SD15, _TEXT15, "epsilon"), "sd21": (_SD21, _TEXT21, "v_predic
 
 
 def save(size: str, path: Path) -> Path:
-    """Writes a diffusers pipeline directory with float16 weights, about 2 GB.
+    """Write a diffusers pipeline directory with float16 weights, about 2 GB.
 
     Args:
         size: "sd15" or "sd21".
-        path: directory to write.
+        path: Directory to write.
 
     Returns:
         `path`.
@@ -78,7 +78,7 @@ def save(size: str, path: Path) -> Path:
 
 
 def _byte_tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer without merges: the vocabulary's size does not change a pass either."""
+    """Make CLIP's tokenizer without merges; the size of the vocabulary does not affect the time of a pass."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     symbols = list(bytes_to_unicode().values())

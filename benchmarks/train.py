@@ -1,13 +1,13 @@
-"""How fast stage 2 is, in ratios of one run on one machine.
+"""Compare the speed of training with other implementations, on one machine in one run.
 
 steps       FedAvg on the local engine against a bare PyTorch loop of the same steps (same model, batches, optimiser),
-            and FedDifRC against FedAvg, per step, targets' gathering included; both on ResNet-10 and the small CNN
+            and FedDifRC against FedAvg, per step, including the lookup of targets; with ResNet-10 and the small CNN
 simulators  rounds per hour of the local engine against Flower's Ray simulation and apple/pfl-research's simulator, on
-            the same small FedAvg job: of the whole job, start included, and of its rounds after the first; skipped,
-            and said, where they are not installed
+            the same small FedAvg job: for the job including start-up, and for rounds after the first; simulators
+            that are not installed are skipped
 
-Measurements that are compared alternate and the median of their ratios over the repeats is taken, so that a busy
-moment of the machine falls on both. A table for people; one JSON line comes last.
+Measurements to compare alternate, and the result is the median of their ratios over the repeats, so that other
+processes slow down both. Prints a table, then one JSON line.
 
     python benchmarks/train.py --peers /tmp/peers/bin/python
 """
@@ -31,12 +31,12 @@ from pipeline import provenance
 from pipeline.settings import config, params
 from stages.train_fl import methods, rounds
 from stages.train_fl.augmentation import to_model_range
-from stages.train_fl.client_data import ClientData, Guidance
+from stages.train_fl.client_data import ClientData
 from stages.train_fl.encoders import EncoderName
 from stages.train_fl.engines import local
-from stages.train_fl.methods import Method, feddifrc
+from stages.train_fl.guidance import GuidanceSource, GuidanceTargets, prepare
+from stages.train_fl.methods import Method
 from stages.train_fl.models import FLModel
-from stages.train_fl.placement import GuidanceSource
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -45,18 +45,18 @@ ENCODERS: tuple[EncoderName, ...] = ("resnet10", "small_cnn")
 
 
 @click.command()
-@click.option("--steps", default=40, show_default=True, help="Training steps a measurement.")
+@click.option("--steps", default=40, show_default=True, help="Training steps per measurement.")
 @click.option("--repeats", default=9, show_default=True, help="Measurements of each kind.")
 @click.option("--rounds", default=6, show_default=True, help="Rounds of the simulators' job.")
 @click.option("--clients", default=8, show_default=True, help="Its clients.")
-@click.option("--samples", default=256, show_default=True, help="Its images a client.")
+@click.option("--samples", default=256, show_default=True, help="Its images per client.")
 @click.option("--peers", default=sys.executable, help="A Python with the requirements of benchmarks/requirements.txt.")
 @click.option("--threads", type=int, default=None, help="CPU threads per operation; torch's own choice if not given.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 def main(
     steps: int, repeats: int, rounds: int, clients: int, samples: int, peers: str, threads: int | None, device: str
 ) -> None:
-    """Measures and prints."""
+    """Measure and print."""
     if threads:
         torch.set_num_threads(threads)
     result: dict[str, Any] = {"steps": {}, "threads": torch.get_num_threads()}
@@ -73,14 +73,14 @@ def main(
 
 
 def _steps(encoder: EncoderName, steps: int, repeats: int, device: str) -> dict[str, float]:
-    """Seconds a step of each kind, and the median ratios."""
+    """Return seconds per step of each kind, and the median ratios."""
     job = Job(encoder, 1, 64 * steps, 1, 1, 64, 0.01, 0.9)
     images, labels = job.client(0)
     data = ClientData(images, labels).to(device)
     section = config.load(ROOT / "params.yaml").settings("methods", "feddifrc")
-    assert isinstance(section, params.FedDifRC)
+    assert isinstance(section, params.Guidance)
     guided = ClientData(images, labels, _targets(section, len(labels), _embedding_dim(job), labels)).to(device)
-    fedavg = methods.build(params.FedAvg(algorithm="fedavg"), job.model().to(device), 0.9, 0.0, 1)
+    fedavg = methods.build(methods.FedAvg.Settings(), job.model().to(device), 0.9, 0.0, 1)
     guidance = methods.build(section, job.model().to(device), 0.9, 0.0, 1)
     bare_model = job.model().to(device)
     kinds: dict[str, Callable[[], None]] = {
@@ -124,15 +124,15 @@ def _embedding_dim(job: Job) -> int:
     return job.model().embedding_dim
 
 
-def _targets(section: params.FedDifRC, count: int, dims: int, labels: torch.Tensor) -> Guidance:
+def _targets(section: params.Guidance, count: int, dims: int, labels: torch.Tensor) -> GuidanceTargets:
     """Targets from a random cache in the type that the shards have, prepared as the stage prepares them."""
     generator = torch.Generator().manual_seed(0)
-    cached = Guidance(
+    cached = GuidanceTargets(
         torch.rand((count, dims), generator=generator).half(),
         torch.rand((count, PROMPTS, dims), generator=generator).half(),
         labels,
     )
-    return feddifrc.prepare(cached, section, {"up_blocks.1": [0, dims]}, torch.full((dims,), 0.5), torch.ones(dims))
+    return prepare(cached, section, {"up_blocks.1": [0, dims]}, torch.full((dims,), 0.5), torch.ones(dims))
 
 
 def _timed(run: Callable[[], None], device: str) -> float:
@@ -151,7 +151,7 @@ def _cache_reading() -> dict[str, float] | None:
 
     project = config.load(ROOT / "params.yaml")
     section = project.settings("methods", "feddifrc")
-    assert isinstance(section, params.FedDifRC)
+    assert isinstance(section, params.Guidance)
     try:
         features, rows = FeatureSet(project.features_dir), PreparedDataset(project.dataset_dir).rows("train")
     except PipelineError as error:
@@ -187,7 +187,7 @@ def _simulators(job: Job, peers: str) -> dict[str, Any]:
 def _local_rounds(job: Job) -> dict[str, float]:
     """The job on the local engine, in this process."""
     clients = [ClientData(*job.client(k)) for k in range(job.num_clients)]
-    method = methods.build(params.FedAvg(algorithm="fedavg"), job.model(), job.momentum, 0.0, job.num_clients)
+    method = methods.build(methods.FedAvg.Settings(), job.model(), job.momentum, 0.0, job.num_clients)
     schedule = rounds.Schedule(
         job.num_rounds, job.num_clients, job.local_epochs, job.batch_size, job.learning_rate, 1.0, "none", 0
     )

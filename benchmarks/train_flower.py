@@ -1,4 +1,4 @@
-"""The job of `train_job` on Flower's Ray simulation, written as Flower's own PyTorch quickstart is: one JSON line."""
+"""Run the job of `train_job` in Flower's Ray simulation, written like Flower's PyTorch quickstart; print JSON."""
 
 import functools
 import json
@@ -21,7 +21,7 @@ from stages.train_fl.augmentation import to_model_range
 
 
 def train(message: Message, context: Context, job: Job) -> Message:
-    """Local SGD on the node's own images."""
+    """Run local SGD on the node's images."""
     images, labels = _client(job, int(context.node_config["partition-id"]))
     model = job.model()
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
@@ -41,12 +41,12 @@ def train(message: Message, context: Context, job: Job) -> Message:
 
 @functools.cache
 def _client(job: Job, client_id: int):
-    """Made once in each of Ray's processes."""
+    """Make a client's data once in each of Ray's processes."""
     return job.client(client_id)
 
 
 def serve(grid: Grid, context: Context, job: Job, marks: list[float]) -> None:
-    """Rounds of Flower's own FedAvg; its evaluation hook is our clock. Fails unless every client trained in each."""
+    """Run Flower's FedAvg, timed by its evaluation hook; fail unless every client trained in every round."""
     strategy = FedAvg(
         fraction_train=1.0,
         fraction_evaluate=0.0,
@@ -61,11 +61,13 @@ def serve(grid: Grid, context: Context, job: Job, marks: list[float]) -> None:
     )
     replies = [metrics["replies"] for metrics in result.train_metrics_clientapp.values()]
     if replies != [job.num_clients] * job.num_rounds:
-        raise RuntimeError(f"clients failed: of {job.num_clients} in each of {job.num_rounds} rounds came {replies}")
+        raise RuntimeError(
+            f"Clients failed: {replies} replies by round instead of {job.num_clients} in each of {job.num_rounds}"
+        )
 
 
 def main(job: Job) -> None:
-    """Runs the simulation; every core trains one client at a time. The clock starts before Ray does."""
+    """Run the simulation, one client per core at a time. The clock starts before Ray does."""
     marks = [time.perf_counter()]
     logging.disable(logging.WARNING)
     server, client = ServerApp(), ClientApp()

@@ -1,4 +1,4 @@
-"""The job that `train.py` gives to every simulator: who has which images, and which network is trained how."""
+"""The job that `train.py` gives to every simulator: the clients' images, the network and the training settings."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -15,7 +15,7 @@ NUM_CLASSES = 10
 
 @dataclass(frozen=True)
 class Job:
-    """FedAvg with every client in every round, on random 32x32 images: speed does not ask what they show."""
+    """FedAvg with every client in every round, on random 32x32 images; their content does not affect speed."""
 
     encoder: EncoderName
     num_clients: int
@@ -27,28 +27,28 @@ class Job:
     momentum: float
 
     def to_json(self) -> str:
-        """For another process's command line."""
+        """Serialise for the command line of another process."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "Job":
-        """From `to_json`."""
+        """Parse the result of `to_json`."""
         return cls(**json.loads(text))
 
     def client(self, client_id: int) -> tuple[Tensor, Tensor]:
-        """A client's images, uint8 (n, 3, 32, 32), and labels, int64 (n,)."""
+        """Return a client's images, uint8 (n, 3, 32, 32), and labels, int64 (n,)."""
         generator = torch.Generator().manual_seed(client_id)
         n = self.samples_per_client
         images = torch.randint(0, 256, (n, 3, 32, 32), generator=generator, dtype=torch.uint8)
         return images, torch.randint(0, NUM_CLASSES, (n,), generator=generator)
 
     def model(self) -> FLModel:
-        """The network, the same for everyone."""
+        """Build the network, with the same weights for everyone."""
         return models.build(EncoderSettings(self.encoder, "batch", "float32", True), NUM_CLASSES, seed=0)
 
 
 def seconds_a_round(marks: list[float]) -> dict[str, float]:
-    """From the clock at the start and after every round: seconds of the job, its first round, and a later one."""
+    """Return the seconds of the job, its first round and a later round, from times at the start and after each."""
     rounds = [after - before for before, after in zip(marks, marks[1:], strict=False)]
     later = rounds[1:] or rounds
     return {

@@ -1,4 +1,4 @@
-"""The job of `train_job` on apple/pfl-research's simulator: one JSON line."""
+"""Run the job of `train_job` in apple/pfl-research's simulator; print JSON."""
 
 import json
 import logging
@@ -25,43 +25,43 @@ from stages.train_fl.augmentation import to_model_range
 
 
 class Network(nn.Module):
-    """The job's network with the two functions that pfl wants of a model."""
+    """The job's network with the two methods that pfl requires."""
 
     def __init__(self, job: Job) -> None:
-        """Builds it."""
+        """Build the network."""
         super().__init__()
         self.network = job.model()
 
     def loss(self, images: Tensor, labels: Tensor, eval: bool = False) -> Tensor:
-        """Mean cross-entropy."""
+        """Return the mean cross-entropy."""
         self.train(not eval)
         return functional.cross_entropy(self.network(to_model_range(images))[1], labels)
 
     def metrics(self, images: Tensor, labels: Tensor, eval: bool = False) -> dict:
-        """Nothing: the benchmark does not evaluate."""
+        """Return nothing; the benchmark does not evaluate."""
         return {}
 
 
 class Clock(TrainingProcessCallback):
-    """Notes the time before training and after every round."""
+    """Record the time before training and after every round."""
 
     def __init__(self) -> None:
-        """No marks yet."""
+        """Start without marks."""
         self.marks: list[float] = []
 
     def on_train_begin(self, *, model: PyTorchModel) -> Metrics:
-        """Before the first round."""
+        """Record the start."""
         self.marks.append(time.perf_counter())
         return Metrics()
 
     def after_central_iteration(self, aggregate_metrics, model, *, central_iteration: int):
-        """After a round; never stops training."""
+        """Record the end of a round; never stop training."""
         self.marks.append(time.perf_counter())
         return False, Metrics()
 
 
 def main() -> None:
-    """Runs the simulation in one process, as pfl does on one machine without a GPU."""
+    """Run the simulation in one process, as pfl does on one machine without a GPU."""
     job = Job.from_json(sys.argv[1])
     logging.disable(logging.WARNING)
     clients = [Dataset(raw_data=list(job.client(k)), user_id=str(k)) for k in range(job.num_clients)]

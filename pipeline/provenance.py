@@ -1,6 +1,6 @@
-"""What an output is made of: fingerprints, checksums, the code's commit, software and hardware.
+"""Provenance of an output: fingerprints, checksums, the code's commit, software and hardware.
 
-Written beside every output. Nothing here holds a time, a path or a host name, so equal work gives equal bytes.
+It is written beside every output, and contains no time, path or host name, so that equal work gives equal bytes.
 """
 
 import hashlib
@@ -22,29 +22,29 @@ CHECKSUMS = "SHA256SUMS"
 
 
 def fingerprint(content: Mapping[str, Any]) -> str:
-    """SHA-256 over canonical JSON, as 64 hexadecimal digits: equal content, equal fingerprint."""
+    """Return the SHA-256 of canonical JSON, as 64 hexadecimal digits: equal content gives equal fingerprints."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, 64 hexadecimal digits.
+    """Return the SHA-256 of a file's bytes, as 64 hexadecimal digits.
 
     Raises:
-        SystemRefusal: the operating system did not let it be read.
-        OSError: there is no such file.
+        SystemRefusal: The operating system refused to read it.
+        OSError: There is no such file.
     """
     with reading(path), path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def describe(device: str | None = None) -> dict[str, Any]:
-    """The code's commit, the versions of what computes, and the hardware it computed on."""
+    """Return the code's commit, the versions of Python and the packages, and the hardware."""
     return software() | {"hardware": hardware(device)}
 
 
 def software() -> dict[str, Any]:
-    """The code's commit and the versions of what computes."""
+    """Return the code's commit and the versions of Python and the packages."""
     return {
         "feddifrc": pipeline.__version__,
         "commit": git_commit(),
@@ -54,17 +54,17 @@ def software() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit that the code was run from, "-dirty" added where it was changed since; None outside git.
+    """Return the commit of the running code, with "-dirty" if files were changed since; None outside git.
 
     Raises:
-        SystemRefusal: git cannot be started now, for example because too many files are open; it decides what a
-            checkpoint is named, so None would lose one.
+        SystemRefusal: git cannot be started now, for example because too many files are open. Checkpoints are named
+            after the commit, so returning None would lose one.
     """
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (FileNotFoundError, PermissionError, subprocess.TimeoutExpired):  # there is no git that runs
+    except (FileNotFoundError, PermissionError, subprocess.TimeoutExpired):  # git is not installed or does not run
         return None
     except OSError as error:
         raise refusal(error, here) or error from None
@@ -72,7 +72,7 @@ def git_commit() -> str | None:
 
 
 def code_sha256() -> str:
-    """SHA-256 over the code that runs, where there is no commit to name it: an installed package, a Flower app."""
+    """Return the SHA-256 of the running code, for an installed package or a Flower app, which have no commit."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for file in sorted(file for top in ("pipeline", "stages") for file in (root / top).rglob("*.py")):
@@ -81,7 +81,7 @@ def code_sha256() -> str:
 
 
 def hardware(device: str | None = None) -> dict[str, Any]:
-    """Processor, number of usable cores, and the GPU's name where `device` is one."""
+    """Return the processor, the number of usable cores, and the GPU's name if `device` is one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found: dict[str, Any] = {"cpu": _cpu_name(), "cores": cores}
     if device and device.startswith("cuda"):
@@ -90,7 +90,7 @@ def hardware(device: str | None = None) -> dict[str, Any]:
 
 
 def processor(device: str) -> str:
-    """The name of the GPU or processor behind a torch device."""
+    """Return the name of the GPU or processor of a torch device."""
     if not device.startswith("cuda"):
         return _cpu_name()
     import torch
@@ -99,32 +99,32 @@ def processor(device: str) -> str:
 
 
 def write_checksums(folder: Path) -> None:
-    """Writes SHA256SUMS of the files in `folder`, as sha256sum does, but of hidden and unfinished ones.
+    """Write SHA256SUMS of the files in `folder`, in the format of sha256sum, without hidden and temporary files.
 
-    It appears after all of them, and itself, are on the disk: they are whole even after a power cut.
+    All of them are synced to the disk before it appears, so that it vouches for them even after a power cut.
 
     Raises:
-        PipelineError: it cannot be written.
+        PipelineError: It cannot be written.
     """
     names = sorted(file.name for file in folder.iterdir() if file.is_file() and _is_content(file.name))
     with atomic.replace_file(folder / CHECKSUMS) as temporary:
         temporary.write_bytes("".join(f"{file_sha256(folder / name)}  {name}\n" for name in names).encode())
-        for file in (*(folder / name for name in names), temporary):
-            atomic.sync_to_disk(file)
+        for name in names:
+            atomic.sync_to_disk(folder / name)
 
 
 def changed_file(folder: Path, names: Iterable[str]) -> str | None:
-    """The first of these files in `folder` that is not what SHA256SUMS there says; itself if it is damaged.
+    """Return the first of these files in `folder` that differs from SHA256SUMS there; itself if it lacks one.
 
     Raises:
-        FileNotFoundError: it, or one of the files, is missing.
+        FileNotFoundError: SHA256SUMS or one of the files is missing.
     """
     lines = (folder / CHECKSUMS).read_text(encoding="utf-8", errors="replace").splitlines()
-    said = {name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
+    expected = {name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
     for name in names:
-        if name not in said:
+        if name not in expected:
             return CHECKSUMS
-        if file_sha256(folder / name) != said[name]:
+        if file_sha256(folder / name) != expected[name]:
             return name
     return None
 

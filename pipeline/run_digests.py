@@ -1,14 +1,14 @@
-"""The runs of the sweep, each with a small file in results/.sweep: what DVC's report stage depends on.
+"""A small file in results/.sweep for each run of the sweep, on which DVC's report stage depends.
 
-results/ also holds runs that left the sweep or were made by hand, so the report cannot depend on the whole folder, and
-DVC cannot list the runs of a matrix as dependencies. Every run of the sweep therefore writes the SHA-256 of its
+results/ also holds runs that are no longer in the sweep or were made by hand, so the report cannot depend on all of it,
+and DVC cannot list the runs of a matrix as dependencies. Every run of the sweep therefore writes the SHA-256 of its
 SHA256SUMS to results/.sweep/<run>.sha256, and the report removes the files of other runs before DVC records the folder.
 """
 
 from pathlib import Path
 
 from pipeline import provenance
-from pipeline.errors import PipelineError
+from pipeline.errors import DataError
 from pipeline.io import atomic
 from pipeline.settings.config import Config
 
@@ -16,14 +16,14 @@ _SUFFIX = ".sha256"
 
 
 def record(config: Config, run: Path) -> None:
-    """Writes the file of a finished run; a run that the sweep in params.yaml does not name gets none.
+    """Write the file of a finished run; nothing for a run outside the sweep in params.yaml.
 
     Args:
-        config: the project's configuration.
-        run: the run's folder, with its checksums.
+        config: The project's configuration.
+        run: The run's folder, with its checksums.
 
     Raises:
-        PipelineError: it cannot be written.
+        PipelineError: It cannot be written.
     """
     if config.sweep_is_as_written and run in config.runs_of_sweep:
         config.sweep_dir.mkdir(parents=True, exist_ok=True)
@@ -31,27 +31,27 @@ def record(config: Config, run: Path) -> None:
 
 
 def check(config: Config, run: Path) -> None:
-    """Checks that a run is the one that its file was written for; a run may have no file.
+    """Check that a run is the one that its file was written for; a run may have no file.
 
     Raises:
-        PipelineError: it is another.
-        FileNotFoundError: the run has no checksums.
+        DataError: It is another run.
+        FileNotFoundError: The run has no checksums.
     """
     file, found = _file(config, run), provenance.file_sha256(run / provenance.CHECKSUMS)
     if file.exists() and file.read_text(encoding="utf-8", errors="replace").strip() != found:
-        raise PipelineError(
-            f"{run} is not the run that {file} was written for: train it again or `dvc checkout` both, or delete that "
-            "file to take the run as it is"
+        raise DataError(
+            f"{run} is not the run that {file} was written for (checksums differ). Train it again or `dvc checkout` "
+            "both, or delete that file to accept the run as it is."
         )
 
 
 def complete(config: Config) -> None:
-    """Leaves in results/.sweep the runs of the sweep and no others; all of them must be finished.
+    """Write the missing files of the sweep's runs, which must be finished, and remove those of other runs.
 
-    A sweep that was given on the command line is not the one that DVC knows: nothing is changed for it.
+    DVC does not know a sweep given on the command line, so nothing is changed for it.
 
     Raises:
-        PipelineError: a file cannot be written.
+        PipelineError: A file cannot be written.
     """
     if not config.sweep_is_as_written:
         return

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 from ruamel.yaml import YAML
 
+import stages.train_fl.methods  # noqa: F401  registers the methods' settings
 from pipeline.cli.commands import main
 
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-")  # read when huggingface_hub is imported

@@ -1,4 +1,4 @@
-"""The house's rules, read from the imports and calls of the code itself."""
+"""The rules of the code's structure, read from its imports."""
 
 import ast
 import subprocess
@@ -26,18 +26,93 @@ def test_the_tree_is_where_we_look():
     assert len(FILES) > 30
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(ROOT).as_posix())
-def test_a_stage_imports_no_other_stage_and_the_corridor_none(file):
-    parts = file.relative_to(ROOT).parts
-    if parts == ("pipeline", "cli", "commands.py"):  # the command line is above the stages
-        return
-    own = f"stages.{parts[1]}" if parts[0] == "stages" and len(parts) > 2 else None
+# Packages and modules from the lowest layer to the highest. A module imports from its own layer or from lower ones.
+LAYERS = {
+    "pipeline": [
+        ["errors", "text", "seeding", "accuracy", "project"],
+        ["io"],
+        [
+            "provenance",
+            "manifests",
+            "settings",
+            "devices",
+            "progress",
+            "plotting",
+            "data",
+            "feature_store",
+            "run_digests",
+        ],
+        ["diffusion"],
+        ["federation", "cli"],
+    ],
+    "stages.train_fl": [
+        ["losses", "encoders", "models", "augmentation", "client_data", "partitions", "synthetic"],
+        ["methods"],
+        ["guidance", "placement", "feature_check", "data"],
+        ["rounds", "evaluate", "probes"],
+        ["checkpoint", "records"],
+        ["loggers"],
+        ["session"],
+        ["engines"],
+        ["run", "simulation"],
+    ],
+}
+ABOVE_THE_STAGES = ("pipeline.cli", "pipeline.federation.app")
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file): file for file in FILES}
+
+
+def inside(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_stages_are_imported_only_by_themselves_and_from_above(name):
+    own = ".".join(name.split(".")[:2]) if name.startswith("stages.") else None
     foreign = {
-        name
-        for name in imports(file)
-        if name.startswith("stages.") and not (own and (name == own or name.startswith(own + ".")))
+        other for other in imports(MODULES[name]) if other.startswith("stages.") and not (own and inside(other, own))
     }
-    assert not foreign
+    assert not foreign or any(inside(name, roof) for roof in ABOVE_THE_STAGES)
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_no_import_goes_up_a_layer(package):
+    layer = {f"{package}.{part}": number for number, parts in enumerate(LAYERS[package]) for part in parts}
+
+    def layer_of(name: str) -> int | None:
+        return next((number for part, number in layer.items() if inside(name, part)), None)
+
+    own = {name: layer_of(name) for name in MODULES if inside(name, package) and name != package}
+    assert not [name for name, number in own.items() if number is None and name != "pipeline.__main__"]
+    up = [
+        f"{name} imports {other}"
+        for name, number in own.items()
+        for other in imports(MODULES[name])
+        if number is not None and (above := layer_of(other)) is not None and above > number
+    ]
+    assert not up
+
+
+def test_modules_import_each_other_without_a_cycle():
+    graph = {
+        name: {
+            found
+            for other in imports(file)
+            for found in [other if other in MODULES else other.rpartition(".")[0]]
+            if found in MODULES and found != name and not inside(name, found)
+        }
+        for name, file in MODULES.items()
+    }
+    while leaves := [name for name, others in graph.items() if not others & graph.keys()]:
+        for name in leaves:
+            del graph[name]
+    assert not graph
 
 
 def run_python(code: str) -> str:

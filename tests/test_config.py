@@ -36,7 +36,7 @@ def complaint(file, overrides=None):
     return str(caught.value).replace(str(file.parent) + "/", "")
 
 
-def test_the_repositorys_own_file_is_valid_and_its_values_arrive(file):
+def test_repositorys_own_file_is_valid(file):
     loaded = config.load(file)
     assert loaded.params.extract_features.timestep == 300
     assert loaded.params.train_fl.weight_decay == 1e-5
@@ -145,13 +145,13 @@ def test_the_repositorys_own_file_is_valid_and_its_values_arrive(file):
         ),
     ],
 )
-def test_a_mistake_is_one_line(params, old, new, line):
+def test_invalid_key_is_reported_on_one_line(params, old, new, line):
     message = complaint(params(old, new))
     assert message.startswith(f"params.yaml: {line}")
     assert "\n" not in message
 
 
-def test_two_mistakes_are_two_lines(params):
+def test_two_invalid_keys_are_two_lines(params):
     params("  timestep: 300", "  timestep: -1")
     lines = complaint(params("  image_size: 32", "  imagesize: 32")).splitlines()
     assert lines == [
@@ -161,7 +161,7 @@ def test_two_mistakes_are_two_lines(params):
     ]
 
 
-def test_a_missing_section(params):
+def test_missing_and_unknown_sections(params):
     file = params("report:\n", "sweeep: {}\nreport:\n")
     text = file.read_text()
     file.write_text(text.replace(text[text.index("partitions:  ") : text.index("federation:  ")], ""))
@@ -191,14 +191,14 @@ def test_a_missing_section(params):
         (b"a: \x00\n", "params.yaml is not valid YAML ("),
     ],
 )
-def test_what_is_not_yaml_is_one_line(file, text, line):
+def test_invalid_yaml_is_reported_on_one_line(file, text, line):
     file.write_bytes(text)
     message = complaint(file)
     assert message.startswith(line)
     assert "\n" not in message
 
 
-def test_a_file_that_is_not_there_or_a_folder(tmp_path):
+def test_missing_file_and_folder_are_reported(tmp_path):
     assert complaint(tmp_path / "nowhere.yaml").startswith("nowhere.yaml does not exist. Run in the project's folder")
     (tmp_path / "folder").mkdir()
     assert complaint(tmp_path / "folder") == "folder cannot be read (Is a directory). Name a file with --params."
@@ -213,7 +213,7 @@ def test_numbers_are_read_as_yaml_1_2(params):
     assert loaded.params.extract_features.timestep == 10
 
 
-def test_words_stay_words_as_in_yaml_1_2(params):
+def test_no_is_text_as_in_yaml_1_2(params):
     assert config.load(params("  name: digits ", "  name: no ")).params.prepare_data.name == "no"
 
 
@@ -239,12 +239,12 @@ def test_words_stay_words_as_in_yaml_1_2(params):
         ("nowhere", "x", "x"),
     ],
 )
-def test_a_value_on_the_command_line_is_what_its_key_takes(key, text, value):
+def test_command_line_value_is_parsed_by_the_type_of_its_key(key, text, value):
     read = config.parse_value(key, text)
     assert (read, type(read)) == (value, type(value))
 
 
-def test_flags_and_set_go_over_the_file(file):
+def test_overrides_replace_the_files_values(file):
     loaded = config.load(
         file, {"train_fl.num_rounds": 3, "methods.feddifrc.temperature": 0.1, "prepare_data.path": "x"}
     )
@@ -266,7 +266,7 @@ def test_flags_and_set_go_over_the_file(file):
         (["--set", "methods.new.algorithm=x"], "command line: methods.new.algorithm = 'x': input should be one of"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(file, arguments, line):
+def test_invalid_command_line_value_is_not_blamed_on_the_file(file, arguments, line):
     result = invoke(file.parent, "prepare-data", *arguments)
     assert (result.exit_code, result.output.count("\n")) == (1, 1)
     assert result.output.startswith(f"Error: {line}")
@@ -285,12 +285,12 @@ def test_settings_of_an_unknown_name(file):
         config.load(file).settings("methods", "nope")
 
 
-def test_only_the_keys_of_the_chosen_algorithm_are_offered(params):
+def test_hint_lists_only_keys_of_the_chosen_algorithm(params):
     message = complaint(params("    algorithm: fedavg\n", "    algorithm: fedavg\n    tempreture: 1\n"))
     assert message == "params.yaml: methods.fedavg.tempreture is not a known key; allowed here: algorithm, guidance"
 
 
-def test_what_takes_guidance_by_an_alias_has_its_own_value_when_set(params):
+def test_override_does_not_change_other_users_of_a_yaml_alias(params):
     file = params("  simsiam:", "  moon-feddifrc: {algorithm: fedavg, guidance: *guidance}\n  simsiam:")
     changed = "methods.fedprox-feddifrc.guidance.temperature"
     methods = config.load(file, {changed: 0.1}).params.methods
@@ -300,7 +300,7 @@ def test_what_takes_guidance_by_an_alias_has_its_own_value_when_set(params):
     assert found == {"fedprox-feddifrc": 0.1, "moon-feddifrc": 0.04, "feddifrc": 0.04, "feddifrc-ssl": 0.04}
 
 
-def test_two_runs_of_one_name_are_refused(params):
+def test_two_runs_with_one_folder_are_rejected(params):
     params(
         "  dir005: {kind", "  ssl-dir005: {kind: iid}\n  dir005: {kind"
     )  # feddifrc-ssl on dir005, feddifrc on ssl-dir005
@@ -310,7 +310,7 @@ def test_two_runs_of_one_name_are_refused(params):
     )
 
 
-def test_differing_keys_are_named_as_they_are_written():
+def test_differing_keys_are_dotted():
     wanted = {"a": {"b": 1, "c": [1, 2], "d": {"e": None}}, "f": 0.1, "g": {"h": 1}}
     assert (
         config.differing_keys({"a": {"b": 1, "c": [1, 2], "d": {"e": None}, "x": 1}, "f": 0.1, "g": {"h": 1}}, wanted)
@@ -325,7 +325,7 @@ def test_differing_keys_are_named_as_they_are_written():
     ]
 
 
-def test_help_says_what_a_key_may_be(file):
+def test_help_describes_allowed_values(file):
     words = " ".join(invoke(file.parent, "train-fl", "--help").output.split())
     assert "[small_cnn, resnet10, resnet18 or mobilenet_v2]" in words
     assert "[a number > 0 and <= 1]" in words and "[an integer >= 1 or null]" in words
@@ -358,7 +358,7 @@ def test_help_shows_examples_line_by_line(file):
         ({"method": {"algorithm": ...}}, "methods.fedavg.algorithm nothing, but", None),
     ],
 )
-def test_a_run_of_other_settings_is_refused_with_both_values_and_what_takes_it(change, said, flags):
+def test_run_with_other_settings_is_rejected_with_both_values_and_the_flags_for_it(change, said, flags):
     here = config.load(REPOSITORY / "params.yaml")
     run = here.settings_of_run("fedavg", "dir05")
     for section, values in change.items():
@@ -372,7 +372,7 @@ def test_a_run_of_other_settings_is_refused_with_both_values_and_what_takes_it(c
 
 
 @pytest.mark.parametrize("below", ["", "sub/project"])
-def test_a_path_is_the_projects_own_first_and_then_the_real_projects(tmp_path, monkeypatch, below):
+def test_path_is_found_in_dvcs_copy_before_the_project(tmp_path, monkeypatch, below):
     """An experiment's copy of a project is below .dvc/tmp of the real one; the project may be a part of DVC's."""
     copied = tmp_path / ".dvc" / "tmp" / "exps" / "standalone" / "tmp1"
     here, there = copied / below, tmp_path / below
@@ -393,7 +393,7 @@ def test_a_path_is_the_projects_own_first_and_then_the_real_projects(tmp_path, m
     assert workspace.home == there and workspace.places("nowhere") == [there / "nowhere"]
 
 
-def test_another_project_that_a_dvc_stage_names_is_its_own_home(tmp_path, monkeypatch):
+def test_other_project_under_a_dvc_stage_has_its_own_home(tmp_path, monkeypatch):
     (tmp_path / "other").mkdir()
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "project"))
     assert config.load(write_params(tmp_path / "other", {})).home == tmp_path / "other"

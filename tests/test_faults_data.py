@@ -1,4 +1,4 @@
-"""Damage to a prepared data set: each kind is named in one line, and no damaged image is handed out."""
+"""Damage to a prepared data set: each kind is reported in one line, and no damaged image is returned."""
 
 import json
 import shutil
@@ -82,10 +82,10 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_damaged_split_is_named(path, fault):
+def test_damaged_split_is_reported(path, fault):
     FAULTS[fault](path / "train.h5")
     with pytest.raises(
-        PipelineError, match=r"probe/train\.h5 .*run `pipeline prepare-data` again, or `dvc pull`"
+        PipelineError, match=r"probe/train\.h5 .*Run `pipeline prepare-data` again, or get a good copy with `dvc pull`"
     ) as caught:
         PreparedDataset(path).load("train")
     assert "\n" not in str(caught.value)
@@ -93,7 +93,7 @@ def test_a_damaged_split_is_named(path, fault):
         PreparedDataset(path).load("test")
 
 
-def test_every_single_bit_of_the_content_counts(path):
+def test_any_flipped_bit_of_the_content_is_found(path):
     pristine = (path / "test.h5").read_bytes()
     start = offset_of(path / "test.h5", "images")
     for offset in range(start, start + 5 * 8 * 8 * 3, 37):
@@ -104,7 +104,7 @@ def test_every_single_bit_of_the_content_counts(path):
     PreparedDataset(path).load("test")
 
 
-def test_a_split_of_another_set_is_named(path, tmp_path):
+def test_split_of_another_data_set_is_reported(path, tmp_path):
     other = write(tmp_path / "other", seed=1)
     shutil.copy(other / "train.h5", path / "train.h5")
     with pytest.raises(PipelineError, match="does not hold the train images"):
@@ -135,7 +135,7 @@ def edit(**changes):
         (edit(surprise=1), "surprise"),
     ],
 )
-def test_a_damaged_manifest_is_named(path, change, message):
+def test_damaged_manifest_is_reported(path, change, message):
     manifest = path / "manifest.json"
     manifest.write_text(change(manifest.read_text()))
     with pytest.raises(PipelineError, match=rf"probe/manifest\.json is not the manifest .*{message}") as caught:
@@ -143,7 +143,7 @@ def test_a_damaged_manifest_is_named(path, change, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_manifest_that_is_not_text_or_no_file(path):
+def test_manifest_that_is_not_text_or_not_a_file_is_reported(path):
     (path / "manifest.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(PipelineError, match="is not the manifest"):
         PreparedDataset(path)
@@ -155,14 +155,14 @@ def test_a_manifest_that_is_not_text_or_no_file(path):
         PreparedDataset(path)
 
 
-def test_swapped_class_names_are_another_data_set(path):
+def test_swapped_class_names_change_the_hash(path):
     before = PreparedDataset(path).hash
     manifest = path / "manifest.json"
     manifest.write_text(edit(class_names=["b", "a"])(manifest.read_text()))
     assert PreparedDataset(path).hash != before
 
 
-def test_a_user_sees_one_line(tmp_path):
+def test_user_sees_one_line(tmp_path):
     write_params(tmp_path, {})
     write(tmp_path / "data" / "datasets" / "digits")
     FAULTS["half"](tmp_path / "data" / "datasets" / "digits" / "train.h5")

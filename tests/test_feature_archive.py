@@ -1,4 +1,4 @@
-"""One tar there and back; an archive that is damaged or hostile leaves nothing behind, and nothing outside."""
+"""Export and import of a tar; a damaged or hostile archive leaves no files, inside or outside the target folder."""
 
 import hashlib
 import io
@@ -43,7 +43,7 @@ def refused(file, tmp_path, match):
     assert sorted(path for path in tmp_path.rglob("*") if "received" not in path.parts) == outside
 
 
-def test_there_and_back(exported, tmp_path):
+def test_import_restores_the_exported_set_byte_for_byte(exported, tmp_path):
     path = archive.read(exported, tmp_path / "received")
     assert path == tmp_path / "received" / "mine"
     original = tmp_path / "sets" / "mine"
@@ -55,12 +55,12 @@ def test_there_and_back(exported, tmp_path):
     assert (tmp_path / "again.tar").read_bytes() == exported.read_bytes()
 
 
-def test_the_manifest_is_read_without_the_rest(exported, tmp_path):
+def test_manifest_is_read_without_the_other_members(exported, tmp_path):
     (tmp_path / "head.tar").write_bytes(exported.read_bytes()[:8192])
     assert archive.manifest_of(tmp_path / "head.tar") == archive.manifest_of(exported)
 
 
-def test_another_set_in_the_place_is_kept(exported, tmp_path):
+def test_import_keeps_another_set_of_the_same_name(exported, tmp_path):
     write(tmp_path / "staging2", tmp_path / "received" / "mine", timestep=7)
     before = (tmp_path / "received" / "mine" / "manifest.json").read_bytes()
     with pytest.raises(PipelineError, match="holds another feature set .*--as"):
@@ -68,7 +68,7 @@ def test_another_set_in_the_place_is_kept(exported, tmp_path):
     assert (tmp_path / "received" / "mine" / "manifest.json").read_bytes() == before
 
 
-def test_a_corrupt_set_is_not_exported(tmp_path):
+def test_corrupt_set_is_not_exported(tmp_path):
     write(tmp_path / "staging", tmp_path / "mine")
     shard = tmp_path / "mine" / "shard-00001.h5"
     data = bytearray(shard.read_bytes())
@@ -81,14 +81,14 @@ def test_a_corrupt_set_is_not_exported(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0, 100, 600, 5000, 20_000, 40_000])
-def test_a_tar_that_is_cut_short(exported, tmp_path, keep):
+def test_truncated_tar_is_rejected(exported, tmp_path, keep):
     data = exported.read_bytes()
     assert keep < len(data) - 10_240
     exported.write_bytes(data[:keep])
     refused(exported, tmp_path, "is not a complete tar|is truncated|is not its first file")
 
 
-def test_a_flipped_byte(exported, tmp_path):
+def test_flipped_byte_is_found(exported, tmp_path):
     data = exported.read_bytes()
     shard = members(exported)[2][1]
     header, content = data.index(shard) - 512, data.index(shard) + len(shard) // 2
@@ -102,7 +102,7 @@ def test_a_flipped_byte(exported, tmp_path):
         refused(exported, tmp_path, match)
 
 
-def test_a_path_that_leads_outside(exported, tmp_path):
+def test_member_path_outside_the_folder_is_rejected(exported, tmp_path):
     for name in ("../mine/basis.h5", "/tmp/evil/basis.h5", "mine/../../basis.h5"):
         parts = members(exported)
         parts[1][0].name = name
@@ -114,7 +114,7 @@ def test_a_path_that_leads_outside(exported, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE])
-def test_links_and_devices(exported, tmp_path, kind):
+def test_links_and_devices_are_rejected(exported, tmp_path, kind):
     for position in (0, 1):
         parts = members(exported)
         parts[position][0].type, parts[position][0].linkname = kind, "/etc/passwd"
@@ -122,7 +122,7 @@ def test_links_and_devices(exported, tmp_path, kind):
         refused(tmp_path / "evil.tar", tmp_path, "link, a device|is not its first file")
 
 
-def test_more_or_twice_or_out_of_order(exported, tmp_path):
+def test_extra_duplicate_or_reordered_members_are_rejected(exported, tmp_path):
     parts = members(exported)
     for changed in ([*parts, parts[-1]], [parts[0], *parts[:0:-1]], parts[1:], [parts[0], parts[1], parts[1]]):
         rewrite(tmp_path / "evil.tar", changed)
@@ -137,12 +137,12 @@ def with_manifest(exported, change):
     return parts
 
 
-def test_a_manifest_that_claims_more_than_the_disk_holds(exported, tmp_path):
+def test_manifest_that_claims_more_than_the_disk_holds_is_rejected(exported, tmp_path):
     rewrite(tmp_path / "evil.tar", with_manifest(exported, lambda m: m["shards"]["1"].update(bytes=10**15)))
     refused(tmp_path / "evil.tar", tmp_path, "needs 1 PB, but .* free")
 
 
-def test_a_manifest_that_names_files_outside_or_is_newer(exported, tmp_path):
+def test_manifest_that_names_outside_files_or_is_newer_is_rejected(exported, tmp_path):
     rewrite(tmp_path / "evil.tar", with_manifest(exported, lambda m: m["basis"].update(file="../basis.h5")))
     refused(tmp_path / "evil.tar", tmp_path, "is not a manifest .*basis.file")
     rewrite(tmp_path / "evil.tar", with_manifest(exported, lambda m: m.update(format_version=2)))
@@ -150,8 +150,8 @@ def test_a_manifest_that_names_files_outside_or_is_newer(exported, tmp_path):
 
 
 @pytest.mark.parametrize("trick", ["external link", "soft link", "external storage", "virtual"])
-def test_hdf5_that_would_read_other_files(exported, tmp_path, trick):
-    """The checksums are right, as an attacker's are; what the shard would read stands elsewhere."""
+def test_hdf5_that_refers_to_other_files_is_rejected(exported, tmp_path, trick):
+    """The checksums are right, as an attacker would make them; the shard's data are in another file."""
     secret = tmp_path / "secret.h5"
     with h5py.File(secret, "w") as h5:
         h5["label"] = [0, 1, 2, 0]
@@ -177,7 +177,7 @@ def test_hdf5_that_would_read_other_files(exported, tmp_path, trick):
     rewrite(
         tmp_path / "evil.tar", [(parts[0][0], json.dumps(manifest).encode()), parts[1], (parts[2][0], data), *parts[3:]]
     )
-    refused(tmp_path / "evil.tar", tmp_path, "link to somewhere else|are in another file")
+    refused(tmp_path / "evil.tar", tmp_path, "link to another place|are in another file")
 
 
 def header(name, size, kind=b"0"):
@@ -209,8 +209,8 @@ HEADERS = {
 
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("headers", HEADERS.values(), ids=HEADERS.keys())
-def test_extensions_of_the_format(exported, tmp_path, headers, first):
-    """None is written by us; Python's reader follows them before it is asked, ever deeper or into memory."""
+def test_tar_extensions_are_rejected_by_their_header(exported, tmp_path, headers, first):
+    """`export` writes none of them; tarfile by itself would follow them, recursively or into memory."""
     parts = members(exported)
     rewrite(tmp_path / "head.tar", parts[:1])
     before = b"" if first else (tmp_path / "head.tar").read_bytes()[: 512 + -(-parts[0][0].size // 512) * 512]
@@ -219,8 +219,8 @@ def test_extensions_of_the_format(exported, tmp_path, headers, first):
 
 
 @pytest.mark.parametrize("kind", [b"x", b"L", b"g", b"0"])
-def test_a_header_that_claims_all_memory(tmp_path, kind):
-    """20 GB that are there, though they take no disk."""
+def test_header_that_claims_all_memory_is_rejected(tmp_path, kind):
+    """A sparse file of 20 GB."""
     with (tmp_path / "evil.tar").open("wb") as stream:
         stream.write(header("mine/manifest.json", 20 << 30, kind))
         stream.truncate(20 << 30)
@@ -229,14 +229,14 @@ def test_a_header_that_claims_all_memory(tmp_path, kind):
     )
 
 
-def test_a_plain_header_of_more_than_eight_gigabytes_is_read(tmp_path):
-    """Its size is then not written in octal digits."""
+def test_header_of_a_member_above_eight_gigabytes_is_read(tmp_path):
+    """Such a size is not written in octal digits."""
     (tmp_path / "big.tar").write_bytes(header("mine/manifest.json", 9 << 30))
     refused(tmp_path / "big.tar", tmp_path, f"its manifest has {9 << 30} bytes")
 
 
 @pytest.mark.parametrize("name", ["mine.old", "mine.tmp", "x.tar", "-x", "..", "a/b", "", "ü", "x" * 81])
-def test_a_name_that_means_something_else(exported, tmp_path, name):
+def test_ambiguous_set_name_is_rejected(exported, tmp_path, name):
     with pytest.raises(PipelineError, match="is not a valid name for a feature set .1 to 80 letters"):
         archive.read(exported, tmp_path / "received", name)
     if "/" not in name and name.strip("."):
@@ -246,7 +246,7 @@ def test_a_name_that_means_something_else(exported, tmp_path, name):
     assert archive.read(exported, tmp_path / "received", "x" * 80).exists()
 
 
-def test_faults_of_an_archive_name_it_and_say_get_it_again(exported, tmp_path):
+def test_problems_of_an_archive_name_it_and_say_to_get_it_again(exported, tmp_path):
     path = tmp_path / "forged"
     write(tmp_path / "staging", path)
     forge(path, shard=lambda h5, number: h5["prompt_class"].__setitem__(slice(None), 0))
@@ -258,7 +258,7 @@ def test_faults_of_an_archive_name_it_and_say_get_it_again(exported, tmp_path):
     refused(tmp_path / "evil.tar", tmp_path, r"manifest.json is not a manifest .*\. Get it again\.$")
 
 
-def test_names_of_members_cannot_write_to_the_terminal(exported, tmp_path):
+def test_member_names_are_printed_escaped(exported, tmp_path):
     for position in (1, 2):
         parts = members(exported)
         parts[position][0].name = "mine/\x1b[31m\n"
@@ -266,7 +266,7 @@ def test_names_of_members_cannot_write_to_the_terminal(exported, tmp_path):
         refused(tmp_path / "evil.tar", tmp_path, r"it has mine/\\x1b\[31m\\n where its manifest names mine/")
 
 
-def test_a_set_that_appears_during_an_import_is_kept(exported, tmp_path):
+def test_set_that_appears_during_an_import_is_kept(exported, tmp_path):
     target = tmp_path / "received" / "mine"
 
     def appear(size):
@@ -280,7 +280,7 @@ def test_a_set_that_appears_during_an_import_is_kept(exported, tmp_path):
     assert [path.name for path in (tmp_path / "received").iterdir()] == ["mine"]
 
 
-def test_what_stands_in_the_way_of_an_import_is_kept(exported, tmp_path):
+def test_import_keeps_files_that_are_in_its_place(exported, tmp_path):
     target = tmp_path / "received" / "mine"
     target.parent.mkdir()
     target.symlink_to(tmp_path / "nowhere")
@@ -294,7 +294,7 @@ def test_what_stands_in_the_way_of_an_import_is_kept(exported, tmp_path):
     assert (target / "notes").read_text() == "mine"
 
 
-def test_two_exports_to_one_archive(exported, tmp_path):
+def test_second_export_to_one_archive_is_rejected_and_leftovers_are_replaced(exported, tmp_path):
     before, tried = exported.read_bytes(), []
 
     def another(size):
@@ -313,7 +313,7 @@ def test_two_exports_to_one_archive(exported, tmp_path):
         archive.write(tmp_path / "sets" / "mine", tmp_path / "nowhere" / "x.tar")
 
 
-def test_a_folder_by_any_path_is_exported_under_its_name(exported, tmp_path, monkeypatch):
+def test_set_is_exported_under_its_name_from_any_working_directory(exported, tmp_path, monkeypatch):
     before = exported.read_bytes()
     for folder, path in ((tmp_path / "sets" / "mine", "./"), (tmp_path / "sets", "mine/../mine/")):
         monkeypatch.chdir(folder)

@@ -1,4 +1,4 @@
-"""The cache: what is written is read back, and nothing damaged or foreign is read."""
+"""The feature store: rows are read back as written, and damaged or mismatched files are rejected."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def write(staging, target=None, shards=(0, 1, 2), redone=0, **changes):
 
 
 def forge(path, manifest=lambda said: None, shard=lambda h5, number: None, basis=lambda h5: None):
-    """Makes the set one of ill will: changed as these say, every checksum and the fingerprint right again."""
+    """Change a set as a hostile author would: with the fingerprint and every checksum corrected."""
     said = json.loads((path / "manifest.json").read_text())
     manifest(said)
     said["fingerprint"] = provenance.fingerprint(said["content"])
@@ -104,7 +104,7 @@ def copied(original, tmp_path):
     return shutil.copytree(original, tmp_path / "set")
 
 
-def test_rows_come_back_in_the_order_asked_for(tmp_path):
+def test_rows_are_returned_in_the_requested_order(tmp_path):
     write(tmp_path / "staging", tmp_path / "set")
     got = FeatureSet(tmp_path / "set").read(np.array([9, 0, 5]))
     assert got.index.tolist() == [9, 0, 5]
@@ -113,7 +113,7 @@ def test_rows_come_back_in_the_order_asked_for(tmp_path):
     assert verification.problems(tmp_path / "set", full=True) == []
 
 
-def test_an_interrupted_set_continues_to_the_same_bytes(tmp_path):
+def test_interrupted_set_resumes_to_identical_bytes(tmp_path):
     write(tmp_path / "a", tmp_path / "whole")
     write(tmp_path / "b", shards=[0])
     assert open_writer(tmp_path / "b").missing_shards == [1, 2]
@@ -122,7 +122,7 @@ def test_an_interrupted_set_continues_to_the_same_bytes(tmp_path):
         assert file.read_bytes() == (tmp_path / "resumed" / file.name).read_bytes()
 
 
-def test_a_flipped_bit_is_named(tmp_path):
+def test_flipped_bit_is_reported(tmp_path):
     write(tmp_path / "staging", tmp_path / "set")
     shard = tmp_path / "set" / "shard-00001.h5"
     data = bytearray(shard.read_bytes())
@@ -134,7 +134,7 @@ def test_a_flipped_bit_is_named(tmp_path):
         FeatureSet(tmp_path / "set").read(np.arange(ROWS))
 
 
-def test_a_truncated_shard_is_named(tmp_path):
+def test_truncated_shard_is_reported(tmp_path):
     write(tmp_path / "staging", tmp_path / "set")
     shard = tmp_path / "set" / "shard-00002.h5"
     shard.write_bytes(shard.read_bytes()[:-7])
@@ -142,7 +142,7 @@ def test_a_truncated_shard_is_named(tmp_path):
         FeatureSet(tmp_path / "set")
 
 
-def test_a_shard_of_another_set_is_named(tmp_path):
+def test_shard_of_another_set_is_reported(tmp_path):
     write(tmp_path / "a", tmp_path / "ours")
     write(tmp_path / "b", tmp_path / "theirs", timestep=100)
     (tmp_path / "ours" / "shard-00000.h5").unlink()
@@ -151,7 +151,7 @@ def test_a_shard_of_another_set_is_named(tmp_path):
         FeatureSet(tmp_path / "ours").read(np.array([0]))
 
 
-def test_an_incomplete_or_missing_set_is_named(tmp_path):
+def test_incomplete_or_missing_set_is_reported(tmp_path):
     write(tmp_path / "staging", tmp_path / "set")
     with pytest.raises(PipelineError, match="holds no feature set"):
         FeatureSet(tmp_path / "nowhere")
@@ -164,7 +164,7 @@ def test_an_incomplete_or_missing_set_is_named(tmp_path):
         FeatureSet(tmp_path / "set")
 
 
-def test_infinite_features_are_refused(tmp_path):
+def test_infinite_features_are_rejected(tmp_path):
     writer = write(tmp_path / "staging", shards=[])
     broken = features(range(0, 4))
     broken.denoised[0, 0] = np.inf
@@ -172,7 +172,7 @@ def test_infinite_features_are_refused(tmp_path):
         writer.write_shard(0, broken, 0)
 
 
-def test_shards_by_many_writers_make_one_set(tmp_path):
+def test_several_writers_make_the_same_set_as_one(tmp_path):
     write(tmp_path / "alone", tmp_path / "by_one", redone=2)
     write(tmp_path / "staging", shards=[2], redone=2)
     write(tmp_path / "staging", shards=[0], redone=2)
@@ -183,7 +183,7 @@ def test_shards_by_many_writers_make_one_set(tmp_path):
     assert manifest.redone_in_float32 == 6 and manifest.provenance["hardware"] == ["a processor"]
 
 
-def test_a_damaged_shard_is_made_again(tmp_path):
+def test_damaged_shard_counts_as_missing(tmp_path):
     writer = write(tmp_path / "staging")
     shard = tmp_path / "staging" / "shard-00001.h5"
     data = bytearray(shard.read_bytes())
@@ -196,14 +196,14 @@ def test_a_damaged_shard_is_made_again(tmp_path):
     assert writer.missing_shards == [1]
 
 
-def test_another_basis_makes_its_shards_missing(tmp_path):
+def test_shards_of_an_earlier_basis_count_as_missing(tmp_path):
     writer = write(tmp_path / "staging")
     layer = LayerBasis(np.ones(D), np.eye(D), np.ones(D), float(D))
     writer.write_basis(Basis({"up_blocks.1": layer}, np.zeros(D), np.ones(D)))
     assert writer.missing_shards == [0, 1, 2]
 
 
-def test_a_lock_excludes_and_is_let_go(tmp_path):
+def test_lock_excludes_other_writers_until_it_is_released(tmp_path):
     one, other = open_writer(tmp_path / "staging"), open_writer(tmp_path / "staging")
     with one.lock("shard-00000") as held:
         assert held
@@ -213,14 +213,14 @@ def test_a_lock_excludes_and_is_let_go(tmp_path):
         assert held
 
 
-def test_the_positive_prompt_is_the_labels_or_the_first(tmp_path):
+def test_matching_prompt_is_that_of_the_label_or_the_first(tmp_path):
     for positive, expected in (("label", [0, 1, 2, 0]), ("first", [0, 0, 0, 0])):
         write(tmp_path / positive, tmp_path / f"{positive}-set", positive=positive)
         opened = FeatureSet(tmp_path / f"{positive}-set")
         assert opened.positive_prompts(opened.read(np.arange(4))).tolist() == expected
 
 
-def test_a_file_size_limit_is_one_line_and_loses_nothing(tmp_path):
+def test_file_size_limit_gives_one_line_and_keeps_finished_shards(tmp_path):
     writer = write(tmp_path / "staging", shards=[0])
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
@@ -236,7 +236,7 @@ def test_a_file_size_limit_is_one_line_and_loses_nothing(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small file system needs root")
-def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
+def test_full_disk_gives_one_line_and_keeps_finished_shards(tmp_path):
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", small], capture_output=True).returncode:
@@ -309,7 +309,7 @@ FORGED = {
 
 
 @pytest.mark.parametrize("change", FORGED.values(), ids=FORGED.keys())
-def test_a_manifest_that_contradicts_itself(copied, change):
+def test_inconsistent_manifest_is_rejected(copied, change):
     said = json.loads((copied / "manifest.json").read_text())
     change(said)
     said["fingerprint"] = provenance.fingerprint(said["content"])
@@ -320,8 +320,8 @@ def test_a_manifest_that_contradicts_itself(copied, change):
     assert [str(fault) for fault in verification.problems(copied, full=False)] == [str(caught.value)]
 
 
-def test_a_manifest_comes_back_in_its_own_words(copied):
-    """What is checked is not changed: a set is imported with the bytes that it was exported with."""
+def test_manifest_is_written_back_unchanged(copied):
+    """Validation does not change a manifest, so that an imported set has the bytes of the exported one."""
     said = put("provenance", value={"dataset": "d", "backbone": {"name": "b", "source": "s", "revision": None},
         "settings": {"timestep": 300, "layers": ["a"], "basis": {"path": "auto"}, "x": 1.5, "y": None},
         "feddifrc": "0", "commit": None, "python": "3", "packages": {"x": None}, "hardware": ["c"]})  # fmt: skip
@@ -336,7 +336,7 @@ def only(faults):
     return str(fault)
 
 
-def test_a_basis_of_fewer_dimensions_than_the_manifest_says(copied):
+def test_basis_with_fewer_dimensions_than_the_manifest_is_rejected(copied):
     def narrow(h5):
         for name in ("layers/up_blocks.1/components", "layers/up_blocks.1/explained_variance", "mean", "std"):
             values = h5[name][:-1]
@@ -349,7 +349,7 @@ def test_a_basis_of_fewer_dimensions_than_the_manifest_says(copied):
 
 @pytest.mark.parametrize("positive", ["label", "first"])
 @pytest.mark.parametrize("prompts", [[2, 2, 2], [0, 0, 2]])
-def test_a_row_without_its_positive_prompt_or_with_it_twice(copied, positive, prompts):
+def test_row_without_exactly_one_matching_prompt_is_rejected(copied, positive, prompts):
     def change(h5, number):
         if number == 1:
             h5["label"][3] = 0
@@ -364,7 +364,7 @@ def test_a_row_without_its_positive_prompt_or_with_it_twice(copied, positive, pr
         opened.positive_prompts(opened.read(np.arange(10)))
 
 
-def test_labels_unlike_the_data_sets(copied):
+def test_labels_that_differ_from_the_data_set_are_rejected(copied):
     labels = np.concatenate([features(range(start, stop)).label for start, stop in ((0, 4), (4, 8), (8, 10))])
     opened = FeatureSet(copied)
     opened.expect_labels(labels)
@@ -382,7 +382,7 @@ def test_labels_unlike_the_data_sets(copied):
     (2**31 - 1, PER_SHARD, "is incomplete \\(3 of 536870912 shards\\)"),
     (2**31 - 1, 2**31 - 1, "does not have the layout of a shard"),
 ])  # fmt: skip
-def test_as_many_rows_as_a_manifest_may_claim_take_no_memory(copied, rows, per_shard, line):
+def test_rows_claimed_by_a_manifest_are_not_allocated(copied, rows, per_shard, line):
     def claim(said):
         said |= {"rows": rows, "rows_per_shard": per_shard}
         if per_shard == rows:
@@ -401,7 +401,7 @@ def test_as_many_rows_as_a_manifest_may_claim_take_no_memory(copied, rows, per_s
         raise faults[0]
 
 
-def test_a_shard_in_anothers_place_and_samples_that_are_none(copied):
+def test_swapped_shard_and_invalid_sample_numbers_are_rejected(copied):
     forge(copied, shard=lambda h5, number: h5["index"].__setitem__(slice(None), range(len(h5["index"]))))
     with pytest.raises(PipelineError, match="shard-00001.h5: row 2 holds sample 2, not sample 6"):
         FeatureSet(copied).read(np.array([6]))
@@ -412,7 +412,7 @@ def test_a_shard_in_anothers_place_and_samples_that_are_none(copied):
 
 
 @pytest.fixture
-def no_longer_than_a_second():
+def one_second_limit():
     def late(*_):
         raise TimeoutError
 
@@ -424,7 +424,7 @@ def no_longer_than_a_second():
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "basis.h5", "shard-00000.h5"])
-def test_a_pipe_is_not_waited_for(copied, no_longer_than_a_second, name):
+def test_pipe_in_place_of_a_file_does_not_block(copied, one_second_limit, name):
     said = json.loads((copied / "manifest.json").read_text())
     for entry in (said["basis"], said["shards"]["0"]):
         entry["bytes"] = 0 if entry["file"] == name else entry["bytes"]
@@ -434,8 +434,8 @@ def test_a_pipe_is_not_waited_for(copied, no_longer_than_a_second, name):
     assert f"{name} is not a regular file" in str(verification.problems(copied, full=True)[0])
 
 
-def test_ctrl_c_ends_a_verification_at_once(copied):
-    """A shard of 6 GB, all but its beginning a hole, takes seconds to hash."""
+def test_ctrl_c_stops_verification_at_once(copied):
+    """A sparse shard of 6 GB takes seconds to hash."""
     os.truncate(copied / "shard-00001.h5", 6 << 30)
     said = json.loads((copied / "manifest.json").read_text())
     said["shards"]["1"]["bytes"] = 6 << 30
@@ -447,8 +447,8 @@ def test_ctrl_c_ends_a_verification_at_once(copied):
     assert time.perf_counter() - started < 1.5
 
 
-def test_a_verification_takes_shard_after_shard(original, monkeypatch):
-    """Not the whole set by one check, and once more by the other; the pool works in the order in which it is asked."""
+def test_verification_reads_one_shard_after_another(original, monkeypatch):
+    """Both checks of a shard are submitted together; the pool works in the order of submission."""
     asked, real = [], ThreadPoolExecutor.submit
 
     def noted(pool, check, shard):
@@ -460,8 +460,8 @@ def test_a_verification_takes_shard_after_shard(original, monkeypatch):
     assert asked == [0, 0, 1, 1, 2, 2]
 
 
-def test_a_shard_that_takes_anothers_place_is_checked_again(tmp_path, monkeypatch):
-    """Of the same size and layout, and each row of it whole: only the fingerprint tells them apart."""
+def test_replaced_shard_is_checked_again(tmp_path, monkeypatch):
+    """Size, layout and row checksums are right: only the fingerprint differs."""
     monkeypatch.setitem(globals(), "PER_SHARD", 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     for name, timestep in (("ours", 300), ("theirs", 100)):

@@ -1,4 +1,4 @@
-"""`pipeline features`: sets listed, shown, verified and compared, as a user sees them."""
+"""`pipeline features`: list, show, verify, diff, export and import, as a user sees them."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def damage(file, position=-1):
     file.write_bytes(data)
 
 
-def test_list_names_whole_broken_partial_and_unfinished_sets(root):
+def test_list_shows_complete_broken_partial_and_unfinished_sets(root):
     sets = root / "data" / "features"
     for name in ("broken", "partial", "cut"):
         shutil.copytree(sets / "one", sets / name)
@@ -53,7 +53,7 @@ def test_list_names_whole_broken_partial_and_unfinished_sets(root):
     assert found["broken"]["rows"] is None
 
 
-def test_show_is_a_card_also_of_a_tar(root):
+def test_show_describes_a_set_and_a_tar_alike(root):
     card = run(root, "show", "one")
     fingerprint = FeatureSet(root / "data" / "features" / "one").manifest.fingerprint
     assert fingerprint in card and "at timestep 300, 32 px, in float32" in card
@@ -64,7 +64,7 @@ def test_show_is_a_card_also_of_a_tar(root):
     assert "Available: one." in run(root, "show", "two", code=1)
 
 
-def test_verify_finds_every_fault_and_says_what_to_do(root):
+def test_verify_finds_every_problem_and_says_what_to_do(root):
     assert "one: complete" in run(root, "verify") and "every byte" in run(root, "verify", "--full", "one")
     path = root / "data" / "features" / "one"
     damage(path / "shard-00000.h5")
@@ -78,7 +78,7 @@ def test_verify_finds_every_fault_and_says_what_to_do(root):
 
 
 def rewritten(root, name, change):
-    """The set `one` as somebody would make it who changes a shard and mends every checksum after it."""
+    """Make a copy of set `one` with one changed shard and correct checksums."""
     writer = open_writer(root / f"staging-{name}")
     source = open_writer(root / "made")
     source.has_basis()
@@ -89,7 +89,7 @@ def rewritten(root, name, change):
     writer.publish(root / "data" / "features" / name)
 
 
-def test_verify_looks_into_rows_whose_checksums_are_right(root):
+def test_verify_checks_values_of_rows_with_correct_checksums(root):
     def not_finite(rows):
         rows.denoised[2, 1] = np.inf
         return rows
@@ -116,8 +116,8 @@ def test_verify_looks_into_rows_whose_checksums_are_right(root):
     assert "does not hold samples 4 to 7 in order" in run(root, "verify", "shifted", code=1)
 
 
-def test_verify_reads_the_rows_own_checksums(root):
-    """A row that was changed by somebody who mended the file's checksum in the manifest, but not the row's."""
+def test_verify_checks_the_checksum_of_each_row(root):
+    """The checksum of the file was corrected in the manifest, but not that of the changed row."""
     path = root / "data" / "features" / "one"
     shard = path / "shard-00002.h5"
     copy = shard.read_bytes()
@@ -133,7 +133,7 @@ def test_verify_reads_the_rows_own_checksums(root):
     assert "1 rows are corrupt, the first is row 1" in run(root, "verify", "--full", code=1)
 
 
-def test_diff_names_settings_and_numbers(root):
+def test_diff_shows_settings_and_numbers(root):
     write(root / "other", root / "data" / "features" / "two", timestep=100, noise_seed=3)
     output = run(root, "diff", "one", "two")
     assert "different features (fingerprints differ)" in output
@@ -182,15 +182,15 @@ def test_export_and_import(root, tmp_path_factory):
     assert "dvc" not in run(other, *used)
     (other / "dvc.yaml").touch()
     assert "`dvc repro` would delete it. Run `dvc commit -f extract-features` first" in run(other, *used)
-    assert "missing.tar is missing" in run(other, "import", "missing.tar", code=1)
+    assert "missing.tar cannot be opened (No such file or directory)" in run(other, "import", "missing.tar", code=1)
 
 
 def contents(folder):
     return {path: path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")]}
 
 
-def test_list_changes_and_hashes_nothing(root):
-    """A staging folder may be in the making, or be cleared away just now: its basis is not read, no folder is made."""
+def test_list_neither_changes_nor_hashes_files(root):
+    """Another process may be writing or removing a staging folder: its basis is not read, no folder is created."""
     staging = root / ".pipeline" / "staging" / "next"
     write(staging, shards=[0, 1], timestep=7)
     shutil.rmtree(staging / "locks")
@@ -205,8 +205,8 @@ def test_list_changes_and_hashes_nothing(root):
         assert "next" not in run(root, "list")
 
 
-def test_list_of_many_shards_of_which_one_is_missing(root, monkeypatch):
-    """Entries are compared once each, not each with all: a set may have thousands."""
+def test_list_is_linear_in_the_number_of_shards(root, monkeypatch):
+    """Each entry is compared once, not with all others: a set may have thousands."""
     path = root / "data" / "features" / "one"
     said = json.loads((path / "manifest.json").read_text())
     entry = said["shards"]["2"] | {"bytes": 0, "rows": 1}
@@ -224,13 +224,13 @@ def test_list_of_many_shards_of_which_one_is_missing(root, monkeypatch):
     assert len(compared) <= 100
 
 
-def test_a_set_without_its_basis(root):
+def test_missing_basis_is_reported(root):
     (root / "data" / "features" / "one" / "basis.h5").unlink()
     assert "one: basis.h5 is missing. `dvc pull` it." in run(root, "list")
     assert "basis.h5 is missing. `dvc pull` it, or run" in run(root, "verify", code=1)
 
 
-def test_one_broken_set_hides_no_other(root):
+def test_broken_set_does_not_hide_others(root):
     sets = root / "data" / "features"
     shutil.copytree(sets / "one", sets / "two")
     said = json.loads((sets / "two" / "manifest.json").read_text())
@@ -240,7 +240,7 @@ def test_one_broken_set_hides_no_other(root):
     assert "provenance.backbone" in run(root, "show", "two", code=1)
 
 
-def test_what_a_killed_process_left_is_listed_and_not_verified(root):
+def test_leftovers_of_a_killed_process_are_listed_but_not_verified(root):
     sets = root / "data" / "features"
     (sets / "big.tmp").mkdir()
     shutil.copytree(sets / "one", sets / "two.old")
@@ -254,7 +254,7 @@ def test_what_a_killed_process_left_is_listed_and_not_verified(root):
 HOSTILE = "\x1b]0;pwn\x07\x1b[31mdigits\nfingerprint   0000 verified \u202e\x9b2J"
 
 
-def test_no_text_of_a_manifest_moves_the_terminal(root):
+def test_text_of_a_manifest_is_printed_escaped(root):
     path = root / "data" / "features" / "one"
     shutil.copytree(path, path.with_name("good"))
 
@@ -287,7 +287,7 @@ def test_no_text_of_a_manifest_moves_the_terminal(root):
             assert all(one.isprintable() for one in output.replace("\n", "")), output
 
 
-def test_diff_says_why_it_compares_no_numbers(root):
+def test_diff_says_why_numbers_are_not_compared(root):
     sets = root / "data" / "features"
     run(root, "export", "one", "-o", str(root / "one.tar"))
     tar = run(root, "diff", "one", str(root / "one.tar")).splitlines()
@@ -304,7 +304,7 @@ def test_diff_says_why_it_compares_no_numbers(root):
     assert json.loads(run(root, "diff", "one", "one", "--json"))["numbers_not_compared"] is None
 
 
-def test_a_file_or_folder_that_is_no_set(root, monkeypatch):
+def test_path_that_is_not_a_set_is_rejected(root, monkeypatch):
     run(root, "export", "one", "-o", str(root / "k.tar"))
     monkeypatch.chdir(root)
     assert "k.tar is a file, not a folder. `pipeline features import k.tar`" in run(root, "verify", "k.tar", code=1)
@@ -312,7 +312,7 @@ def test_a_file_or_folder_that_is_no_set(root, monkeypatch):
     assert "other/two is not a folder" in run(root, "verify", "other/two", code=1)
 
 
-def test_export_of_the_folder_one_is_in(root, monkeypatch):
+def test_export_of_the_working_directory(root, monkeypatch):
     path = root / "data" / "features" / "one"
     (path / "note").symlink_to("nowhere")
     monkeypatch.chdir(path)

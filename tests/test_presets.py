@@ -70,7 +70,7 @@ def test_preset_by_absolute_path(project, tmp_path_factory):
     assert config.load(project / "params.yaml").params.extract_features.timestep == 50
     elsewhere.unlink()
     said = invoke(project, "preset", str(elsewhere))
-    assert said.exit_code == 1 and f"(looked for {elsewhere} and {elsewhere}). Available" not in said.output
+    assert said.exit_code == 1
     assert f"Unknown preset {elsewhere} (looked for {elsewhere}). Available: cifar10, cifar10-" in said.output
 
 

@@ -1,4 +1,4 @@
-"""Progress where nobody watches."""
+"""Progress in a log instead of a terminal."""
 
 import logging
 import time
@@ -8,7 +8,7 @@ import pytest
 from pipeline import progress
 
 
-def test_a_log_gets_a_line_now_and_then(caplog, monkeypatch):
+def test_log_gets_a_line_per_interval(caplog, monkeypatch):
     monkeypatch.setattr(progress, "_SECONDS_PER_LINE", 0.05)
     caplog.set_level(logging.INFO)
     started = time.monotonic()
@@ -22,7 +22,7 @@ def test_a_log_gets_a_line_now_and_then(caplog, monkeypatch):
     )
 
 
-def test_short_work_says_nothing(caplog):
+def test_short_work_logs_nothing(caplog):
     caplog.set_level(logging.INFO)
     assert list(progress.track(range(5), "x", 5)) == list(range(5))
     with pytest.raises(ValueError), progress.progress_bar(5, "x", "step") as bar:

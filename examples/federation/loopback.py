@@ -1,7 +1,7 @@
-"""A federation on this machine: one SuperLink and as many SuperNodes as wanted, real processes on loopback ports.
+"""A federation on this machine: one SuperLink and any number of SuperNodes, real processes on loopback ports.
 
-For the demo, the tests and the benchmark. Everything of it stands in one folder: Flower's own files under flwr/, what
-every process says under logs/. Nothing outlives it: all processes are ended, gently and then not, at the end.
+For the demo, the tests and the benchmark. All files are in one folder: Flower's own under flwr/, the output of every
+process under logs/. All processes are terminated at the end.
 """
 
 import json
@@ -23,7 +23,7 @@ _POLL_SECONDS = 0.3
 
 
 class Loopback:
-    """A SuperLink, from `with` to its end, and the SuperNodes that are started beside it."""
+    """A SuperLink that runs during a `with` block, and the SuperNodes started in it."""
 
     def __init__(
         self,
@@ -33,14 +33,14 @@ class Loopback:
         authenticate: bool = False,
         simulated_nodes: int = 0,
     ) -> None:
-        """Ready to start.
+        """Configure the federation; `with` starts it.
 
         Args:
-            folder: for everything that the processes write.
-            app: the project's clone, which Flower bundles and sends to the nodes.
-            certificates: folder of ca.crt, server.pem and server.key for TLS; None: no TLS.
-            authenticate: let in only nodes whose public key was registered.
-            simulated_nodes: let Ray be so many nodes, instead of SuperNodes (needs flwr[simulation]).
+            folder: For everything that the processes write.
+            app: The clone of the project, which Flower bundles and sends to the nodes.
+            certificates: Folder of ca.crt, server.pem and server.key for TLS; None: no TLS.
+            authenticate: Accept only nodes whose public key is registered.
+            simulated_nodes: Number of nodes that Ray simulates instead of SuperNodes (needs flwr[simulation]).
         """
         self.folder, self._app, self._certificates, self._authenticate = folder, app, certificates, authenticate
         self._simulated_nodes = simulated_nodes
@@ -48,21 +48,21 @@ class Loopback:
         self._port = free_port()
 
     def __enter__(self) -> Self:
-        """Starts the SuperLink and waits until it answers."""
+        """Start the SuperLink and wait until it answers."""
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
         self.start_superlink()
         return self
 
     def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
-        """Ends every process."""
+        """Terminate all processes."""
         for name in list(self._processes):
             self.stop(name)
 
     def start_superlink(self) -> None:
-        """Starts the SuperLink; again after a `stop`, with all that it knew of runs and nodes.
+        """Start the SuperLink; after a `stop`, with the runs and nodes that it knew before.
 
         Raises:
-            PipelineError: it does not come up.
+            PipelineError: It does not start.
         """
         options = ["--port", str(self._port), "--database", str(self.folder / "superlink.db")]
         options += ["--disable-runtime-dependency-installation"]
@@ -80,19 +80,19 @@ class Loopback:
         self._wait_for_port("superlink")
 
     def start_node(self, client_id: int, project: Path, *options: str, **config: Any) -> str:
-        """Starts a SuperNode.
+        """Start a SuperNode.
 
         Args:
-            client_id: of its --node-config.
-            project: its own folder, which it runs in.
-            options: of flower-supernode besides.
-            config: what else its --node-config says.
+            client_id: For its --node-config.
+            project: Its project folder, in which it runs.
+            options: More options of flower-supernode.
+            config: More values of its --node-config.
 
         Returns:
-            The process's name, for `stop`.
+            The name of the process, for `stop`.
         """
-        told = {"client-id": client_id, "project": str(project), **config}
-        line = " ".join(f"{key}={json.dumps(value)}" for key, value in told.items())
+        values = {"client-id": client_id, "project": str(project), **config}
+        line = " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
         security = ["--root-certificates", self._certificate("ca.crt")] if self._certificates else ["--insecure"]
         address = ["--superlink", f"127.0.0.1:{self._port}", "--port", str(free_port())]
         name = f"node-{client_id}"
@@ -100,20 +100,20 @@ class Loopback:
         return name
 
     def run(self, set_values: Mapping[str, Any] | None = None, **run_config: Any) -> int:
-        """Starts a run; returns Flower's id of it.
+        """Start a run and return Flower's id of it.
 
         Args:
-            set_values: dotted keys of params.yaml and their values.
-            run_config: the keys of [tool.flwr.app.config].
+            set_values: Dotted keys of params.yaml and their values.
+            run_config: Keys of [tool.flwr.app.config].
 
         Raises:
-            PipelineError: Flower does not take it.
+            PipelineError: Flower rejects it.
         """
-        told = {"project": str(self.folder / "server"), **run_config}
+        values = {"project": str(self.folder / "server"), **run_config}
         (self.folder / "server").mkdir(exist_ok=True)
         if set_values:
-            told["set"] = " ".join(f"{key}={value}" for key, value in set_values.items())
-        words = [word for key, value in told.items() for word in ("--run-config", f"{key}={json.dumps(value)}")]
+            values["set"] = " ".join(f"{key}={value}" for key, value in set_values.items())
+        words = [word for key, value in values.items() for word in ("--run-config", f"{key}={json.dumps(value)}")]
         if self._simulated_nodes:
             nodes = f"num-supernodes={self._simulated_nodes} client-resources-num-cpus=1"
             words += ["--federation-config", nodes]
@@ -124,34 +124,34 @@ class Loopback:
             raise PipelineError(f"Flower did not start the run: {answer.strip()}") from None
 
     def wait(self, run_id: int, seconds: float) -> str:
-        """Waits until a run has ended; "finished:completed" or "finished:failed".
+        """Wait until a run has ended, and return "finished:completed" or "finished:failed".
 
         Raises:
-            PipelineError: it takes longer.
+            PipelineError: It takes longer than `seconds`.
         """
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             status = self.status(run_id)
             if status.startswith("finished"):
                 return status
-            time.sleep(10 * _POLL_SECONDS)  # asking is a process of its own, as heavy as a node's
-        raise PipelineError(f"the run has not ended in {seconds:g} s: see {self.folder / 'logs'}")
+            time.sleep(10 * _POLL_SECONDS)  # each query starts a process, as heavy as a node's
+        raise PipelineError(f"the run has not ended within {seconds:g} s. See the logs in {self.folder / 'logs'}.")
 
     def status(self, run_id: int) -> str:
-        """Flower's word for where a run stands."""
+        """Return the status of a run."""
         answer = self._flwr("list", _CONNECTION, "--run-id", str(run_id), "--format", "json")
         return str(json.loads(answer[answer.index("{") :])["runs"][0]["status"])
 
     def log(self, run_id: int) -> str:
-        """What the run's ServerApp said so far."""
+        """Return the log of the run's ServerApp so far."""
         return self._flwr("log", str(run_id), _CONNECTION, "--show")
 
     def register(self, public_key: Path) -> None:
-        """Lets in the node of this public key."""
+        """Register the public key of a node."""
         self._flwr("supernode", "register", str(public_key), _CONNECTION)
 
     def stop(self, name: str, how: signal.Signals = signal.SIGTERM) -> None:
-        """Ends a process and those that it started."""
+        """Terminate a process and those that it started."""
         process = self._processes.pop(name)
         for number in (how, signal.SIGKILL):
             try:
@@ -206,11 +206,11 @@ class Loopback:
                 if probe.connect_ex(("127.0.0.1", self._port)) == 0:
                     return
             time.sleep(_POLL_SECONDS)
-        raise PipelineError(f"the {name} does not come up: see {self.folder / 'logs' / name}.log")
+        raise PipelineError(f"the {name} does not start. See {self.folder / 'logs' / name}.log.")
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on."""
+    """Return a free loopback port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

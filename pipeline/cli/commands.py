@@ -75,6 +75,7 @@ class StageCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Check the configuration and call the command."""
+        import stages.train_fl.methods  # noqa: F401  # registers the settings of every method
         from pipeline.settings import config
 
         overrides = {}
@@ -391,6 +392,8 @@ def preset(params: Path, name: str | None, run_it: bool, force: bool) -> None:
         for known, text in presets.describe(params.resolve().parent / "presets").items():
             click.echo(f"{known:24} {text}")
         return
+    import stages.train_fl.methods  # noqa: F401  # registers the settings of every method
+
     applied = presets.apply(name, params.resolve(), force)
     for key, (old, new) in applied.changes.items():
         entry = "replaced" if old else "added"

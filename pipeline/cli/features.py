@@ -1,6 +1,7 @@
 """`pipeline features`: list, show, verify, compare, export and import cached feature sets."""
 
 import dataclasses
+import importlib
 import json
 import os
 from pathlib import Path
@@ -211,6 +212,7 @@ def import_set(params: Path, file: Path, name: str | None) -> None:
 def _config(params: Path) -> "Config":
     from pipeline.settings import config
 
+    importlib.import_module("stages.train_fl.methods")  # registers the methods' settings
     return config.load(params)
 
 

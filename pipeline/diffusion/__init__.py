@@ -1,10 +1,14 @@
-"""The frozen diffusion model as a feature extractor: what the stages that run it share.
+"""The frozen diffusion model as a feature extractor, shared by the stages that run it.
 
-backbones/             frozen diffusion models, one file a family
-prompts.py             which prompts an image is shown with
-image_conditioning.py  optionally, the image itself as part of the prompt
-prompted_model.py      the frozen model under its prompts: pairs (image, prompt) -> maps
-batching.py            batches that fit the memory
-noise.py               the noise of each image
+backbones/             frozen diffusion models, one file per family
+frozen_model.py        the model's manifest, and checks of its files
+families.py            which published models are supported
+session.py             a model loaded for one data set
+prompts.py             the prompts of each image
+distinct_prompts.py    whether the model can tell them apart
+prompted_model.py      passes: pairs (image, prompt) -> maps
+image_conditioning.py  optional CLIP image embeddings, added to the prompts
+batching.py            batches sized to fit memory
+noise.py               per-image noise
 representation.py      maps -> PCA -> pooled representation
 """

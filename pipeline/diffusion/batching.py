@@ -1,9 +1,10 @@
-"""Batches of one fixed shape, of a size that fits the memory, and the same numbers whatever that is.
+"""Fixed-shape batches sized to fit memory, with results that do not depend on the batch size.
 
-On a GPU batches follow one another, as large as memory allows; one that does not fit is halved and tried again. On the
-CPU small batches are computed side by side, each on one thread: what a batch gives then depends neither on how many
-threads there are nor (measured, for batches of 16 and more) on what else is in it, so features are the same bytes for
-any number of cores and processes. The last batch is filled up by repeating its last row, so that shapes never change.
+- On a GPU, batches run one after the other, as large as memory allows; a batch that does not fit is halved and retried.
+- On the CPU, small batches run in parallel, each on one thread. Results then depend neither on the number of threads
+  nor (measured, for batches of 16 and more) on the other rows of a batch: features are identical to the byte for any
+  number of cores and processes.
+- The last batch is padded by repeating its last row, so that shapes never change.
 """
 
 import contextlib
@@ -24,39 +25,39 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CPU_BATCH = 16
-_CORES = torch.get_num_threads()  # as found at the start: OMP_NUM_THREADS, or the cores there are
+_CORES = torch.get_num_threads()  # at import: OMP_NUM_THREADS, or the number of cores
 _LARGEST = 512  # pairs; beyond it a GPU gains nothing, and 32-bit indices of large maps overflow
-_CPU_BYTES_PER_POSITION = 64 * 1024  # of a latent, in a Stable Diffusion UNet's pass, float32: enough for its layers
+_CPU_BYTES_PER_POSITION = 64 * 1024  # of a latent, for one pass of a Stable Diffusion UNet in float32
 
 
 class Batcher:
-    """Calls a function for batches of rows and hands the results on in order."""
+    """Calls a function for batches of rows and yields the results in order."""
 
     def __init__(self, batch_size: int, workers: int = 1, check: Callable[[], None] = lambda: None) -> None:
-        """Sets the sizes.
+        """Set the sizes.
 
         Args:
-            batch_size: rows per call.
-            workers: batches computed side by side; 1 on a GPU.
-            check: called before each batch; may raise to stop.
+            batch_size: Rows per call.
+            workers: Batches computed in parallel; 1 on a GPU.
+            check: Called before each batch; it may raise to stop.
         """
         self.batch_size, self._workers, self._check = batch_size, workers, check
-        self.computed = 0  # rows so far, without those that fill up a batch
+        self.computed = 0  # rows processed so far, excluding padding
         self._resizing = threading.Lock()
 
     @property
     def parallel_rows(self) -> int:
-        """Rows in work at a time."""
+        """Rows processed at the same time."""
         return self.batch_size * self._workers
 
     def map(self, compute: Callable[[Tensor], T], total: int) -> Iterator[tuple[slice, T]]:
-        """Yields (rows, compute(index)) for rows 0 to `total`, in order.
+        """Yield (rows, compute(index)) for rows 0 to `total`, in order.
 
-        `index` is int64 (batch_size,); where fewer rows are left its last entry is repeated, and the results beyond
-        `rows` are to be dropped.
+        `index` is int64 (batch_size,). If fewer rows are left, its last entry is repeated; drop the results beyond
+        `rows`.
 
         Raises:
-            PipelineError: not even one row fits into memory.
+            PipelineError: Not even one row fits into memory.
         """
         for rows, result in self._map(compute, total):
             self.computed += rows.stop - rows.start
@@ -80,7 +81,7 @@ class Batcher:
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def table(self, compute: Callable[[Tensor], Tensor], total: int, done: Callable[[int], Any]) -> Tensor:
-        """Rows of results (B, ...) of all batches, one after the other: (total, ...)."""
+        """Concatenate the results (B, ...) of all batches, (total, ...); `done` is called with the rows of each."""
         parts = []
         for rows, result in self.map(compute, total):
             parts.append(result[: rows.stop - rows.start])
@@ -95,7 +96,7 @@ class Batcher:
             start = stop
 
     def _fitting(self, compute: Callable[[Tensor], T], rows: slice) -> Iterator[tuple[slice, T]]:
-        """The rows in one batch or, where memory does not hold it, in batches of half the size."""
+        """Compute the rows in one batch or, if it does not fit into memory, in batches of half the size."""
         self._check()
         size, full = rows.stop - rows.start, self.batch_size
         if size <= full:
@@ -120,31 +121,31 @@ class Batcher:
 
     def _halve(self, full: int) -> None:
         with self._resizing:
-            if self.batch_size < full:  # another batch has done so
+            if self.batch_size < full:  # another batch has halved it already
                 return
             if full == 1:
                 raise PipelineError(
-                    "not even a batch of one fits into memory: take a larger device or a smaller image_size"
+                    "Not even a batch of one fits into memory. Use a device with more memory or a smaller image_size."
                 )
             self.batch_size = full // 2
-            log.warning("out of memory with batches of %d: going on with %d", full, self.batch_size)
+            log.warning("Out of memory with batches of %d; continuing with %d.", full, self.batch_size)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
 def cpu_batch(positions: int) -> int:
-    """Pairs per batch on the CPU: 16, and up to 64 for latents so small that calls would outweigh a batch's work."""
+    """Return the pairs per batch on the CPU: 16, or up to 64 for latents so small that call overhead would dominate."""
     return max(CPU_BATCH, min(64, 4096 // positions // CPU_BATCH * CPU_BATCH))
 
 
 def batch_size(wanted: Literal["auto"] | int, device: str, positions: int, blank_pass: Callable[[Tensor], Any]) -> int:
-    """Pairs per batch of the denoiser: the number asked for, or what suits the device.
+    """Return the pairs per batch of the denoiser: the number requested, or what suits the device.
 
     Args:
         wanted: `runtime.unet_batch_size`.
         device: torch device.
-        positions: height times width of a latent.
-        blank_pass: a pass for an index of rows, to measure a GPU by.
+        positions: Height times width of a latent.
+        blank_pass: A pass for an index of rows, to measure GPU memory with.
     """
     if wanted != "auto":
         return wanted
@@ -156,11 +157,11 @@ def batch_size(wanted: Literal["auto"] | int, device: str, positions: int, blank
 
 
 def workers_for(device: str, positions: int) -> int:
-    """How many batches to compute side by side: one on a GPU; on the CPU one per core, as far as memory reaches.
+    """Return how many batches to compute in parallel: one on a GPU; one per core on the CPU, if memory allows.
 
     Args:
         device: torch device.
-        positions: height times width of a latent.
+        positions: Height times width of a latent.
     """
     if device != "cpu":
         return 1
@@ -170,10 +171,10 @@ def workers_for(device: str, positions: int) -> int:
 
 
 def largest_batch(compute: Callable[[Tensor], Any], device: str) -> int:
-    """The batch size that fills a GPU's free memory to four fifths, found by measuring two small batches.
+    """Find the batch size that fills four fifths of a GPU's free memory, by measuring two small batches.
 
     Returns:
-        A power of two from 1 to 512; on a device without memory statistics, 16.
+        A power of two from 1 to 512; 16 on a device without memory statistics.
     """
     if not device.startswith("cuda"):
         return CPU_BATCH
@@ -194,7 +195,7 @@ def largest_batch(compute: Callable[[Tensor], Any], device: str) -> int:
 
 @contextlib.contextmanager
 def reproducible(device: str, dtype: torch.dtype) -> Iterator[None]:
-    """One thread per batch on the CPU; on a GPU fixed algorithms, and no TF32 where float32 was asked for."""
+    """Compute reproducibly: one thread per batch on the CPU; fixed algorithms, and no TF32 in float32, on a GPU."""
     if device == "cpu":
         threads = torch.get_num_threads()
         torch.set_num_threads(1)

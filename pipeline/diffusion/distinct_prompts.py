@@ -1,4 +1,4 @@
-"""Whether the frozen model can tell the prompts of a set apart.
+"""Check that the frozen model can tell the prompts of a set apart.
 
 Two classes may share one conditioning: their texts are equal, they differ only past the end of the text encoder's
 window, or they name the same class of a class-conditional model. Their features would then be equal to the last bit and
@@ -22,14 +22,14 @@ _ROWS = 1024  # compared with all at a time
 
 
 def check(conditioning: Conditioning, prompts: PromptSet) -> None:
-    """Compares what the model is conditioned on under each prompt; the generic prompt comes last.
+    """Compare the conditioning of all prompts; the generic prompt comes last.
 
     Args:
         conditioning: K prompts of the set and the generic one.
         prompts: The K prompts.
 
     Raises:
-        PipelineError: Two prompts of the set are equal to the model; names their classes.
+        PipelineError: Two prompts of the set give the model the same input. The message names their classes.
     """
     generic = len(prompts.texts)
     groups = list(_equal(conditioning))
@@ -63,7 +63,7 @@ def _named(number: int, prompts: PromptSet) -> str:
 
 
 def _equal(conditioning: Conditioning) -> Iterator[list[int]]:
-    """Groups of prompts with equal conditioning, the numbers of each ascending.
+    """Yield groups of prompts with equal conditioning, the numbers of each ascending.
 
     Only prompts with nearly the same embedding are compared in full, because comparing all pairs of large tensors takes
     long.
@@ -71,16 +71,18 @@ def _equal(conditioning: Conditioning) -> Iterator[list[int]]:
     unit = functional.normalize(conditioning.similarity.float(), dim=1)
     floating = [tensor.dtype for tensor in conditioning.tensors.values() if tensor.is_floating_point()]
     least = 1 - max(1e-6, _tolerance(floating[0] if floating else torch.float32) ** 2)  # cosines of rounding alone
-    taken: set[int] = set()
+    grouped: set[int] = set()
     for start in range(0, len(unit), _ROWS):
         near = unit[start : start + _ROWS] @ unit.T > least  # (rows, K)
         for row, others in enumerate(near, start):
-            if row in taken or others.sum() < 2:
+            if row in grouped or others.sum() < 2:
                 continue
-            after = (other for other in torch.nonzero(others).flatten().tolist() if other > row and other not in taken)
+            after = (
+                other for other in torch.nonzero(others).flatten().tolist() if other > row and other not in grouped
+            )
             group = [row, *(other for other in after if _same(conditioning, row, other))]
             if len(group) > 1:
-                taken.update(group)
+                grouped.update(group)
                 yield group
 
 
@@ -89,7 +91,7 @@ def _same(conditioning: Conditioning, first: int, second: int) -> bool:
 
 
 def _close(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors differ by rounding at most."""
+    """Return whether two tensors differ by rounding at most."""
     if not first.is_floating_point():
         return torch.equal(first, second)
     tolerance = _tolerance(first.dtype)
@@ -98,5 +100,5 @@ def _close(first: Tensor, second: Tensor) -> bool:
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """Two steps of a 16-bit type; for float32 what the order of operations may change."""
+    """Return a relative tolerance: two steps of a 16-bit type; for float32, what the order of operations may change."""
     return max(_NOISE, 2 * torch.finfo(dtype).eps)

@@ -1,8 +1,8 @@
-"""The families of diffusion models that features can be extracted from, judged by their configurations alone.
+"""The supported families of diffusion models, recognised by their configuration files.
 
-A diffusers pipeline says in a few kilobytes, model_index.json and the config.json of each part, what its denoiser is
-and which inputs it takes. Everything that would stop an extraction is refused here, before gigabytes are fetched or
-loaded. A value that an old configuration leaves out is not judged.
+A few kilobytes of a diffusers pipeline, model_index.json and the config.json of each part, say what its denoiser is and
+which inputs it needs. Models that cannot be used are rejected here, before gigabytes are downloaded or loaded. Values
+that an old configuration leaves out are not checked.
 """
 
 from collections.abc import Mapping
@@ -19,17 +19,17 @@ _T5 = ("T5EncoderModel",)
 _TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast")
 _NORMS = {"ada_norm_single": "PixArtTransformer2DModel", "ada_norm_zero": "DiTTransformer2DModel"}
 _CHANNELS = {5: "depth to image", 7: "upscaling", 8: "image editing or depth", 9: "inpainting"}
-"""What a UNet's additional input channels are for, in the published models."""
+"""The purpose of a UNet's additional input channels, in published models."""
 
 Configs = Mapping[str, Mapping[str, Any]]
-"""File name, such as "unet/config.json", -> its JSON; a file that is not there is left out."""
+"""File name, such as "unet/config.json", -> its JSON; missing files are left out."""
 
 
 @dataclass(frozen=True)
 class _Family:
     denoiser: str
     encoders: Mapping[str, tuple[str, ...]]
-    """Text encoder -> classes it may be of."""
+    """Text encoder -> the classes that are supported."""
     optional: tuple[str, ...] = ()
 
 
@@ -45,29 +45,29 @@ _XL = _Family("unet", {"text_encoder": _CLIP, "text_encoder_2": _CLIP})
 
 
 def parts(index: Mapping[str, Any]) -> dict[str, str]:
-    """The parts that model_index.json names -> their classes; a part that it sets to null is left out."""
+    """Return the parts that model_index.json names, with their classes; parts set to null are left out."""
     pairs = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
     return {name: str(entry[1]) for name, entry in pairs.items() if entry[1] is not None}
 
 
 def config_files(index: Mapping[str, Any]) -> list[str]:
-    """The configurations that `judge` reads if they are there, as paths inside the pipeline's directory."""
+    """Return the configurations that `identify` reads if they exist, as paths inside the pipeline's folder."""
     models = [part for part in parts(index) if part.startswith(("unet", "transformer", "vae", "text_encoder"))]
     return [*(f"{part}/config.json" for part in models), "scheduler/scheduler_config.json"]
 
 
-def judge(title: str, configs: Configs) -> str:
-    """Decides which family a pipeline belongs to.
+def identify(title: str, configs: Configs) -> str:
+    """Identify the family that a pipeline belongs to.
 
     Args:
-        title: the model, as an error should name it.
-        configs: model_index.json, and those of `config_files` that are there.
+        title: The model's name, for errors.
+        configs: model_index.json, and those of `config_files` that exist.
 
     Returns:
-        The class of its denoiser, PixArt's and DiT's under their present names.
+        The class of its denoiser; PixArt's and DiT's by their current names.
 
     Raises:
-        PipelineError: features of it cannot be extracted; says what it is, and what would do.
+        PipelineError: The model is not supported. The message says why, and which models are.
     """
     found = parts(configs[INDEX])
     name = _denoiser_class(title, found, configs)
@@ -113,7 +113,7 @@ def _denoiser_class(title: str, found: Mapping[str, str], configs: Configs) -> s
 
 
 def _check_unet(title: str, found: Mapping[str, str], config: Mapping[str, Any]) -> None:
-    """Inputs besides the latents, the timestep and the text that the UNet would need."""
+    """Reject a UNet that needs inputs besides the latents, the timestep and the text."""
     wants = [
         f"{key} {config[key]}"
         for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
@@ -124,7 +124,7 @@ def _check_unet(title: str, found: Mapping[str, str], config: Mapping[str, Any])
         wants.append(f"addition_embed_type {kind}")
     if wants:
         raise PipelineError(
-            f"{title} has a UNet that needs inputs other than an image and a text ({', '.join(wants)}). Take the "
+            f"{title} has a UNet that needs inputs other than an image and a text ({', '.join(wants)}). Use the "
             f"text-to-image model that it is derived from. {SUPPORTED}"
         )
     if kind == "text_time" and "text_encoder" not in found and "text_encoder_2" in found:
@@ -161,7 +161,7 @@ def _check_text(title: str, found: Mapping[str, str], family: _Family) -> None:
 
 
 def _check_widths(title: str, name: str, config: Mapping[str, Any], configs: Configs) -> None:
-    """Whether the text encoders give embeddings as wide as the denoiser takes them."""
+    """Check that the text encoders' embeddings are as wide as the denoiser expects."""
 
     def width(part: str, key: str) -> int | None:
         return configs.get(f"{part}/config.json", {}).get(key)

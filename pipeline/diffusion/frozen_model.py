@@ -1,91 +1,116 @@
-"""The frozen model as its manifest names it, and the image encoder beside it: what every stage checks by hash."""
+"""The frozen model's manifest, which DVC tracks in place of the weights, and checks of the files that it names."""
 
-import json
 import re
 from pathlib import Path, PurePosixPath
-from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline import provenance
-from pipeline.errors import PipelineError
+from pipeline.errors import DataError
 from pipeline.io import system_errors
-from pipeline.settings.config import Config
+from pipeline.text import printable
 
+_PREPARE = "Run `pipeline prepare-backbone`"
+_LONGEST_REASON = 200  # characters of a validation error that are shown
 _VARIANT = re.compile(r"\.(fp16|bf16|non_ema)[.-]")
-"""In the names of other precisions and training states of the same weights, which are not loaded."""
+"""Other precisions or training states of the same weights, which are not loaded, have this in their names."""
 
 
-def read_checked(config: Config) -> dict[str, Any]:
-    """The backbone's manifest, its files checked.
+class BackboneManifest(BaseModel):
+    """The content of data/backbones/<name>.json.
+
+    Attributes:
+        name: `prepare_backbone.name`.
+        source: "embedded", a model on the hub, or the name of a local folder.
+        revision: Commit on the hub; None for other sources.
+        variant: "fp16" if 16-bit weights were taken, else None.
+        files: Path inside the model's folder -> SHA-256, of every file that decides the features.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    name: str
+    source: str
+    revision: str | None = None
+    variant: str | None = None
+    files: dict[str, str]
+
+    def origin(self) -> dict[str, str | None]:
+        """Return name, source and revision: what outputs record about their frozen model."""
+        return self.model_dump(include={"name", "source", "revision"})
+
+
+def read_manifest(file: Path) -> BackboneManifest:
+    """Read the manifest of a frozen model.
 
     Raises:
-        PipelineError: it is missing or unreadable, or a file of the model is not the one it names.
+        DataError: It is missing or damaged.
+        SystemRefusal: The operating system refused to read it.
     """
-    backbone = read_manifest(config)
-    file = config.backbone_manifest
-    for name, sha256 in backbone["files"].items():
-        if not is_inside(name):
-            raise PipelineError(f"{file} names {name!r}, outside the model: run `pipeline prepare-backbone`")
-        part = config.backbone_dir / name
-        try:
-            whole = provenance.file_sha256(part) == sha256
-        except FileNotFoundError:
-            raise PipelineError(
-                f"{part} is missing but named in {file}. Run `pipeline prepare-backbone`: neither git nor DVC keeps "
-                "weights"
-            ) from None
-        except OSError as error:
-            raise system_errors.refusal(error, part) or PipelineError(
-                f"{part} cannot be read ({error.strerror}). Run `pipeline prepare-backbone`"
-            ) from None
-        if not whole:
-            raise PipelineError(f"{part} differs from {file}: run `pipeline prepare-backbone`")
-    return backbone
-
-
-def read_manifest(config: Config) -> dict[str, Any]:
-    """The backbone's manifest: its name, source, revision, and "files", path -> SHA-256.
-
-    Raises:
-        PipelineError: it is missing or unreadable.
-    """
-    file = config.backbone_manifest
     try:
         with system_errors.reading(file):
-            backbone = json.loads(file.read_text(encoding="utf-8"))
-        return {**backbone, "files": {name: str(sha256) for name, sha256 in backbone["files"].items()}}
+            return BackboneManifest.model_validate_json(file.read_bytes())
     except FileNotFoundError:
-        raise PipelineError(f"{file} is missing: run `pipeline prepare-backbone`") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise PipelineError(f"{file} cannot be read ({error!r}): run `pipeline prepare-backbone`") from None
+        raise DataError(f"{file} is missing. {_PREPARE}.") from None
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}). {_PREPARE}.") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = printable(f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()[:_LONGEST_REASON])
+        raise DataError(f"{file} is not the manifest of a frozen model ({reason}). {_PREPARE}.") from None
 
 
-def image_encoder_dir(config: Config) -> Path | None:
-    """The folder of the image encoder; None without image conditioning."""
-    path = config.params.extract_features.image_conditioning
-    return config.path(path) if path else None
+def read_checked(file: Path, folder: Path) -> BackboneManifest:
+    """Read the manifest of a frozen model and check its files against it.
 
-
-def image_encoder_hashes(config: Config) -> dict[str, str] | None:
-    """SHA-256 of each file that decides the image encoder's embedding; None without image conditioning.
+    Args:
+        file: The manifest.
+        folder: The model's folder.
 
     Raises:
-        PipelineError: the directory has no safetensors weights.
+        DataError: The manifest is missing or damaged, or a file of the model is missing or differs from it.
     """
-    path = image_encoder_dir(config)
-    if path is None:
+    manifest = read_manifest(file)
+    for name, sha256 in manifest.files.items():
+        if not _is_inside(name):
+            raise DataError(f"{file} names {name!r}, which is outside the model's folder. {_PREPARE}.")
+        part = folder / name
+        try:
+            intact = provenance.file_sha256(part) == sha256
+        except FileNotFoundError:
+            raise DataError(
+                f"{part} is missing but named in {file}. {_PREPARE}: weights are tracked neither by git nor by DVC."
+            ) from None
+        except OSError as error:
+            raise DataError(f"{part} cannot be read ({error.strerror}). {_PREPARE}.") from None
+        if not intact:
+            raise DataError(f"{part} differs from {file}. {_PREPARE}.")
+    return manifest
+
+
+def image_encoder_hashes(folder: Path | None) -> dict[str, str] | None:
+    """Return the SHA-256 of each file that decides the image encoder's embeddings; None without image conditioning.
+
+    Args:
+        folder: The image encoder's folder, or None.
+
+    Raises:
+        DataError: The folder has no safetensors weights.
+    """
+    if folder is None:
         return None
-    present = system_errors.entries(path)
+    present = system_errors.entries(folder)
     weights = [file for file in present if file.suffix == ".safetensors" and not _VARIANT.search(file.name)]
     files = [file for file in present if file.name == "config.json"] + weights
     if not weights:
-        raise PipelineError(
-            f"extract_features.image_conditioning: {path} has no .safetensors weights in full precision. Name the "
-            "directory of a CLIPVisionModelWithProjection that has them"
+        raise DataError(
+            f"extract_features.image_conditioning: {folder} has no .safetensors weights in full precision. Set it to "
+            "the folder of a CLIPVisionModelWithProjection that has them."
         )
     return {file.name: provenance.file_sha256(file) for file in files}
 
 
-def is_inside(name: str) -> bool:
-    """Whether a path, "/" between its parts, stays inside the folder that it is relative to."""
+def _is_inside(name: str) -> bool:
+    """Return whether a relative path, "/" between its parts, stays inside its folder."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and "\0" not in name

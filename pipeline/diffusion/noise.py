@@ -1,4 +1,4 @@
-"""The noise that an image is seen with: one draw an image, the same for every prompt and timestep."""
+"""Per-image noise: one draw per image, shared by all prompts and timesteps."""
 
 import numpy as np
 import torch
@@ -8,13 +8,13 @@ from pipeline import seeding
 
 
 def draw(shape: tuple[int, ...], seed: int, index: np.ndarray) -> Tensor:
-    """Standard normal noise of each image, from a generator of its own on the CPU.
+    """Draw standard normal noise for each image, from a generator of its own on the CPU.
 
     Args:
-        shape: of a latent, (C, h, w).
-        seed: the feature set's noise_seed.
-        index: int64 (n,), the images' positions in the data set, which key the draws: neither batch, order nor
-            device changes them.
+        shape: Shape of a latent, (C, h, w).
+        seed: `extract_features.noise_seed`.
+        index: int64 (n,), positions of the images in the data set. They key the draws, so that neither batch, order
+            nor device changes them.
 
     Returns:
         float32 (n, C, h, w) on the CPU.

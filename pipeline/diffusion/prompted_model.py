@@ -1,7 +1,7 @@
-"""The frozen model under its prompts: pairs (image, prompt) -> maps.
+"""The frozen model with its encoded prompts: pairs (image, prompt) -> maps.
 
-The prompts of a set are numbered from 0; the generic one of the denoising representation comes after them. Text is
-encoded once. Where an image encoder conditions, its embedding goes into an image's own prompts, never the generic one.
+The prompts of a set are numbered from 0, followed by the generic prompt of the denoising representation. Text is
+encoded once. With image conditioning, an image's embedding is added to its own prompts, never to the generic one.
 """
 
 import functools
@@ -32,16 +32,16 @@ class Inputs:
 
 
 class PromptedModel:
-    """A frozen model that has read its prompts.
+    """A frozen model that has encoded its prompts.
 
     Attributes:
         conditioning: All prompts, the generic one last.
         generic: The number of the generic prompt.
-        redone: Pairs that `finite_maps` computed again in float32 so far.
+        redone: Pairs that `finite_maps` recomputed in float32 so far.
     """
 
     def __init__(self, backbone: Backbone, prompt_set: PromptSet, generic: str) -> None:
-        """Encodes the prompts, the texts of one averaged, and then `generic`.
+        """Encode the prompts, averaging the texts of each, and then `generic`.
 
         Raises:
             PipelineError: The model cannot tell two prompts of the set apart.
@@ -52,22 +52,22 @@ class PromptedModel:
         self.generic = len(prompt_set.texts)
         self.redone = 0
         self._generic_text = generic
-        self._alone = threading.Lock()
+        self._lock = threading.Lock()
         distinct_prompts.check(self.conditioning, prompt_set)
         self._prompt_set = prompt_set
 
     def prompts_of(
         self, labels: np.ndarray, index: np.ndarray, negatives: Literal["all"] | int, seed: int
     ) -> np.ndarray:
-        """int16 (n, P): the prompts of these images; the arguments as `prompts.assign` has them."""
+        """Return the prompts of images, int16 (n, P); see `prompts.assign`."""
         similarity = self.conditioning.similarity.numpy()[: self.generic]
         return prompts.assign(self._prompt_set, negatives, labels, index, similarity, seed)
 
     def maps(self, inputs: Inputs, timestep: int, image: Tensor, text: Tensor) -> dict[str, Tensor]:
-        """One pass of each pair.
+        """Run one pass for each pair.
 
         Args:
-            inputs: the images, noised for this timestep.
+            inputs: The images, noised for this timestep.
             timestep: 0 <= t <= 999.
             image: int64 (B,), rows of `inputs`.
             text: int64 (B,), numbers of prompts.
@@ -75,7 +75,7 @@ class PromptedModel:
         Returns:
             Layer -> float32 (B, C_l, h_l, w_l).
         """
-        chosen = self.conditioning.take(text)
+        chosen = self.conditioning.select(text)
         if inputs.embeddings is not None:
             of_pair = inputs.embeddings[image.to(inputs.embeddings.device)]  # (B, E)
             generic = (text == self.generic).to(of_pair.device)
@@ -83,44 +83,44 @@ class PromptedModel:
         return self.backbone.features(inputs.noisy[image.to(inputs.noisy.device)], timestep, chosen)
 
     def finite_maps(self, inputs: Inputs, timestep: int, image: Tensor, text: Tensor) -> dict[str, Tensor]:
-        """As `maps`; pairs that overflow the model's 16-bit type are computed again in float32, without TF32.
-
-        A GPU waits once a batch for the answer, as it does anyway for the batch's row numbers to be copied.
+        """Run `maps`; pairs that overflow the model's 16-bit type are recomputed in float32, without TF32.
 
         Raises:
             PipelineError: A map is not finite in float32 either.
         """
         maps = self.maps(inputs, timestep, image, text)
-        finite = _finite(maps)
+        finite = _finite(maps)  # waits for the GPU once per batch, as copying the row numbers does anyway
         if finite.all():
             return maps
         if self.backbone.dtype != torch.float32:
             rows = torch.nonzero(~finite.all(0)).flatten()
             overflown = torch.stack([image, text], dim=1)[rows.cpu()]  # (r, 2)
             again = self._in_float32(inputs, timestep, overflown)
-            with self._alone:
-                self.redone += len(overflown.unique(dim=0))  # the last batch is filled up with repeats
+            with self._lock:
+                self.redone += len(overflown.unique(dim=0))  # the last batch is padded with repeats
             return {layer: of_layer.index_copy(0, rows, again[layer]) for layer, of_layer in maps.items()}
-        for layer, whole in zip(maps, finite.all(1).tolist(), strict=True):
-            if not whole:
+        for layer, is_finite in zip(maps, finite.all(1).tolist(), strict=True):
+            if not is_finite:
                 raise PipelineError(
                     f"{layer} of the frozen model is not finite at timestep {timestep}, even in float32. Check its "
-                    "weights, or leave the layer out of extract_features.layers."
+                    "weights, or remove the layer from extract_features.layers."
                 )
         return maps
 
     def warn_of_redone(self, before: int, passes: int, what: str) -> None:
-        """Says in the log how many of these passes were computed again since `redone` was `before`, if any."""
+        """Log how many passes were recomputed since `redone` was `before`, if any."""
         if redone := self.redone - before:
             dtype = str(self.backbone.dtype).removeprefix("torch.")
-            log.warning("%d of %d passes of %s overflowed %s: redone in float32", redone, passes, what, dtype)
+            log.warning(
+                "%d of %d passes of %s overflowed %s and were recomputed in float32.", redone, passes, what, dtype
+            )
 
     def _in_float32(self, inputs: Inputs, timestep: int, pairs: Tensor) -> dict[str, Tensor]:
-        """Finite maps of the pairs, int64 (r, 2), from the same model in float32, loaded when it is first needed.
+        """Return finite maps of pairs, int64 (r, 2), from the same model in float32, which is loaded at first use.
 
-        Batches have the size by which a row's numbers do not depend on what else is in its batch, on the CPU.
+        Batches have a fixed size, with which, on the CPU, a row's numbers do not depend on the rest of its batch.
         """
-        with self._alone:
+        with self._lock:
             model = self._float32_twin
 
         def batch(rows: Tensor) -> dict[str, Tensor]:
@@ -140,5 +140,5 @@ class PromptedModel:
 
 
 def _finite(maps: dict[str, Tensor]) -> Tensor:
-    """Which maps are finite, bool (layers, B)."""
+    """Return which maps are finite, bool (layers, B)."""
     return torch.stack([of_layer.flatten(1).isfinite().all(1) for of_layer in maps.values()])

@@ -84,25 +84,6 @@ def tiny_imagenet_words() -> list[str]:
     return json.loads(_TINY_IMAGENET.read_text(encoding="utf-8"))
 
 
-def templates_of(texts: list[list[str]], names: list[str]) -> list[str] | None:
-    """The templates that give these texts, a prompt a name; None if no templates do."""
-    for name, own in zip(names, texts, strict=False):
-        templates = [text.replace(name, _FIELD) for text in own]
-        if len(texts) == len(names) and all(_FIELD in template for template in templates):
-            if all(_fill(templates, [other]) == [made] for other, made in zip(names, texts, strict=True)):
-                return templates
-    return None
-
-
-def are_of(templates: list[str], texts: list[str]) -> bool:
-    """Whether some word makes a prompt's texts of the templates."""
-    if len(templates) != len(texts) or not texts:
-        return False
-    times, start = templates[0].count(_FIELD), templates[0].index(_FIELD)
-    length = len(_FIELD) + (len(texts[0]) - len(templates[0])) // times
-    return length > 0 and _fill(templates, [texts[0][start : start + length]]) == [texts]
-
-
 def assign(
     prompts: PromptSet,
     negatives: Literal["all"] | int,

@@ -1,7 +1,7 @@
-"""From a decoder block's map to a short vector: one PCA per layer, then the energy of each component.
+"""Reduce the maps of a decoder block to a short vector: one PCA per layer, then the energy of each component.
 
-The paper reduces layers 2-4 to 256, 128 and 128 dimensions and fuses them. The authors' code fits the PCA anew on
-every batch, so that axes mean something else each time; here each layer has one basis, fitted once on a sample of the
+The paper reduces layers 2-4 to 256, 128 and 128 dimensions and fuses them. The authors' code refits the PCA on every
+batch, so that axes change their meaning; here each layer has one basis, fitted once on a sample of the
 training images from their exact covariance. Moments are accumulated batch by batch in float64 (Chan, Golub and
 LeVeque, 1979) and decomposed on the CPU: streaming, and equal to the PCA of all rows at once to 1e-13.
 """
@@ -17,20 +17,20 @@ class Moments:
     """Count, mean and scatter matrix of the C-dimensional vectors seen so far, in float64."""
 
     def __init__(self, channels: int, device: str = "cpu") -> None:
-        """No vectors yet."""
+        """Start with no vectors."""
         self.count = 0
         self.mean = torch.zeros(channels, dtype=torch.float64, device=device)
         self.scatter = torch.zeros(channels, channels, dtype=torch.float64, device=device)
 
     def update(self, maps: torch.Tensor) -> None:
-        """Adds every position of maps (B, C, h, w) as one vector."""
+        """Add every position of maps (B, C, h, w) as one vector."""
         rows = maps.permute(0, 2, 3, 1).flatten(0, 2).double()  # (B*h*w, C)
         mean = rows.mean(0)
         centred = rows - mean
         self.add(len(rows), mean, centred.T @ centred)
 
     def add(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
-        """Adds the vectors of other moments: their count, mean (C,) and scatter about it (C, C), float64."""
+        """Add the vectors of other moments, given their count, mean (C,) and scatter about it (C, C), float64."""
         shift = mean - self.mean
         total = self.count + count
         self.scatter += scatter + torch.outer(shift, shift) * (self.count * count / total)
@@ -39,11 +39,11 @@ class Moments:
 
 
 def fit_basis(moments: Moments, dims: int) -> LayerBasis:
-    """PCA of the vectors in `moments`.
+    """Compute the PCA of the vectors in `moments`.
 
     Args:
-        moments: of at least two vectors.
-        dims: components to keep; capped at the number of channels.
+        moments: Of at least two vectors.
+        dims: Components to keep, at most the number of channels.
 
     Returns:
         Components by descending variance; the sign of each makes its largest entry positive, so that two fits of the
@@ -54,8 +54,8 @@ def fit_basis(moments: Moments, dims: int) -> LayerBasis:
     """
     if moments.count < 2:
         raise PipelineError(
-            "a PCA basis cannot be fitted on one position of one map. Set a larger extract_features.image_size, or "
-            "take more training images"
+            "A PCA basis cannot be fitted on one position of one map. Set a larger extract_features.image_size, or "
+            "use more training images."
         )
     variance, vectors = torch.linalg.eigh(moments.scatter.cpu() / (moments.count - 1))  # ascending
     variance, components = np.maximum(variance.numpy()[::-1], 0), vectors.numpy()[:, ::-1].T
@@ -74,16 +74,16 @@ class Projector:
     """Applies the layers' bases on the device: maps of all layers -> one fused representation."""
 
     def __init__(self, layers: dict[str, LayerBasis], device: str) -> None:
-        """Holds the bases as float32 on `device`; the fused vector keeps the order of `layers`."""
+        """Hold the bases as float32 on `device`; the fused vector keeps the order of `layers`."""
         self._layers = {
             name: (_float32(basis.mean, device), _float32(basis.components, device)) for name, basis in layers.items()
         }
 
     def __call__(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Energies of the principal components.
+        """Compute the energies of the principal components.
 
         Args:
-            features: layer -> float32 (B, C_l, h_l, w_l).
+            features: Layer -> float32 (B, C_l, h_l, w_l).
 
         Returns:
             float32 (B, D), D the sum of the layers' dims, all >= 0: per component the L2 norm over space, as the

@@ -128,12 +128,9 @@ def _opened(archive: Path) -> Iterator[tuple[tarfile.TarFile, str, Manifest]]:
     try:
         with reading(archive):
             source = _Source(str(archive))
-    except FileNotFoundError:
-        raise FeatureSetError(f"{archive} is missing. Give the path of a tar of `pipeline features export`.") from None
     except OSError as error:
-        raise FeatureSetError(
-            f"{archive} is not a file ({error.strerror}). Give the path of a tar of `pipeline features export`."
-        ) from None
+        why = f"{archive} cannot be opened ({error.strerror})"
+        raise FeatureSetError(f"{why}. Give the path of a tar of `pipeline features export`.") from None
     with source:
         try:
             with tarfile.open(fileobj=source, mode="r:", tarinfo=_RegularFile, encoding="utf-8") as tar:

@@ -187,9 +187,11 @@ class FeatureSet:
         missing = [entry.file for shard, entry in sorted(self._absent.items()) if shard in needed]
         if missing:
             here = os.path.relpath(self.path)
-            wanted = " ".join(f"{here}/{file}" for file in missing) if len(missing) <= _MOST_NAMED else here
+            few = len(missing) <= _MOST_NAMED
+            wanted = " ".join(f"{here}/{file}" for file in missing) if few else here
+            names = first_few(missing, _MOST_NAMED if few else 1)
             raise FeatureSetError(
-                f"{self.path} lacks {first_few(missing, _MOST_NAMED)} of the {len(needed)} shards that hold these "
+                f"{self.path} lacks {names} of the {len(needed)} shards that hold these "
                 f"samples. Run `dvc pull {wanted}`."
             )
 

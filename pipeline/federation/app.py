@@ -83,6 +83,7 @@ for _question in ("join", "forget", "moments", "pooled", "basis"):
 
 
 def _part(context: Context, name: str) -> Any:
+    importlib.import_module("stages.train_fl.methods")  # registers the methods' settings
     task = str(context.run_config.get("task"))
     if task not in _TASKS:
         raise ConfigError(f"unknown --run-config task={task!r}. Use one of {', '.join(_TASKS)}.")

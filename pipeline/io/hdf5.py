@@ -1,12 +1,14 @@
-"""Opening HDF5 files that others wrote: not while somebody writes them, and not what they may hold beyond numbers.
+"""Read only plain, contiguous HDF5 datasets, because files may come from untrusted sources, and not while they change.
 
-While a process has a file open for writing, its bytes on the disk may differ from those before and after, and HDF5
-holds a lock (flock). So a file is compared with its checksum only under a lock of ours, shared with other readers.
-Finished files never change: where the file system has no locks, they are read without.
+While a process has a file open for writing, its bytes on the disk may be in between two states, and HDF5 holds a lock
+(flock). So a file is compared with its checksum only under a shared lock. Finished files never change: on a file system
+without locks, they are read without one.
 
-The format knows datasets that stand in other files (external links and storage, virtual datasets), that take a
-thousand times their file's room (never written, or compressed), and elements that are pointers (text of variable
-length, references), which, mapped into memory, would be followed.
+The format also has datasets that
+
+- are stored in other files (external links and storage, virtual datasets),
+- expand to a thousand times the size of their file (never written, or compressed),
+- hold pointers (text of variable length, references), which a memory map would follow.
 """
 
 import contextlib
@@ -23,16 +25,16 @@ from pipeline.io.system_errors import NO_LOCKS, error_number, reading
 
 
 def plain_dataset(h5: h5py.File, name: str, file: Path) -> h5py.Dataset:
-    """A dataset of numbers, contiguous, all in this file; links are refused before they are followed.
+    """Return a contiguous dataset of numbers in this file; links are rejected before they are followed.
 
     Args:
-        h5: the open file.
-        name: of the dataset, "/" between groups.
-        file: the file that must hold its bytes.
+        h5: The open file.
+        name: Name of the dataset, with "/" between groups.
+        file: The file that must hold its bytes.
 
     Raises:
-        KeyError: there is none.
-        ValueError: it is something else; says what.
+        KeyError: There is no such dataset.
+        ValueError: It is anything else. The message says what.
     """
     parts = name.split("/")
     for stop in range(1, len(parts) + 1):
@@ -41,7 +43,7 @@ def plain_dataset(h5: h5py.File, name: str, file: Path) -> h5py.Dataset:
         if link is None:
             raise KeyError(f"there is no {path}")
         if not isinstance(link, h5py.HardLink):
-            raise ValueError(f"{path} is a link to somewhere else")
+            raise ValueError(f"{path} is a link to another place")
     dataset = h5[name]
     if not isinstance(dataset, h5py.Dataset) or dataset.shape is None:
         raise ValueError(f"{name} is not a dataset")
@@ -53,17 +55,17 @@ def plain_dataset(h5: h5py.File, name: str, file: Path) -> h5py.Dataset:
     if offset is None:
         raise ValueError(f"dataset {name} is not contiguous")
     if offset + dataset.nbytes > file.stat().st_size:
-        raise ValueError(f"dataset {name} goes beyond the end of the file")
+        raise ValueError(f"dataset {name} extends beyond the end of the file")
     return dataset
 
 
 @contextlib.contextmanager
 def open_to_read(file: Path) -> Iterator[h5py.File]:
-    """An HDF5 file; no process can open it for writing meanwhile.
+    """Yield an open HDF5 file; no process can open it for writing during the block.
 
     Raises:
-        SystemRefusal: the operating system refused, for example because a process has it open for writing.
-        OSError: there is no such file, or it is not a whole HDF5 file.
+        SystemRefusal: The operating system refused, for example because a process has it open for writing.
+        OSError: There is no such file, or it is not a complete HDF5 file.
     """
     with reading(file):
         locking = None  # HDF5's own default, which the environment variable HDF5_USE_FILE_LOCKING sets
@@ -73,7 +75,7 @@ def open_to_read(file: Path) -> Iterator[h5py.File]:
             if error_number(error) not in NO_LOCKS:
                 raise
             locking = False
-        if locking is False:  # not in the handler: the error of the first try would be taken for the second's cause
+        if locking is False:  # outside the handler, which would make the first error the cause of a second one
             h5 = h5py.File(file, "r", locking=False)
         with h5:
             yield h5
@@ -81,11 +83,11 @@ def open_to_read(file: Path) -> Iterator[h5py.File]:
 
 @contextlib.contextmanager
 def bytes_of(file: Path) -> Iterator[BinaryIO]:
-    """The bytes of an HDF5 file; no process can open it for writing meanwhile.
+    """Yield an HDF5 file as a stream of bytes; no process can open it for writing during the block.
 
     Raises:
-        SystemRefusal: it cannot be opened, for example because a process has it open for writing.
-        OSError: there is no such file.
+        SystemRefusal: The operating system refused, for example because a process has it open for writing.
+        OSError: There is no such file.
     """
     with contextlib.ExitStack() as stack:
         with reading(file):
@@ -103,17 +105,17 @@ class Unmarked(io.RawIOBase):
     """
 
     def __init__(self, stream: BinaryIO) -> None:
-        """Of an open file, from its start."""
+        """Read an open file from its start."""
         super().__init__()
         stream.seek(0)
         self._stream, self._position = stream, 0
 
     def readable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def readinto(self, block: Any) -> int:
-        """Reads the next bytes, with the flags cleared."""
+        """Read the next bytes, with the flags cleared."""
         view = memoryview(block).cast("B")
         size = self._stream.readinto(view)  # type: ignore[attr-defined]
         for place in range(max(20, self._position), min(24, self._position + size)):
@@ -123,17 +125,17 @@ class Unmarked(io.RawIOBase):
 
 
 def check_not_written(file: Path) -> None:
-    """Asked before a file is called damaged, whether HDF5 uses locks here or not.
+    """Check that no process is writing a file, before it is reported as damaged; HDF5 may not use locks here.
 
     Raises:
-        SystemRefusal: a process has it open for writing, so that its bytes say nothing.
+        SystemRefusal: A process has it open for writing, so that its content is unknown.
     """
     with contextlib.suppress(OSError), reading(file), file.open("rb") as stream:  # suppressed: there is no such file
         _share(stream)
 
 
 def _share(stream: BinaryIO) -> None:
-    """Takes a lock that keeps writers out and readers not; none where the file system has none."""
+    """Acquire a shared lock, which blocks only writers; do without on a file system that has no locks."""
     try:
         fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:

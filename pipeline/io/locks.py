@@ -21,7 +21,7 @@ class Lock:
     """An exclusive lock on a file, created if missing; release it or leave the `with` block of `opened`."""
 
     def __init__(self, file: Path) -> None:
-        """Locks nothing yet."""
+        """Prepare the lock without acquiring it."""
         self.file = file
         self._lock = FileLock(file, blocking=False, fallback_to_soft=False)
 
@@ -29,7 +29,7 @@ class Lock:
         """Try to acquire the lock, without waiting, and return whether it is held now.
 
         Raises:
-            PipelineError: the file system has no locks, or the lock file cannot be opened.
+            PipelineError: The file system has no locks, or the lock file cannot be opened.
         """
         try:
             self._lock.acquire()

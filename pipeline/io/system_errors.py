@@ -1,4 +1,4 @@
-"""Errors of the operating system, which say nothing about what a file holds, and what to do about each.
+"""Errors of the operating system, which tell nothing about a file's content, and what to do about each.
 
 A file that is open for writing elsewhere, a missing permission or a full descriptor table stops a read before any byte
 was compared. Every reader asks `refusal` first and calls a file damaged only if this returns None.
@@ -16,11 +16,11 @@ from pipeline.errors import PipelineError
 _NOT_REFUSED = frozenset(
     {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EINVAL}
 )
-"""These say that no such file is there, that something else is, or (EINVAL) that a damaged file names an impossible
-place in itself. Each reader reports that in its own words."""
+"""These mean that there is no such file, that it is something else, or (EINVAL) that a damaged file refers to an
+impossible position. Each reader reports that in its own words."""
 
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL})
-"""What file systems without file locks answer to a request for one."""
+"""Errors that file systems without file locks give when a lock is requested."""
 
 _SET_NO_LOCKS = "The file system has no file locks. Set the environment variable HDF5_USE_FILE_LOCKING=FALSE"
 _REMEDIES = (
@@ -48,7 +48,7 @@ _UNMARK = (
     "remove the mark with `h5clear -s FILE`"
 )
 _NUMBER = re.compile(r"\b(?:errno = |os error |code: )(\d+)")
-"""How HDF5 and safetensors give an errno in the text of an error."""
+"""The errno in the text of an error of HDF5 or safetensors."""
 
 _OPEN_FOR_WRITING = re.compile(r"file is already open for (write|read-only|SWMR)", re.IGNORECASE)
 _NOT_LOCKED = "unable to lock file"
@@ -56,24 +56,24 @@ _MARKED = "h5clear"
 
 
 class SystemRefusal(PipelineError):
-    """The operating system did not let a file be read; its content is unknown, not damaged."""
+    """The operating system refused to read a file; its content is unknown, not damaged."""
 
     def __init__(self, path: Path, reason: str, remedy: str, others: int = 0) -> None:
-        """One line: `path`, and how many `others` for the same reason, cannot be read; then what to do."""
+        """Say that `path` and `others` more files cannot be read, why, and what to do."""
         files = f"{path} and {others} more" if others else f"{path}"
         super().__init__(f"{files} cannot be read ({reason}). {remedy}.")
         self.path, self.reason, self.remedy = path, reason, remedy
 
 
 def refusal(error: BaseException, path: Path) -> SystemRefusal | None:
-    """The error to raise if the operating system refused to read `path`.
+    """Return the error to raise if the operating system refused to read `path`.
 
     Args:
-        error: what reading raised, of any type: h5py gives some errno only in the text of a RuntimeError.
-        path: the file or folder that was read.
+        error: The exception from reading. It may have any type: h5py gives some errno only in a RuntimeError's text.
+        path: The file or folder that was read.
 
     Returns:
-        None if the error is about the content of the file, or about a path where no such file is.
+        None if the error concerns the content of the file, or there is no such file.
     """
     code = error_number(error)
     if code is not None and (code not in _NOT_REFUSED or _NOT_LOCKED in str(error)):
@@ -90,10 +90,10 @@ def refusal(error: BaseException, path: Path) -> SystemRefusal | None:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Lets through every error of the block but refusals of the operating system to read `path`.
+    """Turn the operating system's refusals to read `path` into SystemRefusal; other errors pass unchanged.
 
     Raises:
-        SystemRefusal: the operating system refused.
+        SystemRefusal: The operating system refused.
     """
     try:
         yield
@@ -106,12 +106,12 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def status(path: Path) -> os.stat_result | None:
-    """The status of the file at `path`, links followed; None only if there is none.
+    """Return the status of the file at `path`, following links; None only if there is no file.
 
-    `Path.exists` and `Path.is_file` say no, in some versions of Python, to a file that may not be looked at.
+    In some versions of Python, `Path.exists` and `Path.is_file` return False if permission is missing.
 
     Raises:
-        SystemRefusal: the operating system does not say whether there is a file.
+        SystemRefusal: The operating system does not tell whether there is a file.
     """
     with reading(path):
         try:
@@ -123,10 +123,10 @@ def status(path: Path) -> os.stat_result | None:
 
 
 def entries(folder: Path) -> list[Path]:
-    """What is in a folder, by name; nothing if there is no such folder. `Path.glob` passes over what it may not list.
+    """Return the paths in a folder, by name; none if there is no such folder. `Path.glob` skips unreadable folders.
 
     Raises:
-        SystemRefusal: the folder cannot be listed.
+        SystemRefusal: The folder cannot be listed.
     """
     with reading(folder):
         try:
@@ -138,28 +138,28 @@ def entries(folder: Path) -> list[Path]:
 
 
 def unwritten(path: Path, error: BaseException) -> PipelineError:
-    """The error to raise if writing `path`, which appears whole or not at all, ended in `error`."""
+    """Return the error to raise if an atomic write of `path` ended in `error`."""
     advice = remedy(error_number(error) or 0)
     return PipelineError(f"{path} cannot be written ({in_words(error)}). {advice}. What was there before is kept.")
 
 
 def in_words(error: BaseException) -> str:
-    """The system's reason if there is one, else the text of the error, on one line."""
+    """Return the operating system's reason if there is one, else the text of the error, on one line."""
     code = error_number(error)
     return os.strerror(code) if code else " ".join(str(error).split())
 
 
 def remedy(code: int) -> str:
-    """What to do about an errno, as a sentence without its full stop."""
+    """Return what to do about an errno, as a sentence without its full stop."""
     return _REMEDIES.get(code, _DEFAULT_REMEDY)
 
 
 def error_number(error: BaseException) -> int | None:
-    """The errno of an error, or of what caused it; None if there is none."""
+    """Return the errno of an error or of its cause; None if there is none."""
     for cause in (error, error.__cause__, error.__context__):
         if isinstance(cause, OSError) and cause.errno:
             return cause.errno
-        if cause is None or isinstance(cause, ValueError):  # a parser's, whose text quotes the file
+        if cause is None or isinstance(cause, ValueError):  # of a parser, whose text quotes the file
             continue
         if (found := _NUMBER.search(str(cause))) and int(found[1]):
             return int(found[1])

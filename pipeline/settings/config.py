@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from pipeline.errors import ConfigError
 from pipeline.io.system_errors import reading
 from pipeline.settings.error_messages import explain, models_of
-from pipeline.settings.params import Params, Section
+from pipeline.settings.params import METHODS, Params, Section
 from pipeline.text import printable
 
 _YAML_KINDS = {
@@ -232,6 +232,8 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
             range; or the sweep names something that does not exist. One line per mistake, with the file, the key, its
             value and what is allowed.
     """
+    if not METHODS:
+        raise ConfigError("No federated methods are registered. Import stages.train_fl.methods before config.load.")
     values, overrides = read_yaml(path), overrides or {}
     for key, value in overrides.items():
         _set(values, key, value)

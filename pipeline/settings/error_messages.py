@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from pipeline.settings.params import METHODS, PARTITIONS, Params, Section
 
-_NAMED = {"methods": (METHODS, "algorithm"), "partitions": (PARTITIONS, "kind")}
+_NAMED = {"methods": (METHODS.values(), "algorithm"), "partitions": (PARTITIONS, "kind")}
 """Sections of named settings: the models of an entry, and the key that selects one."""
 
 

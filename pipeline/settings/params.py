@@ -1,13 +1,13 @@
 """The content of params.yaml: one section per stage, and the type, range and meaning of every key.
 
-The file is the only place for values, so that all settings of a run can be read in one place. The command line
-generates its flags and their help from these descriptions.
+Only methods and guidance have defaults, the values of their papers. Every other key must be in params.yaml, so that all
+settings of a run are in one place. The command line generates its flags and their help from these descriptions.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, SerializeAsAny, StringConstraints, field_validator
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 """Name of a folder, a DVC stage or a run: letters, digits, - and _."""
@@ -210,131 +210,51 @@ class TrainFL(Section):
 
 
 class Guidance(Section):
-    """FedDifRC's two losses and their targets; on top of any method as its `guidance` section."""
+    """FedDifRC's two losses and their targets; under any other method as its `guidance` section."""
 
-    tdcl_weight: float = Field(ge=0, description="weight of the text-driven contrastive loss; 0 switches it off")
-    tdcl_targets: Literal["raw", "centred", "standardised"] = Field(description="scale of the prompted targets")
-    tdcl_normalisation: Literal["none", "representation", "scalar"] = Field(
-        description="what divides TDCL's cosine: nothing, the mean distance U per representation, or its batch mean"
+    tdcl_weight: float = Field(1.0, ge=0, description="weight of the text-driven contrastive loss; 0 disables it")
+    tdcl_targets: Literal["raw", "centred", "standardised"] = Field(
+        "raw", description="scaling of the prompted targets"
     )
-    temperature: float = Field(gt=0, description="TDCL's tau")
-    ndcr_weight: float = Field(ge=0, description="weight of the consistency loss; 0 switches it off")
-    ndcr_targets: Literal["raw", "centred", "standardised"] = Field(description="scale of the denoising targets")
+    tdcl_normalisation: Literal["none", "representation", "scalar"] = Field(
+        "none", description="divisor of TDCL's cosine: none, the mean distance U per representation, or its batch mean"
+    )
+    temperature: float = Field(0.04, gt=0, description="TDCL's temperature tau")
+    ndcr_weight: float = Field(1.0, ge=0, description="weight of the consistency loss; 0 disables it")
+    ndcr_targets: Literal["raw", "centred", "standardised"] = Field(
+        "standardised", description="scaling of the denoising targets"
+    )
     ndcr_form: Literal["normalised-l2", "l2", "kl"] = Field(
-        description="NDCR: squared distance of unit vectors, of vectors as they are, or the authors' code's KL"
+        "normalised-l2",
+        description="NDCR: squared distance of unit vectors, of the vectors as they are, or the authors' code's KL",
     )
     layers: Literal["all"] | list[str] = Field(
-        description="decoder layers whose columns guide: all, or names as in the feature set's manifest (up_blocks.1)"
+        "all", description="decoder layers used as targets: all, or names from the feature set's manifest (up_blocks.1)"
     )
 
 
-class _Method(Section):
-    """What every method may have: an absent `guidance` section means none."""
+class MethodSettings(Section):
+    """Settings of a `methods:` entry. Each method's file derives from it, with the `algorithm` that selects it."""
 
-    guidance: Guidance | None = Field(default=None, description="FedDifRC's losses on top of this method")
-
-
-class FedAvg(_Method):
-    """McMahan et al., AISTATS 2017."""
-
-    algorithm: Literal["fedavg"]
+    guidance: Guidance | None = Field(default=None, description="adds FedDifRC's losses to this method; null: none")
 
 
-class FedProx(_Method):
-    """Li et al., MLSys 2020."""
-
-    algorithm: Literal["fedprox"]
-    proximal_mu: float = Field(ge=0, description="weight of the squared distance to the global weights; 0 is FedAvg")
+METHODS: dict[str, type[Section]] = {}
+"""Settings class by `algorithm`. Methods register theirs when `stages.train_fl.methods` is imported."""
 
 
-Weighting = Literal["uniform", "samples"]
-
-
-class Scaffold(_Method):
-    """Karimireddy et al., ICML 2020, option II."""
-
-    algorithm: Literal["scaffold"]
-    server_learning_rate: float = Field(gt=0, description="the server's step towards the participants' mean")
-    weighting: Weighting = Field(description="the mean over participants: uniform (paper) or by samples")
-
-
-class FedNova(_Method):
-    """Wang et al., NeurIPS 2020."""
-
-    algorithm: Literal["fednova"]
-    proximal_mu: float = Field(ge=0, description="FedProx's term in the local objective; 0 is plain SGD")
-    server_momentum: float = Field(ge=0, lt=1, description="momentum of the server's step")
-
-
-class Moon(_Method):
-    """Li et al., CVPR 2021."""
-
-    algorithm: Literal["moon"]
-    contrastive_weight: float = Field(ge=0, description="weight of the model-contrastive loss (mu)")
-    temperature: float = Field(gt=0, description="its temperature (T)")
-
-
-class FedNH(_Method):
-    """Dai et al., AAAI 2023."""
-
-    algorithm: Literal["fednh"]
-    smoothing: float = Field(ge=0, le=1, description="share of the old prototypes that the server keeps (rho)")
-    scale: float = Field(gt=0, description="initial value of the trainable factor on the cosines")
-    weighting: Weighting = Field(description="the mean over participants: uniform (authors' code) or by samples")
-
-
-class FedCR(_Method):
-    """Zhang et al., ICML 2023."""
-
-    algorithm: Literal["fedcr"]
-    latent_dim: int = Field(ge=1, description="length of the stochastic representation")
-    num_draws: int = Field(ge=1, description="noise draws per sample and step")
-    kl_weight: float = Field(ge=0, description="weight of the divergence from the class's prior (beta)")
-    prior_step: float = Field(ge=0, le=1, description="how far the priors move each round (beta2); 0 keeps N(0, 1)")
-    weighting: Weighting = Field(description="the mean over participants: uniform (authors' code) or by samples")
-
-
-class FedDyn(_Method):
-    """Acar et al., ICLR 2021."""
-
-    algorithm: Literal["feddyn"]
-    alpha: float = Field(ge=0, description="weight of the dynamic regulariser; 0 switches it off")
-
-
-class FedAvgM(_Method):
-    """Hsu et al., 2019."""
-
-    algorithm: Literal["fedavgm"]
-    server_momentum: float = Field(ge=0, lt=1, description="momentum of the server's step; 0 is FedAvg")
-    server_learning_rate: float = Field(gt=0, description="the server's step")
-
-
-class FedProto(_Method):
-    """Tan et al., AAAI 2022, with FedAvg's aggregation of the weights."""
-
-    algorithm: Literal["fedproto"]
-    prototype_weight: float = Field(ge=0, description="weight of the distance to the class's global prototype")
-
-
-class FedDifRC(Guidance):
-    """Wang et al., ICCV 2025: FedAvg with guidance."""
-
-    algorithm: Literal["feddifrc"]
-
-
-class SimSiam(_Method):
-    """Chen and He, CVPR 2021, under FedAvg: training without labels."""
-
-    algorithm: Literal["simsiam"]
-    head_dim: int = Field(ge=1, description="length of the projection; the predictor's bottleneck is a quarter of it")
-    knn_neighbours: int = Field(ge=1, description="k of the k-NN classifier that judges the embeddings")
-
-
-class SelfSupervisedFedDifRC(Guidance):
-    """Wang et al., ICCV 2025, without labels: FedAvg on the two guidance losses alone."""
-
-    algorithm: Literal["feddifrc-self-supervised"]
-    knn_neighbours: int = Field(ge=1, description="k of the k-NN classifier that judges the embeddings")
+def _method_settings(value: Any) -> Section:
+    """Validate a `methods:` entry by the settings class that its `algorithm` selects."""
+    if not isinstance(value, dict):
+        raise PydanticKnownError("dict_type")
+    if "algorithm" not in value:
+        raise PydanticKnownError("union_tag_not_found", {"discriminator": "'algorithm'"})
+    algorithm = value["algorithm"]
+    if not isinstance(algorithm, str) or algorithm not in METHODS:
+        expected = ", ".join(map(repr, sorted(METHODS)))
+        context = {"discriminator": "'algorithm'", "tag": str(algorithm), "expected_tags": expected}
+        raise PydanticKnownError("union_tag_invalid", context)
+    return METHODS[algorithm].model_validate(value)
 
 
 class Dirichlet(Section):
@@ -455,10 +375,6 @@ class Runtime(Section):
     dvclive: bool = Field(description="train-fl: every round to dvclive/<run> as well")
 
 
-METHODS: tuple[type[Section], ...] = (
-    FedAvg, FedProx, Scaffold, FedNova, Moon, FedNH, FedCR, FedDyn, FedAvgM, FedProto, FedDifRC,
-    SimSiam, SelfSupervisedFedDifRC,
-)  # fmt: skip
 PARTITIONS: tuple[type[Section], ...] = (
     Dirichlet,
     DirichletBalanced,
@@ -468,22 +384,7 @@ PARTITIONS: tuple[type[Section], ...] = (
     ByDomain,
     Nodes,
 )
-Method = Annotated[
-    FedAvg
-    | FedProx
-    | Scaffold
-    | FedNova
-    | Moon
-    | FedNH
-    | FedCR
-    | FedDyn
-    | FedAvgM
-    | FedProto
-    | FedDifRC
-    | SimSiam
-    | SelfSupervisedFedDifRC,
-    Field(discriminator="algorithm"),
-]
+Method = Annotated[SerializeAsAny[Section], PlainValidator(_method_settings)]
 Partition = Annotated[
     Dirichlet | DirichletBalanced | LabelSkew | ClassesPerClient | IID | ByDomain | Nodes, Field(discriminator="kind")
 ]

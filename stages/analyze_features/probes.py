@@ -1,17 +1,18 @@
-"""How well representations tell classes apart, with labels and without.
+"""Measure how well representations separate classes, with labels and without.
 
-Linear probe: multinomial logistic regression, fitted on a part of the training images and judged on the rest of them,
-the mean over a few stratified splits; the test split is never read. Clustering (the paper's Fig. 3): k-means with as
-many clusters as classes, which sees no label, judged by purity, normalised mutual information and the adjusted Rand
-index. All see each dimension standardised: energies of strong and weak components differ by orders of magnitude. The
-price is that weak components, which are noise more often, count as much as strong ones. One thread computes all of it,
-so that equal features give equal numbers on any number of cores.
+- Linear probe: multinomial logistic regression, fitted on a part of the training images and scored on the rest, as the
+  mean over a few stratified splits. The test split is never read.
+- Clustering (the paper's Fig. 3): k-means with as many clusters as classes and without labels, scored by purity,
+  normalised mutual information and the adjusted Rand index.
 
-The error of a share is the binomial's. The probe's splits overlap, in what they fit and in what they judge, so the
-deviation over them would be too small an estimate (Nadeau and Bengio, Machine Learning 2003), and an image that several
-hold out weighs as often: n is the effective number of images, (sum w)^2 / sum w^2 with w how often each is held out.
-It is one representation's; two are judged on the same images, so that their difference is known
-better than such errors say.
+Both standardise each dimension, because the energies of strong and weak components differ by orders of magnitude; weak
+components, which are more often noise, then count as much as strong ones. Everything is computed on one thread, so that
+equal features give equal numbers on any number of cores.
+
+The standard error of a share is the binomial's. The probe's splits overlap, so the deviation over splits would
+underestimate it (Nadeau and Bengio, Machine Learning 2003). Images that several splits hold out count repeatedly, so n
+is the effective number of images, (sum w)^2 / sum w^2, where w is how often each is held out. The error is that of one
+representation; the difference of two is known better, because both are scored on the same images.
 """
 
 import math
@@ -22,17 +23,17 @@ import numpy as np
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from pipeline import seeding
 from pipeline.data.datasets import stratified_split
-from pipeline.errors import PipelineError
+from pipeline.errors import DataError
 from pipeline.settings.params import AnalyzeFeatures
 
-_DRAWS = 20  # of clusters at random
-_DIGITS = 6  # of a number that is written: beyond them processors differ
+_DRAWS = 20  # random clusterings
+_DIGITS = 6  # of a number that is written; later digits differ between processors
 
 
 @dataclass(frozen=True)
@@ -46,23 +47,23 @@ class Scores:
     ari: float
 
 
-class Judge:
-    """Judges representations of the same images, all by the same splits.
+class ProbeEvaluator:
+    """Scores representations of the same images, all by the same splits.
 
     Attributes:
-        held_out: how many distinct images the probe is judged on: those held out by at least one split.
-        effective_images: as many images, each judged once, would give its accuracy the same error (Kish, 1965).
+        held_out: Number of distinct images that at least one split holds out.
+        effective_images: The number of images, each scored once, that would give the same error (Kish, 1965).
     """
 
     def __init__(self, labels: np.ndarray, params: AnalyzeFeatures) -> None:
-        """Cuts the images into splits.
+        """Split the images.
 
         Args:
             labels: int64 (n,).
-            params: fraction and number of the validation splits, and the seed.
+            params: Fraction and number of the validation splits, and the seed.
 
         Raises:
-            PipelineError: a probe could not be fitted or judged on so few images.
+            DataError: There are too few images to fit and score a probe.
         """
         self._labels, self._params = labels, params
         self._num_classes = len(np.unique(labels))
@@ -70,13 +71,13 @@ class Judge:
         _, times = np.unique(np.concatenate([held_out for _, held_out in self._splits]), return_counts=True)
         self.held_out, self.effective_images = len(times), float(times.sum() ** 2 / (times**2).sum())
         if any(len(np.unique(labels[fitted])) < 2 or not len(held_out) for fitted, held_out in self._splits):
-            raise PipelineError(
-                f"{len(labels)} images of {self._num_classes} classes are too few to fit a linear probe and judge it: "
-                "take more images, or another analyze_features.validation_fraction"
+            raise DataError(
+                f"{len(labels)} images of {self._num_classes} classes are too few to fit and score a linear probe. "
+                "Use more images or another analyze_features.validation_fraction."
             )
 
     def scores(self, features: np.ndarray) -> Scores:
-        """Judges float (n, D)."""
+        """Score representations, float (n, D)."""
         features = np.asarray(features, np.float64)
         with threadpool_limits(1):
             accuracy = np.mean([self._probe(features, *split) for split in self._splits])
@@ -91,7 +92,7 @@ class Judge:
         return Scores(*(round(float(value), _DIGITS) for value in found))
 
     def _draw_splits(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Positions to fit on, and held out."""
+        """Yield, per split, the positions to fit on and those held out."""
         count = round(self._params.validation_fraction * len(self._labels))
         for number in range(self._params.splits):
             rng = seeding.numpy_generator(self._params.seed, "validation split", number)
@@ -99,23 +100,29 @@ class Judge:
             yield fitted, held_out
 
     def _probe(self, features: np.ndarray, fitted: np.ndarray, held_out: np.ndarray) -> float:
-        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-        return probe.fit(features[fitted], self._labels[fitted]).score(features[held_out], self._labels[held_out])
+        return (
+            linear_probe().fit(features[fitted], self._labels[fitted]).score(features[held_out], self._labels[held_out])
+        )
 
     def _cluster(self, features: np.ndarray) -> np.ndarray:
-        """Int (n,): the cluster of each image."""
+        """Return the cluster of each image, int (n,)."""
         seed = seeding.derive(self._params.seed, "k-means") % 2**32
         k_means = KMeans(self._num_classes, n_init=10, random_state=seed)
         return k_means.fit_predict(StandardScaler().fit_transform(features))
 
 
+def linear_probe() -> Pipeline:
+    """Return an unfitted linear probe: multinomial logistic regression on standardised inputs."""
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+
+
 def standard_error(share: float, count: float) -> float:
-    """sqrt(p (1 - p) / n) of a share p of n images; 0 where it is of none or of all of them."""
+    """Return sqrt(p (1 - p) / n), the standard error of a share p of n images."""
     return math.sqrt(share * (1 - share) / count)
 
 
 def purity(clusters: np.ndarray, labels: np.ndarray) -> float:
-    """Share of images that are of their cluster's most frequent class.
+    """Return the share of images that belong to the most frequent class of their cluster.
 
     Args:
         clusters: int (n,).
@@ -126,11 +133,12 @@ def purity(clusters: np.ndarray, labels: np.ndarray) -> float:
 
 
 def chance(labels: np.ndarray, prompts_per_image: int, seed: int) -> dict[str, float]:
-    """What representations that tell nothing would reach, by measure.
+    """Return the chance level of each measure: the score of representations without information.
 
-    The probe: the most frequent class's share. Purity and NMI, which chance lifts above that and 0, the more so the
-    fewer images a cluster has: the mean of twenty draws of as many clusters as classes, equally large. ARI: adjusted
-    to 0.
+    - Probe: the share of the most frequent class.
+    - Purity and NMI, which chance lifts the more the fewer images a cluster has: the mean over twenty random
+      clusterings into as many equal clusters as classes.
+    - ARI: 0, to which it is adjusted.
 
     Args:
         labels: int64 (n,).

@@ -6,11 +6,11 @@ analysis/clusters.svg    probe accuracy, purity, NMI and ARI per layer (the pape
 analysis/tsne.svg        t-SNE of the denoising representations (Fig. 2)
 analysis/prompts.svg     class x nearest prompt, and the margin per class
 
-judge.py     linear probe and clusters
+probes.py    linear probe and clusters
 margins.py   matching against non-matching prompts
-tsne.py      a plane to look at
-figures.py   the pictures
-sweep.py     timesteps and layers on a sample, through the frozen model; recommend.py chooses among them
+tsne.py      t-SNE of the representations
+figures.py   figures
+sweep/       timesteps and layers on a sample, through the frozen model, and a recommendation
 
 Everything is of training images, at most `images` of them.
 """
@@ -31,7 +31,7 @@ from pipeline.settings.config import Config
 from pipeline.settings.params import AnalyzeFeatures
 from stages.analyze_features import figures, margins, tsne
 from stages.analyze_features.margins import Similarities
-from stages.analyze_features.probes import Judge, chance
+from stages.analyze_features.probes import ProbeEvaluator, chance
 
 log = logging.getLogger(__name__)
 
@@ -103,11 +103,15 @@ def _scores(
     rows: Features, columns: dict[str, slice], similar: dict[str, Similarities], params: AnalyzeFeatures
 ) -> dict[str, dict[str, Any]]:
     """Layer -> its numbers in details.json."""
-    judge, everyone = Judge(rows.label, params), np.ones(len(rows.label), bool)
+    evaluator, everyone = ProbeEvaluator(rows.label, params), np.ones(len(rows.label), bool)
     found = {}
     for name, part in track(columns.items(), "analyze", len(columns), "layer"):
         dims = part.stop - part.start
-        found[name] = {"dims": dims, **asdict(judge.scores(rows.denoised[:, part])), **similar[name].means(everyone)}
+        found[name] = {
+            "dims": dims,
+            **asdict(evaluator.scores(rows.denoised[:, part])),
+            **similar[name].means(everyone),
+        }
         log.info("%s: %d dims, linear probe %.2f %%", name, dims, 100 * found[name]["probe_accuracy"])
     return found
 

@@ -1,7 +1,7 @@
-"""The PCA basis of a feature set: fitted on a seeded sample of its images, or given from elsewhere.
+"""The PCA basis of a feature set: fitted on a seeded sample of its images, or shared from another set.
 
-Federated nodes that extract their own sets share one basis.h5, so that their features mean the same. The plot shows how
-much of each layer's variance its leading components hold.
+Federated nodes that extract their own sets share one basis.h5, so that their features are comparable. The plot shows
+the share of each layer's variance that its leading components explain.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline import feature_store, plotting, seeding
-from pipeline.errors import PipelineError
+from pipeline.errors import FeatureSetError
 from pipeline.feature_store import Basis
 from pipeline.io import atomic
 
@@ -19,37 +19,37 @@ if TYPE_CHECKING:
 
 
 def images(rows: int, wanted: int, seed: int) -> np.ndarray:
-    """int64 (min(rows, wanted),), ascending: the training images that a basis is fitted on, drawn at random."""
+    """int64 (min(rows, wanted),), ascending, the training images that a basis is fitted on, drawn at random."""
     order = seeding.numpy_generator(seed, "basis images").permutation(rows)
     return np.sort(order[:wanted])
 
 
 def read_shared(file: Path, channels: dict[str, int], ranges: dict[str, list[int]]) -> Basis:
-    """Reads a basis made for another set.
+    """Read a basis that was fitted for another set.
 
     Args:
-        file: its basis.h5.
-        channels: layer -> channels of this set's backbone.
-        ranges: layer -> columns of this set.
+        file: Its basis.h5.
+        channels: Layer -> channels of this set's backbone.
+        ranges: Layer -> columns of this set.
 
     Raises:
-        PipelineError: it is missing, or of other layers, channels or dimensions.
+        FeatureSetError: It is missing, or has other layers, channels or dimensions.
     """
     basis = feature_store.read_basis_file(file, list(channels))
     for layer, (start, stop) in ranges.items():
         found, wanted = basis.layers[layer].components.shape, (stop - start, channels[layer])
         if found != wanted:
-            raise PipelineError(
+            raise FeatureSetError(
                 f"{file}: {layer} has {found[0]} components of {found[1]} channels, this set needs {wanted[0]} of "
-                f"{wanted[1]}: set extract_features.dims, layers and the backbone as they were when it was fitted"
+                f"{wanted[1]}. Set extract_features.dims, layers and the backbone as they were when it was fitted."
             )
     if basis.mean.shape != (stop,) or basis.std.shape != (stop,):
-        raise PipelineError(f"{file}: mean and std are not of {stop} dimensions: not a whole basis.h5")
+        raise FeatureSetError(f"{file}: mean and std do not have {stop} dimensions. Use a complete basis.h5.")
     return basis
 
 
 def explained(basis: Basis) -> dict[str, float]:
-    """Layer -> share of its total variance that its components hold, 0 to 1."""
+    """Return, by layer, the share of the variance that its components explain, 0 to 1."""
     return {
         name: float(layer.explained_variance.sum() / layer.total_variance) if layer.total_variance else 1.0
         for name, layer in basis.layers.items()
@@ -57,7 +57,7 @@ def explained(basis: Basis) -> dict[str, float]:
 
 
 def plot_explained_variance(basis: Basis, file: Path) -> None:
-    """Draws, per layer, the share of variance held by the first k components; the same basis gives the same bytes."""
+    """Plot, per layer, the share of variance explained by the first k components; equal bases give equal bytes."""
     atomic.write_text(file, _explained_variance(basis))
 
 

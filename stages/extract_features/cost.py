@@ -1,7 +1,7 @@
-"""What an extraction will cost, before it is run: images, passes, floating-point operations, bytes and time.
+"""Estimate the cost of an extraction before it runs: images, passes, floating-point operations, bytes and time.
 
-Operations are counted by torch's own counter on models without weights (device "meta"), multiplications and additions
-apart; time is measured on a few batches with the real ones.
+Torch's own counter counts the operations on models without weights (device "meta"), a multiplication and an addition
+as two. Time is measured on a few batches with the real models.
 """
 
 import time
@@ -24,7 +24,7 @@ _TIMED_BATCHES = 3
 
 @dataclass(frozen=True)
 class Estimate:
-    """The cost of a whole set; FLOPs are per image (VAE) and per pass (denoiser)."""
+    """The cost of a complete set; FLOPs are per image (VAE) and per pass (denoiser)."""
 
     images: int
     passes_per_image: int
@@ -37,11 +37,11 @@ class Estimate:
 
     @property
     def flops_per_image(self) -> int:
-        """One encoding and all passes."""
+        """FLOPs of one encoding and all passes of an image."""
         return self.vae_flops + self.passes_per_image * self.pass_flops
 
     def lines(self) -> list[str]:
-        """The estimate, for people."""
+        """Return the estimate as lines of text."""
         seconds = self.images / self.images_per_second
         return [
             f"images        {self.images} in {self.shards} shards",
@@ -55,34 +55,35 @@ class Estimate:
 
 
 def estimate(config: Config) -> Estimate:
-    """Plans the set that params.yaml describes, loads the models and times a few batches.
+    """Plan the set that params.yaml describes, load the models and time a few batches.
 
     Raises:
-        PipelineError: as `run`.
+        PipelineError: As `run`.
     """
-    job = planning.make(config)
-    params, content = config.params.extract_features, job.plan.content
-    with batching.reproducible(job.device, getattr(torch, params.dtype)):
-        extraction = load(job)
+    plan = planning.make(config)
+    settings, content = plan.settings, plan.feature_set.content
+    with batching.reproducible(plan.device, getattr(torch, settings.dtype)):
+        extraction = load(plan)
         seconds = _seconds_per_image(extraction, content.prompts_per_image)
-    vae_flops, pass_flops = count_flops(config.backbone_dir, params.layers, params.image_size, extraction.conditioning)
+    conditioning = extraction.session.model.conditioning
+    vae_flops, pass_flops = count_flops(plan.model_dir, settings.layers, settings.image_size, conditioning)
     return Estimate(
-        images=job.plan.rows,
+        images=plan.feature_set.rows,
         passes_per_image=1 + content.prompts_per_image,
-        shards=job.plan.num_shards,
+        shards=plan.feature_set.num_shards,
         vae_flops=vae_flops,
         pass_flops=pass_flops,
-        num_bytes=content.row_bytes * job.plan.rows,
+        num_bytes=content.row_bytes * plan.feature_set.rows,
         images_per_second=1 / seconds,
-        device=job.device,
+        device=plan.device,
     )
 
 
 def count_flops(path: Path, layers: list[str] | str, image_size: int, conditioning: Conditioning) -> tuple[int, int]:
-    """Operations of encoding one image, and of one pass with one prompt, nothing past the last layer included."""
+    """Count the FLOPs of encoding one image, and of one pass with one prompt up to the last layer read."""
     of_prompts = (tensor.dtype for tensor in conditioning.tensors.values() if tensor.is_floating_point())
-    twin = backbones.load(path, layers, "meta", next(of_prompts, torch.float32))  # takes prompts of its own type only
-    one_prompt = conditioning.take(torch.zeros(1, dtype=torch.int64)).to("meta")
+    twin = backbones.load(path, layers, "meta", next(of_prompts, torch.float32))  # accepts prompts of its own type only
+    one_prompt = conditioning.select(torch.zeros(1, dtype=torch.int64)).to("meta")
     with FlopCounterMode(display=False) as encoding:
         latents = twin.encode_images(np.zeros((1, image_size, image_size, 3), np.uint8), image_size)
     with FlopCounterMode(display=False) as one_pass:
@@ -91,24 +92,25 @@ def count_flops(path: Path, layers: list[str] | str, image_size: int, conditioni
 
 
 def _seconds_per_image(extraction: Extraction, prompts_per_image: int) -> float:
-    """Of encoding, and of as many passes as an image needs; the first batches, which warm up, are not counted."""
-    count = min(len(extraction.data), extraction.batcher.parallel_rows)
+    """Time encoding and all passes of an image, after a warm-up."""
+    session = extraction.session
+    count = min(len(extraction.data), session.batcher.parallel_rows)
     index = np.arange(count)
     host = extraction.host_input(index)
-    encoding = _timed(lambda: extraction.encode(host.images), extraction.backbone.device) / count
-    inputs = extraction.inputs(host, extraction.encode(host.images))
-    rows = torch.arange(extraction.batcher.parallel_rows) % count
+    encoding = _timed(lambda: session.encode(host.images), session.backbone.device) / count
+    inputs = extraction.inputs(host, session.encode(host.images))
+    rows = torch.arange(session.batcher.parallel_rows) % count
 
     def passes() -> None:
         text = torch.zeros(len(rows), dtype=torch.int64)
-        for _ in extraction.batcher.map(lambda chunk: extraction.maps(inputs, rows[chunk], text[chunk]), len(rows)):
+        for _ in session.batcher.map(lambda chunk: extraction.maps(inputs, rows[chunk], text[chunk]), len(rows)):
             pass
 
-    return encoding + (1 + prompts_per_image) * _timed(passes, extraction.backbone.device) / len(rows)
+    return encoding + (1 + prompts_per_image) * _timed(passes, session.backbone.device) / len(rows)
 
 
 def _timed(action, device: str) -> float:
-    """Seconds of one call, the mean of a few after the first."""
+    """Return the mean seconds per call, after a first call to warm up."""
     action()
     _wait(device)
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What is to be extracted: from the configuration, the data set and the backbone's hashes; no model is loaded."""
+"""Plan an extraction from the configuration, the data set and the model's hashes; no model is loaded."""
 
 import logging
 from dataclasses import dataclass
@@ -7,89 +7,121 @@ from pathlib import Path
 from pipeline import devices, provenance
 from pipeline.data.datasets import PreparedDataset
 from pipeline.diffusion import backbones, frozen_model, prompts, representation
+from pipeline.diffusion.frozen_model import BackboneManifest
 from pipeline.diffusion.prompts import PromptSet
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError
 from pipeline.feature_store import Content, Plan
 from pipeline.settings.config import Config
+from pipeline.settings.params import ExtractFeatures, Runtime
 from stages.extract_features import basis
 
 log = logging.getLogger(__name__)
 
 EXTRACTION_VERSION = 1
-"""Raise it, here and in params.yaml, whenever the features change; tests hold golden features against it."""
+"""Raise it, here and in params.yaml, whenever the features change; tests compare golden features with it."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """An extraction: the configuration, the data set, its prompts, the set they make, and the device."""
+class ExtractionPlan:
+    """Everything that an extraction reads, resolved to paths and sections.
 
-    config: Config
+    Attributes:
+        settings: The section extract_features.
+        runtime: The section runtime.
+        dataset: The prepared data set.
+        prompts: Its prompts.
+        model_dir: The frozen model's folder.
+        image_encoder: The image encoder's folder; None without image conditioning.
+        shared_basis: The basis.h5 to use; None if a basis is to be fitted.
+        feature_set: Content, size and provenance of the set.
+        target: The set's folder.
+        state_dir: Folder of unfinished and cached work.
+        device: torch device.
+    """
+
+    settings: ExtractFeatures
+    runtime: Runtime
     dataset: PreparedDataset
     prompts: PromptSet
-    plan: Plan
+    model_dir: Path
+    image_encoder: Path | None
+    shared_basis: Path | None
+    feature_set: Plan
+    target: Path
+    state_dir: Path
     device: str
 
 
-def make(config: Config) -> Job:
-    """Plans the feature set that params.yaml describes.
+def make(config: Config) -> ExtractionPlan:
+    """Plan the feature set that params.yaml describes.
 
     Raises:
-        PipelineError: the data set or the backbone is missing or changed, or the configuration does not fit them.
+        PipelineError: The data set or the model is missing or changed, or the settings do not fit them.
     """
-    params = config.params.extract_features
-    if params.version != EXTRACTION_VERSION:
-        raise PipelineError(
-            f"params.yaml has extract_features.version: {params.version}, but this program computes version "
-            f"{EXTRACTION_VERSION}: set it to extract anew, or use the program that made your features"
+    settings = config.params.extract_features
+    if settings.version != EXTRACTION_VERSION:
+        raise ConfigError(
+            f"params.yaml has extract_features.version: {settings.version}, but this program computes version "
+            f"{EXTRACTION_VERSION}. Set it to extract again, or use the program that made your features."
         )
     dataset = PreparedDataset(config.dataset_dir)
-    backbone = frozen_model.read_checked(config)
-    channels = backbones.layer_channels(config.backbone_dir, params.layers)
-    if len(params.dims) != len(channels):
-        raise PipelineError(
-            f"extract_features.dims = {params.dims} must have one entry for each of layers = {list(channels)}"
-        )
-    backbones.check_timesteps(config.backbone_dir, [params.timestep], "extract_features.timestep")
-    backbones.check_image_size(config.backbone_dir, params.image_size)
-    if backbone.get("variant") and params.dtype == "float32":
-        log.warning(
-            "features are computed in float32 from the %s weights of %s. For full weights set prepare_backbone.variant "
-            "to none and run `pipeline prepare-backbone`",
-            backbone["variant"], backbone["name"],
-        )  # fmt: skip
-    prompt_set = prompts.build(params, dataset.class_names, config.path)
+    manifest = frozen_model.read_checked(config.backbone_manifest, config.backbone_dir)
+    channels = _check_model(settings, config.backbone_dir, manifest)
+    columns = representation.column_ranges(channels, settings.dims)
+    prompt_set = prompts.build(settings, dataset.class_names, config.path)
+    encoder = config.path(settings.image_conditioning) if settings.image_conditioning else None
+    shared = None if settings.basis == "auto" else config.path(settings.basis)
+    if shared:
+        basis.read_shared(shared, channels, columns)
     content = Content(
-        extraction_version=params.version,
+        extraction_version=settings.version,
         dataset_hash=dataset.hash,
         class_names=dataset.class_names,
-        backbone={name: sha for name, sha in backbone["files"].items() if name != "model_index.json"},
-        layers=representation.column_ranges(channels, params.dims),
+        # model_index.json only lists the parts, whose own files have hashes.
+        backbone={name: sha256 for name, sha256 in manifest.files.items() if name != "model_index.json"},
+        layers=columns,
         prompts=prompt_set.texts,
         positive=prompt_set.positive,
-        image_conditioning=frozen_model.image_encoder_hashes(config),
-        basis_images=params.basis_images if params.basis == "auto" else None,
-        basis_sha256=_hash_of_shared_basis(config, channels),
-        **params.model_dump(include={"timestep", "image_size", "denoise_prompt", "negatives", "noise_seed", "dtype"}),
+        image_conditioning=frozen_model.image_encoder_hashes(encoder),
+        basis_images=None if shared else settings.basis_images,
+        basis_sha256=provenance.file_sha256(shared) if shared else None,
+        **settings.model_dump(include={"timestep", "image_size", "denoise_prompt", "negatives", "noise_seed", "dtype"}),
     )
     made_by = {
         "dataset": dataset.name,
-        "backbone": {key: backbone[key] for key in ("name", "source", "revision")}
-        | ({"variant": backbone["variant"]} if backbone.get("variant") else {}),
+        "backbone": manifest.origin() | ({"variant": manifest.variant} if manifest.variant else {}),
+        "settings": settings.model_dump(mode="json"),
         **provenance.software(),
     }
-    plan = Plan(content, dataset.rows("train"), params.rows_per_shard, made_by)
-    return Job(config, dataset, prompt_set, plan, devices.resolve(config.params.runtime.device))
+    return ExtractionPlan(
+        settings=settings,
+        runtime=config.params.runtime,
+        dataset=dataset,
+        prompts=prompt_set,
+        model_dir=config.backbone_dir,
+        image_encoder=encoder,
+        shared_basis=shared,
+        feature_set=Plan(content, dataset.rows("train"), settings.rows_per_shard, made_by),
+        target=config.features_dir,
+        state_dir=config.state_dir,
+        device=devices.resolve(config.params.runtime.device),
+    )
 
 
-def shared_basis(config: Config) -> Path | None:
-    """The basis given from elsewhere; None if it is to be fitted."""
-    path = config.params.extract_features.basis
-    return None if path == "auto" else config.path(path)
-
-
-def _hash_of_shared_basis(config: Config, channels: dict[str, int]) -> str | None:
-    file = shared_basis(config)
-    if file is None:
-        return None
-    basis.read_shared(file, channels, representation.column_ranges(channels, config.params.extract_features.dims))
-    return provenance.file_sha256(file)
+def _check_model(settings: ExtractFeatures, model_dir: Path, manifest: BackboneManifest) -> dict[str, int]:
+    """Check that the settings fit the model, and return the channels of each layer."""
+    channels = backbones.layer_channels(model_dir, settings.layers)
+    if len(settings.dims) != len(channels):
+        raise ConfigError(
+            f"extract_features.dims = {settings.dims} must have one entry for each of layers = {list(channels)}"
+        )
+    backbones.check_timesteps(model_dir, [settings.timestep], "extract_features.timestep")
+    backbones.check_image_size(model_dir, settings.image_size)
+    if manifest.variant and settings.dtype == "float32":
+        log.warning(
+            "Features are computed in float32 from the %s weights of %s. For full weights, set "
+            "prepare_backbone.variant to none and run `pipeline prepare-backbone`.",
+            manifest.variant,
+            manifest.name,
+        )
+    return channels

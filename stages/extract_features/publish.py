@@ -1,7 +1,7 @@
-"""Puts a finished set in its place: never over another set unasked, and never with a byte that is not what was written.
+"""Move a finished set to its place, never over another set without --overwrite, and never with a damaged file.
 
-The shards of a set may lie in staging for days, made by many jobs; each is hashed once more before the set is given
-out, which takes seconds where computing them took hours.
+The shards of a set may stay in staging for days, made by many jobs. Each is hashed again before the set is published,
+which takes seconds where computing them took hours.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline import feature_store, provenance
-from pipeline.errors import PipelineError
+from pipeline.errors import FeatureSetError, PipelineError
 from pipeline.feature_store import FeatureSetWriter, Plan
 from pipeline.io.system_errors import SystemRefusal, reading, status
 from pipeline.settings.config import differing_keys
@@ -19,23 +19,23 @@ from stages.extract_features import basis
 log = logging.getLogger(__name__)
 
 
-def deliver(writer: FeatureSetWriter, target: Path, again: Callable[[list[int]], None], overwrite: bool) -> Path:
-    """Puts the set together if all its shards are there and nobody has done so.
+def publish(writer: FeatureSetWriter, target: Path, recompute: Callable[[list[int]], None], overwrite: bool) -> Path:
+    """Assemble the set if all its shards are finished and no other process has done so.
 
     Args:
-        writer: of the set in the making.
-        target: the set's place.
-        again: computes these shards: those that were damaged after they were written.
-        overwrite: replace a finished set of other features.
+        writer: Writer of the unfinished set.
+        target: The set's folder.
+        recompute: Computes these shards again, which were damaged after they were written.
+        overwrite: Replace a finished set of other features.
 
     Returns:
-        The set's folder; the folder in which it is being made if shards are missing still.
+        The set's folder, or the folder of the unfinished set while shards are missing.
 
     Raises:
-        PipelineError: another finished set stands there, or the disk is full.
+        PipelineError: There is another finished set, or the disk is full.
     """
     if missing := writer.missing_shards:
-        log.info("%d of %d shards are missing still", len(missing), writer.plan.num_shards)
+        log.info("%d of %d shards are still missing", len(missing), writer.plan.num_shards)
         return writer.path
     with writer.lock("set"):
         if not is_complete(target, writer.plan):
@@ -43,7 +43,7 @@ def deliver(writer: FeatureSetWriter, target: Path, again: Callable[[list[int]],
                 check_replaceable(target, writer.plan)
             writer.forget_damaged(range(writer.plan.num_shards))
             if damaged := writer.missing_shards:
-                again(damaged)
+                recompute(damaged)
             basis.plot_explained_variance(writer.basis(), writer.path / "explained_variance.svg")
             writer.publish(target)
             writer.remove_published_siblings()
@@ -51,10 +51,10 @@ def deliver(writer: FeatureSetWriter, target: Path, again: Callable[[list[int]],
 
 
 def is_complete(target: Path, plan: Plan) -> bool:
-    """Whether the set is there whole, by every file's checksum; a warning says what is damaged.
+    """Return whether the set exists and every checksum matches; damage is logged as a warning.
 
     Raises:
-        SystemRefusal: the operating system did not let a file be read, so that it is not known.
+        SystemRefusal: The operating system refused to read a file, so that it is unknown.
     """
     if status(target / "manifest.json") is None:
         return False
@@ -75,10 +75,11 @@ def is_complete(target: Path, plan: Plan) -> bool:
 
 
 def check_replaceable(target: Path, plan: Plan) -> None:
-    """Checks that no finished set of other features is there, which would be lost; whole or in part.
+    """Check that publishing would not replace a finished set of other features, complete or in part.
 
     Raises:
-        PipelineError: one is; names what differs. Or the operating system does not say what is there.
+        FeatureSetError: It would. The message names what differs.
+        SystemRefusal: The operating system refused to read the manifest.
     """
     file = target / "manifest.json"
     try:
@@ -92,7 +93,7 @@ def check_replaceable(target: Path, plan: Plan) -> None:
         wanted = plan.content.model_dump()
         keys = [*differing_keys(content, wanted), *differing_keys(wanted, content)]  # each lists its second's keys
         differing = dict.fromkeys(key.partition(".")[0] for key in keys) or ["number format"]  # 1 equals 1.0 and true
-        raise PipelineError(
-            f"{target} holds a finished feature set with another {', '.join(differing)}: move or delete the folder, "
-            "give this set another name (prepare_data.name or prepare_backbone.name), or say --overwrite"
+        raise FeatureSetError(
+            f"{target} holds a finished feature set with another {', '.join(differing)}. Move or delete the folder, "
+            "give this set another name (prepare_data.name or prepare_backbone.name), or pass --overwrite."
         )

@@ -12,7 +12,7 @@ _PATH = re.compile(r"[./~$].*|.*/|[^/@]+(/[^/@]+){2,}")
 
 
 def is_path(source: str) -> bool:
-    """Whether a source can only be meant as a directory: ./sd, ~/sd, /models/sd, a/b/c, sd/."""
+    """Return whether a source can only be meant as a directory: ./sd, ~/sd, /models/sd, a/b/c, sd/."""
     return "://" not in source and not _HOST.match(source) and _PATH.fullmatch(source) is not None
 
 
@@ -20,11 +20,11 @@ def pinned(source: str, revision: str | None) -> tuple[str, str]:
     """The id and the commit of a model on the hub.
 
     Args:
-        source: prepare_backbone.source: organisation/model, the same with @ and a revision, or a page's URL.
-        revision: prepare_backbone.revision; None if it is not set.
+        source: Value of prepare_backbone.source: organisation/model, the same with @ and a revision, or a page's URL.
+        revision: Value of prepare_backbone.revision; None if it is not set.
 
     Raises:
-        ConfigError: it names no model, or no commit; the message gives the commit that a branch or tag is at now.
+        ConfigError: It names no model, or no commit; the message gives the commit that a branch or tag is at now.
     """
     hub_id, written = _parse(source)
     if written and revision and written != revision and _COMMIT.fullmatch(written):

@@ -36,7 +36,7 @@ _FONTS = (
 
 
 def render_digits(num_images: int, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields `num_images` pairs of an image, uint8 (32, 32, 3), white on black, and its digit, 0 to 9."""
+    """Yield `num_images` pairs of an image, uint8 (32, 32, 3), white on black, and its digit, 0 to 9."""
     for _ in range(num_images):
         digit = int(rng.integers(10))
         glyph = _glyph(digit, _FONTS[rng.integers(len(_FONTS))])
@@ -85,7 +85,7 @@ def _weight(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _coarsen(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Reduces to a random grid of 8 to 16 pixels a side and back to 32: the blur of a low-resolution scan."""
+    """Reduce to a random grid of 8 to 16 pixels a side and back to 32: the blur of a low-resolution scan."""
     crop = Image.fromarray(image[6:-6, 6:-6])  # (36, 36)
     grid = int(rng.integers(8, 17))
     coarse = crop.resize((grid, grid), Image.Resampling.BOX)

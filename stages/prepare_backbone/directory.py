@@ -17,7 +17,7 @@ class Directory:
     """A diffusers pipeline directory, as `selection.Source` describes it."""
 
     def __init__(self, path: Path, target: Path | None = None) -> None:
-        """Lists the files of the directory and of the folders in it.
+        """List the files of the directory and of the folders in it.
 
         Args:
             path: The directory.

@@ -34,7 +34,7 @@ class HubModel:
     """A repository at a commit, as `selection.Source` describes it."""
 
     def __init__(self, hub_id: str, revision: str, listings: Path) -> None:
-        """Lists the repository's files.
+        """List the repository's files.
 
         Without the hub the listing of an earlier run is used, so that the same files are chosen; or else, the files of
         the commit that are in the cache.
@@ -45,7 +45,7 @@ class HubModel:
             listings: the folder that keeps listings.
 
         Raises:
-            DataError: there is no such model or commit, or access to it; or the hub cannot be reached and the cache
+            DataError: There is no such model or commit, or access to it; or the hub cannot be reached and the cache
                 has nothing of it.
         """
         self.hub_id, self.revision = hub_id, revision
@@ -76,13 +76,13 @@ class HubModel:
             return self._fetch_checked(name, None)[0]
 
     def fetch(self, names: Sequence[str]) -> dict[str, tuple[Path, str]]:
-        """Downloads what the cache lacks, and compares every file with the hub's hash.
+        """Download what the cache lacks, and compare every file with the hub's hash.
 
         Returns:
             Each file's absolute path in the cache and its SHA-256, 64 hexadecimal digits.
 
         Raises:
-            DataError: a file cannot be fetched, or arrives with other bytes than the hub lists.
+            DataError: A file cannot be fetched, or arrives with other bytes than the hub lists.
         """
         self._remove_leftovers()
         missing = [name for name in names if not self._pointer(name).exists()]
@@ -143,7 +143,7 @@ class HubModel:
         return path, sha256
 
     def _damaged(self, name: str, path: Path) -> DataError:
-        """Removes a file with other bytes than the hub's, which no tool must find in the cache."""
+        """Remove a file with other bytes than the hub's, so that no other tool finds it in the cache."""
         path.resolve().unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         return DataError(
@@ -178,7 +178,7 @@ class HubModel:
         return digests[64].hexdigest(), expected is None or digests[len(expected)].hexdigest() == expected
 
     def _remove_leftovers(self) -> None:
-        """Removes what killed downloads of this model left, but for files that another process downloads now."""
+        """Remove partial files of killed downloads of this model, except those that another process is downloading."""
         from filelock import FileLock, Timeout
 
         for leftover in (self._storage / "blobs").glob("*.incomplete"):
@@ -213,7 +213,7 @@ def commit_of(hub_id: str, revision: str | None) -> str | None:
     """The commit that a branch or tag, None for the main branch, is at now; None if the hub gives no answer.
 
     Raises:
-        DataError: the hub has no such model or revision, or gives no access to it.
+        DataError: The hub has no such model or revision, or gives no access to it.
     """
     from huggingface_hub import HfApi
 
@@ -264,7 +264,7 @@ def _reporting_to(bar: "tqdm | None") -> Any:
 
 
 class _Once(logging.Handler):
-    """Passes the client's warnings on, one line for each kind of them."""
+    """Pass the client's warnings on, one line for each kind of them."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

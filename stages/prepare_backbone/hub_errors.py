@@ -1,4 +1,4 @@
-"""What the hub refused, in one line: what is wrong, then what to do."""
+"""Explain the hub's errors in one line: what is wrong, then what to do."""
 
 import os
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, with a token of an acco
 
 
 def in_words(error: BaseException, hub_id: str, revision: str | None, name: str | None = None) -> DataError:
-    """The error to raise for what the hub's client raised.
+    """Return the error to raise for an error of the hub's client.
 
     Args:
-        error: of any type; the client wraps the answer of the hub in others.
-        hub_id: organisation/model.
-        revision: the commit, branch or tag that was asked for; None for the main branch.
-        name: the file that was asked for, if it was one.
+        error: An error of any type; the client wraps the answer of the hub in others.
+        hub_id: The model's id, organisation/model.
+        revision: The commit, branch or tag that was requested; None for the main branch.
+        name: The requested file, if it was a file.
     """
     from huggingface_hub import constants, errors
 
@@ -65,7 +65,7 @@ def in_words(error: BaseException, hub_id: str, revision: str | None, name: str 
 
 
 def is_unreachable(error: BaseException) -> bool:
-    """Whether the hub gave no answer, or that it is busy: then the cache may do."""
+    """Return whether the hub gave no answer or is busy, so that the cache may be used instead."""
     from huggingface_hub import errors
 
     for cause in _chain(error):

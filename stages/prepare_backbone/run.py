@@ -1,4 +1,4 @@
-"""Runs the stage: puts a diffusers pipeline directory at models/<name> and writes down exactly what it is.
+"""Run the stage: put a diffusers pipeline directory at models/<name> and record exactly what it is.
 
 Neither git nor DVC tracks the weights: a team shares features, and training from those needs no weights.
 What DVC tracks is the manifest, with the hash of every file that decides the features. The directory holds links, to
@@ -13,7 +13,8 @@ from typing import Any
 
 from pipeline import provenance
 from pipeline.diffusion import frozen_model
-from pipeline.errors import DataError, PipelineError
+from pipeline.diffusion.frozen_model import BackboneManifest
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.io import atomic
 from pipeline.settings.config import Config
 from stages.prepare_backbone import address
@@ -27,22 +28,23 @@ _16_BITS = ("float16", "bfloat16")
 
 
 def run(config: Config, train: bool = False) -> Path:
-    """Makes models/<name> from the source that params.yaml names.
+    """Make models/<name> from the source that params.yaml names.
 
     Args:
-        config: the project's configuration.
-        train: train tiny-sd again instead of copying its shipped weights.
+        config: The project's configuration.
+        train: Train tiny-sd again instead of copying its shipped weights.
 
     Returns:
         The manifest's path.
 
     Raises:
-        DataError: the source is not there, cannot be downloaded, differs from the hub's hashes, or is not a model
+        ConfigError: The settings contradict each other, or name no model or commit.
+        DataError: The source does not exist, cannot be downloaded, differs from the hub's hashes, or is not a model
             that features can be extracted from.
     """
     params = config.params.prepare_backbone
     if train and params.source != "embedded":
-        raise DataError(f"--train makes tiny-sd. Use it with prepare_backbone.source: embedded, not {params.source}")
+        raise ConfigError(f"--train makes tiny-sd. Use it with prepare_backbone.source: embedded, not {params.source}")
     half = config.params.extract_features.dtype in _16_BITS
     directory = config.path(params.source)
     if params.source == "embedded":
@@ -54,7 +56,7 @@ def run(config: Config, train: bool = False) -> Path:
     else:
         if address.is_path(params.source):
             places = " and ".join(str(place) for place in config.places(params.source))
-            raise DataError(
+            raise ConfigError(
                 f"prepare_backbone.source = {params.source!r}: there is no such directory (looked for {places}). Check "
                 "the path, or write organisation/model for a model on the hub"
             )
@@ -67,9 +69,9 @@ def run(config: Config, train: bool = False) -> Path:
         )
     if found["revision"] is None and params.revision is not None:
         log.warning("prepare_backbone.revision is not used: it is for models from the hub")
-    _tell_changes(config, found)
+    _warn_about_changes(config, found)
     config.backbone_manifest.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write_json(config.backbone_manifest, found)
+    atomic.write_json(config.backbone_manifest, BackboneManifest(**found).model_dump())
     log.info("%s: %d files", config.backbone_dir, len(found["files"]))
     return config.backbone_manifest
 
@@ -105,15 +107,15 @@ def _linked(source: Source, target: Path, variant: str, prefer_fp16: bool) -> di
     return {"variant": selection.variant, "files": hashes}
 
 
-def _tell_changes(config: Config, found: Mapping[str, Any]) -> None:
-    """Says when another model takes the name of one that was prepared before: its features are not this one's."""
+def _warn_about_changes(config: Config, found: Mapping[str, Any]) -> None:
+    """Warn if another model takes the name of one prepared before, because earlier features are not from it."""
     try:
-        before = frozen_model.read_manifest(config)
+        before = frozen_model.read_manifest(config.backbone_manifest)
     except PipelineError:
         return
-    old, new = before["files"], found["files"]
+    old, new = before.files, found["files"]
     changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    if changed and all(before.get(key) == found[key] for key in ("source", "revision")):
+    if changed and all(getattr(before, key) == found[key] for key in ("source", "revision")):
         log.warning(
             "%s is another model than the one prepared before from the same source: %s changed. Features that were "
             "extracted before do not belong to it",

@@ -1,4 +1,4 @@
-"""Which files of a model are taken: from the names in its repository or directory, and its few kilobytes of JSON.
+"""Select the files of a model, by the names in its repository or directory and its few kilobytes of JSON.
 
 The files get canonical names: a variant, such as diffusion_pytorch_model.fp16.safetensors, becomes
 diffusion_pytorch_model.safetensors, so that nothing that loads a model has to know of variants, and the hashes of a
@@ -33,7 +33,7 @@ class Source(Protocol):
     sizes: dict[str, int]
     """Its files, path with "/" between the parts -> bytes."""
     listed: bool
-    """Whether `sizes` has all of its files, not just those that are here."""
+    """Whether `sizes` has all of its files, not only the local ones."""
 
     def read(self, name: str) -> Path:
         """A small file, to be read at once."""
@@ -47,8 +47,8 @@ class Selection:
     """The files of a model that are loaded.
 
     Attributes:
-        family: the class of the denoiser.
-        files: canonical name -> name in the source.
+        family: The class of the denoiser.
+        files: Canonical name -> name in the source.
         variant: "fp16" if any of the weights are, else None.
     """
 
@@ -58,20 +58,20 @@ class Selection:
 
 
 def select(source: Source, variant: str, prefer_fp16: bool) -> Selection:
-    """Judges a model by its configurations and chooses its files.
+    """Check a model by its configurations and choose its files.
 
     Args:
-        source: the model; no weights of it are read.
+        source: The model; no weights of it are read.
         variant: "none" takes full weights, "fp16" those of half size where a part has them, "auto" one of the two.
         prefer_fp16: what "auto" takes where a part has both.
 
     Raises:
-        DataError: it is no model that features can be extracted from, or has no weights that can be loaded.
+        DataError: Features cannot be extracted from the model, or it has no weights that can be loaded.
     """
     index = _index(source)
     configs = {families.INDEX: index}
     configs |= {name: _json(source, name) for name in families.config_files(index) if name in source.sizes}
-    family = families.judge(source.title, configs)
+    family = families.identify(source.title, configs)
     files = {families.INDEX: families.INDEX}
     parts = [part for part in _PARTS if part in families.parts(index)]
     variants = set()

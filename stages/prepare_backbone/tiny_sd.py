@@ -48,11 +48,11 @@ class Recipe:
 
 
 def train(output: Path, recipe: Recipe | None = None) -> None:
-    """Trains tiny-sd and writes it as a diffusers pipeline directory with float16 safetensors weights.
+    """Train tiny-sd and write it as a diffusers pipeline directory with float16 safetensors weights.
 
     Args:
-        output: directory to write; what stands there under the same names is overwritten.
-        recipe: sizes and seed; the default one makes the shipped weights (half an hour on two CPU cores).
+        output: Directory to write; files of the same names are overwritten.
+        recipe: Sizes and seed; the default one makes the shipped weights (half an hour on two CPU cores).
     """
     recipe = recipe or Recipe()
     rng = seeding.numpy_generator(recipe.seed, "tiny-sd", "corpus")

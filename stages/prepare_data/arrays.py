@@ -1,7 +1,7 @@
 """Data sets that their release holds as arrays: scikit-learn's digits, and MNIST, USPS, SVHN, CIFAR by torchvision.
 
-Class names are worded to be prompts and stand in the order of the labels by construction: digits are numbered as they
-are named (SVHN's release calls zero 10; torchvision makes it 0), CIFAR's names come from the release's own table.
+Class names are written for use in prompts and are in the order of the labels by construction: digits are numbered as
+they are named (SVHN's release calls zero 10; torchvision makes it 0), CIFAR's names come from the release's own table.
 """
 
 import errno
@@ -46,7 +46,7 @@ def mnist(root: Path, params: PrepareData) -> Source:
     """MNIST: 60,000 and 10,000 grey images of 28x28.
 
     Raises:
-        DataError: it is not in `root` and cannot be downloaded, or it is damaged.
+        DataError: It is not in `root` and cannot be downloaded, or it is damaged.
     """
     from torchvision.datasets import MNIST
 
@@ -66,7 +66,7 @@ def usps(root: Path, params: PrepareData) -> Source:
     """USPS in LIBSVM's form: 7,291 and 2,007 grey images of 16x16.
 
     Raises:
-        DataError: as `mnist`.
+        DataError: See `mnist`.
     """
     from torchvision.datasets import USPS
 
@@ -80,7 +80,7 @@ def svhn(root: Path, params: PrepareData) -> Source:
     """SVHN's cropped digits: 73,257 and 26,032 colour images of 32x32; its easier "extra" images are left out.
 
     Raises:
-        DataError: as `mnist`.
+        DataError: See `mnist`.
     """
     from torchvision.datasets import SVHN
 
@@ -96,7 +96,7 @@ def cifar10(root: Path, params: PrepareData) -> Source:
     """CIFAR-10: 50,000 and 10,000 colour images of 32x32.
 
     Raises:
-        DataError: as `mnist`.
+        DataError: See `mnist`.
     """
     from torchvision.datasets import CIFAR10
 
@@ -107,7 +107,7 @@ def cifar100(root: Path, params: PrepareData) -> Source:
     """CIFAR-100 with its 100 fine labels: 50,000 and 10,000 colour images of 32x32.
 
     Raises:
-        DataError: as `mnist`.
+        DataError: See `mnist`.
     """
     from torchvision.datasets import CIFAR100
 
@@ -115,10 +115,10 @@ def cifar100(root: Path, params: PrepareData) -> Source:
 
 
 def reader(title: str, root: Path, what_where: str) -> Callable[..., Any]:
-    """A function that calls a torchvision data set's class and turns whatever goes wrong into one line.
+    """Return a function that calls a torchvision data set's class and turns any error into one line.
 
-    torchvision downloads only what is not there, and checks MD5 sums where it knows them. Damaged files make it raise
-    almost anything.
+    torchvision downloads only missing files, and checks those MD5 sums that it knows. Damaged files make it raise
+    errors of many types.
     """
 
     def read(dataset: Callable[..., Any], **kwargs: Any) -> Any:
@@ -129,14 +129,14 @@ def reader(title: str, root: Path, what_where: str) -> Callable[..., Any]:
                 raise refused from None
             problem = " ".join(str(error).split()) or type(error).__name__
             raise DataError(
-                f"{title} is not whole in {root} and could not be downloaded ({problem}): put {what_where}"
+                f"{title} is incomplete in {root} and could not be downloaded ({problem}). Put {what_where}."
             ) from error
 
     return read
 
 
 def _refusal(error: Exception, root: Path) -> SystemRefusal | None:
-    """What the system said about reading a file; errors of the network and of writing are about the download."""
+    """Return the system's refusal to read a file; errors of the network and of writing belong to the download."""
     if not isinstance(error, OSError) or isinstance(error, ConnectionError) or error.errno in _NOT_ABOUT_READING:
         return None
     return refusal(error, Path(error.filename or root))

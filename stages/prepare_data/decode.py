@@ -6,7 +6,7 @@ torchvision's ImageFolder ignores orientation, drops the transparency mask and c
 these come out the same here.
 
 One rule for every format: pixels must be complete, notes beside the pixels (EXIF, XMP) may be damaged. A file is read
-whole before it is decoded, so an error of the system never looks like a broken image.
+completely before it is decoded, so that a system error is never mistaken for a broken image.
 """
 
 import io
@@ -59,19 +59,19 @@ class BrokenImageError(Exception):
 
 
 def read_image(path: Path, image_size: int, rows_cut: int = 0) -> np.ndarray:
-    """Reads one image file.
+    """Read one image file.
 
     Args:
-        path: the file.
-        image_size: height and width of the result, pixels.
-        rows_cut: rows of pixels to remove at the bottom first.
+        path: The file.
+        image_size: Height and width of the result, pixels.
+        rows_cut: Rows of pixels to remove at the bottom first.
 
     Returns:
         uint8 (image_size, image_size, 3).
 
     Raises:
-        BrokenImageError: the file is missing, no image, damaged, or of more than twice Pillow's limit of pixels.
-        SystemRefusal: the disk, its permissions or the memory are at fault, not the image.
+        BrokenImageError: The file is missing, not an image, damaged, or has more than twice Pillow's limit of pixels.
+        SystemRefusal: The disk, its permissions or the memory are at fault, not the image.
     """
     try:
         if not path.is_file() and path.exists():  # a pipe would be waited for

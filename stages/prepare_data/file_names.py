@@ -24,7 +24,7 @@ _LEFTOVERS = frozenset(
 
 
 def is_leftover(name: str) -> bool:
-    """Whether systems and programs leave such a file or folder: hidden names, thumbnails, wastebaskets, caches."""
+    """Return whether a name is hidden, or one that systems and programs leave: thumbnails, wastebaskets, caches."""
     return name.startswith((".", "~$")) or name.casefold() in _LEFTOVERS
 
 
@@ -40,7 +40,7 @@ def utf8(name: str) -> str:
     """The canonical name of a folder that names a class or a domain, unchanged.
 
     Raises:
-        DataError: its bytes are not UTF-8.
+        DataError: Its bytes are not UTF-8.
     """
     try:
         name.encode()

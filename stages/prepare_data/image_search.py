@@ -1,4 +1,4 @@
-"""Finds the image files of a tree in an order that depends on no file system, and counts what it passes over.
+"""Find the image files of a tree, in an order that does not depend on the file system, and count skipped files.
 
 A listing costs no look at the files themselves: the type of an entry comes with its name (os.scandir), so that trees of
 hundreds of thousands of files are listed in seconds.
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, PipelineError
 from pipeline.io.system_errors import refusal
 from stages.prepare_data.decode import ENDINGS, HEIF_ADVICE, HEIF_ENDINGS
 from stages.prepare_data.file_names import canonical, ending, is_leftover
@@ -28,7 +28,7 @@ class ImageSearch:
     """The image files under `root`, class by class, and what was passed over by ending."""
 
     def __init__(self, root: Path) -> None:
-        """Searches nothing yet."""
+        """Start without searching."""
         self.root = root
         self.passed_over: Counter[str] = Counter()
         self.outside = 0  # images beside the class folders
@@ -39,7 +39,7 @@ class ImageSearch:
         Two folders whose names differ only in how an accent is written are one class.
 
         Raises:
-            DataError: there is none, or a folder cannot be read.
+            DataError: There is none, or a folder cannot be read.
         """
         folders: dict[str, list[Path]] = {}
         for name in subfolders(tree):
@@ -50,7 +50,7 @@ class ImageSearch:
         return folders
 
     def count_outside(self, tree: Path) -> None:
-        """Counts the images that are beside the folders of a tree."""
+        """Count the images that are beside the folders of a tree."""
         self.outside += len(_images_in(tree))
 
     def of_class(self, *folders: Path) -> list[str]:
@@ -62,7 +62,7 @@ class ImageSearch:
             Paths relative to the root, sorted by folder, then name (in NFC), as ImageFolder does.
 
         Raises:
-            DataError: there are files and none is an image, or a folder cannot be read.
+            DataError: There are files and none is an image, or a folder cannot be read.
         """
         passed_over: Counter[str] = Counter()
         found = [path for folder in folders for path in _image_files(str(folder), passed_over, frozenset())]
@@ -77,7 +77,7 @@ class ImageSearch:
         return sorted(paths, key=lambda path: (*os.path.split(canonical(path)), path))
 
     def say_passed_over(self) -> None:
-        """Says in a line each how many images are in no class folder, and how many files were passed over by ending."""
+        """Log how many images are outside class folders, and how many files were skipped, by extension."""
         if self.outside:
             log.warning("%s: images in no class folder, left out: %d", self.root, self.outside)
         if not self.passed_over:
@@ -89,20 +89,20 @@ class ImageSearch:
 
 
 def has_images(folder: Path) -> bool:
-    """Whether a folder or one below it holds an image file."""
+    """Return whether a folder or one below it holds an image file."""
     return next(_image_files(str(folder), Counter(), frozenset()), None) is not None
 
 
 def holds_images_itself(folder: Path) -> bool:
-    """Whether image files are directly in a folder."""
+    """Return whether image files are directly in a folder."""
     return bool(_images_in(folder))
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder is at this path.
+    """Return whether a folder is at this path.
 
     Raises:
-        SystemRefusal: the system does not let it be seen.
+        SystemRefusal: The system does not tell.
     """
     try:
         return stat.S_ISDIR(path.stat().st_mode)
@@ -116,7 +116,7 @@ def subfolders(folder: Path) -> list[str]:
     """Names of the folders in a folder, sorted by their NFC form, without what systems leave.
 
     Raises:
-        DataError: the folder cannot be read.
+        DataError: The folder cannot be read.
     """
     names = [entry.name for entry in _entries(str(folder)) if _is_folder(entry)]
     return sorted(names, key=lambda name: (canonical(name), name))
@@ -151,7 +151,7 @@ def _images_in(folder: Path) -> list[str]:
 
 
 def _entries(directory: str) -> list[os.DirEntry[str]]:
-    """What is in a folder, without what systems leave."""
+    """Return the entries of a folder, without those that systems leave."""
     try:
         with os.scandir(directory) as entries:
             return [entry for entry in entries if not is_leftover(entry.name)]
@@ -159,12 +159,12 @@ def _entries(directory: str) -> list[os.DirEntry[str]]:
         raise _unreadable(error, directory) from None
 
 
-def _unreadable(error: OSError, directory: str) -> DataError:
+def _unreadable(error: OSError, directory: str) -> PipelineError:
     return refusal(error, Path(directory)) or DataError(f"{directory} cannot be read ({error.strerror}).")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder, or a link to one; a link that leads to itself is none."""
+    """Return whether an entry is a folder, or a link to one; a circular link is not."""
     try:
         return entry.is_dir()
     except OSError as error:

@@ -91,7 +91,7 @@ class LazyImages:
         """All images in order; broken ones are in a block's `skipped`.
 
         Raises:
-            SystemRefusal: the system did not let an image be read; the first in order.
+            SystemRefusal: The system did not let an image be read; the first in order.
         """
         step = min(_MAX_IMAGES_PER_TASK, images_per_block(self.image_size))
         ranges = [range(start, min(start + step, len(self))) for start in range(0, len(self), step)]

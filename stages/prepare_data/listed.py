@@ -21,7 +21,7 @@ def flowers102(root: Path, params: PrepareData) -> Source:
     """Oxford Flowers-102: train is the release's train and validation images (2,040), test its test images (6,149).
 
     Raises:
-        DataError: it is not in `root` and cannot be downloaded, or it is damaged.
+        DataError: It is not in `root` and cannot be downloaded, or it is damaged.
     """
     from torchvision.datasets import Flowers102
 
@@ -41,7 +41,7 @@ def fgvc_aircraft(root: Path, params: PrepareData) -> Source:
     "737-700" alone is no word that a text encoder knows to be a plane: the class name is "737-700 aircraft".
 
     Raises:
-        DataError: as `flowers102`.
+        DataError: See `flowers102`.
     """
     from torchvision.datasets import FGVCAircraft
 
@@ -62,7 +62,7 @@ def stanford_cars(root: Path, params: PrepareData) -> Source:
     """Stanford Cars: 196 models, 8,144 train and 8,041 test images. Its home is gone: it cannot be downloaded.
 
     Raises:
-        DataError: it is not in `root`, or it is damaged.
+        DataError: It is not in `root`, or it is damaged.
     """
     from torchvision.datasets import StanfordCars
 

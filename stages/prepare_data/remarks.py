@@ -1,4 +1,4 @@
-"""What a user should know of a prepared data set beyond errors: skipped images, thin classes, odd class names."""
+"""Log what a user should know about a prepared data set: skipped images, small classes, odd class names."""
 
 import logging
 from pathlib import Path
@@ -15,7 +15,7 @@ _NAMED = 5
 
 
 def say_outcome(dataset: PreparedDataset) -> None:
-    """Says what was prepared, and in a line of each kind what is odd about it."""
+    """Log what was prepared, and one line per kind of oddity."""
     counts = ", ".join(f"{dataset.rows(split)} {split}" for split in datasets.SPLITS)
     domains = f", {len(dataset.domain_names)} domains" if len(dataset.domain_names) > 1 else ""
     log.info("%s: %s images of %d classes%s", dataset.path, counts, len(dataset.class_names), domains)

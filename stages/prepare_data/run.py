@@ -10,7 +10,7 @@ from pipeline import seeding
 from pipeline.data import datasets
 from pipeline.data.datasets import BrokenImages, PreparedDataset
 from pipeline.data.images import Source, stratified_split
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.io.atomic import write_text
 from pipeline.settings.config import Config
 from stages.prepare_data.remarks import broken_images, say_outcome
@@ -24,7 +24,8 @@ def run(config: Config) -> Path:
         Its folder.
 
     Raises:
-        DataError: The source is missing, has broken images that may not be skipped, or is smaller than the subset.
+        DataError: The source is missing, or has broken images that may not be skipped.
+        ConfigError: The subset is larger than the training split.
     """
     params = config.params.prepare_data
     root = config.path(params.path or f"data/raw/{params.source}")
@@ -51,6 +52,6 @@ def _subset(source: Source, count: int, rng: np.random.Generator) -> Source:
     """Keep `count` training images, with each class of each domain in proportion."""
     train = source.splits["train"]
     if count > len(train):
-        raise DataError(f"prepare_data.train_subset = {count}: the training split has only {len(train)} images.")
+        raise ConfigError(f"prepare_data.train_subset = {count}: the training split has only {len(train)} images.")
     chosen, _ = stratified_split(train.domains * len(source.class_names) + train.labels, count, rng)
     return replace(source, splits={**source.splits, "train": train.take(chosen)})

@@ -1,7 +1,7 @@
-"""Finds out which folders of a tree are its splits: train/ and test/ in the spellings that people use.
+"""Find the split folders of a tree, train/ and test/, in their usual spellings.
 
-A split folder holds class folders and is named "train", "Testing", "val", "valid_set", "seg_test", ... What can be read
-in two ways is refused: where a split is taken for a class, training sees the test images.
+A split folder holds class folders and is named "train", "Testing", "val", "valid_set", "seg_test", ... Ambiguous
+trees are rejected: if a split were read as a class, training would see the test images.
 """
 
 import os
@@ -56,7 +56,7 @@ def find_splits(tree: Path) -> SplitFolders | None:
     Validation images are the test split where no other is, and are left out where one is.
 
     Raises:
-        DataError: the folders can be read in two ways, training or test images are missing, or a folder cannot
+        DataError: The folders can be read in two ways, training or test images are missing, or a folder cannot
             be read.
     """
     folders = subfolders(tree)
@@ -79,7 +79,7 @@ def find_splits(tree: Path) -> SplitFolders | None:
 
 
 def _check_no_lettered_splits(tree: Path, folders: list[str]) -> None:
-    """Refuses trainA, trainB, testA, ...: two domains without classes, as data sets of image translation have them."""
+    """Reject trainA, trainB, testA, ...: two domains without classes, as in data sets for image translation."""
     found = {name: match["word"].lower() for name in folders if (match := _LETTERED.fullmatch(canonical(name)))}
     if len(set(found.values())) > 1:
         raise DataError(
@@ -99,7 +99,7 @@ def unwrapped_domains(tree: Path) -> Path:
 
 
 def is_split_tree(tree: Path) -> bool:
-    """Whether the folders of a tree are named as a training split and another one, and there are no others."""
+    """Return whether all folders of a tree are named as splits, the training split and another one among them."""
     folders = subfolders(tree)
     splits = _by_split(folders)
     return "train" in splits and len(splits) > 1 and len(_names(splits)) == len(folders)

@@ -1,4 +1,4 @@
-"""Tiny-ImageNet, whose release is a tree of its own kind: class folders for training, one list for validation.
+"""Tiny-ImageNet in its release's own layout: class folders for training, one list for validation.
 
 The names must be looked up by wnid: the list of wnids and the order of the class folders differ, and code that pairs
 them by position prompts with the wrong words.
@@ -22,11 +22,11 @@ def tiny_imagenet(root: Path, params: PrepareData) -> Source:
     the test split: the release's own test images have no labels.
 
     Raises:
-        DataError: a file of the release is missing, or speaks of an unknown class.
+        DataError: A file of the release is missing, or names an unknown class.
     """
     for name in ("wnids.txt", "words.txt", "train", "val/val_annotations.txt", "val/images"):
-        where = "unpack tiny-imagenet-200.zip and set prepare_data.path to the folder that holds wnids.txt"
-        require((root / name).exists(), f"{root / name} is missing: {where}")
+        where = "Unpack tiny-imagenet-200.zip and set prepare_data.path to the folder that holds wnids.txt"
+        require((root / name).exists(), f"{root / name} is missing. {where}.")
     wnids = sorted(lines(root / "wnids.txt"))
     label_of = {wnid: label for label, wnid in enumerate(wnids)}
     search = ImageSearch(root)

@@ -59,7 +59,7 @@ def folder(root: Path, params: PrepareData) -> Source:
     the test split.
 
     Raises:
-        DataError: the folder is missing or can be read in two ways, a class folder holds anything but images, or
+        DataError: The folder is missing or can be read in two ways, a class folder holds anything but images, or
             the splits' classes differ.
     """
     require(is_folder(root), f"{root} is not a folder. Set prepare_data.path to a tree of <class>/<image> folders.")
@@ -82,7 +82,7 @@ def domain_folder(
     path. A domain without split folders is split by itself: one image in five, stratified by class.
 
     Raises:
-        DataError: as `folder`, and when the folders are splits, or a domain lacks a class folder that another has.
+        DataError: See `folder`; also if the folders are splits, or a domain lacks a class folder that another has.
     """
     layout = "<domain>/<class>/<image>"
     require(is_folder(root), f"{root} is not a folder. Set prepare_data.path to a tree of {layout}.")
@@ -121,7 +121,7 @@ def digits_five(root: Path, params: PrepareData) -> Source:
     Its domains are handwritten, printed and photographed: the class name is "number 3", true of all.
 
     Raises:
-        DataError: as `domain_folder`, and when the class folders are not 0 to 9.
+        DataError: See `domain_folder`; also if the class folders are not 0 to 9.
     """
     source = domain_folder(root, params, lambda digit: f"number {digit}", "that of its domains' data sets")
     expected = [f"number {digit}" for digit in range(10)]
@@ -165,7 +165,7 @@ def _listing(search: ImageSearch, tree: Path) -> tuple[list[str], Listing]:
 
 
 def _refuse_splits_of_classes(tree: Path) -> None:
-    """Refuses <class>/<split>/<image> and <domain>/<split>/<class>/<image>: read as classes, they mix the splits."""
+    """Reject <class>/<split>/<image> and <domain>/<split>/<class>/<image>: read as classes, they mix the splits."""
     for name in subfolders(tree):
         if not is_split_tree(inner := tree / name):
             continue
@@ -179,7 +179,7 @@ def _refuse_splits_of_classes(tree: Path) -> None:
 
 
 def _say_what_classes_hold(tree: Path) -> None:
-    """Warns where the folders that are read as classes look like domains, or like a folder around the classes."""
+    """Warn if the folders that are read as classes look like domains, or like a folder around the classes."""
     classes = subfolders(tree)
     held = [subfolders(tree / name) for name in classes]
     if len(held[0]) < 2 or any(holds_images_itself(tree / name) for name in classes):
@@ -231,6 +231,6 @@ def lines(file: Path) -> list[str]:
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises DataError with this message unless the condition holds."""
+    """Raise DataError with this message unless the condition holds."""
     if not condition:
         raise DataError(message)

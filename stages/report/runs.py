@@ -160,9 +160,10 @@ def _rows(file: Path, columns: set[str]) -> list[Row]:
     """Read a table of numbers that has at least these columns and one row."""
     with reading(file):
         text = file.read_text(encoding="utf-8", errors="replace")
+    header, *lines = csv.reader(text.splitlines()) if text else [[]]
     try:
-        rows = [{name: _number(cell) for name, cell in row.items()} for row in csv.DictReader(text.splitlines())]
-    except (TypeError, ValueError):
+        rows = [dict(zip(header, map(_number, cells), strict=True)) for cells in lines]
+    except ValueError:
         rows = []
     if not rows or not columns <= rows[0].keys():
         raise DataError(f"{file} is not a table of numbers with {', '.join(sorted(columns))}. Train the run again.")

@@ -1,8 +1,9 @@
-"""Text-to-image with the frozen model itself: the same weights that guide FedDifRC (Rombach et al., CVPR 2022).
+"""Generate images from text with the frozen model, the same weights that guide FedDifRC (Rombach et al., CVPR 2022).
 
-Classifier-free guidance (Ho and Salimans, 2022) and deterministic DDIM steps (Song et al., ICLR 2021, eta 0). The first
-noise of image k of class c comes from a CPU generator keyed (seed, c, k): an image does not depend on how many others
-are made, nor, up to rounding, on the batch it is made in.
+It uses classifier-free guidance (Ho and Salimans, 2022, https://arxiv.org/abs/2207.12598) and deterministic DDIM steps
+(Song et al., ICLR 2021, https://arxiv.org/abs/2010.02502, eta = 0). The initial noise of image k of class c comes from
+a CPU generator keyed by (seed, c, k), so an image depends neither on the number of images nor, up to rounding, on its
+batch.
 """
 
 from pathlib import Path
@@ -20,20 +21,20 @@ from pipeline.settings.params import Synthesize
 
 
 class Generator:
-    """The model, loaded once for all classes."""
+    """A text-to-image model, loaded once for all classes."""
 
     def __init__(self, path: Path, params: Synthesize, image_size: int, batch_size: int, device: str) -> None:
-        """Loads a diffusers pipeline directory with safetensors weights.
+        """Load a diffusers pipeline folder with safetensors weights.
 
         Args:
-            path: the directory.
-            params: steps, guidance, seed and type.
-            image_size: generated images are resized to this square, bicubically.
-            batch_size: images at a time.
+            path: The folder.
+            params: Steps, guidance, seed and data type.
+            image_size: Generated images are resized to this square, bicubically.
+            batch_size: Images per batch.
             device: torch device.
 
         Raises:
-            PipelineError: it cannot be loaded, or its noise schedule is too short for the steps.
+            PipelineError: It cannot be loaded, or its noise schedule is too short for the steps.
         """
         for library in (diffusers.utils.logging, transformers.utils.logging):
             library.set_verbosity_error()  # such as diffusers' on float16 on a CPU, which works here
@@ -57,10 +58,10 @@ class Generator:
         self._params, self._image_size, self._batch_size = params, image_size, batch_size
 
     def __call__(self, label: int, class_name: str, count: int) -> np.ndarray:
-        """Images 0 to count - 1 of a class: uint8 (count, image_size, image_size, 3).
+        """Generate images 0 to count - 1 of a class: uint8 (count, image_size, image_size, 3).
 
         Raises:
-            PipelineError: the model gives numbers that are not finite.
+            PipelineError: The model gives numbers that are not finite.
         """
         numbers = range(count)
         batches = [numbers[start : start + self._batch_size] for start in range(0, count, self._batch_size)]
@@ -102,7 +103,7 @@ class Generator:
         return np.stack([self._resize(image) for image in pixels])
 
     def _check_finite(self, decoded: torch.Tensor, class_name: str) -> None:
-        """Looks before pixels are clipped to their range, which would hide an infinite one."""
+        """Raise if a pixel is not finite; clipping to the range of pixels would hide it."""
         if not decoded.isfinite().all():
             dtype = self._params.dtype
             remedy = "Check its weights" if dtype == "float32" else "Set synthesize.dtype to float32"

@@ -1,4 +1,4 @@
-"""Random changes of training images, on the device, a whole batch at once; draws come from a generator on the CPU.
+"""Random augmentation of batches of training images on the device; draws come from a generator on the CPU.
 
 "crop" shifts the zero-padded image by up to an eighth of its side, as is usual on CIFAR; "crop-flip" also mirrors half
 of the images. "views" is for self-supervised learning (Chen et al., SimCLR, ICML 2020): a crop of a fifth to all of the
@@ -15,17 +15,17 @@ Augmentation = Literal["none", "crop", "crop-flip", "views"]
 
 
 def to_model_range(images: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 [-1, 1]."""
+    """Convert uint8 0..255 to float32 [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
 def augment(images: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
-    """One random view of each image.
+    """Draw one random view of each image.
 
     Args:
         images: uint8 (n, 3, H, W).
-        augmentation: what is changed.
-        generator: on the CPU.
+        augmentation: The kind of view.
+        generator: Source of all draws, on the CPU.
 
     Returns:
         float32 (n, 3, H, W) in [-1, 1].

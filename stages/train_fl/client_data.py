@@ -1,92 +1,66 @@
 """A client's share of the training set, and the batches drawn from it.
 
-Samples stay where the data were placed (on the device, in the host's memory, or guidance in the shards); a batch is
-gathered there, moved if it must be, and augmented on the device. No DataLoader, no worker processes.
+Samples stay where they were placed (`placement`). A batch is gathered there, moved to the device if necessary, and
+augmented on the device. There is no DataLoader and there are no worker processes.
 """
 
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from stages.train_fl.augmentation import Augmentation, augment, to_model_range
+from stages.train_fl.guidance import GuidanceRows, GuidanceTargets
 
-__all__ = ["Augmentation", "Batch", "Batches", "ClientData", "Guidance", "GuidanceRows", "Stopwatch", "to_model_range"]
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """Cached representations of the same n images, aligned with their rows."""
-
-    denoised: Tensor  # float16 (n, D)
-    prompted: Tensor  # float16 (n, P, D)
-    positive: Tensor  # int64 (n,), which of the P prompts is the image's own class
-
-    def take(self, index: Tensor) -> "Guidance":
-        """The rows at `index`."""
-        return Guidance(self.denoised[index], self.prompted[index], self.positive[index])
-
-    def to(self, device: str | torch.device) -> "Guidance":
-        """The same rows on a device."""
-        return Guidance(
-            *(value.to(device, non_blocking=True) for value in (self.denoised, self.prompted, self.positive))
-        )
-
-
-class GuidanceRows(Protocol):
-    """Guidance in memory, or whatever reads it row by row."""
-
-    def take(self, index: Tensor) -> Guidance:
-        """The rows at `index`, in memory."""
+__all__ = ["Augmentation", "Batch", "Batches", "ClientData", "Stopwatch", "to_model_range"]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images float32 (B, 3, H, W) in [-1, 1], labels int64 (B,), and the rows of guidance where a method has it.
+    """Images float32 (B, 3, H, W) in [-1, 1], labels int64 (B,), and guidance targets for methods that use them.
 
-    `second_view` is another random view of the same images, for methods that ask for two.
+    `second_view` is another random view of the same images, for methods that compare two.
     """
 
     images: Tensor
     labels: Tensor
-    guidance: Guidance | None = None
+    guidance: GuidanceTargets | None = None
     second_view: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class ClientData:
-    """All samples of one client: images uint8 (n, 3, H, W), labels int64 (n,), guidance or None."""
+    """All samples of one client: images uint8 (n, 3, H, W), labels int64 (n,), and guidance targets or None."""
 
     images: Tensor
     labels: Tensor
     guidance: GuidanceRows | None = None
 
     def __len__(self) -> int:
-        """Number of samples, n."""
+        """Return the number of samples, n."""
         return len(self.labels)
 
     def to(self, device: str) -> "ClientData":
-        """The same data on a device; guidance that is read row by row stays where it is."""
-        guidance = self.guidance.to(device) if isinstance(self.guidance, Guidance) else self.guidance
+        """Copy the data to a device; targets that are read from disk stay there."""
+        guidance = self.guidance.to(device) if isinstance(self.guidance, GuidanceTargets) else self.guidance
         return ClientData(self.images.to(device), self.labels.to(device), guidance)
 
 
 @dataclass
 class Stopwatch:
-    """Seconds spent in something, summed."""
+    """A sum of seconds."""
 
     seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches of one local training: every sample once an epoch, in a new random order each time.
+    """The batches of one local training: every sample once per epoch, in a new random order.
 
-    The last batch of an epoch may be smaller, down to a single image. Augmentation changes the images alone; the
-    cached representations are those of the clean image. Order and augmentation come from `generator`, on the CPU.
+    The last batch of an epoch may be smaller, down to a single image. Augmentation changes only the images: the cached
+    representations are those of the unaugmented image. Order and augmentation are drawn from `generator`, on the CPU.
     """
 
     data: ClientData
@@ -94,24 +68,24 @@ class Batches:
     batch_size: int
     augmentation: Augmentation
     generator: torch.Generator
-    device: str | None = None  # where batches are wanted; None: where the data are
+    device: str | None = None  # of the batches; None: that of the data
     num_views: int = 1
     loading: Stopwatch = field(default_factory=Stopwatch)
 
     @property
     def num_samples(self) -> int:
-        """Samples of the client, each counted once."""
+        """Number of the client's samples, each counted once."""
         return len(self.data)
 
     def with_two_views(self) -> "Batches":
-        """The same batches, each with a second view."""
+        """Return the same batches, each with a second view."""
         return replace(self, num_views=2)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Draws the batches; `loading` counts the host's seconds in it."""
-        home = self.data.labels.device
+        """Yield the batches; `loading` sums the host's seconds spent on them."""
+        stored_on = self.data.labels.device
         for _ in range(self.epochs if len(self.data) else 0):
-            order = torch.randperm(len(self.data), generator=self.generator).to(home)
+            order = torch.randperm(len(self.data), generator=self.generator).to(stored_on)
             for index in order.split(self.batch_size):
                 started = time.perf_counter()
                 batch = self._gather(index)
@@ -119,7 +93,7 @@ class Batches:
                 yield batch
 
     def samples(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every sample once, in order and without augmentation: images float (B, 3, H, W) and labels int64 (B,)."""
+        """Yield every sample once, in order and without augmentation: images float (B, 3, H, W), labels int64 (B,)."""
         data, device = self.data, self.device or self.data.labels.device
         for images, labels in zip(data.images.split(self.batch_size), data.labels.split(self.batch_size), strict=True):
             yield to_model_range(images.to(device)), labels.to(device)
@@ -131,6 +105,6 @@ class Batches:
         return Batch(
             views[0],
             data.labels[index].to(device, non_blocking=True),
-            data.guidance.take(index).to(device) if data.guidance is not None else None,
+            data.guidance.select(index).to(device) if data.guidance is not None else None,
             views[1] if self.num_views == 2 else None,
         )

@@ -1,4 +1,4 @@
-"""The data of a run: who holds which samples, with their cached representations, and what is held out."""
+"""The data of a run: which client holds which samples and guidance targets, and which samples are held out."""
 
 import logging
 from dataclasses import dataclass
@@ -12,11 +12,10 @@ from pipeline.data.datasets import Images, PreparedDataset, stratified_split
 from pipeline.errors import PipelineError
 from pipeline.feature_store import FeatureSet
 from pipeline.settings.config import Config
-from pipeline.settings.params import Guidance as GuidanceParams
-from pipeline.settings.params import Nodes
+from pipeline.settings.params import Guidance, Nodes
 from stages.train_fl import feature_check, partitions, placement, synthetic
 from stages.train_fl.client_data import ClientData
-from stages.train_fl.placement import GuidanceOnDisk, GuidanceSource
+from stages.train_fl.guidance import GuidanceOnDisk, GuidanceSource
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Federation:
+class FederatedData:
     """Clients and their data; `parts` are positions in the training split. Counts are of real samples."""
 
     clients: list[ClientData]
@@ -50,22 +49,22 @@ def load(
     config: Config,
     partition: str,
     seed: int,
-    guidance: GuidanceParams | None,
+    guidance: Guidance | None,
     device: str,
     client_id: int | None = None,
-) -> Federation:
-    """Splits, thins out, deals and places the data set.
+) -> FederatedData:
+    """Split the data set, apply the long tail, partition it across clients, and place it on its device.
 
     Args:
-        config: the project's configuration.
-        partition: the name of a `partitions:` entry.
-        seed: of the validation split, the long tail, the partition and the choice of generated images.
-        guidance: the method's, None for methods that need no cached representations.
-        device: where training runs.
-        client_id: place this client alone, as the only one; None: all.
+        config: The project's configuration.
+        partition: The name of a `partitions:` entry.
+        seed: Seed of the validation split, the long tail, the partition and the choice of generated images.
+        guidance: The method's guidance; None for methods that need no cached representations.
+        device: The device to train on.
+        client_id: Load only this client; None for all.
 
     Raises:
-        PipelineError: data are missing or damaged, or the settings do not fit them.
+        PipelineError: Data are missing or damaged, or the settings do not fit them.
     """
     params = config.params.train_fl
     dataset = PreparedDataset(config.dataset_dir)
@@ -97,7 +96,7 @@ def load(
         for part, images in zip(parts, extra, strict=True)
     ]
     num_classes, num_domains = len(dataset.class_names), len(dataset.domain_names)
-    return Federation(
+    return FederatedData(
         clients=clients,
         parts=[index[part] for part in parts],
         label_counts=counts,
@@ -114,7 +113,7 @@ def load(
 
 
 def held_out(dataset: PreparedDataset, device: str) -> HeldOut:
-    """The test images of a data set."""
+    """Load the test images of a data set."""
     return _on_device(dataset.load("test"), device)
 
 
@@ -123,7 +122,7 @@ def _on_device(images: Images, device: str) -> HeldOut:
 
 
 def _deal(config: Config, partition: str, train: Images, seed: int, client_id: int | None) -> list[np.ndarray]:
-    """Every client's positions in `train`, or one client's alone."""
+    """Return every client's positions in `train`, or only those of `client_id`."""
     settings = config.settings("partitions", partition)
     if isinstance(settings, Nodes):
         if client_id is None:
@@ -142,7 +141,7 @@ def _deal(config: Config, partition: str, train: Images, seed: int, client_id: i
 
 
 def _split(dataset: PreparedDataset, train: Images, config: Config, seed: int) -> tuple[Images, np.ndarray, Images]:
-    """The images clients train on, their positions in the training split `train`, and the images held out."""
+    """Return the images clients train on, their positions in the training split, and the images held out."""
     params = config.params.train_fl
     if params.evaluate_on == "test":
         return train, np.arange(len(train)), dataset.load("test")
@@ -179,7 +178,7 @@ def _synthetic(
 def _client(
     own: Images, extra: Images, source: GuidanceSource | None, index: np.ndarray, where: placement.Placement
 ) -> ClientData:
-    """One client's samples, in the host's memory."""
+    """Assemble one client's samples, in host memory."""
     images, labels, _ = _tensors(own)
     if source is None:
         more_images, more_labels, _ = _tensors(extra)

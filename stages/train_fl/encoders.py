@@ -5,9 +5,9 @@ resnet10, 18   512 dims, the paper's ResNet with the CIFAR stem (He et al., CVPR
 mobilenet_v2   512 dims, the last 1x1 convolution narrowed from 1280 as the authors do for fine-grained data (Sandler
                et al., CVPR 2018); its first two strides are 1, for images of 32 to 64 pixels
 
-torchvision, which takes as long to load as torch, is loaded only for those that it gives.
-"group" puts GroupNorm in every BatchNorm's place (Hsieh et al., ICML 2020, who find BatchNorm at fault on skewed
-clients): at most 32 groups, as many as divide the channels.
+torchvision, which takes as long to load as torch, is imported only for the encoders that use it.
+"group" replaces every BatchNorm by GroupNorm (Hsieh et al., ICML 2020, who find BatchNorm at fault on skewed
+clients): at most 32 groups, and as many as divide the channels.
 """
 
 import math
@@ -37,7 +37,7 @@ class Encoder(nn.Module):
     """A network, the length of its embedding, and the number and memory format it computes in."""
 
     def __init__(self, settings: EncoderSettings) -> None:
-        """Draws the weights from torch's global generator."""
+        """Draw the weights from torch's global generator."""
         super().__init__()
         construct, self.embedding_dim = _ENCODERS[settings.name]
         self.network = construct(BatchNorm2d if settings.normalisation == "batch" else _group_norm)

@@ -20,28 +20,28 @@ _BATCH = 500
 
 
 class Evaluator(Protocol):
-    """What a kind of training is judged by."""
+    """Evaluates the global model for one kind of training."""
 
     def scores(self, model: FLModel) -> dict[str, float]:
-        """Held-out accuracy and loss of the model as it stands, after every round."""
+        """Compute held-out accuracy and loss after a round."""
 
     def final(self, model: FLModel) -> tuple[Predictor, dict[str, float]]:
-        """The last model's predictor, and what else is said of it."""
+        """Return the final model's predictor, and further metrics."""
 
 
 class Classification:
     """Supervised training: the model's own classifier."""
 
     def __init__(self, held_out: HeldOut) -> None:
-        """Judges on `held_out`."""
+        """Evaluate on `held_out`."""
         self._held_out = held_out
 
     def scores(self, model: FLModel) -> dict[str, float]:
-        """Accuracy and mean cross-entropy."""
+        """Compute accuracy and mean cross-entropy."""
         return evaluate(model, self._held_out.images, self._held_out.labels)
 
     def final(self, model: FLModel) -> tuple[Predictor, dict[str, float]]:
-        """The classifier; nothing else."""
+        """Return the classifier, and no further metric."""
         model.eval()
         device = self._held_out.labels.device
         return lambda images: in_batches(lambda batch: model(batch)[1].argmax(1), images, device), {}
@@ -49,7 +49,7 @@ class Classification:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = _BATCH) -> dict[str, float]:
-    """Evaluates a model as it stands, with BatchNorm in evaluation mode.
+    """Evaluate a model, with BatchNorm in evaluation mode.
 
     Args:
         model: images -> (embeddings, logits).
@@ -58,7 +58,7 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int =
         batch_size: images per forward pass.
 
     Returns:
-        accuracy: share of right answers, 0 to 1; loss: mean cross-entropy.
+        accuracy: share of correct predictions, 0 to 1; loss: mean cross-entropy.
     """
     model.eval()
     right = torch.zeros((), dtype=torch.int64, device=labels.device)
@@ -72,12 +72,12 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int =
 
 @torch.inference_mode()
 def in_batches(function: Callable[[Tensor], Tensor], images: Tensor, device: torch.device) -> Tensor:
-    """`function` of all images uint8 (N, 3, H, W), wherever they are, computed on `device` in the model's range."""
+    """Apply `function` to images uint8 (N, 3, H, W) on any device, on `device` and in the model's range."""
     return torch.cat([function(to_model_range(batch.to(device))) for batch in images.split(_BATCH)])
 
 
 def by_domain(predictor: Predictor, held_out: HeldOut, domain_names: list[str]) -> dict[str, float]:
-    """Accuracy on each domain's held-out images; domains without any are left out."""
+    """Compute the accuracy on each domain's held-out images; domains without any are omitted."""
     right = predictor(held_out.images) == held_out.labels
     masks = {name: held_out.domains == domain for domain, name in enumerate(domain_names)}
     return {name: right[mask].double().mean().item() for name, mask in masks.items() if mask.any()}
@@ -86,7 +86,7 @@ def by_domain(predictor: Predictor, held_out: HeldOut, domain_names: list[str]) 
 def by_client(
     predictor: Predictor, clients: list[ClientData], held_out: HeldOut, cell_counts: np.ndarray, num_classes: int
 ) -> list[dict[str, float | int | None]]:
-    """How the global model serves each client.
+    """Compute the global model's accuracy for each client.
 
     Args:
         predictor: of the global model.

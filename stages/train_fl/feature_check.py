@@ -1,9 +1,10 @@
-"""The feature set that guides a run: opened only if it fits the data set, the settings, the model and the method.
+"""Check that a feature set fits the data set, the settings, the frozen model and the method before training.
 
-A set is received as often as it is made: by `dvc pull`, from another repository, by hand. Its manifest says what it was
-made of, and all of that is held against what is here, before any training. Every mismatch is one line that names both
-sides and how to accept the set. What is not here cannot differ: the frozen model's manifest, and the files that keys
-name (`class_prompts`, `negative_words`, `basis`, `image_conditioning`), are no part of what a member needs to train.
+Feature sets are often received rather than extracted locally (`dvc pull`, another repository, a manual copy). The
+set's manifest states what it was made from, which is compared with the project. Every mismatch is one line that names
+both sides and how to accept the set. Files that training does not need are compared only if they are present: the
+frozen model's manifest, and the files that settings name (`class_prompts`, `negative_words`, `basis`,
+`image_conditioning`).
 """
 
 from itertools import zip_longest
@@ -14,22 +15,22 @@ import numpy as np
 from pipeline import provenance
 from pipeline.data.datasets import PreparedDataset
 from pipeline.diffusion import frozen_model, prompts
-from pipeline.errors import PipelineError
-from pipeline.feature_store import Basis, Content, FeatureSet
+from pipeline.errors import FeatureSetError
+from pipeline.feature_store import Basis, Content, FeatureSet, Manifest
 from pipeline.settings.config import Config
 from pipeline.settings.params import ExtractFeatures
 
-_LOOKED_AT = 16
+_IMAGES_CHECKED = 16
 _EXTRACT = "or run `pipeline extract-features --overwrite`"
 _PLAIN = ("timestep", "image_size", "denoise_prompt", "negatives", "noise_seed", "dtype")
-_FILES = {"class": "class_prompts", "self-supervised": "negative_words"}  # what names the file of texts
+_FILES = {"class": "class_prompts", "self-supervised": "negative_words"}  # the setting that names a file of texts
 
 
 def open_checked(config: Config, dataset: PreparedDataset) -> FeatureSet:
-    """The feature set that params.yaml names; shards may be missing.
+    """Open the feature set that params.yaml names; shards may be missing.
 
     Raises:
-        PipelineError: there is none, or it was made of another data set, with other settings or another frozen model.
+        FeatureSetError: There is none, or it was made from another data set or model, or with other settings.
     """
     features = FeatureSet(config.features_dir, partial=True)
     _check_data(features, dataset)
@@ -39,27 +40,27 @@ def open_checked(config: Config, dataset: PreparedDataset) -> FeatureSet:
 
 
 def check_method(features: FeatureSet, method: str, without_labels: bool) -> None:
-    """Checks that the prompts are those of the method.
+    """Check that the set's prompts suit the method.
 
     Raises:
-        PipelineError: training without labels would see prompts that name the class, or training with labels would be
-            guided by prompts that name none.
+        FeatureSetError: Training without labels would see prompts that name the class, or training with labels
+            prompts that name none.
     """
     names_classes = features.manifest.content.positive == "label"
     if without_labels and names_classes:
-        raise PipelineError(
+        raise FeatureSetError(
             f"{features.path} was extracted with prompts that name each image's class, which training without labels "
             f"({method}) must not see: set extract_features.prompts to self-supervised and extract"
         )
     if not without_labels and not names_classes:
-        raise PipelineError(
+        raise FeatureSetError(
             f"{features.path} was extracted with self-supervised prompts, which name no class, but {method} trains "
             "with labels and is guided by the class's prompt: set extract_features.prompts to class and extract"
         )
 
 
 def check_prompts_differ(features: FeatureSet, index: np.ndarray) -> None:
-    """Checks that images look different under their prompts, which TDCL contrasts.
+    """Check that images look different under their prompts, which TDCL contrasts.
 
     Sets that were extracted before such prompts were refused may have equal ones: every feature is then equal, so a few
     images tell.
@@ -69,9 +70,9 @@ def check_prompts_differ(features: FeatureSet, index: np.ndarray) -> None:
         index: int64 (n,), positions in the training split that the run needs.
 
     Raises:
-        PipelineError: All images looked at have equal features under two of their prompts; names them.
+        FeatureSetError: All images looked at have equal features under two of their prompts; names them.
     """
-    rows = features.read(np.sort(index)[:_LOOKED_AT])
+    rows = features.read(np.sort(index)[:_IMAGES_CHECKED])
     equal: set[tuple[int, int]] | None = None
     for numbers, values in zip(rows.prompt_class.tolist(), rows.prompted, strict=True):
         first: dict[bytes, int] = {}
@@ -82,56 +83,54 @@ def check_prompts_differ(features: FeatureSet, index: np.ndarray) -> None:
         equal = found if equal is None else equal & found
     for one, other in sorted(equal or ()):
         texts = " and ".join(repr(features.manifest.content.prompts[number][0][:80]) for number in (one, other))
-        raise PipelineError(
+        raise FeatureSetError(
             f"{features.path} has equal features under the prompts {texts}, so TDCL has nothing to contrast. Extract "
             "again with prompts that the model can tell apart, or set tdcl_weight to 0."
         )
 
 
 def _check_data(features: FeatureSet, dataset: PreparedDataset) -> None:
-    """Class names in their order, which the prompts are numbered by, then pixels, labels and domains by their hash."""
+    """Compare class names and their order, which numbers the prompts, then pixels, labels and domains by their hash."""
     manifest, accept = features.manifest, f"prepare the data set that it was extracted from, {_EXTRACT}"
     theirs, ours = manifest.content.class_names, dataset.class_names
     if len(theirs) != len(ours):
-        raise PipelineError(
+        raise FeatureSetError(
             f"{features.path} was extracted for {len(theirs)} classes and {dataset.path} has {len(ours)}: {accept}"
         )
     for number, (their, our) in enumerate(zip(theirs, ours, strict=True)):
         if their != our:
             order = ", the same classes in another order" if set(theirs) == set(ours) else ""
-            raise PipelineError(
+            raise FeatureSetError(
                 f"class {number} is {their!r} in {features.path} and {our!r} in {dataset.path}{order}: {accept}"
             )
     hashes, rows = (manifest.content.dataset_hash, dataset.hash), (manifest.rows, dataset.rows("train"))
     if hashes[0] != hashes[1] or rows[0] != rows[1]:
-        raise PipelineError(
+        raise FeatureSetError(
             f"{features.path} was extracted from another data set ({rows[0]} images, hash {hashes[0][:12]}) than "
             f"{dataset.path} ({rows[1]} images, hash {hashes[1][:12]}): {accept}"
         )
 
 
 def _check_settings(features: FeatureSet, config: Config) -> None:
-    """First what params.yaml can be given to take the set as it is, then what came from files."""
-    content, params = features.manifest.content, config.params.extract_features
-    different = _differences(content, params, features.basis())
-    foreign = _foreign_prompt(content, config) if "prompts" not in different else None
-    if foreign is not None:
-        different |= _prompt_settings(content, params)
+    """First the settings that params.yaml can adopt from the set, then the contents of files."""
+    manifest, params = features.manifest, config.params.extract_features
+    different = _differences(manifest.content, params, features.basis())
+    if "prompts" not in different:
+        different |= _prompt_differences(manifest, config)
     if different:
         theirs = ", ".join(f"{key} {_as_yaml(their)}" for key, (their, _) in different.items())
         ours = ", ".join(f"{key} {_as_yaml(our)}" for key, (_, our) in different.items())
-        raise PipelineError(
+        raise FeatureSetError(
             f"{features.path} was extracted with {theirs}, but extract_features here has {ours}: give params.yaml "
             f"the set's values to train from it, {_EXTRACT}"
         )
-    prompt = None if foreign is None else _described(foreign, content, params)
-    for difference in (prompt, _basis_difference(content, config), _encoder_difference(content, config)):
+    for difference in (_basis_difference(manifest.content, config), _encoder_difference(manifest.content, config)):
         if difference:
-            raise PipelineError(f"{features.path} was extracted with {difference}, {_EXTRACT}")
+            raise FeatureSetError(f"{features.path} was extracted with {difference}, {_EXTRACT}")
 
 
 def _differences(content: Content, params: ExtractFeatures, basis: Basis) -> dict[str, tuple[Any, Any]]:
-    """Key of extract_features -> (the set's value, ours), of all that differ; but for prompts and files."""
+    """Return (the set's value, ours) by key of extract_features for all that differ, except prompts and files."""
     values = {key: (getattr(content, key), getattr(params, key)) for key in _PLAIN}
     values["version"] = (content.extraction_version, params.version)
     values["prompts"] = ("class" if content.positive == "label" else "self-supervised", params.prompts)
@@ -148,55 +147,32 @@ def _differences(content: Content, params: ExtractFeatures, basis: Basis) -> dic
     return _unequal(values)
 
 
-def _foreign_prompt(content: Content, config: Config) -> int | None:
-    """The number of the set's first prompt that is not what the settings make; None if all are, as far as is known.
+def _prompt_differences(manifest: Manifest, config: Config) -> dict[str, tuple[Any, Any]]:
+    """Return the settings of the prompts that differ, or the first prompt that does.
 
-    Of texts from a file that is not here it is known that templates alone did not make them all, and self-supervised
-    that every negative is of the templates by some word.
+    If the file that holds our texts is not here, only settings can be compared, and not which file they name. Sets
+    made by older versions state no settings.
     """
-    params = config.params.extract_features
+    content, params = manifest.content, config.params.extract_features
     key = _FILES[params.prompts]
     file = getattr(params, key)
     here = file is None or config.path(file).exists()
-    known = params if here else params.model_copy(update={key: None})
-    ours = prompts.build(known, content.class_names, config.path).texts
-    if here:
-        pairs = enumerate(zip_longest(content.prompts, ours))
-        return next((number for number, (their, our) in pairs if their != our), None)
-    if content.prompts == ours:
-        return 0
-    if params.prompts == "class":
-        return None
-    first, *negatives = content.prompts
-    fit = [first == ours[0], *(prompts.are_of(params.prompt_templates, texts) for texts in negatives)]
-    return None if all(fit) else fit.index(False)
-
-
-def _prompt_settings(content: Content, params: ExtractFeatures) -> dict[str, tuple[Any, Any]]:
-    """The keys that a set's prompts show to be others than ours; those from a file do not show what made them."""
-    key, texts, names = _FILES[params.prompts], content.prompts, content.class_names
-    pairs: dict[str, tuple[Any, Any]] = {}
-    if params.prompts == "self-supervised":
-        texts, names = texts[1:], prompts.tiny_imagenet_words()
-        for text in sum(content.prompts[:1], []):
-            pairs["self_supervised_prompt"] = (text, params.self_supervised_prompt)
-    if templates := prompts.templates_of(texts, names):
-        pairs |= {"prompt_templates": (templates, params.prompt_templates), key: (None, getattr(params, key))}
-    return _unequal(pairs)
-
-
-def _described(foreign: int, content: Content, params: ExtractFeatures) -> str:
-    has = content.prompts[foreign : foreign + 1]
-    keys = ["prompt_templates", _FILES[params.prompts]]
-    ours = " and ".join(f"{key} {_as_yaml(getattr(params, key))}" for key in keys)
-    return (
-        f"{f'the prompt {has[0]}' if has else f'{foreign} prompts only'}, which extract_features here does not make of "
-        f"{ours}: give them what they had there (a file need not be here)"
-    )
+    ours = prompts.build(params, content.class_names, config.path).texts if here else []
+    if here and content.prompts == ours:
+        return {}
+    made_with = manifest.provenance.get("settings", {})
+    keys = ["prompt_templates", *(["self_supervised_prompt"] if params.prompts == "self-supervised" else [])]
+    if here or made_with.get(key, file) is None:
+        keys.append(key)
+    different = _unequal({key: (made_with[key], getattr(params, key)) for key in keys if key in made_with})
+    if different or not here:
+        return different
+    pairs = enumerate(zip_longest(content.prompts, ours))
+    return next({f"prompt {number}": pair} for number, pair in pairs if pair[0] != pair[1])
 
 
 def _basis_difference(content: Content, config: Config) -> str | None:
-    """A basis that was given: by the same file, where it is here."""
+    """Describe how a shared basis differs from ours, if our file is here."""
     if content.basis_sha256 is None:
         return None
     ours = config.params.extract_features.basis
@@ -212,11 +188,12 @@ def _basis_difference(content: Content, config: Config) -> str | None:
 
 
 def _encoder_difference(content: Content, config: Config) -> str | None:
-    """An image encoder: the same, where it is here."""
-    theirs, folder = content.image_conditioning, frozen_model.image_encoder_dir(config)
+    """Describe how the image encoder differs from ours, if ours is here."""
+    path = config.params.extract_features.image_conditioning
+    theirs, folder = content.image_conditioning, config.path(path) if path else None
     if theirs is None or (folder and not folder.exists()):
         return None
-    if folder and frozen_model.image_encoder_hashes(config) == theirs:
+    if folder and frozen_model.image_encoder_hashes(folder) == theirs:
         return None
     ours = f"{folder}, whose files differ" if folder else "null"
     return (
@@ -234,19 +211,19 @@ def _as_yaml(value: Any) -> str:
 
 
 def _check_frozen_model(features: FeatureSet, config: Config) -> None:
-    """By the hashes of its files, where the model's manifest is here."""
+    """Compare the hashes of the model's files, if its manifest is here."""
     if not config.backbone_manifest.exists():
         return
-    ours = frozen_model.read_manifest(config)
+    ours = frozen_model.read_manifest(config.backbone_manifest)
     content = features.manifest.content.backbone
-    files = {name: sha256 for name, sha256 in ours["files"].items() if name != "model_index.json"}
+    files = {name: sha256 for name, sha256 in ours.files.items() if name != "model_index.json"}
     if files != content:
         file = min(name for name in files.keys() | content.keys() if files.get(name) != content.get(name))
         made_by = features.manifest.provenance.get("backbone", {})
-        raise PipelineError(
+        raise FeatureSetError(
             f"{features.path} was extracted with another frozen model ({_model(made_by)}) than "
-            f"{config.backbone_manifest} names ({_model(ours)}): {file} differs; set prepare_backbone to the set's "
-            f"model and run `pipeline prepare-backbone`, {_EXTRACT}"
+            f"{config.backbone_manifest} names ({_model(ours.origin())}): {file} differs; set prepare_backbone to "
+            f"the set's model and run `pipeline prepare-backbone`, {_EXTRACT}"
         )
 
 

@@ -1,7 +1,9 @@
 """The losses of the methods as pure functions of tensors, each the mean over the batch.
 
-FedDifRC's two compare a sample's embedding z_i with that sample's own cached representations, and only with those: the
-authors' code pairs embeddings with other samples' negatives, which makes the loss change when a batch is permuted.
+FedDifRC's two losses (Wang et al., ICCV 2025, https://arxiv.org/abs/2507.06482) compare a sample's embedding z_i only
+with that sample's own cached representations. The authors' code pairs embeddings with other samples' negatives, which
+makes the loss change when a batch is permuted.
+
 Written a^ below is a / max(|a|, 1e-12), so that a dead embedding (all zeros) gives no NaN, as it does in that code.
 """
 
@@ -24,7 +26,7 @@ def tdcl_loss(
     embeddings: Tensor,
     prompted: Tensor,
     positive: Tensor,
-    temperature: float,
+    temperature: float = 0.04,
     normalisation: Normalisation = "none",
     prompted_is_unit: bool = False,
 ) -> Tensor:
@@ -37,7 +39,7 @@ def tdcl_loss(
         embeddings: float (B, D).
         prompted: float (B, P, D), the sample's representation under each prompt; receives no gradient.
         positive: int64 (B,), which of the P prompts matches.
-        temperature: tau > 0; the authors use 0.04.
+        temperature: tau > 0; the default is the authors'.
         normalisation: what divides the cosine similarity. "none": nothing, as in the authors' code.
             "representation": U(F), the mean distance of all the batch's unit embeddings to the unit representation F
             (paper; that it is taken per representation and passes no gradient is our reading), at least 1e-6.

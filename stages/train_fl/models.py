@@ -1,10 +1,10 @@
 """The clients' networks: encoder -> (projection head) -> (Gaussian bottleneck) -> embedding -> classifier.
 
-What stands in brackets is there only where asked for: the projection head by `train_fl.projection_dim`, alike for
-every method, so that a table compares methods and not networks; the bottleneck by FedCR and the cosine classifier by
-FedNH, which cannot do without. Guidance acts on the embedding, which is what the classifier sees. Where its length
-differs from that of the cached representations, a linear projector stands between them. Every part is drawn from its
-own generator, so the encoder starts equal with or without the rest.
+The parts in brackets are optional. `train_fl.projection_dim` adds the projection head to every method alike, so that a
+table compares methods and not networks. FedCR needs the bottleneck, and FedNH a cosine classifier. Guidance acts on the
+embedding, which is what the classifier sees; if its length differs from that of the cached representations, a linear
+projector maps it to theirs. Every part is initialised from its own generator, so the encoder's initial weights do not
+depend on the other parts.
 """
 
 from collections.abc import Callable
@@ -65,7 +65,7 @@ class SimSiamHeads(nn.Module):
     """
 
     def __init__(self, embedding_dim: int, head_dim: int, norm_layer: Callable[[int], nn.Module]) -> None:
-        """Every hidden layer is followed by `norm_layer` and ReLU."""
+        """Follow every hidden layer by `norm_layer` and ReLU."""
         super().__init__()
         hidden = max(1, head_dim // 4)
         self.projection = nn.Sequential(
@@ -87,7 +87,7 @@ class FLModel(nn.Module):
     """An encoder, a classifier on its embedding, and a projector to the space of the guidance."""
 
     def __init__(self, encoder: nn.Module, embedding_dim: int, num_classes: int) -> None:
-        """Joins an encoder, images -> (B, embedding_dim), to a linear classifier."""
+        """Join an encoder, images -> (B, embedding_dim), to a linear classifier."""
         super().__init__()
         self.embedding_dim = embedding_dim
         self.num_classes = num_classes
@@ -98,7 +98,7 @@ class FLModel(nn.Module):
         self.projector: nn.Module = nn.Identity()
 
     def features(self, images: Tensor) -> Tensor:
-        """What comes before the bottleneck; the embedding itself where there is none."""
+        """Return the input of the bottleneck, which is the embedding if there is none."""
         return self.projection_head(self.encoder(images))
 
     def embed(self, images: Tensor) -> Tensor:
@@ -121,18 +121,18 @@ def build(
     cosine_scale: float | None = None,
     simsiam_dim: int | None = None,
 ) -> FLModel:
-    """A model with weights drawn for this seed.
+    """Build a model with weights drawn for this seed.
 
     Args:
-        settings: the encoder.
-        num_classes: length of the logits.
-        seed: of the initial weights.
-        guidance_dim: D of the representations that guide; None for methods that use none.
-        projection_dim: length of MOON's projection head (linear, ReLU, linear; the paper: 256),
+        settings: The encoder.
+        num_classes: Length of the logits.
+        seed: Seed of the initial weights.
+        guidance_dim: Length of the guidance targets; None for methods without guidance.
+        projection_dim: Length of MOON's projection head (linear, ReLU, linear; the paper: 256),
             None for no head.
-        latent_dim: length of FedCR's Gaussian bottleneck, None for none.
-        cosine_scale: initial factor of FedNH's cosine classifier, None for a linear classifier.
-        simsiam_dim: length of SimSiam's projection, whose heads then take the classifier's place.
+        latent_dim: Length of FedCR's Gaussian bottleneck, None for none.
+        cosine_scale: Initial factor of FedNH's cosine classifier, None for a linear classifier.
+        simsiam_dim: Length of SimSiam's projection, whose heads then take the classifier's place.
     """
     with seeding.scoped_global_torch_seed(seed, "model"):
         encoder = Encoder(settings)

@@ -1,9 +1,9 @@
-"""What frozen embeddings are worth: a k-NN classifier after every round, a linear probe at the end.
+"""Evaluate frozen embeddings: a k-NN classifier after every round, a linear probe at the end.
 
-Both are fitted on all clients' training images with their labels and judged on the held-out images, by scikit-learn.
+Both are fitted on all clients' training images with their labels and evaluated on the held-out images, by scikit-learn.
 k-NN is by cosine similarity with votes weighted by 1 / distance; its loss is the cross-entropy of the votes' shares,
-each at least 1e-3. The probe is multinomial logistic regression on standardised embeddings. They judge an encoder;
-they are no part of training.
+each at least 1e-3. The probe is multinomial logistic regression on standardised embeddings. They evaluate an
+encoder and are not part of training.
 """
 
 from typing import Any
@@ -21,17 +21,17 @@ _SMALLEST_SHARE = 1e-3
 
 
 class Probes:
-    """Judges embeddings; an `evaluate.Evaluator`."""
+    """Evaluates embeddings; an `evaluate.Evaluator`."""
 
     def __init__(self, clients: list[ClientData], held_out: HeldOut, neighbours: int) -> None:
-        """Fits on the clients' images, judges on `held_out`."""
+        """Fit on the clients' images, evaluate on `held_out`."""
         self._clients = [client for client in clients if len(client)]
         self._held_out = held_out
         self._labels = np.concatenate([client.labels.cpu().numpy() for client in self._clients])
         self._neighbours = min(neighbours, len(self._labels))
 
     def scores(self, model: FLModel) -> dict[str, float]:
-        """Accuracy and loss of the k-NN classifier."""
+        """Compute accuracy and loss of the k-NN classifier."""
         from sklearn.neighbors import KNeighborsClassifier
 
         knn = KNeighborsClassifier(self._neighbours, metric="cosine", weights="distance")
@@ -44,7 +44,7 @@ class Probes:
         return {"accuracy": float(right.mean()), "loss": float(loss)}
 
     def final(self, model: FLModel) -> tuple[Predictor, dict[str, float]]:
-        """The linear probe, and the accuracy of both."""
+        """Return the linear probe, and the accuracy of both classifiers."""
         probe = self._fit_probe(self._train_embeddings(model))
 
         def predict(images: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from pipeline.errors import ConfigError
 from pipeline.io import atomic
 from pipeline.io.system_errors import reading
 from pipeline.settings.config import differing_keys
-from stages.train_fl.data import Federation
+from stages.train_fl.data import FederatedData
 from stages.train_fl.methods import Weights
 from stages.train_fl.partitions import heterogeneity, picture
 from stages.train_fl.rounds import Round
@@ -131,7 +131,7 @@ def start(path: Path) -> None:
         (path / name).unlink(missing_ok=True)
 
 
-def write_partition(path: Path, data: Federation) -> None:
+def write_partition(path: Path, data: FederatedData) -> None:
     """Write partition.json and partition.svg to folder `path`."""
     class_names = data.dataset.class_names
     content = {

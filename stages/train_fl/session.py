@@ -27,7 +27,7 @@ from pipeline.settings.config import Config
 from pipeline.settings.params import Guidance, Nodes, Runtime, Section, TrainFL
 from stages.train_fl import evaluate, loggers, methods, models, records
 from stages.train_fl.checkpoint import Checkpoint
-from stages.train_fl.data import Federation
+from stages.train_fl.data import FederatedData
 from stages.train_fl.encoders import EncoderSettings
 from stages.train_fl.evaluate import Classification, Evaluator
 from stages.train_fl.methods import Method, Weights
@@ -36,8 +36,6 @@ from stages.train_fl.probes import Probes
 from stages.train_fl.rounds import Progress, Round, Schedule
 
 log = logging.getLogger(__name__)
-
-_MEAN_OF_WEIGHTS = ("fedavg", "fedprox", "moon", "feddifrc", "simsiam", "feddifrc-self-supervised")
 
 
 @dataclass(frozen=True)
@@ -67,12 +65,12 @@ class Job:
     @property
     def needs_labels(self) -> bool:
         """Whether the method trains with labels."""
-        return not hasattr(self.method, "knn_neighbours")
+        return methods.method_class(self.method).needs_labels
 
     @property
     def sends_only_weights(self) -> bool:
         """Whether clients send nothing besides their weights, of which the server takes the mean."""
-        return self.method.model_dump()["algorithm"] in _MEAN_OF_WEIGHTS
+        return methods.method_class(self.method).sends_only_weights
 
     @property
     def has_private_data(self) -> bool:
@@ -95,7 +93,7 @@ class Job:
         Raises:
             ConfigError: They do not.
         """
-        if self.method.model_dump()["algorithm"] == "simsiam" and self.params.augmentation == "none":
+        if methods.method_class(self.method).needs_augmentation and self.params.augmentation == "none":
             raise ConfigError(
                 f"methods.{self.method_name} compares two views of each image, but train_fl.augmentation is none. "
                 "Set it to views (or crop)."
@@ -117,7 +115,7 @@ class Job:
         optimiser = (self.params.momentum, self.params.weight_decay)
         return model, methods.build(self.method, model, *optimiser, num_clients, self.params.gradient_clipping)
 
-    def settings(self, data: Federation) -> dict[str, Any]:
+    def settings(self, data: FederatedData) -> dict[str, Any]:
         """Return everything that decides the run's results."""
         return {
             **self.config.settings_of_run(self.method_name, self.partition_name),
@@ -164,7 +162,7 @@ def execute(
     engine: Engine,
     model: FLModel,
     evaluator: Evaluator,
-    data: Federation | None,
+    data: FederatedData | None,
     settings: dict[str, Any],
     overwrite: bool = False,
 ) -> None:
@@ -252,7 +250,7 @@ def score_round(done: Round, model: FLModel, evaluator: Evaluator) -> dict[str, 
 
 
 def _write_results(
-    job: Job, model: FLModel, evaluator: Evaluator, data: Federation | None, record: records.RunRecord
+    job: Job, model: FLModel, evaluator: Evaluator, data: FederatedData | None, record: records.RunRecord
 ) -> None:
     """Write the weights, accuracy by client and by domain, and the metrics."""
     details, metrics = record.details(), record.metrics()
@@ -298,7 +296,7 @@ def build_model(
     return models.build(encoder, num_classes, seed, guidance_dim, params.projection_dim, **methods.model_parts(method))
 
 
-def evaluator_of(job: Job, data: Federation) -> Evaluator:
+def evaluator_of(job: Job, data: FederatedData) -> Evaluator:
     """Return the classifier's evaluator; for training without labels that of a k-NN classifier and a linear probe."""
     if job.needs_labels:
         return Classification(data.held_out)

@@ -5,7 +5,7 @@ simulate   trains a method over clients on the local engine
 History    the outcome: one row per round, and the final network
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +18,15 @@ from torch import Tensor
 from pipeline import devices
 from pipeline.errors import ConfigError, DataError
 from pipeline.feature_store import FeatureSet
-from pipeline.settings.params import FedAvg as FedAvgSettings
 from pipeline.settings.params import Section, TrainFL
 from stages.train_fl import methods, session
 from stages.train_fl.client_data import ClientData
 from stages.train_fl.data import HeldOut
 from stages.train_fl.engines.local import LocalEngine
 from stages.train_fl.evaluate import Classification, Evaluator
-from stages.train_fl.methods import LocalSGD, Method
+from stages.train_fl.guidance import GuidanceSource
+from stages.train_fl.methods import Method
 from stages.train_fl.models import FLModel
-from stages.train_fl.placement import GuidanceSource
 from stages.train_fl.probes import Probes
 from stages.train_fl.records import RoundRow, round_row
 from stages.train_fl.rounds import Schedule
@@ -88,7 +87,7 @@ class History:
 
 
 def simulate(
-    method: Section | Callable[[LocalSGD], Method],
+    method: type[Method] | Section,
     clients: Sequence[Samples],
     held_out: Samples,
     *,
@@ -99,8 +98,8 @@ def simulate(
     """Train a federated method from arrays in memory.
 
     Args:
-        method: The settings of a method, as under `methods:` in params.yaml; or what makes a method from `LocalSGD`,
-            for example your own subclass of FedAvg.
+        method: A method class with its default settings, for example FedDifRC or your own subclass of FedAvg; or the
+            settings of a method, for example FedDifRC.Settings(ndcr_weight=0).
         clients: The clients' training samples.
         held_out: Samples to evaluate on after every round.
         seed: Seed of the initial weights, client sampling and batches.
@@ -116,7 +115,9 @@ def simulate(
         TrainingDiverged: A loss is not a finite number.
     """
     params, device = _train_fl(settings, len(clients)), devices.resolve(device)
-    section = method if isinstance(method, Section) else FedAvgSettings(algorithm="fedavg")
+    section, kind = (
+        (method, methods.method_class(method)) if isinstance(method, Section) else (method.Settings(), method)
+    )
     guidance = methods.guidance_of(section)
     sources = [_source(own, guidance) if guidance else None for own in clients]
     data = [_client(own, source).to(device) for own, source in zip(clients, sources, strict=True)]
@@ -125,14 +126,11 @@ def simulate(
     num_classes = 1 + max(int(own.labels.max()) for own in [*data, test] if len(own))
     dims = next((source.num_dims for source in sources if source), None)
     model = session.build_model(params, section, num_classes, dims, seed).to(device)
-    if isinstance(method, Section):
-        optimiser = (params.momentum, params.weight_decay)
-        made = methods.build(section, model, *optimiser, len(data), params.gradient_clipping)
-    else:
-        made = method(LocalSGD(model, params.momentum, params.weight_decay, None, params.gradient_clipping))
+    optimiser = (params.momentum, params.weight_decay)
+    made = methods.build(section, model, *optimiser, len(data), params.gradient_clipping, kind)
     evaluator: Evaluator = Classification(held)
-    if neighbours := getattr(section, "knn_neighbours", None):
-        evaluator = Probes(data, held, neighbours)
+    if not kind.needs_labels:
+        evaluator = Probes(data, held, section.model_dump()["knn_neighbours"])
     engine = LocalEngine(made, data, Schedule.of(params, seed), device)
     start = engine.begin(session.weights_of(model))
     rows = [round_row(done, session.score_round(done, model, evaluator)) for done in engine.rounds(start)]

@@ -1,7 +1,7 @@
-"""Class-balancing clients with generated images, whatever the method: the synthetic-data family as a baseline.
+"""Balance clients' classes with generated images, for any method: the synthetic-data baseline.
 
 A client's missing samples of a class are drawn, without repetition, from the images that the synthesize stage made of
-it; where those run out the class stays smaller. Generated images have no cached representations, so methods with
+it; if those run out, the class stays smaller. Generated images have no cached representations, so methods with
 guidance cannot use them.
 """
 
@@ -17,7 +17,7 @@ Rule = Literal["mean", "largest"]
 
 
 def open_checked(path: Path, dataset: PreparedDataset) -> PreparedDataset:
-    """The generated images of `dataset`'s classes.
+    """Open the generated images of `dataset`'s classes.
 
     Raises:
         PipelineError: there are none, or they are of other classes or another size than the data set's.
@@ -34,7 +34,7 @@ def open_checked(path: Path, dataset: PreparedDataset) -> PreparedDataset:
 
 
 def top_up(counts: np.ndarray, labels: np.ndarray, rule: Rule, rng: np.random.Generator) -> np.ndarray:
-    """Which generated images a client gets.
+    """Choose the generated images that a client gets.
 
     Args:
         counts: int64 (num_classes,), the client's own samples.

@@ -1,10 +1,9 @@
-"""The rule of the recommendation, and how it is said, on a table made by hand."""
+"""The rule of the recommendation, and its description, on a table made by hand."""
 
 from ruamel.yaml import YAML
 
 from stages.analyze_features.probes import Scores
-from stages.analyze_features.sweep.advice import as_preset, hint, in_words
-from stages.analyze_features.sweep.recommend import Candidate, Choice, choose, sets_to_fuse
+from stages.analyze_features.sweep.recommend import Candidate, Choice, as_preset, choose, hint, in_words, sets_to_fuse
 
 
 def candidate(timestep, dims, accuracy, nearest=None, error=0.01):
@@ -71,11 +70,11 @@ def test_what_one_criterion_alone_would_take_stands_beside_the_choice():
     assert choose(TABLE, 0.5) == Choice(FEWER_DIMS, FEWER_DIMS, None, 4, 3, 3, 0.5)
 
 
-def test_it_is_said_how_many_are_not_told_apart():
+def test_description_counts_tied_candidates():
     assert in_words(choose(TABLE, 0.5)) == [
         "recommended: t = 100, up_blocks.0 + up_blocks.1: linear probe 89.60 ± 1.00 %",
         "3 of 4 candidates are within 0.5 standard errors of the best probe",
-        "these 3 are not told apart: the fewest layers, then the fewest dims, decided",
+        "3 candidates are tied; chose the fewest layers, then the fewest dimensions.",
     ]
     table = [candidate(50, [10], 0.9, 40), candidate(200, [10, 10], 0.899, 50), candidate(300, [5], 0.7, 60)]
     assert in_words(choose(table, 1.0))[1:3] == [
@@ -108,10 +107,10 @@ def test_the_preset_holds_the_choice_and_says_what_it_rests_on():
     assert YAML(typ="safe").load(text) == PRESET
     assert text.splitlines()[:5] == [
         "# By `pipeline sweep-features` for digits with tiny-sd: linear probe 89.70 ± 1.00 %.",
-        "# Of 100 images 80 were judged. ± is one standard error; the best of many is flattered.",
+        "# Of 100 images 80 were judged. ± is one standard error; the best of many candidates is biased upwards.",
         "# Dims explain 95 % of a layer's variance.",
         "# 2 of 2 candidates are within 0.3 standard errors of the best probe",
-        "# these 2 are not told apart: the fewest layers, then the fewest dims, decided",
+        "# 2 candidates are tied; chose the fewest layers, then the fewest dimensions.",
     ]
     assert "prompt" not in text
 

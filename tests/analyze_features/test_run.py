@@ -7,7 +7,7 @@ import sys
 import numpy as np
 
 from stages.analyze_features import tsne
-from tests.analyze_features.test_judge import settings
+from tests.analyze_features.test_probes import settings
 from tests.conftest import invoke
 
 FAST = ("--splits", "1", "--tsne-images", "20")

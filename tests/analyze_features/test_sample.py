@@ -8,12 +8,13 @@ import torch
 
 from pipeline.data.datasets import PreparedDataset
 from pipeline.diffusion import backbones, noise, prompts
-from pipeline.diffusion.backbones.base import DiffusersBackbone
+from pipeline.diffusion.backbones.base import Backbone
+from pipeline.diffusion.session import FrozenSession
 from pipeline.errors import PipelineError
 from pipeline.feature_store import LayerBasis
 from pipeline.settings import config as configuration
-from stages.analyze_features.probes import Judge
-from stages.analyze_features.sweep.run import judge_layers
+from stages.analyze_features.probes import ProbeEvaluator
+from stages.analyze_features.sweep.run import score_layers
 from stages.analyze_features.sweep.sample import Sample, as_colours, fewest_dims
 from tests.conftest import invoke
 from tests.extract_features import tiny_models
@@ -45,14 +46,16 @@ def sample(root, index, **changes):
     config = configuration.load(root / "params.yaml", SWEEP | changes)
     dataset = PreparedDataset(config.dataset_dir)
     prompt_set = prompts.build(config.params.extract_features, dataset.class_names, config.path)
-    return Sample(config, prompt_set, dataset.load("train"), index)
+    settings, runtime = config.params.extract_features, config.params.runtime
+    session = FrozenSession(config.backbone_dir, "all", prompt_set, settings, runtime, "cpu")
+    return Sample(session, config.params.sweep_features, prompt_set, dataset.load("train"), index)
 
 
 @pytest.fixture(scope="module")
 def swept(root):
     """A sweep by the command: its output, and the images of every encoding (timestep None) and every pass."""
     seen = []
-    denoise, encode = DiffusersBackbone.features, DiffusersBackbone.encode_images
+    denoise, encode = Backbone.features, Backbone.encode_images
 
     def features(self, noisy, timestep, conditioning):
         seen.append((timestep, len(noisy)))
@@ -65,8 +68,8 @@ def swept(root):
         return encode(self, images, image_size)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DiffusersBackbone, "features", features)
-        patch.setattr(DiffusersBackbone, "encode_images", encode_images)
+        patch.setattr(Backbone, "features", features)
+        patch.setattr(Backbone, "encode_images", encode_images)
         invoked = invoke(
             root, "sweep-features", "--timesteps", "[600, 100]", "--images", "32", "--basis-images", "10",
             "--margin-images", "12", "--picture-images", "1",
@@ -150,8 +153,8 @@ def test_no_margin_images_cost_no_pass_and_give_no_margin(root):
     assert sum(passes) == 12
     assert found[LAYERS[0]].prompted.shape[:2] == (0, 2)
     config = configuration.load(root / "params.yaml")
-    judge = Judge(np.arange(12) % 2, config.params.analyze_features)
-    judged = judge_layers(judge, few.positive, 300, found, LAYERS)
+    judge = ProbeEvaluator(np.arange(12) % 2, config.params.analyze_features)
+    judged = score_layers(judge, few.positive, 300, found, LAYERS)
     assert [candidate.margins for candidate in judged] == [{}] * len(judged)
 
 
@@ -163,7 +166,7 @@ def test_the_margin_is_that_of_the_images_own_prompts(root):
     found = few.represent(300, lambda done: None)
     config = configuration.load(root / "params.yaml")
     labels = PreparedDataset(config.dataset_dir).load("train").labels[index]
-    judged = judge_layers(Judge(labels, config.params.analyze_features), few.positive, 300, found, LAYERS[1:])
+    judged = score_layers(ProbeEvaluator(labels, config.params.analyze_features), few.positive, 300, found, LAYERS[1:])
     (fused,) = [candidate for candidate in judged if candidate.layers == LAYERS[1:]]
 
     def cosine(a, b):
@@ -196,10 +199,8 @@ def test_dims_are_capped(root):
 
 
 def test_an_overflow_is_named(root, monkeypatch):
-    add_noise = DiffusersBackbone.add_noise
-    monkeypatch.setattr(
-        DiffusersBackbone, "add_noise", lambda self, *arguments: add_noise(self, *arguments) * float("inf")
-    )
+    add_noise = Backbone.add_noise
+    monkeypatch.setattr(Backbone, "add_noise", lambda self, *arguments: add_noise(self, *arguments) * float("inf"))
     with pytest.raises(
         PipelineError, match="up_blocks.0 of the frozen model is not finite at timestep 300, even in float32"
     ):

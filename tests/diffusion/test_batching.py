@@ -56,7 +56,7 @@ def test_a_batch_of_one_that_does_not_fit_is_named():
     def compute(index):
         raise torch.OutOfMemoryError
 
-    with pytest.raises(PipelineError, match="not even a batch of one"):
+    with pytest.raises(PipelineError, match="Not even a batch of one"):
         list(Batcher(4).map(compute, 4))
 
 

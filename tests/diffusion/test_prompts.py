@@ -64,41 +64,6 @@ def test_self_supervised_prompts_are_the_designs(tmp_path):
         build(tmp_path, prompts="self-supervised", negative_words="words")
 
 
-@pytest.mark.parametrize(
-    ("texts", "templates"),
-    [
-        ([["a cat"], ["a dog"]], ["a {class_name}"]),
-        ([["cat", "cat, a cat"], ["dog", "dog, a dog"]], ["{class_name}", "{class_name}, a {class_name}"]),
-        ([["a cat"], ["a hound"]], None),
-        ([["a cat"]], None),
-        ([["a pet"], ["a pet"]], None),
-        ([], None),
-    ],
-)
-def test_templates_are_found_in_their_prompts(texts, templates):
-    assert prompts.templates_of(texts, CLASSES) == templates
-
-
-def test_templates_are_found_where_a_name_is_also_a_word_of_theirs():
-    assert prompts.templates_of([["a photo of a a"], ["a photo of a b"]], ["a", "b"]) == ["a photo of a {class_name}"]
-
-
-@pytest.mark.parametrize(
-    ("texts", "fit"),
-    [
-        (["a sun", "sun or sun"], True),
-        (["a ", " or "], False),
-        (["a sun", "sun or moon"], False),
-        (["the sun", "sun or sun"], False),
-        (["a sun"], False),
-        (["", ""], False),
-        ([], False),
-    ],
-)
-def test_a_prompt_is_of_templates_by_some_word(texts, fit):
-    assert prompts.are_of(["a {class_name}", "{class_name} or {class_name}"], texts) == fit
-
-
 def assign(positive, negatives, labels, similarity, index=None):
     made = PromptSet([[str(n)] for n in range(len(similarity))], positive)
     index = np.arange(len(labels)) if index is None else index

@@ -21,6 +21,7 @@ from pipeline.diffusion.prompted_model import Inputs, PromptedModel
 from pipeline.diffusion.prompts import PromptSet
 from pipeline.feature_store import FeatureSet, read_basis_file, verification
 from pipeline.settings.config import load
+from pipeline.settings.params import ExtractFeatures
 from stages.extract_features.cost import count_flops
 from tests.conftest import invoke
 from tests.extract_features import tiny_models
@@ -75,7 +76,7 @@ def test_features_are_those_of_one_pass_at_a_time(digits):
         noise = torch.randn(latents.shape[1:], generator=seeding.torch_generator(0, "noise", image))[None]
         noisy = backbone.add_noise(latents, noise, 300)
         for prompt in (0, 3, 10):
-            maps = backbone.features(noisy, 300, conditioning.take(torch.tensor([prompt])))
+            maps = backbone.features(noisy, 300, conditioning.select(torch.tensor([prompt])))
             expected = []
             for layer, found in maps.items():
                 pca = basis.layers[layer]
@@ -85,6 +86,12 @@ def test_features_are_those_of_one_pass_at_a_time(digits):
                     expected.append(np.sqrt(np.square(scores).sum()))
             got = rows.denoised[image] if prompt == 10 else rows.prompted[image, prompt]
             np.testing.assert_allclose(got, expected, rtol=2e-3, atol=2e-3)  # float16 is good to 5e-4
+
+
+def test_manifest_records_the_settings_that_made_the_set(digits):
+    settings = FeatureSet(digits / SET).manifest.provenance["settings"]
+    assert ExtractFeatures.model_validate(settings) == load(digits / "params.yaml").params.extract_features
+    assert (settings["rows_per_shard"], settings["basis_images"], settings["basis"]) == (8, 20, "auto")
 
 
 def test_threads_and_batches_change_no_byte(digits, unextracted):
@@ -149,8 +156,8 @@ def test_a_finished_set_of_other_settings_is_replaced_only_when_asked(digits, un
     for more in ((), ("--shard-range", "0:1")):
         result = invoke(unextracted, "extract-features", "--noise-seed", "5", "--negatives", "2", *more)
         assert result.exit_code == 1 and len(result.output.splitlines()) == 1
-        assert f"{SET} holds a finished feature set with another negatives, noise_seed: move or" in result.output
-        assert result.output.rstrip().endswith("or say --overwrite")
+        assert f"{SET} holds a finished feature set with another negatives, noise_seed. Move or" in result.output
+        assert result.output.rstrip().endswith("or pass --overwrite.")
     assert not (unextracted / ".pipeline").exists()
     (unextracted / SET / "shard-00003.h5").unlink()  # part of a set is somebody's set too
     assert invoke(unextracted, "extract-features", "--noise-seed", "5").exit_code == 1
@@ -161,7 +168,7 @@ def test_a_finished_set_of_other_settings_is_replaced_only_when_asked(digits, un
 def test_cached_latents_are_used_and_damage_is_noticed(digits, unextracted):
     cached = ("--set", "runtime.cache_latents=true", "--shard-range", "0:1")
     extract(unextracted, *cached)
-    (file,) = unextracted.glob(".pipeline/latents/*/latents-00000.h5")
+    (file,) = unextracted.glob(".pipeline/latents/*/latents-00000.safetensors")
     before = file.stat().st_mtime_ns
     first = extract(unextracted, *cached, "--timestep", "100") / "shard-00000.h5"
     assert file.stat().st_mtime_ns == before
@@ -251,7 +258,7 @@ def test_half_precision_overflow_is_redone_in_float32_and_counted(tmp_path):
     np.testing.assert_allclose(found.denoised, reference.denoised, rtol=2e-3, atol=2e-3)
     sweep = ("--timesteps", "[300]", "--images", "10", "--margin-images", "0", "--basis-images", "5")
     result = invoke(root, "sweep-features", *sweep, "--set", "extract_features.dtype=float16")
-    assert "10 of 10 passes of timestep 300 overflowed float16: redone in float32" in result.output
+    assert "10 of 10 passes of timestep 300 overflowed float16 and were recomputed in float32." in result.output
 
 
 @pytest.mark.parametrize("basis", ["fitted", "shared"])
@@ -446,22 +453,9 @@ def test_flops_are_counted_up_to_the_last_layer(tmp_path):
     assert counted[0][0] == expected
 
 
-def test_the_ledger_counts_the_passes_that_were_computed_here(digits, unextracted):
-    def ledger(root):
-        header, *lines = (root / ".pipeline" / "passes.csv").read_text().splitlines()
-        assert header == "set,fingerprint,file,passes"
-        rows = [line.split(",") for line in lines]
-        assert {(name, fingerprint) for name, fingerprint, _, _ in rows} == {
-            (SET.name, FeatureSet(digits / SET).manifest.fingerprint)
-        }
-        return {file: int(passes) for _, _, file, passes in rows}
-
-    # 20 basis images, once for the basis and once for mean and deviation; 8 images a shard, 10 prompts and ""
-    assert ledger(digits) == {"basis.h5": 2 * 20} | {f"shard-0000{shard}.h5": 8 * 11 for shard in range(5)}
-    extract(unextracted, "--shard-range", "0:2")
-    assert list(ledger(unextracted)) == ["basis.h5", "shard-00000.h5", "shard-00001.h5"]
-    extract(unextracted)
-    assert ledger(unextracted) == ledger(digits)
-    lines = (unextracted / ".pipeline" / "passes.csv").read_text()
-    extract(unextracted)  # complete already
-    assert (unextracted / ".pipeline" / "passes.csv").read_text() == lines
+def test_log_counts_images_and_passes(unextracted):
+    # 40 images in 5 shards of 8, each with 10 prompts and the generic one; the basis is not counted
+    first = invoke(unextracted, "extract-features", "--shard-range", "0:2")
+    assert "16 images, 176 passes in" in first.output
+    assert "24 images, 264 passes in" in invoke(unextracted, "extract-features").output
+    assert "passes" not in invoke(unextracted, "extract-features").output  # complete already

@@ -11,7 +11,7 @@ from pipeline import provenance
 from pipeline.errors import PipelineError
 from pipeline.feature_store import FeatureSet
 from stages.extract_features import scheduling
-from stages.extract_features.publish import deliver
+from stages.extract_features.publish import publish
 from tests.extract_features.fixtures import extract, project
 from tests.test_feature_store import features, open_writer, write
 
@@ -69,10 +69,10 @@ def test_two_that_finish_together_put_the_set_together_once(tmp_path):
 
     def finish(number):
         writer = open_writer(tmp_path / "staging")
-        publish = writer.publish
-        writer.publish = lambda target: (published.append(number), publish(target))
+        original = writer.publish
+        writer.publish = lambda target: (published.append(number), original(target))
         together.wait()
-        return deliver(writer, tmp_path / "set", None, overwrite=False)
+        return publish(writer, tmp_path / "set", None, overwrite=False)
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(finish, range(2))) == [tmp_path / "set"] * 2
@@ -91,7 +91,7 @@ def test_shards_that_others_made_are_read_once_more_before_the_set_is_given_out(
         shard.write_bytes(good)
         write(tmp_path / "staging", shards=shards)
 
-    deliver(writer, tmp_path / "set", again, overwrite=False)
+    publish(writer, tmp_path / "set", again, overwrite=False)
     assert made_again == [1]
     FeatureSet(tmp_path / "set").verify_files()
 
@@ -101,11 +101,11 @@ def test_a_set_that_came_meanwhile_is_not_replaced_unasked(tmp_path):
     before = (tmp_path / "set" / "manifest.json").read_bytes()
     writer = write(tmp_path / "staging" / "ours")
     with pytest.raises(
-        PipelineError, match="holds a finished feature set with another timestep, prompts: .*--overwrite"
+        PipelineError, match="holds a finished feature set with another timestep, prompts. .*--overwrite"
     ):
-        deliver(writer, tmp_path / "set", None, overwrite=False)
+        publish(writer, tmp_path / "set", None, overwrite=False)
     assert (tmp_path / "set" / "manifest.json").read_bytes() == before and not writer.missing_shards
-    deliver(writer, tmp_path / "set", None, overwrite=True)
+    publish(writer, tmp_path / "set", None, overwrite=True)
     assert FeatureSet(tmp_path / "set").manifest.fingerprint == writer.fingerprint
 
 
@@ -117,10 +117,10 @@ def test_a_set_of_a_later_format_is_not_replaced_and_one_of_a_damaged_manifest_i
     manifest |= {"format_version": 2, "content": later, "fingerprint": provenance.fingerprint(later)}
     file.unlink()
     file.write_text(json.dumps(manifest))
-    with pytest.raises(PipelineError, match="another pooling: "):
-        deliver(writer, tmp_path / "set", None, overwrite=False)
+    with pytest.raises(PipelineError, match="another pooling. "):
+        publish(writer, tmp_path / "set", None, overwrite=False)
     file.write_text(json.dumps(manifest | {"fingerprint": "0" * 64}))
-    deliver(writer, tmp_path / "set", None, overwrite=False)
+    publish(writer, tmp_path / "set", None, overwrite=False)
     assert FeatureSet(tmp_path / "set").manifest.fingerprint == writer.fingerprint
 
 
@@ -129,7 +129,7 @@ def test_a_delivered_set_is_cleared_away_only_when_nobody_uses_it(tmp_path):
     ending = write(tmp_path / "staging" / "other", tmp_path / "other", timestep=100)
     with used.in_use():  # by a second process that ends with the first
         ending.remove_published_siblings()
-        assert deliver(used, tmp_path / "one", None, overwrite=False) == tmp_path / "one"
+        assert publish(used, tmp_path / "one", None, overwrite=False) == tmp_path / "one"
     ending.remove_published_siblings()
     assert [path.name for path in (tmp_path / "staging").iterdir()] == ["other"]
 

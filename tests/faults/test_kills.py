@@ -160,7 +160,7 @@ def test_asked_to_end(made, project, trial, name, kind, number):
         code = command.end()
         assert code in ({signal.SIGINT: 130, signal.SIGTERM: 143}[kind], 0), command.output
         if code:
-            assert "the same command continues from there" in command.output.splitlines()[-1]
+            assert "run the command again to resume" in command.output.splitlines()[-1]
             assert "Traceback" not in command.output
         program.succeed(project, *arguments)
         tried.compare(finished(made.root, name), finished(project, name))

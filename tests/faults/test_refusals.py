@@ -16,7 +16,6 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
 
 from pipeline import provenance
 from pipeline.data import datasets
@@ -25,13 +24,13 @@ from pipeline.errors import PipelineError
 from pipeline.feature_store import FeatureSet, archive, listing, read_basis_file, read_manifest, verification
 from pipeline.io import atomic, locks
 from pipeline.io.hdf5 import open_to_read
+from pipeline.io.resumable import ResumableStore
 from pipeline.io.system_errors import SystemRefusal, status
 from pipeline.settings import presets
-from stages.analyze_features.sweep.cache import Kept
+from stages.analyze_features.sweep.cache import SweepCache, SweepResult
 from stages.extract_features import publish
 from stages.extract_features.latents import LatentCache
 from stages.report import analysis
-from stages.synthesize.run import _is_whole
 from stages.train_fl import records
 from stages.train_fl.checkpoint import Checkpoint
 from stages.train_fl.engines.flower.states import States
@@ -66,13 +65,10 @@ def kept(tmp_path_factory):
     state = {"w": torch.ones(2)}
     Checkpoint(root / "checkpoint").save(Progress(1, ServerState(state), [{}]), {"rounds": [], "timing": []})
     States(root, "key", 0).save(1, state)
-    pixels = np.zeros((2, 4, 4, 3), np.uint8)
-    save_file({"images": pixels, "crc32": np.array([0], np.uint32)}, root / "class.safetensors")
-    LatentCache(root / "latents").save(0, np.ones((2, 1, 4, 4), np.float32))
+    ResumableStore(root / "classes").save("class-00000", {"images": torch.zeros(2, 4, 4, 3, dtype=torch.uint8)})
+    LatentCache(root / "latents").save(0, torch.ones(2, 1, 4, 4))
     atomic.write_json(root / "config.json", {"seed": 0})
-    content = {"candidates": [], "own_layers": [], "colours": {}}
-    (root / "sweep").mkdir()
-    atomic.write_json(root / "sweep/t-00100.json", {"sha256": provenance.fingerprint(content), "content": content})
+    SweepCache(root / "sweep").save(100, SweepResult([], [], {}))
     (root / "presets").mkdir()
     (root / "presets" / "one.yaml").write_text("# One.\n")
     assert writer.missing_shards == []
@@ -103,19 +99,20 @@ READERS = {
     "checkpoint": lambda root: Checkpoint(root / "checkpoint").load("cpu")[0].number,
     "client's state": lambda root: States(root, "key", 0).load(1, "cpu")["w"].tolist(),
     "run to replace": lambda root: records.check_replaceable(root, {"seed": 0}),
-    "timestep of a sweep": lambda root: len(Kept(root / "sweep").load(100).candidates),
-    "generated class": lambda root: _is_whole(root / "class.safetensors"),
-    "analysis": lambda root: analysis._found(root / "config.json", "seed"),
-    "picture": lambda root: len(analysis._bytes(root / "config.json")),
+    "timestep of a sweep": lambda root: len(SweepCache(root / "sweep").load(100).candidates),
+    "generated class": lambda root: len(ResumableStore(root / "classes").load("class-00000")[0]["images"]),
+    "analysis": lambda root: analysis._text_at(root / "config.json", "seed"),
+    "picture": lambda root: len(analysis._content(root / "config.json")),
     "checksum": lambda root: provenance.file_sha256(root / "config.json"),
 }
+OF_SAFETENSORS = {"client's state", "generated class", "timestep of a sweep"}
 OF_HDF5 = {"images", "basis", "given basis", "rows", "every byte of staged shards", "finished set"}
 BY_LOOKING = {"basis", "rows", "staged shards", "every byte of staged shards", "finished set", "set's manifest"}
 REFUSED = [
     *(("openat", code, READERS) for code in (errno.EACCES, errno.EMFILE, errno.ESTALE, errno.EIO)),
     *(("flock", code, OF_HDF5) for code in (errno.EAGAIN, errno.EDEADLK)),
     ("pread64", errno.EIO, {"given basis", "images"}),
-    ("read", errno.EIO, set(READERS) - {"images", "given basis", "client's state", "generated class"}),
+    ("read", errno.EIO, set(READERS) - {"images", "given basis", *OF_SAFETENSORS}),
     ("newfstatat", errno.ESTALE, BY_LOOKING),
     ("newfstatat", errno.EACCES, BY_LOOKING),
 ]

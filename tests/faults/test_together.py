@@ -23,7 +23,7 @@ def stopped_while_holding(project, command, *arguments):
     """A command stopped (SIGSTOP) after it has taken a lock, and the lock's file."""
     running = program.start(project, *command, *arguments)
     locks = project / ".pipeline"
-    until(lambda: any(file.read_text() for file in locks.rglob("locks/*")), running)
+    until(lambda: any(file.read_text() for file in locks.rglob("locks/*") if "in-use" not in file.name), running)
     os.kill(running.process.pid, signal.SIGSTOP)
     return running
 
@@ -33,7 +33,7 @@ def test_two_extractions_into_one_set(made, project, trial):
     with trial("two at once into one place") as tried:
         first = stopped_while_holding(project, EXTRACT)
         second = program.start(project, *EXTRACT, log=project.parent / "second.log")
-        until(lambda: "waiting for it" in second.output, second)
+        until(lambda: "Waiting for it" in second.output, second)
         named = rf"is being written by process {first.process.pid} on {socket.gethostname()} since 2\d\d\d-\d\d-\d\d "
         assert re.search(named, second.output), second.output
         os.kill(first.process.pid, signal.SIGCONT)
@@ -49,7 +49,7 @@ def test_a_dead_holders_lock_is_taken_over(made, project, trial):
         assert first.end() == -signal.SIGKILL
         assert [file for file in project.rglob("locks/*") if str(first.process.pid) in file.read_text()]
         output = program.succeed(project, *EXTRACT)
-        assert "waiting" not in output
+        assert "Waiting" not in output
         tried.compare(finished(made.root, "extract-features"), finished(project, "extract-features"))
 
 
@@ -59,7 +59,7 @@ def test_two_trainings_or_generations_of_one_name(made, project, trial):
             begin(project, name)
             first = stopped_while_holding(project, command)
             line = program.refuse(
-                project, *command, says=[f"by process {first.process.pid} on", "since 2", "wait until it has ended"],
+                project, *command, says=[f"by process {first.process.pid} on", "since 2", "Wait until it has ended"],
                 log=project.parent / "second.log",
             )  # fmt: skip
             assert name != "train-fl" or "feddifrc-iid-s0 is being written" in line

@@ -68,11 +68,13 @@ def centralised(projects):
         made = config.load(project / "params.yaml", {"extract_features.basis": "auto"})
         job = planning.make(made)
         extraction = load(job)
-        index = pca.images(job.plan.rows, 12, made.params.extract_features.noise_seed)
+        index = pca.images(job.feature_set.rows, 12, made.params.extract_features.noise_seed)
         assert len(index) == min(12, len(PreparedDataset(made.dataset_dir).load("train")))
         inputs = extraction.clean_inputs(index)
-        text = torch.full((len(index),), len(extraction.conditioning) - 1)
-        batches = extraction.batcher.map(lambda r, i=inputs, t=text, e=extraction: e.maps(i, r, t[r]), len(index))
+        text = torch.full((len(index),), extraction.session.model.generic)
+        batches = extraction.session.batcher.map(
+            lambda r, i=inputs, t=text, e=extraction: e.maps(i, r, t[r]), len(index)
+        )
         parts = [{name: own[: rows.stop - rows.start] for name, own in found.items()} for rows, found in batches]
         maps.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
         for layer, own in maps[-1].items():
@@ -111,7 +113,7 @@ def test_the_basis_is_that_of_all_images_together_and_training_goes_on_from_it(p
         made = config.load(project / "params.yaml")
         commons.append(feature_store.FeatureSet(made.features_dir).manifest.content.common())
     assert commons[0] == commons[1] == commons[2]
-    training._make.cache_clear()
+    training._build.cache_clear()
     deploy(projects, monkeypatch, "train", train_fl__num_rounds=1).serve()
     assert "client 2 (n2): trained in 1 of 1 rounds" in capsys.readouterr().out
 
@@ -120,12 +122,12 @@ def test_a_node_that_fails_is_left_out_by_name(projects, monkeypatch, capsys):
     federation = deploy(projects, monkeypatch)
     federation.silent.add((8, "query.moments"))
     federation.serve()
-    assert "going on without client 1 (n1): no answer" in capsys.readouterr().out
+    assert "without client 1 (n1): no answer" in capsys.readouterr().out
     account = json.loads((projects[0].parent / "server" / "data" / "basis.json").read_text())
     assert [row["name"] for row in account["members"]] == ["n0", "n2"]
     federation = deploy(projects, monkeypatch, federation__min_clients=3)
     federation.silent.add((8, "query.moments"))
-    with pytest.raises(PipelineError, match=r"2 nodes are left, federation.min_clients = 3"):
+    with pytest.raises(PipelineError, match=r"too few nodes are left .2, federation.min_clients is 3"):
         federation.serve()
 
 
@@ -138,11 +140,11 @@ def test_a_node_with_another_frozen_model_is_refused_by_name(projects, monkeypat
     federation.serve()
     manifest.write_text(kept)
     said = capsys.readouterr().out
-    assert "refused: client 1 (n1): " in said and "unet/config.json differs" in said
+    assert "rejected: client 1 (n1): " in said and "unet/config.json differs" in said
 
 
 def test_a_basis_needs_a_file_to_be_kept_in(projects, monkeypatch):
-    with pytest.raises(PipelineError, match="extract_features.basis is auto: name the file"):
+    with pytest.raises(PipelineError, match="extract_features.basis is auto. Set it to a file"):
         deploy(projects, monkeypatch, extract_features__basis="auto").serve()
 
 
@@ -173,5 +175,5 @@ def test_moments_that_are_none_are_refused(spoil):
         own.count = 0
     content = moments.pack_moments({"a": own})
     channels = {"a": 4} if spoil == "shape" else {"b": 3} if spoil == "missing" else {"a": 3}
-    with pytest.raises(PipelineError, match="its moments cannot be used"):
+    with pytest.raises(PipelineError, match="invalid moments"):
         moments.read_moments(content, channels)

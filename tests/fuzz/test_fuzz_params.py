@@ -1,4 +1,4 @@
-"""params.yaml of any content is read as it should be, or refused in words; never a traceback, never a hang."""
+"""Any content of params.yaml is read correctly or rejected with a message; never a traceback, never a hang."""
 
 import copy
 import io
@@ -36,8 +36,8 @@ ANYTHING = st.recursive(
 )
 
 
-def reads_or_refuses(file):
-    """The configuration, or None where it is refused with words that name the file."""
+def loads_or_rejects(file):
+    """Return the configuration, or None if it is rejected with a message that names the file."""
     try:
         return config.load(file)
     except PipelineError as error:
@@ -73,12 +73,12 @@ def test_any_value_in_any_place(file, changes):
         try:
             put(values, path, value)
         except (KeyError, IndexError, TypeError):
-            pass  # an earlier change took its place away
+            pass  # an earlier change removed its place
     yaml, stream = YAML(typ="safe", pure=True), io.StringIO()
     yaml.dump(values, stream)
     file.write_text(stream.getvalue(), encoding="utf-8", errors="replace")
-    loaded = reads_or_refuses(file)
-    if loaded:  # never a wrong read: what was accepted is what stands in the file
+    loaded = loads_or_rejects(file)
+    if loaded:  # what was accepted equals the content of the file
         again = YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
         assert loaded.params.model_dump(include={"train_fl", "sweep", "report"}) == {
             key: again[key] for key in ("train_fl", "sweep", "report")
@@ -119,7 +119,7 @@ def test_any_text_in_any_place(file, changes):
     for start, length, piece in changes:
         text = text[:start] + piece + text[start + length :]
     file.write_bytes(text.encode("utf-8", "surrogatepass"))
-    reads_or_refuses(file)
+    loads_or_rejects(file)
 
 
 @given(st.binary(max_size=300))
@@ -129,18 +129,18 @@ def test_any_text_in_any_place(file, changes):
 @example(b"- " * 3000)
 def test_any_bytes(file, content):
     file.write_bytes(content)
-    reads_or_refuses(file)
+    loads_or_rejects(file)
 
 
-def test_a_yaml_bomb_is_refused_quickly(file):
+def test_yaml_bomb_is_rejected_quickly(file):
     levels = [f"b{n}: &b{n} [{', '.join([f'*b{n - 1}'] * 10)}]" for n in range(1, 12)]
     bomb = "\n".join(["b0: &b0 [x, x, x, x, x, x, x, x, x, x]", *levels])
     file.write_text(bomb + "\n")
-    assert reads_or_refuses(file) is None
+    assert loads_or_rejects(file) is None
     file.write_text(
         TEXT.replace("timestep: 300", "timestep: *b11").replace("prepare_data:", bomb + "\nprepare_data:", 1)
     )
-    assert reads_or_refuses(file) is None
+    assert loads_or_rejects(file) is None
 
 
 @given(st.sampled_from(PATHS), SCALARS)

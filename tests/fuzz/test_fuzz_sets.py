@@ -1,4 +1,4 @@
-"""Manifests, shards and bases of any content: what is read is what was written, or the fault is named."""
+"""Manifests, shards and bases of arbitrary content: reading returns what was written, or one error."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ ROWS = np.arange(test_feature_store.ROWS)
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A set, a data set, and what they hold."""
+    """Write a set and a data set; return their folder and their contents."""
     root = tmp_path_factory.mktemp("fuzz")
     test_feature_store.write(root / "staging", root / "set")
     for file in (root / "set").iterdir():
@@ -44,7 +44,7 @@ def written(tmp_path_factory):
 
 
 def everything(path):
-    """All that can be read of a set, as bytes."""
+    """Read everything from a set, as bytes."""
     opened = FeatureSet(path)
     rows, basis = opened.read(ROWS), opened.basis()
     layers = [value for layer in basis.layers.values() for value in vars(layer).values()]
@@ -57,8 +57,8 @@ def pixels(path):
     return [np.asarray(value).tobytes() for split in datasets.SPLITS for value in vars(opened.load(split)).values()]
 
 
-def same_or_named(read, expected):
-    """Whatever is read is what was written; else one line."""
+def same_or_rejected(read, expected):
+    """Check that reading returns what was written, or raises an error of one line."""
     try:
         found = read()
     except PipelineError as error:
@@ -68,7 +68,7 @@ def same_or_named(read, expected):
 
 
 def commands_answer(root, path, names=("list", "show", "show --json", "show tar", "verify --full", "diff", "export")):
-    """The `features` commands on the set: done, or refused in printable lines; no traceback."""
+    """Run the `features` commands on the set: each succeeds, or fails with printable lines and no traceback."""
     (root / "project" / "data" / "features" / "one").symlink_to(path)
     arguments = {"list": [], "show tar": [packed(root, path)], "diff": [root / "good", path],
         "export": [path, "-o", root / "out.tar"]}  # fmt: skip
@@ -83,15 +83,15 @@ def commands_answer(root, path, names=("list", "show", "show --json", "show tar"
 
 
 def packed(root, path):
-    """The set in a tar, as export would write it, had it not looked."""
+    """Pack the set into a tar, as export would without its checks."""
     with tarfile.open(root / "set.tar", "w", format=tarfile.GNU_FORMAT) as tar:
         for name in NAMES:
             tar.add(path / name, f"set/{name}")
     return root / "set.tar"
 
 
-def imported_or_refused(root, path):
-    """Nothing of the set is left behind where it is not taken."""
+def imported_or_rejected(root, path):
+    """Check that a rejected import leaves no files."""
     with contextlib.suppress(PipelineError):
         found = archive.read(packed(root, path), root / "imported")
         assert not verification.problems(found, full=True)
@@ -101,7 +101,7 @@ def imported_or_refused(root, path):
 
 @contextlib.contextmanager
 def replaced(file, content):
-    """The file with other content, for a while."""
+    """Give the file other content during the block."""
     good = file.read_bytes()
     file.unlink()
     file.write_bytes(content)
@@ -113,7 +113,7 @@ def replaced(file, content):
 
 
 def mutate(content, edits):
-    """Flips, overwrites, removes or inserts bytes; positions are shares of the file's length."""
+    """Flip, overwrite, remove or insert bytes; positions are fractions of the file's length."""
     changed = bytearray(content)
     for where, what, piece in edits:
         at = int(where * len(changed))
@@ -136,16 +136,16 @@ EDITS = st.lists(
 
 
 @given(st.sampled_from(NAMES), EDITS)
-def test_changed_bytes_of_a_set(written, name, edits):
+def test_set_with_changed_bytes(written, name, edits):
     root, expected, _ = written
     file = root / "set" / name
     with replaced(file, mutate(file.read_bytes(), edits)):
-        same_or_named(lambda: everything(root / "set"), expected)
+        same_or_rejected(lambda: everything(root / "set"), expected)
 
 
 @given(st.sampled_from(NAMES[1:]), EDITS)
-def test_changed_bytes_that_a_manifest_vouches_for(written, name, edits):
-    """The checksum fits: as in a set that somebody made with ill will, or by a program of their own."""
+def test_set_with_changed_bytes_and_matching_checksums(written, name, edits):
+    """As in a set by a hostile author, or by another program."""
     root, _, _ = written
     file, manifest = root / "set" / name, root / "set" / "manifest.json"
     content = mutate(file.read_bytes(), edits)
@@ -156,7 +156,7 @@ def test_changed_bytes_that_a_manifest_vouches_for(written, name, edits):
 
 
 def vouching(manifest, *files):
-    """The manifest with the sizes and checksums of these files as they are."""
+    """Return the manifest with the actual sizes and checksums of these files."""
     said = json.loads(manifest.read_text())
     by_name = {file.name: file for file in files}
     for entry in [said["basis"], *said["shards"].values()]:
@@ -166,11 +166,11 @@ def vouching(manifest, *files):
 
 
 @given(st.sampled_from(DATA), EDITS)
-def test_changed_bytes_of_a_data_set(written, name, edits):
+def test_data_set_with_changed_bytes(written, name, edits):
     root, _, expected = written
     file = root / "data" / name
     with replaced(file, mutate(file.read_bytes(), edits)):
-        same_or_named(lambda: pixels(root / "data"), expected)
+        same_or_rejected(lambda: pixels(root / "data"), expected)
 
 
 SCALARS = st.one_of(
@@ -192,7 +192,7 @@ def places(values, prefix=()):
 
 
 def changed_json(text, changes, fit):
-    """The JSON with values changed (by the number of their place); `fit` makes the fingerprint that of the content."""
+    """Return the JSON with values changed, by their number; `fit` updates the fingerprint to the content."""
     values = json.loads(text)
     for number, value in changes:
         found = list(places(values))
@@ -215,7 +215,7 @@ def changed_json(text, changes, fit):
 
 @dataclass(frozen=True)
 class Renamed:
-    """Not another value but another key."""
+    """A change of a key instead of a value."""
 
     key: str
 
@@ -247,7 +247,7 @@ def at(written_text, *path):
 @example([("rows", 2**62)], False)
 @example([("rows", 10**400)], False)
 def test_any_value_in_a_manifest(written, changes, fit):
-    """`fit`: its files vouch for it, as do those of a program of somebody's own."""
+    """`fit`: fingerprint and checksums match, as in a set by another program."""
     root, expected, _ = written
     manifest = root / "set" / "manifest.json"
     text = manifest.read_text()
@@ -255,7 +255,7 @@ def test_any_value_in_a_manifest(written, changes, fit):
     changed = changed_json(text, changes, fit)
     if not fit:
         with replaced(manifest, changed):
-            same_or_named(lambda: everything(root / "set"), expected)
+            same_or_rejected(lambda: everything(root / "set"), expected)
             commands_answer(root, root / "set")
         return
     forged = root / "forged"
@@ -271,7 +271,7 @@ def test_any_value_in_a_manifest(written, changes, fit):
     with contextlib.suppress(PipelineError):
         everything(forged)
     commands_answer(root, forged)
-    imported_or_refused(root, forged)
+    imported_or_rejected(root, forged)
 
 
 @given(CHANGES)
@@ -279,7 +279,7 @@ def test_any_value_in_a_data_sets_manifest(written, changes):
     root, _, expected = written
     manifest = root / "data" / "manifest.json"
     with replaced(manifest, changed_json(manifest.read_text(), changes, fit=False)):
-        same_or_named(lambda: pixels(root / "data"), expected)
+        same_or_rejected(lambda: pixels(root / "data"), expected)
 
 
 @pytest.mark.parametrize("folder", ["set", "data"])
@@ -292,20 +292,20 @@ def test_any_value_in_a_data_sets_manifest(written, changes):
     ],
     ids=range(11),
 )  # fmt: skip
-def test_json_that_is_no_manifest(written, folder, content):
+def test_json_that_is_not_a_manifest_is_rejected(written, folder, content):
     root, _, _ = written
     with replaced(root / folder / "manifest.json", content), pytest.raises(PipelineError) as caught:
         (FeatureSet if folder == "set" else PreparedDataset)(root / folder)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 2000
 
 
-def test_a_key_given_twice_is_read_once(written):
-    """JSON lets a key stand twice; the fingerprint is that of what was read, so nothing slips in beside it."""
+def test_duplicate_key_is_read_once(written):
+    """JSON allows duplicate keys; the fingerprint covers the value that was read."""
     root, expected, _ = written
     manifest = root / "set" / "manifest.json"
     twice = manifest.read_text().replace('"rows_per_shard":', '"rows_per_shard": 3, "rows_per_shard":', 1)
     with replaced(manifest, twice.encode()):
-        same_or_named(lambda: everything(root / "set"), expected)
+        same_or_rejected(lambda: everything(root / "set"), expected)
 
 
 FIELDS = ("index", "label", "denoised", "prompted", "prompt_class", "crc32")
@@ -350,7 +350,7 @@ STRUCTURES = {
 
 
 def restructure(written, file, name, change):
-    """What is read of the set with one dataset of `file` made anew, its manifest vouching for it."""
+    """Check reading of the set with one dataset of `file` replaced, and matching checksums."""
     root, expected, _ = written
     path, manifest = root / "set" / file, root / "set" / "manifest.json"
     shutil.copy(root / "set" / "shard-00000.h5", root / "other.h5")
@@ -361,19 +361,19 @@ def restructure(written, file, name, change):
                 del h5[name]
             change(h5, name, root)
         with replaced(manifest, vouching(manifest, path)):
-            same_or_named(lambda: everything(root / "set"), expected)
+            same_or_rejected(lambda: everything(root / "set"), expected)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize(
     "where", ["shard-00000.h5:denoised", "shard-00000.h5:crc32", "basis.h5:mean", "basis.h5:layers"]
 )
-def test_a_dataset_of_another_structure(written, where, structure):
+def test_dataset_of_another_structure(written, where, structure):
     restructure(written, *where.split(":"), STRUCTURES[structure])
 
 
 @given(st.sampled_from(FIELDS), DTYPES, st.lists(st.integers(0, 6), max_size=4))
-def test_a_dataset_of_another_type_or_shape(written, name, dtype, shape):
+def test_dataset_of_another_type_or_shape(written, name, dtype, shape):
     restructure(
         written, "shard-00000.h5", name, lambda h5, name, root: h5.create_dataset(name, data=np.zeros(shape, dtype))
     )
@@ -384,8 +384,8 @@ def test_a_dataset_of_another_type_or_shape(written, name, dtype, shape):
                      "layers/up_blocks.1/explained_variance", "layers/up_blocks.1/total_variance"]),
     DTYPES, st.lists(st.integers(0, 6), max_size=3),
 )  # fmt: skip
-def test_a_basis_of_another_type_or_shape(written, name, dtype, shape):
-    """Shared by path, a basis has no manifest: it must fit or be refused."""
+def test_basis_of_another_type_or_shape(written, name, dtype, shape):
+    """A basis that is shared by path has no manifest: it must fit or be rejected."""
     root, _, _ = written
     file = root / "basis.h5"
     shutil.copy(root / "set" / "basis.h5", file)
@@ -399,7 +399,7 @@ def test_a_basis_of_another_type_or_shape(written, name, dtype, shape):
 
 
 @given(EDITS)
-def test_a_shared_basis_of_changed_bytes(written, edits):
+def test_shared_basis_with_changed_bytes(written, edits):
     root, _, _ = written
     file = root / "shared.h5"
     file.write_bytes(mutate((root / "set" / "basis.h5").read_bytes(), edits))
@@ -429,5 +429,5 @@ def test_any_manifest_of_a_frozen_model(settings, changes, content):
     changes = [(at(text, *name.split(".")) if isinstance(name, str) else name, value) for name, value in changes]
     settings.backbone_manifest.write_bytes(changed_json(text, changes, fit=False) if changes else content)
     with contextlib.suppress(PipelineError):
-        found = frozen_model.read_checked(settings)
-        assert found["files"] == {}  # no file of that hash is there
+        found = frozen_model.read_checked(settings.backbone_manifest, settings.backbone_dir)
+        assert found.files == {}  # no file of that hash is there

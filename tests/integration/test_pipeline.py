@@ -74,7 +74,7 @@ def spawn(root, *arguments):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_an_extraction_killed_half_way_resumes_to_the_same_bytes(extracted, tmp_path):
+def test_killed_extraction_resumes_with_identical_bytes(extracted, tmp_path):
     changes = {"extract_features.rows_per_shard": 10}  # 12 shards
     for name in ("whole", "killed"):
         root = tmp_path / name
@@ -123,10 +123,10 @@ def test_an_extraction_killed_half_way_resumes_to_the_same_bytes(extracted, tmp_
         (("prepare-data", "--source", "folder", "--path", "nowhere"), "nowhere is not a folder"),
         (("prepare-backbone", "--source", "org/model"), "set prepare_backbone.revision to a commit of org/model"),
         (("prepare-backbone", "--source", "some where"), "is neither embedded, nor a directory, nor a hub id"),
-        (("report", "--set", "sweep.seeds=[7]"), "is missing: run `pipeline train-fl --method fedavg"),
+        (("report", "--set", "sweep.seeds=[7]"), "is missing. Run `pipeline train-fl --method fedavg"),
     ],
 )
-def test_a_mistake_is_one_line(project, arguments, message):
+def test_user_error_is_one_line(project, arguments, message):
     result = invoke(project, *arguments)
     assert result.exit_code == 1
     assert message in result.output
@@ -139,7 +139,16 @@ def test_without_a_network_the_hub_is_one_line(project):
     assert "the cache of the hub lacks this model of org/model, and HF_HUB_OFFLINE is set" in result.output
 
 
-COMMANDS = ["prepare-data", "prepare-backbone", "extract-features", "synthesize", "train-fl", "report", "preset"]
+COMMANDS = [
+    "init",
+    "prepare-data",
+    "prepare-backbone",
+    "extract-features",
+    "synthesize",
+    "train-fl",
+    "report",
+    "preset",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -149,7 +158,7 @@ def test_help_has_an_example(command, project):
     assert "Example" in result.output and f"\n    pipeline {command}" in result.output
 
 
-def test_an_interrupt_says_what_is_kept(project):
+def test_interrupt_tells_what_is_kept(project):
     process = spawn(project, *RUN, "fedavg", "--num-rounds", "5000")
     rounds = project / "results" / "fedavg-dir05-s0" / "rounds.csv"
     while process.poll() is None and not rounds.exists():
@@ -160,7 +169,7 @@ def test_an_interrupt_says_what_is_kept(project):
     assert log.strip().splitlines()[-1].startswith("Interrupted: completed work is kept")
 
 
-def test_a_complete_set_with_a_flipped_byte_is_made_again(extracted, tmp_path):
+def test_complete_set_with_a_flipped_byte_is_recomputed(extracted, tmp_path):
     write_params(tmp_path, {})
     (tmp_path / "models").symlink_to(extracted / "models")
     shutil.copytree(extracted / "data", tmp_path / "data")

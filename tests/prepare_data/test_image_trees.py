@@ -210,7 +210,7 @@ def spoil_empty_class(root):
             "none with class folders for the test split. Found: train",
         ),
         ("domain-folder", spoil_domain, "in/dslr lacks class folders that other domains have: mug"),
-        ("tiny-imagenet", lambda root: root.mkdir(), "unpack tiny-imagenet-200.zip"),
+        ("tiny-imagenet", lambda root: root.mkdir(), "Unpack tiny-imagenet-200.zip"),
     ],
 )
 def test_what_is_wrong_with_a_tree_is_one_line(prepare, tmp_path, source, make, message):

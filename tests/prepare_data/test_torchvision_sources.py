@@ -128,7 +128,7 @@ def test_a_changed_batch_is_never_unpickled(prepare, tmp_path, monkeypatch):
 
     (tmp_path / tv.CIFAR10.base_folder / "first").write_bytes(pickle.dumps(Trap()))
     result = prepare(source="cifar10", path=tmp_path)
-    assert "CIFAR-10 is not whole" in result.output
+    assert "CIFAR-10 is incomplete" in result.output
     assert not trap.exists()
 
 
@@ -232,7 +232,7 @@ def test_a_damaged_file_is_one_line(prepare, tmp_path, content):
     (tmp_path / "usps.bz2").write_bytes(content)
     result = prepare(source="usps", path=tmp_path)
     assert (result.exit_code, result.output.count("\n")) == (1, 1)
-    assert "USPS is not whole in" in result.output
+    assert "USPS is incomplete in" in result.output
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that gives an I/O error")

@@ -133,7 +133,7 @@ def test_rejects_a_run_that_replaced_a_run_of_the_sweep(trained):
     shutil.copytree(other, ours)
     refused = invoke(trained, "report")
     assert refused.exit_code == 1
-    assert refused.output.startswith(f"Error: {ours} is not the run that {file} was written for: train it again or")
+    assert refused.output.startswith(f"Error: {ours} is not the run that {file} was written for (checksums differ).")
     file.unlink()
     assert invoke(trained, "report").exit_code == 0
 

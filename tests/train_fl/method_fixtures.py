@@ -3,17 +3,15 @@
 import torch
 from torch import nn
 
-from stages.train_fl.client_data import Batches, ClientData, Guidance
+from stages.train_fl.client_data import Batches, ClientData
+from stages.train_fl.guidance import GuidanceTargets
 from stages.train_fl.methods import LocalSGD
 from stages.train_fl.models import CosineClassifier, FLModel, GaussianBottleneck
 
 torch.set_num_threads(1)  # for tensors this small, threads only wait for one another
 
 CLASSES, DIM, PROMPTS = 3, 6, 3
-GUIDANCE = dict(
-    tdcl_weight=1.0, tdcl_targets="raw", tdcl_normalisation="none", temperature=0.1, ndcr_weight=1.0,
-    ndcr_targets="raw", ndcr_form="normalised-l2", layers="all",
-)  # fmt: skip
+GUIDANCE = dict(temperature=0.1, ndcr_targets="raw")
 
 
 def tiny_model(latent_dim=None, cosine_scale=None):
@@ -39,7 +37,7 @@ def client(size, seed):
     g = torch.Generator().manual_seed(seed)
     images = torch.randint(256, (size, 3, 8, 8), generator=g, dtype=torch.uint8)
     labels = torch.randint(CLASSES, (size,), generator=g)
-    rows = Guidance(
+    rows = GuidanceTargets(
         torch.randn(size, DIM, generator=g),
         nn.functional.normalize(torch.randn(size, PROMPTS, DIM, generator=g), dim=2),
         labels,
@@ -56,8 +54,8 @@ def local_sgd(momentum=0.9, weight_decay=0.01, guidance=None, **parts):
 
 
 def train(method, clients, rounds=((0, 1), (1, 2), (0, 2)), learning_rate=0.1):
-    """Plays rounds with the given participants; returns the server's states after each."""
-    server = method.init_server(state_of(method._local_sgd.model))
+    """Run rounds with the given participants; return the server's state after each."""
+    server = method.init_server(state_of(method.local_sgd.model))
     states = [method.init_client(server.weights) for _ in clients]
     history = []
     for number, participants in enumerate(rounds):

@@ -10,7 +10,6 @@ from PIL import Image
 
 from pipeline.data import datasets
 from pipeline.data.datasets import Source
-from pipeline.diffusion import prompts
 from pipeline.errors import PipelineError
 from pipeline.feature_store import FeatureSet
 from pipeline.io import atomic
@@ -61,10 +60,6 @@ def test_other_class_names_and_another_order_are_named(project, names, message):
     refused(project, message.format(set=project.features_dir, data=project.dataset_dir))
 
 
-def filled(*templates):
-    return [[template.format(name) for template in templates] for name in tiny_project.CLASSES]
-
-
 SETTINGS = [
     ({"image_size": 16}, "image_size 16", "image_size 32"),
     ({"denoise_prompt": "a photo"}, "denoise_prompt 'a photo'", "denoise_prompt ''"),
@@ -74,11 +69,6 @@ SETTINGS = [
     ({"extraction_version": 7}, "version 7", "version 1"),
     ({"timestep": 200}, "timestep 200", "timestep 300"),
     ({"basis_images": 4}, "basis_images 4", "basis_images 1000"),
-    (
-        {"prompts": filled("a {}")},
-        "prompt_templates ['a {class_name}']",
-        "prompt_templates ['a photo of a {class_name}']",
-    ),
     ({"positive": "first"}, "prompts 'self-supervised'", "prompts 'class'"),
     ({"timestep": 200, "dtype": "float16"}, "timestep 200, dtype 'float16'", "timestep 300, dtype 'float32'"),
 ]
@@ -99,13 +89,9 @@ def test_other_settings_are_named_with_the_way_to_accept_the_set(project, theirs
     ("theirs", "ours"),
     [
         ({"dtype": "bfloat16"}, {"dtype": "bfloat16"}),
-        (
-            {"prompts": filled("the {}", "{0} or {0}")},
-            {"prompt_templates": ["the {class_name}", "{class_name} or {class_name}"]},
-        ),
     ],
 )
-def test_the_set_is_taken_once_params_say_what_it_says(tmp_path, theirs, ours):
+def test_the_set_is_accepted_once_params_yaml_agrees(tmp_path, theirs, ours):
     project = tiny_project.make(tmp_path, **ROUND)
     tiny_project.add_features(project, **theirs)
     refused(project, *(f"was extracted with {key} {value!r}, but" for key, value in ours.items()))
@@ -127,60 +113,62 @@ def not_opened(project, *names):
         assert name in str(caught.value), str(caught.value)
 
 
-POSITIVE = {"class": "label", "self-supervised": "first"}
-FILE = {"class": "class_prompts", "self-supervised": "negative_words"}
-SUN_MOON = [["a photo of a similar object"], ["a photo of a sun"], ["a photo of a moon"]]
-CAT_DOG = [["a photo of a similar object"], ["a photo of a cat"], ["a photo of a dog"]]
-NULL = "but extract_features here has class_prompts 'own.txt': give params.yaml the set's values"
-BALLS = [["a ball", "a disc"], ["a photo of a square"], ["as flat as can be"]]
-OWN = {"class": "flat: as flat as can be\nround: [a ball, a disc]\n", "self-supervised": "cat\ndog\n"}
+OWN = {"class_prompts": "flat: as flat as can be\nround: [a ball, a disc]\n", "negative_words": "cat\ndog\n"}
+KIND = {"class_prompts": "class", "negative_words": "self-supervised"}
+EDITED = {"class_prompts": "flat: as flat as can be\nround: [a ball]\n", "negative_words": "cow\ndog\n"}
 
 
 @pytest.mark.parametrize(
-    ("kind", "theirs", "file", "message"),
+    ("key", "theirs", "ours", "texts", "message"),
     [
-        # the file is here: every text counts
-        ("class", BALLS, "here", None),
-        ("class", [["a ball"], *BALLS[1:]], "here", "with the prompt ['a ball'], which"),
-        ("class", BALLS[:2], "here", "with 2 prompts only, which"),
-        ("class", filled("a photo of a {}"), "here", f"with class_prompts null, {NULL}"),
-        ("self-supervised", CAT_DOG, "here", None),
-        ("self-supervised", SUN_MOON, "here", "with the prompt ['a photo of a sun'], which"),
-        # none is asked for
-        ("class", BALLS, None, "class_prompts null: give them what"),
-        ("class", [["a photo of a round"]], None, "with 1 prompts only, which extract_features here does not make"),
-        ("self-supervised", CAT_DOG, None, "with the prompt ['a photo of a cat'], which"),
-        # it is not here: only what templates say
-        ("class", BALLS, "nowhere", None),
-        ("class", filled("a photo of a {}"), "nowhere", f"with class_prompts null, {NULL}"),
-        ("self-supervised", SUN_MOON, "nowhere", None),
-        ("self-supervised", [*SUN_MOON[:2], ["the moon"]], "nowhere", "with the prompt ['the moon'], which"),
-        ("self-supervised", [["a thing"], *SUN_MOON[1:]], "nowhere", "with self_supervised_prompt 'a thing', but"),
+        # our file is here: the texts are compared
+        ("class_prompts", "own.txt", "own.txt", OWN, None),
+        ("class_prompts", "copy.txt", "own.txt", OWN, None),
+        ("negative_words", "own.txt", "own.txt", OWN, None),
+        ("class_prompts", "own.txt", "own.txt", EDITED, "prompt 0 ['a ball', 'a disc'], but extract_features here has"),
+        ("negative_words", "own.txt", "own.txt", EDITED, "prompt 1 ['a photo of a cat'], but extract_features here"),
+        ("class_prompts", None, "own.txt", OWN, "class_prompts null, but extract_features here has class_prompts"),
+        ("class_prompts", "own.txt", None, OWN, "class_prompts 'own.txt', but extract_features here has class_prompts"),
+        # our file is not here: only settings are compared, and not which file
+        ("class_prompts", "own.txt", "own.txt", None, None),
+        ("class_prompts", "own.txt", "other.txt", None, None),
+        ("negative_words", "own.txt", "other.txt", None, None),
+        ("class_prompts", None, "own.txt", None, "class_prompts null, but extract_features here has class_prompts"),
+        ("negative_words", None, "own.txt", None, "negative_words null, but extract_features here has negative_words"),
     ],
 )  # fmt: skip
-def test_prompts_from_a_file_are_all_compared_where_it_is_here(tmp_path, kind, theirs, file, message):
-    tiny_project.add_features(tiny_project.make(tmp_path), prompts=theirs, positive=POSITIVE[kind])
-    if file == "here":
-        (tmp_path / "own.txt").write_text(OWN[kind])
-    named = {f"extract_features__{FILE[kind]}": "own.txt" if file else None}
-    project = tiny_project.make(tmp_path, extract_features__prompts=kind, **named)
+def test_prompts_from_a_file_are_compared_by_text_if_it_is_here(tmp_path, key, theirs, ours, texts, message):
+    settings = {"extract_features__prompts": KIND[key], "extract_features__negative_words": None}
+    for name in ("own.txt", "copy.txt"):
+        (tmp_path / name).write_text(OWN[key])
+    maker = tiny_project.make(tmp_path, **settings | {f"extract_features__{key}": theirs})
+    tiny_project.add_features(maker, settings={})
+    (tmp_path / "own.txt").unlink()
+    if texts:
+        (tmp_path / "own.txt").write_text(texts[key])
+    project = tiny_project.make(tmp_path, **settings | {f"extract_features__{key}": ours})
     if message:
-        not_opened(project, message)
+        not_opened(project, f"was extracted with {message}")
     else:
         opened(project)
 
 
-def test_a_set_of_the_default_words_is_not_taken_for_one_of_a_file(tmp_path):
-    default = [[f"a photo of a {word}"] for word in prompts.tiny_imagenet_words()]
-    tiny_project.add_features(tiny_project.make(tmp_path), prompts=[SUN_MOON[0], *default], positive="first")
-    settings = {"extract_features__prompts": "self-supervised", "extract_features__negative_words": "nowhere"}
-    not_opened(
-        tiny_project.make(tmp_path, **settings), "with negative_words null, but extract_features here has negati"
-    )
-    settings |= {"extract_features__negative_words": None}
+def test_settings_of_self_supervised_prompts_are_compared(tmp_path):
+    settings = {"extract_features__prompts": "self-supervised"}
+    tiny_project.add_features(tiny_project.make(tmp_path, **settings), settings={})
     opened(tiny_project.make(tmp_path, **settings))
-    settings |= {"extract_features__prompt_templates": ["the {class_name}"]}
-    not_opened(tiny_project.make(tmp_path, **settings), "with prompt_templates ['a photo of a {class_name}'], but")
+    changed = settings | {"extract_features__self_supervised_prompt": "a thing"}
+    not_opened(tiny_project.make(tmp_path, **changed), "with self_supervised_prompt 'a photo of a similar object', but")
+    changed = settings | {"extract_features__prompt_templates": ["the {class_name}"]}
+    not_opened(tiny_project.make(tmp_path, **changed), "with prompt_templates ['a photo of a {class_name}'], but")
+
+
+def test_a_set_that_states_no_settings_is_compared_by_its_content(tmp_path):
+    tiny_project.add_features(tiny_project.make(tmp_path))
+    opened(tiny_project.make(tmp_path))
+    changed = tiny_project.make(tmp_path, extract_features__prompt_templates=["the {class_name}"])
+    not_opened(changed, "with prompt 0 ['a photo of a round'], but extract_features here has prompt 0 ['the round']")
+    opened(tiny_project.make(tmp_path, extract_features__class_prompts="nowhere"))  # its texts are unknown here
 
 
 def test_a_basis_from_a_file_is_the_one_that_is_here(tmp_path):
@@ -250,7 +238,7 @@ def test_a_manifest_changed_by_hand_is_named(project):
     text = file.read_text().replace('"timestep": 200', '"timestep": 300')
     file.unlink()  # staging holds the same file
     file.write_text(text)
-    refused(project, "manifest.json was changed: its fingerprint is not that of its content")
+    refused(project, "manifest.json was changed (its fingerprint does not match its content)")
 
 
 def test_prompts_and_labels_go_together(tmp_path):
@@ -295,7 +283,7 @@ def test_a_run_whose_rows_are_here_needs_no_other_shard(blocks):
     here = blocks.features_dir
     with pytest.raises(PipelineError, match="lacks shard-00001.h5, shard-00002.h5 of the 3 shards") as caught:
         run(blocks, "feddifrc", "iid", 0)
-    command = str(caught.value).partition("`dvc pull ")[2].rstrip("`").split()
+    command = str(caught.value).partition("`dvc pull ")[2].rstrip("`.").split()
     assert [name.rpartition("/")[2] for name in command] == ["shard-00001.h5", "shard-00002.h5"]
     assert all(name.endswith(f"{here.name}/shard-0000{k}.h5") for k, name in enumerate(command, 1))
 

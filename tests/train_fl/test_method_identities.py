@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from pipeline.settings.params import Guidance as GuidanceParams
+from pipeline.settings.params import Guidance
 from stages.train_fl.methods.fedavg import FedAvg
 from stages.train_fl.methods.fedavgm import FedAvgM
-from stages.train_fl.methods.feddifrc import GuidanceLoss
+from stages.train_fl.methods.feddifrc import FedDifRC, GuidanceLoss
 from stages.train_fl.methods.feddyn import FedDyn
 from stages.train_fl.methods.fednova import FedNova
 from stages.train_fl.methods.fedproto import FedProto
@@ -23,7 +23,13 @@ SAME_STEPS = [client(size, seed) for seed, size in enumerate((5, 7, 8))]  # two 
 
 def guidance(**changes):
     values = GUIDANCE | dict(tdcl_weight=0.0, ndcr_weight=0.0)
-    return GuidanceLoss(GuidanceParams(**(values | changes)))
+    return GuidanceLoss(Guidance(**(values | changes)))
+
+
+def create(method, clients=3, **settings):
+    """A method whose settings are the given ones over its defaults, unchecked: an infinite temperature is possible."""
+    values = method.Settings().model_dump() | settings
+    return method(local_sgd(), method.Settings.model_construct(**values), clients)
 
 
 def same(method, clients, rounds):
@@ -38,12 +44,12 @@ ROUNDS = ((0, 1), (1, 2), (0, 2))
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: FedProx(local_sgd(), 0.0),
-        lambda: Moon(local_sgd(), 0.0, 0.5),
-        lambda: Moon(local_sgd(), 5.0, math.inf),  # the loss is log 2, its gradient exactly zero
-        lambda: FedAvgM(local_sgd(), 0.0, 1.0),
-        lambda: FedProto(local_sgd(), 0.0),
-        lambda: FedAvg(local_sgd(guidance=guidance())),
+        lambda: create(FedProx, proximal_mu=0.0),
+        lambda: create(Moon, contrastive_weight=0.0),
+        lambda: create(Moon, temperature=math.inf),  # the loss is log 2, its gradient exactly zero
+        lambda: create(FedAvgM, server_momentum=0.0),
+        lambda: create(FedProto, prototype_weight=0.0),
+        lambda: FedDifRC(local_sgd(guidance=guidance())),
     ],
     ids=["fedprox mu 0", "moon mu 0", "moon T inf", "fedavgm beta 0", "fedproto lambda 0", "guidance weights 0"],
 )
@@ -52,30 +58,30 @@ def test_it_is_fedavg(make):
 
 
 def test_fednova_is_fedavg_where_clients_take_as_many_steps():
-    assert same(FedNova(local_sgd(), 0.0, 0.0), SAME_STEPS, ROUNDS)
-    assert not same(FedNova(local_sgd(), 0.0, 0.0), UNEQUAL, ROUNDS)
+    assert same(create(FedNova), SAME_STEPS, ROUNDS)
+    assert not same(create(FedNova), UNEQUAL, ROUNDS)
 
 
 def test_feddyn_with_alpha_0_is_fedavg_where_clients_are_equally_large():
-    assert same(FedDyn(local_sgd(), 3, 0.0), EQUAL, ROUNDS)
+    assert same(create(FedDyn, alpha=0.0), EQUAL, ROUNDS)
 
 
 def test_scaffold_is_fedavg_in_its_first_round_where_clients_are_equally_large():
-    assert same(Scaffold(local_sgd(), 3, 1.0, "uniform"), EQUAL, ROUNDS[:1])
-    assert same(Scaffold(local_sgd(), 3, 1.0, "samples"), UNEQUAL, ROUNDS[:1])
-    assert not same(Scaffold(local_sgd(), 3, 1.0, "uniform"), EQUAL, ROUNDS)
+    assert same(create(Scaffold), EQUAL, ROUNDS[:1])
+    assert same(create(Scaffold, weighting="samples"), UNEQUAL, ROUNDS[:1])
+    assert not same(create(Scaffold), EQUAL, ROUNDS)
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: FedProx(local_sgd(), 0.1),
-        lambda: Moon(local_sgd(), 5.0, 0.5),
-        lambda: FedAvgM(local_sgd(), 0.9, 1.0),
-        lambda: FedProto(local_sgd(), 1.0),
-        lambda: FedDyn(local_sgd(), 3, 0.1),
-        lambda: FedAvg(local_sgd(guidance=guidance(tdcl_weight=1.0))),
-        lambda: FedAvg(local_sgd(guidance=guidance(ndcr_weight=1.0))),
+        lambda: create(FedProx, proximal_mu=0.1),
+        lambda: create(Moon),
+        lambda: create(FedAvgM),
+        lambda: create(FedProto),
+        lambda: create(FedDyn, alpha=0.1),
+        lambda: FedDifRC(local_sgd(guidance=guidance(tdcl_weight=1.0))),
+        lambda: FedDifRC(local_sgd(guidance=guidance(ndcr_weight=1.0))),
     ],
 )
 def test_switched_on_it_is_not(make):
@@ -83,7 +89,7 @@ def test_switched_on_it_is_not(make):
 
 
 def test_guidance_adds_the_same_pull_on_top_of_another_method():
-    plain = FedProx(local_sgd(guidance=guidance(tdcl_weight=0.5)), 0.0)
+    plain = FedProx(local_sgd(guidance=guidance(tdcl_weight=0.5)), FedProx.Settings(proximal_mu=0.0))
     fedavg = FedAvg(local_sgd(guidance=guidance(tdcl_weight=0.5)))
     start = to_bytes(state_of(local_sgd().model))
     guided = to_bytes(train(plain, UNEQUAL)[-1].weights)

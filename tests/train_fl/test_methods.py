@@ -14,7 +14,17 @@ from stages.train_fl import rounds
 from stages.train_fl.client_data import to_model_range
 from stages.train_fl.engines import local
 from stages.train_fl.losses import prototype_loss, unit
-from stages.train_fl.methods import ClientUpdate, ServerState, build, fedcr, fednh, fednova, fedproto, scaffold
+from stages.train_fl.methods import (
+    ClientUpdate,
+    ServerState,
+    build,
+    fedcr,
+    fednh,
+    fednova,
+    fedproto,
+    method_class,
+    scaffold,
+)
 from stages.train_fl.methods.fedavg import FedAvg, weighted_mean
 from stages.train_fl.methods.fedavgm import FedAvgM, server_momentum_step
 from stages.train_fl.methods.feddyn import FedDyn
@@ -24,21 +34,21 @@ from tests.train_fl.method_fixtures import CLASSES, DIM, GUIDANCE, batches, clie
 
 CLIENTS = [client(size, seed) for seed, size in enumerate((5, 11, 8))]
 LR, WD = 0.1, 0.01
+CHANGES = {  # settings that exercise more than the defaults do, or less slowly
+    "fedprox": dict(proximal_mu=0.1),
+    "scaffold": dict(server_learning_rate=0.7),
+    "fednova": dict(proximal_mu=0.1, server_momentum=0.5),
+    "fednh": dict(scale=5.0),
+    "fedcr": dict(latent_dim=4, num_draws=3, weighting="samples"),
+    "feddyn": dict(alpha=0.1),
+    "feddifrc": GUIDANCE,
+    "feddifrc-self-supervised": GUIDANCE,
+}
 SECTIONS = [
-    params.FedAvg(algorithm="fedavg"),
-    params.FedProx(algorithm="fedprox", proximal_mu=0.1),
-    params.Scaffold(algorithm="scaffold", server_learning_rate=0.7, weighting="uniform"),
-    params.FedNova(algorithm="fednova", proximal_mu=0.1, server_momentum=0.5),
-    params.Moon(algorithm="moon", contrastive_weight=5.0, temperature=0.5),
-    params.FedNH(algorithm="fednh", smoothing=0.9, scale=5.0, weighting="uniform"),
-    params.FedCR(
-        algorithm="fedcr", latent_dim=4, num_draws=3, kl_weight=0.001, prior_step=1.0, weighting="samples"
-    ),
-    params.FedDyn(algorithm="feddyn", alpha=0.1),
-    params.FedAvgM(algorithm="fedavgm", server_momentum=0.9, server_learning_rate=1.0),
-    params.FedProto(algorithm="fedproto", prototype_weight=1.0),
-    params.FedDifRC(algorithm="feddifrc", **GUIDANCE),
-]  # fmt: skip
+    settings(**CHANGES.get(name, {}))
+    for name, settings in params.METHODS.items()
+    if method_class(settings()).needs_labels
+]
 
 
 def randn(*shape, seed=0):
@@ -46,7 +56,7 @@ def randn(*shape, seed=0):
 
 
 def make(section, **guidance):
-    model = local_sgd(cosine_scale=getattr(section, "scale", None), latent_dim=getattr(section, "latent_dim", None))
+    model = local_sgd(**method_class(section).model_parts(section))
     return build(section.model_copy(update=guidance), model.model, 0.9, WD, len(CLIENTS))
 
 
@@ -81,12 +91,12 @@ def close(got, expected, tolerance=2e-6):
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.algorithm)
 def test_a_round_changes_no_argument_and_keeps_variances_positive(section, guided):
-    if guided and section.algorithm != "feddifrc":
+    if guided and not isinstance(section, params.Guidance):
         section = section.model_copy(update={"guidance": params.Guidance(**GUIDANCE)})
     if guided and section.algorithm == "fedcr":
         section = section.model_copy(update={"latent_dim": DIM})  # as long as the targets: no projector
     method = make(section)
-    server = method.init_server(state_of(method._local_sgd.model))
+    server = method.init_server(state_of(method.local_sgd.model))
     states = [method.init_client(server.weights) for _ in CLIENTS]
     for number in range(3):
         updates = []
@@ -96,7 +106,7 @@ def test_a_round_changes_no_argument_and_keeps_variances_positive(section, guide
             update, states[k], metrics = method.client_update(*arguments, batches(CLIENTS[k], number), LR)
             assert [to_bytes(part) for part in arguments] == before
             assert all(map(math.isfinite, metrics.values()))
-            assert ("tdcl" in metrics) == (guided or section.algorithm == "feddifrc")
+            assert ("tdcl" in metrics) == (guided or isinstance(section, params.Guidance))
             updates.append(update)
         before = [to_bytes(part) for part in vars(server).values()], [to_bytes(vars(u)["weights"]) for u in updates]
         old, (server, _) = server, method.server_update(server, updates)
@@ -166,13 +176,13 @@ def test_fedavgms_step_by_hand():
 
 
 def test_fedavgm_equals_the_loop_over_rounds():
-    history = train(FedAvgM(local_sgd(), 0.9, 1.0), CLIENTS)
+    history = train(FedAvgM(local_sgd()), CLIENTS)
     x, v = state_of(local_sgd().model), None
     method = FedAvg(local_sgd())
     for number, (participants, got) in enumerate(zip(((0, 1), (1, 2), (0, 2)), history, strict=True)):
         updates = [method.client_update(x, {}, {}, batches(CLIENTS[k], 100 * number + k), LR)[0] for k in participants]
         mean = weighted_mean([u.weights for u in updates], [u.num_samples for u in updates])
-        step = {n: x[n] - mean[n] for n in method._local_sgd.parameter_names}
+        step = {n: x[n] - mean[n] for n in method.local_sgd.parameter_names}
         v = {n: step[n] + 0.9 * v[n] for n in step} if v else step
         x = mean | {n: x[n] - v[n] for n in step}
         assert close(got.weights, x)
@@ -200,7 +210,9 @@ def test_the_proximal_gradient_is_that_of_the_penalty():
 def test_fedprox_trains_on_the_loss_of_the_paper():
     sgd = local_sgd()
     start = state_of(sgd.model)
-    update, _, metrics = FedProx(sgd, 0.5).client_update(start, {}, {}, batches(CLIENTS[1]), LR)
+    update, _, metrics = FedProx(sgd, FedProx.Settings(proximal_mu=0.5)).client_update(
+        start, {}, {}, batches(CLIENTS[1]), LR
+    )
 
     def penalty(parameters, embeddings, batch):
         return 0.25 * sum((value - start[name]).square().sum() for name, value in parameters.items())
@@ -220,7 +232,7 @@ def test_scaffolds_control_is_the_mean_of_the_raw_gradients(momentum):
     names = sgd.parameter_names
     c = {name: 0.1 * torch.randn(start[name].shape, generator=torch.Generator().manual_seed(1)) for name in names}
     c_i = {name: 0.1 * torch.randn(start[name].shape, generator=torch.Generator().manual_seed(2)) for name in names}
-    method = scaffold.Scaffold(sgd, 5, 1.0, "uniform")
+    method = scaffold.Scaffold(sgd, num_clients=5)
     update, state, _ = method.client_update(start, c, c_i, batches(CLIENTS[1]), LR)
     raw, end = reference_sgd(
         local_sgd().model, start, CLIENTS[1], momentum, correct=lambda name, g: g - c_i[name] + c[name]
@@ -235,8 +247,8 @@ def test_scaffolds_control_is_the_mean_of_the_raw_gradients(momentum):
 
 
 def test_scaffolds_server_by_hand():
-    method = scaffold.Scaffold(local_sgd(), 4, 0.5, "uniform")
-    weights = state_of(method._local_sgd.model)
+    method = scaffold.Scaffold(local_sgd(), scaffold.Scaffold.Settings(server_learning_rate=0.5), 4)
+    weights = state_of(method.local_sgd.model)
     server = method.init_server(weights)
     assert not any(value.any() for value in server.broadcast.values())
     updates = []
@@ -253,8 +265,8 @@ def test_scaffolds_server_by_hand():
 
 
 def test_scaffolds_server_control_stays_the_mean_of_all_clients_controls():
-    method = scaffold.Scaffold(local_sgd(), 3, 1.0, "uniform")
-    server = method.init_server(state_of(method._local_sgd.model))
+    method = scaffold.Scaffold(local_sgd(), num_clients=3)
+    server = method.init_server(state_of(method.local_sgd.model))
     states = [method.init_client(server.weights) for _ in CLIENTS]
     for participants in ((0, 1), (1, 2), (0, 2)):
         updates = []
@@ -303,8 +315,8 @@ def test_the_normalised_mean_equals_the_paper():
 
 def test_fednova_does_not_normalise_variances():
     # with steps 1, 10, 10 the coefficients are 7/3, 0.7/3, 0.7/3: the parameters' rule would make 1.0 into -1.24
-    method = fednova.FedNova(local_sgd(momentum=0.0), 0.0, 0.0)
-    weights = state_of(method._local_sgd.model)
+    method = fednova.FedNova(local_sgd(momentum=0.0))
+    weights = state_of(method.local_sgd.model)
     name = "encoder.1.running_var"
     updates = []
     for variance, steps in ((0.05, 1), (0.9, 10), (1.0, 10)):
@@ -317,20 +329,20 @@ def test_fednova_does_not_normalise_variances():
 
 
 def test_fednova_sends_its_normaliser():
-    method = fednova.FedNova(local_sgd(momentum=0.9), 0.5, 0.0)
-    update, _, _ = method.client_update(state_of(method._local_sgd.model), {}, {}, batches(CLIENTS[1]), LR)
+    method = fednova.FedNova(local_sgd(momentum=0.9), fednova.FedNova.Settings(proximal_mu=0.5))
+    update, _, _ = method.client_update(state_of(method.local_sgd.model), {}, {}, batches(CLIENTS[1]), LR)
     assert update.extras["normaliser"].item() == fednova.normaliser(6, 0.9, 0.05)
 
 
 def test_fednovas_server_momentum_by_hand():
-    method = fednova.FedNova(local_sgd(), 0.0, 0.5)
-    weights = state_of(method._local_sgd.model)
+    method = fednova.FedNova(local_sgd(), fednova.FedNova.Settings(server_momentum=0.5))
+    weights = state_of(method.local_sgd.model)
     steps = {"normaliser": torch.tensor(3.0)}
     server = ServerState(weights)
     for moved in (-1.0, -1.5, -1.75):  # every client moves by -1, so v = 1, 0.5 + 1, 0.75 + 1
         update = ClientUpdate({name: value - 1 for name, value in server.weights.items()}, 8, 3, steps)
         new, _ = method.server_update(server, [update, update])
-        for name in method._local_sgd.parameter_names:
+        for name in method.local_sgd.parameter_names:
             assert torch.allclose(new.weights[name] - server.weights[name], torch.tensor(moved), atol=1e-5)
         server = new
 
@@ -343,7 +355,7 @@ def test_feddyn_equals_the_loop_over_rounds():
     x = state_of(local_sgd().model)
     names = local_sgd().parameter_names
     h = [{name: torch.zeros_like(x[name]) for name in names} for _ in range(num_clients)]
-    method = FedDyn(local_sgd(0.0), num_clients, alpha)
+    method = FedDyn(local_sgd(0.0), FedDyn.Settings(alpha=alpha), num_clients)
     server, states = method.init_server(x), [method.init_client(x) for _ in range(num_clients)]
     for participants in ((0, 1), (1, 2), (0, 2)):
         updates, ends = [], []
@@ -368,9 +380,9 @@ def test_feddyn_equals_the_loop_over_rounds():
 
 
 def test_the_engine_reports_feddyns_mean_and_not_the_servers_point():
-    method = FedDyn(local_sgd(), 3, 0.3)
+    method = FedDyn(local_sgd(), FedDyn.Settings(alpha=0.3), 3)
     schedule = rounds.Schedule(2, 3, 1, 4, LR, 1.0, "none", 0)
-    start = rounds.begin(method, state_of(method._local_sgd.model), 3)
+    start = rounds.begin(method, state_of(method.local_sgd.model), 3)
     reported = [done.weights for done in local.run(method, start, CLIENTS, schedule)]
     served = []
 
@@ -379,7 +391,7 @@ def test_the_engine_reports_feddyns_mean_and_not_the_servers_point():
             served.append(self._average(updates, "uniform"))
             return super().server_update(state, updates)
 
-    list(local.run(Spy(local_sgd(), 3, 0.3), start, CLIENTS, schedule))
+    list(local.run(Spy(local_sgd(), FedDyn.Settings(alpha=0.3), 3), start, CLIENTS, schedule))
     assert all(close(got, mean, 1e-6) for got, mean in zip(reported, served, strict=True))
 
 
@@ -387,9 +399,9 @@ def test_the_engine_reports_feddyns_mean_and_not_the_servers_point():
 
 
 def test_moons_first_participation_has_no_contrast_and_later_ones_contrast_with_the_previous_model():
-    method = Moon(local_sgd(), 5.0, 0.5)
-    start = state_of(method._local_sgd.model)
-    for name in method._local_sgd.parameter_names:
+    method = Moon(local_sgd())
+    start = state_of(method.local_sgd.model)
+    for name in method.local_sgd.parameter_names:
         start[name] *= 1.1  # not the weights that the method was made with
     first, state, metrics = method.client_update(start, {}, {}, batches(CLIENTS[1]), LR)
     plain, _, _ = FedAvg(local_sgd()).client_update(start, {}, {}, batches(CLIENTS[1]), LR)
@@ -431,8 +443,8 @@ def test_fednhs_prototypes_equal_the_loop():
 
 
 def test_fednhs_client_sends_its_class_means_and_leaves_the_prototypes_alone():
-    method = fednh.FedNH(local_sgd(cosine_scale=5.0), 0.9, "uniform")
-    start = state_of(method._local_sgd.model)
+    method = fednh.FedNH(local_sgd(cosine_scale=5.0))
+    start = state_of(method.local_sgd.model)
     rows = start[fednh.PROTOTYPES]
     assert torch.allclose(rows @ rows.T, torch.eye(CLASSES), atol=1e-6)
     only_two = replace(CLIENTS[1], labels=CLIENTS[1].labels % 2)
@@ -469,8 +481,8 @@ def test_fedprotos_prototypes_equal_the_loop():
 
 
 def test_fedproto_draws_embeddings_to_the_global_prototypes():
-    method = fedproto.FedProto(local_sgd(), 2.0)
-    server = method.init_server(state_of(method._local_sgd.model))
+    method = fedproto.FedProto(local_sgd(), fedproto.FedProto.Settings(prototype_weight=2.0))
+    server = method.init_server(state_of(method.local_sgd.model))
     update, _, metrics = method.client_update(server.weights, server.broadcast, {}, batches(CLIENTS[1]), LR)
     assert metrics["prototype"] == 0
     server, _ = method.server_update(server, [update])
@@ -496,8 +508,8 @@ def product_of_two(a, b):
 
 
 def test_fedcrs_priors_are_products_of_experts():
-    method = fedcr.FedCR(local_sgd(latent_dim=4), 2, 0.001, 0.5, "uniform")
-    server = method.init_server(state_of(method._local_sgd.model))
+    method = fedcr.FedCR(local_sgd(latent_dim=4), fedcr.FedCR.Settings(num_draws=2, prior_step=0.5))
+    server = method.init_server(state_of(method.local_sgd.model))
     data = [replace(each, labels=each.labels % 2) for each in CLIENTS[:2]]
     updates = [
         method.client_update(server.weights, server.broadcast, {}, batches(d, k), LR)[0] for k, d in enumerate(data)
@@ -535,8 +547,8 @@ def test_fedcr_keeps_the_prior_of_a_class_that_nobody_has():
 
 def test_fedcr_trains_on_the_mean_over_draws_and_the_reverse_divergence():
     draws, beta = 3, 0.1
-    method = fedcr.FedCR(local_sgd(latent_dim=4), draws, beta, 1.0, "uniform")
-    start = state_of(method._local_sgd.model)
+    method = fedcr.FedCR(local_sgd(latent_dim=4), fedcr.FedCR.Settings(num_draws=draws, kl_weight=beta))
+    start = state_of(method.local_sgd.model)
     prior = {"mean": randn(CLASSES, 4).float(), "std": randn(CLASSES, 4, seed=1).float().exp()}
     data = batches(CLIENTS[1], epochs=1, batch_size=11)  # one step
     _, _, metrics = method.client_update(start, prior, {}, data, LR)
@@ -558,8 +570,8 @@ def test_fedcr_trains_on_the_mean_over_draws_and_the_reverse_divergence():
 
 
 def test_fedcrs_noise_leaves_the_order_of_batches_alone():
-    method = fedcr.FedCR(local_sgd(latent_dim=4), 2, 0.0, 1.0, "uniform")
-    server = method.init_server(state_of(method._local_sgd.model))
+    method = fedcr.FedCR(local_sgd(latent_dim=4), fedcr.FedCR.Settings(num_draws=2, kl_weight=0.0))
+    server = method.init_server(state_of(method.local_sgd.model))
     first, second = batches(CLIENTS[1]), batches(CLIENTS[1])
     method.client_update(server.weights, server.broadcast, {}, first, LR)
     list(second)

@@ -9,10 +9,10 @@ from torch import nn
 from pipeline.errors import PipelineError
 from pipeline.settings import config, params
 from stages.train_fl import methods, models
-from stages.train_fl.client_data import Guidance
 from stages.train_fl.encoders import EncoderSettings
+from stages.train_fl.guidance import GuidanceTargets, columns, prepare
 from stages.train_fl.losses import ndcr_loss, tdcl_loss
-from stages.train_fl.methods.feddifrc import GuidanceLoss, columns, prepare
+from stages.train_fl.methods import FedAvg, FedDyn, FedProx, GuidanceLoss, SelfSupervisedFedDifRC
 from tests.train_fl.method_fixtures import GUIDANCE, batches, client, local_sgd, state_of, tiny_model, to_bytes
 
 LAYERS = {"up_blocks.1": [0, 2], "up_blocks.2": [2, 5], "up_blocks.3": [5, 6]}
@@ -28,7 +28,7 @@ def section(**changes):
 def cached():
     g = torch.Generator().manual_seed(0)
     denoised, prompted = torch.rand(N, D, generator=g).half(), torch.rand(N, P, D, generator=g).half()
-    return Guidance(denoised, prompted, torch.tensor([0, 1, 2, 0, 1]))
+    return GuidanceTargets(denoised, prompted, torch.tensor([0, 1, 2, 0, 1]))
 
 
 MEAN, STD = torch.linspace(0, 1, D, dtype=torch.float64), torch.tensor([0.5, 2.0, 0.0, 1.0, 1e-9, 3.0]).double()
@@ -64,7 +64,7 @@ def test_targets_equal_the_loop(scale, layers, keep, form):
 
 def test_rows_do_not_depend_on_how_many_are_prepared_together(monkeypatch):
     whole = prepare(cached(), section(), LAYERS, MEAN, STD)
-    monkeypatch.setattr("stages.train_fl.methods.feddifrc._ROWS", 2)
+    monkeypatch.setattr("stages.train_fl.guidance._ROWS", 2)
     parts = prepare(cached(), section(), LAYERS, MEAN, STD)
     assert torch.equal(whole.denoised, parts.denoised) and torch.equal(whole.prompted, parts.prompted)
 
@@ -72,7 +72,7 @@ def test_rows_do_not_depend_on_how_many_are_prepared_together(monkeypatch):
 def test_a_representation_that_no_term_uses_is_dropped():
     assert prepare(cached(), section(tdcl_weight=0.0), LAYERS, MEAN, STD).prompted.shape == (N, 0)
     assert prepare(cached(), section(ndcr_weight=0.0), LAYERS, MEAN, STD).denoised.shape == (N, 0)
-    prepare(cached(), section(tdcl_weight=0.0), LAYERS, MEAN, STD).take(torch.tensor([1, 2]))
+    prepare(cached(), section(tdcl_weight=0.0), LAYERS, MEAN, STD).select(torch.tensor([1, 2]))
 
 
 def test_unknown_layers_are_named():
@@ -122,7 +122,7 @@ def test_fewer_layers_train_through_a_projector():
 
 
 def test_a_projector_that_no_term_reaches_keeps_its_weights_under_every_correction():
-    for entry in (params.FedProx(algorithm="fedprox", proximal_mu=0.1), params.FedDyn(algorithm="feddyn", alpha=0.1)):
+    for entry in (FedProx.Settings(proximal_mu=0.1), FedDyn.Settings(alpha=0.1)):
         model = tiny_model()
         model.projector = nn.Linear(6, 2)
         method = methods.build(entry, model, 0.0, 0.0, 2)
@@ -155,14 +155,12 @@ def test_more_classes_than_dimensions_still_give_unit_prototypes():
 
 
 def _fedavg(**values):
-    return params.FedAvg(algorithm="fedavg", **values)
+    return FedAvg.Settings(**values)
 
 
 def test_every_entry_of_params_yaml_makes_a_method_that_trains():
     entries = config.load(PARAMS_YAML).params.methods
-    assert {entry.algorithm for entry in entries.values()} == {
-        model.model_fields["algorithm"].annotation.__args__[0] for model in params.METHODS
-    }
+    assert {entry.algorithm for entry in entries.values()} == set(params.METHODS)
     for entry in entries.values():
         guidance_dim = 6 if methods.guidance_of(entry) else None
         model = models.build(SMALL_CNN, 3, 0, guidance_dim, **methods.model_parts(entry))
@@ -180,8 +178,10 @@ def test_every_entry_of_params_yaml_makes_a_method_that_trains():
         ("methods.fedprox-feddifrc.guidance.temperature", 0, r"temperature = 0: input should be greater than 0"),
         ("methods.fedprox-feddifrc.guidance.tempratur", 1, r"tempratur is not a known key; did you mean temperature"),
         ("methods.feddifrc.ndcr_form", "cosine", r"methods.feddifrc.ndcr_form = 'cosine'"),
-        ("methods.fedavg.guidance", {}, r"methods.fedavg.guidance.tdcl_weight is missing"),
-        ("methods.fedavg.algorithm", "fedsgd", r"methods.fedavg.* 'fedprox', 'scaffold'"),
+        ("methods.fedavg.guidance", 1, r"methods.fedavg.guidance = 1: must be a section with its keys below it"),
+        ("methods.fedavg", {"guidance": {}}, r"methods.fedavg.algorithm is missing"),
+        ("methods.fedavg", 1, r"methods.fedavg = 1: must be a section with its keys below it"),
+        ("methods.fedavg.algorithm", "fedsgd", r"methods.fedavg.* 'fednova', 'fedproto', 'fedprox'"),
     ],
 )  # fmt: skip
 def test_a_wrong_setting_is_named(key, value, message):
@@ -190,10 +190,8 @@ def test_a_wrong_setting_is_named(key, value, message):
 
 
 def test_training_without_labels_and_losses_is_named():
-    entry = params.SelfSupervisedFedDifRC(
-        algorithm="feddifrc-self-supervised", knn_neighbours=5, **GUIDANCE | dict(tdcl_weight=0.0, ndcr_weight=0.0)
-    )
-    with pytest.raises(PipelineError, match="has nothing to train on: set tdcl_weight or ndcr_weight"):
+    entry = SelfSupervisedFedDifRC.Settings(tdcl_weight=0.0, ndcr_weight=0.0)
+    with pytest.raises(PipelineError, match="has nothing to train on .* Set tdcl_weight or ndcr_weight"):
         methods.build(entry, tiny_model(), 0.9, 0.0, 1)
 
 

@@ -67,14 +67,16 @@ def content(project: config.Config) -> Content:
     )
 
 
-def add_features(project: config.Config, same: tuple[int, ...] = (), **changes) -> None:
+def add_features(project: config.Config, same: tuple[int, ...] = (), settings: dict | None = None, **changes) -> None:
     """Random representations of the training images under one prompt per class, the image's own among them.
 
-    The prompts `same` give equal representations; `changes` are of what the set says of itself.
+    The prompts `same` give equal representations. `changes` replace values of the set's content, and `settings`
+    those it states to be made with; None states none, as older versions did.
     """
     train = datasets.PreparedDataset(project.dataset_dir).load("train")
     stated = Content(**content(project).model_dump() | changes)
-    plan = Plan(stated, len(train), 20, {})
+    made_with = {} if settings is None else {"settings": project.params.extract_features.model_dump() | settings}
+    plan = Plan(stated, len(train), 20, made_with)
     writer = FeatureSetWriter(project.state_dir / "features", plan, "test")
     layer = LayerBasis(np.zeros(DIMS), np.eye(DIMS), np.ones(DIMS), float(DIMS))
     writer.write_basis(Basis({"up_blocks.1": layer}, np.zeros(DIMS), np.ones(DIMS)))

@@ -1,6 +1,6 @@
-"""Frozen diffusion models as feature extractors, one file a family, chosen by what a diffusers directory holds.
+"""Frozen diffusion models as feature extractors, one file per family, chosen by a diffusers folder's configuration.
 
-base.py      the protocol that extraction sees, and what every diffusers directory has in common
+base.py      the base class of all backbones
 unet.py      Stable Diffusion 1.x, 2.x and XL, and any other text-conditioned UNet2DConditionModel
 pixart.py    PixArt: a transformer with cross-attention to T5
 dit.py       DiT: a transformer conditioned on ImageNet's classes
@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from pipeline.diffusion import families
-from pipeline.diffusion.backbones.base import Backbone, Conditioning, DiffusersBackbone
+from pipeline.diffusion.backbones.base import Backbone, Conditioning
 from pipeline.diffusion.backbones.dit import DiTBackbone
 from pipeline.diffusion.backbones.pixart import PixArtBackbone
 from pipeline.diffusion.backbones.sd3 import StableDiffusion3Backbone
@@ -28,13 +28,13 @@ from pipeline.io import system_errors
 
 __all__ = ["Backbone", "Conditioning", "check_image_size", "check_timesteps", "family", "layer_channels", "load"]
 
-for _library in (diffusers.utils.logging, transformers.utils.logging):  # their notes and bars say nothing to users
+for _library in (diffusers.utils.logging, transformers.utils.logging):  # their notes and bars tell users nothing
     _library.set_verbosity_error()
     _library.disable_progress_bar()
 
-_USUAL_TIMESTEPS = 1000  # where a schedule does not say: the default of every scheduler of diffusers
+_USUAL_TIMESTEPS = 1000  # the default of every diffusers scheduler
 
-_FAMILIES: dict[str, type[DiffusersBackbone]] = {
+_FAMILIES: dict[str, type[Backbone]] = {
     "UNet2DConditionModel": UNetBackbone,
     "PixArtTransformer2DModel": PixArtBackbone,
     "DiTTransformer2DModel": DiTBackbone,
@@ -43,42 +43,44 @@ _FAMILIES: dict[str, type[DiffusersBackbone]] = {
 
 
 def load(path: Path, layers: list[str] | str, device: str, dtype: torch.dtype) -> Backbone:
-    """Loads the model in a diffusers directory as the family that its denoiser belongs to.
+    """Load the model in a diffusers folder as the family that its denoiser belongs to.
 
     Args:
-        path: a diffusers pipeline directory with safetensors weights.
-        layers: names of the layers to read, "auto" for the family's own choice, or "all".
+        path: A diffusers pipeline folder with safetensors weights.
+        layers: Names of the layers to read, "auto" for the family's own choice, or "all".
         device: torch device; "meta" builds the denoiser and the VAE without weights, for counting.
-        dtype: the denoiser computes in this type.
+        dtype: Data type of the denoiser.
 
     Raises:
-        PipelineError: it is of no family known here, has no such layer, or a part cannot be loaded.
+        PipelineError: The model is not supported, has no such layer, or a part cannot be loaded.
     """
     return family(path)(path, layers, device, dtype)
 
 
 def layer_channels(path: Path, layers: list[str] | str) -> dict[str, int]:
-    """Layer -> number of channels, from the model's configuration alone.
+    """Return the number of channels of each layer, from the model's configuration alone.
 
     Raises:
-        PipelineError: as `load`.
+        PipelineError: As `load`.
     """
     return family(path).layer_channels(path, layers)
 
 
-def family(path: Path) -> type[DiffusersBackbone]:
-    """The class that extracts from this directory, by its configurations.
+def family(path: Path) -> type[Backbone]:
+    """Return the backbone class for a diffusers folder, by its configurations.
 
     Raises:
-        PipelineError: features of the model cannot be extracted, or a configuration cannot be read.
+        PipelineError: The model is not supported, or a configuration cannot be read.
     """
     index = _json(path / families.INDEX)
     files = [name for name in families.config_files(index) if (path / name).is_file()]
-    return _FAMILIES[families.judge(path.name, {families.INDEX: index} | {name: _json(path / name) for name in files})]
+    return _FAMILIES[
+        families.identify(path.name, {families.INDEX: index} | {name: _json(path / name) for name in files})
+    ]
 
 
 def check_timesteps(path: Path, timesteps: Iterable[int], key: str) -> None:
-    """Checks that the model's noise schedule has these timesteps.
+    """Check that the model's noise schedule has these timesteps.
 
     Args:
         path: A diffusers pipeline directory.
@@ -86,7 +88,7 @@ def check_timesteps(path: Path, timesteps: Iterable[int], key: str) -> None:
         key: The key of params.yaml that names them, for the error.
 
     Raises:
-        PipelineError: The schedule is shorter; names the largest timestep that it has.
+        PipelineError: The schedule is shorter; the message names its largest timestep.
     """
     count = _json(path / "scheduler" / "scheduler_config.json").get("num_train_timesteps", _USUAL_TIMESTEPS)
     if beyond := [timestep for timestep in timesteps if timestep >= count]:
@@ -97,7 +99,7 @@ def check_timesteps(path: Path, timesteps: Iterable[int], key: str) -> None:
 
 
 def check_image_size(path: Path, image_size: int) -> None:
-    """Checks that images of this size become latents that the model takes.
+    """Check that images of this size become latents that the model takes.
 
     Args:
         path: A diffusers pipeline directory.

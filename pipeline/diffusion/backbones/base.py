@@ -1,16 +1,16 @@
-"""What extraction asks of a frozen diffusion model, and what all diffusers directories have in common.
+"""The base class of all backbones: what diffusers folders have in common.
 
-Images are encoded by the VAE once (the posterior's mean: deterministic), prompts by the text encoders once, and the
-noised latents go through the denoiser once per prompt, its layers read by forward hooks (Tang et al., DIFT, NeurIPS
-2023). What the denoiser was trained to predict, noise or velocity, does not matter: only its inner maps are read, and
-its schedule says how a timestep mixes latents and noise. Nothing past the last layer asked for is computed.
+The VAE encodes each image once, to the mean of its posterior, so that encoding is deterministic. The text encoders
+encode each prompt once. The denoiser runs on the noised latents once per prompt, and forward hooks read its layers
+(DIFT: Tang et al., NeurIPS 2023, https://arxiv.org/abs/2306.03881). It does not matter whether the denoiser predicts
+noise or velocity, because only its inner maps are read. Nothing past the last requested layer is computed.
 """
 
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -37,58 +37,24 @@ class Conditioning:
         """K."""
         return len(self.similarity)
 
-    def take(self, index: Tensor) -> Self:
-        """The prompts at `index` (B,), in this order; repeats are allowed."""
-        taken = {name: tensor[index.to(tensor.device)] for name, tensor in self.tensors.items()}
-        return type(self)(taken, self.similarity[index.to(self.similarity.device)])
+    def select(self, index: Tensor) -> Self:
+        """Return the prompts at `index` (B,), in this order; repeats are allowed."""
+        selected = {name: tensor[index.to(tensor.device)] for name, tensor in self.tensors.items()}
+        return type(self)(selected, self.similarity[index.to(self.similarity.device)])
 
     def to(self, device: str) -> Self:
         """The same prompts for a denoiser on another device."""
         return type(self)({name: tensor.to(device) for name, tensor in self.tensors.items()}, self.similarity)
 
 
-class Backbone(Protocol):
-    """A frozen diffusion model, as extraction sees it."""
-
-    device: str
-    dtype: torch.dtype
-    channels: dict[str, int]
-    """Layer name -> number of channels C_l, in the order asked for."""
-
-    def encode_images(self, images: np.ndarray, image_size: int) -> Tensor:
-        """uint8 (B, H, W, 3) -> latents, float32 (B, C, h, w) on the device."""
-
-    def encode_prompts(self, prompts: list[str], sizes: list[int] | None = None) -> Conditioning:
-        """Encodes texts; the text encoders are loaded for the call and freed after it.
-
-        Args:
-            prompts: All texts.
-            sizes: Consecutive texts whose embeddings are averaged into one prompt, a number per prompt; None: every
-                text is a prompt.
-        """
-
-    def with_image(self, conditioning: Conditioning, embeddings: Tensor) -> Conditioning:
-        """Adds an image embedding (B, E) to every token of B prompts."""
-
-    def add_noise(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
-        """Latents noised to a timestep, all float32 (B, C, h, w)."""
-
-    def features(self, noisy: Tensor, timestep: int, conditioning: Conditioning) -> dict[str, Tensor]:
-        """One pass: float32 (B, C, h, w) and B prompts -> layer name -> float32 (B, C_l, h_l, w_l)."""
-
-    def compile(self) -> None:
-        """Compiles the denoiser; the next pass of each batch size takes minutes, those after it less."""
-
-    def in_float32(self) -> "Backbone":
-        """The same model computing in float32, loaded anew: weights rounded to 16 bits would not be the same."""
-
-
-class DiffusersBackbone:
+class Backbone:
     """A diffusers pipeline directory: a denoiser, an AutoencoderKL and a noise schedule, frozen."""
 
     component: ClassVar[str]
     """The denoiser's folder."""
     model_class: ClassVar[Any]
+    channels: dict[str, int]
+    """Layer name -> number of channels C_l, in the order asked for."""
 
     def __init__(self, path: Path, layers: list[str] | str, device: str, dtype: torch.dtype) -> None:
         """Loads denoiser and VAE; the denoiser computes in `dtype`, the VAE in bfloat16 or float32.
@@ -128,6 +94,11 @@ class DiffusersBackbone:
                 )
         return {layer: known[layer] for layer in wanted}
 
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """Return the shape (C, h, w) of the latent of an image."""
+        side = image_size >> (len(self._vae.config.block_out_channels) - 1)
+        return self._vae.config.latent_channels, side, side
+
     @torch.inference_mode()
     def encode_images(self, images: np.ndarray, image_size: int) -> Tensor:
         """VAE latents: the posterior's mean, shifted and scaled as the denoiser expects them.
@@ -154,7 +125,16 @@ class DiffusersBackbone:
 
     @torch.inference_mode()
     def features(self, noisy: Tensor, timestep: int, conditioning: Conditioning) -> dict[str, Tensor]:
-        """One pass of the denoiser; see `Backbone.features`."""
+        """Run one pass of the denoiser.
+
+        Args:
+            noisy: float32 (B, C, h, w), noised latents.
+            timestep: 0 <= t < the length of the noise schedule.
+            conditioning: B prompts.
+
+        Returns:
+            Layer name -> float32 (B, C_l, h_l, w_l).
+        """
         self._maps.of_layer = {}
         self._denoise(noisy.to(self.dtype, memory_format=torch.channels_last), timestep, conditioning.tensors)
         return {layer: self._maps.of_layer[layer].float() for layer in self.channels}
@@ -176,15 +156,20 @@ class DiffusersBackbone:
         return Conditioning(conditioning.tensors | {"encoder_hidden_states": states}, conditioning.similarity)
 
     def compile(self) -> None:
-        """Compiles the denoiser in place."""
+        """Compile the denoiser in place; the first pass of each batch size then takes minutes, later ones less."""
         self._model.compile()
 
-    def in_float32(self) -> Backbone:
-        """The same model, loaded anew in float32."""
+    def in_float32(self) -> Self:
+        """Load the same model in float32, from its files: weights rounded to 16 bits would not be the same."""
         return type(self)(self.path, self.layers, self.device, torch.float32)
 
     def encode_prompts(self, prompts: list[str], sizes: list[int] | None = None) -> Conditioning:
-        """Encodes texts; see `Backbone.encode_prompts`."""
+        """Encode texts; the text encoders are loaded for the call and freed after it.
+
+        Args:
+            prompts: All texts.
+            sizes: How many consecutive texts are averaged into each prompt; None makes every text a prompt.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -218,7 +203,7 @@ class DiffusersBackbone:
         return hook
 
 
-class TokenBackbone(DiffusersBackbone):
+class TokenBackbone(Backbone):
     """A transformer over patches: its tokens become maps of half the latents' side (for patches of two)."""
 
     component = "transformer"

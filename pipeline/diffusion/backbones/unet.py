@@ -12,11 +12,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from pipeline.diffusion.backbones.base import Conditioning, DiffusersBackbone
+from pipeline.diffusion.backbones.base import Backbone, Conditioning
 from pipeline.diffusion.backbones.text import ClipEncoder, clip_tensors, encode
 
 
-class UNetBackbone(DiffusersBackbone):
+class UNetBackbone(Backbone):
     """A UNet2DConditionModel with one CLIP text encoder, or two as Stable Diffusion XL."""
 
     component = "unet"

@@ -1,6 +1,7 @@
-"""What a sweep is of, and what it costs: known before the frozen model is loaded."""
+"""Plan a sweep, and say what it costs, before the frozen model is loaded."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,116 +11,140 @@ from pipeline.data.datasets import Images, PreparedDataset
 from pipeline.diffusion import backbones, frozen_model, prompts
 from pipeline.diffusion.prompts import PromptSet
 from pipeline.settings.config import Config
-from stages.analyze_features.probes import Judge
-from stages.analyze_features.sweep.cache import Kept, Swept
+from pipeline.settings.params import ExtractFeatures, Runtime, SweepFeatures
+from stages.analyze_features.probes import ProbeEvaluator
+from stages.analyze_features.sweep.cache import SweepCache, SweepResult
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A sweep that is to be made.
+class SweepPlan:
+    """A sweep to be computed, resolved to paths and sections.
 
     Attributes:
-        data: the training split.
-        index: int64 (n,), the images of the sample; the first `margin_images` are also seen under their own prompts.
+        params: The section sweep_features.
+        settings: The section extract_features.
+        runtime: The section runtime.
+        model_dir: The frozen model's folder.
+        backbone_manifest: Its manifest.
+        image_encoder: The image encoder's folder; None without image conditioning.
+        device: torch device.
+        data: The training split.
+        index: int64 (n,), the images of the sample; the first `margin_images` also run with their own prompts.
         margin_images: m.
-        prompt_set: the prompts, `prompts_per_image` of which an image is seen under.
+        prompt_set: All prompts.
         prompts_per_image: P.
-        judge: of the sample.
-        made_of: what decides the numbers, for sweep.json.
-        kept: where timesteps that are done are kept.
-        done: what came of each of them.
-        missing: the timesteps that are not done, ascending.
+        evaluator: Scores representations of the sample.
+        made_of: Everything that decides the numbers, for sweep.json.
+        cache: Results of finished timesteps.
+        done: Timestep -> result, of those that are finished.
+        missing: The other timesteps, ascending.
     """
+
+    params: SweepFeatures
+    settings: ExtractFeatures
+    runtime: Runtime
+    model_dir: Path
+    backbone_manifest: Path
+    image_encoder: Path | None
+    device: str
 
     data: Images
     index: np.ndarray
     margin_images: int
     prompt_set: PromptSet
     prompts_per_image: int
-    judge: Judge
+    evaluator: ProbeEvaluator
     made_of: dict[str, Any]
-    kept: Kept
-    done: dict[int, Swept]
+    cache: SweepCache
+    done: dict[int, SweepResult]
     missing: list[int]
 
     @property
     def passes(self) -> int:
-        """Of the model, for each timestep."""
+        """Passes of the model per timestep."""
         return len(self.index) + self.margin_images * self.prompts_per_image
 
     def lines(self) -> list[str]:
-        """The plan, for people."""
+        """Return the plan as lines of text."""
         prompted = f"{self.margin_images:,} of them also under {self.prompts_per_image} prompts each"
         timesteps = len(self.done) + len(self.missing)
         return [
             f"images        {len(self.index):,} of {len(self.data):,}, {prompted}",
             f"timesteps     {timesteps}, {len(self.done)} of them done",
-            f"passes        {self.passes:,} a timestep, {len(self.missing) * self.passes:,} to go",
+            f"passes        {self.passes:,} per timestep, {len(self.missing) * self.passes:,} to go",
         ]
 
 
-def make(config: Config) -> Plan:
-    """The sweep that params.yaml describes; nothing is written.
+def make(config: Config) -> SweepPlan:
+    """Plan the sweep that params.yaml describes; nothing is written.
 
     Raises:
-        PipelineError: the data set or the backbone's manifest is missing or damaged, or the sample is too small.
+        PipelineError: The data set or the backbone's manifest is missing or damaged, or the sample is too small.
     """
     params, extraction = config.params.sweep_features, config.params.extract_features
-    dataset, backbone = PreparedDataset(config.dataset_dir), frozen_model.read_manifest(config)
+    dataset, backbone = PreparedDataset(config.dataset_dir), frozen_model.read_manifest(config.backbone_manifest)
     data = dataset.load("train")
     order = seeding.numpy_generator(config.params.analyze_features.seed, "swept images").permutation(len(data))
     index = order[: params.images]
     margin_images = min(params.margin_images, len(index))
+    device = devices.resolve(config.params.runtime.device)
+    encoder = config.path(extraction.image_conditioning) if extraction.image_conditioning else None
     prompt_set = prompts.build(extraction, dataset.class_names, config.path)
-    judge = Judge(data.labels[index], config.params.analyze_features)
+    evaluator = ProbeEvaluator(data.labels[index], config.params.analyze_features)
     made_of = {
         "dataset": {"name": dataset.name, "hash": dataset.hash},
-        "backbone": {key: backbone[key] for key in ("name", "source", "revision")},
-        "images": {"sampled": len(index), "held_out": judge.held_out, "prompted": margin_images},
+        "backbone": backbone.origin(),
+        "images": {"sampled": len(index), "held_out": evaluator.held_out, "prompted": margin_images},
         "judged_by": config.params.analyze_features.model_dump(include={"validation_fraction", "splits", "seed"}),
         "extract_features": extraction.model_dump(
             include={"image_size", "denoise_prompt", "noise_seed", "dtype", "negatives"}
         ),
-        "image_conditioning": frozen_model.image_encoder_hashes(config),
+        "image_conditioning": frozen_model.image_encoder_hashes(encoder),
         "prompts": prompt_set.texts,
         "matching": prompt_set.positive,
         "prompts_per_image": prompts.per_image(prompt_set, extraction.negatives),
         "sweep_features": params.model_dump(),
-        **provenance.describe(devices.resolve(config.params.runtime.device)),
+        **provenance.describe(device),
     }
-    kept = Kept(config.state_dir / "sweep" / _key(config, made_of, backbone["files"]))
+    cache = SweepCache(config.state_dir / "sweep" / _key(config.params.runtime, device, made_of, backbone.files))
     timesteps = sorted(set(params.timesteps))
-    done = {timestep: swept for timestep in timesteps if (swept := kept.load(timestep))}
+    done = {timestep: result for timestep in timesteps if (result := cache.load(timestep))}
     if len(done) < len(timesteps) and config.backbone_dir.exists():  # a finished sweep needs no model
         backbones.check_timesteps(config.backbone_dir, timesteps, "sweep_features.timesteps")
         backbones.check_image_size(config.backbone_dir, extraction.image_size)
-    return Plan(
+    return SweepPlan(
+        params=params,
+        settings=extraction,
+        runtime=config.params.runtime,
+        model_dir=config.backbone_dir,
+        backbone_manifest=config.backbone_manifest,
+        image_encoder=encoder,
+        device=device,
         data=data,
         index=index,
         margin_images=margin_images,
         prompt_set=prompt_set,
         prompts_per_image=made_of["prompts_per_image"],
-        judge=judge,
+        evaluator=evaluator,
         made_of=made_of,
-        kept=kept,
+        cache=cache,
         done=done,
         missing=[timestep for timestep in timesteps if timestep not in done],
     )
 
 
-def _key(config: Config, made_of: dict[str, Any], model_files: dict[str, str]) -> str:
-    """Names what decides a timestep's numbers to the last bit: neither the other timesteps nor the rule of choice.
+def _key(runtime: Runtime, device: str, made_of: dict[str, Any], model_files: dict[str, str]) -> str:
+    """Hash everything that decides a timestep's numbers to the last bit: not the other timesteps, nor the rule.
 
-    The code is in it, the commit is not: an edited params.yaml makes that "-dirty".
+    The code counts instead of the commit, because an edited params.yaml makes the commit "-dirty".
     """
-    runtime = config.params.runtime
     others = {"timesteps", "standard_errors"}
     swept = {key: value for key, value in made_of["sweep_features"].items() if key not in others}
     deciding = {key: value for key, value in made_of.items() if key != "commit"} | {
         "sweep_features": swept,
         "code": provenance.code_sha256(),
         "model_files": model_files,
-        "device": devices.resolve(runtime.device),
+        "device": device,
         "runtime": runtime.model_dump(include={"unet_batch_size", "compile"}),
     }
     return provenance.fingerprint(deciding)[:16]

@@ -1,32 +1,29 @@
-"""Writes what a sweep found: table, picture, maps and preset, whole or not at all."""
+"""Write the output of a sweep atomically: table, curves, maps and preset."""
 
-import csv
-import io
 from pathlib import Path
 from typing import Any
 
 from pipeline.io import atomic
 from stages.analyze_features.probes import chance
-from stages.analyze_features.sweep import advice
 from stages.analyze_features.sweep import figures as sweep_figures
-from stages.analyze_features.sweep.cache import Swept
-from stages.analyze_features.sweep.plan import Plan
-from stages.analyze_features.sweep.recommend import Choice
+from stages.analyze_features.sweep.cache import SweepResult
+from stages.analyze_features.sweep.plan import SweepPlan
+from stages.analyze_features.sweep.recommend import Choice, as_preset
 
 PRESET = "recommended.yaml"
 
 
-def write(target: Path, plan: Plan, swept: dict[int, Swept], choice: Choice) -> None:
-    """Writes the folder `target` in place of what stood there.
+def write(target: Path, plan: SweepPlan, swept: dict[int, SweepResult], choice: Choice) -> None:
+    """Replace the folder `target`.
 
     Args:
         target: analysis/sweep.
-        plan: of the sweep.
-        swept: what came of each timestep, in ascending order.
-        choice: among all candidates.
+        plan: The sweep.
+        swept: Timestep -> result, ascending.
+        choice: Among all candidates.
 
     Raises:
-        PipelineError: it cannot be written; what stood there is kept.
+        PipelineError: It cannot be written. The previous folder is kept.
     """
     with atomic.replace_folder(target) as folder:
         _write_table(folder, plan, swept, choice)
@@ -36,16 +33,12 @@ def write(target: Path, plan: Plan, swept: dict[int, Swept], choice: Choice) -> 
             atomic.sync_to_disk(file)
 
 
-def _write_table(folder: Path, plan: Plan, swept: dict[int, Swept], choice: Choice) -> None:
+def _write_table(folder: Path, plan: SweepPlan, swept: dict[int, SweepResult], choice: Choice) -> None:
     """The table as CSV and JSON, and its curves."""
     rows = [candidate.row() for found in swept.values() for candidate in found.candidates]
     by_chance = chance(plan.data.labels[plan.index], plan.prompts_per_image, plan.made_of["judged_by"]["seed"])
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow(row | {"layers": "+".join(row["layers"]), "dims": "+".join(map(str, row["dims"]))})
-    atomic.write_text(folder / "sweep.csv", stream.getvalue())
+    joined = [row | {"layers": "+".join(row["layers"]), "dims": "+".join(map(str, row["dims"]))} for row in rows]
+    atomic.write_csv(folder / "sweep.csv", joined)
     content = {"rows": rows, **choice.rows(), "chance": by_chance, "made_of": plan.made_of}
     atomic.write_json(folder / "sweep.json", content)
     own_layers = next(iter(swept.values())).own_layers
@@ -55,13 +48,13 @@ def _write_table(folder: Path, plan: Plan, swept: dict[int, Swept], choice: Choi
 
 def _preset(made_of: dict[str, Any], choice: Choice) -> str:
     images, share = made_of["images"], made_of["sweep_features"]["explained_variance"]
-    rests_on = f"Of {images['sampled']:,} training images the probe was judged on {images['held_out']:,}"
+    rests_on = f"Of {images['sampled']:,} training images the probe was scored on {images['held_out']:,}"
     rests_on += f", the prompts on {images['prompted']:,}." if choice.by_prompts else "."
     described = f"{made_of['dataset']['name']} with {made_of['backbone']['name']}"
-    return advice.as_preset(choice, described, rests_on, share, made_of["extract_features"])
+    return as_preset(choice, described, rests_on, share, made_of["extract_features"])
 
 
-def _write_maps(folder: Path, plan: Plan, swept: dict[int, Swept]) -> None:
+def _write_maps(folder: Path, plan: SweepPlan, swept: dict[int, SweepResult]) -> None:
     """A picture of each of the first images: all layers by all timesteps."""
     pictured = plan.index[: plan.made_of["sweep_features"]["picture_images"]]
     if not len(pictured):

@@ -1,34 +1,35 @@
-"""Which timestep, layers and PCA dimensions to take: by validation images and prompts; the paper fixes them by hand.
+"""Choose a timestep, layers and PCA dimensions by validation images and prompts; the paper sets them by hand.
 
-FedDifRC has two targets, and they want different things. NDCR pulls towards denoising representations: the linear
-probe says how well these tell classes apart. TDCL compares an image with its prompts: `matching_nearest` says how often
-the matching one is nearest. (The margin itself does not compare: where all energies are nearly parallel it is small
-and may still order the prompts rightly.) With little noise the first is best, with more the second.
+FedDifRC has two targets, which need different things. NDCR pulls towards denoising representations: the linear probe
+measures how well these separate classes. TDCL compares an image with its prompts: `matching_nearest` measures how often
+the matching one is nearest. (Margins are not comparable: where all energies are nearly parallel, the margin is small
+and may still order the prompts correctly.) The first is best with little noise, the second with more.
 
-The rule is lexicographic, and what cannot be told apart is a tie: the one-standard-error rule (Breiman et al.,
-Classification and Regression Trees, 1984), by which the simplest model wins of all that are within one standard error
-of the best. `standard_errors` is how many:
+The rule is lexicographic and treats statistically equal candidates as ties. This is the one-standard-error rule
+(Breiman et al., Classification and Regression Trees, 1984): the simplest model wins among those within
+`standard_errors` standard errors of the best.
 
-1. of all candidates, those whose probe is within that many of the best one's are kept;
-2. of these, those whose share of images with the matching prompt nearest is within that many of the best one's among
-   them;
-3. of these the fewest layers win, then the fewest dimensions, then the higher accuracy, then the smaller timestep.
+1. Keep the candidates whose probe is within that distance of the best.
+2. Of these, keep those whose share of images with the matching prompt nearest is within that distance of the best.
+3. Of these, the fewest layers win, then the fewest dimensions, then the higher accuracy, then the smaller timestep.
 
-The error is the best candidate's own, of as many distinct images as it was judged on (`judge.py`); candidates share
-their images, so that it rather takes two for equal that are not than the other way round. The probe comes first because
-training bore it out (docs/choosing-features.md). What either criterion alone would take stands beside the choice.
-Without prompts (`margin_images: 0`) step 2 keeps all.
+The error is that of the best candidate (`probes.py`). Candidates share their images, so the rule rather calls two equal
+that are not than the other way round. The probe comes first because training confirmed it (docs/choosing-features.md).
+The choices of either criterion alone are reported as well. Without prompts (`margin_images: 0`) step 2 keeps all.
 
-How many dimensions a layer has is not searched: it is what explains the share of its variance that was asked for. The
-best of many is flattered by chance, so its accuracy is no estimate of what it will reach; the test split is there for
-that.
+The number of dimensions is not searched: it is the smallest that explains the requested share of a layer's variance.
+The best of many candidates is biased upwards by chance, so its accuracy is no estimate of the final one; use the test
+split for that.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from stages.analyze_features.probes import Scores
+
+_MANY_TIES = 0.1  # share of the candidates
 
 
 class Share(NamedTuple):
@@ -40,9 +41,9 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Candidate:
-    """Layers, fused in this order, at a timestep: the dimensions of each, and how well they do.
+    """Layers, fused in this order, at a timestep, with the dimensions of each and their scores.
 
-    `margins` are `margins.Similarities.means`, empty where prompts were not looked at.
+    `margins` are `margins.Similarities.means`, empty without prompts.
     """
 
     timestep: int
@@ -58,20 +59,20 @@ class Candidate:
 
     @property
     def nearest(self) -> Share:
-        """How often the matching prompt is nearest; only where prompts were looked at."""
+        """Share of images whose matching prompt is nearest; only with prompts."""
         return Share(self.margins["matching_nearest"], self.margins["nearest_error"])
 
     def row(self) -> dict[str, Any]:
-        """The candidate as a row of the sweep's table."""
+        """Return the candidate as a row of the sweep's table."""
         chosen = {"timestep": self.timestep, "layers": self.layers, "dims": self.dims}
         return chosen | asdict(self.scores) | self.margins
 
     def in_words(self) -> str:
-        """What it is and how it does."""
+        """Describe the candidate and its scores."""
         return f"t = {self.timestep}, {' + '.join(self.layers)}: {self.scores_in_words()}"
 
     def scores_in_words(self) -> str:
-        """How it does, by what the rule reads."""
+        """Describe the scores that the rule uses."""
         accuracy = f"linear probe {100 * self.probe.value:.2f} ± {100 * self.probe.error:.2f} %"
         if not self.margins:
             return accuracy
@@ -80,16 +81,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """What to take, and how well that is told from the rest.
+    """The recommended candidate, and how many are tied with it.
 
     Attributes:
-        recommended: the candidate to take.
-        by_probe: the one that the probe alone would take.
-        by_prompts: the one that the prompts alone would take, None without them.
-        candidates: how many there were.
-        near_probe: how many are left after step 1.
-        near_both: how many are left after step 2: the choice is one of these, by its size.
-        standard_errors: that were allowed.
+        recommended: The choice.
+        by_probe: The choice by the probe alone.
+        by_prompts: The choice by the prompts alone; None without prompts.
+        candidates: Number of candidates.
+        near_probe: Number of candidates after step 1.
+        near_both: Number of candidates after step 2, of which the smallest is chosen.
+        standard_errors: The distance that was allowed.
     """
 
     recommended: Candidate
@@ -101,18 +102,18 @@ class Choice:
     standard_errors: float
 
     def rows(self) -> dict[str, Any]:
-        """Each candidate as a row of the table, and the numbers."""
+        """Return the choices as rows of the table, and the numbers of candidates."""
         prompts = self.by_prompts.row() if self.by_prompts else None
         chosen = {"recommended": self.recommended.row(), "by_probe": self.by_probe.row(), "by_prompts": prompts}
         return chosen | {name: getattr(self, name) for name in ("candidates", "near_probe", "near_both")}
 
 
 def sets_to_fuse(accuracy: Mapping[str, float], backbones_own: Sequence[str]) -> list[list[str]]:
-    """Which fusions to judge, given each layer's accuracy alone: linear in the layers, where all subsets were not.
+    """Return the fusions to score, given each layer's accuracy: linear in the number of layers, unlike all subsets.
 
     Args:
-        accuracy: layer -> accuracy of its probe, in the model's order.
-        backbones_own: the layers that "auto" stands for.
+        accuracy: Layer -> accuracy of its probe, in the model's order.
+        backbones_own: The layers that "auto" stands for.
 
     Returns:
         The best two layers, the best three, ... all of them (ties to the earlier layer), and the backbone's own; each
@@ -125,7 +126,7 @@ def sets_to_fuse(accuracy: Mapping[str, float], backbones_own: Sequence[str]) ->
 
 
 def choose(candidates: Sequence[Candidate], standard_errors: float) -> Choice:
-    """Chooses by the rule above, and by the first and the second criterion alone."""
+    """Choose by the rule above, and by the first and the second criterion alone."""
     near_probe = _near_best(candidates, lambda candidate: candidate.probe, standard_errors)
     near_both, by_prompts = near_probe, None
     if all(candidate.margins for candidate in candidates):
@@ -152,3 +153,62 @@ def _near_best(
 
 def _smallest(ties: Sequence[Candidate]) -> Candidate:
     return min(ties, key=lambda tie: (len(tie.layers), sum(tie.dims), -tie.probe.value, tie.timestep))
+
+
+def as_preset(choice: Choice, of: str, rests_on: str, share: float, measured: Mapping[str, Any]) -> str:
+    """Write the choice as a preset, YAML whose first line describes it.
+
+    Args:
+        choice: The choice.
+        of: Data set and model.
+        rests_on: A sentence on the images that the candidates were scored on.
+        share: Share of the variance that the dimensions explain, 0 to 1.
+        measured: The other keys of extract_features that the choice was measured with, and holds for.
+    """
+    chosen = choice.recommended
+    lines = [
+        f"By `pipeline sweep-features` for {of}: {chosen.scores_in_words()}.",
+        f"{rests_on} ± is one standard error; the best of many candidates is biased upwards.",
+        f"Dims explain {100 * share:g} % of a layer's variance.",
+        *in_words(choice)[1:],
+    ]
+    return (
+        "".join(f"# {line}\n" for line in lines)
+        + "extract_features:\n"
+        + f"  timestep: {chosen.timestep}\n"
+        + f"  layers: [{', '.join(chosen.layers)}]\n"
+        + f"  dims: [{', '.join(map(str, chosen.dims))}]\n"
+        + "".join(f"  {key}: {json.dumps(value)}\n" for key, value in measured.items())
+    )
+
+
+def in_words(choice: Choice) -> list[str]:
+    """Describe the choice, the candidates tied with it, and the choice of each criterion alone, in lines."""
+    lines = [f"recommended: {choice.recommended.in_words()}", *_ties(choice)]
+    if choice.by_prompts:
+        lines += [f"by the probe alone: {choice.by_probe.in_words()}"]
+        lines += [f"by the prompts alone: {choice.by_prompts.in_words()}"]
+    return lines
+
+
+def hint(choice: Choice, unused: int) -> list[str]:
+    """Suggest more images if many candidates are tied and training images are unused."""
+    if not unused or choice.near_both <= max(1, _MANY_TIES * choice.candidates):
+        return []
+    return [
+        f"More images would separate these candidates (four times as many halve the standard error); {unused:,} "
+        "training images are unused (--images, --margin-images)."
+    ]
+
+
+def _ties(choice: Choice) -> list[str]:
+    allowed = f"{choice.standard_errors:g}"
+    text = (
+        f"{choice.near_probe} of {choice.candidates} candidates are within {allowed} standard "
+        f"error{'' if allowed == '1' else 's'} of the best probe"
+    )
+    if choice.by_prompts:
+        text += f", {choice.near_both} of these within {allowed} of the best of them by prompts"
+    if choice.near_both == 1:
+        return [text]
+    return [text, f"{choice.near_both} candidates are tied; chose the fewest layers, then the fewest dimensions."]

@@ -1,10 +1,9 @@
-"""Some training images before the frozen model: encoded once, then all layers of every pass.
+"""Run a sample of the training images through the frozen model: encode once, then read all layers of every pass.
 
-An image passes once a timestep under the generic prompt, and `margin_images` of them once more under each of their own
-prompts, matching and not; latents, prompts and noise are those that extract-features would take. A PCA basis is needed
-before maps can be pooled, and it is of the maps: those of the first `basis_images` images are held in memory until it
-is fitted, the others are pooled as they come. The price is memory, 4 MB an image for Stable Diffusion at 224 pixels; no
-pair of an image and a prompt passes twice.
+Per timestep, each image has one pass with the generic prompt, and the first `margin_images` have one more with each of
+their own prompts. Latents, prompts and noise are those of extract-features. Maps can only be pooled on a PCA basis,
+which is fitted on maps: those of the first `basis_images` images are held in memory until then (4 MB per image for
+Stable Diffusion at 224 pixels), and the others are pooled as they are computed. No pair (image, prompt) runs twice.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,15 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import devices
 from pipeline.data.datasets import Images
-from pipeline.diffusion import backbones, batching, image_conditioning, noise, representation
-from pipeline.diffusion.batching import Batcher
-from pipeline.diffusion.prompted_model import Inputs, PromptedModel
+from pipeline.diffusion import batching, representation
+from pipeline.diffusion.prompted_model import Inputs
 from pipeline.diffusion.prompts import PromptSet
 from pipeline.diffusion.representation import Moments, Projector
+from pipeline.diffusion.session import FrozenSession
 from pipeline.feature_store import LayerBasis, positive_columns
-from pipeline.settings.config import Config
+from pipeline.settings.params import SweepFeatures
 
 Maps = dict[str, Tensor]
 
@@ -45,80 +43,69 @@ class LayerFeatures:
 
 
 class Sample:
-    """Images on the device as latents, with the noise and the prompts of each.
+    """A sample of images, as latents on the device, with their noise and prompts.
 
     Attributes:
-        images: uint8 (n, H, W, 3).
+        images: uint8 (n, H, W, 3), the pixels.
         positive: int64 (m,), which of its P prompts matches each of the first m images.
         num_prompts: P.
     """
 
-    def __init__(self, config: Config, prompt_set: PromptSet, data: Images, index: np.ndarray) -> None:
-        """Loads the frozen model and encodes the images.
+    def __init__(
+        self, session: FrozenSession, params: SweepFeatures, prompt_set: PromptSet, data: Images, index: np.ndarray
+    ) -> None:
+        """Encode the images.
 
         Args:
-            config: the project's configuration.
-            prompt_set: the prompts of `data`.
-            data: the training split.
-            index: int64 (n,), positions in it; those first are the basis's, the pictures' and those that are seen
-                under their own prompts.
-
-        Raises:
-            PipelineError: the model cannot be loaded.
+            session: The frozen model, with all its layers and these prompts.
+            params: The section sweep_features.
+            prompt_set: The prompts of `data`.
+            data: The training split.
+            index: int64 (n,), positions in it; the first ones serve for the basis, the pictures and the margins.
         """
-        params, runtime = config.params.extract_features, config.params.runtime
-        device, dtype = devices.resolve(runtime.device), getattr(torch, params.dtype)
-        self.backbone = backbones.load(config.backbone_dir, "all", device, dtype)
-        self._model = PromptedModel(self.backbone, prompt_set, params.denoise_prompt)
-        if runtime.compile:
-            self.backbone.compile()
+        self._session, self._params = session, params
         self.images = data.take(index).images
-        self._params = config.params.sweep_features
-        self._latents = self._in_batches(lambda images: self.backbone.encode_images(images, params.image_size))
-        encoder = image_conditioning.load(config, device)
-        self._embeddings = self._in_batches(encoder) if encoder else None
-        self._noise = noise.draw(tuple(self._latents.shape[1:]), params.noise_seed, index).to(device)
-        under_own = slice(0, self._params.margin_images)
-        labels = data.labels[index[under_own]]
-        self._own = self._model.prompts_of(labels, index[under_own], params.negatives, params.noise_seed)  # (m, P)
+        self._latents, self._embeddings = session.encode(self.images), session.embed(self.images)
+        self._noise = session.noise(index).to(self._latents.device)
+        with_own_prompts = index[: params.margin_images]
+        labels = data.labels[with_own_prompts]
+        self._own = session.prompts_of(labels, with_own_prompts)  # (m, P)
         self.positive = positive_columns(prompt_set.positive, self._own, labels)
         self.num_prompts = self._own.shape[1]
-        positions = int(np.prod(self._latents.shape[2:]))
-        size = batching.batch_size(runtime.unet_batch_size, device, positions, self._blank_pass)
-        self._batcher = Batcher(size, batching.workers_for(device, positions))
 
     def represent(self, timestep: int, done: Callable[[int], object]) -> dict[str, LayerFeatures]:
-        """All layers at this timestep; `done` is told of every batch's passes.
+        """Compute all layers at a timestep; `done` is called with the number of passes of each batch.
 
         Raises:
-            PipelineError: the maps are not finite, even in float32.
+            PipelineError: The maps are not finite, even in float32.
         """
-        inputs = Inputs(self.backbone.add_noise(self._latents, self._noise, timestep), self._embeddings)
-        before = self._model.redone
+        model = self._session.model
+        inputs = self._session.inputs(self._latents, self._noise, self._embeddings, timestep)
+        before = model.redone
         everyone = torch.arange(len(self.images))
-        passes = self._passes(inputs, timestep, everyone, torch.full_like(everyone, self._model.generic), done)
+        passes = self._passes(inputs, timestep, everyone, torch.full_like(everyone, model.generic), done)
         first = _first(passes, min(self._params.basis_images, len(everyone)))
         full = {layer: self._fit(maps[: self._params.basis_images]) for layer, maps in first.items()}
-        kept = {layer: self._leading(basis) for layer, basis in full.items()}
-        projector = Projector(kept, self.backbone.device)
+        leading = {layer: self._leading(basis) for layer, basis in full.items()}
+        projector = Projector(leading, self._session.backbone.device)
         values = torch.cat([projector(first), *(projector(maps) for maps in passes)]).cpu().numpy()  # (n, D)
         prompted = self._prompted(inputs, timestep, projector, values.shape[1], done)
-        self._model.warn_of_redone(before, len(everyone) + self._own.size, f"timestep {timestep}")
-        dims = [len(basis.components) for basis in kept.values()]
+        model.warn_of_redone(before, len(everyone) + self._own.size, f"timestep {timestep}")
+        dims = [len(basis.components) for basis in leading.values()]
         return {
             layer: LayerFeatures(
                 values[:, start:stop],
                 prompted[:, :, start:stop],
-                float(kept[layer].explained_variance.sum() / (kept[layer].total_variance or 1)),
+                float(leading[layer].explained_variance.sum() / (leading[layer].total_variance or 1)),
                 as_colours(first[layer][: self._params.picture_images].cpu(), full[layer]),
             )
-            for layer, (start, stop) in representation.column_ranges(self.backbone.channels, dims).items()
+            for layer, (start, stop) in representation.column_ranges(self._session.backbone.channels, dims).items()
         }
 
     def _prompted(
         self, inputs: Inputs, timestep: int, projector: Projector, dims: int, done: Callable[[int], object]
     ) -> np.ndarray:
-        """float32 (m, P, dims): the first images under each of their prompts."""
+        """Represent the first m images under each of their prompts, float32 (m, P, dims)."""
         image = torch.arange(len(self._own)).repeat_interleave(self.num_prompts)
         text = torch.from_numpy(self._own.astype(np.int64)).flatten()
         pooled = [projector(maps).cpu().numpy() for maps in self._passes(inputs, timestep, image, text, done)]
@@ -127,22 +114,17 @@ class Sample:
     def _passes(
         self, inputs: Inputs, timestep: int, image: Tensor, text: Tensor, done: Callable[[int], object]
     ) -> Iterator[Maps]:
-        """The maps of pairs (image, text), batch by batch: layer -> float32 (b, C_l, h_l, w_l)."""
+        """Yield the maps of pairs (image, text) by batch: layer -> float32 (b, C_l, h_l, w_l)."""
 
         def one_pass(rows: Tensor) -> Maps:
-            return self._model.finite_maps(inputs, timestep, image[rows], text[rows])
+            return self._session.model.finite_maps(inputs, timestep, image[rows], text[rows])
 
-        for rows, maps in self._batcher.map(one_pass, len(text)):
+        for rows, maps in self._session.batcher.map(one_pass, len(text)):
             done(rows.stop - rows.start)
             yield {layer: of_batch[: rows.stop - rows.start] for layer, of_batch in maps.items()}
 
-    def _in_batches(self, encode: Callable[[np.ndarray], Tensor]) -> Tensor:
-        """Calls `encode` on all images, uint8 (b, H, W, 3) at a time."""
-        encoder = Batcher(batching.CPU_BATCH)
-        return encoder.table(lambda rows: encode(self.images[rows.numpy()]), len(self.images), lambda done: None)
-
     def _fit(self, maps: Tensor) -> LayerBasis:
-        """All principal components of one layer's maps (b, C, h, w)."""
+        """Fit all principal components of one layer's maps (b, C, h, w)."""
         device = "cpu" if maps.device.type == "mps" else str(maps.device)  # mps has no float64
         moments = Moments(maps.shape[1], device)
         for part in maps.split(batching.CPU_BATCH):
@@ -153,19 +135,15 @@ class Sample:
         dims = min(fewest_dims(basis, self._params.explained_variance), self._params.max_dims)
         return replace(basis, components=basis.components[:dims], explained_variance=basis.explained_variance[:dims])
 
-    def _blank_pass(self, rows: Tensor) -> Maps:
-        noisy = torch.zeros(len(rows), *self._latents.shape[1:], device=self.backbone.device)
-        return self.backbone.features(noisy, 0, self._model.conditioning.take(rows * 0))
-
 
 def fewest_dims(basis: LayerBasis, share: float) -> int:
-    """The smallest number of leading components, at least 1, that hold `share` of the variance; `basis` has all."""
+    """Return the smallest number of leading components, at least 1, that explain `share` of the variance."""
     held = basis.explained_variance.cumsum() / (basis.total_variance or 1)
     return min(int((held < share - 1e-9).sum()) + 1, len(held))
 
 
 def as_colours(maps: Tensor, basis: LayerBasis) -> np.ndarray:
-    """The first three principal components as red, green and blue, from their 1st to their 99th percentile.
+    """Show the first three principal components as red, green and blue, from their 1st to their 99th percentile.
 
     Args:
         maps: float32 (m, C, h, w) on the CPU; the range is that of all m.
@@ -185,7 +163,7 @@ def as_colours(maps: Tensor, basis: LayerBasis) -> np.ndarray:
 
 
 def _first(passes: Iterator[Maps], count: int) -> Maps:
-    """The maps of the first batches, joined, of at least `count` images."""
+    """Join the maps of the first batches, until they have at least `count` images."""
     batches: list[Maps] = []
     have = 0
     while have < count:

@@ -1,4 +1,4 @@
-"""A node's answers while the common basis is made: its frozen model runs on its own images, moments leave it."""
+"""A node's part of the common basis: it runs the frozen model on its own images and sends moments."""
 
 import numpy as np
 from flwr.app import Context, Message, MetricRecord, RecordDict
@@ -6,7 +6,7 @@ from flwr.app import Context, Message, MetricRecord, RecordDict
 from pipeline import feature_store
 from pipeline.diffusion import backbones
 from pipeline.diffusion.prompted_model import Inputs
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError
 from pipeline.federation import members
 from pipeline.federation.node import Node, config_of, node_of
 from pipeline.io import atomic
@@ -16,24 +16,24 @@ from stages.extract_features import basis as pca
 from stages.extract_features import plan as planning
 from stages.extract_features.extraction import Extraction
 from stages.extract_features.federated.moments import pack_moments, pack_pooled, unpack_layers
-from stages.extract_features.plan import Job
+from stages.extract_features.plan import ExtractionPlan
 from stages.extract_features.run import load
 
 
 def join(message: Message, context: Context) -> RecordDict:
-    """Checks the node's data and frozen model; says what it must agree on with the others.
+    """Check the node's data and frozen model, and return its introduction.
 
     Raises:
-        PipelineError: it cannot take part.
+        PipelineError: It cannot take part.
     """
     node, job = _job(context)
-    channels = backbones.layer_channels(job.config.backbone_dir, job.config.params.extract_features.layers)
-    agreement = job.plan.content.common() | {"channels": channels}
+    channels = backbones.layer_channels(job.model_dir, job.settings.layers)
+    agreement = job.feature_set.content.common() | {"channels": channels}
     return members.introduction(node.client_id, node.name, len(_images(job)), agreement)
 
 
 def moments(message: Message, context: Context) -> RecordDict:
-    """The moments of the node's maps: as many passes of the frozen model as it has basis images."""
+    """Return the moments of the node's maps, which takes one pass of the frozen model per basis image."""
     _, job = _job(context)
     extraction, inputs = _ready(job)
     with progress_bar(len(inputs.noisy), "moments", "image") as bar:
@@ -41,7 +41,7 @@ def moments(message: Message, context: Context) -> RecordDict:
 
 
 def pooled(message: Message, context: Context) -> RecordDict:
-    """Mean and squares of the node's representations on the common basis: as many passes again."""
+    """Return mean and squares of its representations on the common basis, which takes as many passes again."""
     _, job = _job(context)
     extraction, inputs = _ready(job)
     with progress_bar(len(inputs.noisy), "statistics", "image") as bar:
@@ -49,10 +49,10 @@ def pooled(message: Message, context: Context) -> RecordDict:
 
 
 def basis(message: Message, context: Context) -> RecordDict:
-    """Keeps basis.h5 where params.yaml has it, if it can be read as one.
+    """Save basis.h5 at the path in params.yaml.
 
     Raises:
-        PipelineError: it is no basis of the node's layers, or cannot be written.
+        PipelineError: It is not a valid basis of the node's layers, or it cannot be written.
     """
     node, job = _job(context)
     config = _config(context, node)
@@ -60,7 +60,7 @@ def basis(message: Message, context: Context) -> RecordDict:
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic.replace_file(file) as received:
         received.write_bytes(np.array(message.content.array_records["file"]["basis.h5"].numpy()).tobytes())
-        feature_store.read_basis_file(received, list(job.plan.content.layers))
+        feature_store.read_basis_file(received, list(job.feature_set.content.layers))
         atomic.sync_to_disk(received)
     return RecordDict({"kept": MetricRecord({"bytes": file.stat().st_size})})
 
@@ -68,23 +68,22 @@ def basis(message: Message, context: Context) -> RecordDict:
 def _config(context: Context, node: Node) -> Config:
     config = config_of(context.run_config, node.root, node.device)
     if config.params.extract_features.basis == "auto":
-        raise PipelineError("extract_features.basis is auto: name the file that the common basis shall be kept in")
+        raise ConfigError("extract_features.basis is auto. Set it to a file for the common basis (data/basis.h5).")
     return config
 
 
-def _job(context: Context) -> tuple[Node, Job]:
-    """The extraction that the node would do if it fitted a basis of its own."""
+def _job(context: Context) -> tuple[Node, ExtractionPlan]:
+    """Return the extraction that the node would do with a basis of its own images."""
     node = node_of(context)
     config = _config(context, node)
     own = config.params.extract_features.model_copy(update={"basis": "auto"})
     return node, planning.make(Config(config.params.model_copy(update={"extract_features": own}), config.root))
 
 
-def _images(job: Job) -> np.ndarray:
-    params = job.config.params.extract_features
-    return pca.images(job.plan.rows, params.basis_images, params.noise_seed)
+def _images(job: ExtractionPlan) -> np.ndarray:
+    return pca.images(job.feature_set.rows, job.settings.basis_images, job.settings.noise_seed)
 
 
-def _ready(job: Job) -> tuple[Extraction, Inputs]:
+def _ready(job: ExtractionPlan) -> tuple[Extraction, Inputs]:
     extraction = load(job)
     return extraction, extraction.clean_inputs(_images(job))

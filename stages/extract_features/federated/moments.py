@@ -1,4 +1,4 @@
-"""What nodes send of their maps and representations, how it adds up, and how it travels as Flower's records."""
+"""The moments of the nodes' maps and representations: how they are added, and sent as Flower's records."""
 
 from collections.abc import Iterable, Mapping
 
@@ -7,26 +7,26 @@ import torch
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 
 from pipeline.diffusion.representation import Moments
-from pipeline.errors import PipelineError
+from pipeline.errors import DataError
 from pipeline.feature_store import LayerBasis
 
 
 def pack_moments(moments: Mapping[str, Moments]) -> RecordDict:
-    """Layer -> moments, as a message's content."""
+    """Return the moments by layer as the content of a message."""
     arrays = {f"{layer}:{part}": getattr(own, part) for layer, own in moments.items() for part in ("mean", "scatter")}
     counts = {layer: own.count for layer, own in moments.items()}
     return RecordDict({"moments": _record(arrays), "counts": MetricRecord(counts)})  # type: ignore[arg-type]
 
 
 def read_moments(content: RecordDict, channels: Mapping[str, int]) -> dict[str, Moments]:
-    """Layer -> the moments of one node's vectors.
+    """Return the moments of one node's vectors by layer.
 
     Args:
-        content: of the node's answer.
-        channels: layer -> C.
+        content: The content of the node's answer.
+        channels: The number of channels by layer.
 
     Raises:
-        PipelineError: it holds no such moments, or they are not finite.
+        DataError: They are invalid or not finite.
     """
     found = {layer: Moments(width) for layer, width in channels.items()}
     try:
@@ -34,13 +34,13 @@ def read_moments(content: RecordDict, channels: Mapping[str, int]) -> dict[str, 
             mean = _array(content.array_records["moments"], f"{layer}:mean", (width,))
             scatter = _array(content.array_records["moments"], f"{layer}:scatter", (width, width))
             found[layer].add(_count(content, layer), torch.from_numpy(mean), torch.from_numpy(scatter))
-    except Exception as error:  # bytes from elsewhere, read by several libraries: whatever they raise
-        raise PipelineError(f"its moments cannot be used: {error!r}") from None
+    except Exception as error:  # untrusted bytes, parsed by several libraries: any exception means invalid
+        raise DataError(f"invalid moments ({error!r})") from None
     return found
 
 
 def add_moments(parts: Iterable[Mapping[str, Moments]]) -> dict[str, Moments]:
-    """The moments of all nodes' vectors together; at least one node, in the order of clients."""
+    """Return the moments of all nodes' vectors; at least one node, in the order of clients."""
     total: dict[str, Moments] = {}
     for part in parts:
         for layer, own in part.items():
@@ -49,7 +49,7 @@ def add_moments(parts: Iterable[Mapping[str, Moments]]) -> dict[str, Moments]:
 
 
 def pack_layers(layers: Mapping[str, LayerBasis]) -> RecordDict:
-    """Layer -> its PCA, as a message's content."""
+    """Return the PCA by layer as the content of a message."""
     parts = ("mean", "components", "explained_variance")
     arrays = {f"{layer}:{part}": getattr(basis, part) for layer, basis in layers.items() for part in parts}
     totals = {layer: basis.total_variance for layer, basis in layers.items()}
@@ -57,7 +57,7 @@ def pack_layers(layers: Mapping[str, LayerBasis]) -> RecordDict:
 
 
 def unpack_layers(content: RecordDict) -> dict[str, LayerBasis]:
-    """The PCA of every layer, as the server sent it."""
+    """Read the PCA by layer from the server's message."""
     arrays, totals = content.array_records["layers"], content.metric_records["totals"]
 
     def array(layer: str, part: str) -> np.ndarray:
@@ -75,27 +75,27 @@ def unpack_layers(content: RecordDict) -> dict[str, LayerBasis]:
 
 
 def pack_pooled(values: np.ndarray) -> RecordDict:
-    """Representations float64 (n, D) -> their number, mean and squares about it, as a message's content."""
+    """Return number, mean and squared deviations of representations float64 (n, D) as the content of a message."""
     mean = values.mean(0)
     arrays = {"mean": mean, "squares": np.square(values - mean).sum(0)}
     return RecordDict({"pooled": _record(arrays), "counts": MetricRecord({"images": len(values)})})
 
 
 def read_pooled(content: RecordDict, dims: int) -> tuple[int, np.ndarray, np.ndarray]:
-    """The number, mean and squares (dims,) of one node's representations.
+    """Return the number, mean and squared deviations (dims,) of one node's representations.
 
     Raises:
-        PipelineError: it holds no such numbers.
+        DataError: They are invalid.
     """
     try:
         mean, squares = (_array(content.array_records["pooled"], key, (dims,)) for key in ("mean", "squares"))
         return _count(content, "images"), mean, squares
     except Exception as error:  # as above
-        raise PipelineError(f"its statistics cannot be used: {error!r}") from None
+        raise DataError(f"invalid statistics ({error!r})") from None
 
 
 def add_pooled(parts: Iterable[tuple[int, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (D,) of all nodes' representations together; at least one node."""
+    """Return mean and standard deviation (D,) of all nodes' representations; at least one node."""
     (count, mean, squares), *others = parts
     for own, own_mean, own_squares in others:
         shift, total = own_mean - mean, count + own
@@ -119,7 +119,7 @@ def _record(arrays: Mapping[str, np.ndarray | torch.Tensor]) -> ArrayRecord:
 
 
 def _array(record: ArrayRecord, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """float64, finite and of this shape."""
+    """Return a finite float64 array of this shape."""
     array = np.array(record[name].numpy())
     if array.dtype != np.float64 or array.shape != shape or not np.isfinite(array).all():
         raise ValueError(f"{name} is {array.dtype} of shape {array.shape}, or not finite; float64 {shape} is expected")

@@ -1,64 +1,113 @@
-"""What a federated method is: pure functions with explicit state (after FedJAX's shape).
+"""The contract of a federated method: pure functions with explicit state (after FedJAX's design).
 
-An engine holds the states and calls the functions; nothing here knows whether clients run in turn in one process or
-on many machines. Weights are a model's whole state dict: parameters and buffers. All state is named tensors, so that
-it can be written to safetensors or sent as arrays.
+An engine holds the states and calls the functions. A method does not know whether its clients run in turn in one
+process or on many machines.
 """
 
-from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, ClassVar
 
-from torch import Tensor
-
+from pipeline.errors import ConfigError
+from pipeline.settings import params
+from pipeline.settings.params import Section
 from stages.train_fl.client_data import Batches
+from stages.train_fl.methods.local_sgd import LocalSGD
+from stages.train_fl.methods.state import ClientState, ClientUpdate, Metrics, ServerState, Weights
 
-Weights = dict[str, Tensor]
-Metrics = dict[str, float]
-
-
-@dataclass(frozen=True)
-class ServerState:
-    """The weights clients start from, and what else the server sends to clients or keeps between rounds (by name)."""
-
-    weights: Weights
-    broadcast: Weights = field(default_factory=dict)
-    private: Weights = field(default_factory=dict)
+_CLASSES: dict[type[Section], "type[Method]"] = {}
 
 
-ClientState = Weights
-"""What a client keeps between the rounds it takes part in; empty for methods without client state, and where a method
-says so before the client's first round."""
+class Method:
+    """Base class of the federated methods.
 
+    A subclass with a nested `Settings` class is a method of its own: defining it registers it, and a `methods:` entry
+    selects it by the value of `algorithm`, a Literal with a default.
 
-@dataclass(frozen=True)
-class ClientUpdate:
-    """What a client sends back: its weights after local training, its number of samples and of optimiser steps.
-
-    `extras` is what a method sends besides: control variates, prototypes and their counts.
+    Attributes:
+        Settings: Settings of a `methods:` entry; their defaults are the paper's values.
+        needs_labels: Whether training reads labels. If not, the embeddings are evaluated, by k-NN and a linear probe.
+        needs_augmentation: Whether training compares random views of an image.
+        sends_only_weights: Whether clients send their weights and nothing else, and the server takes their mean and
+            keeps nothing. Only such methods can run with differential privacy or secure aggregation.
     """
 
-    weights: Weights
-    num_samples: int
-    num_steps: int
-    extras: Weights = field(default_factory=dict)
+    Settings: ClassVar[type[Section]]
+    needs_labels: ClassVar[bool] = True
+    needs_augmentation: ClassVar[bool] = False
+    sends_only_weights: ClassVar[bool] = False
 
+    def __init_subclass__(cls) -> None:
+        """Register a method that has settings of its own.
 
-class Method(Protocol):
-    """A federated method."""
+        Raises:
+            ConfigError: Another method has the same `algorithm`.
+        """
+        if "Settings" not in vars(cls):
+            return
+        if "sends_only_weights" not in vars(cls):
+            cls.sends_only_weights = False  # never inherited: a subclass may send more than the class it derives from
+        algorithm = cls.Settings.model_fields["algorithm"].default
+        registered = params.METHODS.get(algorithm)
+        # A class of the same name and module is a redefinition, as when a notebook cell runs again.
+        if registered and _identity(registered) != _identity(cls.Settings):
+            raise ConfigError(f'Algorithm "{algorithm}" is already defined by {_identity(registered)}. Rename one.')
+        params.METHODS[algorithm] = cls.Settings
+        _CLASSES[cls.Settings] = cls
+
+    def __init__(self, local_sgd: LocalSGD, settings: Section | None = None, num_clients: int = 1) -> None:
+        """Create the method.
+
+        Args:
+            local_sgd: The local training, which holds the network.
+            settings: An instance of `Settings`; None for the defaults.
+            num_clients: N, the number of all clients, sampled or not.
+        """
+        self.local_sgd = local_sgd
+        self.settings: Any = settings or self.Settings()
+        self.num_clients = num_clients
+
+    @classmethod
+    def model_parts(cls, settings: Any) -> dict[str, Any]:
+        """Return the parts that the method adds to its model, as arguments of `models.build`."""
+        return {}
 
     def init_server(self, weights: Weights) -> ServerState:
-        """The server's state before the first round."""
+        """Return the server's state before the first round."""
+        return ServerState(weights)
 
     def init_client(self, weights: Weights) -> ClientState:
-        """A client's state before it first takes part."""
+        """Return a client's state before its first round."""
+        return {}
 
     def client_update(
         self, weights: Weights, broadcast: Weights, state: ClientState, batches: Batches, learning_rate: float
     ) -> tuple[ClientUpdate, ClientState, Metrics]:
-        """Local training from the server's weights at this round's learning rate; changes none of its arguments."""
+        """Train locally from the server's weights, without changing any argument.
+
+        Args:
+            weights: The server's weights.
+            broadcast: What else the server sent.
+            state: What the client kept from its last round.
+            batches: The client's data.
+            learning_rate: The rate of this round.
+
+        Returns:
+            What the client sends, what it keeps, and the mean of each term of its loss.
+        """
+        raise NotImplementedError
 
     def server_update(self, state: ServerState, updates: list[ClientUpdate]) -> tuple[ServerState, Metrics]:
-        """Aggregation of one round's updates; changes none of its arguments."""
+        """Aggregate one round's updates, without changing any argument."""
+        raise NotImplementedError
 
     def reported_weights(self, state: ServerState) -> Weights:
-        """The global model that is evaluated and saved; for all but FedDyn the weights clients start from."""
+        """Return the global model to evaluate and save; for all methods but FedDyn the weights clients start from."""
+        return state.weights
+
+
+def method_class(settings: Section) -> type[Method]:
+    """Return the method that a `methods:` entry selects."""
+    return _CLASSES[type(settings)]
+
+
+def _identity(settings: type[Section]) -> str:
+    return f"{settings.__module__}.{settings.__qualname__}"

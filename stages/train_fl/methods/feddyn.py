@@ -1,72 +1,78 @@
-"""FedDyn (Acar et al., ICLR 2021): a regulariser per client that makes the local optima agree with the global one.
+"""FedDyn (Acar et al., ICLR 2021, https://arxiv.org/abs/2111.04263): a dynamic regulariser aligns the local optima.
 
     client i:  SGD on  cross-entropy + alpha <w, h_i - x> + alpha/2 ||w||^2,  x the server's point
                h_i <- h_i + (w_i - x)
     server:    x <- mean_S w_i + (1/N) sum over all N of h_i
 
-The term's gradient is alpha (w - x + h_i), which is what is added here. h_i is -1/alpha times the paper's gradient
-state, as in the authors' code; their alpha_i = alpha / (n_i / mean n) goes with an objective weighted by samples and
-is not taken: the paper's objective, alpha and mean over S are uniform. The reported model is mean_S w_i, as in the
-authors' code, and not the server's point, which clients start from. With alpha = 0 nothing is regularised and no h is
-kept (the paper's h/alpha is 0/0 there): FedAvg with a uniform mean. Buffers are averaged plainly, by samples.
+The term's gradient, alpha (w - x + h_i), is added to the loss's. h_i is -1/alpha times the paper's gradient state, as
+in the authors' code. The reported model is mean_S w_i, as in the authors' code, and not the server's point, which
+clients start from. With alpha = 0 nothing is regularised and no h is kept (the paper's h/alpha is 0/0 there): FedAvg
+with a uniform mean. Buffers are averaged by samples, as in FedAvg.
+
+Difference from the authors' code: its alpha_i = alpha / (n_i / mean n) belongs to an objective weighted by samples. The
+paper's objective, alpha and mean over S are uniform, and so are these.
 """
 
+from typing import Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from pipeline.settings.params import MethodSettings
 from stages.train_fl.client_data import Batches
-from stages.train_fl.methods.base import ClientState, ClientUpdate, Metrics, ServerState, Weights
-from stages.train_fl.methods.fedavg import FedAvg, subtract
-from stages.train_fl.methods.fedprox import add_proximal_gradient
-from stages.train_fl.methods.local_sgd import LocalSGD
+from stages.train_fl.methods.arithmetic import add_proximal_gradient, subtract
+from stages.train_fl.methods.fedavg import FedAvg
+from stages.train_fl.methods.state import ClientState, ClientUpdate, Metrics, ServerState, Weights
 
 
 class FedDyn(FedAvg):
-    """FedDyn."""
+    """FedAvg with a dynamic regulariser per client."""
 
-    def __init__(self, local_sgd: LocalSGD, num_clients: int, alpha: float) -> None:
-        """N clients in all; alpha >= 0, 0.01 in the authors' code."""
-        super().__init__(local_sgd)
-        self._num_clients = num_clients
-        self._alpha = alpha
+    class Settings(MethodSettings):
+        """The value is the authors' code's."""
+
+        algorithm: Literal["feddyn"] = "feddyn"
+        alpha: float = Field(0.01, ge=0, description="weight of the dynamic regulariser; 0 switches it off")
 
     def client_update(
         self, weights: Weights, broadcast: Weights, state: ClientState, batches: Batches, learning_rate: float
     ) -> tuple[ClientUpdate, ClientState, Metrics]:
-        """Regularised local SGD; the state is h_i (empty before the first time: zero)."""
-        if self._alpha == 0:
+        """Run regularised local SGD; the client keeps h_i (empty, for zero, at first)."""
+        alpha = self.settings.alpha
+        if alpha == 0:
             return super().client_update(weights, broadcast, state, batches, learning_rate)
         start = self._parameters(weights)
         target = [value - state[name] if state else value for name, value in start.items()]  # x - h_i
 
         def correct(parameters: list[Tensor], gradients: list[Tensor]) -> None:
-            add_proximal_gradient(gradients, parameters, target, self._alpha)
+            add_proximal_gradient(gradients, parameters, target, alpha)
 
-        update, metrics = self._local_sgd(weights, batches, learning_rate, self.objective, correct)
+        update, metrics = self.local_sgd(weights, batches, learning_rate, self.objective, correct)
         drift = subtract(self._parameters(update.weights), start)
         return update, {name: value + state[name] if state else value for name, value in drift.items()}, metrics
 
     def server_update(self, state: ServerState, updates: list[ClientUpdate]) -> tuple[ServerState, Metrics]:
-        """The uniform mean, moved by the mean drift over all clients, which is kept."""
+        """Take the uniform mean, moved by the mean drift over all clients, which the server keeps."""
         average = self._average(updates, "uniform")
-        if self._alpha == 0:
+        if self.settings.alpha == 0:
             return ServerState(average), {}
         start = self._parameters(state.weights)
         ends = [self._parameters(update.weights) for update in updates]
-        drift = new_mean_drift(state.private, start, ends, self._num_clients)
+        drift = new_mean_drift(state.private, start, ends, self.num_clients)
         moved = {name: average[name] + value for name, value in drift.items()}
         return ServerState(average | moved, private=drift), {}
 
     def reported_weights(self, state: ServerState) -> Weights:
-        """mean_S w_i, up to rounding: the server's point without the drift."""
+        """Return mean_S w_i, up to rounding: the server's point without the drift."""
         return state.weights | {name: state.weights[name] - value for name, value in state.private.items()}
 
 
 def new_mean_drift(drift: Weights, start: Weights, ends: list[Weights], num_clients: int) -> Weights:
-    """(1/N) sum over all N clients of h_i, after the participants' h_i <- h_i + (w_i - x).
+    """Compute (1/N) sum over all N clients of h_i, after the participants' h_i <- h_i + (w_i - x).
 
     Args:
-        drift: the mean before; empty stands for zero.
+        drift: The mean before; empty for zero.
         start: x, the parameters that clients started from.
         ends: w_i, per participant.
         num_clients: N, all clients.

@@ -1,64 +1,79 @@
-"""FedNH (Dai et al., AAAI 2023): class prototypes, spread uniformly at the start, are the classifier.
+"""FedNH (Dai et al., AAAI 2023, https://arxiv.org/abs/2212.02758): uniformly spread prototypes as the classifier.
 
     model:     logits = s cos(z, W_c); unit rows W_c frozen during local training, s trained
     client k:  SGD on cross-entropy; then mu_k^c = unit(mean over its samples of class c of unit(z)), and n_k^c
     server:    W_c <- unit(rho W_c + (1 - rho) unit(sum_k n_k^c mu_k^c / sum_k n_k^c));   all else: mean
 
 W starts orthonormal (models.CosineClassifier). A class that no participant has keeps its row. The mean of all else is
-uniform as in the authors' code (`weighting`), which also clips gradients and decays the rate; that is the run's matter
-here. Client prototypes are made after training, in evaluation mode as there, but of clean images.
+uniform, as in the authors' code (`weighting`).
+
+Differences from the authors' code:
+
+- It also clips gradients and decays the learning rate; here these are settings of the run.
+- Client prototypes are computed after training in evaluation mode, as there, but from unaugmented images.
 """
 
 from dataclasses import replace
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from pipeline.settings.params import MethodSettings
 from stages.train_fl.client_data import Batches
 from stages.train_fl.losses import unit
-from stages.train_fl.methods.base import ClientState, ClientUpdate, Metrics, ServerState, Weights
 from stages.train_fl.methods.fedavg import FedAvg, Weighting
-from stages.train_fl.methods.local_sgd import LocalSGD
+from stages.train_fl.methods.state import ClientState, ClientUpdate, Metrics, ServerState, Weights
 
 PROTOTYPES = "classifier.prototypes"
 
 
 class FedNH(FedAvg):
-    """FedNH, for a model with a cosine classifier."""
+    """FedNH, with a cosine classifier in its model."""
 
-    def __init__(self, local_sgd: LocalSGD, smoothing: float, weighting: Weighting) -> None:
-        """Takes rho in [0, 1], 0.9 in the paper; "uniform" weighting is the authors'."""
-        super().__init__(local_sgd)
-        self._smoothing = smoothing
-        self._weighting = weighting
+    class Settings(MethodSettings):
+        """The values are the paper's."""
+
+        algorithm: Literal["fednh"] = "fednh"
+        smoothing: float = Field(0.9, ge=0, le=1, description="share of the old prototypes that the server keeps (rho)")
+        scale: float = Field(20.0, gt=0, description="initial value of the trainable factor on the cosines")
+        weighting: Weighting = Field(
+            "uniform", description="the mean over participants: uniform (authors' code) or by samples"
+        )
+
+    @classmethod
+    def model_parts(cls, settings: Any) -> dict[str, Any]:
+        """Replace the classifier by one on cosines."""
+        return {"cosine_scale": settings.scale}
 
     def client_update(
         self, weights: Weights, broadcast: Weights, state: ClientState, batches: Batches, learning_rate: float
     ) -> tuple[ClientUpdate, ClientState, Metrics]:
-        """Local SGD; sends prototypes (K, D), zero for a class it lacks, and sample counts (K,)."""
+        """Run local SGD; send prototypes (K, D), zero for a class it lacks, and sample counts (K,)."""
         update, state, metrics = super().client_update(weights, broadcast, state, batches, learning_rate)
-        sums, counts = self._local_sgd.class_sums(batches, lambda model, images: unit(model.embed(images)))
+        sums, counts = self.local_sgd.class_sums(batches, lambda model, images: unit(model.embed(images)))
         return replace(update, extras={"prototypes": unit(sums), "counts": counts}), state, metrics
 
     def server_update(self, state: ServerState, updates: list[ClientUpdate]) -> tuple[ServerState, Metrics]:
-        """The mean of the body and the smoothed prototypes."""
-        average = self._average(updates, self._weighting)
+        """Average the body and smooth the prototypes."""
+        average = self._average(updates, self.settings.weighting)
         average[PROTOTYPES] = new_prototypes(
             state.weights[PROTOTYPES],
             torch.stack([update.extras["prototypes"] for update in updates]),
             torch.stack([update.extras["counts"] for update in updates]),
-            self._smoothing,
+            self.settings.smoothing,
         )
         return ServerState(average), {}
 
 
 def new_prototypes(prototypes: Tensor, of_clients: Tensor, counts: Tensor, smoothing: float) -> Tensor:
-    """W_c <- unit(rho W_c + (1 - rho) unit(sum_k n_k^c mu_k^c)); a row without samples is unchanged.
+    """Update the prototypes: W_c <- unit(rho W_c + (1 - rho) unit(sum_k n_k^c mu_k^c)).
 
     Args:
         prototypes: W, float (K, D), unit rows.
         of_clients: mu, float (S, K, D), unit rows per participant.
-        counts: n, float (S, K).
+        counts: n, float (S, K); the row of a class without samples is unchanged.
         smoothing: rho in [0, 1].
     """
     pooled = unit((counts[:, :, None] * of_clients).sum(0))

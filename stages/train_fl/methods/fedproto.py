@@ -1,40 +1,47 @@
-"""FedProto (Tan et al., AAAI 2022) with FedAvg: embeddings are drawn to their class's global prototype.
+"""FedProto (Tan et al., AAAI 2022, https://arxiv.org/abs/2105.00243) with FedAvg's aggregation.
 
     client k:  SGD on  cross-entropy + lambda * mean over B, D of (z_i - C_{y_i})^2
                then C_k^c = mean of z over its samples of class c, and their number n_k^c
     server:    C_c <- sum_k n_k^c C_k^c / sum_k n_k^c;   weights as FedAvg
 
-The paper exchanges prototypes alone and keeps a model per client; a table of global models needs one, hence FedAvg's
-mean on top. Prototypes are averaged by samples as in the paper (its code: uniformly over the clients that have the
-class). A class that never had a prototype adds 0; one that no participant has this round keeps its own. In the first
-round there are none and the term is 0.
+Embeddings are drawn to their class's global prototype. A class that never had a prototype contributes 0; one that no
+participant has this round keeps its prototype. In the first round there are none and the term is 0.
+
+Differences from the paper and its code:
+
+- The paper exchanges only prototypes and keeps a model per client. A comparison of global models needs one, hence
+  FedAvg's mean.
+- Prototypes are averaged by samples, as in the paper; its code averages uniformly over the clients that have the class.
 """
 
 import functools
 from dataclasses import replace
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from pipeline.settings.params import MethodSettings
 from stages.train_fl import losses
 from stages.train_fl.client_data import Batch, Batches
-from stages.train_fl.methods.base import ClientState, ClientUpdate, Metrics, ServerState, Weights
 from stages.train_fl.methods.fedavg import FedAvg
-from stages.train_fl.methods.local_sgd import LocalSGD
+from stages.train_fl.methods.state import ClientState, ClientUpdate, Metrics, ServerState, Weights
 from stages.train_fl.models import FLModel
 
 
 class FedProto(FedAvg):
-    """FedProto with FedAvg's aggregation."""
+    """FedProto with FedAvg's aggregation of the weights."""
 
-    def __init__(self, local_sgd: LocalSGD, prototype_weight: float) -> None:
-        """Takes lambda >= 0, 1 in the paper."""
-        super().__init__(local_sgd)
-        self._weight = prototype_weight
+    class Settings(MethodSettings):
+        """The value is the paper's."""
+
+        algorithm: Literal["fedproto"] = "fedproto"
+        prototype_weight: float = Field(1.0, ge=0, description="weight of the distance to the class's global prototype")
 
     def init_server(self, weights: Weights) -> ServerState:
-        """No class has a prototype; prototypes float (K, D) and known bool (K,) are sent to clients."""
-        model, device = self._local_sgd.model, next(iter(weights.values())).device
+        """Broadcast prototypes, float (K, D), and which of them are known, bool (K,): none yet."""
+        model, device = self.local_sgd.model, next(iter(weights.values())).device
         prototypes = torch.zeros(model.num_classes, model.embedding_dim, device=device)
         known = torch.zeros(model.num_classes, dtype=torch.bool, device=device)
         return ServerState(weights, broadcast={"prototypes": prototypes, "known": known})
@@ -42,14 +49,14 @@ class FedProto(FedAvg):
     def client_update(
         self, weights: Weights, broadcast: Weights, state: ClientState, batches: Batches, learning_rate: float
     ) -> tuple[ClientUpdate, ClientState, Metrics]:
-        """Local SGD with the prototypes' term; sends its own prototypes' sums (K, D) and counts (K,)."""
+        """Run local SGD with the prototypes' term; send the sums (K, D) and counts (K,) of its own prototypes."""
         objective = functools.partial(self._attract, prototypes=broadcast["prototypes"], known=broadcast["known"])
-        update, metrics = self._local_sgd(weights, batches, learning_rate, objective)
-        sums, counts = self._local_sgd.class_sums(batches, FLModel.embed)
+        update, metrics = self.local_sgd(weights, batches, learning_rate, objective)
+        sums, counts = self.local_sgd.class_sums(batches, FLModel.embed)
         return replace(update, extras={"sums": sums, "counts": counts}), state, metrics
 
     def server_update(self, state: ServerState, updates: list[ClientUpdate]) -> tuple[ServerState, Metrics]:
-        """FedAvg's mean, and the new prototypes."""
+        """Average the weights as FedAvg, and update the prototypes."""
         prototypes, known = new_prototypes(
             **state.broadcast,
             sums=torch.stack([update.extras["sums"] for update in updates]),
@@ -63,16 +70,16 @@ class FedProto(FedAvg):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         embeddings, terms = self.objective(model, batch)
         loss = losses.prototype_loss(embeddings, batch.labels, prototypes, known)
-        return embeddings, terms | {"prototype": self._weight * loss}
+        return embeddings, terms | {"prototype": self.settings.prototype_weight * loss}
 
 
 def new_prototypes(prototypes: Tensor, known: Tensor, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """C_c <- sum_k n_k^c C_k^c / sum_k n_k^c, where a participant has the class.
+    """Average the clients' prototypes: C_c <- sum_k n_k^c C_k^c / sum_k n_k^c, if a participant has the class.
 
     Args:
         prototypes: C, float (K, D).
-        known: bool (K,), the class has a prototype.
-        sums: n_k^c C_k^c, float (S, K, D): per participant the sum of its embeddings of each class.
+        known: bool (K,), whether the class has a prototype.
+        sums: n_k^c C_k^c, float (S, K, D), per participant the sum of its embeddings of each class.
         counts: n_k^c, float (S, K).
 
     Returns:

@@ -1,22 +1,21 @@
 """The local training that methods share: SGD on a method's objective, from the global weights.
 
 A method may add terms to the loss (its objective) or correct the gradients before the optimiser sees them (control
-variates, proximal terms): inside the gradient, hence inside the momentum. Clipping acts on what comes of both, before
-weight decay, which the optimiser adds. FedDifRC's guidance is added here, so it goes on top of any method. Nothing in a
-step waits for the device: the terms are summed there and read once, at the end. The optimiser is PyTorch's fused SGD,
-one pass over the parameters, which on a CPU takes a third of the default's time.
+variates, proximal terms), so that the correction passes through the momentum. FedDifRC's guidance is added here, and so
+works with any method. Gradients are clipped after both, and before weight decay, which the optimiser applies.
 """
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from stages.train_fl.client_data import Batch, Batches
-from stages.train_fl.methods.base import ClientUpdate, Metrics, Weights
-from stages.train_fl.methods.feddifrc import GuidanceLoss
+from stages.train_fl.guidance import GuidanceTargets
+from stages.train_fl.methods.state import ClientUpdate, Metrics, Weights
 from stages.train_fl.models import FLModel
 
 Objective = Callable[[FLModel, Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -25,22 +24,27 @@ Objective = Callable[[FLModel, Batch], tuple[Tensor, dict[str, Tensor]]]
 Correction = Callable[[list[Tensor], list[Tensor]], None]
 """(parameters, gradients) -> None: changes the gradients in place."""
 
+Guide = Callable[[Tensor, GuidanceTargets], dict[str, Tensor]]
+"""(projected embeddings (B, D), targets) -> named scalar terms, added to the loss."""
+
 
 @dataclass(frozen=True)
 class LocalSGD:
-    """A network to train in and the optimiser's settings; the momentum buffer starts anew each round."""
+    """A network to train and the optimiser's settings; every round starts with an empty momentum buffer.
+
+    `parameter_names` are the trained parameters; every other entry of the weights is a buffer.
+    """
 
     model: FLModel
     momentum: float
     weight_decay: float
-    guidance: GuidanceLoss | None = None
+    guidance: Guide | None = None
     gradient_clipping: float | None = None
-    parameter_names: tuple[str, ...] = field(init=False)
 
-    def __post_init__(self) -> None:
-        """Notes the names of the trained parameters: all else in the weights is a buffer."""
-        names = tuple(name for name, value in self.model.named_parameters() if value.requires_grad)
-        object.__setattr__(self, "parameter_names", names)
+    @functools.cached_property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the trained parameters."""
+        return tuple(name for name, value in self.model.named_parameters() if value.requires_grad)
 
     def __call__(
         self,
@@ -50,11 +54,12 @@ class LocalSGD:
         objective: Objective,
         correction: Correction | None = None,
     ) -> tuple[ClientUpdate, Metrics]:
-        """Trains from `weights`; returns the update and the mean of each term of the loss over samples."""
+        """Train from `weights`; return the update and the mean of each term of the loss over samples."""
         model = self.model
         model.load_state_dict(weights)
         model.train()
         parameters: list[Tensor] = [value for value in model.parameters() if value.requires_grad]
+        # Fused SGD takes one pass over the parameters: a third of the default's time on a CPU.
         optimizer = torch.optim.SGD(
             parameters, learning_rate, momentum=self.momentum, weight_decay=self.weight_decay, fused=True
         )
@@ -77,15 +82,15 @@ class LocalSGD:
 
     @torch.no_grad()
     def class_sums(self, batches: Batches, function: Callable[[FLModel, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Sums of `function(model, images)`, (B, D), over the client's samples of each class: (K, D), and counts (K,).
+        """Sum `function(model, images)`, (B, D), over the client's samples of each class: (K, D), and counts (K,).
 
-        With the weights that the last training left, in evaluation mode, without gradients and augmentation: what a
-        client says of its data after training is said by one model. (FedProto's and FedCR's code collect it while the
-        last epoch still moves the model; FedNH's as here, but on augmented images.)
+        Runs the weights of the last training in evaluation mode, without gradients and augmentation, so that one model
+        describes all of a client's data. (The code of FedProto and FedCR collects during the last epoch, while the
+        model still changes; FedNH's does as here, but on augmented images.)
         """
         self.model.eval()
         parts = [
-            class_sums(function(self.model, images), labels, self.model.num_classes)
+            _class_sums(function(self.model, images), labels, self.model.num_classes)
             for images, labels in batches.samples()
         ]
         sums, counts = zip(*parts, strict=True)
@@ -99,11 +104,9 @@ class LocalSGD:
         return terms
 
 
-def class_sums(values: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Sums per class: float (B, D), int64 (B,) -> (num_classes, D), and the samples of each class (num_classes,).
-
-    A product with the one-hot labels: the same numbers on every run, also on a GPU.
-    """
+def _class_sums(values: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Sum per class: float (B, D), int64 (B,) -> (num_classes, D), and the samples of each class (num_classes,)."""
+    # A product with the one-hot labels is deterministic on a GPU, unlike scatter_add.
     one_hot = functional.one_hot(labels, num_classes).to(values.dtype)
     return one_hot.T @ values, one_hot.sum(0)
 
@@ -116,7 +119,7 @@ def _sum(terms: dict[str, Tensor]) -> Tensor:
 
 
 def _gradients(parameters: list[Tensor]) -> list[Tensor]:
-    """The gradients; zero for a parameter that no term of the loss reaches."""
+    """Return the gradients; zero for a parameter that no term of the loss reaches."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -131,6 +134,6 @@ def _accumulate(sums: dict[str, Tensor], terms: dict[str, Tensor], count: int) -
 
 
 def _means(sums: dict[str, Tensor], count: int) -> Metrics:
-    """One transfer for all terms."""
+    # One transfer for all terms: no step waits for the device.
     values = torch.stack(list(sums.values())).tolist() if sums else []
     return {name: value / count for name, value in zip(sums, values, strict=True)}

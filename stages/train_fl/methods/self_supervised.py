@@ -1,43 +1,93 @@
 """Training without labels: FedDifRC's self-supervised form, and FedAvg with SimSiam as the baseline beside it.
 
-    FedDifRC (Wang et al., ICCV 2025):   L = lambda_tdcl * L_TDCL(z, F) + lambda_ndcr * L_NDCR(z, H)
-    SimSiam (Chen and He, CVPR 2021):    L = -1/2 cos(p_1, sg(v_1')) - 1/2 cos(p_2, sg(v_2')), views 1 and 2
+    FedDifRC (Wang et al., ICCV 2025, https://arxiv.org/abs/2507.06482)
+        L = lambda_tdcl * L_TDCL(z, F) + lambda_ndcr * L_NDCR(z, H)
+    SimSiam (Chen and He, CVPR 2021, https://arxiv.org/abs/2011.10566)
+        L = -1/2 cos(p_1, sg(v_2)) - 1/2 cos(p_2, sg(v_1)), views 1 and 2
 
 No label is read if the feature set is self-supervised (`extract_features.prompts: self-supervised`): the positive
-prompt is then one that fits every image. The paper does not say how it trains and judges this variant in a federation;
-here clients run local SGD and FedAvg aggregates, and a k-NN classifier and a linear probe on the frozen embeddings,
-which do use the training labels, judge both methods alike. SimSiam needs neither negatives nor a momentum encoder, and
-so no state; with `guidance` FedDifRC's terms go on top of it.
+prompt is then one that fits every image. The paper does not say how it trains and evaluates this variant in a
+federation. Here clients run local SGD and the server aggregates as FedAvg; a k-NN classifier and a linear probe on the
+frozen embeddings, which do use the training labels, evaluate both methods alike. SimSiam needs neither negatives nor a
+momentum encoder, and so no state.
 """
 
+from typing import Any, Literal
+
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.errors import ConfigError
+from pipeline.settings.params import Guidance, MethodSettings, Section
 from stages.train_fl.client_data import Batch, Batches
-from stages.train_fl.methods.base import ClientState, ClientUpdate, Metrics, Weights
 from stages.train_fl.methods.fedavg import FedAvg
+from stages.train_fl.methods.local_sgd import LocalSGD
+from stages.train_fl.methods.state import ClientState, ClientUpdate, Metrics, Weights
 from stages.train_fl.models import FLModel
+
+_NEIGHBOURS = "k of the k-NN classifier that evaluates the embeddings"
 
 
 class SelfSupervisedFedDifRC(FedAvg):
-    """FedAvg on the guidance's terms alone, which local SGD adds."""
+    """FedAvg on the two guidance losses, which local SGD adds, and no other."""
+
+    class Settings(Guidance):  # type: ignore[assignment]  # the weights and targets of the two losses
+        """See `Guidance`."""
+
+        algorithm: Literal["feddifrc-self-supervised"] = "feddifrc-self-supervised"
+        knn_neighbours: int = Field(20, ge=1, description=_NEIGHBOURS)
+
+    needs_labels = False
+    sends_only_weights = True
+
+    def __init__(self, local_sgd: LocalSGD, settings: Section | None = None, num_clients: int = 1) -> None:
+        """Create the method.
+
+        Raises:
+            ConfigError: Both losses are disabled.
+        """
+        super().__init__(local_sgd, settings, num_clients)
+        if not self.settings.tdcl_weight + self.settings.ndcr_weight:
+            raise ConfigError(
+                f"{self.settings.algorithm} has nothing to train on (both losses have weight 0). Set tdcl_weight or "
+                "ndcr_weight above 0."
+            )
 
     def objective(self, model: FLModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """No term of its own."""
+        """Compute the embeddings, without a term."""
         return model.embed(batch.images), {}
 
 
 class SimSiam(FedAvg):
     """FedAvg on SimSiam's loss; the model's classifier is a `SimSiamHeads`."""
 
+    class Settings(MethodSettings):
+        """`head_dim` suits small images; the paper's ImageNet model has 2048."""
+
+        algorithm: Literal["simsiam"] = "simsiam"
+        head_dim: int = Field(
+            128, ge=1, description="length of the projection; the predictor's bottleneck is a quarter of it"
+        )
+        knn_neighbours: int = Field(20, ge=1, description=_NEIGHBOURS)
+
+    needs_labels = False
+    needs_augmentation = True
+    sends_only_weights = True
+
+    @classmethod
+    def model_parts(cls, settings: Any) -> dict[str, Any]:
+        """Replace the classifier by SimSiam's projection and predictor."""
+        return {"simsiam_dim": settings.head_dim}
+
     def client_update(
         self, weights: Weights, broadcast: Weights, state: ClientState, batches: Batches, learning_rate: float
     ) -> tuple[ClientUpdate, ClientState, Metrics]:
-        """Local SGD on two views of every image."""
+        """Run local SGD on two views of every image."""
         return super().client_update(weights, broadcast, state, batches.with_two_views(), learning_rate)
 
     def objective(self, model: FLModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The symmetric negative cosine; each view is a forward pass of its own, with its own BatchNorm statistics."""
+        """Compute the symmetric negative cosine; each view has its own pass and BatchNorm statistics."""
         assert batch.second_view is not None
         embeddings, (first, first_prediction) = model(batch.images)
         _, (second, second_prediction) = model(batch.second_view)
@@ -46,13 +96,13 @@ class SimSiam(FedAvg):
 
 
 def simsiam_loss(first: Tensor, first_prediction: Tensor, second: Tensor, second_prediction: Tensor) -> Tensor:
-    """The mean over the batch of -1/2 cos(p_1, v_2) - 1/2 cos(p_2, v_1).
+    """Compute SimSiam's loss, the mean over the batch of -1/2 cos(p_1, v_2) - 1/2 cos(p_2, v_1).
 
     Args:
-        first: projections v_1 of the first views, float (B, D); receive no gradient.
+        first: v_1, the projections of the first views, float (B, D); receives no gradient.
         first_prediction: p_1, the predictor's output for them, float (B, D).
-        second: projections v_2 of the second views; receive no gradient.
-        second_prediction: p_2.
+        second: v_2, the projections of the second views, float (B, D); receives no gradient.
+        second_prediction: p_2, float (B, D).
 
     Returns:
         Scalar in [-1, 1]; -1 if every prediction points where the other view's projection does.

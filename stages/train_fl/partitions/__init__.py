@@ -1,4 +1,4 @@
-"""How the training set is dealt to clients: one kind of partition, one pure function.
+"""Partitions of the training set across clients, one pure function per kind.
 
 Every function takes plain arrays and numbers and a generator, and returns per client an ascending int64 array of
 positions in `labels`; no sample goes to two clients. `deal` calls the one that a `partitions:` entry names.
@@ -35,7 +35,7 @@ __all__ = [
 def deal(
     settings: Section, labels: np.ndarray, domains: np.ndarray, num_clients: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Deals by the kind that `settings` names.
+    """Partition by the kind that `settings` names.
 
     Args:
         settings: a `partitions:` entry.
@@ -66,7 +66,7 @@ def deal(
 
 
 def iid(labels: np.ndarray, num_clients: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Shuffles and cuts into parts whose sizes differ by one at most.
+    """Shuffle and split into parts whose sizes differ by at most one.
 
     Args:
         labels: int64 (N,); only their number matters.

@@ -1,8 +1,8 @@
 """Partitions by class: biased and unbiased clients ("NID2"), and k classes per client.
 
 The FedDifRC paper's NID2 is defined neither in it nor in its code, as far as public sources reach. The best sourced
-guess is FedDisco's NIID-2 (Ye et al., ICML 2023): 5 biased clients of 2 classes each and 1 unbiased client, all of
-equal size. That is what `label_skew(labels, 5, 2, 1, rng)` gives; the three numbers are parameters.
+interpretation is FedDisco's NIID-2 (Ye et al., ICML 2023): 5 biased clients of 2 classes each and 1 unbiased client,
+all of equal size. That is what `label_skew(labels, 5, 2, 1, rng)` gives; the three numbers are parameters.
 """
 
 import numpy as np
@@ -53,13 +53,13 @@ def label_skew(
             "n_biased or n_unbiased, or raise prepare_data.train_subset"
         )
     quota = np.floor(owned * (per_class * num_classes) + 1e-9).astype(int)  # (num_clients, num_classes)
-    return _take(labels, classes, quota, rng)
+    return _draw(labels, classes, quota, rng)
 
 
 def classes_per_client(
     labels: np.ndarray, num_clients: int, num_classes_each: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Gives every client k classes (NIID-Bench's "#label = k"): McMahan's pathological split with random classes.
+    """Give every client k classes (NIID-Bench's "#label = k"): McMahan's pathological split with random classes.
 
     Client i has class i mod K and k - 1 others drawn without replacement; a class's samples are dealt evenly to the
     clients that have it. A class that no client has is not used.
@@ -85,11 +85,11 @@ def classes_per_client(
     rank = np.cumsum(has, 0) - 1  # a client's place among the owners of a class
     owners = np.maximum(has.sum(0), 1)
     quota = np.where(has, sizes // owners + (rank < sizes % owners), 0)
-    return _take(labels, classes, quota, rng)
+    return _draw(labels, classes, quota, rng)
 
 
-def _take(labels: np.ndarray, classes: np.ndarray, quota: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-    """Gives client i quota[i, c] random samples of each class c, none twice."""
+def _draw(labels: np.ndarray, classes: np.ndarray, quota: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+    """Give client i quota[i, c] random samples of each class c, none twice."""
     parts: list[list[np.ndarray]] = [[] for _ in quota]
     for column, label in enumerate(classes):
         shuffled = rng.permutation(np.flatnonzero(labels == label))

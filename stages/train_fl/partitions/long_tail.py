@@ -9,7 +9,7 @@ import numpy as np
 
 
 def long_tail(labels: np.ndarray, imbalance_factor: float, rng: np.random.Generator) -> np.ndarray:
-    """The samples that are kept.
+    """Choose the samples to keep.
 
     Args:
         labels: int64 (N,).

@@ -1,20 +1,47 @@
-"""Draw partition.svg: the samples of every client and class."""
+"""A heat map of clients x classes; matplotlib is imported only when one is drawn."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline import plotting
 from pipeline.io import atomic
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MAX_NUMBERED_CELLS = 400
+
 
 def write(path: Path, counts: np.ndarray, class_names: list[str]) -> None:
-    """Write an SVG file; equal counts give equal bytes.
+    """Write an SVG heat map of samples per client and class; equal counts give equal bytes.
 
     Args:
-        path: The file.
+        path: the file.
         counts: int64 (num_clients, num_classes).
-        class_names: One per class.
+        class_names: one per column.
     """
-    most = int(counts.max())
-    atomic.write_text(path, plotting.clients_by_class(counts, class_names, f"largest dot: {most} samples", most))
+    atomic.write_text(path, _heat_map(counts, class_names))
+
+
+@plotting.svg
+def _heat_map(counts: np.ndarray, class_names: list[str]) -> "Figure":
+    from matplotlib.figure import Figure
+
+    num_clients, num_classes = counts.shape
+    figure = Figure(figsize=(2 + 0.45 * min(num_classes, 40), 1.6 + 0.3 * min(num_clients, 40)))
+    axes = figure.add_subplot()
+    image = axes.imshow(counts, cmap="Blues", aspect="auto", vmin=0)
+    figure.colorbar(image, label="samples")
+    axes.set(xlabel="class", ylabel="client", yticks=_ticks(num_clients), xticks=_ticks(num_classes))
+    axes.set_xticklabels([class_names[k] for k in _ticks(num_classes)], rotation=40, ha="right")
+    if counts.size <= _MAX_NUMBERED_CELLS:
+        for (client, label), count in np.ndenumerate(counts):
+            colour = "white" if count > counts.max() / 2 else "black"
+            axes.text(label, client, str(count), ha="center", va="center", fontsize=7, color=colour)
+    return figure
+
+
+def _ticks(count: int) -> list[int]:
+    return list(range(0, count, max(1, count // 40)))

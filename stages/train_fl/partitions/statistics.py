@@ -1,4 +1,4 @@
-"""How heterogeneous a partition is, in numbers that papers quote, from the label counts alone.
+"""Statistics of a partition's heterogeneity that papers quote, from its label counts.
 
 With p_k the label shares of client k, g those of all dealt samples and w_k = n_k / n: total variation
 TV_k = 1/2 sum |p_k - g| (Zhao et al.'s "EMD" is 2 TV); the generalised Jensen-Shannon divergence H(g) - sum w_k H(p_k),
@@ -14,12 +14,12 @@ _MOST_NAMES = 10  # in one sentence
 
 
 def label_counts(parts: list[np.ndarray], labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Samples per client and class: int64 (num_clients, num_classes)."""
+    """Count samples per client and class: int64 (num_clients, num_classes)."""
     return np.stack([np.bincount(labels[part], minlength=num_classes) for part in parts])
 
 
 def left_out(parts: list[np.ndarray], groups: dict[str, tuple[np.ndarray, list[str]]]) -> list[str]:
-    """What a partition gives to nobody, in sentences.
+    """Describe classes, domains and samples that no client gets, and clients without samples.
 
     Args:
         parts: positions of the samples, by client.
@@ -46,7 +46,7 @@ def left_out(parts: list[np.ndarray], groups: dict[str, tuple[np.ndarray, list[s
 
 
 def heterogeneity(counts: np.ndarray) -> dict[str, float | None]:
-    """Statistics of a partition.
+    """Compute statistics of a partition.
 
     Args:
         counts: int64 (num_clients, num_classes), samples; at least one client has some.

@@ -11,7 +11,7 @@ from pipeline.federation import members
 from pipeline.federation.node import Node, config_of, node_of, seed_of
 from stages.train_fl import data as run_data
 from stages.train_fl import feature_check, rounds, session
-from stages.train_fl.data import Federation
+from stages.train_fl.data import FederatedData
 from stages.train_fl.engines.flower.messages import TrainReply, TrainRequest, to_tensors
 from stages.train_fl.engines.flower.states import States
 from stages.train_fl.methods import Method
@@ -26,7 +26,7 @@ class Participant:
     node: Node
     job: Job
     device: str
-    data: Federation
+    data: FederatedData
     model: FLModel
     method: Method
 

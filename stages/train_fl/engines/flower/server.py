@@ -21,7 +21,7 @@ from pipeline.federation.members import Members
 from pipeline.federation.node import config_of, project_of, seed_of
 from stages.train_fl import data as run_data
 from stages.train_fl import session
-from stages.train_fl.data import Federation
+from stages.train_fl.data import FederatedData
 from stages.train_fl.engines.flower import privacy
 from stages.train_fl.engines.flower.messages import TrainRequest, to_record
 from stages.train_fl.engines.flower.strategy import FlowerEngine
@@ -68,7 +68,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
         log.info("%s", engine.participation.summary())
 
 
-def _settings(job: Job, data: Federation | None, agreed: dict[str, Any]) -> dict[str, Any]:
+def _settings(job: Job, data: FederatedData | None, agreed: dict[str, Any]) -> dict[str, Any]:
     """Return everything that decides the run's results."""
     private = job.config.params.federation.model_dump(include={"differential_privacy"})
     protected = {"federation": private} if any(private.values()) else {}
@@ -78,7 +78,7 @@ def _settings(job: Job, data: Federation | None, agreed: dict[str, Any]) -> dict
     return {**own, "seed": job.seed, "agreed": agreed, **protected}
 
 
-def _evaluator(job: Job, data: Federation | None, members: Members, device: str) -> Evaluator:
+def _evaluator(job: Job, data: FederatedData | None, members: Members, device: str) -> Evaluator:
     """Evaluate on the data set, on the server's own test images, or on the nodes."""
     if data:
         return session.evaluator_of(job, data)

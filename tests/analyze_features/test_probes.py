@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.errors import PipelineError
 from pipeline.settings.params import AnalyzeFeatures
-from stages.analyze_features.probes import Judge, chance, purity, standard_error
+from stages.analyze_features.probes import ProbeEvaluator, chance, purity, standard_error
 from tests.extract_features.fixtures import section
 
 
@@ -22,7 +22,7 @@ def test_purity_by_hand():
 def test_separated_classes_score_one_throughout():
     labels = np.repeat([0, 1, 2], 8)
     features = np.stack([np.where(labels == 1, 10.0, 0.0), np.where(labels == 2, 10.0, 0.0)], axis=1)
-    scores = Judge(labels, settings()).scores(features)
+    scores = ProbeEvaluator(labels, settings()).scores(features)
     assert vars(scores) == {"probe_accuracy": 1, "probe_error": 0, "purity": 1, "nmi": 1, "ari": 1}
 
 
@@ -30,7 +30,7 @@ def test_clusters_across_the_classes_by_hand():
     """Two tight groups of three; the first holds two of class 0 and one of 1, the second one of 0 and two of 1."""
     features = np.array([[0.0], [0.01], [0.02], [9.0], [9.01], [9.02]] * 5)
     labels = np.array([0, 0, 1, 0, 1, 1] * 5)
-    scores = Judge(labels, settings(validation_fraction=0.4)).scores(features)
+    scores = ProbeEvaluator(labels, settings(validation_fraction=0.4)).scores(features)
     # contingency of 30 points: [[10, 5], [5, 10]]; NMI = I / log 2, both entropies being log 2
     information = 2 / 3 * np.log(2 / 3 / 0.5) + 1 / 3 * np.log(1 / 3 / 0.5)
     # pairs: in cells 2 * 45 + 2 * 10 = 110, in rows and in columns 2 * 105 = 210 each, of 435
@@ -44,7 +44,7 @@ def test_the_probe_is_judged_on_images_that_it_was_not_fitted_on():
     """Random labels: fitted and judged on the same 40 images, 60 dimensions would give 100 %."""
     rng = np.random.default_rng(0)
     labels = np.arange(40) % 2
-    accuracy = Judge(labels, settings(splits=10)).scores(rng.normal(size=(40, 60))).probe_accuracy
+    accuracy = ProbeEvaluator(labels, settings(splits=10)).scores(rng.normal(size=(40, 60))).probe_accuracy
     assert 0.3 < accuracy < 0.7
 
 
@@ -57,10 +57,14 @@ def test_the_probes_error_is_of_as_many_images_as_its_splits_are_worth():
     """Ten splits hold out 10 of 40 images each: all are judged, some more often, which is worth less than 40 once."""
     rng = np.random.default_rng(0)
     labels = np.arange(40) % 2
-    judge = Judge(labels, settings(splits=10))
+    judge = ProbeEvaluator(labels, settings(splits=10))
     assert 30 < judge.held_out <= 40
     assert 10 < judge.effective_images < judge.held_out
-    assert Judge(labels, settings(splits=1)).held_out == Judge(labels, settings(splits=1)).effective_images == 10
+    assert (
+        ProbeEvaluator(labels, settings(splits=1)).held_out
+        == ProbeEvaluator(labels, settings(splits=1)).effective_images
+        == 10
+    )
     scores = judge.scores(rng.normal(size=(40, 3)))
     share = scores.probe_accuracy
     assert scores.probe_error == pytest.approx((share * (1 - share) / judge.effective_images) ** 0.5, abs=1e-6)
@@ -80,10 +84,10 @@ def test_the_scale_of_a_dimension_changes_nothing():
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 3
     features = rng.normal(size=(60, 4)) + labels[:, None]
-    judge = Judge(labels, settings())
+    judge = ProbeEvaluator(labels, settings())
     assert judge.scores(features) == judge.scores(features * [1, 1e4, 1e-4, 7] + 3)
 
 
 def test_too_few_images_are_named():
     with pytest.raises(PipelineError, match="2 images of 2 classes are too few"):
-        Judge(np.array([0, 1]), settings(validation_fraction=0.5))
+        ProbeEvaluator(np.array([0, 1]), settings(validation_fraction=0.5))

@@ -12,7 +12,7 @@ from pipeline.io import locks
 from pipeline.settings import config
 from stages.analyze_features.probes import Scores
 from stages.analyze_features.sweep import plan
-from stages.analyze_features.sweep.cache import Kept, Swept
+from stages.analyze_features.sweep.cache import SweepCache, SweepResult
 from stages.analyze_features.sweep.recommend import Candidate
 from tests.faults import program
 
@@ -42,7 +42,7 @@ def killed_once(undisturbed, tmp_path_factory):
     """Another, whose sweep was killed after the first of its timesteps."""
     root = project(tmp_path_factory.mktemp("killed") / "project", undisturbed)
     command = program.start(root, *SWEEP)
-    while command.process.is_alive() and not list(root.glob(".pipeline/sweep/*/t-*.json")):
+    while command.process.is_alive() and not list(root.glob(".pipeline/sweep/*/t-*.safetensors")):
         time.sleep(0.002)
     command.process.kill()
     assert command.end() == -9, command.output
@@ -65,13 +65,13 @@ def outputs(root):
 
 def test_a_killed_sweep_goes_on_to_the_same_bytes(undisturbed, killed):
     root, kept = killed
-    done = len(list(kept.glob("*.json")))
+    done = len(list(kept.glob("*.safetensors")))
     assert 0 < done < 4
     (kept.parent / "of-another-key").mkdir()
     assert f"timesteps     4, {done} of them done" in program.succeed(root, *SWEEP)
     assert outputs(root) == outputs(undisturbed)
     assert list(kept.parent.iterdir()) == [kept]
-    assert len(list(kept.glob("*.json"))) == 4
+    assert len(list(kept.glob("*.safetensors"))) == 4
 
 
 def test_another_rule_after_a_finished_sweep_needs_no_model(undisturbed, tmp_path):
@@ -94,10 +94,15 @@ def test_another_rule_after_a_finished_sweep_needs_no_model(undisturbed, tmp_pat
 
 def test_what_is_damaged_is_swept_again(undisturbed, killed):
     root, kept = killed
-    for file in kept.glob("*.json"):
-        file.write_text(file.read_text().replace('"probe_accuracy": 0.', '"probe_accuracy": 0.1'))
+    for file in kept.glob("*.safetensors"):
+        content = file.read_bytes()
+        at = content.index(b"probe_accuracy") + len(b'probe_accuracy\\": 0.')
+        file.write_bytes(content[:at] + (b"1" if content[at:][:1] != b"1" else b"2") + content[at + 1 :])
     said = program.succeed(root, *SWEEP)
-    assert "t-00100.json cannot be used" in said and "4, 0 of them done" in said
+    assert (
+        "t-00100.safetensors is damaged (its checksum does not match). Computing it again." in said
+        and "4, 0 of them done" in said
+    )
     assert outputs(root) == outputs(undisturbed)
 
 
@@ -115,23 +120,23 @@ def test_other_timesteps_take_what_is_there(killed):
     assert "2, 1 of them done" in said
     rows = json.loads((root / "analysis" / "sweep" / "sweep.json").read_text())["rows"]
     assert {row["timestep"] for row in rows} == {100, 700}
-    assert (kept / "t-00700.json").exists()
+    assert (kept / "t-00700.safetensors").exists()
 
 
 def test_a_dry_run_says_what_there_is_to_do_and_changes_nothing(killed):
     root, kept = killed
-    done = len(list(kept.glob("*.json")))
+    done = len(list(kept.glob("*.safetensors")))
     (root / "models").unlink()
     before = program.contents(root)
     said = program.succeed(root, *SWEEP, "--dry-run", "--images", "20", "--margin-images", "30").splitlines()
     assert said == [
         "images        20 of 24, 20 of them also under 2 prompts each",
         "timesteps     4, 0 of them done",
-        "passes        60 a timestep, 240 to go",
+        "passes        60 per timestep, 240 to go",
     ]
     said = program.succeed(root, *SWEEP, "--dry-run")
     passes = 24 + 2 * 2
-    assert f"4, {done} of them done" in said and f"{passes} a timestep, {(4 - done) * passes} to go" in said
+    assert f"4, {done} of them done" in said and f"{passes} per timestep, {(4 - done) * passes} to go" in said
     assert program.contents(root) == before
 
 
@@ -142,11 +147,11 @@ def test_two_sweeps_at_a_time_are_one_too_many(killed):
 
 
 def test_what_is_kept_comes_back_as_it_was(tmp_path):
-    kept, other = Kept(tmp_path / "kept"), Kept(tmp_path / "other")
+    kept, other = SweepCache(tmp_path / "kept"), SweepCache(tmp_path / "other")
     candidate = Candidate(7, ["a", "b"], [3, 4], Scores(0.1, 0.02, 0.2, 0.3, 1 / 3), {"margin": 0.7})
     colours = np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3)
     for place in (kept, other):
-        place.save(7, Swept([candidate], ["b"], {"a": colours}))
+        place.save(7, SweepResult([candidate], ["b"], {"a": colours}))
     kept.remove_others()
     found = kept.load(7)
     assert found.candidates == [candidate] and found.own_layers == ["b"]
@@ -173,7 +178,7 @@ def test_what_is_kept_comes_back_as_it_was(tmp_path):
 )
 def test_what_decides_the_numbers_decides_what_is_taken(undisturbed, setting, other):
     def folder(**overrides):
-        return plan.make(config.load(undisturbed / "params.yaml", overrides)).kept._folder
+        return plan.make(config.load(undisturbed / "params.yaml", overrides)).cache.folder
 
     assert folder(**{"sweep_features.standard_errors": 3.0, "sweep_features.timesteps": [7]}) == folder()
     assert folder(**{setting: other}) != folder()
