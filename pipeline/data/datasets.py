@@ -85,13 +85,13 @@ class Manifest(BaseModel):
 class PreparedDataset:
     """A prepared data set on disk, opened by its manifest."""
 
-    def __init__(self, path: Path) -> None:
-        """Open the data set in folder `path`.
+    def __init__(self, path: str | Path) -> None:
+        """Open the data set in folder `path`; `~` is the home folder.
 
         Raises:
             DataError: There is none, or its manifest cannot be read.
         """
-        self.path = path
+        self.path = path = Path(path).expanduser()
         self.manifest = _read_manifest(path / "manifest.json")
         self.name = self.manifest.name
         self.class_names = self.manifest.class_names
