@@ -34,20 +34,11 @@ def test_the_tree_is_where_we_look():
 # Packages and modules from the lowest layer to the highest. A module imports from its own layer or from lower ones.
 LAYERS = {
     "pipeline": [
-        ["errors", "text", "seeding", "accuracy"],
+        ["errors", "text", "seeding", "accuracy", "sigterm"],
         ["io"],
-        [
-            "project",
-            "provenance",
-            "manifests",
-            "settings",
-            "devices",
-            "progress",
-            "plotting",
-            "data",
-            "feature_store",
-            "run_digests",
-        ],
+        ["project"],
+        ["provenance", "manifests", "settings", "devices", "progress", "plotting"],
+        ["data", "feature_store", "run_digests"],
         ["diffusion"],
         ["federation", "cli"],
     ],

@@ -100,7 +100,7 @@ def test_a_folder_whose_name_is_no_text(project, trial):
     settings = ("--name", "own", "--source", "folder", "--set", "prepare_data.train_subset=null")
     with trial("names that are not ASCII") as tried:
         before = program.contents(project / "data" / "datasets")
-        program.refuse(project, "prepare-data", *settings, says=["has no UTF-8 name", "rename it"])
+        program.refuse(project, "prepare-data", *settings, says=["name is not UTF-8", "Rename the folder"])
         tried.compare(before, program.contents(project / "data" / "datasets"))
         (bad,) = (entry for entry in os.listdir(os.fsencode(project) + b"/data/raw/folder") if b"\xf6" in entry)
         folder = os.fsencode(project) + b"/data/raw/folder/"
