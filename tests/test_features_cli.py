@@ -291,10 +291,7 @@ def test_diff_says_why_numbers_are_not_compared(root):
     sets = root / "data" / "features"
     run(root, "export", "one", "-o", str(root / "one.tar"))
     tar = run(root, "diff", "one", str(root / "one.tar")).splitlines()
-    assert tar == [
-        "same features (fingerprints are equal)",
-        "numbers not compared: import the archive first",
-    ]
+    assert tar == ["same features (fingerprints are equal)", "numbers not compared: import the archive first"]
     shutil.copytree(sets / "one", sets / "two")
     forge(sets / "two", put("content", "layers", value={"a": [0, 2], "b": [2, D]}), basis=lambda h5: None)
     shown = run(root, "diff", "one", "two")

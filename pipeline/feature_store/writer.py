@@ -23,16 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pipeline import provenance
 from pipeline.errors import DataError
 from pipeline.feature_store.reader import read_basis
-from pipeline.feature_store.schema import (
-    FIELDS,
-    FORMAT_VERSION,
-    Basis,
-    Features,
-    FileEntry,
-    Manifest,
-    Plan,
-    shard_name,
-)
+from pipeline.feature_store.schema import FIELDS, FORMAT_VERSION, Basis, Features, FileEntry, Manifest, Plan, shard_name
 from pipeline.io import atomic, locks
 from pipeline.io.system_errors import reading, status
 

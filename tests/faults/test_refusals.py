@@ -290,10 +290,7 @@ HELD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name",
-    usually(HELD, ("train on shard", "verify bytes", "extract")),
-)
+@pytest.mark.parametrize("name", usually(HELD, ("train on shard", "verify bytes", "extract")))
 def test_a_file_that_is_open_for_writing_elsewhere(project, trial, name):
     file, command = HELD[name]
     with trial("file open for writing elsewhere") as tried:
@@ -432,10 +429,7 @@ def but_locks(project):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="taking another user's rights needs root")
-@pytest.mark.parametrize(
-    "name",
-    usually(CLOSED, ("data set", "shard", "checkpoint")),
-)
+@pytest.mark.parametrize("name", usually(CLOSED, ("data set", "shard", "checkpoint")))
 def test_a_file_or_folder_without_permission(made, trial, name):
     path, command = CLOSED[name]
     with tempfile.TemporaryDirectory() as place, trial("file or folder without permission") as tried:
