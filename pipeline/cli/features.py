@@ -287,7 +287,10 @@ def _card(manifest: "Manifest") -> list[tuple[str, str]]:
             "the prompt of the label" if content.positive == "label" else "the first prompt (labels are not used)",
         ),
         ("denoising", f"with the prompt {content.denoise_prompt!r}"),
-        ("files", f"{manifest.num_shards} shards of at most {manifest.rows_per_shard} images, {size(total)} in total"),
+        (
+            "files",
+            f"{manifest.plan.num_shards} shards of at most {manifest.rows_per_shard} images, {size(total)} in total",
+        ),
         *([("settings", ", ".join(f"{key} {value}" for key, value in settings.items()))] if settings else []),
         ("made by", f"feddifrc {made.get('feddifrc')}, commit {made.get('commit')}"),
         ("on", f"{', '.join(made.get('hardware', []))}; {packages}"),

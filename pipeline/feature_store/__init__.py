@@ -41,7 +41,7 @@ from pipeline.feature_store.schema import (
     LayerBasis,
     Manifest,
     Plan,
-    positive_columns,
+    positive_matches,
 )
 from pipeline.feature_store.writer import FeatureSetWriter, write_basis_file
 
@@ -56,7 +56,7 @@ __all__ = [
     "LayerBasis",
     "Manifest",
     "Plan",
-    "positive_columns",
+    "positive_matches",
     "read_basis",
     "read_basis_file",
     "read_manifest",

@@ -36,9 +36,8 @@ def settings(first: Manifest, second: Manifest) -> list[Difference]:
 
     The provenance holds the settings that made a set; they are compared if both sets have them.
     """
-    one, other = (
-        dotted(m.model_dump(include={"content", "rows", "rows_per_shard", "provenance"})) for m in (first, second)
-    )
+    compared = {"content", "rows", "rows_per_shard", "provenance"}
+    one, other = (dotted(manifest.model_dump(include=compared)) for manifest in (first, second))
     both = "settings" in first.provenance and "settings" in second.provenance
     keys = (key for key in sorted(one.keys() | other.keys()) if both or not key.startswith("provenance.settings"))
     return [Difference(key, one.get(key), other.get(key)) for key in keys if one.get(key) != other.get(key)]
@@ -46,10 +45,8 @@ def settings(first: Manifest, second: Manifest) -> list[Difference]:
 
 def incomparable(first: Manifest, second: Manifest) -> str | None:
     """Return why the numbers of two sets cannot be compared one by one; None if they can."""
-    shapes = [(m.rows, m.content.layers, m.prompts_per_image) for m in (first, second)]
-    return (
-        None if shapes[0] == shapes[1] else "the sets differ in their number of images, layers, dimensions or prompts"
-    )
+    one, other = ((m.rows, m.content.layers, m.prompts_per_image) for m in (first, second))
+    return None if one == other else "the sets differ in their number of images, layers, dimensions or prompts"
 
 
 def numbers(first: Path, second: Path) -> list[NumberDifference]:

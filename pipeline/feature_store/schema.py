@@ -84,15 +84,7 @@ class FileEntry(BaseModel):
     hardware: str
 
     def content_problem(self, folder: Path, sha256: Callable[[BinaryIO], str] = _sha256) -> InvalidFeatureSet | None:
-        """Read every byte of the file in `folder` and return what is wrong with it, or None.
-
-        Args:
-            folder: The set's folder.
-            sha256: Hashes an open file.
-
-        Raises:
-            SystemRefusal: The operating system refused to read the file.
-        """
+        """Read every byte of the file in `folder` and return what is wrong with it, or None; `sha256` hashes it."""
         if problem := self.size_problem(folder):
             return problem
         file = folder / self.file
@@ -106,14 +98,9 @@ class FileEntry(BaseModel):
         return InvalidFeatureSet(f"{file} is corrupt (SHA-256 differs from its manifest)")
 
     def size_problem(self, folder: Path) -> InvalidFeatureSet | None:
-        """Return what is wrong with the kind and size of the file in `folder`, or None.
-
-        Raises:
-            SystemRefusal: The operating system refused to inspect the file.
-        """
+        """Return what is wrong with the kind and size of the file in `folder`, or None."""
         file = folder / self.file
-        found = status(file)
-        if found is None:
+        if (found := status(file)) is None:
             return InvalidFeatureSet(f"{file} is missing", FETCH)
         if not stat.S_ISREG(found.st_mode):  # reading a pipe would block
             return InvalidFeatureSet(f"{file} is not a regular file")
@@ -279,16 +266,11 @@ class Manifest(BaseModel):
         if (self.basis.file, self.basis.rows) != ("basis.h5", 0):
             raise ValueError("the entry of the basis describes another file")
         for shard, entry in self.shards.items():
-            if not 0 <= shard < self.num_shards:
-                raise ValueError(f"there is no shard {shard} among {self.num_shards}")
-            if (entry.file, entry.rows) != (f"{shard_name(shard)}.h5", len(self.shard_rows(shard))):
+            if not 0 <= shard < self.plan.num_shards:
+                raise ValueError(f"there is no shard {shard} among {self.plan.num_shards}")
+            if (entry.file, entry.rows) != (f"{shard_name(shard)}.h5", len(self.plan.shard_rows(shard))):
                 raise ValueError(f"the entry of shard {shard} describes another file")
         return self
-
-    @property
-    def num_shards(self) -> int:
-        """Number of shards of the complete set."""
-        return self.plan.num_shards
 
     @property
     def files(self) -> list[FileEntry]:
@@ -299,10 +281,6 @@ class Manifest(BaseModel):
     def plan(self) -> Plan:
         """The plan that the set was made from."""
         return Plan(self.content, self.rows, self.rows_per_shard, self.provenance)
-
-    def shard_rows(self, shard: int) -> range:
-        """Return the sample indices of a shard."""
-        return self.plan.shard_rows(shard)
 
 
 @dataclass(frozen=True)
@@ -380,8 +358,3 @@ def positive_matches(positive: Literal["label", "first"], prompt_class: np.ndarr
         label: int64 (n,).
     """
     return prompt_class == (label[:, None] if positive == "label" else 0)
-
-
-def positive_columns(positive: Literal["label", "first"], prompt_class: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Return the column of each image's matching prompt, int64 (n,); arguments as for `positive_matches`."""
-    return positive_matches(positive, prompt_class, label).argmax(1)
