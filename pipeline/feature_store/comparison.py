@@ -64,7 +64,5 @@ def numbers(first: Path, second: Path) -> list[NumberDifference]:
             a, b = (getattr(row, kind)[..., columns].astype(np.float32) for row in rows)
             gap = np.abs(a - b)
             total[:] = max(total[0], gap.max()), total[1] + gap.sum(), total[2] + (gap > 0).sum(), total[3] + gap.size
-    return [
-        NumberDifference(kind, layer, float(total[0]), float(total[1] / total[3]), float(total[2] / total[3]))
-        for (kind, layer), total in totals.items()
-    ]
+    means = {key: (largest, gaps / count, unequal / count) for key, (largest, gaps, unequal, count) in totals.items()}
+    return [NumberDifference(*key, *map(float, values)) for key, values in means.items()]

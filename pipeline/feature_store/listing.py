@@ -21,11 +21,7 @@ _LEFT_OVER = {
 
 @dataclass(frozen=True)
 class Summary:
-    """A set in brief; all but name, path and state are None if the set cannot be read.
-
-    Attributes:
-        state: "complete", "2 of 3 shards ...", or what is wrong.
-    """
+    """A set in brief; all but name, path and state ("complete", or the problem) are None if it cannot be read."""
 
     name: str
     path: str
@@ -109,14 +105,13 @@ def _state(path: Path, manifest: Manifest, here: list[FileEntry]) -> str:
 
 
 def _describe(path: Path, state: str, plan: Plan, size: int) -> Summary:
-    content, made_by = plan.content, plan.provenance
-    backbone = made_by.get("backbone", {})
+    content, backbone = plan.content, plan.provenance.get("backbone", {})
     revision = backbone.get("revision")
     return Summary(
         name=path.name,
         path=str(path),
         state=state,
-        dataset=made_by.get("dataset"),
+        dataset=plan.provenance.get("dataset"),
         backbone=f"{backbone.get('name')}" + (f"@{revision[:8]}" if revision else ""),
         timestep=content.timestep,
         layers=list(content.layers),

@@ -310,9 +310,8 @@ def parse_manifest(text: bytes, file: Path) -> Manifest:
     try:
         version = _Versioned.model_validate_json(text).format_version
         if version != FORMAT_VERSION:
-            raise FeatureSetError(
-                f"{file} has format version {version}, but this program reads {FORMAT_VERSION}. Update the program."
-            )
+            problem = f"{file} has format version {version}, but this program reads {FORMAT_VERSION}"
+            raise FeatureSetError(f"{problem}. Update the program.")
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]

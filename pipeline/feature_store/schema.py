@@ -11,16 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, Self
 
 import numpy as np
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    GetPydanticSchema,
-    JsonValue,
-    field_validator,
-    model_validator,
-    with_config,
-)
+from pydantic import BaseModel, Field, GetPydanticSchema, JsonValue, field_validator, model_validator, with_config
 from typing_extensions import TypedDict  # pydantic supports typing.TypedDict only from Python 3.12 on
 
 from pipeline import provenance
@@ -38,7 +29,6 @@ FIELDS = {"index": "<i8", "label": "<i8", "denoised": "<f2", "prompted": "<f2", 
 DATASETS = {**FIELDS, "crc32": "<u4"}
 """The datasets of a shard, by name, with their types."""
 
-_STRICT = ConfigDict(strict=True, extra="forbid")
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Rows = Annotated[int, Field(ge=0, lt=2**31)]
 _AllRows = Annotated[int, Field(ge=1, lt=2**31)]
@@ -62,7 +52,7 @@ def _sha256(stream: BinaryIO) -> str:
     return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-class FileEntry(BaseModel):
+class FileEntry(BaseModel, strict=True, extra="forbid"):
     """The manifest's entry of one file.
 
     Attributes:
@@ -73,8 +63,6 @@ class FileEntry(BaseModel):
         redone_in_float32: Number of (image, prompt) pairs that overflowed the set's dtype and were recomputed.
         hardware: The processor or GPU that computed it.
     """
-
-    model_config = _STRICT
 
     file: str = Field(pattern=r"^(basis|shard-[0-9]{5,})\.h5$")
     rows: _Rows
@@ -110,7 +98,7 @@ class FileEntry(BaseModel):
         return None
 
 
-@with_config(_STRICT)
+@with_config(strict=True, extra="forbid")
 class _Backbone(TypedDict, total=False):
     name: str
     source: str
@@ -118,7 +106,7 @@ class _Backbone(TypedDict, total=False):
     variant: str
 
 
-@with_config(_STRICT)
+@with_config(strict=True, extra="forbid")
 class _Provenance(TypedDict, total=False):
     dataset: str
     backbone: _Backbone
@@ -136,7 +124,7 @@ Provenance = Annotated[dict[str, Any], GetPydanticSchema(lambda _, handler: hand
 part of the fingerprint. Sets made by earlier versions have no settings."""
 
 
-class Content(BaseModel):
+class Content(BaseModel, strict=True, extra="forbid"):
     """Everything that determines the features, and nothing else; its hash is the fingerprint.
 
     Attributes:
@@ -157,8 +145,6 @@ class Content(BaseModel):
         image_conditioning: File name -> hash, of the image encoder; None without one.
         dtype: Floating-point type of the passes.
     """
-
-    model_config = _STRICT
 
     extraction_version: _Count
     dataset_hash: str
@@ -243,10 +229,8 @@ def shard_name(shard: int) -> str:
     return f"shard-{shard:05d}"
 
 
-class Manifest(BaseModel):
+class Manifest(BaseModel, strict=True, extra="forbid"):
     """The set's manifest.json. It may lack shards; those that it names belong to the set."""
-
-    model_config = _STRICT
 
     format_version: int
     fingerprint: str

@@ -50,9 +50,8 @@ def problems(path: Path, full: bool, advance: Callable[[int], object] = lambda s
         found.append(error)
     have, want = len(manifest.shards), manifest.plan.num_shards
     if have != want:
-        found.append(
-            InvalidFeatureSet(f"{path} is incomplete ({have} of {want} shards)", "Run `pipeline extract-features`")
-        )
+        problem = f"{path} is incomplete ({have} of {want} shards)"
+        found.append(InvalidFeatureSet(problem, "Run `pipeline extract-features`"))
     with contextlib.closing(_Checks(features, full).run()) as checked:
         for shard, of_shard in checked:
             found += of_shard
