@@ -44,7 +44,8 @@ def run(config: Config, with_experiments: bool = False, with_sweep: bool = False
         PipelineError: A run of the sweep is missing, damaged, or was made with other settings.
     """
     found = read_sweep(config)
-    run_digests.complete(config)
+    if config.sweep_is_as_written:  # DVC does not know a sweep given on the command line
+        run_digests.complete(config.sweep_dir, config.runs_of_sweep)
     if found.not_in_sweep:
         log.warning("Not in the report, because the sweep does not list them: %s", ", ".join(found.not_in_sweep))
     analysed = analysis.read(config.root, found, with_sweep)
@@ -97,7 +98,7 @@ def _read(config: Config, method: str, partition: str, seed: int) -> Run:
             f"{error.filename} is missing. Run `pipeline train-fl --method {method} --partition {partition} "
             f"--seed {seed}`, or remove the run from sweep in params.yaml."
         ) from None
-    run_digests.check(config, folder)
+    run_digests.check(config.sweep_dir, folder)
     config.check_settings_of_run(folder, found.settings.model_dump(), method, partition)
     return found
 
