@@ -1,7 +1,7 @@
 """A client's share of the training set, and the batches drawn from it.
 
 Samples stay where they were placed (`placement`). A batch is gathered there, moved to the device if necessary, and
-augmented on the device. There is no DataLoader and there are no worker processes.
+augmented on the device, without a DataLoader and worker processes.
 """
 
 import time
@@ -13,8 +13,6 @@ from torch import Tensor
 
 from stages.train_fl.augmentation import Augmentation, augment, to_model_range
 from stages.train_fl.guidance import GuidanceRows, GuidanceTargets
-
-__all__ = ["Augmentation", "Batch", "Batches", "ClientData", "Stopwatch", "to_model_range"]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from stages.train_fl.models import FLModel
 Predictor = Callable[[Tensor], Tensor]
 """Images uint8 (N, 3, H, W) -> predicted labels int64 (N,), on the device."""
 
-_BATCH = 500
+_BATCH = 500  # images per forward pass
 
 
 class Evaluator(Protocol):
@@ -48,14 +48,13 @@ class Classification:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = _BATCH) -> dict[str, float]:
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
     """Evaluate a model, with BatchNorm in evaluation mode.
 
     Args:
-        model: images -> (embeddings, logits).
+        model: Images -> (embeddings, logits).
         images: uint8 (N, 3, H, W).
         labels: int64 (N,).
-        batch_size: images per forward pass.
 
     Returns:
         accuracy: share of correct predictions, 0 to 1; loss: mean cross-entropy.
@@ -63,7 +62,7 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int =
     model.eval()
     right = torch.zeros((), dtype=torch.int64, device=labels.device)
     loss = torch.zeros((), dtype=torch.float64, device=labels.device)
-    for batch, truth in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+    for batch, truth in zip(images.split(_BATCH), labels.split(_BATCH), strict=True):
         _, logits = model(to_model_range(batch))
         right += (logits.argmax(1) == truth).sum()
         loss += functional.cross_entropy(logits, truth, reduction="sum")
@@ -89,9 +88,9 @@ def by_client(
     """Compute the global model's accuracy for each client.
 
     Args:
-        predictor: of the global model.
-        clients: every client's samples.
-        held_out: evaluation data.
+        predictor: The global model's.
+        clients: Every client's samples.
+        held_out: Evaluation data.
         cell_counts: int64 (num_clients, num_domains * num_classes), cell = domain * num_classes + label.
         num_classes: K.
 

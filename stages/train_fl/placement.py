@@ -5,6 +5,7 @@ quarters of the free memory may be used; the rest is for the model, its gradient
 """
 
 import logging
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -26,8 +27,7 @@ def choose(image_bytes: int, guidance_bytes: int, device_free: int | None, host_
         host_free: Free memory of the host, in bytes.
 
     Returns:
-        "device" (images and targets there), "host" (both in host memory), or "shards" (images in host memory, targets
-        on disk).
+        "device" or "host" for images and targets, or "shards" (images in host memory, targets on disk).
     """
     total = image_bytes + guidance_bytes
     if device_free is not None and total <= _USABLE_SHARE * device_free:
@@ -50,11 +50,5 @@ def place(image_bytes: int, guidance_bytes: int, device: str) -> Placement:
 def _host_free() -> int:
     """Return the bytes that the kernel can give without swapping."""
     file = Path("/proc/meminfo")
-    try:
-        lines = file.read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 2**63  # not Linux: leave it to the operating system
+    found = re.search(r"^MemAvailable: *(\d+) kB", file.read_text() if file.exists() else "", re.MULTILINE)
+    return int(found[1]) * 1024 if found else 2**63  # not Linux: leave it to the operating system

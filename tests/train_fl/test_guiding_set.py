@@ -42,14 +42,14 @@ def test_another_data_set_is_named_by_both_hashes_and_sizes(project):
     splits = {"train": tiny_project.images(45, 0), "test": tiny_project.images(24, 1)}
     datasets.write(project.dataset_dir, "tiny", "test", Source(tiny_project.CLASSES, splits, "none", ["left", "right"]))
     after = datasets.PreparedDataset(project.dataset_dir).hash
-    refused(project, f"(48 images, hash {before[:12]})", f"(45 images, hash {after[:12]})", "prepare the data set")
+    refused(project, f"(48 images, hash {before[:12]})", f"(45 images, hash {after[:12]})", "Prepare the data set")
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
         (["round", "flat", "square"], "class 1 is 'square' in {set} and 'flat' in {data}, the same classes in another"),
-        (["round", "square", "oval"], "class 2 is 'flat' in {set} and 'oval' in {data}: prepare"),
+        (["round", "square", "oval"], "class 2 is 'flat' in {set} and 'oval' in {data}. Prepare"),
         (["round", "square", "flat", "oval"], "{set} was extracted for 3 classes and {data} has 4"),
     ],
 )
@@ -78,7 +78,7 @@ SETTINGS = [
 def test_other_settings_are_named_with_the_way_to_accept_the_set(project, theirs, said_of_the_set, said_of_ours):
     tiny_project.add_features(project, **theirs)  # put by hand in the place of ours
     message = refused(
-        project, "give params.yaml the set's values to train from it, or run `pipeline extract-features --overwrite`"
+        project, "Give params.yaml the set's values to train from it, or run `pipeline extract-features --overwrite`."
     )
     set_side, our_side = message.split(", but extract_features here has ")
     assert set_side.endswith(f"was extracted with {said_of_the_set}")
@@ -177,11 +177,11 @@ def test_a_basis_from_a_file_is_the_one_that_is_here(tmp_path):
     theirs = {"basis_images": None, "basis_sha256": hashlib.sha256(b"a basis").hexdigest()}
     tiny_project.add_features(tiny_project.make(tmp_path), **theirs)
     said = f"with a PCA basis from a file (SHA-256 {theirs['basis_sha256'][:12]}), but extract_features.basis here is "
-    not_opened(tiny_project.make(tmp_path), f"{said}auto: name that file there (it need not be here), or run")
+    not_opened(tiny_project.make(tmp_path), f"{said}auto. Name the set's there (it need not be here), or run")
     project = tiny_project.make(tmp_path, extract_features__basis="shared.h5")
     opened(project)
     file.write_bytes(b"another")
-    not_opened(project, f"{said}shared.h5 (SHA-256 {hashlib.sha256(b'another').hexdigest()[:12]}): name")
+    not_opened(project, f"{said}shared.h5 (SHA-256 {hashlib.sha256(b'another').hexdigest()[:12]}). Name")
     file.unlink()
     opened(project)
 
@@ -190,17 +190,17 @@ def test_an_image_encoder_is_the_one_that_is_here(tmp_path):
     theirs = {"model.safetensors": hashlib.sha256(b"weights").hexdigest()}
     tiny_project.add_features(tiny_project.make(tmp_path), image_conditioning=theirs)
     said = "with an image encoder, but extract_features.image_conditioning here is "
-    not_opened(tiny_project.make(tmp_path), f"{said}null: name the set's there (it need not be here), or run")
+    not_opened(tiny_project.make(tmp_path), f"{said}null. Name the set's there (it need not be here), or run")
     project = tiny_project.make(tmp_path, extract_features__image_conditioning="clip")
     opened(project)
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip" / "model.safetensors").write_bytes(b"weights")
     opened(project)
     (tmp_path / "clip" / "model.safetensors").write_bytes(b"others")
-    not_opened(project, f"{said}{tmp_path / 'clip'}, whose files differ: name")
+    not_opened(project, f"{said}{tmp_path / 'clip'}, whose files differ. Name")
     tiny_project.add_features(tiny_project.make(tmp_path), timestep=300)
     not_opened(
-        project, "with image_conditioning null, but extract_features here has image_conditioning 'clip': give params"
+        project, "with image_conditioning null, but extract_features here has image_conditioning 'clip'. Give params"
     )
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 from pipeline import seeding
 from pipeline.settings import params
 from stages.train_fl import rounds
-from stages.train_fl.client_data import to_model_range
+from stages.train_fl.augmentation import to_model_range
 from stages.train_fl.engines import local
 from stages.train_fl.losses import prototype_loss, unit
 from stages.train_fl.methods import (

@@ -4,11 +4,12 @@
 
 With FedAvg as the method this is the paper's algorithm; a `guidance` section adds the terms to any other method. F are
 the prompted and H the denoising representations of the same image under a frozen diffusion model, read from the cache
-(`guidance`). In the paper the condition of F is the local model's own feature and changes every round; a cache cannot
+(`guidance`). In the paper F is conditioned on the local model's own feature, which changes every round; a cache cannot
 follow it, so F is static.
 """
 
-from typing import Literal
+import functools
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -34,22 +35,16 @@ class GuidanceLoss:
 
     def __init__(self, settings: Guidance) -> None:
         """Use the weights, temperature and forms of `settings`."""
-        self._settings = settings
+        form, self._settings = settings.ndcr_form, settings
+        scale: dict[str, Any] = {"temperature": settings.temperature, "normalisation": settings.tdcl_normalisation}
+        self._tdcl = functools.partial(losses.tdcl_loss, **scale, prompted_is_unit=True)
+        self._ndcr = functools.partial(losses.ndcr_loss, form=form, denoised_is_unit=form != "l2")
 
     def __call__(self, embeddings: Tensor, targets: GuidanceTargets) -> dict[str, Tensor]:
         """Compute the enabled terms, weighted, by name, from embeddings float (B, D) in the space of the targets."""
         settings, terms = self._settings, {}
         if settings.tdcl_weight > 0:
-            terms["tdcl"] = settings.tdcl_weight * losses.tdcl_loss(
-                embeddings,
-                targets.prompted,
-                targets.positive,
-                settings.temperature,
-                settings.tdcl_normalisation,
-                prompted_is_unit=True,
-            )
+            terms["tdcl"] = settings.tdcl_weight * self._tdcl(embeddings, targets.prompted, targets.positive)
         if settings.ndcr_weight > 0:
-            terms["ndcr"] = settings.ndcr_weight * losses.ndcr_loss(
-                embeddings, targets.denoised, settings.ndcr_form, denoised_is_unit=settings.ndcr_form != "l2"
-            )
+            terms["ndcr"] = settings.ndcr_weight * self._ndcr(embeddings, targets.denoised)
         return terms

@@ -7,11 +7,9 @@
 Embeddings are drawn to their class's global prototype. A class that never had a prototype contributes 0; one that no
 participant has this round keeps its prototype. In the first round there are none and the term is 0.
 
-Differences from the paper and its code:
-
-- The paper exchanges only prototypes and keeps a model per client. A comparison of global models needs one, hence
-  FedAvg's mean.
-- Prototypes are averaged by samples, as in the paper; its code averages uniformly over the clients that have the class.
+The paper exchanges only prototypes and keeps a model per client; a comparison of global models needs one, hence
+FedAvg's mean. Prototypes are averaged by samples, as in the paper; its code averages uniformly over the clients that
+have the class.
 """
 
 import functools
@@ -57,13 +55,8 @@ class FedProto(FedAvg):
 
     def server_update(self, state: ServerState, updates: list[ClientUpdate]) -> tuple[ServerState, Metrics]:
         """Average the weights as FedAvg, and update the prototypes."""
-        prototypes, known = new_prototypes(
-            **state.broadcast,
-            sums=torch.stack([update.extras["sums"] for update in updates]),
-            counts=torch.stack([update.extras["counts"] for update in updates]),
-        )
-        broadcast = {"prototypes": prototypes, "known": known}
-        return ServerState(self._average(updates, "samples"), broadcast), {}
+        prototypes, known = new_prototypes(**state.broadcast, **self._stack_extras(updates))
+        return ServerState(self._average(updates, "samples"), {"prototypes": prototypes, "known": known}), {}
 
     def _attract(
         self, model: FLModel, batch: Batch, prototypes: Tensor, known: Tensor

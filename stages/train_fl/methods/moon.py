@@ -7,11 +7,9 @@
 z is the embedding that the classifier sees: the encoder's, or the projection head's if `train_fl.projection_dim` sets
 one. The authors' network always has the head, also for FedAvg; here one setting covers all methods. z^glob comes from
 the global model and z^prev from the client's model after its last participation, which is the client's state (one
-model, the authors' buffer size). Both models are frozen and in evaluation mode. In its first participation a client has
-no previous model and the term is 0, as in the authors' code.
-
-Differences in PFLlib: it leaves both models in training mode, which moves their BatchNorm, and it starts from the
-initial model as the previous one (log 2).
+model, the authors' buffer size). Both are frozen and in evaluation mode. In its first participation a client has no
+previous model and the term is 0, as in the authors' code. (PFLlib leaves both models in training mode, which moves
+their BatchNorm, and starts from the initial model as the previous one, log 2.)
 """
 
 import copy
