@@ -5,7 +5,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from stages.train_fl.augmentation import to_model_range
@@ -36,37 +36,24 @@ class Classification:
         """Evaluate on `held_out`."""
         self._held_out = held_out
 
+    @torch.inference_mode()
     def scores(self, model: FLModel) -> dict[str, float]:
-        """Compute accuracy and mean cross-entropy."""
-        return evaluate(model, self._held_out.images, self._held_out.labels)
+        """Compute accuracy, the share of correct predictions, and loss, the mean cross-entropy."""
+        model.eval()
+        images, labels = self._held_out.images, self._held_out.labels
+        right = torch.zeros((), dtype=torch.int64, device=labels.device)
+        loss = torch.zeros((), dtype=torch.float64, device=labels.device)
+        for batch, truth in zip(images.split(_BATCH), labels.split(_BATCH), strict=True):
+            _, logits = model(to_model_range(batch))
+            right += (logits.argmax(1) == truth).sum()
+            loss += functional.cross_entropy(logits, truth, reduction="sum")
+        return {"accuracy": right.item() / len(labels), "loss": loss.item() / len(labels)}
 
     def final(self, model: FLModel) -> tuple[Predictor, dict[str, float]]:
         """Return the classifier, and no further metric."""
         model.eval()
         device = self._held_out.labels.device
         return lambda images: in_batches(lambda batch: model(batch)[1].argmax(1), images, device), {}
-
-
-@torch.inference_mode()
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Evaluate a model, with BatchNorm in evaluation mode.
-
-    Args:
-        model: Images -> (embeddings, logits).
-        images: uint8 (N, 3, H, W).
-        labels: int64 (N,).
-
-    Returns:
-        accuracy: share of correct predictions, 0 to 1; loss: mean cross-entropy.
-    """
-    model.eval()
-    right = torch.zeros((), dtype=torch.int64, device=labels.device)
-    loss = torch.zeros((), dtype=torch.float64, device=labels.device)
-    for batch, truth in zip(images.split(_BATCH), labels.split(_BATCH), strict=True):
-        _, logits = model(to_model_range(batch))
-        right += (logits.argmax(1) == truth).sum()
-        loss += functional.cross_entropy(logits, truth, reduction="sum")
-    return {"accuracy": right.item() / len(labels), "loss": loss.item() / len(labels)}
 
 
 @torch.inference_mode()

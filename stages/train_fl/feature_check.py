@@ -70,14 +70,10 @@ def check_method(features: FeatureSet, method: str, without_labels: bool) -> Non
 
 
 def check_prompts_differ(features: FeatureSet, index: np.ndarray) -> None:
-    """Check on a few images that features differ between prompts, which TDCL contrasts.
+    """Check that features differ between prompts, on a few of the images `index`, int64 (n,), that the run needs.
 
     Extraction rejects prompts that the model cannot tell apart; sets of older versions may contain them, and then
-    every image has equal features under them.
-
-    Args:
-        features: The set.
-        index: int64 (n,), positions in the training split that the run needs.
+    every image has equal features under them, which TDCL cannot contrast.
 
     Raises:
         FeatureSetError: All images checked have equal features under two of their prompts; names them.

@@ -102,11 +102,8 @@ def moon_loss(embeddings: Tensor, global_embeddings: Tensor, previous_embeddings
 def prototype_loss(embeddings: Tensor, labels: Tensor, prototypes: Tensor, known: Tensor) -> Tensor:
     """Compute FedProto's distance to the class's global prototype: mean over B and D of (z_i - C_{y_i})^2.
 
-    Args:
-        embeddings: float (B, D).
-        labels: int64 (B,).
-        prototypes: float (K, D); constant.
-        known: bool (K,): the class has a prototype. Samples of the others add 0 to the mean, as in the authors' code.
+    Labels y are int64 (B,), prototypes C float (K, D), constant. `known`, bool (K,), tells which classes have one;
+    samples of the others add 0 to the mean, as in the authors' code.
     """
     difference = (embeddings - prototypes[labels]) * known[labels, None]
     return difference.square().mean()

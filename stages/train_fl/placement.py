@@ -18,16 +18,9 @@ _USABLE_SHARE = 0.75
 
 
 def choose(image_bytes: int, guidance_bytes: int, device_free: int | None, host_free: int) -> Placement:
-    """Choose the fastest location with enough memory.
+    """Choose the fastest location with enough free memory, in bytes: "shards" keeps the images in host memory.
 
-    Args:
-        image_bytes: Size of all images.
-        guidance_bytes: Size of all targets; 0 for methods without guidance.
-        device_free: Free memory of a separate device, in bytes; None if the device is the host itself.
-        host_free: Free memory of the host, in bytes.
-
-    Returns:
-        "device" or "host" for images and targets, or "shards" (images in host memory, targets on disk).
+    `guidance_bytes` is 0 for methods without guidance, and `device_free` None if the device is the host itself.
     """
     total = image_bytes + guidance_bytes
     if device_free is not None and total <= _USABLE_SHARE * device_free:

@@ -13,8 +13,6 @@ import numpy as np
 from pipeline.data.datasets import PreparedDataset
 from pipeline.errors import DataError
 
-Rule = Literal["mean", "largest"]
-
 
 def open_checked(path: Path, dataset: PreparedDataset) -> PreparedDataset:
     """Open the generated images of `dataset`'s classes.
@@ -33,7 +31,9 @@ def open_checked(path: Path, dataset: PreparedDataset) -> PreparedDataset:
     return synthetic
 
 
-def top_up(counts: np.ndarray, labels: np.ndarray, rule: Rule, rng: np.random.Generator) -> np.ndarray:
+def top_up(
+    counts: np.ndarray, labels: np.ndarray, rule: Literal["mean", "largest"], rng: np.random.Generator
+) -> np.ndarray:
     """Choose the generated images that a client gets.
 
     Args:

@@ -63,7 +63,7 @@ def test_simsiam_reads_no_label(tmp_path):
 
 
 def test_simsiam_without_augmentation_is_named(tmp_path):
-    with pytest.raises(PipelineError, match="two views of an image"):
+    with pytest.raises(PipelineError, match="two views of each image"):
         run(tiny_project.make(tmp_path), "simsiam", "iid", 0)
 
 

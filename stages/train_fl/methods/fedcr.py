@@ -115,7 +115,7 @@ def new_priors(
         precision: sum_i 1 / sigma_i^2 over a participant's samples of a class, float (S, K, D).
         shift: sum_i m_i / sigma_i^2, float (S, K, D).
         counts: Number of samples, float (S, K); a class without samples keeps its prior.
-        step: beta2 in [0, 1], how far mean and deviation move to the product's.
+        step: beta2 in [0, 1], the step of mean and deviation towards the product's.
 
     Returns:
         New means and standard deviations, float (K, D).

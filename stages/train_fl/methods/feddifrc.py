@@ -8,8 +8,7 @@ the prompted and H the denoising representations of the same image under a froze
 follow it, so F is static.
 """
 
-import functools
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -35,16 +34,17 @@ class GuidanceLoss:
 
     def __init__(self, settings: Guidance) -> None:
         """Use the weights, temperature and forms of `settings`."""
-        form, self._settings = settings.ndcr_form, settings
-        scale: dict[str, Any] = {"temperature": settings.temperature, "normalisation": settings.tdcl_normalisation}
-        self._tdcl = functools.partial(losses.tdcl_loss, **scale, prompted_is_unit=True)
-        self._ndcr = functools.partial(losses.ndcr_loss, form=form, denoised_is_unit=form != "l2")
+        self._settings = settings
 
     def __call__(self, embeddings: Tensor, targets: GuidanceTargets) -> dict[str, Tensor]:
         """Compute the enabled terms, weighted, by name, from embeddings float (B, D) in the space of the targets."""
         settings, terms = self._settings, {}
         if settings.tdcl_weight > 0:
-            terms["tdcl"] = settings.tdcl_weight * self._tdcl(embeddings, targets.prompted, targets.positive)
+            temperature, normalisation = settings.temperature, settings.tdcl_normalisation
+            loss = losses.tdcl_loss(embeddings, targets.prompted, targets.positive, temperature, normalisation, True)
+            terms["tdcl"] = settings.tdcl_weight * loss
         if settings.ndcr_weight > 0:
-            terms["ndcr"] = settings.ndcr_weight * self._ndcr(embeddings, targets.denoised)
+            form = settings.ndcr_form
+            loss = losses.ndcr_loss(embeddings, targets.denoised, form, denoised_is_unit=form != "l2")
+            terms["ndcr"] = settings.ndcr_weight * loss
         return terms

@@ -61,11 +61,8 @@ class FedNH(FedAvg):
 def new_prototypes(prototypes: Tensor, of_clients: Tensor, counts: Tensor, smoothing: float) -> Tensor:
     """Update the prototypes: W_c <- unit(rho W_c + (1 - rho) unit(sum_k n_k^c mu_k^c)).
 
-    Args:
-        prototypes: W, float (K, D), unit rows.
-        of_clients: mu, float (S, K, D), unit rows per participant.
-        counts: n, float (S, K); the row of a class without samples is unchanged.
-        smoothing: rho in [0, 1].
+    The prototypes W are float (K, D) and the participants' mu (S, K, D), of unit rows; counts n are float (S, K), and
+    the row of a class without samples is unchanged; the smoothing rho is in [0, 1].
     """
     pooled = unit((counts[:, :, None] * of_clients).sum(0))
     smoothed = unit(smoothing * prototypes + (1 - smoothing) * pooled)

@@ -68,14 +68,9 @@ def normalised_mean(
 ) -> Weights:
     """Compute the server's step, x - tau_eff sum_i p_i (x - y_i) / a_i with tau_eff = sum_i p_i a_i; no buffers.
 
-    Computed as sum_i p_i r_i y_i + (1 - sum_i p_i r_i) x with r_i = tau_eff / a_i. With equal a_i every r_i is exactly
-    1 and the result is `weighted_mean`, to the byte.
-
-    Args:
-        start: x, the parameters that clients started from.
-        ends: y_i, per participant.
-        counts: n_i per participant.
-        normalisers: a_i = ||a_i||_1 per participant, positive.
+    x (`start`) are the parameters that clients started from; y_i (`ends`), n_i (`counts`) and a_i > 0 (`normalisers`)
+    are per participant. Computed as sum_i p_i r_i y_i + (1 - sum_i p_i r_i) x with r_i = tau_eff / a_i. With equal a_i
+    every r_i is exactly 1 and the result is `weighted_mean`, to the byte.
     """
     total = sum(counts)
     ratios = [sum(n * (a / own) for n, a in zip(counts, normalisers, strict=True)) / total for own in normalisers]

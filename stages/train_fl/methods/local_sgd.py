@@ -81,7 +81,7 @@ class LocalSGD:
         # One transfer for all terms: no step waits for the device.
         values = torch.stack(list(sums.values())).tolist() if sums else []
         means = {name: value / num_seen for name, value in zip(sums, values, strict=True)}
-        return ClientUpdate(trained, batches.num_samples, num_steps), means
+        return ClientUpdate(trained, len(batches.data), num_steps), means
 
     @torch.no_grad()
     def class_sums(self, batches: Batches, function: Callable[[FLModel, Tensor], Tensor]) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ methods aggregate as FedAvg, and a k-NN classifier and a linear probe on the fro
 training labels, evaluate them. SimSiam needs neither negatives nor a momentum encoder, and so no state.
 """
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field
@@ -83,7 +84,7 @@ class SimSiam(FedAvg):
         self, weights: Weights, broadcast: Weights, state: ClientState, batches: Batches, learning_rate: float
     ) -> tuple[ClientUpdate, ClientState, Metrics]:
         """Run local SGD on two views of every image."""
-        return super().client_update(weights, broadcast, state, batches.with_two_views(), learning_rate)
+        return super().client_update(weights, broadcast, state, replace(batches, num_views=2), learning_rate)
 
     def objective(self, model: FLModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the symmetric negative cosine; each view has its own pass and BatchNorm statistics."""

@@ -1,8 +1,9 @@
 """Partitions of the training set across clients, one pure function per kind.
 
-Every function takes plain arrays and numbers and `rng`, the source of all its draws, and returns per client an
-ascending int64 array of positions in `labels`, int64 (N,); no sample goes to two clients. It raises ConfigError if its
-settings do not fit the data. `deal` calls the one that a `partitions:` entry names.
+Every function takes the `labels` of the samples, int64 (N,), of K classes (or their `domains`, int64 (N,), counted from
+0), the number of clients, and `rng`, the source of all its draws. It returns per client an ascending int64 array of
+positions in `labels`; no sample goes to two clients. It raises ConfigError if its settings do not fit the data. `deal`
+calls the one that a `partitions:` entry names.
 """
 
 from typing import Any
@@ -36,17 +37,9 @@ __all__ = [
 def deal(
     settings: Section, labels: np.ndarray, domains: np.ndarray, num_clients: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Partition by the kind that `settings` names.
+    """Partition by the kind that `settings`, a `partitions:` entry, names.
 
-    Args:
-        settings: A `partitions:` entry.
-        labels: int64 (N,).
-        domains: int64 (N,), counted from 0.
-        num_clients: Number of parts; label-skew and a domain partition with a list of counts set their own.
-        rng: Source of all draws.
-
-    Raises:
-        ConfigError: The settings do not fit the data.
+    Label skew and a domain partition with a list of counts set their own number of clients.
     """
     values: dict[str, Any] = settings.model_dump()
     kind = values.pop("kind")

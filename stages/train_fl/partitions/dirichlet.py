@@ -24,21 +24,12 @@ _HOPELESS = 0.01  # expected number of partitions from all remaining draws
 def dirichlet(
     labels: np.ndarray, num_clients: int, alpha: float, min_samples: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Per-class Dirichlet over clients, the common algorithm (Yurochkin et al., ICML 2019; NIID-Bench).
+    """Draw per-class Dirichlet shares over clients, the common algorithm (Yurochkin et al., ICML 2019; NIID-Bench).
 
     For each class a share per client is drawn from Dir(alpha, ..., alpha); clients that already hold N / num_clients
     samples or more get none of it; the shuffled samples of the class are cut at the cumulative shares. All is drawn
-    again until every client has `min_samples`.
-
-    Args:
-        labels: int64 (N,).
-        num_clients: Number of parts.
-        alpha: Concentration > 0; small is heterogeneous.
-        min_samples: The least that a client may have.
-        rng: Source of all draws.
-
-    Returns:
-        Per client ascending positions in `labels`; together they are a permutation of 0..N-1.
+    again until every client has `min_samples`. The concentration `alpha` is above 0; small is heterogeneous. Every
+    sample goes to a client.
     """
     if num_clients * min_samples > len(labels):
         raise ConfigError(
@@ -59,17 +50,8 @@ def dirichlet_balanced(
 
     The shuffled samples are split among groups of `group_size` clients; inside a group `dirichlet` is drawn until
     every client has half of a fair share; the parts, each ordered by class, are then concatenated and cut again into
-    `num_clients` chunks of equal size, so that a client's border classes move into its neighbour.
-
-    Args:
-        labels: int64 (N,).
-        num_clients: Number of parts.
-        alpha: Concentration > 0; small is heterogeneous.
-        group_size: Clients per group, 5 in the authors' code; the last group may be smaller.
-        rng: Source of all draws.
-
-    Returns:
-        Per client ascending positions; sizes differ by at most one; together a permutation of 0..N-1.
+    `num_clients` chunks whose sizes differ by at most one, so that a client's border classes move into its neighbour.
+    The authors' group_size is 5; the last group may be smaller. Every sample goes to a client.
     """
     ends = np.array([*range(group_size, num_clients, group_size), num_clients])  # clients up to each group's last
     pools = np.split(rng.permutation(len(labels)), ends[:-1] * len(labels) // num_clients)

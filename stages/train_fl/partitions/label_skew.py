@@ -18,14 +18,8 @@ def label_skew(
     Biased client i has the classes (i * classes_per_biased + j) mod K, j < classes_per_biased, in equal parts; an
     unbiased client has every class in equal parts. The size is the largest that no class is too small for, rounded
     down to a multiple of K; the remaining samples are not used (20 of CIFAR-10's 50,000 at 5/2/1). A biased client has
-    up to classes_per_biased - 1 samples fewer where its number of classes does not divide the size.
-
-    Args:
-        labels: int64 (N,), K classes.
-        n_biased: Number of biased clients, which come first.
-        classes_per_biased: Classes of each, at most K.
-        n_unbiased: Number of clients with all classes.
-        rng: Source of all draws.
+    up to classes_per_biased - 1 samples fewer where its number of classes, at most K, does not divide the size. Biased
+    clients come first.
     """
     classes, sizes = np.unique(labels, return_counts=True)
     num_classes = len(classes)
@@ -53,16 +47,10 @@ def label_skew(
 def classes_per_client(
     labels: np.ndarray, num_clients: int, num_classes_each: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Give every client k classes (NIID-Bench's "#label = k"): McMahan's pathological split with random classes.
+    """Give every client k <= K classes (NIID-Bench's "#label = k"): McMahan's pathological split with random classes.
 
     Client i has class i mod K and k - 1 others drawn without replacement; a class's samples are dealt evenly to the
     clients that have it. A class that no client has is not used.
-
-    Args:
-        labels: int64 (N,), K classes.
-        num_clients: Number of parts.
-        num_classes_each: k, at most K.
-        rng: Source of all draws.
     """
     classes, sizes = np.unique(labels, return_counts=True)
     num_classes = len(classes)

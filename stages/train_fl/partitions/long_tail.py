@@ -9,15 +9,10 @@ import numpy as np
 
 
 def long_tail(labels: np.ndarray, imbalance_factor: float, rng: np.random.Generator) -> np.ndarray:
-    """Choose the samples to keep.
+    """Choose the samples to keep: ascending int64 positions.
 
-    Args:
-        labels: int64 (N,).
-        imbalance_factor: Size of the last class relative to the first, in (0, 1]; 0.01 is "IR 100"; 1 keeps all.
-        rng: Source of all draws.
-
-    Returns:
-        Ascending int64 positions. CIFAR-10 at 0.01 keeps 5000, 2997, 1796, 1077, 645, 387, 232, 139, 83 and 50.
+    The imbalance factor is the size of the last class relative to the first, in (0, 1]; 0.01 is "IR 100" and 1 keeps
+    all. CIFAR-10 at 0.01 keeps 5000, 2997, 1796, 1077, 645, 387, 232, 139, 83 and 50 samples.
     """
     classes, sizes = np.unique(labels, return_counts=True)
     exponent = np.arange(len(classes)) / max(1, len(classes) - 1)
