@@ -78,7 +78,7 @@ def by_client(
         predictor: The global model's.
         clients: Every client's samples.
         held_out: Evaluation data.
-        cell_counts: int64 (num_clients, num_domains * num_classes), cell = domain * num_classes + label.
+        cell_counts: Samples, int64 (num_clients, num_domains * num_classes), cell = domain * num_classes + label.
         num_classes: K.
 
     Returns:
@@ -91,11 +91,9 @@ def by_client(
     accuracy = np.bincount(cells, right, cell_counts.shape[1]) / np.maximum(seen, 1)
     rows: list[dict[str, float | int | None]] = []
     for client, (data, own) in enumerate(zip(clients, cell_counts, strict=True)):
-        weights = own * (seen > 0)
-        train = held = None
+        weights, train = own * (seen > 0), None
         if len(data):
             train = (predictor(data.images).cpu() == data.labels.cpu()).double().mean().item()
-        if weights.sum():
-            held = float(weights @ accuracy / weights.sum())
+        held = float(weights @ accuracy / weights.sum()) if weights.sum() else None
         rows.append({"client": client, "num_samples": len(data), "train_accuracy": train, "held_out_accuracy": held})
     return rows

@@ -1,7 +1,7 @@
 """Check that a feature set fits the data set, the settings, the frozen model and the method before training.
 
-Feature sets are often received rather than extracted locally (`dvc pull`, another repository, a manual copy). The
-set's manifest states what it was made from, which is compared with the project. Every mismatch is one line that names
+Feature sets are often received rather than extracted locally (`dvc pull`, another repository, a manual copy). Their
+manifest states data, settings and model, which are compared with the project. Every mismatch is one line that names
 both sides and how to accept the set. Files that training does not need are compared only if they are present: the
 frozen model's manifest, and the files that settings name (`class_prompts`, `negative_words`, `basis`,
 `image_conditioning`).

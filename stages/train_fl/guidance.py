@@ -41,7 +41,7 @@ class GuidanceTargets:
 
 
 class GuidanceSource:
-    """Reads a feature set's representations as targets of training."""
+    """Reader of a feature set's representations as targets of training."""
 
     def __init__(self, features: FeatureSet, settings: Guidance) -> None:
         """Read from `features` the layers that `settings` selects, at its scale."""
@@ -79,7 +79,7 @@ GuidanceRows = GuidanceTargets | GuidanceOnDisk
 
 
 def columns(settings: Guidance, layers: Mapping[str, Sequence[int]]) -> list[int]:
-    """List the columns of the selected layers; their number is the targets' length.
+    """List the columns of the layers that `settings.layers` selects; their number is the targets' length.
 
     Args:
         settings: Its `layers` is "all" or names.
@@ -91,8 +91,8 @@ def columns(settings: Guidance, layers: Mapping[str, Sequence[int]]) -> list[int
     names = list(layers) if settings.layers == "all" else settings.layers
     unknown = [name for name in names if name not in layers]
     if unknown or not names:
-        what = ", ".join(unknown) or "no layer"
-        raise ConfigError(f"guidance.layers names {what}; the feature set has {', '.join(layers)}. Use these, or all.")
+        named = ", ".join(unknown) or "no layer"
+        raise ConfigError(f"guidance.layers names {named}; the feature set has {', '.join(layers)}. Use these, or all.")
     return [column for name in dict.fromkeys(names) for column in range(*layers[name])]
 
 

@@ -102,7 +102,7 @@ def moon_loss(embeddings: Tensor, global_embeddings: Tensor, previous_embeddings
 def prototype_loss(embeddings: Tensor, labels: Tensor, prototypes: Tensor, known: Tensor) -> Tensor:
     """Compute FedProto's distance to the class's global prototype: mean over B and D of (z_i - C_{y_i})^2.
 
-    Labels y are int64 (B,), prototypes C float (K, D), constant. `known`, bool (K,), tells which classes have one;
+    Labels y are int64 (B,), prototypes C float (K, D), constant. `known`, bool (K,), marks the classes that have one;
     samples of the others add 0 to the mean, as in the authors' code.
     """
     difference = (embeddings - prototypes[labels]) * known[labels, None]

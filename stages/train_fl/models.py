@@ -2,9 +2,9 @@
 
 The parts in brackets are optional. `train_fl.projection_dim` adds the projection head to every method alike, so that a
 table compares methods and not networks. FedCR needs the bottleneck, and FedNH a cosine classifier. Guidance acts on the
-embedding, which is what the classifier sees; if its length differs from that of the cached representations, a linear
-projector maps it to theirs. Every part is initialised from its own generator, so the encoder's initial weights do not
-depend on the other parts.
+embedding, the classifier's input; if its length differs from that of the cached representations, a linear projector
+maps it to theirs. Every part is initialised from its own generator, so the encoder's initial weights do not depend on
+the other parts.
 """
 
 from collections.abc import Callable

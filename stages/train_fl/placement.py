@@ -35,7 +35,7 @@ def place(image_bytes: int, guidance_bytes: int, device: str) -> Placement:
     device_free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else None
     chosen = choose(image_bytes, guidance_bytes, device_free, _host_free())
     if chosen != "device":
-        where = {"host": "stay in host memory", "shards": "are read from the shards batch by batch"}[chosen]
+        where = "stay in host memory" if chosen == "host" else "are read from the shards batch by batch"
         log.warning("%.1f GB of samples do not fit on %s: they %s", (image_bytes + guidance_bytes) / 1e9, device, where)
     return chosen
 

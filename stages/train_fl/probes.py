@@ -52,9 +52,8 @@ class Probes:
         def predict(images: Tensor) -> Tensor:
             return torch.from_numpy(probe.predict(self._embed(model, images))).to(self._held_out.labels.device)
 
-        right = predict(self._held_out.images) == self._held_out.labels
-        accuracy = {"linear_probe_accuracy": right.double().mean().item()}
-        return predict, accuracy | {"knn_accuracy": self.scores(model)["accuracy"]}
+        right = (predict(self._held_out.images) == self._held_out.labels).double().mean().item()
+        return predict, {"linear_probe_accuracy": right, "knn_accuracy": self.scores(model)["accuracy"]}
 
     def _train_embeddings(self, model: FLModel) -> np.ndarray:
         return np.concatenate([self._embed(model, client.images) for client in self._clients])

@@ -36,11 +36,7 @@ class Method:
     sends_only_weights: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
-        """Register a method that has settings of its own.
-
-        Raises:
-            ConfigError: Another method has the same `algorithm`.
-        """
+        """Register a method that has settings of its own; raise ConfigError if another has the same `algorithm`."""
         if "Settings" not in vars(cls):
             return
         if "sends_only_weights" not in vars(cls):

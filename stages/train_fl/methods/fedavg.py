@@ -58,8 +58,7 @@ class FedAvg(Method):
 
     def _average(self, updates: list[ClientUpdate], weighting: Weighting) -> Weights:
         """Average the participants: buffers by sample count, parameters according to `weighting`."""
-        everything = [update.weights for update in updates]
-        counts = [update.num_samples for update in updates]
+        everything, counts = [update.weights for update in updates], [update.num_samples for update in updates]
         if weighting == "samples":
             return weighted_mean(everything, counts)
         parameters = weighted_mean([self._parameters(weights) for weights in everything], [1] * len(updates))

@@ -11,11 +11,9 @@ The clients share a prior per class. A class that no participant has keeps its p
 computed after training, from unaugmented images. The divergence is that of the authors' code, the reverse of the
 bound's: the prior's deviation shrinks like n^(-1/2), and the bound's divergence would explode.
 
-Differences from the authors' code:
-
-- Their flag beta2 is 0 by default, which never moves the priors; their README uses 1, and so does this code.
-- They keep the classifier local and test each client's model. Here, as for every method, all weights are averaged and
-  the global model is tested, at z = m (they average 30 draws).
+The authors' flag beta2 is 0 by default, which never moves the priors; their README uses 1, and so does this code. They
+keep the classifier local and test each client's model with 30 draws; here, as for every method, all weights are
+averaged and the global model is tested, at z = m.
 """
 
 import functools

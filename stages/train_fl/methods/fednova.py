@@ -53,9 +53,8 @@ class FedNova(FedProx):
 
     def server_update(self, state: ServerState, updates: list[ClientUpdate]) -> tuple[ServerState, Metrics]:
         """Take the normalised mean, then the server's momentum if there is one."""
-        start = self._parameters(state.weights)
+        start, counts = self._parameters(state.weights), [update.num_samples for update in updates]
         ends = [self._parameters(update.weights) for update in updates]
-        counts = [update.num_samples for update in updates]
         steps = [float(update.extras["normaliser"]) for update in updates]
         parameters, velocity = normalised_mean(start, ends, counts, steps), state.private
         if momentum := self.settings.server_momentum:

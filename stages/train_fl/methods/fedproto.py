@@ -69,8 +69,8 @@ class FedProto(FedAvg):
 def new_prototypes(prototypes: Tensor, known: Tensor, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Average the clients' prototypes: C_c <- sum_k n_k^c C_k^c / sum_k n_k^c, if a participant has the class.
 
-    The prototypes C are float (K, D), and bool (K,) says which are `known`; both are returned, updated. `sums` are the
-    participants' sums of embeddings by class, n_k^c C_k^c, float (S, K, D), and `counts` n_k^c, float (S, K).
+    The prototypes C are float (K, D), and `known`, bool (K,), marks the classes that have one; both are returned,
+    updated. `sums` are the participants' sums n_k^c C_k^c of embeddings, float (S, K, D), and `counts` n_k^c (S, K).
     """
     total = counts.sum(0)
     mean = sums.sum(0) / total.clamp_min(1)[:, None]

@@ -64,7 +64,6 @@ class Moon(FedAvg):
         if not has_previous:
             return embeddings, terms | {"contrastive": torch.zeros_like(terms["cross_entropy"])}
         with torch.no_grad():
-            of_global = self._global_model.embed(batch.images)
-            of_previous = self._previous_model.embed(batch.images)
+            of_global, of_previous = (m.embed(batch.images) for m in (self._global_model, self._previous_model))
         loss = losses.moon_loss(embeddings, of_global, of_previous, self.settings.temperature)
         return embeddings, terms | {"contrastive": self.settings.contrastive_weight * loss}

@@ -42,11 +42,7 @@ class SelfSupervisedFedDifRC(FedAvg):
     sends_only_weights = True
 
     def __init__(self, local_sgd: LocalSGD, settings: Section | None = None, num_clients: int = 1) -> None:
-        """Create the method.
-
-        Raises:
-            ConfigError: Both losses are disabled.
-        """
+        """Create the method; raise ConfigError if both losses are disabled."""
         super().__init__(local_sgd, settings, num_clients)
         if not self.settings.tdcl_weight + self.settings.ndcr_weight:
             raise ConfigError(

@@ -28,18 +28,14 @@ def left_out(parts: list[np.ndarray], groups: dict[str, tuple[np.ndarray, list[s
     Returns:
         One sentence each for classes, domains and samples that no client gets, and for clients without samples.
     """
-    dealt, lines = np.concatenate(parts), []
+    dealt, lines, total = np.concatenate(parts), [], 0
     for kind, (numbers, names) in groups.items():
-        missing = [names[number] for number in np.setdiff1d(numbers, numbers[dealt])]
-        if missing:
-            lines.append(
-                f"{len(missing)} of {len(np.unique(numbers))} {kind} go to no client: {first_few(missing, _MOST_NAMES)}"
-            )
-    total = len(next(iter(groups.values()))[0])
+        total, present = len(numbers), len(np.unique(numbers))
+        if missing := [names[number] for number in np.setdiff1d(numbers, numbers[dealt])]:
+            lines.append(f"{len(missing)} of {present} {kind} go to no client: {first_few(missing, _MOST_NAMES)}")
     if len(dealt) < total:
         lines.append(f"{total - len(dealt)} of {total} samples go to no client")
-    empty = [str(client) for client, part in enumerate(parts) if not len(part)]
-    if empty:
+    if empty := [str(client) for client, part in enumerate(parts) if not len(part)]:
         lines.append(f"{len(empty)} of {len(parts)} clients have no samples: {first_few(empty, _MOST_NAMES)}")
     return lines
 
