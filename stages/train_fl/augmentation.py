@@ -20,16 +20,7 @@ def to_model_range(images: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
-    """Draw one random view of each image.
-
-    Args:
-        images: uint8 (n, 3, H, W).
-        augmentation: The kind of view.
-        generator: Source of all draws, on the CPU.
-
-    Returns:
-        float32 (n, 3, H, W) in [-1, 1].
-    """
+    """Draw one random view of each image: uint8 (n, 3, H, W) -> float32 (n, 3, H, W) in [-1, 1]."""
     if augmentation == "views":
         return _colour(_resized_crop(to_model_range(images), generator), generator)
     if augmentation != "none":
@@ -52,7 +43,7 @@ def _shift(images: Tensor, flips: bool, generator: torch.Generator) -> Tensor:
 
 
 def _resized_crop(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A square of 20 to 100 % of the area, anywhere inside, mirrored half of the time, bilinearly to full size."""
+    """Resize a square of 20 to 100 % of the area bilinearly to full size, mirrored half of the time."""
     draws = torch.rand((4, len(images)), generator=generator).to(images.device)
     side = (0.2 + 0.8 * draws[0]).sqrt()  # of the full side, 2
     centre_x, centre_y = (2 * draws[1] - 1) * (1 - side), (2 * draws[2] - 1) * (1 - side)
@@ -64,7 +55,7 @@ def _resized_crop(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _colour(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Brightness, contrast and saturation, each by a factor of 0.6 to 1.4."""
+    """Change brightness, contrast and saturation, each by a factor of 0.6 to 1.4."""
     draws = 0.6 + 0.8 * torch.rand((3, len(images), 1, 1, 1), generator=generator).to(images.device)
     unit = (images + 1) / 2 * draws[0]
     mean = unit.mean((1, 2, 3), keepdim=True)

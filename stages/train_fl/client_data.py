@@ -1,20 +1,18 @@
 """A client's share of the training set, and the batches drawn from it.
 
 Samples stay where they were placed (`placement`). A batch is gathered there, moved to the device if necessary, and
-augmented on the device. There is no DataLoader and there are no worker processes.
+augmented on the device, without a DataLoader and worker processes.
 """
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from stages.train_fl.augmentation import Augmentation, augment, to_model_range
 from stages.train_fl.guidance import GuidanceRows, GuidanceTargets
-
-__all__ = ["Augmentation", "Batch", "Batches", "ClientData", "Stopwatch", "to_model_range"]
 
 
 @dataclass(frozen=True)
@@ -69,17 +67,8 @@ class Batches:
     augmentation: Augmentation
     generator: torch.Generator
     device: str | None = None  # of the batches; None: that of the data
-    num_views: int = 1
+    num_views: int = 1  # 2: each batch has a second view
     loading: Stopwatch = field(default_factory=Stopwatch)
-
-    @property
-    def num_samples(self) -> int:
-        """Number of the client's samples, each counted once."""
-        return len(self.data)
-
-    def with_two_views(self) -> "Batches":
-        """Return the same batches, each with a second view."""
-        return replace(self, num_views=2)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches; `loading` sums the host's seconds spent on them."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline import seeding
 from pipeline.data.datasets import Images, PreparedDataset, stratified_split
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError
 from pipeline.feature_store import FeatureSet
 from pipeline.settings.config import Config
 from pipeline.settings.params import Guidance, Nodes
@@ -46,12 +46,7 @@ class FederatedData:
 
 
 def load(
-    config: Config,
-    partition: str,
-    seed: int,
-    guidance: Guidance | None,
-    device: str,
-    client_id: int | None = None,
+    config: Config, partition: str, seed: int, guidance: Guidance | None, device: str, client_id: int | None = None
 ) -> FederatedData:
     """Split the data set, apply the long tail, partition it across clients, and place it on its device.
 
@@ -61,10 +56,12 @@ def load(
         seed: Seed of the validation split, the long tail, the partition and the choice of generated images.
         guidance: The method's guidance; None for methods that need no cached representations.
         device: The device to train on.
-        client_id: Load only this client; None for all.
+        client_id: The only client to load; None for all.
 
     Raises:
-        PipelineError: Data are missing or damaged, or the settings do not fit them.
+        ConfigError: Settings do not fit the data.
+        DataError: The data set is missing or damaged.
+        FeatureSetError: The feature set is missing or damaged, or does not fit.
     """
     params = config.params.train_fl
     dataset = PreparedDataset(config.dataset_dir)
@@ -96,13 +93,12 @@ def load(
         for part, images in zip(parts, extra, strict=True)
     ]
     num_classes, num_domains = len(dataset.class_names), len(dataset.domain_names)
+    cells = train.domains * num_classes + train.labels
     return FederatedData(
         clients=clients,
         parts=[index[part] for part in parts],
         label_counts=counts,
-        cell_counts=partitions.label_counts(
-            parts, train.domains * num_classes + train.labels, num_domains * num_classes
-        ),
+        cell_counts=partitions.label_counts(parts, cells, num_domains * num_classes),
         synthetic_counts=np.stack([np.bincount(images.labels, minlength=num_classes) for images in extra]),
         held_out=_on_device(held, device),
         dataset=dataset,
@@ -126,17 +122,17 @@ def _deal(config: Config, partition: str, train: Images, seed: int, client_id: i
     settings = config.settings("partitions", partition)
     if isinstance(settings, Nodes):
         if client_id is None:
-            raise PipelineError(f"partitions.{partition} is of nodes with their own images: run it by `flwr run`")
+            raise ConfigError(f"partitions.{partition} is of nodes with their own images. Run it by `flwr run`.")
         return [np.arange(len(train))]
     rng = seeding.numpy_generator(seed, "partition")
     try:
         parts = partitions.deal(settings, train.labels, train.domains, config.params.train_fl.num_clients, rng)
-    except PipelineError as error:
-        raise PipelineError(f"partitions.{partition}: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"partitions.{partition}: {error}") from None
     if client_id is None:
         return parts
     if client_id >= len(parts):
-        raise PipelineError(f"partitions.{partition} has {len(parts)} clients, there is no client {client_id}")
+        raise ConfigError(f"partitions.{partition} has {len(parts)} clients, there is no client {client_id}")
     return [parts[client_id]]
 
 
@@ -145,26 +141,25 @@ def _split(dataset: PreparedDataset, train: Images, config: Config, seed: int) -
     params = config.params.train_fl
     if params.evaluate_on == "test":
         return train, np.arange(len(train)), dataset.load("test")
-    rng = seeding.numpy_generator(seed, "validation split")
     count = max(1, round(params.validation_fraction * len(train)))
     cells = train.domains * len(dataset.class_names) + train.labels
-    held_out, kept = stratified_split(cells, count, rng)
+    held_out, kept = stratified_split(cells, count, seeding.numpy_generator(seed, "validation split"))
     return train.take(kept), kept, train.take(held_out)
 
 
 def _synthetic(
     config: Config, dataset: PreparedDataset, guided: bool, counts: np.ndarray, seed: int, first_client: int
 ) -> tuple[list[Images], str | None]:
-    """Per client, counted from `first_client`, the generated images it gets, and the hash of their data set."""
+    """Return the generated images of each client, counted from `first_client`, and the hash of their data set."""
     rule = config.params.train_fl.balance_with_synthetic
     if rule == "none":
         size = dataset.image_size
         nothing = Images.of_one_domain(np.empty((0, size, size, 3), np.uint8), np.empty(0, np.int64))
         return [nothing] * len(counts), None
     if guided:
-        raise PipelineError(
-            f"train_fl.balance_with_synthetic = {rule}: generated images have no cached representations, so it goes "
-            "only with methods without guidance"
+        raise ConfigError(
+            "generated images have no cached representations, which methods with guidance need. Set "
+            "train_fl.balance_with_synthetic to none."
         )
     generated = synthetic.open_checked(config.synthetic_dir, dataset)
     images = generated.load("train")
@@ -179,16 +174,13 @@ def _client(
     own: Images, extra: Images, source: GuidanceSource | None, index: np.ndarray, where: placement.Placement
 ) -> ClientData:
     """Assemble one client's samples, in host memory."""
-    images, labels, _ = _tensors(own)
+    (images, labels, _), (more_images, more_labels, _) = _tensors(own), _tensors(extra)
     if source is None:
-        more_images, more_labels, _ = _tensors(extra)
         return ClientData(torch.cat([images, more_images]), torch.cat([labels, more_labels]))
-    if where == "shards":
-        return ClientData(images, labels, GuidanceOnDisk(source, index))
-    return ClientData(images, labels, source.read(index))
+    return ClientData(images, labels, GuidanceOnDisk(source, index) if where == "shards" else source.read(index))
 
 
 def _tensors(data: Images) -> tuple[Tensor, Tensor, Tensor]:
-    """uint8 (N, 3, H, W), int64 (N,) and int64 (N,)."""
+    """Return images uint8 (N, 3, H, W), labels and domains int64 (N,)."""
     images = torch.from_numpy(np.ascontiguousarray(data.images.transpose(0, 3, 1, 2)))
     return images, torch.from_numpy(data.labels), torch.from_numpy(data.domains)

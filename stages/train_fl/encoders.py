@@ -5,9 +5,9 @@ resnet10, 18   512 dims, the paper's ResNet with the CIFAR stem (He et al., CVPR
 mobilenet_v2   512 dims, the last 1x1 convolution narrowed from 1280 as the authors do for fine-grained data (Sandler
                et al., CVPR 2018); its first two strides are 1, for images of 32 to 64 pixels
 
-torchvision, which takes as long to load as torch, is imported only for the encoders that use it.
-"group" replaces every BatchNorm by GroupNorm (Hsieh et al., ICML 2020, who find BatchNorm at fault on skewed
-clients): at most 32 groups, and as many as divide the channels.
+torchvision, which takes as long to load as torch, is imported only for the encoders that use it. "group" replaces every
+BatchNorm by GroupNorm (Hsieh et al., ICML 2020, who find BatchNorm at fault on skewed clients), with the greatest
+common divisor of 32 and the number of channels as the number of groups.
 """
 
 import math
@@ -34,15 +34,14 @@ class EncoderSettings:
 
 
 class Encoder(nn.Module):
-    """A network, the length of its embedding, and the number and memory format it computes in."""
+    """A network, the length of its embedding, and the precision and memory format it computes in."""
 
     def __init__(self, settings: EncoderSettings) -> None:
         """Draw the weights from torch's global generator."""
         super().__init__()
         construct, self.embedding_dim = _ENCODERS[settings.name]
         self.network = construct(BatchNorm2d if settings.normalisation == "batch" else _group_norm)
-        self._bfloat16 = settings.precision == "bfloat16"
-        self._channels_last = settings.channels_last
+        self._bfloat16, self._channels_last = settings.precision == "bfloat16", settings.channels_last
         if settings.channels_last:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -59,8 +58,8 @@ class Encoder(nn.Module):
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm that also trains where a batch has one value per channel: one image on a 1x1 map.
 
-    Such a batch has no variance, and torch refuses it. It is normalised by the running statistics, as in evaluation,
-    and leaves them as they are; any other batch, of a single image too, is treated as always.
+    Such a batch has no variance, and torch rejects it. It is normalised by the running statistics, as in evaluation,
+    and leaves them unchanged.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -85,24 +84,17 @@ def _group_norm(channels: int) -> nn.Module:
 
 
 def _small_cnn(norm_layer: NormLayer) -> nn.Module:
-    """Three convolutions with ReLU and pooling, then a linear embedding: 0.2 million parameters at any image size."""
+    """Build three convolutions with ReLU and pooling, and a linear embedding: 0.2 million parameters."""
     return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(4),
-        nn.Flatten(),
-        nn.Linear(64 * 4 * 4, 144),
-    )
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(), nn.Linear(64 * 4 * 4, 144),
+    )  # fmt: skip
 
 
 def _resnet(blocks_per_stage: int) -> Callable[[NormLayer], nn.Module]:
-    """Basic blocks behind the CIFAR stem: a 3x3 first convolution and no max pooling."""
+    """Return a builder of basic blocks behind the CIFAR stem: a 3x3 first convolution and no max pooling."""
 
     def construct(norm_layer: NormLayer) -> nn.Module:
         from torchvision.models.resnet import BasicBlock, ResNet
@@ -118,7 +110,7 @@ def _resnet(blocks_per_stage: int) -> Callable[[NormLayer], nn.Module]:
 
 
 def _mobilenet_v2(norm_layer: NormLayer) -> nn.Module:
-    """MobileNetV2's features at strides for small images, pooled."""
+    """Build MobileNetV2's features at strides for small images, pooled."""
     from torchvision.models.mobilenetv2 import MobileNetV2
     from torchvision.ops import Conv2dNormActivation
 

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from stages.train_fl.augmentation import to_model_range
@@ -16,7 +16,7 @@ from stages.train_fl.models import FLModel
 Predictor = Callable[[Tensor], Tensor]
 """Images uint8 (N, 3, H, W) -> predicted labels int64 (N,), on the device."""
 
-_BATCH = 500
+_BATCH = 500  # images per forward pass
 
 
 class Evaluator(Protocol):
@@ -36,38 +36,24 @@ class Classification:
         """Evaluate on `held_out`."""
         self._held_out = held_out
 
+    @torch.inference_mode()
     def scores(self, model: FLModel) -> dict[str, float]:
-        """Compute accuracy and mean cross-entropy."""
-        return evaluate(model, self._held_out.images, self._held_out.labels)
+        """Compute accuracy, the share of correct predictions, and loss, the mean cross-entropy."""
+        model.eval()
+        images, labels = self._held_out.images, self._held_out.labels
+        right = torch.zeros((), dtype=torch.int64, device=labels.device)
+        loss = torch.zeros((), dtype=torch.float64, device=labels.device)
+        for batch, truth in zip(images.split(_BATCH), labels.split(_BATCH), strict=True):
+            _, logits = model(to_model_range(batch))
+            right += (logits.argmax(1) == truth).sum()
+            loss += functional.cross_entropy(logits, truth, reduction="sum")
+        return {"accuracy": right.item() / len(labels), "loss": loss.item() / len(labels)}
 
     def final(self, model: FLModel) -> tuple[Predictor, dict[str, float]]:
         """Return the classifier, and no further metric."""
         model.eval()
         device = self._held_out.labels.device
         return lambda images: in_batches(lambda batch: model(batch)[1].argmax(1), images, device), {}
-
-
-@torch.inference_mode()
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = _BATCH) -> dict[str, float]:
-    """Evaluate a model, with BatchNorm in evaluation mode.
-
-    Args:
-        model: images -> (embeddings, logits).
-        images: uint8 (N, 3, H, W).
-        labels: int64 (N,).
-        batch_size: images per forward pass.
-
-    Returns:
-        accuracy: share of correct predictions, 0 to 1; loss: mean cross-entropy.
-    """
-    model.eval()
-    right = torch.zeros((), dtype=torch.int64, device=labels.device)
-    loss = torch.zeros((), dtype=torch.float64, device=labels.device)
-    for batch, truth in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-        _, logits = model(to_model_range(batch))
-        right += (logits.argmax(1) == truth).sum()
-        loss += functional.cross_entropy(logits, truth, reduction="sum")
-    return {"accuracy": right.item() / len(labels), "loss": loss.item() / len(labels)}
 
 
 @torch.inference_mode()
@@ -89,10 +75,10 @@ def by_client(
     """Compute the global model's accuracy for each client.
 
     Args:
-        predictor: of the global model.
-        clients: every client's samples.
-        held_out: evaluation data.
-        cell_counts: int64 (num_clients, num_domains * num_classes), cell = domain * num_classes + label.
+        predictor: The global model's.
+        clients: Every client's samples.
+        held_out: Evaluation data.
+        cell_counts: Samples, int64 (num_clients, num_domains * num_classes), cell = domain * num_classes + label.
         num_classes: K.
 
     Returns:
@@ -105,11 +91,9 @@ def by_client(
     accuracy = np.bincount(cells, right, cell_counts.shape[1]) / np.maximum(seen, 1)
     rows: list[dict[str, float | int | None]] = []
     for client, (data, own) in enumerate(zip(clients, cell_counts, strict=True)):
-        weights = own * (seen > 0)
-        train = held = None
+        weights, train = own * (seen > 0), None
         if len(data):
             train = (predictor(data.images).cpu() == data.labels.cpu()).double().mean().item()
-        if weights.sum():
-            held = float(weights @ accuracy / weights.sum())
+        held = float(weights @ accuracy / weights.sum()) if weights.sum() else None
         rows.append({"client": client, "num_samples": len(data), "train_accuracy": train, "held_out_accuracy": held})
     return rows

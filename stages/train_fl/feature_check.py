@@ -1,7 +1,7 @@
 """Check that a feature set fits the data set, the settings, the frozen model and the method before training.
 
-Feature sets are often received rather than extracted locally (`dvc pull`, another repository, a manual copy). The
-set's manifest states what it was made from, which is compared with the project. Every mismatch is one line that names
+Feature sets are often received rather than extracted locally (`dvc pull`, another repository, a manual copy). Their
+manifest states data, settings and model, which are compared with the project. Every mismatch is one line that names
 both sides and how to accept the set. Files that training does not need are compared only if they are present: the
 frozen model's manifest, and the files that settings name (`class_prompts`, `negative_words`, `basis`,
 `image_conditioning`).
@@ -16,13 +16,12 @@ from pipeline import provenance
 from pipeline.data.datasets import PreparedDataset
 from pipeline.diffusion import frozen_model, prompts
 from pipeline.errors import FeatureSetError
-from pipeline.feature_store import Basis, Content, FeatureSet, Manifest
+from pipeline.feature_store import FeatureSet
 from pipeline.settings.config import Config
-from pipeline.settings.params import ExtractFeatures
 
 _IMAGES_CHECKED = 16
-_EXTRACT = "or run `pipeline extract-features --overwrite`"
-_PLAIN = ("timestep", "image_size", "denoise_prompt", "negatives", "noise_seed", "dtype")
+_OR_EXTRACT = "or run `pipeline extract-features --overwrite`."
+_COMPARED = ("timestep", "image_size", "denoise_prompt", "negatives", "noise_seed", "dtype")
 _FILES = {"class": "class_prompts", "self-supervised": "negative_words"}  # the setting that names a file of texts
 
 
@@ -34,8 +33,19 @@ def open_checked(config: Config, dataset: PreparedDataset) -> FeatureSet:
     """
     features = FeatureSet(config.features_dir, partial=True)
     _check_data(features, dataset)
-    _check_settings(features, config)
-    _check_frozen_model(features, config)
+    different = _different_settings(features, config)
+    if "prompts" not in different:
+        different |= _different_prompts(features, config)
+    if different:
+        theirs, ours = (
+            ", ".join(f"{key} {'null' if pair[side] is None else repr(pair[side])}" for key, pair in different.items())
+            for side in (0, 1)
+        )
+        raise FeatureSetError(
+            f"{features.path} was extracted with {theirs}, but extract_features here has {ours}. Give params.yaml "
+            f"the set's values to train from it, {_OR_EXTRACT}"
+        )
+    _check_files(features, config)
     return features
 
 
@@ -50,39 +60,33 @@ def check_method(features: FeatureSet, method: str, without_labels: bool) -> Non
     if without_labels and names_classes:
         raise FeatureSetError(
             f"{features.path} was extracted with prompts that name each image's class, which training without labels "
-            f"({method}) must not see: set extract_features.prompts to self-supervised and extract"
+            f"({method}) must not see. Set extract_features.prompts to self-supervised and extract."
         )
     if not without_labels and not names_classes:
         raise FeatureSetError(
             f"{features.path} was extracted with self-supervised prompts, which name no class, but {method} trains "
-            "with labels and is guided by the class's prompt: set extract_features.prompts to class and extract"
+            "with labels and is guided by the class's prompt. Set extract_features.prompts to class and extract."
         )
 
 
 def check_prompts_differ(features: FeatureSet, index: np.ndarray) -> None:
-    """Check that images look different under their prompts, which TDCL contrasts.
+    """Check that features differ between prompts, on a few of the images `index`, int64 (n,), that the run needs.
 
-    Sets that were extracted before such prompts were refused may have equal ones: every feature is then equal, so a few
-    images tell.
-
-    Args:
-        features: The set.
-        index: int64 (n,), positions in the training split that the run needs.
+    Extraction rejects prompts that the model cannot tell apart; sets of older versions may contain them, and then
+    every image has equal features under them, which TDCL cannot contrast.
 
     Raises:
-        FeatureSetError: All images looked at have equal features under two of their prompts; names them.
+        FeatureSetError: All images checked have equal features under two of their prompts; names them.
     """
     rows = features.read(np.sort(index)[:_IMAGES_CHECKED])
     equal: set[tuple[int, int]] | None = None
     for numbers, values in zip(rows.prompt_class.tolist(), rows.prompted, strict=True):
         first: dict[bytes, int] = {}
-        pairs = [
-            (first.setdefault(value.tobytes(), number), number) for number, value in zip(numbers, values, strict=True)
-        ]
+        pairs = [(first.setdefault(row.tobytes(), number), number) for number, row in zip(numbers, values, strict=True)]
         found = {(min(pair), max(pair)) for pair in pairs if pair[0] != pair[1]}
         equal = found if equal is None else equal & found
-    for one, other in sorted(equal or ()):
-        texts = " and ".join(repr(features.manifest.content.prompts[number][0][:80]) for number in (one, other))
+    if equal:
+        texts = " and ".join(repr(features.manifest.content.prompts[number][0][:80]) for number in min(equal))
         raise FeatureSetError(
             f"{features.path} has equal features under the prompts {texts}, so TDCL has nothing to contrast. Extract "
             "again with prompts that the model can tell apart, or set tdcl_weight to 0."
@@ -91,141 +95,105 @@ def check_prompts_differ(features: FeatureSet, index: np.ndarray) -> None:
 
 def _check_data(features: FeatureSet, dataset: PreparedDataset) -> None:
     """Compare class names and their order, which numbers the prompts, then pixels, labels and domains by their hash."""
-    manifest, accept = features.manifest, f"prepare the data set that it was extracted from, {_EXTRACT}"
-    theirs, ours = manifest.content.class_names, dataset.class_names
+    content, rows, path = features.manifest.content, features.manifest.rows, features.path
+    theirs, ours, their_hash = content.class_names, dataset.class_names, content.dataset_hash
+    difference = ""
     if len(theirs) != len(ours):
-        raise FeatureSetError(
-            f"{features.path} was extracted for {len(theirs)} classes and {dataset.path} has {len(ours)}: {accept}"
+        difference = f"{path} was extracted for {len(theirs)} classes and {dataset.path} has {len(ours)}"
+    elif theirs != ours:
+        number = next(number for number, name in enumerate(theirs) if name != ours[number])
+        order = ", the same classes in another order" if set(theirs) == set(ours) else ""
+        difference = f"class {number} is {theirs[number]!r} in {path} and {ours[number]!r} in {dataset.path}{order}"
+    elif (their_hash, rows) != (dataset.hash, dataset.rows("train")):
+        difference = (
+            f"{path} was extracted from another data set ({rows} images, hash {their_hash[:12]}) than "
+            f"{dataset.path} ({dataset.rows('train')} images, hash {dataset.hash[:12]})"
         )
-    for number, (their, our) in enumerate(zip(theirs, ours, strict=True)):
-        if their != our:
-            order = ", the same classes in another order" if set(theirs) == set(ours) else ""
-            raise FeatureSetError(
-                f"class {number} is {their!r} in {features.path} and {our!r} in {dataset.path}{order}: {accept}"
-            )
-    hashes, rows = (manifest.content.dataset_hash, dataset.hash), (manifest.rows, dataset.rows("train"))
-    if hashes[0] != hashes[1] or rows[0] != rows[1]:
-        raise FeatureSetError(
-            f"{features.path} was extracted from another data set ({rows[0]} images, hash {hashes[0][:12]}) than "
-            f"{dataset.path} ({rows[1]} images, hash {hashes[1][:12]}): {accept}"
-        )
+    if difference:
+        raise FeatureSetError(f"{difference}. Prepare the data set that it was extracted from, {_OR_EXTRACT}")
 
 
-def _check_settings(features: FeatureSet, config: Config) -> None:
-    """First the settings that params.yaml can adopt from the set, then the contents of files."""
-    manifest, params = features.manifest, config.params.extract_features
-    different = _differences(manifest.content, params, features.basis())
-    if "prompts" not in different:
-        different |= _prompt_differences(manifest, config)
-    if different:
-        theirs = ", ".join(f"{key} {_as_yaml(their)}" for key, (their, _) in different.items())
-        ours = ", ".join(f"{key} {_as_yaml(our)}" for key, (_, our) in different.items())
-        raise FeatureSetError(
-            f"{features.path} was extracted with {theirs}, but extract_features here has {ours}: give params.yaml "
-            f"the set's values to train from it, {_EXTRACT}"
-        )
-    for difference in (_basis_difference(manifest.content, config), _encoder_difference(manifest.content, config)):
-        if difference:
-            raise FeatureSetError(f"{features.path} was extracted with {difference}, {_EXTRACT}")
-
-
-def _differences(content: Content, params: ExtractFeatures, basis: Basis) -> dict[str, tuple[Any, Any]]:
+def _different_settings(features: FeatureSet, config: Config) -> dict[str, tuple[Any, Any]]:
     """Return (the set's value, ours) by key of extract_features for all that differ, except prompts and files."""
-    values = {key: (getattr(content, key), getattr(params, key)) for key in _PLAIN}
-    values["version"] = (content.extraction_version, params.version)
-    values["prompts"] = ("class" if content.positive == "label" else "self-supervised", params.prompts)
+    content, params = features.manifest.content, config.params.extract_features
+    theirs: dict[str, Any] = {key: getattr(content, key) for key in _COMPARED}
+    theirs |= {"version": content.extraction_version}
+    theirs |= {"prompts": "class" if content.positive == "label" else "self-supervised"}
     if params.layers != "auto":
-        values["layers"] = (list(content.layers), params.layers)
+        theirs["layers"] = list(content.layers)
     widths = [stop - start for start, stop in content.layers.values()]
-    channels = [len(basis.layers[layer].mean) for layer in content.layers]
+    channels = [len(features.basis().layers[layer].mean) for layer in content.layers]
+    # No layer keeps more dimensions than it has channels.
     if len(widths) != len(params.dims) or widths != [min(pair) for pair in zip(params.dims, channels, strict=True)]:
-        values["dims"] = (widths, params.dims)
+        theirs["dims"] = widths
     if content.basis_sha256 is None:
-        values |= {"basis": ("auto", params.basis), "basis_images": (content.basis_images, params.basis_images)}
+        theirs |= {"basis": "auto", "basis_images": content.basis_images}
     if content.image_conditioning is None:
-        values["image_conditioning"] = (None, params.image_conditioning)
-    return _unequal(values)
+        theirs["image_conditioning"] = None
+    return {key: (value, getattr(params, key)) for key, value in theirs.items() if value != getattr(params, key)}
 
 
-def _prompt_differences(manifest: Manifest, config: Config) -> dict[str, tuple[Any, Any]]:
+def _different_prompts(features: FeatureSet, config: Config) -> dict[str, tuple[Any, Any]]:
     """Return the settings of the prompts that differ, or the first prompt that does.
 
     If the file that holds our texts is not here, only settings can be compared, and not which file they name. Sets
     made by older versions state no settings.
     """
-    content, params = manifest.content, config.params.extract_features
+    content, params = features.manifest.content, config.params.extract_features
     key = _FILES[params.prompts]
     file = getattr(params, key)
     here = file is None or config.path(file).exists()
     ours = prompts.build(params, content.class_names, config.path).texts if here else []
     if here and content.prompts == ours:
         return {}
-    made_with = manifest.provenance.get("settings", {})
+    made_with = features.manifest.provenance.get("settings", {})
     keys = ["prompt_templates", *(["self_supervised_prompt"] if params.prompts == "self-supervised" else [])]
     if here or made_with.get(key, file) is None:
         keys.append(key)
-    different = _unequal({key: (made_with[key], getattr(params, key)) for key in keys if key in made_with})
-    if different or not here:
-        return different
-    pairs = enumerate(zip_longest(content.prompts, ours))
-    return next({f"prompt {number}": pair} for number, pair in pairs if pair[0] != pair[1])
+    pairs = {key: (made_with[key], getattr(params, key)) for key in keys if key in made_with}
+    different = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    if here and not different:
+        prompts_by_number = enumerate(zip_longest(content.prompts, ours))
+        return next({f"prompt {number}": pair} for number, pair in prompts_by_number if pair[0] != pair[1])
+    return different
 
 
-def _basis_difference(content: Content, config: Config) -> str | None:
-    """Describe how a shared basis differs from ours, if our file is here."""
-    if content.basis_sha256 is None:
-        return None
-    ours = config.params.extract_features.basis
-    file, difference = config.path(ours), "is auto" if ours == "auto" else ""
-    if not difference and file.is_file() and (sha256 := provenance.file_sha256(file)) != content.basis_sha256:
-        difference = f"is {ours} (SHA-256 {sha256[:12]})"
-    if not difference:
-        return None
-    return (
-        f"a PCA basis from a file (SHA-256 {content.basis_sha256[:12]}), but extract_features.basis here {difference}: "
-        "name that file there (it need not be here)"
-    )
-
-
-def _encoder_difference(content: Content, config: Config) -> str | None:
-    """Describe how the image encoder differs from ours, if ours is here."""
-    path = config.params.extract_features.image_conditioning
-    theirs, folder = content.image_conditioning, config.path(path) if path else None
-    if theirs is None or (folder and not folder.exists()):
-        return None
-    if folder and frozen_model.image_encoder_hashes(folder) == theirs:
-        return None
-    ours = f"{folder}, whose files differ" if folder else "null"
-    return (
-        f"an image encoder, but extract_features.image_conditioning here is {ours}: name the set's there (it need not "
-        "be here)"
-    )
-
-
-def _unequal(pairs: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def _as_yaml(value: Any) -> str:
-    return "null" if value is None else repr(value)
-
-
-def _check_frozen_model(features: FeatureSet, config: Config) -> None:
-    """Compare the hashes of the model's files, if its manifest is here."""
+def _check_files(features: FeatureSet, config: Config) -> None:
+    """Compare a shared basis, the image encoder and the frozen model by their hashes, each if ours is here."""
+    content, params = features.manifest.content, config.params.extract_features
+    if sha256 := content.basis_sha256:
+        file = config.path(params.basis)
+        ours = provenance.file_sha256(file) if params.basis != "auto" and file.is_file() else None
+        if params.basis == "auto" or ours not in (None, sha256):
+            found = f"{params.basis} (SHA-256 {ours[:12]})" if ours else params.basis
+            raise _other_file(features, f"a PCA basis from a file (SHA-256 {sha256[:12]})", "basis", found)
+    if hashes := content.image_conditioning:
+        if params.image_conditioning is None:
+            raise _other_file(features, "an image encoder", "image_conditioning", "null")
+        folder = config.path(params.image_conditioning)
+        if folder.exists() and frozen_model.image_encoder_hashes(folder) != hashes:
+            raise _other_file(features, "an image encoder", "image_conditioning", f"{folder}, whose files differ")
     if not config.backbone_manifest.exists():
         return
-    ours = frozen_model.read_manifest(config.backbone_manifest)
-    content = features.manifest.content.backbone
-    files = {name: sha256 for name, sha256 in ours.files.items() if name != "model_index.json"}
-    if files != content:
-        file = min(name for name in files.keys() | content.keys() if files.get(name) != content.get(name))
-        made_by = features.manifest.provenance.get("backbone", {})
+    model = frozen_model.read_manifest(config.backbone_manifest)
+    files = {name: sha256 for name, sha256 in model.files.items() if name != "model_index.json"}
+    if files != content.backbone:
+        names = files.keys() | content.backbone.keys()
+        file_name = min(name for name in names if files.get(name) != content.backbone.get(name))
+        their_origin = _origin(features.manifest.provenance.get("backbone", {}))
         raise FeatureSetError(
-            f"{features.path} was extracted with another frozen model ({_model(made_by)}) than "
-            f"{config.backbone_manifest} names ({_model(ours.origin())}): {file} differs; set prepare_backbone to "
-            f"the set's model and run `pipeline prepare-backbone`, {_EXTRACT}"
+            f"{features.path} was extracted with another frozen model ({their_origin}) than {config.backbone_manifest} "
+            f"names ({_origin(model.origin())}): {file_name} differs. Set prepare_backbone to the set's model and run "
+            f"`pipeline prepare-backbone`, {_OR_EXTRACT}"
         )
 
 
-def _model(described: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {described.get(key)}" for key in ("name", "source", "revision"))
+def _other_file(features: FeatureSet, theirs: str, key: str, ours: str) -> FeatureSetError:
+    return FeatureSetError(
+        f"{features.path} was extracted with {theirs}, but extract_features.{key} here is {ours}. Name the set's there "
+        f"(it need not be here), {_OR_EXTRACT}"
+    )
+
+
+def _origin(model: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {model.get(key)}" for key in ("name", "source", "revision"))

@@ -4,14 +4,12 @@ Both representations are energies: non-negative and nearly parallel between imag
 ("raw"), with the mean subtracted ("centred"), or also divided by the standard deviation per dimension ("standardised").
 Mean and deviation are those of the denoising representations on the basis images.
 
-Targets are frozen, so they are selected, scaled and normalised once, by `prepare`, and not at every step. The price is
-that they are held as float32, twice the cache's size. If they do not fit into memory, `GuidanceOnDisk` reads them from
-the feature set's shards batch by batch.
+Targets are frozen, so `prepare` selects, scales and normalises them once, as float32: twice the cache's size. If they
+do not fit into memory, `GuidanceOnDisk` reads them from the feature set's shards batch by batch.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -39,19 +37,11 @@ class GuidanceTargets:
 
     def to(self, device: str | torch.device) -> "GuidanceTargets":
         """Copy the rows to a device."""
-        values = (self.denoised, self.prompted, self.positive)
-        return GuidanceTargets(*(value.to(device, non_blocking=True) for value in values))
-
-
-class GuidanceRows(Protocol):
-    """Guidance targets in memory, or a reader of them."""
-
-    def select(self, index: Tensor) -> GuidanceTargets:
-        """Return the rows at `index`, in memory."""
+        return GuidanceTargets(*(value.to(device, non_blocking=True) for value in vars(self).values()))
 
 
 class GuidanceSource:
-    """Reads a feature set's representations as targets of training."""
+    """Reader of a feature set's representations as targets of training."""
 
     def __init__(self, features: FeatureSet, settings: Guidance) -> None:
         """Read from `features` the layers that `settings` selects, at its scale."""
@@ -78,38 +68,36 @@ class GuidanceOnDisk:
 
     def __init__(self, source: GuidanceSource, index: np.ndarray) -> None:
         """Represent the samples `index`, int64 (n,), positions in the training split."""
-        self._source = source
-        self._index = index
+        self._source, self._index = source, index
 
     def select(self, index: Tensor) -> GuidanceTargets:
         """Return the rows at `index`, on the CPU."""
         return self._source.read(self._index[index.cpu().numpy()])
 
 
+GuidanceRows = GuidanceTargets | GuidanceOnDisk
+
+
 def columns(settings: Guidance, layers: Mapping[str, Sequence[int]]) -> list[int]:
-    """List the columns of the selected layers; their number is the targets' length.
+    """List the columns of the layers that `settings.layers` selects; their number is the targets' length.
 
     Args:
         settings: Its `layers` is "all" or names.
         layers: The feature set's layers: name -> [first column, one past the last].
 
     Raises:
-        ConfigError: The set has no layer of a given name, or no layer is named.
+        ConfigError: No layer is named, or one that the set lacks.
     """
     names = list(layers) if settings.layers == "all" else settings.layers
     unknown = [name for name in names if name not in layers]
     if unknown or not names:
-        what = f"names {', '.join(unknown)}" if unknown else "names no layer"
-        raise ConfigError(f"guidance.layers {what}; the feature set has {', '.join(layers)}. Use these, or all.")
+        named = ", ".join(unknown) or "no layer"
+        raise ConfigError(f"guidance.layers names {named}; the feature set has {', '.join(layers)}. Use these, or all.")
     return [column for name in dict.fromkeys(names) for column in range(*layers[name])]
 
 
 def prepare(
-    cached: GuidanceTargets,
-    settings: Guidance,
-    layers: Mapping[str, Sequence[int]],
-    mean: Tensor,
-    std: Tensor,
+    cached: GuidanceTargets, settings: Guidance, layers: Mapping[str, Sequence[int]], mean: Tensor, std: Tensor
 ) -> GuidanceTargets:
     """Turn cached rows into training targets: select layers, scale, and normalise (except for NDCR's form "l2").
 

@@ -2,9 +2,9 @@
 
 The parts in brackets are optional. `train_fl.projection_dim` adds the projection head to every method alike, so that a
 table compares methods and not networks. FedCR needs the bottleneck, and FedNH a cosine classifier. Guidance acts on the
-embedding, which is what the classifier sees; if its length differs from that of the cached representations, a linear
-projector maps it to theirs. Every part is initialised from its own generator, so the encoder's initial weights do not
-depend on the other parts.
+embedding, the classifier's input; if its length differs from that of the cached representations, a linear projector
+maps it to theirs. Every part is initialised from its own generator, so the encoder's initial weights do not depend on
+the other parts.
 """
 
 from collections.abc import Callable
@@ -20,20 +20,20 @@ from stages.train_fl.encoders import BatchNorm1d, Encoder, EncoderSettings
 class CosineClassifier(nn.Module):
     """FedNH's classifier: logits = s cos(z, W_c); the unit rows of W are frozen, the factor s is trained.
 
-    W is a buffer (`prototypes`, (K, D)): no optimiser moves or decays it, the server alone does.
+    W is a buffer (`prototypes`, (K, D)), which only the server updates.
     """
 
     prototypes: Tensor
 
     def __init__(self, embedding_dim: int, num_classes: int, scale: float) -> None:
-        """Orthonormal rows where num_classes <= embedding_dim, else unit rows of a matrix of orthonormal columns."""
+        """Draw orthonormal rows, or, if num_classes > embedding_dim, unit rows of orthonormal columns."""
         super().__init__()
         rows = nn.init.orthogonal_(torch.empty(num_classes, embedding_dim))
         self.register_buffer("prototypes", functional.normalize(rows, dim=1))
         self.scale = nn.Parameter(torch.tensor(scale))
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Float (B, D) -> (B, K) in [-s, s]."""
+        """Embeddings float (B, D) -> logits (B, K) in [-s, s]."""
         return self.scale * functional.linear(functional.normalize(embeddings, dim=1), self.prototypes)
 
 
@@ -44,17 +44,17 @@ class GaussianBottleneck(nn.Module):
     """
 
     def __init__(self, features: int, latent_dim: int) -> None:
-        """One linear map gives both."""
+        """Create the linear map that gives both."""
         super().__init__()
         self.linear = nn.Linear(features, 2 * latent_dim)
 
     def distribution(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Float (B, D) -> mean and standard deviation, each (B, latent_dim)."""
+        """Features float (B, D) -> mean and standard deviation, each (B, latent_dim)."""
         mean, raw = self.linear(features).chunk(2, dim=1)
         return mean, functional.softplus(raw).clamp_min(1e-6)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Float (B, D) -> the mean (B, latent_dim): evaluation draws no noise."""
+        """Features float (B, D) -> the mean (B, latent_dim), without noise."""
         return self.distribution(features)[0]
 
 
@@ -78,7 +78,7 @@ class SimSiamHeads(nn.Module):
         )
 
     def forward(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """Float (B, D) -> projections and predictions, each (B, head_dim)."""
+        """Embeddings float (B, D) -> projections and predictions, each (B, head_dim)."""
         projections = self.projection(embeddings)
         return projections, self.predictor(projections)
 
@@ -89,9 +89,7 @@ class FLModel(nn.Module):
     def __init__(self, encoder: nn.Module, embedding_dim: int, num_classes: int) -> None:
         """Join an encoder, images -> (B, embedding_dim), to a linear classifier."""
         super().__init__()
-        self.embedding_dim = embedding_dim
-        self.num_classes = num_classes
-        self.encoder = encoder
+        self.embedding_dim, self.num_classes, self.encoder = embedding_dim, num_classes, encoder
         self.projection_head: nn.Module = nn.Identity()
         self.bottleneck: nn.Module = nn.Identity()
         self.classifier: nn.Module = nn.Linear(embedding_dim, num_classes)
@@ -128,8 +126,7 @@ def build(
         num_classes: Length of the logits.
         seed: Seed of the initial weights.
         guidance_dim: Length of the guidance targets; None for methods without guidance.
-        projection_dim: Length of MOON's projection head (linear, ReLU, linear; the paper: 256),
-            None for no head.
+        projection_dim: Length of MOON's projection head (linear, ReLU, linear; the paper: 256), None for no head.
         latent_dim: Length of FedCR's Gaussian bottleneck, None for none.
         cosine_scale: Initial factor of FedNH's cosine classifier, None for a linear classifier.
         simsiam_dim: Length of SimSiam's projection, whose heads then take the classifier's place.
@@ -140,9 +137,8 @@ def build(
         model = FLModel(encoder, embedding_dim, num_classes)
     if projection_dim:
         with seeding.scoped_global_torch_seed(seed, "projection head"):
-            model.projection_head = nn.Sequential(
-                nn.Linear(embedding_dim, embedding_dim), nn.ReLU(), nn.Linear(embedding_dim, projection_dim)
-            )
+            first = nn.Linear(embedding_dim, embedding_dim)
+            model.projection_head = nn.Sequential(first, nn.ReLU(), nn.Linear(embedding_dim, projection_dim))
         embedding_dim = projection_dim
     if latent_dim:
         with seeding.scoped_global_torch_seed(seed, "bottleneck"):
@@ -150,11 +146,8 @@ def build(
         embedding_dim = latent_dim
     if embedding_dim != model.embedding_dim or cosine_scale:
         with seeding.scoped_global_torch_seed(seed, "classifier"):
-            model.classifier = (
-                CosineClassifier(embedding_dim, num_classes, cosine_scale)
-                if cosine_scale
-                else nn.Linear(embedding_dim, num_classes)
-            )
+            sizes = embedding_dim, num_classes
+            model.classifier = CosineClassifier(*sizes, cosine_scale) if cosine_scale else nn.Linear(*sizes)
         model.embedding_dim = embedding_dim
     if simsiam_dim:
         with seeding.scoped_global_torch_seed(seed, "simsiam heads"):

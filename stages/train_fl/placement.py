@@ -5,6 +5,7 @@ quarters of the free memory may be used; the rest is for the model, its gradient
 """
 
 import logging
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -17,17 +18,9 @@ _USABLE_SHARE = 0.75
 
 
 def choose(image_bytes: int, guidance_bytes: int, device_free: int | None, host_free: int) -> Placement:
-    """Choose the fastest location with enough memory.
+    """Choose the fastest location with enough free memory, in bytes: "shards" keeps the images in host memory.
 
-    Args:
-        image_bytes: Size of all images.
-        guidance_bytes: Size of all targets; 0 for methods without guidance.
-        device_free: Free memory of a separate device, in bytes; None if the device is the host itself.
-        host_free: Free memory of the host, in bytes.
-
-    Returns:
-        "device" (images and targets there), "host" (both in host memory), or "shards" (images in host memory, targets
-        on disk).
+    `guidance_bytes` is 0 for methods without guidance, and `device_free` None if the device is the host itself.
     """
     total = image_bytes + guidance_bytes
     if device_free is not None and total <= _USABLE_SHARE * device_free:
@@ -42,7 +35,7 @@ def place(image_bytes: int, guidance_bytes: int, device: str) -> Placement:
     device_free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else None
     chosen = choose(image_bytes, guidance_bytes, device_free, _host_free())
     if chosen != "device":
-        where = {"host": "stay in host memory", "shards": "are read from the shards batch by batch"}[chosen]
+        where = "stay in host memory" if chosen == "host" else "are read from the shards batch by batch"
         log.warning("%.1f GB of samples do not fit on %s: they %s", (image_bytes + guidance_bytes) / 1e9, device, where)
     return chosen
 
@@ -50,11 +43,5 @@ def place(image_bytes: int, guidance_bytes: int, device: str) -> Placement:
 def _host_free() -> int:
     """Return the bytes that the kernel can give without swapping."""
     file = Path("/proc/meminfo")
-    try:
-        lines = file.read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 2**63  # not Linux: leave it to the operating system
+    found = re.search(r"^MemAvailable: *(\d+) kB", file.read_text() if file.exists() else "", re.MULTILINE)
+    return int(found[1]) * 1024 if found else 2**63  # not Linux: leave it to the operating system

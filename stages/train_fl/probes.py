@@ -1,12 +1,9 @@
 """Evaluate frozen embeddings: a k-NN classifier after every round, a linear probe at the end.
 
-Both are fitted on all clients' training images with their labels and evaluated on the held-out images, by scikit-learn.
-k-NN is by cosine similarity with votes weighted by 1 / distance; its loss is the cross-entropy of the votes' shares,
-each at least 1e-3. The probe is multinomial logistic regression on standardised embeddings. They evaluate an
-encoder and are not part of training.
+scikit-learn fits both on all clients' training images with their labels. k-NN is by cosine similarity with votes
+weighted by 1 / distance; its loss is the cross-entropy of the votes' shares, each at least 1e-3. The probe is
+multinomial logistic regression on standardised embeddings. Neither is part of training.
 """
-
-from typing import Any
 
 import numpy as np
 import torch
@@ -45,26 +42,23 @@ class Probes:
 
     def final(self, model: FLModel) -> tuple[Predictor, dict[str, float]]:
         """Return the linear probe, and the accuracy of both classifiers."""
-        probe = self._fit_probe(self._train_embeddings(model))
-
-        def predict(images: Tensor) -> Tensor:
-            return torch.from_numpy(probe.predict(self._embed(model, images))).to(self._held_out.labels.device)
-
-        right = predict(self._held_out.images) == self._held_out.labels
-        accuracy = {"linear_probe_accuracy": right.double().mean().item()}
-        return predict, accuracy | {"knn_accuracy": self.scores(model)["accuracy"]}
-
-    def _fit_probe(self, embeddings: np.ndarray) -> Any:
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(embeddings, self._labels)
+        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+        probe.fit(self._train_embeddings(model), self._labels)
+
+        def predict(images: Tensor) -> Tensor:
+            return torch.from_numpy(probe.predict(self._embed(model, images))).to(self._held_out.labels.device)
+
+        right = (predict(self._held_out.images) == self._held_out.labels).double().mean().item()
+        return predict, {"linear_probe_accuracy": right, "knn_accuracy": self.scores(model)["accuracy"]}
 
     def _train_embeddings(self, model: FLModel) -> np.ndarray:
         return np.concatenate([self._embed(model, client.images) for client in self._clients])
 
     def _embed(self, model: FLModel, images: Tensor) -> np.ndarray:
-        """float32 (N, embedding_dim)."""
+        """Return embeddings float32 (N, embedding_dim)."""
         model.eval()
         return in_batches(model.embed, images, self._held_out.labels.device).cpu().numpy()

@@ -1,4 +1,4 @@
-"""docs/api.md: its examples run and print what it says, and no loss or server update is left out."""
+"""docs/api.md names every loss, server update and partition with its arguments."""
 
 import doctest
 import importlib

@@ -16,14 +16,14 @@ def make(name, normalisation="batch", precision="float32", channels_last=False):
 @pytest.mark.parametrize(
     "name, dims", [("small_cnn", 144), ("resnet10", 512), ("resnet18", 512), ("mobilenet_v2", 512)]
 )
-def test_embedding_and_a_batch_of_one(name, dims):
+def test_batch_of_one_gives_an_embedding(name, dims):
     encoder = make(name).train()
     assert encoder.embedding_dim == dims
     out = encoder(torch.randn(1, 3, 8, 8))  # the last map of a residual network is then 1x1
     assert out.shape == (1, dims) and out.isfinite().all()
 
 
-def test_depths_are_those_of_the_papers():
+def test_depths_equal_the_papers():
     def convolutions(name):
         return sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in make(name).modules())
 
@@ -32,13 +32,13 @@ def test_depths_are_those_of_the_papers():
 
 
 @pytest.mark.parametrize("name", ["resnet10", "mobilenet_v2"])
-def test_group_norm_takes_every_batch_norms_place(name):
+def test_group_norm_replaces_every_batch_norm(name):
     kinds = [type(m) for m in make(name, "group").modules()]
     assert not any(issubclass(kind, nn.BatchNorm2d) for kind in kinds)
     assert kinds.count(nn.GroupNorm) == sum(isinstance(m, nn.BatchNorm2d) for m in make(name).modules())
 
 
-def test_a_lone_value_is_normalised_by_running_statistics_and_leaves_them():
+def test_single_value_per_channel_is_normalised_by_running_statistics():
     layer = BatchNorm2d(2).train()
     layer.running_mean.copy_(torch.tensor([1.0, 2.0]))
     layer.running_var.copy_(torch.tensor([4.0, 1.0]))

@@ -1,4 +1,4 @@
-"""Accuracy by client and by domain, where domains and clients have nothing of each other, by hand."""
+"""Accuracy by client and by domain, by hand, also for empty clients and domains."""
 
 import numpy as np
 import torch
@@ -33,17 +33,17 @@ def clients(*labels):
 HELD_OUT = held_out(labels=[0, 0, 1, 1, 0, 0], domains=[0, 0, 0, 0, 2, 2], wrong=[1, 4])
 
 
-def test_a_domain_without_held_out_images_has_no_accuracy():
+def test_domain_without_held_out_images_has_no_accuracy():
     assert by_domain(predict, HELD_OUT, ["a", "b", "c"]) == {"a": 0.75, "c": 0.5}
 
 
-def test_a_client_is_judged_on_the_cells_that_it_and_the_test_set_have():
+def test_client_is_evaluated_on_cells_it_shares_with_the_test_set():
     # accuracy of the cells: (a, 0) 1/2, (a, 1) 1, (c, 0) 1/2
     cells = np.array(
         [
             #  a0 a1 b0 b1 c0 c1
             [3, 1, 0, 0, 0, 0],  # (3 * 1/2 + 1 * 1) / 4
-            [0, 0, 2, 0, 0, 0],  # only of the domain that the test set lacks
+            [0, 0, 2, 0, 0, 0],  # only in the domain that the test set lacks
             [0, 1, 1, 0, 2, 3],  # b0 and c1 do not count: (1 * 1 + 2 * 1/2) / 3
             [0, 0, 0, 0, 0, 0],  # an empty client
         ]
@@ -55,8 +55,8 @@ def test_a_client_is_judged_on_the_cells_that_it_and_the_test_set_have():
     assert [row["train_accuracy"] for row in rows] == [1.0, 1.0, 1.0, None]
 
 
-def test_an_empty_domain_gives_clients_nothing_and_stops_nobody():
-    # domain 1 has no training image, and nobody asks for one
+def test_empty_domain_is_accepted_without_clients():
+    # domain 1 has no training image, and no client
     domains, rng = np.array([0] * 6 + [2] * 4), np.random.default_rng(0)
     parts = partitions.by_domain(domains, [2, 0, 1], 0.5, rng)
     assert [domains[part].tolist() for part in parts] == [[0, 0, 0], [0, 0, 0], [2, 2]]

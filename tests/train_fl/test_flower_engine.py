@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from pipeline.errors import PipelineError
 from pipeline.federation import node
 from stages.train_fl.engines.flower import client, privacy
-from stages.train_fl.evaluate import evaluate
+from stages.train_fl.evaluate import Classification
 from stages.train_fl.run import run
 from tests.federation.in_process import InProcess
 from tests.train_fl import tiny_project
@@ -322,8 +322,7 @@ def test_nodes_with_their_own_images_train_and_judge_together(tmp_path, project,
         node.Node(0, "n0", tmp_path / "node0", None), tuple(sorted(federation.run_config.items()))
     )
     participant.model.load_state_dict(weights)
-    held = participant.data.held_out
-    accuracy = evaluate(participant.model, held.images, held.labels)["accuracy"]
+    accuracy = Classification(participant.data.held_out).scores(participant.model)["accuracy"]
     assert float(rows(folder / "rounds.csv")[-1]["accuracy"]) == pytest.approx(accuracy, abs=1e-12)
     assert json.loads((folder / "metrics.json").read_text())["final_accuracy"] == pytest.approx(accuracy, abs=1e-12)
     assert not (tmp_path / "server" / "data").exists()

@@ -1,4 +1,4 @@
-"""What training eats: a foreign set is refused in one line that names both sides; only the rows it needs are read."""
+"""Training from a received feature set: mismatches name both sides on one line; only needed rows are read."""
 
 import hashlib
 import json
@@ -20,8 +20,8 @@ from tests.train_fl import tiny_project
 ROUND = {"train_fl__num_rounds": 1}
 
 
-def refused(project, *names: str, method: str = "feddifrc") -> str:
-    """The one line with which training refuses; it names all of `names`."""
+def error_of_training(project, *names: str, method: str = "feddifrc") -> str:
+    """Return the one-line error of training, which contains all of `names`."""
     with pytest.raises(PipelineError) as caught:
         run(project, method, "iid", 0)
     message = str(caught.value)
@@ -36,28 +36,30 @@ def project(tmp_path):
     return tiny_project.make(tmp_path, **ROUND)
 
 
-def test_another_data_set_is_named_by_both_hashes_and_sizes(project):
+def test_another_data_set_is_reported_with_hashes_and_sizes(project):
     tiny_project.add_features(project)
     before = datasets.PreparedDataset(project.dataset_dir).hash
     splits = {"train": tiny_project.images(45, 0), "test": tiny_project.images(24, 1)}
     datasets.write(project.dataset_dir, "tiny", "test", Source(tiny_project.CLASSES, splits, "none", ["left", "right"]))
     after = datasets.PreparedDataset(project.dataset_dir).hash
-    refused(project, f"(48 images, hash {before[:12]})", f"(45 images, hash {after[:12]})", "prepare the data set")
+    error_of_training(
+        project, f"(48 images, hash {before[:12]})", f"(45 images, hash {after[:12]})", "Prepare the data set"
+    )
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
         (["round", "flat", "square"], "class 1 is 'square' in {set} and 'flat' in {data}, the same classes in another"),
-        (["round", "square", "oval"], "class 2 is 'flat' in {set} and 'oval' in {data}: prepare"),
+        (["round", "square", "oval"], "class 2 is 'flat' in {set} and 'oval' in {data}. Prepare"),
         (["round", "square", "flat", "oval"], "{set} was extracted for 3 classes and {data} has 4"),
     ],
 )
-def test_other_class_names_and_another_order_are_named(project, names, message):
+def test_different_class_names_and_order_are_reported(project, names, message):
     tiny_project.add_features(project)
     file = project.dataset_dir / "manifest.json"
     atomic.write_json(file, json.loads(file.read_text()) | {"class_names": names})
-    refused(project, message.format(set=project.features_dir, data=project.dataset_dir))
+    error_of_training(project, message.format(set=project.features_dir, data=project.dataset_dir))
 
 
 SETTINGS = [
@@ -74,15 +76,15 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize(("theirs", "said_of_the_set", "said_of_ours"), SETTINGS)
-def test_other_settings_are_named_with_the_way_to_accept_the_set(project, theirs, said_of_the_set, said_of_ours):
-    tiny_project.add_features(project, **theirs)  # put by hand in the place of ours
-    message = refused(
-        project, "give params.yaml the set's values to train from it, or run `pipeline extract-features --overwrite`"
+@pytest.mark.parametrize(("theirs", "set_values", "our_values"), SETTINGS)
+def test_different_settings_are_reported_with_the_way_to_accept_the_set(project, theirs, set_values, our_values):
+    tiny_project.add_features(project, **theirs)  # copied over ours
+    message = error_of_training(
+        project, "Give params.yaml the set's values to train from it, or run `pipeline extract-features --overwrite`."
     )
     set_side, our_side = message.split(", but extract_features here has ")
-    assert set_side.endswith(f"was extracted with {said_of_the_set}")
-    assert our_side.startswith(said_of_ours)
+    assert set_side.endswith(f"was extracted with {set_values}")
+    assert our_side.startswith(our_values)
 
 
 @pytest.mark.parametrize(
@@ -91,10 +93,10 @@ def test_other_settings_are_named_with_the_way_to_accept_the_set(project, theirs
         ({"dtype": "bfloat16"}, {"dtype": "bfloat16"}),
     ],
 )
-def test_the_set_is_accepted_once_params_yaml_agrees(tmp_path, theirs, ours):
+def test_set_is_accepted_with_matching_params_yaml(tmp_path, theirs, ours):
     project = tiny_project.make(tmp_path, **ROUND)
     tiny_project.add_features(project, **theirs)
-    refused(project, *(f"was extracted with {key} {value!r}, but" for key, value in ours.items()))
+    error_of_training(project, *(f"was extracted with {key} {value!r}, but" for key, value in ours.items()))
     changes = {f"extract_features__{key}": value for key, value in ours.items()}
     run(tiny_project.make(tmp_path, **changes, **ROUND), "feddifrc", "iid", 0)
 
@@ -102,13 +104,13 @@ def test_the_set_is_accepted_once_params_yaml_agrees(tmp_path, theirs, ours):
 # Prompts, bases and image encoders that files hold
 
 
-def opened(project):
+def open_checked(project):
     feature_check.open_checked(project, datasets.PreparedDataset(project.dataset_dir))
 
 
-def not_opened(project, *names):
+def assert_rejected(project, *names):
     with pytest.raises(PipelineError) as caught:
-        opened(project)
+        open_checked(project)
     for name in names:
         assert name in str(caught.value), str(caught.value)
 
@@ -137,7 +139,7 @@ EDITED = {"class_prompts": "flat: as flat as can be\nround: [a ball]\n", "negati
         ("negative_words", None, "own.txt", None, "negative_words null, but extract_features here has negative_words"),
     ],
 )  # fmt: skip
-def test_prompts_from_a_file_are_compared_by_text_if_it_is_here(tmp_path, key, theirs, ours, texts, message):
+def test_prompts_from_a_present_file_are_compared_by_text(tmp_path, key, theirs, ours, texts, message):
     settings = {"extract_features__prompts": KIND[key], "extract_features__negative_words": None}
     for name in ("own.txt", "copy.txt"):
         (tmp_path / name).write_text(OWN[key])
@@ -148,79 +150,85 @@ def test_prompts_from_a_file_are_compared_by_text_if_it_is_here(tmp_path, key, t
         (tmp_path / "own.txt").write_text(texts[key])
     project = tiny_project.make(tmp_path, **settings | {f"extract_features__{key}": ours})
     if message:
-        not_opened(project, f"was extracted with {message}")
+        assert_rejected(project, f"was extracted with {message}")
     else:
-        opened(project)
+        open_checked(project)
 
 
 def test_settings_of_self_supervised_prompts_are_compared(tmp_path):
     settings = {"extract_features__prompts": "self-supervised"}
     tiny_project.add_features(tiny_project.make(tmp_path, **settings), settings={})
-    opened(tiny_project.make(tmp_path, **settings))
+    open_checked(tiny_project.make(tmp_path, **settings))
     changed = settings | {"extract_features__self_supervised_prompt": "a thing"}
-    not_opened(tiny_project.make(tmp_path, **changed), "with self_supervised_prompt 'a photo of a similar object', but")
+    assert_rejected(
+        tiny_project.make(tmp_path, **changed), "with self_supervised_prompt 'a photo of a similar object', but"
+    )
     changed = settings | {"extract_features__prompt_templates": ["the {class_name}"]}
-    not_opened(tiny_project.make(tmp_path, **changed), "with prompt_templates ['a photo of a {class_name}'], but")
+    assert_rejected(tiny_project.make(tmp_path, **changed), "with prompt_templates ['a photo of a {class_name}'], but")
 
 
-def test_a_set_that_states_no_settings_is_compared_by_its_content(tmp_path):
+def test_set_without_settings_is_compared_by_its_content(tmp_path):
     tiny_project.add_features(tiny_project.make(tmp_path))
-    opened(tiny_project.make(tmp_path))
+    open_checked(tiny_project.make(tmp_path))
     changed = tiny_project.make(tmp_path, extract_features__prompt_templates=["the {class_name}"])
-    not_opened(changed, "with prompt 0 ['a photo of a round'], but extract_features here has prompt 0 ['the round']")
-    opened(tiny_project.make(tmp_path, extract_features__class_prompts="nowhere"))  # its texts are unknown here
+    assert_rejected(
+        changed, "with prompt 0 ['a photo of a round'], but extract_features here has prompt 0 ['the round']"
+    )
+    open_checked(tiny_project.make(tmp_path, extract_features__class_prompts="nowhere"))  # its texts are unknown here
 
 
-def test_a_basis_from_a_file_is_the_one_that_is_here(tmp_path):
+def test_basis_file_is_compared_if_present(tmp_path):
     file = tmp_path / "shared.h5"
     file.write_bytes(b"a basis")
     theirs = {"basis_images": None, "basis_sha256": hashlib.sha256(b"a basis").hexdigest()}
     tiny_project.add_features(tiny_project.make(tmp_path), **theirs)
-    said = f"with a PCA basis from a file (SHA-256 {theirs['basis_sha256'][:12]}), but extract_features.basis here is "
-    not_opened(tiny_project.make(tmp_path), f"{said}auto: name that file there (it need not be here), or run")
+    start = f"with a PCA basis from a file (SHA-256 {theirs['basis_sha256'][:12]}), but extract_features.basis here is "
+    assert_rejected(tiny_project.make(tmp_path), f"{start}auto. Name the set's there (it need not be here), or run")
     project = tiny_project.make(tmp_path, extract_features__basis="shared.h5")
-    opened(project)
+    open_checked(project)
     file.write_bytes(b"another")
-    not_opened(project, f"{said}shared.h5 (SHA-256 {hashlib.sha256(b'another').hexdigest()[:12]}): name")
+    assert_rejected(project, f"{start}shared.h5 (SHA-256 {hashlib.sha256(b'another').hexdigest()[:12]}). Name")
     file.unlink()
-    opened(project)
+    open_checked(project)
 
 
-def test_an_image_encoder_is_the_one_that_is_here(tmp_path):
+def test_image_encoder_is_compared_if_present(tmp_path):
     theirs = {"model.safetensors": hashlib.sha256(b"weights").hexdigest()}
     tiny_project.add_features(tiny_project.make(tmp_path), image_conditioning=theirs)
-    said = "with an image encoder, but extract_features.image_conditioning here is "
-    not_opened(tiny_project.make(tmp_path), f"{said}null: name the set's there (it need not be here), or run")
+    start = "with an image encoder, but extract_features.image_conditioning here is "
+    assert_rejected(tiny_project.make(tmp_path), f"{start}null. Name the set's there (it need not be here), or run")
     project = tiny_project.make(tmp_path, extract_features__image_conditioning="clip")
-    opened(project)
+    open_checked(project)
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip" / "model.safetensors").write_bytes(b"weights")
-    opened(project)
+    open_checked(project)
     (tmp_path / "clip" / "model.safetensors").write_bytes(b"others")
-    not_opened(project, f"{said}{tmp_path / 'clip'}, whose files differ: name")
+    assert_rejected(project, f"{start}{tmp_path / 'clip'}, whose files differ. Name")
     tiny_project.add_features(tiny_project.make(tmp_path), timestep=300)
-    not_opened(
-        project, "with image_conditioning null, but extract_features here has image_conditioning 'clip': give params"
+    assert_rejected(
+        project, "with image_conditioning null, but extract_features here has image_conditioning 'clip'. Give params"
     )
 
 
-def test_other_layers_and_dims_are_named(tmp_path):
+def test_different_layers_and_dims_are_reported(tmp_path):
     project = tiny_project.make(tmp_path, extract_features__layers=["up_blocks.3"], **ROUND)
     tiny_project.add_features(project)
-    refused(project, "with layers ['up_blocks.1']", "layers ['up_blocks.3']")
-    refused(tiny_project.make(tmp_path, extract_features__dims=[4], **ROUND), "with dims [6]", "dims [4]")
-    refused(tiny_project.make(tmp_path, extract_features__dims=[6, 4], **ROUND), "with dims [6]", "dims [6, 4]")
+    error_of_training(project, "with layers ['up_blocks.1']", "layers ['up_blocks.3']")
+    error_of_training(tiny_project.make(tmp_path, extract_features__dims=[4], **ROUND), "with dims [6]", "dims [4]")
+    error_of_training(
+        tiny_project.make(tmp_path, extract_features__dims=[6, 4], **ROUND), "with dims [6]", "dims [6, 4]"
+    )
     # as many dims as the layer has channels is all there can be
     run(tiny_project.make(tmp_path, extract_features__dims=[256], **ROUND), "feddifrc", "iid", 0)
 
 
-def test_a_method_on_a_layer_that_the_set_lacks_is_named(tmp_path):
+def test_missing_layer_of_a_method_is_reported(tmp_path):
     project = tiny_project.make(tmp_path, **{"methods.feddifrc__layers": ["up_blocks.2"]}, **ROUND)
     tiny_project.add_features(project)
-    refused(project, "guidance.layers names up_blocks.2; the feature set has up_blocks.1")
+    error_of_training(project, "guidance.layers names up_blocks.2; the feature set has up_blocks.1")
 
 
-def test_another_frozen_model_is_named_and_none_is_needed(project):
+def test_another_frozen_model_is_reported_and_an_absent_one_accepted(project):
     tiny_project.add_features(project, backbone={"unet/config.json": "a" * 64})
     run(project, "feddifrc", "iid", 0)  # the model's manifest is not here
     project.backbone_manifest.parent.mkdir(parents=True)
@@ -229,34 +237,36 @@ def test_another_frozen_model_is_named_and_none_is_needed(project):
     atomic.write_json(project.backbone_manifest, ours | {"files": files})
     run(project, "feddifrc", "iid", 0)
     atomic.write_json(project.backbone_manifest, ours | {"files": files | {"unet/config.json": "b" * 64}})
-    refused(project, "another frozen model", str(project.backbone_manifest), "source embedded", "unet/config.json")
+    error_of_training(
+        project, "another frozen model", str(project.backbone_manifest), "source embedded", "unet/config.json"
+    )
 
 
-def test_a_manifest_changed_by_hand_is_named(project):
+def test_edited_manifest_is_reported(project):
     tiny_project.add_features(project, timestep=200)
     file = project.features_dir / "manifest.json"
     text = file.read_text().replace('"timestep": 200', '"timestep": 300')
     file.unlink()  # staging holds the same file
     file.write_text(text)
-    refused(project, "manifest.json was changed (its fingerprint does not match its content)")
+    error_of_training(project, "manifest.json was changed (its fingerprint does not match its content)")
 
 
-def test_prompts_and_labels_go_together(tmp_path):
+def test_supervised_method_rejects_self_supervised_prompts(tmp_path):
     project = tiny_project.make(tmp_path, extract_features__prompts="self-supervised", **ROUND)
     tiny_project.add_features(project)
-    refused(project, "self-supervised prompts, which name no class, but feddifrc trains with labels")
+    error_of_training(project, "self-supervised prompts, which name no class, but feddifrc trains with labels")
 
 
-def test_equal_features_under_two_prompts_are_named_where_they_are_contrasted(tmp_path):
+def test_equal_features_under_two_prompts_are_rejected_only_with_tdcl(tmp_path):
     project = tiny_project.make(tmp_path, methods__feddifrc__tdcl_weight=0.0, **ROUND)
     tiny_project.add_features(project, same=(0, 2))
     assert run(project, "feddifrc", "iid", 0)
     project = tiny_project.make(tmp_path, **ROUND)
     names = [text for (text,) in FeatureSet(project.features_dir).manifest.content.prompts]
-    refused(project, f"equal features under the prompts {names[0]!r} and {names[2]!r}", "tdcl_weight to 0")
+    error_of_training(project, f"equal features under the prompts {names[0]!r} and {names[2]!r}", "tdcl_weight to 0")
 
 
-# Only what it needs
+# Only needed shards and rows
 
 
 @pytest.fixture
@@ -274,9 +284,8 @@ def blocks(tmp_path):
     return project
 
 
-def test_a_run_whose_rows_are_here_needs_no_other_shard(blocks):
-    whole = run(blocks, "feddifrc", "near", 0)
-    expected = (whole / "model.safetensors").read_bytes()
+def test_run_needs_only_the_shards_of_its_rows(blocks):
+    expected = (run(blocks, "feddifrc", "near", 0) / "model.safetensors").read_bytes()
     for shard in (1, 2):
         (blocks.features_dir / f"shard-0000{shard}.h5").unlink()
     assert (run(blocks, "feddifrc", "near", 0) / "model.safetensors").read_bytes() == expected
@@ -288,7 +297,7 @@ def test_a_run_whose_rows_are_here_needs_no_other_shard(blocks):
     assert all(name.endswith(f"{here.name}/shard-0000{k}.h5") for k, name in enumerate(command, 1))
 
 
-def test_a_run_reads_no_row_that_it_does_not_need(blocks):
+def test_run_reads_only_the_rows_it_needs(blocks):
     needed = set(sum(json.loads((run(blocks, "feddifrc", "near", 0) / "partition.json").read_text())["clients"], []))
     assert 0 < len(needed) < 16  # half of domain 0
     damaged = min(set(range(16)) - needed)
@@ -300,7 +309,7 @@ def test_a_run_reads_no_row_that_it_does_not_need(blocks):
 
 
 def _flip_row(file, features, row):
-    """Flips a bit of one row's denoised features, found by its bytes."""
+    """Flip a bit of one row's denoised features, found by its bytes."""
     needle = features.read(np.array([row])).denoised.tobytes()
     data = bytearray(file.read_bytes())
     data[data.index(needle)] ^= 1
@@ -308,7 +317,7 @@ def _flip_row(file, features, row):
     file.write_bytes(data)
 
 
-def test_a_partial_set_without_its_basis_or_with_a_short_shard_is_named(blocks):
+def test_missing_basis_or_truncated_shard_is_reported(blocks):
     shard = blocks.features_dir / "shard-00001.h5"
     content = shard.read_bytes()
     shard.unlink()
@@ -321,7 +330,7 @@ def test_a_partial_set_without_its_basis_or_with_a_short_shard_is_named(blocks):
         run(blocks, "feddifrc", "near", 0)
 
 
-def test_many_missing_shards_are_one_short_line(blocks):
+def test_many_missing_shards_are_reported_on_one_short_line(blocks):
     features = FeatureSet(blocks.features_dir, partial=True)
     entry = features.manifest.shards[1]
     features._absent = {k: entry.model_copy(update={"file": f"shard-{k:05d}.h5"}) for k in range(20)}
@@ -329,7 +338,7 @@ def test_many_missing_shards_are_one_short_line(blocks):
         features.require(np.arange(0, 400, 20))
 
 
-# The images are one's own
+# A received set with an own copy of the images
 
 
 def folder_of_images(root):
@@ -343,7 +352,7 @@ def folder_of_images(root):
     return root
 
 
-def test_a_received_set_goes_with_ones_own_copy_of_the_images(tmp_path):
+def test_received_set_fits_an_own_copy_of_the_images(tmp_path):
     projects = {}
     for member in ("a", "b"):
         images, root = folder_of_images(tmp_path / f"{member}s_images"), tmp_path / member
@@ -358,4 +367,4 @@ def test_a_received_set_goes_with_ones_own_copy_of_the_images(tmp_path):
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
     (tmp_path / "bs_images" / "train" / "flat" / "3.png").unlink()
     prepare_data.run(b)
-    refused(b, "(12 images, hash ", "(11 images, hash ")
+    error_of_training(b, "(12 images, hash ", "(11 images, hash ")

@@ -89,22 +89,22 @@ def test_tdcl_does_not_depend_on_batch_order_nor_on_lengths(normalisation):
 
 
 @pytest.mark.parametrize("normalisation", ["none", "representation"])
-def test_a_samples_tdcl_does_not_depend_on_other_samples_representations(normalisation):
+def test_tdcl_of_a_sample_does_not_depend_on_representations_of_others(normalisation):
     z, f, positive = draw()
     other = f.clone()
     other[1:] = randn(B - 1, P, D, seed=9)
 
     def first_samples_share(representations):
-        whole = tdcl_loss(z, representations, positive, 0.3, normalisation) * B
+        total = tdcl_loss(z, representations, positive, 0.3, normalisation) * B
         one = representations.clone()
         one[0] = representations[0, :1]  # all equal: this sample's term becomes log P
-        return (whole - tdcl_loss(z, one, positive, 0.3, normalisation) * B).item()
+        return (total - tdcl_loss(z, one, positive, 0.3, normalisation) * B).item()
 
     assert first_samples_share(other) == pytest.approx(first_samples_share(f), abs=1e-10)
 
 
 @pytest.mark.parametrize("normalised", [False, True])
-def test_tdcls_gradient_is_the_closed_form(normalised):
+def test_tdcl_gradient_equals_the_closed_form(normalised):
     """dL/dz_i = (-q (F+^ - c+ z^)/U+ + q sum_j r_j (F_j^ - c_j z^)/U_j) / (B tau |z_i|), U without gradient."""
     z, f, positive = draw()
     tau = 0.4
@@ -147,7 +147,7 @@ def test_ndcr_by_hand():
     assert ndcr_loss(z, h, "l2").item() == pytest.approx((9 + 4 + 16) / 2)
 
 
-def test_ndcrs_gradients_are_the_closed_forms():
+def test_ndcr_gradients_equal_the_closed_forms():
     z, h = randn(B, D).requires_grad_(), randn(B, D, seed=1)
     ndcr_loss(z, h, "l2").backward()
     assert torch.allclose(z.grad, 2 * (z.detach() - h) / B, atol=1e-12)
@@ -164,7 +164,7 @@ def test_the_kl_form_is_a_thousandth_of_the_l2_form_at_512_dimensions():
     assert (ndcr_loss(z, h, "kl") / ndcr_loss(z, h)).item() == pytest.approx(1 / (2 * 512), rel=0.05)
 
 
-def test_a_dead_embedding_gives_no_nan():
+def test_zero_embedding_gives_no_nan():
     z = torch.zeros(2, D, requires_grad=True)
     loss = tdcl_loss(z, randn(2, P, D).float(), POSITIVE[:2], 0.04) + ndcr_loss(z, torch.zeros(2, D))
     loss.backward()

@@ -1,4 +1,4 @@
-"""Where a method's own part is switched off, it is FedAvg, to the byte: after three rounds of two of three clients."""
+"""Methods with neutral settings equal FedAvg to the byte, after three rounds with two of three clients."""
 
 import math
 
@@ -53,20 +53,20 @@ ROUNDS = ((0, 1), (1, 2), (0, 2))
     ],
     ids=["fedprox mu 0", "moon mu 0", "moon T inf", "fedavgm beta 0", "fedproto lambda 0", "guidance weights 0"],
 )
-def test_it_is_fedavg(make):
+def test_neutral_settings_give_fedavg(make):
     assert same(make(), UNEQUAL, ROUNDS)
 
 
-def test_fednova_is_fedavg_where_clients_take_as_many_steps():
+def test_fednova_equals_fedavg_if_clients_take_equal_steps():
     assert same(create(FedNova), SAME_STEPS, ROUNDS)
     assert not same(create(FedNova), UNEQUAL, ROUNDS)
 
 
-def test_feddyn_with_alpha_0_is_fedavg_where_clients_are_equally_large():
+def test_feddyn_with_alpha_0_equals_fedavg_for_equal_clients():
     assert same(create(FedDyn, alpha=0.0), EQUAL, ROUNDS)
 
 
-def test_scaffold_is_fedavg_in_its_first_round_where_clients_are_equally_large():
+def test_first_round_of_scaffold_equals_fedavg_for_equal_clients():
     assert same(create(Scaffold), EQUAL, ROUNDS[:1])
     assert same(create(Scaffold, weighting="samples"), UNEQUAL, ROUNDS[:1])
     assert not same(create(Scaffold), EQUAL, ROUNDS)
@@ -84,11 +84,11 @@ def test_scaffold_is_fedavg_in_its_first_round_where_clients_are_equally_large()
         lambda: FedDifRC(local_sgd(guidance=guidance(ndcr_weight=1.0))),
     ],
 )
-def test_switched_on_it_is_not(make):
+def test_default_settings_differ_from_fedavg(make):
     assert not same(make(), EQUAL, ROUNDS)
 
 
-def test_guidance_adds_the_same_pull_on_top_of_another_method():
+def test_guidance_adds_the_same_gradient_to_every_method():
     plain = FedProx(local_sgd(guidance=guidance(tdcl_weight=0.5)), FedProx.Settings(proximal_mu=0.0))
     fedavg = FedAvg(local_sgd(guidance=guidance(tdcl_weight=0.5)))
     start = to_bytes(state_of(local_sgd().model))

@@ -11,7 +11,7 @@ from torch.nn import functional
 from pipeline import seeding
 from pipeline.settings import params
 from stages.train_fl import rounds
-from stages.train_fl.client_data import to_model_range
+from stages.train_fl.augmentation import to_model_range
 from stages.train_fl.engines import local
 from stages.train_fl.losses import prototype_loss, unit
 from stages.train_fl.methods import (
@@ -34,7 +34,7 @@ from tests.train_fl.method_fixtures import CLASSES, DIM, GUIDANCE, batches, clie
 
 CLIENTS = [client(size, seed) for seed, size in enumerate((5, 11, 8))]
 LR, WD = 0.1, 0.01
-CHANGES = {  # settings that exercise more than the defaults do, or less slowly
+CHANGES = {  # settings that exercise more code than the defaults, or run faster
     "fedprox": dict(proximal_mu=0.1),
     "scaffold": dict(server_learning_rate=0.7),
     "fednova": dict(proximal_mu=0.1, server_momentum=0.5),
@@ -90,7 +90,7 @@ def close(got, expected, tolerance=2e-6):
 
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.algorithm)
-def test_a_round_changes_no_argument_and_keeps_variances_positive(section, guided):
+def test_round_changes_no_argument_and_keeps_variances_positive(section, guided):
     if guided and not isinstance(section, params.Guidance):
         section = section.model_copy(update={"guidance": params.Guidance(**GUIDANCE)})
     if guided and section.algorithm == "fedcr":
@@ -122,7 +122,7 @@ def test_a_round_changes_no_argument_and_keeps_variances_positive(section, guide
             assert all(torch.equal(copied[name], value) for name, value in part.items())
 
 
-def test_local_sgd_is_the_bare_loop():
+def test_local_sgd_equals_the_plain_loop():
     sgd = local_sgd()
     start = state_of(sgd.model)
     update, metrics = sgd(start, batches(CLIENTS[1]), LR, FedAvg(sgd).objective)
@@ -140,7 +140,7 @@ def test_local_sgd_is_the_bare_loop():
     assert (update.num_samples, update.num_steps) == (11, 6)
 
 
-def test_clipping_shortens_a_long_gradient_and_leaves_a_short_one():
+def test_clipping_scales_only_gradients_above_the_limit():
     def step(limit):
         sgd = replace(local_sgd(momentum=0.0, weight_decay=0.0), gradient_clipping=limit)
         start = state_of(sgd.model)
@@ -167,7 +167,7 @@ def test_weighted_mean_equals_the_loop():
     assert got["count"] == 0
 
 
-def test_fedavgms_step_by_hand():
+def test_fedavgm_step_by_hand():
     # x 1, mean 0.4: v = 0.6, x = 1 - 0.5*0.6 = 0.7; then mean 0.9: v = 0.9*0.6 + (0.7 - 0.9) = 0.34, x = 0.7 - 0.17
     x, v = server_momentum_step({"w": torch.tensor([1.0])}, {"w": torch.tensor([0.4])}, {}, 0.9, 0.5)
     assert (x["w"].item(), v["w"].item()) == pytest.approx((0.7, 0.6))
@@ -191,7 +191,7 @@ def test_fedavgm_equals_the_loop_over_rounds():
 # FedProx
 
 
-def test_the_proximal_gradient_is_that_of_the_penalty():
+def test_proximal_gradient_equals_autograd_of_the_penalty():
     w = [randn(2, 3).requires_grad_(), randn(4, seed=1).requires_grad_()]
     x = [randn(2, 3, seed=2), randn(4, seed=3)]
     penalty = proximal_penalty(w, x, 0.3)
@@ -207,7 +207,7 @@ def test_the_proximal_gradient_is_that_of_the_penalty():
         assert torch.allclose(got, 1 + autograd)
 
 
-def test_fedprox_trains_on_the_loss_of_the_paper():
+def test_fedprox_trains_on_the_paper_loss():
     sgd = local_sgd()
     start = state_of(sgd.model)
     update, _, metrics = FedProx(sgd, FedProx.Settings(proximal_mu=0.5)).client_update(
@@ -226,7 +226,7 @@ def test_fedprox_trains_on_the_loss_of_the_paper():
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_scaffolds_control_is_the_mean_of_the_raw_gradients(momentum):
+def test_scaffold_control_is_the_mean_of_raw_gradients(momentum):
     sgd = local_sgd(momentum)
     start = state_of(sgd.model)
     names = sgd.parameter_names
@@ -246,7 +246,7 @@ def test_scaffolds_control_is_the_mean_of_the_raw_gradients(momentum):
         assert torch.allclose(update.extras[name], state[name] - c_i[name])
 
 
-def test_scaffolds_server_by_hand():
+def test_scaffold_server_update_by_hand():
     method = scaffold.Scaffold(local_sgd(), scaffold.Scaffold.Settings(server_learning_rate=0.5), 4)
     weights = state_of(method.local_sgd.model)
     server = method.init_server(weights)
@@ -264,7 +264,7 @@ def test_scaffolds_server_by_hand():
     assert all(torch.allclose(value, torch.full_like(value, 2.5)) for value in again.broadcast.values())
 
 
-def test_scaffolds_server_control_stays_the_mean_of_all_clients_controls():
+def test_scaffold_server_control_stays_the_mean_of_client_controls():
     method = scaffold.Scaffold(local_sgd(), num_clients=3)
     server = method.init_server(state_of(method.local_sgd.model))
     states = [method.init_client(server.weights) for _ in CLIENTS]
@@ -283,7 +283,7 @@ def test_scaffolds_server_control_stays_the_mean_of_all_clients_controls():
 # FedNova
 
 
-def test_the_normaliser_is_the_recursion_and_its_closed_forms():
+def test_normaliser_equals_its_closed_forms():
     tau, rho, lr_mu = 7, 0.9, 0.05
     assert fednova.normaliser(tau, 0.0) == tau
     assert fednova.normaliser(tau, rho) == pytest.approx((tau - rho * (1 - rho**tau) / (1 - rho)) / (1 - rho))
@@ -292,7 +292,7 @@ def test_the_normaliser_is_the_recursion_and_its_closed_forms():
 
 
 @pytest.mark.parametrize(("momentum", "mu"), [(0.0, 0.0), (0.9, 0.0), (0.0, 0.5), (0.9, 0.5)])
-def test_the_normaliser_is_what_sgd_moves_under_a_constant_gradient(momentum, mu):
+def test_normaliser_equals_the_distance_of_sgd_under_a_constant_gradient(momentum, mu):
     w = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.SGD([w], LR, momentum=momentum)
     for _ in range(6):
@@ -302,7 +302,7 @@ def test_the_normaliser_is_what_sgd_moves_under_a_constant_gradient(momentum, mu
     assert fednova.normaliser(6, momentum, LR * mu) == pytest.approx(-w.item() / LR)
 
 
-def test_the_normalised_mean_equals_the_paper():
+def test_normalised_mean_equals_the_paper():
     x, ys = {"w": randn(4)}, [{"w": randn(4, seed=k)} for k in (1, 2, 3)]
     counts, norms = (5, 11, 8), (3.0, 10.0, 4.5)
     tau_eff = sum(n * a for n, a in zip(counts, norms, strict=True)) / 24
@@ -334,7 +334,7 @@ def test_fednova_sends_its_normaliser():
     assert update.extras["normaliser"].item() == fednova.normaliser(6, 0.9, 0.05)
 
 
-def test_fednovas_server_momentum_by_hand():
+def test_fednova_server_momentum_by_hand():
     method = fednova.FedNova(local_sgd(), fednova.FedNova.Settings(server_momentum=0.5))
     weights = state_of(method.local_sgd.model)
     steps = {"normaliser": torch.tensor(3.0)}
@@ -379,7 +379,7 @@ def test_feddyn_equals_the_loop_over_rounds():
         x = {name: server.weights[name] for name in x}
 
 
-def test_the_engine_reports_feddyns_mean_and_not_the_servers_point():
+def test_engine_reports_the_mean_and_not_the_server_point_of_feddyn():
     method = FedDyn(local_sgd(), FedDyn.Settings(alpha=0.3), 3)
     schedule = rounds.Schedule(2, 3, 1, 4, LR, 1.0, "none", 0)
     start = rounds.begin(method, state_of(method.local_sgd.model), 3)
@@ -398,7 +398,7 @@ def test_the_engine_reports_feddyns_mean_and_not_the_servers_point():
 # MOON
 
 
-def test_moons_first_participation_has_no_contrast_and_later_ones_contrast_with_the_previous_model():
+def test_moon_contrasts_with_the_previous_model_from_the_second_participation_on():
     method = Moon(local_sgd())
     start = state_of(method.local_sgd.model)
     for name in method.local_sgd.parameter_names:
@@ -428,7 +428,7 @@ def test_moons_first_participation_has_no_contrast_and_later_ones_contrast_with_
 # FedNH
 
 
-def test_fednhs_prototypes_equal_the_loop():
+def test_fednh_prototypes_equal_the_loop():
     w = unit(randn(4, 5))
     mu, counts = unit(randn(3, 4, 5, seed=1)), torch.tensor([[2.0, 0, 1, 0], [0, 0, 4, 0], [3, 0, 0, 1]])
     got = fednh.new_prototypes(w, mu, counts.double(), 0.9)
@@ -439,10 +439,10 @@ def test_fednhs_prototypes_equal_the_loop():
             mixed = 0.9 * w[c] + 0.1 * pooled / math.sqrt(float(pooled @ pooled))
             expected = mixed / math.sqrt(float(mixed @ mixed))
         assert torch.allclose(got[c], expected, atol=1e-12)
-    assert torch.equal(got[1], w[1])  # nobody has class 1
+    assert torch.equal(got[1], w[1])  # no client has class 1
 
 
-def test_fednhs_client_sends_its_class_means_and_leaves_the_prototypes_alone():
+def test_fednh_client_sends_class_means_and_does_not_train_prototypes():
     method = fednh.FedNH(local_sgd(cosine_scale=5.0))
     start = state_of(method.local_sgd.model)
     rows = start[fednh.PROTOTYPES]
@@ -462,14 +462,14 @@ def test_fednhs_client_sends_its_class_means_and_leaves_the_prototypes_alone():
             expected += z / z.norm()
         assert torch.allclose(update.extras["prototypes"][c], functional.normalize(expected, dim=0), atol=1e-6)
     new, _ = method.server_update(method.init_server(start), [update])
-    assert torch.equal(new.weights[fednh.PROTOTYPES][2], rows[2])  # nobody has class 2
+    assert torch.equal(new.weights[fednh.PROTOTYPES][2], rows[2])  # no client has class 2
     assert not torch.equal(new.weights[fednh.PROTOTYPES][0], rows[0])
 
 
 # FedProto
 
 
-def test_fedprotos_prototypes_equal_the_loop():
+def test_fedproto_prototypes_equal_the_loop():
     old, known = randn(3, 4), torch.tensor([True, True, False])
     sums, counts = randn(2, 3, 4, seed=1), torch.tensor([[2.0, 0, 1], [3, 0, 0]])
     sums = sums * (counts[:, :, None] > 0)
@@ -480,7 +480,7 @@ def test_fedprotos_prototypes_equal_the_loop():
     assert torch.equal(got[1], old[1]) and got_known.tolist() == [True, True, True]
 
 
-def test_fedproto_draws_embeddings_to_the_global_prototypes():
+def test_fedproto_pulls_embeddings_towards_global_prototypes():
     method = fedproto.FedProto(local_sgd(), fedproto.FedProto.Settings(prototype_weight=2.0))
     server = method.init_server(state_of(method.local_sgd.model))
     update, _, metrics = method.client_update(server.weights, server.broadcast, {}, batches(CLIENTS[1]), LR)
@@ -507,7 +507,7 @@ def product_of_two(a, b):
     return (m / s**2 + n / t**2) * variance, math.sqrt(variance)
 
 
-def test_fedcrs_priors_are_products_of_experts():
+def test_fedcr_priors_are_products_of_experts():
     method = fedcr.FedCR(local_sgd(latent_dim=4), fedcr.FedCR.Settings(num_draws=2, prior_step=0.5))
     server = method.init_server(state_of(method.local_sgd.model))
     data = [replace(each, labels=each.labels % 2) for each in CLIENTS[:2]]
@@ -530,10 +530,10 @@ def test_fedcrs_priors_are_products_of_experts():
             expected = 0.5 * 0.0 + 0.5 * prior[0], 0.5 * 1.0 + 0.5 * prior[1]
             got = new.broadcast["mean"][c, q].item(), new.broadcast["std"][c, q].item()
             assert got == pytest.approx(expected, abs=1e-5)
-    assert new.broadcast["std"][2].tolist() == [1.0] * 4  # nobody has class 2
+    assert new.broadcast["std"][2].tolist() == [1.0] * 4  # no client has class 2
 
 
-def test_fedcr_keeps_the_prior_of_a_class_that_nobody_has():
+def test_fedcr_keeps_the_prior_of_a_class_without_samples():
     mean, std = torch.full((2, 1), 0.3), torch.full((2, 1), 0.2)
     precision, shift, counts = (
         torch.tensor([[[4.0], [0.0]]]),
@@ -569,7 +569,7 @@ def test_fedcr_trains_on_the_mean_over_draws_and_the_reverse_divergence():
     assert metrics["divergence"] == pytest.approx(beta * divergence, rel=1e-5)
 
 
-def test_fedcrs_noise_leaves_the_order_of_batches_alone():
+def test_fedcr_noise_does_not_change_the_order_of_batches():
     method = fedcr.FedCR(local_sgd(latent_dim=4), fedcr.FedCR.Settings(num_draws=2, kl_weight=0.0))
     server = method.init_server(state_of(method.local_sgd.model))
     first, second = batches(CLIENTS[1]), batches(CLIENTS[1])

@@ -62,20 +62,20 @@ def test_targets_equal_the_loop(scale, layers, keep, form):
             assert torch.allclose(got.prompted[i, p], reference(cached().prompted[i, p], scale, keep, True), atol=1e-6)
 
 
-def test_rows_do_not_depend_on_how_many_are_prepared_together(monkeypatch):
-    whole = prepare(cached(), section(), LAYERS, MEAN, STD)
+def test_prepared_rows_do_not_depend_on_the_chunk_size(monkeypatch):
+    together = prepare(cached(), section(), LAYERS, MEAN, STD)
     monkeypatch.setattr("stages.train_fl.guidance._ROWS", 2)
     parts = prepare(cached(), section(), LAYERS, MEAN, STD)
-    assert torch.equal(whole.denoised, parts.denoised) and torch.equal(whole.prompted, parts.prompted)
+    assert torch.equal(together.denoised, parts.denoised) and torch.equal(together.prompted, parts.prompted)
 
 
-def test_a_representation_that_no_term_uses_is_dropped():
+def test_unused_representation_becomes_empty():
     assert prepare(cached(), section(tdcl_weight=0.0), LAYERS, MEAN, STD).prompted.shape == (N, 0)
     assert prepare(cached(), section(ndcr_weight=0.0), LAYERS, MEAN, STD).denoised.shape == (N, 0)
     prepare(cached(), section(tdcl_weight=0.0), LAYERS, MEAN, STD).select(torch.tensor([1, 2]))
 
 
-def test_unknown_layers_are_named():
+def test_unknown_layers_are_reported():
     with pytest.raises(PipelineError, match=r"names up_blocks.9; the feature set has up_blocks.1, "):
         columns(section(layers=["up_blocks.1", "up_blocks.9"]), LAYERS)
     with pytest.raises(PipelineError, match="names no layer"):
@@ -121,7 +121,7 @@ def test_fewer_layers_train_through_a_projector():
     assert not torch.equal(update.weights["projector.weight"], start["projector.weight"])
 
 
-def test_a_projector_that_no_term_reaches_keeps_its_weights_under_every_correction():
+def test_projector_without_gradient_keeps_its_weights_under_every_correction():
     for entry in (FedProx.Settings(proximal_mu=0.1), FedDyn.Settings(alpha=0.1)):
         model = tiny_model()
         model.projector = nn.Linear(6, 2)
@@ -134,7 +134,7 @@ def test_a_projector_that_no_term_reaches_keeps_its_weights_under_every_correcti
 # Parts of models
 
 
-def test_parts_leave_the_encoder_as_it_was_drawn():
+def test_further_parts_do_not_change_initial_encoder_weights():
     plain = models.build(SMALL_CNN, 3, 7)
     parts = dict(projection_dim=16), dict(latent_dim=8), dict(cosine_scale=2.0), dict(projection_dim=16, latent_dim=8)
     for part in parts:
@@ -146,7 +146,7 @@ def test_parts_leave_the_encoder_as_it_was_drawn():
         assert model.projector(embeddings).shape == (2, 5)
 
 
-def test_more_classes_than_dimensions_still_give_unit_prototypes():
+def test_prototypes_are_unit_rows_with_more_classes_than_dimensions():
     rows = models.CosineClassifier(3, 8, 1.0).prototypes
     assert torch.allclose(rows.norm(dim=1), torch.ones(8))
 
@@ -158,7 +158,7 @@ def _fedavg(**values):
     return FedAvg.Settings(**values)
 
 
-def test_every_entry_of_params_yaml_makes_a_method_that_trains():
+def test_every_method_entry_of_params_yaml_trains():
     entries = config.load(PARAMS_YAML).params.methods
     assert {entry.algorithm for entry in entries.values()} == set(params.METHODS)
     for entry in entries.values():
@@ -184,18 +184,18 @@ def test_every_entry_of_params_yaml_makes_a_method_that_trains():
         ("methods.fedavg.algorithm", "fedsgd", r"methods.fedavg.* 'fednova', 'fedproto', 'fedprox'"),
     ],
 )  # fmt: skip
-def test_a_wrong_setting_is_named(key, value, message):
+def test_invalid_setting_is_reported(key, value, message):
     with pytest.raises(PipelineError, match=message):
         config.load(PARAMS_YAML, {key: value})
 
 
-def test_training_without_labels_and_losses_is_named():
+def test_training_without_labels_and_losses_is_rejected():
     entry = SelfSupervisedFedDifRC.Settings(tdcl_weight=0.0, ndcr_weight=0.0)
     with pytest.raises(PipelineError, match="has nothing to train on .* Set tdcl_weight or ndcr_weight"):
         methods.build(entry, tiny_model(), 0.9, 0.0, 1)
 
 
-def test_an_override_of_one_methods_guidance_leaves_the_others():
+def test_override_of_guidance_applies_to_one_method():
     entries = config.load(PARAMS_YAML, {"methods.fedprox-feddifrc.guidance.temperature": 0.5}).params.methods
     assert methods.guidance_of(entries["fedprox-feddifrc"]).temperature == 0.5
     assert methods.guidance_of(entries["feddifrc"]).temperature == 0.04

@@ -1,4 +1,4 @@
-"""A method defined outside of the package: one class is all it takes to configure, create and run it."""
+"""A method defined outside of the package: one class suffices to configure, create and run it."""
 
 from pathlib import Path
 from typing import Literal

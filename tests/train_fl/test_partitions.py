@@ -59,21 +59,21 @@ def test_a_small_alpha_is_more_heterogeneous():
     assert variation(0.05) > variation(0.5) > variation(100.0)
 
 
-def test_impossible_minimum_is_named():
-    advice = "lower min_samples or train_fl.num_clients, or raise"
-    with pytest.raises(PipelineError, match=f"cannot give each of 10 clients 101: {advice} prepare_data.train_subset"):
+def test_impossible_minimum_is_reported():
+    advice = "Lower min_samples or train_fl.num_clients, or raise"
+    with pytest.raises(PipelineError, match=f"cannot give each of 10 clients 101. {advice} prepare_data.train_subset"):
         dirichlet(LABELS, 10, 1.0, 101, rng())
-    with pytest.raises(PipelineError, match=f"each of 2 clients has 2 of 4 samples: {advice} alpha"):
+    with pytest.raises(PipelineError, match=f"each of 2 clients has 2 of 4 samples. {advice} alpha"):
         dirichlet(np.array([0, 0, 0, 1]), 2, 1e-9, 2, rng())  # all of a class goes to one client
 
 
-def test_the_balanced_variant_names_its_own_keys():
-    with pytest.raises(PipelineError, match="half of a fair share: lower group_size or raise alpha"):
+def test_balanced_variant_reports_its_own_settings():
+    with pytest.raises(PipelineError, match="half of a fair share. Lower group_size or raise alpha"):
         dirichlet_balanced(np.zeros(20, np.int64), 5, 1e-9, 5, rng())  # one class, and all of it to one client
 
 
 @pytest.mark.parametrize("alpha, variation, divergence", [(0.05, 0.685, 1.81), (0.2, 0.569, 1.32), (0.5, 0.443, 0.85)])
-def test_the_balanced_variant_has_the_authors_statistics(alpha, variation, divergence):
+def test_balanced_variant_has_the_statistics_of_the_authors_code(alpha, variation, divergence):
     # measured with the authors' code on CIFAR-10's label counts, 10 clients, means over 5 seeds
     runs = [heterogeneity(counts_of(dirichlet_balanced(CIFAR, 10, alpha, 5, rng(seed)), CIFAR)) for seed in range(10)]
     assert np.mean([run["total_variation"] for run in runs]) == pytest.approx(variation, abs=0.03)
@@ -82,7 +82,7 @@ def test_the_balanced_variant_has_the_authors_statistics(alpha, variation, diver
 
 
 @pytest.mark.parametrize("alpha, variation, divergence", [(0.05, 0.764, 2.33), (0.2, 0.603, 1.52), (0.5, 0.472, 0.95)])
-def test_the_common_dirichlet_has_niid_benchs_statistics(alpha, variation, divergence):
+def test_dirichlet_has_the_statistics_of_niid_bench(alpha, variation, divergence):
     # the same for NIID-Bench's code, whose sizes and so whose statistics scatter more from seed to seed
     runs = [heterogeneity(counts_of(dirichlet(CIFAR, 10, alpha, 10, rng(seed)), CIFAR)) for seed in range(10)]
     assert np.mean([run["total_variation"] for run in runs]) == pytest.approx(variation, abs=0.06)
@@ -98,7 +98,7 @@ def test_label_skew_equals_feddisco_on_cifar10():
     assert np.array_equal(counts, expected)
 
 
-def test_label_skew_never_asks_for_more_than_a_class_has():
+def test_label_skew_uses_at_most_the_samples_of_a_class():
     # one class each and one unbiased: class c is wanted by its client and by the unbiased one, m + m/3 <= 30 -> m = 21
     labels = np.repeat([0, 1, 2], [30, 50, 40])
     counts = counts_of(label_skew(labels, 3, 1, 1, rng()), labels)
@@ -123,7 +123,7 @@ def test_long_tail_of_cifar10(factor, total):
         assert np.bincount(CIFAR[kept]).tolist() == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
 
 
-def test_long_tail_at_factor_one_keeps_an_unbalanced_set_whole():
+def test_long_tail_with_factor_one_keeps_all_samples():
     labels = np.repeat([0, 1, 2], [5, 30, 12])
     assert np.array_equal(long_tail(labels, 1.0, rng()), np.arange(47))
 
@@ -137,7 +137,7 @@ def test_by_domain():
     assert even_clients_per_domain(7, 3) == [3, 2, 2]
     with pytest.raises(PipelineError, match="domain 2 has 20 samples, not 3 times 10"):
         by_domain(domains, [0, 0, 3], 0.5, rng())
-    with pytest.raises(PipelineError, match="one number for each of the data set's 3 domains"):
+    with pytest.raises(PipelineError, match="clients_per_domain does not fit 3 domains"):
         by_domain(domains, [1, 1], 0.5, rng())
 
 
@@ -156,13 +156,13 @@ def test_statistics_by_hand():
     assert s["size_max_over_min"] == 3.0
 
 
-def test_statistics_leave_out_an_empty_client():
+def test_statistics_ignore_empty_clients():
     with_empty = heterogeneity(np.array([[4, 0], [0, 4], [0, 0]]))
     assert with_empty["total_variation"] == 0.5
     assert with_empty["size_max_over_min"] is None
 
 
-def test_the_picture_is_the_same_bytes_each_time(tmp_path):
+def test_heat_map_is_deterministic(tmp_path):
     counts = counts_of(dirichlet(LABELS, 4, 0.5, 10, rng()))
     names = [f"class & {k}" for k in range(10)]
     picture.write(tmp_path / "a.svg", counts, names)
@@ -171,7 +171,7 @@ def test_the_picture_is_the_same_bytes_each_time(tmp_path):
     assert str(counts.max()) in (tmp_path / "a.svg").read_text()
 
 
-def test_a_hopeless_dirichlet_is_refused_after_a_few_draws():
+def test_hopeless_dirichlet_is_rejected_after_few_draws():
     # 14 samples a client, and at alpha 0.05 most clients get a class or none: of 50 about 32 get 10 samples
     labels = np.arange(1437) % 10
     with pytest.raises(
@@ -180,7 +180,7 @@ def test_a_hopeless_dirichlet_is_refused_after_a_few_draws():
         dirichlet(labels, 50, 0.05, 10, rng())
 
 
-def test_a_rare_dirichlet_is_drawn_until_it_comes_and_says_so(caplog):
+def test_rare_dirichlet_is_drawn_until_it_fits_and_logged(caplog):
     caplog.set_level("INFO", "stages.train_fl.partitions")
     expected, generator, draws = None, rng(), 0  # the plain loop: draw by class until all have enough
     while expected is None or min(map(len, expected)) < 60:
@@ -196,10 +196,10 @@ def test_a_rare_dirichlet_is_drawn_until_it_comes_and_says_so(caplog):
     assert draws > 100
     for part, of_loop in zip(dirichlet(LABELS, 10, 0.05, 60, rng()), expected, strict=True):
         assert part.tolist() == sorted(of_loop)
-    assert "partition: none of 100 draws fits, drawing on, at most 10000 times" in caplog.text
+    assert "partition: none of 100 draws fits, trying up to 10000" in caplog.text
 
 
-def test_the_estimated_chance_is_above_the_true_one():
+def test_estimated_chance_is_an_upper_bound():
     # independent clients: 2 that always have enough and 3 that have it with chance 1/2 make 1/8
     draws = np.random.default_rng(0).random((400, 3)) < 0.5
     assert 1 / 8 < _chance((2 + draws.sum(1)).tolist(), 5) < 1 / 4
@@ -211,15 +211,15 @@ def test_the_estimated_chance_is_above_the_true_one():
     assert estimate < _chance(normal, 50) < 2 * estimate
 
 
-def test_what_goes_to_nobody_is_said():
+def test_unassigned_classes_and_samples_are_described():
     names = list("abcdefghij")
     parts = classes_per_client(LABELS, 3, 2, rng())  # clients 0, 1, 2 have classes 0, 1, 2 and one more each
     held = set(LABELS[np.concatenate(parts)])
     lacking = [names[label] for label in range(10) if label not in held]
     classes = {"classes": (LABELS, names)}
-    said = [f"{len(lacking)} of 10 classes go to no client: {', '.join(lacking)}"]
+    lines = [f"{len(lacking)} of 10 classes go to no client: {', '.join(lacking)}"]
     assert 4 <= len(lacking) <= 7
-    assert left_out(parts, classes) == [*said, f"{100 * len(lacking)} of 1000 samples go to no client"]
+    assert left_out(parts, classes) == [*lines, f"{100 * len(lacking)} of 1000 samples go to no client"]
     assert left_out(iid(LABELS, 7, rng()), classes) == []
     two = {"classes": (np.array([0, 0, 1]), ["x", "y"]), "domains": (np.array([0, 1, 1]), ["left", "right"])}
     assert left_out([np.array([0, 1]), np.array([], int)], two) == [

@@ -189,7 +189,7 @@ def test_checkpoint_of_other_settings_is_not_used(tmp_path, caplog):
 
 def test_partition_that_does_not_fit_is_reported(tmp_path):
     project = tiny_project.make(tmp_path, partitions={"big": {"kind": "dirichlet", "alpha": 1.0, "min_samples": 13}})
-    with pytest.raises(PipelineError, match=r"^partitions.big: 48 samples cannot give each of 4 clients 13: lower"):
+    with pytest.raises(PipelineError, match=r"^partitions.big: 48 samples cannot give each of 4 clients 13. Lower"):
         run(project, "fedavg", "big", 0)
 
 

@@ -40,7 +40,7 @@ def test_a_run_reports_both_probes(tmp_path, method):
     assert 0 <= metrics["linear_probe_accuracy"] <= 1
 
 
-def test_features_that_know_the_label_are_refused(tmp_path):
+def test_features_with_class_prompts_are_rejected_without_labels(tmp_path):
     project = tiny_project.make(tmp_path, **ROUND)
     tiny_project.add_features(project)
     with pytest.raises(PipelineError, match="prompts that name each image's class"):
@@ -62,8 +62,8 @@ def test_simsiam_reads_no_label(tmp_path):
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
-def test_simsiam_without_augmentation_is_named(tmp_path):
-    with pytest.raises(PipelineError, match="two views of an image"):
+def test_simsiam_without_augmentation_is_rejected(tmp_path):
+    with pytest.raises(PipelineError, match="two views of each image"):
         run(tiny_project.make(tmp_path), "simsiam", "iid", 0)
 
 
@@ -72,7 +72,7 @@ class Identity(torch.nn.Module):
         return images[:, :2, 0, 0]
 
 
-def test_the_probes_judge_separable_embeddings_right():
+def test_probes_classify_separable_embeddings():
     # two classes by the sign of the first pixel
     labels = torch.arange(40) % 2
     images = torch.randint(0, 100, (40, 3, 1, 1), generator=torch.Generator().manual_seed(0)).to(torch.uint8)

@@ -77,11 +77,7 @@ def build(
         num_clients: N, the number of all clients.
         gradient_clipping: Largest norm of a step's gradient; None for no limit.
         kind: The class to create, if it is not the one that registered the type of `settings`.
-
-    Raises:
-        ConfigError: Training without labels has both of its losses disabled.
     """
-    guidance = guidance_of(settings)
-    loss = GuidanceLoss(guidance) if guidance else None
+    loss = GuidanceLoss(guidance) if (guidance := guidance_of(settings)) else None
     local_sgd = LocalSGD(model, momentum, weight_decay, loss, gradient_clipping)
     return (kind or method_class(settings))(local_sgd, settings, num_clients)

@@ -11,9 +11,7 @@ from stages.train_fl.methods.state import Weights
 def weighted_mean(weights: Sequence[Weights], counts: Sequence[float]) -> Weights:
     """Compute sum_k (n_k / sum_j n_j) w_k over floating entries; an integer or boolean entry is the first one's.
 
-    Args:
-        weights: Named tensors per participant, all with the same names and shapes.
-        counts: n_k > 0 per participant, its number of samples.
+    All participants' weights have the same names and shapes; their numbers of samples, `counts`, are above 0.
     """
     total = sum(counts)
     mean = {}
@@ -42,19 +40,11 @@ def relax(start: Weights, target: Weights, learning_rate: float) -> Weights:
 def server_momentum_step(
     start: Weights, mean: Weights, velocity: Weights, momentum: float, learning_rate: float
 ) -> tuple[Weights, Weights]:
-    """Take a heavy-ball step: v' = beta v + (x - mean), x' = x - eta v'.
+    """Take a heavy-ball step: v' = beta v + (x - mean), x' = x - eta v'; return x' and v'.
 
-    Computed as x' = eta mean + (1 - eta) x - eta beta v, so that beta = 0 and eta = 1 give the mean to the byte.
-
-    Args:
-        start: x, the parameters that clients started from.
-        mean: The parameters that FedAvg would give.
-        velocity: v; empty for zero.
-        momentum: beta.
-        learning_rate: eta.
-
-    Returns:
-        x' and v'.
+    x (`start`) are the parameters that clients started from, `mean` those that FedAvg would give, v is empty for zero,
+    beta the momentum and eta the learning rate. Computed as x' = eta mean + (1 - eta) x - eta beta v, so that beta = 0
+    and eta = 1 give the mean to the byte.
     """
     step = subtract(start, mean)
     parameters = relax(start, mean, learning_rate)
@@ -71,12 +61,8 @@ def normaliser(num_steps: int, momentum: float, lr_mu: float = 0.0) -> float:
 
     The step is v <- momentum v + g + mu (y - x), y <- y - lr v with v = 0 at first. In units of lr, the distance s and
     the buffer u of a constant unit gradient obey u <- momentum u + 1 - lr_mu s, s <- s + u, and the sum is s. Closed
-    forms: tau; [tau - rho (1 - rho^tau) / (1 - rho)] / (1 - rho) with momentum rho; [1 - (1 - lr_mu)^tau] / lr_mu.
-
-    Args:
-        num_steps: tau, the number of optimiser steps.
-        momentum: rho, 0 to 1.
-        lr_mu: Learning rate times proximal_mu.
+    forms for tau steps: tau; [tau - rho (1 - rho^tau) / (1 - rho)] / (1 - rho) with momentum rho; with `lr_mu`, the
+    learning rate times proximal_mu, [1 - (1 - lr_mu)^tau] / lr_mu.
     """
     distance = buffer = 0.0
     for _ in range(num_steps):

@@ -1,7 +1,7 @@
 """The contract of a federated method: pure functions with explicit state (after FedJAX's design).
 
-An engine holds the states and calls the functions. A method does not know whether its clients run in turn in one
-process or on many machines.
+An engine holds the states and calls the functions. A method does not know whether its clients run in one process or on
+many machines.
 """
 
 from typing import Any, ClassVar
@@ -36,11 +36,7 @@ class Method:
     sends_only_weights: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
-        """Register a method that has settings of its own.
-
-        Raises:
-            ConfigError: Another method has the same `algorithm`.
-        """
+        """Register a method that has settings of its own; raise ConfigError if another has the same `algorithm`."""
         if "Settings" not in vars(cls):
             return
         if "sends_only_weights" not in vars(cls):
@@ -85,13 +81,13 @@ class Method:
 
         Args:
             weights: The server's weights.
-            broadcast: What else the server sent.
-            state: What the client kept from its last round.
+            broadcast: The server's other tensors.
+            state: The client's state after its last round.
             batches: The client's data.
             learning_rate: The rate of this round.
 
         Returns:
-            What the client sends, what it keeps, and the mean of each term of its loss.
+            The update to send, the state to keep, and the mean of each term of the loss.
         """
         raise NotImplementedError
 

@@ -3,14 +3,14 @@
     client k:  w_k <- SGD(w; mean cross-entropy)
     server:    w   <- sum_k (n_k / sum_j n_j) w_k          over the round's participants
 
-The mean covers every entry of the state dict. Every method here averages BatchNorm's running statistics like weights,
-by samples: these coefficients are positive and sum to one, so no variance becomes negative. (As in all public code,
-the mean of variances omits the variance between the clients' means.) BatchNorm's integer counter of batches is the
-first participant's.
+The mean covers every entry of the state dict. Every method averages BatchNorm's running statistics by samples: these
+coefficients are positive and sum to one, so no variance becomes negative. (As in all public code, the mean of variances
+omits the variance between the clients' means.) BatchNorm's integer counter of batches is the first participant's.
 """
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -58,11 +58,14 @@ class FedAvg(Method):
 
     def _average(self, updates: list[ClientUpdate], weighting: Weighting) -> Weights:
         """Average the participants: buffers by sample count, parameters according to `weighting`."""
-        everything = [update.weights for update in updates]
-        counts = [update.num_samples for update in updates]
+        everything, counts = [update.weights for update in updates], [update.num_samples for update in updates]
         if weighting == "samples":
             return weighted_mean(everything, counts)
         parameters = weighted_mean([self._parameters(weights) for weights in everything], [1] * len(updates))
         buffers = [{k: v for k, v in weights.items() if k not in parameters} for weights in everything]
         means = parameters | weighted_mean(buffers, counts)
         return {name: means[name] for name in everything[0]}
+
+    def _stack_extras(self, updates: list[ClientUpdate]) -> Weights:
+        """Stack what the participants sent besides their weights, by name: (S, ...)."""
+        return {name: torch.stack([update.extras[name] for update in updates]) for name in updates[0].extras}

@@ -31,11 +31,7 @@ class FedAvgM(FedAvg):
     def server_update(self, state: ServerState, updates: list[ClientUpdate]) -> tuple[ServerState, Metrics]:
         """Step towards the participants' mean with momentum."""
         average = self._average(updates, "samples")
-        parameters, velocity = server_momentum_step(
-            self._parameters(state.weights),
-            self._parameters(average),
-            state.private,
-            self.settings.server_momentum,
-            self.settings.server_learning_rate,
-        )
+        start, mean = self._parameters(state.weights), self._parameters(average)
+        coefficients = self.settings.server_momentum, self.settings.server_learning_rate
+        parameters, velocity = server_momentum_step(start, mean, state.private, *coefficients)
         return ServerState(average | parameters, private=velocity), {}

@@ -8,16 +8,12 @@
                precision 1 + sum_k Lambda_k, mean sum_k eta_k / precision;   weights: uniform mean
 
 The clients share a prior per class. A class that no participant has keeps its prior. Guidance acts on m. Experts are
-computed after training, from unaugmented images.
+computed after training, from unaugmented images. The divergence is that of the authors' code, the reverse of the
+bound's: the prior's deviation shrinks like n^(-1/2), and the bound's divergence would explode.
 
-The divergence is that of the authors' code, the reverse of the bound's: the prior's deviation shrinks like n^(-1/2),
-and the bound's divergence would explode. Their loop over samples and the sums here are the same product.
-
-Differences from the authors' code:
-
-- Their flag beta2 is 0 by default, which never moves the priors; their README uses 1, and so does this code.
-- They keep the classifier local and test each client's model. Here, as for every method, all weights are averaged and
-  the global model is tested, at z = m (they average 30 draws).
+The authors' flag beta2 is 0 by default, which never moves the priors; their README uses 1, and so does this code. They
+keep the classifier local and test each client's model with 30 draws; here, as for every method, all weights are
+averaged and the global model is tested, at z = m.
 """
 
 import functools
@@ -48,11 +44,9 @@ class FedCR(FedAvg):
         latent_dim: int = Field(256, ge=1, description="length of the stochastic representation")
         num_draws: int = Field(15, ge=1, description="noise draws per sample and step")
         kl_weight: float = Field(0.001, ge=0, description="weight of the divergence from the class's prior (beta)")
-        prior_step: float = Field(
-            1.0, ge=0, le=1, description="how far the priors move each round (beta2); 0 keeps N(0, 1)"
-        )
+        prior_step: float = Field(1.0, ge=0, le=1, description="step of the priors per round (beta2); 0 keeps N(0, 1)")
         weighting: Weighting = Field(
-            "uniform", description="the mean over participants: uniform (authors' code) or by samples"
+            "uniform", description="mean over participants: uniform (authors' code) or samples"
         )
 
     @classmethod
@@ -70,20 +64,18 @@ class FedCR(FedAvg):
     def client_update(
         self, weights: Weights, broadcast: Weights, state: ClientState, batches: Batches, learning_rate: float
     ) -> tuple[ClientUpdate, ClientState, Metrics]:
-        """Run local SGD; send the experts' precision and shift (K, latent_dim) and sample counts (K,)."""
+        """Run local SGD; send the experts' precision and shift (K, latent_dim), and sample counts (K,)."""
         # The noise has its own generator, so that batches come in the same order as for every other method.
         noise = seeding.torch_generator(batches.generator.initial_seed(), "fedcr noise")
         objective = functools.partial(self._compress, prior=broadcast, noise=noise)
         update, metrics = self.local_sgd(weights, batches, learning_rate, objective)
         sums, counts = self.local_sgd.class_sums(batches, _natural_parameters)
-        precision, shift = sums.chunk(2, dim=1)
-        extras = {"precision": precision.contiguous(), "shift": shift.contiguous(), "counts": counts}
-        return replace(update, extras=extras), state, metrics
+        precision, shift = (part.contiguous() for part in sums.chunk(2, dim=1))
+        return replace(update, extras={"precision": precision, "shift": shift, "counts": counts}), state, metrics
 
     def server_update(self, state: ServerState, updates: list[ClientUpdate]) -> tuple[ServerState, Metrics]:
         """Average the weights and update the priors."""
-        experts = {name: torch.stack([update.extras[name] for update in updates]) for name in updates[0].extras}
-        mean, std = new_priors(**state.broadcast, **experts, step=self.settings.prior_step)
+        mean, std = new_priors(**state.broadcast, **self._stack_extras(updates), step=self.settings.prior_step)
         return ServerState(self._average(updates, self.settings.weighting), broadcast={"mean": mean, "std": std}), {}
 
     def _compress(
@@ -93,13 +85,9 @@ class FedCR(FedAvg):
         num_draws = self.settings.num_draws
         draws = torch.randn((num_draws, *mean.shape), generator=noise).to(mean.device)
         logits = model.classifier((mean + std * draws).flatten(0, 1))  # (L*B, K)
-        labels = batch.labels.repeat(num_draws)
+        entropy = functional.cross_entropy(logits, batch.labels.repeat(num_draws))
         divergence = losses.gaussian_kl(prior["mean"][batch.labels], prior["std"][batch.labels], mean, std)
-        terms = {
-            "cross_entropy": functional.cross_entropy(logits, labels),
-            "divergence": self.settings.kl_weight * divergence,
-        }
-        return mean, terms
+        return mean, {"cross_entropy": entropy, "divergence": self.settings.kl_weight * divergence}
 
 
 def _distribution(model: FLModel, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +113,7 @@ def new_priors(
         precision: sum_i 1 / sigma_i^2 over a participant's samples of a class, float (S, K, D).
         shift: sum_i m_i / sigma_i^2, float (S, K, D).
         counts: Number of samples, float (S, K); a class without samples keeps its prior.
-        step: beta2 in [0, 1], how far mean and deviation move to the product's.
+        step: beta2 in [0, 1], the step of mean and deviation towards the product's.
 
     Returns:
         New means and standard deviations, float (K, D).

@@ -4,7 +4,7 @@
 
 With FedAvg as the method this is the paper's algorithm; a `guidance` section adds the terms to any other method. F are
 the prompted and H the denoising representations of the same image under a frozen diffusion model, read from the cache
-(`guidance`). In the paper the condition of F is the local model's own feature and changes every round; a cache cannot
+(`guidance`). In the paper F is conditioned on the local model's own feature, which changes every round; a cache cannot
 follow it, so F is static.
 """
 
@@ -40,16 +40,11 @@ class GuidanceLoss:
         """Compute the enabled terms, weighted, by name, from embeddings float (B, D) in the space of the targets."""
         settings, terms = self._settings, {}
         if settings.tdcl_weight > 0:
-            terms["tdcl"] = settings.tdcl_weight * losses.tdcl_loss(
-                embeddings,
-                targets.prompted,
-                targets.positive,
-                settings.temperature,
-                settings.tdcl_normalisation,
-                prompted_is_unit=True,
-            )
+            temperature, normalisation = settings.temperature, settings.tdcl_normalisation
+            loss = losses.tdcl_loss(embeddings, targets.prompted, targets.positive, temperature, normalisation, True)
+            terms["tdcl"] = settings.tdcl_weight * loss
         if settings.ndcr_weight > 0:
-            terms["ndcr"] = settings.ndcr_weight * losses.ndcr_loss(
-                embeddings, targets.denoised, settings.ndcr_form, denoised_is_unit=settings.ndcr_form != "l2"
-            )
+            form = settings.ndcr_form
+            loss = losses.ndcr_loss(embeddings, targets.denoised, form, denoised_is_unit=form != "l2")
+            terms["ndcr"] = settings.ndcr_weight * loss
         return terms

@@ -9,8 +9,8 @@ in the authors' code. The reported model is mean_S w_i, as in the authors' code,
 clients start from. With alpha = 0 nothing is regularised and no h is kept (the paper's h/alpha is 0/0 there): FedAvg
 with a uniform mean. Buffers are averaged by samples, as in FedAvg.
 
-Difference from the authors' code: its alpha_i = alpha / (n_i / mean n) belongs to an objective weighted by samples. The
-paper's objective, alpha and mean over S are uniform, and so are these.
+The authors' code has alpha_i = alpha / (n_i / mean n), which belongs to an objective weighted by samples. The paper's
+objective, alpha and mean over S are uniform, and so are these.
 """
 
 from typing import Literal
@@ -71,11 +71,8 @@ class FedDyn(FedAvg):
 def new_mean_drift(drift: Weights, start: Weights, ends: list[Weights], num_clients: int) -> Weights:
     """Compute (1/N) sum over all N clients of h_i, after the participants' h_i <- h_i + (w_i - x).
 
-    Args:
-        drift: The mean before; empty for zero.
-        start: x, the parameters that clients started from.
-        ends: w_i, per participant.
-        num_clients: N, all clients.
+    `drift` is the mean before, empty for zero; x (`start`) are the parameters that clients started from and w_i
+    (`ends`) those of each participant after training.
     """
     new = {name: torch.zeros_like(value) for name, value in start.items()}
     for end in ends:

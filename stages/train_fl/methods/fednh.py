@@ -5,12 +5,8 @@
     server:    W_c <- unit(rho W_c + (1 - rho) unit(sum_k n_k^c mu_k^c / sum_k n_k^c));   all else: mean
 
 W starts orthonormal (models.CosineClassifier). A class that no participant has keeps its row. The mean of all else is
-uniform, as in the authors' code (`weighting`).
-
-Differences from the authors' code:
-
-- It also clips gradients and decays the learning rate; here these are settings of the run.
-- Client prototypes are computed after training in evaluation mode, as there, but from unaugmented images.
+uniform, as in the authors' code (`weighting`). Their code also clips gradients and decays the learning rate, which here
+are settings of the run, and computes the clients' prototypes from augmented images; here they are unaugmented.
 """
 
 from dataclasses import replace
@@ -39,7 +35,7 @@ class FedNH(FedAvg):
         smoothing: float = Field(0.9, ge=0, le=1, description="share of the old prototypes that the server keeps (rho)")
         scale: float = Field(20.0, gt=0, description="initial value of the trainable factor on the cosines")
         weighting: Weighting = Field(
-            "uniform", description="the mean over participants: uniform (authors' code) or by samples"
+            "uniform", description="mean over participants: uniform (authors' code) or samples"
         )
 
     @classmethod
@@ -57,24 +53,16 @@ class FedNH(FedAvg):
 
     def server_update(self, state: ServerState, updates: list[ClientUpdate]) -> tuple[ServerState, Metrics]:
         """Average the body and smooth the prototypes."""
-        average = self._average(updates, self.settings.weighting)
-        average[PROTOTYPES] = new_prototypes(
-            state.weights[PROTOTYPES],
-            torch.stack([update.extras["prototypes"] for update in updates]),
-            torch.stack([update.extras["counts"] for update in updates]),
-            self.settings.smoothing,
-        )
-        return ServerState(average), {}
+        sent, smoothing = self._stack_extras(updates), self.settings.smoothing
+        rows = new_prototypes(state.weights[PROTOTYPES], sent["prototypes"], sent["counts"], smoothing)
+        return ServerState(self._average(updates, self.settings.weighting) | {PROTOTYPES: rows}), {}
 
 
 def new_prototypes(prototypes: Tensor, of_clients: Tensor, counts: Tensor, smoothing: float) -> Tensor:
     """Update the prototypes: W_c <- unit(rho W_c + (1 - rho) unit(sum_k n_k^c mu_k^c)).
 
-    Args:
-        prototypes: W, float (K, D), unit rows.
-        of_clients: mu, float (S, K, D), unit rows per participant.
-        counts: n, float (S, K); the row of a class without samples is unchanged.
-        smoothing: rho in [0, 1].
+    The prototypes W are float (K, D) and the participants' mu (S, K, D), of unit rows; counts n are float (S, K), and
+    the row of a class without samples is unchanged; the smoothing rho is in [0, 1].
     """
     pooled = unit((counts[:, :, None] * of_clients).sum(0))
     smoothed = unit(smoothing * prototypes + (1 - smoothing) * pooled)

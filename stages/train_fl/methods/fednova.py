@@ -53,9 +53,8 @@ class FedNova(FedProx):
 
     def server_update(self, state: ServerState, updates: list[ClientUpdate]) -> tuple[ServerState, Metrics]:
         """Take the normalised mean, then the server's momentum if there is one."""
-        start = self._parameters(state.weights)
+        start, counts = self._parameters(state.weights), [update.num_samples for update in updates]
         ends = [self._parameters(update.weights) for update in updates]
-        counts = [update.num_samples for update in updates]
         steps = [float(update.extras["normaliser"]) for update in updates]
         parameters, velocity = normalised_mean(start, ends, counts, steps), state.private
         if momentum := self.settings.server_momentum:
@@ -68,21 +67,13 @@ def normalised_mean(
 ) -> Weights:
     """Compute the server's step, x - tau_eff sum_i p_i (x - y_i) / a_i with tau_eff = sum_i p_i a_i; no buffers.
 
-    Computed as sum_i p_i r_i y_i + (1 - sum_i p_i r_i) x with r_i = tau_eff / a_i. With equal a_i every r_i is exactly
-    1 and the result is `weighted_mean`, to the byte.
-
-    Args:
-        start: x, the parameters that clients started from.
-        ends: y_i, per participant.
-        counts: n_i per participant.
-        normalisers: a_i = ||a_i||_1 per participant, positive.
+    x (`start`) are the parameters that clients started from; y_i (`ends`), n_i (`counts`) and a_i > 0 (`normalisers`)
+    are per participant. Computed as sum_i p_i r_i y_i + (1 - sum_i p_i r_i) x with r_i = tau_eff / a_i. With equal a_i
+    every r_i is exactly 1 and the result is `weighted_mean`, to the byte.
     """
     total = sum(counts)
     ratios = [sum(n * (a / own) for n, a in zip(counts, normalisers, strict=True)) / total for own in normalisers]
     rest = sum(n / total * (1 - ratio) for n, ratio in zip(counts, ratios, strict=True))
-    scaled = [
-        {name: value * ratio for name, value in end.items()} if ratio != 1 else end
-        for end, ratio in zip(ends, ratios, strict=True)
-    ]
+    scaled = [{name: value * ratio for name, value in end.items()} for end, ratio in zip(ends, ratios, strict=True)]
     mean = weighted_mean(scaled, counts)
     return {name: value.add_(start[name], alpha=rest) for name, value in mean.items()} if rest else mean

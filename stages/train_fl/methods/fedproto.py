@@ -7,11 +7,9 @@
 Embeddings are drawn to their class's global prototype. A class that never had a prototype contributes 0; one that no
 participant has this round keeps its prototype. In the first round there are none and the term is 0.
 
-Differences from the paper and its code:
-
-- The paper exchanges only prototypes and keeps a model per client. A comparison of global models needs one, hence
-  FedAvg's mean.
-- Prototypes are averaged by samples, as in the paper; its code averages uniformly over the clients that have the class.
+The paper exchanges only prototypes and keeps a model per client; a comparison of global models needs one, hence
+FedAvg's mean. Prototypes are averaged by samples, as in the paper; its code averages uniformly over the clients that
+have the class.
 """
 
 import functools
@@ -57,13 +55,8 @@ class FedProto(FedAvg):
 
     def server_update(self, state: ServerState, updates: list[ClientUpdate]) -> tuple[ServerState, Metrics]:
         """Average the weights as FedAvg, and update the prototypes."""
-        prototypes, known = new_prototypes(
-            **state.broadcast,
-            sums=torch.stack([update.extras["sums"] for update in updates]),
-            counts=torch.stack([update.extras["counts"] for update in updates]),
-        )
-        broadcast = {"prototypes": prototypes, "known": known}
-        return ServerState(self._average(updates, "samples"), broadcast), {}
+        prototypes, known = new_prototypes(**state.broadcast, **self._stack_extras(updates))
+        return ServerState(self._average(updates, "samples"), {"prototypes": prototypes, "known": known}), {}
 
     def _attract(
         self, model: FLModel, batch: Batch, prototypes: Tensor, known: Tensor
@@ -76,14 +69,8 @@ class FedProto(FedAvg):
 def new_prototypes(prototypes: Tensor, known: Tensor, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Average the clients' prototypes: C_c <- sum_k n_k^c C_k^c / sum_k n_k^c, if a participant has the class.
 
-    Args:
-        prototypes: C, float (K, D).
-        known: bool (K,), whether the class has a prototype.
-        sums: n_k^c C_k^c, float (S, K, D), per participant the sum of its embeddings of each class.
-        counts: n_k^c, float (S, K).
-
-    Returns:
-        The new prototypes and which classes have one.
+    The prototypes C are float (K, D), and `known`, bool (K,), marks the classes that have one; both are returned,
+    updated. `sums` are the participants' sums n_k^c C_k^c of embeddings, float (S, K, D), and `counts` n_k^c (S, K).
     """
     total = counts.sum(0)
     mean = sums.sum(0) / total.clamp_min(1)[:, None]

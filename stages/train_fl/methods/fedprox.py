@@ -4,8 +4,7 @@
     server:    as FedAvg
 
 The term's gradient mu (w - x) is added to the loss's. It therefore passes through the momentum like any gradient, and
-costs one pass over the parameters instead of a graph through all of them. At the first step of a round w = x, where
-the term and its gradient are zero.
+costs one pass over the parameters instead of a graph through all of them.
 
 Differences from public code:
 
@@ -35,9 +34,7 @@ class FedProx(FedAvg):
         """The value is the authors' default."""
 
         algorithm: Literal["fedprox"] = "fedprox"
-        proximal_mu: float = Field(
-            0.01, ge=0, description="weight of the squared distance to the global weights; 0 is FedAvg"
-        )
+        proximal_mu: float = Field(0.01, ge=0, description="weight of the squared distance to the global weights")
 
     sends_only_weights = True
 
@@ -45,8 +42,7 @@ class FedProx(FedAvg):
         self, weights: Weights, broadcast: Weights, state: ClientState, batches: Batches, learning_rate: float
     ) -> tuple[ClientUpdate, ClientState, Metrics]:
         """Run local SGD with the proximal gradient; the metric `proximal` is the term's value after the last step."""
-        mu = self.settings.proximal_mu
-        anchor = list(self._parameters(weights).values())
+        mu, anchor = self.settings.proximal_mu, list(self._parameters(weights).values())
 
         def correct(parameters: list[Tensor], gradients: list[Tensor]) -> None:
             add_proximal_gradient(gradients, parameters, anchor, mu)

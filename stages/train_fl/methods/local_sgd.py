@@ -1,8 +1,8 @@
 """The local training that methods share: SGD on a method's objective, from the global weights.
 
-A method may add terms to the loss (its objective) or correct the gradients before the optimiser sees them (control
-variates, proximal terms), so that the correction passes through the momentum. FedDifRC's guidance is added here, and so
-works with any method. Gradients are clipped after both, and before weight decay, which the optimiser applies.
+A method may add terms to the loss (its objective) or correct the gradients (control variates, proximal terms) before
+the optimiser's momentum. FedDifRC's guidance is added here, and so works with any method. Gradients are clipped after
+both, and before weight decay, which the optimiser applies.
 """
 
 import functools
@@ -43,7 +43,7 @@ class LocalSGD:
 
     @functools.cached_property
     def parameter_names(self) -> tuple[str, ...]:
-        """Names of the trained parameters."""
+        """Return the names of the trained parameters."""
         return tuple(name for name, value in self.model.named_parameters() if value.requires_grad)
 
     def __call__(
@@ -61,14 +61,14 @@ class LocalSGD:
         parameters: list[Tensor] = [value for value in model.parameters() if value.requires_grad]
         # Fused SGD takes one pass over the parameters: a third of the default's time on a CPU.
         optimizer = torch.optim.SGD(
-            parameters, learning_rate, momentum=self.momentum, weight_decay=self.weight_decay, fused=True
+            parameters, learning_rate, self.momentum, weight_decay=self.weight_decay, fused=True
         )
         sums: dict[str, Tensor] = {}
         num_seen = num_steps = 0
         for batch in batches:
             terms = self._terms(objective, batch)
             optimizer.zero_grad(set_to_none=True)
-            _sum(terms).backward()
+            functools.reduce(torch.add, terms.values()).backward()
             if correction:
                 correction(parameters, _gradients(parameters))
             if self.gradient_clipping is not None:
@@ -78,22 +78,27 @@ class LocalSGD:
             num_seen += len(batch.labels)
             num_steps += 1
         trained = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        return ClientUpdate(trained, batches.num_samples, num_steps), _means(sums, num_seen)
+        # One transfer for all terms: no step waits for the device.
+        values = torch.stack(list(sums.values())).tolist() if sums else []
+        means = {name: value / num_seen for name, value in zip(sums, values, strict=True)}
+        return ClientUpdate(trained, len(batches.data), num_steps), means
 
     @torch.no_grad()
     def class_sums(self, batches: Batches, function: Callable[[FLModel, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Sum `function(model, images)`, (B, D), over the client's samples of each class: (K, D), and counts (K,).
 
-        Runs the weights of the last training in evaluation mode, without gradients and augmentation, so that one model
-        describes all of a client's data. (The code of FedProto and FedCR collects during the last epoch, while the
-        model still changes; FedNH's does as here, but on augmented images.)
+        The weights are those of the last training, in evaluation mode, without gradients and augmentation. (The code of
+        FedProto and FedCR collects during the last epoch, while the model still changes; FedNH's does as here, but on
+        augmented images.)
         """
         self.model.eval()
-        parts = [
-            _class_sums(function(self.model, images), labels, self.model.num_classes)
-            for images, labels in batches.samples()
-        ]
-        sums, counts = zip(*parts, strict=True)
+        sums, counts = [], []
+        for images, labels in batches.samples():
+            # A product with the one-hot labels is deterministic on a GPU, unlike scatter_add.
+            values = function(self.model, images)
+            one_hot = functional.one_hot(labels, self.model.num_classes).to(values.dtype)
+            sums.append(one_hot.T @ values)
+            counts.append(one_hot.sum(0))
         return torch.stack(sums).sum(0), torch.stack(counts).sum(0)
 
     def _terms(self, objective: Objective, batch: Batch) -> dict[str, Tensor]:
@@ -102,20 +107,6 @@ class LocalSGD:
             assert batch.guidance is not None
             terms = terms | self.guidance(self.model.projector(embeddings), batch.guidance)
         return terms
-
-
-def _class_sums(values: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Sum per class: float (B, D), int64 (B,) -> (num_classes, D), and the samples of each class (num_classes,)."""
-    # A product with the one-hot labels is deterministic on a GPU, unlike scatter_add.
-    one_hot = functional.one_hot(labels, num_classes).to(values.dtype)
-    return one_hot.T @ values, one_hot.sum(0)
-
-
-def _sum(terms: dict[str, Tensor]) -> Tensor:
-    first, *rest = terms.values()
-    for term in rest:
-        first = first + term
-    return first
 
 
 def _gradients(parameters: list[Tensor]) -> list[Tensor]:
@@ -131,9 +122,3 @@ def _accumulate(sums: dict[str, Tensor], terms: dict[str, Tensor], count: int) -
         if name not in sums:
             sums[name] = torch.zeros_like(term)
         sums[name].add_(term.detach(), alpha=count)
-
-
-def _means(sums: dict[str, Tensor], count: int) -> Metrics:
-    # One transfer for all terms: no step waits for the device.
-    values = torch.stack(list(sums.values())).tolist() if sums else []
-    return {name: value / count for name, value in zip(sums, values, strict=True)}

@@ -7,11 +7,9 @@
 z is the embedding that the classifier sees: the encoder's, or the projection head's if `train_fl.projection_dim` sets
 one. The authors' network always has the head, also for FedAvg; here one setting covers all methods. z^glob comes from
 the global model and z^prev from the client's model after its last participation, which is the client's state (one
-model, the authors' buffer size). Both models are frozen and in evaluation mode. In its first participation a client has
-no previous model and the term is 0, as in the authors' code.
-
-Differences in PFLlib: it leaves both models in training mode, which moves their BatchNorm, and it starts from the
-initial model as the previous one (log 2).
+model, the authors' buffer size). Both are frozen and in evaluation mode. In its first participation a client has no
+previous model and the term is 0, as in the authors' code. (PFLlib leaves both models in training mode, which moves
+their BatchNorm, and starts from the initial model as the previous one, log 2.)
 """
 
 import copy
@@ -66,7 +64,6 @@ class Moon(FedAvg):
         if not has_previous:
             return embeddings, terms | {"contrastive": torch.zeros_like(terms["cross_entropy"])}
         with torch.no_grad():
-            of_global = self._global_model.embed(batch.images)
-            of_previous = self._previous_model.embed(batch.images)
+            of_global, of_previous = (m.embed(batch.images) for m in (self._global_model, self._previous_model))
         loss = losses.moon_loss(embeddings, of_global, of_previous, self.settings.temperature)
         return embeddings, terms | {"contrastive": self.settings.contrastive_weight * loss}

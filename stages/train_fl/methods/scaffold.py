@@ -80,13 +80,8 @@ def new_control(
 ) -> Weights:
     """Compute the client's control variate, c_i+ = c_i - c + (x - y) / (K lr).
 
-    Args:
-        control: c_i, by parameter name.
-        server_control: c.
-        start: x, the parameters that training started from.
-        end: y, the parameters after training.
-        learning_rate: lr, the rate of this round.
-        num_steps: K; with momentum, the sum of the gradients' coefficients (`normaliser`).
+    x (`start`) and y (`end`) are the parameters before and after training, lr the round's learning rate, and K the
+    number of steps; with momentum, the sum of the gradients' coefficients (`normaliser`).
     """
     return {
         name: value - server_control[name] + (start[name] - end[name]) / (num_steps * learning_rate)

@@ -5,13 +5,13 @@
     SimSiam (Chen and He, CVPR 2021, https://arxiv.org/abs/2011.10566)
         L = -1/2 cos(p_1, sg(v_2)) - 1/2 cos(p_2, sg(v_1)), views 1 and 2
 
-No label is read if the feature set is self-supervised (`extract_features.prompts: self-supervised`): the positive
-prompt is then one that fits every image. The paper does not say how it trains and evaluates this variant in a
-federation. Here clients run local SGD and the server aggregates as FedAvg; a k-NN classifier and a linear probe on the
-frozen embeddings, which do use the training labels, evaluate both methods alike. SimSiam needs neither negatives nor a
-momentum encoder, and so no state.
+No label is read if the feature set is self-supervised (`extract_features.prompts: self-supervised`): its positive
+prompt fits every image. The paper does not say how it trains and evaluates this variant in a federation. Here both
+methods aggregate as FedAvg, and a k-NN classifier and a linear probe on the frozen embeddings, which do use the
+training labels, evaluate them. SimSiam needs neither negatives nor a momentum encoder, and so no state.
 """
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field
@@ -42,11 +42,7 @@ class SelfSupervisedFedDifRC(FedAvg):
     sends_only_weights = True
 
     def __init__(self, local_sgd: LocalSGD, settings: Section | None = None, num_clients: int = 1) -> None:
-        """Create the method.
-
-        Raises:
-            ConfigError: Both losses are disabled.
-        """
+        """Create the method; raise ConfigError if both losses are disabled."""
         super().__init__(local_sgd, settings, num_clients)
         if not self.settings.tdcl_weight + self.settings.ndcr_weight:
             raise ConfigError(
@@ -67,7 +63,7 @@ class SimSiam(FedAvg):
 
         algorithm: Literal["simsiam"] = "simsiam"
         head_dim: int = Field(
-            128, ge=1, description="length of the projection; the predictor's bottleneck is a quarter of it"
+            128, ge=1, description="length of the projection; a quarter in the predictor's bottleneck"
         )
         knn_neighbours: int = Field(20, ge=1, description=_NEIGHBOURS)
 
@@ -84,28 +80,21 @@ class SimSiam(FedAvg):
         self, weights: Weights, broadcast: Weights, state: ClientState, batches: Batches, learning_rate: float
     ) -> tuple[ClientUpdate, ClientState, Metrics]:
         """Run local SGD on two views of every image."""
-        return super().client_update(weights, broadcast, state, batches.with_two_views(), learning_rate)
+        return super().client_update(weights, broadcast, state, replace(batches, num_views=2), learning_rate)
 
     def objective(self, model: FLModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the symmetric negative cosine; each view has its own pass and BatchNorm statistics."""
         assert batch.second_view is not None
         embeddings, (first, first_prediction) = model(batch.images)
         _, (second, second_prediction) = model(batch.second_view)
-        loss = simsiam_loss(first, first_prediction, second, second_prediction)
-        return embeddings, {"simsiam": loss}
+        return embeddings, {"simsiam": simsiam_loss(first, first_prediction, second, second_prediction)}
 
 
 def simsiam_loss(first: Tensor, first_prediction: Tensor, second: Tensor, second_prediction: Tensor) -> Tensor:
-    """Compute SimSiam's loss, the mean over the batch of -1/2 cos(p_1, v_2) - 1/2 cos(p_2, v_1).
+    """Compute SimSiam's loss, the mean over the batch of -1/2 cos(p_1, v_2) - 1/2 cos(p_2, v_1), in [-1, 1].
 
-    Args:
-        first: v_1, the projections of the first views, float (B, D); receives no gradient.
-        first_prediction: p_1, the predictor's output for them, float (B, D).
-        second: v_2, the projections of the second views, float (B, D); receives no gradient.
-        second_prediction: p_2, float (B, D).
-
-    Returns:
-        Scalar in [-1, 1]; -1 if every prediction points where the other view's projection does.
+    The projections v of the first and second views and the predictions p from them are float (B, D); v receives no
+    gradient. The loss is -1 if every prediction has the direction of the other view's projection.
     """
     forward = functional.cosine_similarity(first_prediction, second.detach(), dim=1)
     backward = functional.cosine_similarity(second_prediction, first.detach(), dim=1)

@@ -1,4 +1,4 @@
-"""What a method exchanges and keeps: weights, server and client state, and client updates.
+"""The data of a method: weights, server and client state, and client updates.
 
 Weights are a model's complete state dict: parameters and buffers. All state is named tensors, so that it can be written
 to safetensors or sent as arrays.
@@ -12,8 +12,7 @@ Weights = dict[str, Tensor]
 Metrics = dict[str, float]
 
 ClientState = Weights
-"""What a client keeps between the rounds it takes part in. Empty for methods without client state, and before a
-client's first round."""
+"""A client's state between its rounds. Empty for methods without client state, and before a client's first round."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +26,9 @@ class ServerState:
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """What a client sends: its weights after local training, its number of samples and of optimiser steps.
+    """A client's weights after local training, its number of samples and of optimiser steps.
 
-    `extras` holds whatever else a method sends, such as control variates, or prototypes and their counts.
+    `extras` holds what else the method sends, such as control variates, or prototypes and their counts.
     """
 
     weights: Weights

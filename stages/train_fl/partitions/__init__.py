@@ -1,14 +1,16 @@
 """Partitions of the training set across clients, one pure function per kind.
 
-Every function takes plain arrays and numbers and a generator, and returns per client an ascending int64 array of
-positions in `labels`; no sample goes to two clients. `deal` calls the one that a `partitions:` entry names.
+Every function takes the `labels` of the samples, int64 (N,), of K classes (or their `domains`, int64 (N,), counted from
+0), the number of clients, and `rng`, the source of all its draws. It returns per client an ascending int64 array of
+positions in `labels`; no sample goes to two clients. It raises ConfigError if its settings do not fit the data. `deal`
+calls the one that a `partitions:` entry names.
 """
 
 from typing import Any
 
 import numpy as np
 
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError
 from pipeline.settings.params import Section
 from stages.train_fl.partitions.dirichlet import dirichlet, dirichlet_balanced
 from stages.train_fl.partitions.domains import by_domain, even_clients_per_domain
@@ -35,17 +37,9 @@ __all__ = [
 def deal(
     settings: Section, labels: np.ndarray, domains: np.ndarray, num_clients: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Partition by the kind that `settings` names.
+    """Partition by the kind that `settings`, a `partitions:` entry, names.
 
-    Args:
-        settings: a `partitions:` entry.
-        labels: int64 (N,).
-        domains: int64 (N,), counted from 0.
-        num_clients: number of parts; label-skew and a domain partition with a list of counts set their own.
-        rng: source of all draws.
-
-    Raises:
-        PipelineError: the settings do not fit the data.
+    Label skew and a domain partition with a list of counts set their own number of clients.
     """
     values: dict[str, Any] = settings.model_dump()
     kind = values.pop("kind")
@@ -66,18 +60,7 @@ def deal(
 
 
 def iid(labels: np.ndarray, num_clients: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Shuffle and split into parts whose sizes differ by at most one.
-
-    Args:
-        labels: int64 (N,); only their number matters.
-        num_clients: number of parts, at most N.
-        rng: source of the order.
-
-    Raises:
-        PipelineError: there are fewer samples than clients.
-    """
+    """Shuffle and split into parts whose sizes differ by at most one."""
     if num_clients > len(labels):
-        raise PipelineError(
-            f"{len(labels)} samples cannot be dealt to {num_clients} clients: lower train_fl.num_clients"
-        )
+        raise ConfigError(f"{len(labels)} samples are too few for {num_clients} clients. Lower train_fl.num_clients.")
     return [np.sort(part) for part in np.array_split(rng.permutation(len(labels)), num_clients)]

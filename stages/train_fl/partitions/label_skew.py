@@ -1,44 +1,32 @@
 """Partitions by class: biased and unbiased clients ("NID2"), and k classes per client.
 
-The FedDifRC paper's NID2 is defined neither in it nor in its code, as far as public sources reach. The best sourced
-interpretation is FedDisco's NIID-2 (Ye et al., ICML 2023): 5 biased clients of 2 classes each and 1 unbiased client,
-all of equal size. That is what `label_skew(labels, 5, 2, 1, rng)` gives; the three numbers are parameters.
+Neither the FedDifRC paper nor its public code defines its NID2. The best sourced interpretation is FedDisco's NIID-2
+(Ye et al., ICML 2023): 5 biased clients of 2 classes each and 1 unbiased client, all of equal size, which is
+`label_skew(labels, 5, 2, 1, rng)`.
 """
 
 import numpy as np
 
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError
 
 
 def label_skew(
     labels: np.ndarray, n_biased: int, classes_per_biased: int, n_unbiased: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Biased clients hold a few classes each, unbiased ones all, and all clients have the same size.
+    """Give biased clients a few classes each and unbiased ones all; all clients have the same size.
 
     Biased client i has the classes (i * classes_per_biased + j) mod K, j < classes_per_biased, in equal parts; an
     unbiased client has every class in equal parts. The size is the largest that no class is too small for, rounded
-    down to a multiple of K; what is left over is not used (20 of CIFAR-10's 50,000 samples at 5/2/1).
-
-    Args:
-        labels: int64 (N,), K classes.
-        n_biased: number of biased clients, which come first.
-        classes_per_biased: classes of each, at most K.
-        n_unbiased: number of clients with all classes.
-        rng: decides which samples of a class go where.
-
-    Returns:
-        Per client an ascending int64 array; sizes are equal (a biased client has up to classes_per_biased - 1 fewer
-        where its number of classes does not divide the size).
-
-    Raises:
-        PipelineError: there are more classes per client than classes, no clients, or too few samples.
+    down to a multiple of K; the remaining samples are not used (20 of CIFAR-10's 50,000 at 5/2/1). A biased client has
+    up to classes_per_biased - 1 samples fewer where its number of classes, at most K, does not divide the size. Biased
+    clients come first.
     """
     classes, sizes = np.unique(labels, return_counts=True)
     num_classes = len(classes)
     if classes_per_biased > num_classes or n_biased + n_unbiased == 0:
-        raise PipelineError(
-            f"n_biased = {n_biased} clients of classes_per_biased = {classes_per_biased} classes and n_unbiased = "
-            f"{n_unbiased} clients: does not fit a data set of {num_classes} classes"
+        raise ConfigError(
+            f"label skew does not fit a data set of {num_classes} classes (n_biased {n_biased}, classes_per_biased "
+            f"{classes_per_biased}, n_unbiased {n_unbiased}). Lower classes_per_biased, or raise a number of clients."
         )
     owned = np.zeros((n_biased + n_unbiased, num_classes))  # each client's share of its samples, by class
     for client in range(n_biased):
@@ -48,9 +36,9 @@ def label_skew(
     demand = owned.sum(0)
     per_class = int((sizes[demand > 0] / demand[demand > 0]).min() / num_classes + 1e-9)  # of an unbiased client
     if per_class == 0:
-        raise PipelineError(
-            f"{len(labels)} samples are too few for {len(owned)} clients of equal parts of their classes: lower "
-            "n_biased or n_unbiased, or raise prepare_data.train_subset"
+        raise ConfigError(
+            f"{len(labels)} samples are too few for {len(owned)} clients of equal parts of their classes. Lower "
+            "n_biased or n_unbiased, or raise prepare_data.train_subset."
         )
     quota = np.floor(owned * (per_class * num_classes) + 1e-9).astype(int)  # (num_clients, num_classes)
     return _draw(labels, classes, quota, rng)
@@ -59,24 +47,15 @@ def label_skew(
 def classes_per_client(
     labels: np.ndarray, num_clients: int, num_classes_each: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Give every client k classes (NIID-Bench's "#label = k"): McMahan's pathological split with random classes.
+    """Give every client k <= K classes (NIID-Bench's "#label = k"): McMahan's pathological split with random classes.
 
     Client i has class i mod K and k - 1 others drawn without replacement; a class's samples are dealt evenly to the
     clients that have it. A class that no client has is not used.
-
-    Args:
-        labels: int64 (N,), K classes.
-        num_clients: number of parts.
-        num_classes_each: k, at most K.
-        rng: source of all draws.
-
-    Raises:
-        PipelineError: k is greater than K.
     """
     classes, sizes = np.unique(labels, return_counts=True)
     num_classes = len(classes)
     if num_classes_each > num_classes:
-        raise PipelineError(f"num_classes_each = {num_classes_each}: lower it, the data set has {num_classes} classes")
+        raise ConfigError(f"num_classes_each is {num_classes_each}, but there are {num_classes} classes. Lower it.")
     has = np.zeros((num_clients, num_classes), bool)
     for client in range(num_clients):
         first = client % num_classes

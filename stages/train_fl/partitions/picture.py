@@ -15,13 +15,7 @@ _MAX_NUMBERED_CELLS = 400
 
 
 def write(path: Path, counts: np.ndarray, class_names: list[str]) -> None:
-    """Write an SVG heat map of samples per client and class; equal counts give equal bytes.
-
-    Args:
-        path: the file.
-        counts: int64 (num_clients, num_classes).
-        class_names: one per column.
-    """
+    """Write an SVG heat map of samples, int64 (num_clients, num_classes); equal counts give equal bytes."""
     atomic.write_text(path, _heat_map(counts, class_names))
 
 

@@ -3,7 +3,7 @@
 With p_k the label shares of client k, g those of all dealt samples and w_k = n_k / n: total variation
 TV_k = 1/2 sum |p_k - g| (Zhao et al.'s "EMD" is 2 TV); the generalised Jensen-Shannon divergence H(g) - sum w_k H(p_k),
 which is the mutual information of client and label; the mean Hellinger distance of two clients; effective classes
-2^H(p_k). Means over clients are unweighted and leave out clients without samples; logarithms are to base 2.
+2^H(p_k). Means over clients are unweighted and omit clients without samples; logarithms are to base 2.
 """
 
 import numpy as np
@@ -22,25 +22,20 @@ def left_out(parts: list[np.ndarray], groups: dict[str, tuple[np.ndarray, list[s
     """Describe classes, domains and samples that no client gets, and clients without samples.
 
     Args:
-        parts: positions of the samples, by client.
+        parts: Positions of the samples, by client.
         groups: "classes" or "domains" -> for every sample its number, int64 (N,), and the names by number.
 
     Returns:
-        A sentence each for classes or domains that have samples but no client, for samples, and for clients without
-        any; nothing if everyone has some and all is dealt.
+        One sentence each for classes, domains and samples that no client gets, and for clients without samples.
     """
-    dealt, lines = np.concatenate(parts), []
+    dealt, lines, total = np.concatenate(parts), [], 0
     for kind, (numbers, names) in groups.items():
-        missing = [names[number] for number in np.setdiff1d(numbers, numbers[dealt])]
-        if missing:
-            lines.append(
-                f"{len(missing)} of {len(np.unique(numbers))} {kind} go to no client: {first_few(missing, _MOST_NAMES)}"
-            )
-    total = len(next(iter(groups.values()))[0])
+        total, present = len(numbers), len(np.unique(numbers))
+        if missing := [names[number] for number in np.setdiff1d(numbers, numbers[dealt])]:
+            lines.append(f"{len(missing)} of {present} {kind} go to no client: {first_few(missing, _MOST_NAMES)}")
     if len(dealt) < total:
         lines.append(f"{total - len(dealt)} of {total} samples go to no client")
-    empty = [str(client) for client, part in enumerate(parts) if not len(part)]
-    if empty:
+    if empty := [str(client) for client, part in enumerate(parts) if not len(part)]:
         lines.append(f"{len(empty)} of {len(parts)} clients have no samples: {first_few(empty, _MOST_NAMES)}")
     return lines
 
@@ -49,7 +44,7 @@ def heterogeneity(counts: np.ndarray) -> dict[str, float | None]:
     """Compute statistics of a partition.
 
     Args:
-        counts: int64 (num_clients, num_classes), samples; at least one client has some.
+        counts: Samples, int64 (num_clients, num_classes); at least one client has some.
 
     Returns:
         total_variation: mean TV_k, 0 to 1. emd: mean of 2 TV_k. jensen_shannon_bits: 0 to log2(num_clients).
@@ -79,12 +74,12 @@ def heterogeneity(counts: np.ndarray) -> dict[str, float | None]:
 
 
 def _entropy_bits(shares: np.ndarray) -> np.ndarray:
-    """Over the last axis; 0 log 0 is 0."""
+    """Compute the entropy over the last axis; 0 log 0 is 0."""
     return -(shares * np.log2(np.where(shares > 0, shares, 1))).sum(-1)
 
 
 def _mean_hellinger(shares: np.ndarray) -> float:
-    """Mean over unordered pairs of sqrt(1 - sum sqrt(p q)); 0 for a single client."""
+    """Compute the mean over unordered pairs of sqrt(1 - sum sqrt(p q)); 0 for a single client."""
     if len(shares) < 2:
         return 0.0
     overlap = np.sqrt(shares) @ np.sqrt(shares).T
