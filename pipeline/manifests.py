@@ -1,7 +1,7 @@
 """The JSON files of a run in results/, as typed models: training writes them, the report reads them.
 
 config.json      `RunConfig`     the settings that decide the run, what it was made from, and the software
-metrics.json     `RunMetrics`    the few numbers that `dvc metrics show` prints
+metrics.json     `RunMetrics`    the main results, which `dvc metrics show` prints
 details.json     `RunDetails`    best accuracy, seconds, bytes
 partition.json   `RunPartition`  which samples and labels each client has
 """
@@ -22,7 +22,7 @@ class _Manifest(BaseModel):
 
 
 class DatasetReference(_Manifest):
-    """The data set that a run was trained on; a run over nodes knows no hash."""
+    """The data set that a run was trained on; without a hash if each node has its own."""
 
     name: str
     hash: str | None = None
@@ -50,7 +50,7 @@ class RunMetrics(_Manifest):
 
 
 class RunDetails(_Manifest):
-    """details.json. A run over nodes with images of their own knows no accuracy by domain."""
+    """details.json. `domain_accuracy` is empty for runs over nodes with images of their own."""
 
     best_accuracy: float
     wall_seconds: float
@@ -75,16 +75,12 @@ M = TypeVar("M", bound=_Manifest)
 
 
 def read(file: Path, model: type[M]) -> M:
-    """Read a manifest.
-
-    Args:
-        file: The JSON file.
-        model: The class that describes it.
+    """Read a manifest of class `model` from a JSON file.
 
     Raises:
         FileNotFoundError: There is no such file.
         SystemRefusal: The operating system refused to read it.
-        DataError: It does not hold what `model` describes.
+        DataError: It does not have the content that `model` describes.
     """
     with reading(file):
         text = file.read_bytes()

@@ -58,26 +58,15 @@ class Member:
 
 def introduction(client_id: int, name: str, num_samples: int, agreement: dict[str, Any]) -> RecordDict:
     """Return a node's answer to the request to join; see `Member`."""
-    facts = {
-        "client-id": client_id,
-        "name": name,
-        "num-samples": num_samples,
-        "agreement": json.dumps(agreement, sort_keys=True),
-    }
-    return RecordDict({"introduction": ConfigRecord(facts)})  # type: ignore[arg-type]
+    facts: dict[str, Any] = {"client-id": client_id, "name": name, "num-samples": num_samples}
+    return RecordDict({"introduction": ConfigRecord({**facts, "agreement": json.dumps(agreement, sort_keys=True)})})
 
 
 class Members:
     """The nodes of a run."""
 
     def __init__(self, grid: Grid, num_clients: int, params: Federation) -> None:
-        """Start without members.
-
-        Args:
-            grid: Flower's connection to the nodes.
-            num_clients: Client ids are below it.
-            params: How many nodes to wait for, and how long.
-        """
+        """Start without members; `num_clients` is the limit of client ids, `params` says for whom to wait how long."""
         self._grid, self._num_clients, self._params = grid, num_clients, params
         self._asked: dict[str, tuple[int, float]] = {}  # message id -> node id, and when it was asked
         self._joined: dict[int, Member] = {}  # by node id
@@ -128,13 +117,7 @@ class Members:
             time.sleep(_POLL_SECONDS)
 
     def messages(self, kind: str, content: RecordDict, members: Iterable[Member] | None = None) -> list[Message]:
-        """Address a message to each of `members`, or to all that are present.
-
-        Args:
-            kind: Flower's message type, for example "query.basis".
-            content: The same for all.
-            members: The recipients.
-        """
+        """Address `content` to each of `members`, or to all that are present; `kind` is Flower's message type."""
         recipients = self.present().values() if members is None else members
         ttl = self._params.round_timeout
         return [Message(content, dst_node_id=own.node_id, message_type=kind, ttl=ttl) for own in recipients]
@@ -181,7 +164,8 @@ class Members:
                 continue
             try:
                 if reply.has_error():
-                    raise PipelineError(_reason_of(reply, member))
+                    reason = _one_line(reply.error.reason) or f"error {reply.error.code}"
+                raise PipelineError(reason.removeprefix(f"{member}: "))
                 answers[member] = read(member, reply)
             except PipelineError as error:
                 failures[member] = str(error)
@@ -197,14 +181,9 @@ class Members:
         self._asked = {key: (node, asked) for key, (node, asked) in self._asked.items() if now - asked < ttl}
         waiting = {node for node, _ in self._asked.values()} | {node for node, at in self._retry_at.items() if now < at}
         unknown = online - self._joined.keys() - waiting
-        messages = [
-            Message(RecordDict(), dst_node_id=node_id, message_type=JOIN, ttl=ttl) for node_id in sorted(unknown)
-        ]
-        if messages:
-            keys = self._grid.push_messages(messages)
-            self._asked |= {
-                key: (message.metadata.dst_node_id, now) for key, message in zip(keys, messages, strict=True)
-            }
+        for node_id in sorted(unknown):
+            message = Message(RecordDict(), dst_node_id=node_id, message_type=JOIN, ttl=ttl)
+            self._asked |= {key: (node_id, now) for key in self._grid.push_messages([message])}
 
     def _collect(self) -> None:
         """Read the answers to requests to join that have arrived."""
@@ -222,16 +201,10 @@ class Members:
                 self._rejected[node_id] = str(error)
 
     def _admit(self, member: Member) -> None:
-        """Add a member.
-
-        Raises:
-            ConfigError: Its client id is invalid or taken, it has no images, or its settings differ.
-        """
+        """Add a member; ConfigError if its client id is invalid or taken, it has no images, or its settings differ."""
         if not 0 <= member.client_id < self._num_clients:
-            raise ConfigError(
-                f"{member} has an invalid client-id. It must be from 0 to {self._num_clients - 1} "
-                "(train_fl.num_clients - 1)."
-            )
+            last = f"{self._num_clients - 1} (train_fl.num_clients - 1)"
+            raise ConfigError(f"{member} has an invalid client-id. It must be from 0 to {last}.")
         if member.num_samples <= 0:
             raise ConfigError(f"{member} has {member.num_samples} images. It needs at least one.")
         for other in self._joined.values():
@@ -258,11 +231,7 @@ class Members:
 
 
 def _read_introduction(reply: Message) -> Member:
-    """Read a node's answer to the request to join.
-
-    Raises:
-        PipelineError: The node refuses, or its answer is not an introduction.
-    """
+    """Read a node's answer to the request to join; PipelineError if it refuses or its answer is invalid."""
     node_id = reply.metadata.src_node_id
     if reply.has_error():
         raise PipelineError(_one_line(reply.error.reason) or f"node {node_id} failed without an error message")
@@ -277,12 +246,6 @@ def _read_introduction(reply: Message) -> Member:
         ) from None
 
 
-def _reason_of(reply: Message, member: Member) -> str:
-    """Return the reason in a reply with an error, without the member's own name before it."""
-    reason = _one_line(reply.error.reason) or f"error {reply.error.code}"
-    return reason.removeprefix(f"{member}: ")
-
-
 def _one_line(text: str | None) -> str:
     """Return a node's text on one line of at most a thousand printable characters."""
     return printable(" ".join((text or "")[:1000].split()))
@@ -290,6 +253,5 @@ def _one_line(text: str | None) -> str:
 
 def _check_agreement(member: Member, agreed: dict[str, Any]) -> None:
     if keys := differing_keys(member.agreement, agreed):
-        theirs = {key: at(member.agreement, key, None) for key in keys[:3]}
-        ours = {key: at(agreed, key, None) for key in keys[:3]}
+        theirs, ours = ({key: at(values, key, None) for key in keys[:3]} for values in (member.agreement, agreed))
         raise ConfigError(f"{member} has {theirs}, but the others have {ours}. Make them agree to train together.")

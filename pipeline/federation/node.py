@@ -79,16 +79,11 @@ def config_of(run_config: Mapping[str, Any], root: Path, device: str | None = No
     Raises:
         ConfigError: params.yaml or the run's `set` is invalid.
     """
-    overrides = {}
     try:
         assignments = shlex.split(str(run_config.get("set", "")))
     except ValueError as error:
         raise ConfigError(f"cannot parse --run-config set={run_config['set']!r} ({error}). Fix its quotes.") from None
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not (key and equals):
-            raise ConfigError(f"--run-config set: {assignment!r} is not KEY=VALUE")
-        overrides[key] = config.parse_value(key, text)
+    overrides = config.parse_overrides(assignments)
     if device:
         overrides["runtime.device"] = device
     return Config(config.load(PARAMS, overrides).params, root)

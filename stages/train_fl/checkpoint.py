@@ -24,14 +24,9 @@ class Checkpoint:
         self._store = ResumableStore(folder)
 
     def save(self, progress: Progress, records: dict[str, Any]) -> None:
-        """Write a checkpoint, then remove the one before it.
+        """Write a checkpoint, with the rows so far as JSON, then remove the one before it.
 
-        Args:
-            progress: The state between two rounds.
-            records: The rows of the rounds so far, as JSON.
-
-        Raises:
-            PipelineError: It cannot be written. The previous checkpoint is kept.
+        If it cannot be written (PipelineError), the previous one is kept.
         """
         name = f"round-{progress.number:05d}"
         meta = {
@@ -46,13 +41,11 @@ class Checkpoint:
     def load(self, device: str) -> tuple[Progress, dict[str, Any]] | None:
         """Return the progress, its tensors on `device`, and the records; None if there is no usable checkpoint.
 
-        Raises:
-            SystemRefusal: The operating system refused to read it. The checkpoint is kept.
+        If the operating system refuses to read it (SystemRefusal), the checkpoint is kept.
         """
         for name in reversed(self._store.names()):
             if found := self._store.load(name, device):
-                tensors, meta = found
-                return _unflatten(tensors, meta), meta["records"]
+                return _unflatten(*found), found[1]["records"]
         return None
 
     def remove(self) -> None:

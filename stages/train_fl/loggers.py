@@ -10,23 +10,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
 
 from pipeline.errors import ConfigError
 from pipeline.settings.params import Runtime
 from stages.train_fl.records import RunRecord
 
 Values = dict[str, float]
-
-
-class Logger(Protocol):
-    """Logs every round of one run."""
-
-    def log(self, number: int, values: Values) -> None:
-        """Log a round, counted from 1; `values` are named as in rounds.csv."""
-
-    def close(self) -> None:
-        """Close what is open, after the last round or when the run is stopped."""
 
 
 @contextlib.contextmanager
@@ -42,7 +31,7 @@ def opened(runtime: Runtime, home: Path, run_name: str, record: RunRecord) -> It
     Raises:
         ConfigError: A logger's library is not installed.
     """
-    terminal, others = Terminal(), list[Logger]()
+    terminal, others = Terminal(), list[TensorBoard | DVCLive]()
     with contextlib.ExitStack() as stack:
         if runtime.tensorboard:
             others.append(TensorBoard(home / "tensorboard" / run_name))
@@ -66,9 +55,8 @@ class Terminal:
     """One line per round above the progress bar; nothing where standard error is not a terminal."""
 
     def __init__(self) -> None:
-        """Write the heading with the first round."""
-        self._started = not sys.stderr.isatty()
-        self._silent = self._started
+        """Write nothing yet: the heading comes with the first round."""
+        self._silent, self._started = not sys.stderr.isatty(), False
 
     def log(self, number: int, values: Values) -> None:
         """Write the line of a round."""
@@ -82,9 +70,6 @@ class Terminal:
         train_loss = sum(value for name, value in values.items() if name.startswith("train_"))
         line = f"{number:>6}{100 * values['accuracy']:>9.2f} %{values['loss']:>10.4f}"
         tqdm.write(f"{line}{train_loss:>12.4f}{values['seconds']:>10.2f}", file=sys.stderr)
-
-    def close(self) -> None:
-        """Do nothing: nothing is open."""
 
 
 class TensorBoard:

@@ -51,15 +51,9 @@ class RunRecord:
     def add(self, done: Round, scores: dict[str, float], evaluate_seconds: float) -> None:
         """Add a round and write the tables."""
         self._rounds.append(round_row(done, scores))
-        self._timing.append(
-            {
-                "round": done.number,
-                "load": done.load_seconds,
-                "train": done.train_seconds - done.load_seconds,
-                "aggregate": done.aggregate_seconds,
-                "evaluate": evaluate_seconds,
-            }
-        )
+        training = done.train_seconds - done.load_seconds
+        seconds = (done.load_seconds, training, done.aggregate_seconds, evaluate_seconds)
+        self._timing.append({"round": done.number, **dict(zip(_PARTS, seconds, strict=True))})
         # Not synced: after a power cut the checkpoint, which has the rows too, writes them again.
         atomic.write_csv(self.path / "rounds.csv", self._rounds, sync=False)
         atomic.write_csv(self.path / "timing.csv", self._timing, sync=False)
@@ -73,7 +67,7 @@ class RunRecord:
         ]
 
     def metrics(self) -> dict[str, float]:
-        """Return the few numbers that stand for the run: the columns of `dvc metrics show`."""
+        """Return the run's main results: the columns of `dvc metrics show`."""
         accuracies = [row["accuracy"] for row in self._rounds]
         return {"mean_last5_accuracy": accuracy.of_run(accuracies), "final_accuracy": accuracies[-1]}
 
@@ -105,12 +99,7 @@ def round_row(done: Round, scores: dict[str, float]) -> RoundRow:
 
 
 def check_replaceable(path: Path, settings: dict[str, Any]) -> None:
-    """Check that folder `path` holds no finished run of other settings or data, which would be lost.
-
-    Raises:
-        ConfigError: It does. The message names the settings that differ.
-        SystemRefusal: The operating system refused to read the folder.
-    """
+    """Raise ConfigError, with the settings that differ, if `path` holds a finished run of other settings or data."""
     file = path / "config.json"
     try:
         with reading(file):

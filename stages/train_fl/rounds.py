@@ -105,19 +105,9 @@ def client_batches(data: ClientData, schedule: Schedule, number: int, client: in
 
 
 def sample_clients(with_data: list[int], schedule: Schedule, number: int) -> list[int]:
-    """Draw the participants of a round uniformly.
-
-    Args:
-        with_data: Ids of the clients that have data, ascending.
-        schedule: Its seed and `clients_per_round`.
-        number: The round, counted from 1.
-
-    Returns:
-        Client ids, ascending.
-    """
+    """Draw the participants of round `number` uniformly from the clients that have data; all ids are ascending."""
     rng = seeding.numpy_generator(schedule.seed, "client sampling", number)
-    drawn = rng.permutation(with_data)[: schedule.clients_per_round]
-    return sorted(int(client) for client in drawn)
+    return sorted(int(client) for client in rng.permutation(with_data)[: schedule.clients_per_round])
 
 
 def mean_metrics(metrics: list[Metrics], sizes: list[int]) -> Metrics:
@@ -126,11 +116,7 @@ def mean_metrics(metrics: list[Metrics], sizes: list[int]) -> Metrics:
 
 
 def check_finite(metrics: Metrics, client: int, number: int) -> None:
-    """Check a client's losses.
-
-    Raises:
-        TrainingDiverged: A loss is not a finite number.
-    """
+    """Raise TrainingDiverged if a loss of a client is not a finite number."""
     if not all(np.isfinite(value) for value in metrics.values()):
         raise TrainingDiverged(
             f"training diverged (the loss of client {client} in round {number} is {metrics}). "
@@ -144,6 +130,6 @@ def num_bytes(tensors: Weights) -> int:
 
 
 def update_bytes(update: ClientUpdate) -> int:
-    """Return the bytes of all tensors that a client sends: its weights, and whatever else its method adds."""
+    """Return the bytes of all tensors that a client sends: its weights, and those that its method adds."""
     parts = [getattr(update, own.name) for own in fields(update)]
     return sum(num_bytes(part) for part in parts if isinstance(part, dict))

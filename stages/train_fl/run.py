@@ -39,7 +39,7 @@ def run(config: Config, method_name: str, partition_name: str, seed: int, overwr
     device = session.prepare_torch(config.params.runtime)
     data = run_data.load(config, partition_name, seed, job.guidance, device)
     if data.features:
-        feature_check.check_method(data.features, method_name, not job.needs_labels)
+        feature_check.check_method(data.features, method_name, not job.method_class.needs_labels)
     num_clients = len(data.clients)
     if config.params.train_fl.clients_per_round > num_clients:
         log.warning("train_fl.clients_per_round exceeds the number of clients: all %d take part", num_clients)

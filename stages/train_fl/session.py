@@ -33,6 +33,7 @@ from stages.train_fl.evaluate import Classification, Evaluator
 from stages.train_fl.methods import Method, Weights
 from stages.train_fl.models import FLModel
 from stages.train_fl.probes import Probes
+from stages.train_fl.records import RunRecord
 from stages.train_fl.rounds import Progress, Round, Schedule
 
 log = logging.getLogger(__name__)
@@ -63,18 +64,13 @@ class Job:
         return methods.guidance_of(self.method)
 
     @property
-    def needs_labels(self) -> bool:
-        """Whether the method trains with labels."""
-        return methods.method_class(self.method).needs_labels
-
-    @property
-    def sends_only_weights(self) -> bool:
-        """Whether clients send nothing besides their weights, of which the server takes the mean."""
-        return methods.method_class(self.method).sends_only_weights
+    def method_class(self) -> type[Method]:
+        """The class of the method."""
+        return methods.method_class(self.method)
 
     @property
     def has_private_data(self) -> bool:
-        """Whether every client is a node with images of its own, so that no data set is partitioned."""
+        """True if every client is a node with images of its own, so that no data set is partitioned."""
         return isinstance(self.config.settings("partitions", self.partition_name), Nodes)
 
     @property
@@ -88,12 +84,8 @@ class Job:
         return self.config.run_dir(self.method_name, self.partition_name, self.seed)
 
     def check(self) -> None:
-        """Check that the settings suit the method.
-
-        Raises:
-            ConfigError: They do not.
-        """
-        if methods.method_class(self.method).needs_augmentation and self.params.augmentation == "none":
+        """Raise ConfigError if the settings do not suit the method."""
+        if self.method_class.needs_augmentation and self.params.augmentation == "none":
             raise ConfigError(
                 f"methods.{self.method_name} compares two views of each image, but train_fl.augmentation is none. "
                 "Set it to views (or crop)."
@@ -126,11 +118,7 @@ class Job:
         }
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
-        """Hold the lock of the run's folder.
-
-        Raises:
-            PipelineError: Another process holds it.
-        """
+        """Hold the lock of the run's folder; PipelineError if another process holds it."""
         lock = f"{self.path.name}-{hashlib.sha256(os.fsencode(self.path)).hexdigest()[:8]}"
         return locks.held(self.config.state_dir / "locks" / lock, str(self.path))
 
@@ -194,7 +182,7 @@ def execute(
         records.start(job.path)  # removes a finished run, so everything that may be rejected comes before
         if data:
             records.write_partition(job.path, data)
-        record = records.RunRecord(job.path, rows)
+        record = RunRecord(job.path, rows)
         _train(job, engine, start, model, evaluator, record, checkpoint)
         _write_results(job, model, evaluator, data, record)
         atomic.write_json(job.path / "config.json", settings | {"provenance": _provenance(device)})
@@ -210,8 +198,8 @@ def _train(
     start: Progress,
     model: FLModel,
     evaluator: Evaluator,
-    record: records.RunRecord,
-    checkpoint: Checkpoint,
+    record: RunRecord,
+    store: Checkpoint,
 ) -> None:
     """Train all rounds after `start`; leaves the final global weights in `model`."""
     num_rounds = job.params.num_rounds
@@ -229,7 +217,7 @@ def _train(
             record.add(done, scores, time.perf_counter() - started)
             log_last_round()
             if done.number % engine.checkpoint_every == 0 and done.number < num_rounds:
-                checkpoint.save(done.progress, record.rows)
+                store.save(done.progress, record.rows)
             bar.set_postfix_str(f"accuracy {scores['accuracy']:.3f}", refresh=False)
             bar.update()
 
@@ -251,16 +239,15 @@ def score_round(done: Round, model: FLModel, evaluator: Evaluator) -> dict[str, 
 
 
 def _write_results(
-    job: Job, model: FLModel, evaluator: Evaluator, data: FederatedData | None, record: records.RunRecord
+    job: Job, model: FLModel, evaluator: Evaluator, data: FederatedData | None, record: RunRecord
 ) -> None:
     """Write the weights, accuracy by client and by domain, and the metrics."""
     details, metrics = record.details(), record.metrics()
     records.write_weights(job.path, model.state_dict())
     if data:
         predictor, extra = evaluator.final(model)
-        clients = evaluate.by_client(
-            predictor, data.clients, data.held_out, data.cell_counts, len(data.dataset.class_names)
-        )
+        num_classes = len(data.dataset.class_names)
+        clients = evaluate.by_client(predictor, data.clients, data.held_out, data.cell_counts, num_classes)
         atomic.write_csv(job.path / "clients.csv", clients)
         domains = evaluate.by_domain(predictor, data.held_out, data.dataset.domain_names)
         details |= {"domain_accuracy": domains}
@@ -299,7 +286,7 @@ def build_model(
 
 def evaluator_of(job: Job, data: FederatedData) -> Evaluator:
     """Return the classifier's evaluator; for training without labels that of a k-NN classifier and a linear probe."""
-    if job.needs_labels:
+    if job.method_class.needs_labels:
         return Classification(data.held_out)
     return Probes(data.clients, data.held_out, job.method.model_dump()["knn_neighbours"])
 

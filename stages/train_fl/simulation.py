@@ -1,7 +1,7 @@
 """Federated training from arrays in memory, for notebooks and scripts: no params.yaml and no files.
 
 Samples    images and labels of a client or of the held-out data, with rows of a feature set for guidance
-simulate   trains a method over clients on the local engine
+simulate   train a method over clients on the local engine
 History    the outcome: one row per round, and the final network
 """
 
@@ -141,15 +141,10 @@ def _train_fl(settings: dict[str, Any], num_clients: int) -> TrainFL:
     """Check the settings against the types and ranges of params.yaml."""
     if unknown := settings.keys() - DEFAULTS.keys():
         raise ConfigError(f"unknown setting {min(unknown)}. Known: {', '.join(DEFAULTS)}.")
-    data_settings = {
-        "num_clients": num_clients,
-        "imbalance_factor": 1.0,
-        "balance_with_synthetic": "none",
-        "evaluate_on": "test",
-        "validation_fraction": 0.2,
-    }
+    unused = {"imbalance_factor": 1.0, "balance_with_synthetic": "none"}  # settings of prepared data sets
+    unused |= {"evaluate_on": "test", "validation_fraction": 0.2}
     try:
-        return TrainFL(**{**DEFAULTS, **settings, **data_settings})
+        return TrainFL(**{**DEFAULTS, **settings, **unused, "num_clients": num_clients})
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])

@@ -6,20 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from stages.train_fl import rounds
 from stages.train_fl.client_data import ClientData
 from stages.train_fl.methods import ClientUpdate, Method, Metrics, Weights
-from stages.train_fl.rounds import (
-    Progress,
-    Round,
-    Schedule,
-    begin,
-    check_finite,
-    client_batches,
-    mean_metrics,
-    num_bytes,
-    sample_clients,
-    update_bytes,
-)
+from stages.train_fl.rounds import Progress, Round, Schedule
 
 
 @dataclass(frozen=True)
@@ -35,7 +25,7 @@ class LocalEngine:
 
     def begin(self, weights: Weights) -> Progress:
         """Return the state before the first round, with these initial weights."""
-        return begin(self.method, weights, len(self.clients))
+        return rounds.begin(self.method, weights, len(self.clients))
 
     def rounds(self, start: Progress) -> Iterator[Round]:
         """Run all rounds after `start`."""
@@ -60,24 +50,23 @@ def run(
     """
     server, states = start.server, list(start.clients)
     for number in range(start.number + 1, schedule.num_rounds + 1):
-        participants = sample_clients([c for c, data in enumerate(clients) if len(data)], schedule, number)
+        participants = rounds.sample_clients([c for c, data in enumerate(clients) if len(data)], schedule, number)
         started = time.perf_counter()
-        load_seconds = 0.0
-        updates: list[ClientUpdate] = []
-        metrics: list[Metrics] = []
+        load_seconds, updates, metrics = 0.0, list[ClientUpdate](), list[Metrics]()
         for client in participants:
-            batches = client_batches(clients[client], schedule, number, client, device)
+            batches = rounds.client_batches(clients[client], schedule, number, client, device)
             update, states[client], client_metrics = method.client_update(
                 server.weights, server.broadcast, states[client], batches, schedule.learning_rate_of(number)
             )
-            check_finite(client_metrics, client, number)
+            rounds.check_finite(client_metrics, client, number)
             load_seconds += batches.loading.seconds
             updates.append(update)
             metrics.append(client_metrics)
         trained = time.perf_counter()
-        bytes_down = len(participants) * (num_bytes(server.weights) + num_bytes(server.broadcast))
+        bytes_down = len(participants) * (rounds.num_bytes(server.weights) + rounds.num_bytes(server.broadcast))
         server, _ = method.server_update(server, updates)
-        _wait(device)
+        if device is not None and device.startswith("cuda"):
+            torch.cuda.synchronize(device)  # so that the seconds are those of the work
         sizes = [update.num_samples for update in updates]
         yield Round(
             progress=Progress(number, server, list(states)),
@@ -85,16 +74,10 @@ def run(
             participants=participants,
             num_samples=sum(sizes) * schedule.local_epochs,
             num_steps=sum(update.num_steps for update in updates),
-            train_metrics=mean_metrics(metrics, sizes),
+            train_metrics=rounds.mean_metrics(metrics, sizes),
             bytes_down=bytes_down,
-            bytes_up=sum(map(update_bytes, updates)),
+            bytes_up=sum(map(rounds.update_bytes, updates)),
             load_seconds=load_seconds,
             train_seconds=trained - started,
             aggregate_seconds=time.perf_counter() - trained,
         )
-
-
-def _wait(device: str | None) -> None:
-    """Wait for a GPU to finish, so that the seconds are those of the work."""
-    if device is not None and device.startswith("cuda"):
-        torch.cuda.synchronize(device)

@@ -32,11 +32,7 @@ class Participant:
 
 
 def join(message: Message, context: Context) -> RecordDict:
-    """Check the node's data and features, and return its introduction.
-
-    Raises:
-        PipelineError: It cannot take part.
-    """
+    """Check the node's data and features, and return its introduction; PipelineError if it cannot take part."""
     own = _participant(context)
     features = own.data.features
     if features and own.job.has_private_data and features.manifest.content.basis_sha256 is None:
@@ -70,13 +66,10 @@ def train(message: Message, context: Context) -> RecordDict:
     state = states.load(request.state_round, own.device)
     batches = rounds.client_batches(own.data.clients[0], schedule, request.number, client, own.device)
     started = time.perf_counter()
-    update, state, losses = own.method.client_update(
-        weights,
-        broadcast,
-        own.method.init_client(weights) if state is None else state,
-        batches,
-        schedule.learning_rate_of(request.number),
-    )
+    if state is None:
+        state = own.method.init_client(weights)
+    learning_rate = schedule.learning_rate_of(request.number)
+    update, state, losses = own.method.client_update(weights, broadcast, state, batches, learning_rate)
     rounds.check_finite(losses, client, request.number)
     states.save(request.number, state)
     seconds = batches.loading.seconds, time.perf_counter() - started
@@ -84,11 +77,7 @@ def train(message: Message, context: Context) -> RecordDict:
 
 
 def evaluate(message: Message, context: Context) -> RecordDict:
-    """Score the global model on the node's own held-out images.
-
-    Raises:
-        PipelineError: The data are damaged.
-    """
+    """Score the global model on the node's own held-out images."""
     own = _participant(context)
     weights = to_tensors(message.content.array_records["weights"], own.model.state_dict(), own.device)
     own.model.load_state_dict(weights)
@@ -123,7 +112,7 @@ def _build(node: Node, run_items: tuple[tuple[str, object], ...]) -> Participant
     device = session.prepare_torch(config.params.runtime)
     data = run_data.load(config, job.partition_name, job.seed, job.guidance, device, node.client_id)
     if data.features:
-        feature_check.check_method(data.features, job.method_name, not job.needs_labels)
+        feature_check.check_method(data.features, job.method_name, not job.method_class.needs_labels)
     if not len(data.clients[0]):
         raise DataError(f"{config.dataset_dir} has no images for client {node.client_id}")
     model, method = job.build(len(data.dataset.class_names), data.guidance_dim, num_clients, device)

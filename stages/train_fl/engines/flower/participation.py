@@ -29,14 +29,10 @@ class Participation:
             reply = replies.get(member)
             if not reply:
                 log.warning("round %d continues without %s: %s", number, member, failures[member])
-            row: dict[str, Any] = {
-                "round": number,
-                "client": member.client_id,
-                "name": member.name,
-                "outcome": "trained" if reply else failures[member],
-                "num_samples": reply.update.num_samples if reply else 0,
-                "train_seconds": reply.train_seconds if reply else None,
-            }
+            row: dict[str, Any] = {"round": number, "client": member.client_id, "name": member.name}
+            row["outcome"] = "trained" if reply else failures[member]
+            row["num_samples"] = reply.update.num_samples if reply else 0
+            row["train_seconds"] = reply.train_seconds if reply else None
             self._rows.append(row)
         atomic.write_csv(self._file, self._rows, sync=False)
 

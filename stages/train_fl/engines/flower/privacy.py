@@ -25,14 +25,10 @@ from stages.train_fl.session import Job
 
 
 def check(job: Job, model: nn.Module) -> None:
-    """Check that differential privacy, if it is on, covers everything that the method sends.
-
-    Raises:
-        ConfigError: It does not.
-    """
+    """Raise ConfigError if differential privacy is on but does not cover everything that the method sends."""
     if job.config.params.federation.differential_privacy is None:
         return
-    if not job.sends_only_weights:
+    if not job.method_class.sends_only_weights:
         raise ConfigError(
             f"federation.differential_privacy protects only weights, but methods.{job.method_name} sends or keeps "
             "more. Use a method that sends only weights (for example fedavg, moon or feddifrc), or set it to null."

@@ -83,7 +83,7 @@ def _evaluator(job: Job, data: FederatedData | None, members: Members, device: s
     if data:
         return session.evaluator_of(job, data)
     folder = job.config.dataset_dir
-    if folder.exists() and job.needs_labels:
+    if folder.exists() and job.method_class.needs_labels:
         dataset = PreparedDataset(folder)
         if dataset.class_names != members.agreed["class_names"]:
             raise DataError(
@@ -102,19 +102,14 @@ class NodeEvaluator:
         self._members = members
 
     def scores(self, model: FLModel) -> dict[str, float]:
-        """Return accuracy and loss over the images of all nodes that answer.
-
-        Raises:
-            PipelineError: No node answered.
-        """
+        """Return accuracy and loss over the images of all nodes that answer; PipelineError if none does."""
         weights = RecordDict({"weights": to_record(model.state_dict())})
         answers = list(self._members.ask("evaluate", weights, _read_scores).values())
         if not answers:
             raise PipelineError("no node evaluated the global model. Fix the nodes and run again to resume.")
         images = [answer["num-images"] for answer in answers]
         return {
-            name: float(np.average([answer[name] for answer in answers], weights=images))
-            for name in ("accuracy", "loss")
+            name: float(np.average([own[name] for own in answers], weights=images)) for name in ("accuracy", "loss")
         }
 
     def final(self, model: FLModel) -> tuple[Predictor, dict[str, float]]:
@@ -123,11 +118,7 @@ class NodeEvaluator:
 
 
 def _read_scores(content: RecordDict) -> dict[str, float]:
-    """Read a node's scores.
-
-    Raises:
-        DataError: They are invalid.
-    """
+    """Read a node's scores; DataError if they are invalid."""
     try:
         record = content.metric_records["scores"]
         found = {name: float(record[name]) for name in ("accuracy", "loss", "num-images")}  # type: ignore[arg-type]

@@ -25,13 +25,9 @@ class States:
         self._store = ResumableStore(state_dir / "federation" / run_key / f"client-{client_id:04d}")
 
     def load(self, number: int, device: str) -> ClientState | None:
-        """Return the state after round `number`, on `device`.
+        """Return the state after round `number`; None for round 0 and, with a warning, if it is missing or damaged.
 
-        Returns:
-            None for round 0 and, with a warning, if the state is missing or damaged.
-
-        Raises:
-            SystemRefusal: The operating system refused to read it. The state is kept.
+        If the operating system refuses to read it (SystemRefusal), the state is kept.
         """
         if number == 0:
             return None
@@ -42,11 +38,7 @@ class States:
         return found[0]
 
     def save(self, number: int, state: ClientState) -> None:
-        """Save the state after round `number`, unless the method has none.
-
-        Raises:
-            PipelineError: It cannot be written.
-        """
+        """Save the state after round `number`, unless the method has none."""
         if state:
             self._store.save(_name(number), state)
 

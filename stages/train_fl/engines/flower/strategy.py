@@ -57,12 +57,7 @@ class MethodStrategy(Strategy):
         return messages
 
     def read(self, member: Member, reply: Message) -> Reply:
-        """Read a node's reply.
-
-        Raises:
-            DataError: It is invalid. Images and steps weight an update, so they must follow from what it joined with.
-            TrainingDiverged: A weight or a loss is not finite.
-        """
+        """Read and check a node's reply. Images and steps weight an update, so they must agree with its introduction."""
         read = TrainReply.read(reply.content, self.progress.server.weights)
         steps = self._schedule.local_epochs * -(-member.num_samples // self._schedule.batch_size)
         if (read.update.num_samples, read.update.num_steps) != (member.num_samples, steps):
@@ -75,10 +70,11 @@ class MethodStrategy(Strategy):
     def accept(self, replies: dict[Member, Reply]) -> tuple[list[Message], dict[Member, str]]:
         """Accept the replies whose extras fit the method and the other replies.
 
-        Returns:
-            The accepted messages, ascending by client id, and for each other member why its reply was rejected.
+        Return the accepted messages, ascending by client id, and for each other member why its reply was rejected.
         """
-        signatures = {member: _extras_signature(read) for member, (_, read) in replies.items()}
+        signatures = {
+            member: (signature(read.update.extras), tuple(sorted(read.losses))) for member, (_, read) in replies.items()
+        }
         usual = collections.Counter(signatures.values()).most_common(1)[0][0] if replies else None
         rejected = {}
         for member, (_, read) in replies.items():
@@ -152,15 +148,15 @@ class FlowerEngine:
         return Progress(0, self._method.init_server(on_cpu), [], [0] * self._num_clients)
 
     def rounds(self, start: Progress) -> Iterator[Round]:
-        """Run all rounds after `start`.
-
-        Raises:
-            PipelineError: Too few nodes are present, or none of them sent a valid update.
-        """
+        """Run all rounds after `start`; PipelineError if too few nodes are present or none sent a valid update."""
         job, method = self._job, self._method
         params, schedule = job.config.params.federation, job.schedule
         core = MethodStrategy(method, start, schedule, self._members, params, self._run_key)
-        strategy = _with_privacy(core, params)
+        strategy: Strategy = core
+        if isinstance(private := params.differential_privacy, CentralPrivacy):
+            strategy = DifferentialPrivacyClientSideFixedClipping(
+                core, private.noise_multiplier, private.clipping_norm, 1
+            )
         self.participation = Participation(job.path, start.number)
         arrays = to_record(start.server.weights)
         for number in range(start.number + 1, schedule.num_rounds + 1):
@@ -186,14 +182,6 @@ class FlowerEngine:
             yield _round(core, sent, method, schedule, time.perf_counter() - started)
 
 
-def _with_privacy(core: MethodStrategy, params: Federation) -> Strategy:
-    """Wrap the strategy for central differential privacy, if the settings ask for it."""
-    private = params.differential_privacy
-    if not isinstance(private, CentralPrivacy):
-        return core
-    return DifferentialPrivacyClientSideFixedClipping(core, private.noise_multiplier, private.clipping_norm, 1)
-
-
 def _round(core: MethodStrategy, sent: Any, method: Method, schedule: Schedule, seconds: float) -> Round:
     """Describe the round that the strategy has just finished; `sent` is the server's state before it."""
     replies = list(core.replies.values())
@@ -212,8 +200,3 @@ def _round(core: MethodStrategy, sent: Any, method: Method, schedule: Schedule, 
         train_seconds=seconds,
         aggregate_seconds=0.0,  # included in train_seconds
     )
-
-
-def _extras_signature(reply: TrainReply) -> tuple[Any, ...]:
-    """Return names, types and shapes of a method's extras, and the names of its losses."""
-    return signature(reply.update.extras), tuple(sorted(reply.losses))
