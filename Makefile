@@ -37,7 +37,7 @@ format: $(STAMP)  ## Format the code and apply ruff's fixes
 	$(BIN)/ruff check --fix .
 
 docs: $(STAMP)  ## Build the documentation into site/; open site/index.html, no server or network needed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lock: $(STAMP)  ## Update requirements.lock from pyproject.toml
 	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --extra dev --extra simulation --no-header --no-annotate pyproject.toml --output-file requirements.lock

@@ -20,18 +20,15 @@ from ruamel.yaml import YAML
 from pipeline import accuracy, provenance
 
 OFF = {"tdcl_weight": 0.0, "ndcr_weight": 0.0}
+TDCL_RAW: dict[str, Any] = {"ndcr_weight": 0.0, "tdcl_targets": "raw"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "fedavg": OFF,
-    "tdcl, raw": {"ndcr_weight": 0.0, "tdcl_targets": "raw"},
+    "tdcl, raw": TDCL_RAW,
     "tdcl, centred": {"ndcr_weight": 0.0, "tdcl_targets": "centred"},
     "tdcl, standardised": {"ndcr_weight": 0.0, "tdcl_targets": "standardised"},
-    "tdcl, raw, temperature 0.01": {"ndcr_weight": 0.0, "tdcl_targets": "raw", "temperature": 0.01},
-    "tdcl, raw, temperature 0.1": {"ndcr_weight": 0.0, "tdcl_targets": "raw", "temperature": 0.1},
-    "tdcl, raw, U per representation": {
-        "ndcr_weight": 0.0,
-        "tdcl_targets": "raw",
-        "tdcl_normalisation": "representation",
-    },
+    "tdcl, raw, temperature 0.01": TDCL_RAW | {"temperature": 0.01},
+    "tdcl, raw, temperature 0.1": TDCL_RAW | {"temperature": 0.1},
+    "tdcl, raw, U per representation": TDCL_RAW | {"tdcl_normalisation": "representation"},
     "ndcr, raw": {"tdcl_weight": 0.0, "ndcr_targets": "raw"},
     "ndcr, centred": {"tdcl_weight": 0.0, "ndcr_targets": "centred"},
     "ndcr, standardised": {"tdcl_weight": 0.0, "ndcr_targets": "standardised"},

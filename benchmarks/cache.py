@@ -17,17 +17,9 @@ from pathlib import Path
 import click
 import numpy as np
 
+from pipeline import feature_store as store
 from pipeline import provenance
-from pipeline.feature_store import (
-    Basis,
-    Content,
-    Features,
-    FeatureSet,
-    FeatureSetWriter,
-    LayerBasis,
-    Plan,
-    verification,
-)
+from pipeline.feature_store import Features, FeatureSet, verification
 
 
 @click.command()
@@ -42,7 +34,7 @@ def main(
     rows: int, rows_per_shard: int, prompts: int, dims: int, batch: int, repeats: int, folder: Path | None
 ) -> None:
     """Measure, print the table, then one JSON line."""
-    plan = Plan(_content(prompts, dims), rows, rows_per_shard, {})
+    plan = store.Plan(_content(prompts, dims), rows, rows_per_shard, {})
     shards = [_features(plan.shard_rows(shard), prompts, dims) for shard in range(plan.num_shards)]
     megabytes = sum(array.nbytes for shard in shards for array in vars(shard).values()) / 1e6
     with tempfile.TemporaryDirectory(dir=folder) as name:
@@ -85,8 +77,8 @@ def main(
     click.echo(json.dumps(result | {"ms_per_random_batch": per_batch, "provenance": provenance.describe()}))
 
 
-def _content(prompts: int, dims: int) -> Content:
-    return Content(
+def _content(prompts: int, dims: int) -> store.Content:
+    return store.Content(
         extraction_version=1, dataset_hash="", class_names=["one"], backbone={}, timestep=0, image_size=32,
         layers={"layer": [0, dims]}, prompts=[[str(n)] for n in range(prompts)], positive="label", denoise_prompt="",
         negatives="all", noise_seed=0, basis_images=2, basis_sha256=None, image_conditioning=None, dtype="float32",
@@ -112,15 +104,14 @@ def _write_plain(file: Path, shards: list[Features]) -> None:
     file.unlink()
 
 
-def _write_cache(root: Path, plan: Plan, shards: list[Features]) -> None:
+def _write_cache(root: Path, plan: store.Plan, shards: list[Features]) -> None:
     staging = root / "staging"
-    if staging.exists():
-        for file in staging.glob("*.*"):
-            file.unlink()
-    writer = FeatureSetWriter(staging, plan, "")
+    for file in staging.glob("*.*"):
+        file.unlink()
+    writer = store.FeatureSetWriter(staging, plan, "")
     dims = plan.content.num_dims
-    layer = LayerBasis(np.zeros(dims), np.eye(dims), np.ones(dims), float(dims))
-    writer.write_basis(Basis({"layer": layer}, np.zeros(dims), np.ones(dims)))
+    layer = store.LayerBasis(np.zeros(dims), np.eye(dims), np.ones(dims), float(dims))
+    writer.write_basis(store.Basis({"layer": layer}, np.zeros(dims), np.ones(dims)))
     for number, shard in enumerate(shards):
         writer.write_shard(number, shard, 0)
     writer.publish(root / "set")

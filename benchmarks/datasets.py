@@ -9,6 +9,7 @@ memory needed to check and map a split. Prints a table, then one JSON line.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,6 @@ import click
 import h5py
 import numpy as np
 from PIL import Image
-from ruamel.yaml import YAML
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
@@ -75,9 +75,7 @@ def _write_photographs(root: Path, images: int, side: int) -> None:
 
 
 def _project(root: Path, image_size: int) -> config.Config:
-    values = YAML(typ="safe", pure=True).load(Path("params.yaml").read_text(encoding="utf-8"))
-    with (root / "params.yaml").open("w", encoding="utf-8") as stream:
-        YAML().dump(values, stream)
+    shutil.copy("params.yaml", root)
     keys = {"name": "photographs", "source": "folder", "path": "photographs", "image_size": image_size}
     overrides = {f"prepare_data.{key}": value for key, value in (keys | {"train_subset": None}).items()}
     return config.load(root / "params.yaml", overrides)

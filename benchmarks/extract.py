@@ -13,6 +13,7 @@ of a large matrix product, measured here. Models are loaded, compiled and warmed
     python benchmarks/extract.py --real-size sd21 --image-size 224 --images 512 --device cuda --dtype bfloat16
 """
 
+import functools
 import json
 import resource
 import tempfile
@@ -114,7 +115,8 @@ def _measure_ours(job: Job) -> tuple[dict, Projector, np.ndarray]:
     _ours(extraction, projector, min(len(job.data), session.batcher.parallel_rows))
     _wait(job.device)
     ready = time.perf_counter() - started
-    _reset_memory(job.device)
+    if job.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(job.device)
     seconds, ours = _timed(job.device, lambda: _ours(extraction, projector, len(job.data)))
     passes = 1 + len(job.prompts)
     vae, one_pass = count_flops(job.path, job.params.layers, job.params.image_size, session.model.conditioning)
@@ -153,24 +155,16 @@ class DiffusersAlone:
     def __init__(self, job: Job, projector: Projector) -> None:
         """Load the models in float32 and register hooks on the UNet's up blocks."""
         self.job, self.projector = job, projector
-        self.unet = (
-            UNet2DConditionModel.from_pretrained(job.path / "unet", use_safetensors=True)
-            .to(job.device, torch.float32)
-            .eval()
-        )
-        self.vae = (
-            AutoencoderKL.from_pretrained(job.path / "vae", use_safetensors=True).to(job.device, torch.float32).eval()
-        )
-        self.text = (
-            CLIPTextModel.from_pretrained(job.path / "text_encoder", use_safetensors=True)
-            .to(job.device, torch.float32)
-            .eval()
+        self.unet, self.vae, self.text = (
+            kind.from_pretrained(job.path / name, use_safetensors=True).to(job.device, torch.float32).eval()
+            for kind, name in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"), (CLIPTextModel, "text_encoder"))
         )
         self.tokenizer = CLIPTokenizer.from_pretrained(job.path / "tokenizer")
         self.scheduler = DDIMScheduler.from_pretrained(job.path / "scheduler")
         self.maps: dict[str, torch.Tensor] = {}
         for block in (1, 2, 3):
-            self.unet.up_blocks[block].register_forward_hook(self._keep(f"up_blocks.{block}"))
+            keep = functools.partial(self._keep, f"up_blocks.{block}")
+            self.unet.up_blocks[block].register_forward_hook(keep)
 
     @torch.no_grad()
     def represent(self, image: int) -> np.ndarray:
@@ -178,13 +172,8 @@ class DiffusersAlone:
         return np.concatenate([self._one_pass(image, prompt) for prompt in ["", *self.job.prompts]])
 
     def _one_pass(self, image: int, prompt: str) -> np.ndarray:
-        tokens = self.tokenizer(
-            prompt,
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
+        length = self.tokenizer.model_max_length
+        tokens = self.tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         states = self.text(tokens.input_ids.to(self.job.device)).last_hidden_state
         pixels = torch.from_numpy(self.job.data.images[image]).to(self.job.device).float() / 127.5 - 1
         latents = self.vae.encode(pixels.permute(2, 0, 1)[None]).latent_dist.mean * self.vae.config.scaling_factor
@@ -194,11 +183,8 @@ class DiffusersAlone:
         self.unet(noisy, timestep, encoder_hidden_states=states)
         return self.projector(self.maps).cpu().numpy()
 
-    def _keep(self, layer: str):
-        def hook(module, inputs, output) -> None:
-            self.maps[layer] = output
-
-        return hook
+    def _keep(self, layer: str, module, inputs, output) -> None:
+        self.maps[layer] = output
 
 
 def _matrix_peak(device: str, dtype: str) -> float:
@@ -220,11 +206,6 @@ def _timed(device: str, action) -> tuple[float, np.ndarray]:
 def _wait(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
-
-
-def _reset_memory(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _peak_memory(device: str) -> int:

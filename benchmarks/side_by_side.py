@@ -23,9 +23,7 @@ from pipeline import provenance
 @click.command()
 @click.option("--jobs", type=click.IntRange(min=2), default=2, show_default=True, help="Runs.")
 @click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True, help="Rounds of each run.")
-@click.option(
-    "--repeats", type=click.IntRange(min=1), default=2, show_default=True, help="Repetitions; the fastest counts."
-)
+@click.option("--repeats", type=click.IntRange(min=1), default=2, show_default=True, help="The fastest one counts.")
 def main(jobs: int, rounds: int, repeats: int) -> None:
     """Time FedDifRC on dir05 with the settings of params.yaml, one seed per job."""
     cores = torch.get_num_threads()
@@ -44,9 +42,8 @@ def main(jobs: int, rounds: int, repeats: int) -> None:
     first = next(iter(seconds.values()))
     for case, of_case in seconds.items():
         click.echo(f"{jobs} runs, {case:34} {of_case:6.1f} s   {of_case / first:.2f}")
-    click.echo(
-        json.dumps({"seconds": seconds, "jobs": jobs, "rounds": rounds, "provenance": provenance.describe("cpu")})
-    )
+    result = {"seconds": seconds, "jobs": jobs, "rounds": rounds}
+    click.echo(json.dumps(result | {"provenance": provenance.describe("cpu")}))
 
 
 def _seconds(project: Path, jobs: int, rounds: int, at_a_time: int, threads: int) -> float:
@@ -54,9 +51,7 @@ def _seconds(project: Path, jobs: int, rounds: int, at_a_time: int, threads: int
     for first in range(0, jobs, at_a_time):
         running = [_start(project, seed, rounds, threads) for seed in range(first, first + at_a_time)]
         if any([process.wait() for process in running]):
-            raise click.ClickException(
-                "A run failed. `pipeline train-fl --method feddifrc --partition dir05` shows why."
-            )
+            raise click.ClickException("A run failed. Run `pipeline train-fl --method feddifrc --partition dir05`.")
     return time.perf_counter() - started
 
 

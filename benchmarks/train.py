@@ -25,9 +25,12 @@ from typing import Any
 import click
 import torch
 from torch.nn import functional
-from train_job import Job, seconds_a_round
+from train_job import Job, seconds_per_round
 
 from pipeline import provenance
+from pipeline.data.datasets import PreparedDataset
+from pipeline.errors import PipelineError
+from pipeline.feature_store import FeatureSet
 from pipeline.settings import config, params
 from stages.train_fl import methods, rounds
 from stages.train_fl.augmentation import to_model_range
@@ -79,7 +82,7 @@ def _steps(encoder: EncoderName, steps: int, repeats: int, device: str) -> dict[
     data = ClientData(images, labels).to(device)
     section = config.load(ROOT / "params.yaml").settings("methods", "feddifrc")
     assert isinstance(section, params.Guidance)
-    guided = ClientData(images, labels, _targets(section, len(labels), _embedding_dim(job), labels)).to(device)
+    guided = ClientData(images, labels, _targets(section, len(labels), job.model().embedding_dim, labels)).to(device)
     fedavg = methods.build(methods.FedAvg.Settings(), job.model().to(device), 0.9, 0.0, 1)
     guidance = methods.build(section, job.model().to(device), 0.9, 0.0, 1)
     bare_model = job.model().to(device)
@@ -89,7 +92,7 @@ def _steps(encoder: EncoderName, steps: int, repeats: int, device: str) -> dict[
         "feddifrc": lambda: _engine(guidance, guided, job, device),
     }
     for run in kinds.values():
-        run()  # memory, threads and kernels are warm after it
+        run()  # warm up memory, threads and kernels
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(repeats):
         for name, run in kinds.items():
@@ -102,7 +105,7 @@ def _steps(encoder: EncoderName, steps: int, repeats: int, device: str) -> dict[
 
 
 def _bare(model: FLModel, data: ClientData, job: Job) -> None:
-    """What anybody would write: no engine, no method, no metrics."""
+    """Train by the usual PyTorch loop: no engine, no method, no metrics."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), job.learning_rate, momentum=job.momentum, fused=True)
     order = torch.randperm(len(data)).to(data.labels.device)
@@ -114,18 +117,14 @@ def _bare(model: FLModel, data: ClientData, job: Job) -> None:
 
 
 def _engine(method: Method, data: ClientData, job: Job, device: str) -> None:
-    """A whole round of the local engine with one client: sampling, training, aggregation."""
+    """Run a round of the local engine with one client: sampling, training, aggregation."""
     schedule = rounds.Schedule(1, 1, 1, job.batch_size, job.learning_rate, 1.0, "none", 0)
     weights = {name: value.to(device) for name, value in job.model().state_dict().items()}
     list(local.run(method, rounds.begin(method, weights, 1), [data], schedule, device))
 
 
-def _embedding_dim(job: Job) -> int:
-    return job.model().embedding_dim
-
-
 def _targets(section: params.Guidance, count: int, dims: int, labels: torch.Tensor) -> GuidanceTargets:
-    """Targets from a random cache in the type that the shards have, prepared as the stage prepares them."""
+    """Make targets from random features in the shards' type, prepared as by the stage."""
     generator = torch.Generator().manual_seed(0)
     cached = GuidanceTargets(
         torch.rand((count, dims), generator=generator).half(),
@@ -144,11 +143,7 @@ def _timed(run: Callable[[], None], device: str) -> float:
 
 
 def _cache_reading() -> dict[str, float] | None:
-    """Seconds an image that a run spends once, on reading and preparing the project's feature set."""
-    from pipeline.data.datasets import PreparedDataset
-    from pipeline.errors import PipelineError
-    from pipeline.feature_store import FeatureSet
-
+    """Return the seconds per image that a run spends once, on reading and preparing the project's feature set."""
     project = config.load(ROOT / "params.yaml")
     section = project.settings("methods", "feddifrc")
     assert isinstance(section, params.Guidance)
@@ -162,16 +157,15 @@ def _cache_reading() -> dict[str, float] | None:
     seconds = time.perf_counter() - started
     train = project.params.train_fl
     epochs = train.num_rounds * train.local_epochs * train.clients_per_round / train.num_clients
-    click.echo(f"reading the cache: {1e6 * seconds / rows:.0f} us an image, once a run of {epochs:.0f} epochs")
+    click.echo(f"reading the cache: {1e6 * seconds / rows:.0f} us per image, once per run of {epochs:.0f} epochs")
     return {"seconds_per_image": seconds / rows, "epochs": epochs}
 
 
 def _simulators(job: Job, peers: str) -> dict[str, Any]:
     found: dict[str, Any] = {"local engine": _local_rounds(job)}
     ours = found["local engine"]
-    click.echo(
-        f"\n{'':14}{'first round':>13}{'later rounds':>14}{'rounds/h':>10}{'job: we are':>13}{'later: we are':>15}"
-    )
+    header = f"{'first round':>13}{'later rounds':>14}{'rounds/h':>10}{'job: we are':>13}{'later: we are':>15}"
+    click.echo(f"\n{'':14}{header}")
     _print_simulator("local engine", ours, ours)
     for name, script in (("flower (ray)", "train_flower.py"), ("pfl", "train_pfl.py")):
         answer = _peer(script, job, peers)
@@ -185,7 +179,7 @@ def _simulators(job: Job, peers: str) -> dict[str, Any]:
 
 
 def _local_rounds(job: Job) -> dict[str, float]:
-    """The job on the local engine, in this process."""
+    """Run the job on the local engine, in this process."""
     clients = [ClientData(*job.client(k)) for k in range(job.num_clients)]
     method = methods.build(methods.FedAvg.Settings(), job.model(), job.momentum, 0.0, job.num_clients)
     schedule = rounds.Schedule(
@@ -195,16 +189,13 @@ def _local_rounds(job: Job) -> dict[str, float]:
     marks = [time.perf_counter()]
     for _ in local.run(method, rounds.begin(method, weights, job.num_clients), clients, schedule):
         marks.append(time.perf_counter())
-    return seconds_a_round(marks)
+    return seconds_per_round(marks)
 
 
 def _peer(script: str, job: Job, python: str) -> dict[str, Any] | str:
-    """What the script's JSON line says, or why there is none."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "RAY_DEDUP_LOGS": "0",
-    }
+    """Return the result that a script prints as JSON, or why it has none."""
+    environment = os.environ | {"FLWR_TELEMETRY_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(HERE)])
     command = [python, str(HERE / script), job.to_json()]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     lines = done.stdout.strip().splitlines()

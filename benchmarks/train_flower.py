@@ -15,7 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 from torch.nn import functional
-from train_job import Job, seconds_a_round
+from train_job import Job, seconds_per_round
 
 from stages.train_fl.augmentation import to_model_range
 
@@ -32,10 +32,7 @@ def train(message: Message, context: Context, job: Job) -> Message:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-    content = {
-        "arrays": ArrayRecord(model.state_dict()),
-        "metrics": MetricRecord({"num-examples": len(labels)}),
-    }
+    content = {"arrays": ArrayRecord(model.state_dict()), "metrics": MetricRecord({"num-examples": len(labels)})}
     return Message(content=RecordDict(content), reply_to=message)
 
 
@@ -61,9 +58,7 @@ def serve(grid: Grid, context: Context, job: Job, marks: list[float]) -> None:
     )
     replies = [metrics["replies"] for metrics in result.train_metrics_clientapp.values()]
     if replies != [job.num_clients] * job.num_rounds:
-        raise RuntimeError(
-            f"Clients failed: {replies} replies by round instead of {job.num_clients} in each of {job.num_rounds}"
-        )
+        raise RuntimeError(f"Clients failed ({replies} replies by round instead of {job.num_clients} in each).")
 
 
 def main(job: Job) -> None:
@@ -76,7 +71,7 @@ def main(job: Job) -> None:
     resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
     run_simulation(server, client, num_supernodes=job.num_clients, backend_config=resources)
     versions = {"flwr": flwr.__version__, "ray": ray.__version__, "torch": torch.__version__}
-    sys.stdout.write(json.dumps(seconds_a_round(marks) | {"versions": versions}) + "\n")
+    sys.stdout.write(json.dumps(seconds_per_round(marks) | {"versions": versions}) + "\n")
 
 
 if __name__ == "__main__":

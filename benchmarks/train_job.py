@@ -47,7 +47,7 @@ class Job:
         return models.build(EncoderSettings(self.encoder, "batch", "float32", True), NUM_CLASSES, seed=0)
 
 
-def seconds_a_round(marks: list[float]) -> dict[str, float]:
+def seconds_per_round(marks: list[float]) -> dict[str, float]:
     """Return the seconds of the job, its first round and a later round, from times at the start and after each."""
     rounds = [after - before for before, after in zip(marks, marks[1:], strict=False)]
     later = rounds[1:] or rounds

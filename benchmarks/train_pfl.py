@@ -19,7 +19,7 @@ from pfl.metrics import Metrics
 from pfl.model.pytorch import PyTorchModel
 from torch import Tensor, nn
 from torch.nn import functional
-from train_job import Job, seconds_a_round
+from train_job import Job, seconds_per_round
 
 from stages.train_fl.augmentation import to_model_range
 
@@ -86,16 +86,14 @@ def main() -> None:
         SimulatedBackend(training_data=data, val_data=data),
         model,
         NNTrainHyperParams(
-            local_num_epochs=job.local_epochs,
-            local_learning_rate=job.learning_rate,
-            local_batch_size=job.batch_size,
+            local_num_epochs=job.local_epochs, local_learning_rate=job.learning_rate, local_batch_size=job.batch_size
         ),
         None,
         [clock],
         send_metrics_to_platform=False,
     )
     versions = {"pfl": metadata.version("pfl"), "torch": torch.__version__}
-    sys.stdout.write(json.dumps(seconds_a_round(clock.marks) | {"versions": versions}) + "\n")
+    sys.stdout.write(json.dumps(seconds_per_round(clock.marks) | {"versions": versions}) + "\n")
 
 
 if __name__ == "__main__":

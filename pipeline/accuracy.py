@@ -29,7 +29,7 @@ def in_percent(by_seed: Sequence[float]) -> str:
 
 
 def rounds_in_words(num_rounds: int) -> str:
-    """Describe which of a run's rounds `of_run` averages: "mean of the last five rounds"."""
+    """Describe which rounds `of_run` averages: "mean of the last five rounds"."""
     if num_rounds >= _ROUNDS:
         return "mean of the last five rounds"
     return f"mean of all {num_rounds} rounds" if num_rounds > 1 else "after the only round"

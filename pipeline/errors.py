@@ -13,7 +13,7 @@ class ConfigError(PipelineError):
 
 
 class DataError(PipelineError):
-    """Images, a prepared data set or a frozen model are missing, invalid or not those that the settings name."""
+    """Images, a data set, a model or a finished run is missing, invalid or not the one that the settings name."""
 
 
 class FeatureSetError(PipelineError):

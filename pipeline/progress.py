@@ -23,15 +23,13 @@ def progress_bar(total: int, description: str, unit: str) -> "tqdm":
     """
     from tqdm import tqdm
 
-    scaled = unit == "B"
+    scaled, on_terminal = unit == "B", sys.stderr.isatty()
+    bar = "{desc}: {percentage:3.0f}%" + ("|{bar}| " if on_terminal else ", ")
     done = "{n_fmt}B/{total_fmt}B" if scaled else "{n:.0f}/{total}"
-    bar_format = (
-        f"{{desc}}: {{percentage:3.0f}}%|{{bar}}| {done} [{{elapsed}}, {{remaining}} left, {{rate_fmt}}{{postfix}}]"
-    )
-    if sys.stderr.isatty():
-        return tqdm(
-            total=total, desc=description, unit=unit, unit_scale=scaled, bar_format=bar_format, dynamic_ncols=True
-        )
+    bar_format = bar + done + " [{elapsed}, {remaining} left, {rate_fmt}{postfix}]"
+    options = {"total": total, "desc": description, "unit": unit, "unit_scale": scaled, "bar_format": bar_format}
+    if on_terminal:
+        return tqdm(**options, dynamic_ncols=True)
 
     class Lines(tqdm):
         def display(self, msg: str | None = None, pos: int | None = None) -> bool:
@@ -39,18 +37,9 @@ def progress_bar(total: int, description: str, unit: str) -> "tqdm":
                 log.info("%s", self)
             return True
 
-    bar_format = bar_format.replace("|{bar}|", ",")
-    return Lines(
-        total=total,
-        desc=description,
-        unit=unit,
-        unit_scale=scaled,
-        bar_format=bar_format,
-        file=io.StringIO(),
-        mininterval=_SECONDS_PER_LINE,
-        maxinterval=_SECONDS_PER_LINE,  # otherwise tqdm's thread draws after ten seconds without a step
-        leave=False,
-    )
+    # Without maxinterval, tqdm's thread draws after ten seconds without a step.
+    pace = {"mininterval": _SECONDS_PER_LINE, "maxinterval": _SECONDS_PER_LINE}
+    return Lines(**options, **pace, file=io.StringIO(), leave=False)
 
 
 def track(items: Iterable[T], description: str, total: int, unit: str = "step") -> Iterator[T]:

@@ -11,35 +11,24 @@ from pipeline.errors import ConfigError
 
 TEMPLATE = "template"
 FILES = (
-    "params.yaml",
-    "dvc.yaml",
-    ".dvc/config",
-    ".dvc/.gitignore",
-    ".dvc/plots/fl_curves.json",
-    ".dvcignore",
-    ".gitignore",
-    "data/README.md",
-    "data/synthetic/none",
-)
+    "params.yaml", "dvc.yaml", ".dvc/config", ".dvc/.gitignore", ".dvc/plots/fl_curves.json",
+    ".dvcignore", ".gitignore", "data/README.md", "data/synthetic/none",
+)  # fmt: skip
 """What a project consists of before any stage has run."""
 
 
 def source() -> Path:
     """Return the folder with `FILES` and `presets/`: in a wheel the template, in a clone the repository."""
-    package = Path(__file__).parent
-    template = package / TEMPLATE
-    return template if template.is_dir() else package.parent
+    template = Path(__file__).parent / TEMPLATE
+    return template if template.is_dir() else template.parents[1]
 
 
 def create(folder: Path) -> None:
-    """Write the files of a new project into a folder, which is made if it is missing.
-
-    Args:
-        folder: The project's folder. Outside a git repository, DVC is set to work without one.
+    """Write the files of a new project into a folder; outside a git repository, DVC is set to work without one.
 
     Raises:
         ConfigError: The folder already has one of the files; nothing is written.
-        PipelineError: A file cannot be written; those that were written are removed.
+        PipelineError: A file cannot be written; those written before are removed.
     """
     from pipeline.io import atomic
 

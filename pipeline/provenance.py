@@ -3,6 +3,7 @@
 It is written beside every output, and contains no time, path or host name, so that equal work gives equal bytes.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -39,8 +40,12 @@ def file_sha256(path: Path) -> str:
 
 
 def describe(device: str | None = None) -> dict[str, Any]:
-    """Return the code's commit, the versions of Python and the packages, and the hardware."""
-    return software() | {"hardware": hardware(device)}
+    """Return `software`, and as hardware the processor, its usable cores, and the GPU's name if `device` is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    hardware: dict[str, Any] = {"cpu": _cpu_name(), "cores": cores}
+    if device and device.startswith("cuda"):
+        hardware["gpu"] = processor(device)
+    return software() | {"hardware": hardware}
 
 
 def software() -> dict[str, Any]:
@@ -80,15 +85,6 @@ def code_sha256() -> str:
     return digest.hexdigest()
 
 
-def hardware(device: str | None = None) -> dict[str, Any]:
-    """Return the processor, the number of usable cores, and the GPU's name if `device` is one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found: dict[str, Any] = {"cpu": _cpu_name(), "cores": cores}
-    if device and device.startswith("cuda"):
-        found["gpu"] = processor(device)
-    return found
-
-
 def processor(device: str) -> str:
     """Return the name of the GPU or processor of a torch device."""
     if not device.startswith("cuda"):
@@ -102,9 +98,6 @@ def write_checksums(folder: Path) -> None:
     """Write SHA256SUMS of the files in `folder`, in the format of sha256sum, without hidden and temporary files.
 
     All of them are synced to the disk before it appears, so that it vouches for them even after a power cut.
-
-    Raises:
-        PipelineError: It cannot be written.
     """
     names = sorted(file.name for file in folder.iterdir() if file.is_file() and _is_content(file.name))
     with atomic.replace_file(folder / CHECKSUMS) as temporary:
@@ -134,12 +127,10 @@ def _is_content(name: str) -> bool:
 
 
 def _cpu_name() -> str:
-    try:
+    with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
     return platform.processor() or platform.machine()
 
 

@@ -1,8 +1,7 @@
 """Named random generators: every use of randomness has its own, so none affects another.
 
 A generator is keyed by the run's seed and a path of names ("partition", "client", 3), so that adding a draw in one
-place changes no number elsewhere. The global generators are not used, except inside `scoped_global_torch_seed`, which
-restores torch's: its layers draw their initial weights from it.
+place changes no number elsewhere. Of the global generators, only torch's is used, to draw initial weights.
 """
 
 import contextlib

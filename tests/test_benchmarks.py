@@ -26,7 +26,7 @@ def test_train_benchmark_skips_simulators_that_are_not_installed(benchmark, caps
 
 
 def test_first_round_is_timed_separately(benchmark):
-    seconds = benchmark("train_job").seconds_a_round([10.0, 15.0, 16.0, 18.0])
+    seconds = benchmark("train_job").seconds_per_round([10.0, 15.0, 16.0, 18.0])
     assert seconds == {"num_rounds": 3, "job_seconds": 8.0, "first_round_seconds": 5.0, "round_seconds": 1.5}
 
 

@@ -262,7 +262,7 @@ def test_overrides_replace_the_files_values(file):
         (["--set", "prepare_dat.seed=1"], "command line: prepare_dat is not a known key; did you mean prepare_data?"),
         (["--set", "prepare_data.sed=1"], "command line: prepare_data.sed is not a known key; did you mean seed?"),
         (["--set", "prepare_data=3"], "command line: prepare_data = 3: must be a section with its keys below it"),
-        (["--set", "report.title.x=1"], "cannot set report.title.x: title is a value, not a section"),
+        (["--set", "report.title.x=1"], "Cannot set report.title.x, because title is a value, not a section."),
         (["--set", "methods.new.algorithm=x"], "command line: methods.new.algorithm = 'x': input should be one of"),
     ],
 )

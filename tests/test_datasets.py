@@ -144,10 +144,10 @@ def test_one_domain_is_named_as_the_set(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"class_names": ["a", "b"]}, "train split has a label outside the 2 class names"),
-        ({"domain_names": ["x"]}, "train split has a domain outside the 1 domain names"),
-        ({"class_names": ["a", "b", "b"]}, "named 'b'"),
-        ({"splits": {"train": make_images(3, 0), "test": make_images(0, 0)}}, "the test split has no images"),
+        ({"class_names": ["a", "b"]}, "The train split has a label outside the 2 class names"),
+        ({"domain_names": ["x"]}, "The train split has a domain outside the 1 domain names"),
+        ({"class_names": ["a", "b", "b"]}, "have the same name \\('b';"),
+        ({"splits": {"train": make_images(3, 0), "test": make_images(0, 0)}}, "The test split has no images"),
         ({"splits": {"train": make_images(3, 0), "test": LARGER}}, "The splits of ours have images of different sizes"),
     ],
 )

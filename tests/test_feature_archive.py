@@ -246,7 +246,7 @@ def test_ambiguous_set_name_is_rejected(exported, tmp_path, name):
     assert archive.read(exported, tmp_path / "received", "x" * 80).exists()
 
 
-def test_problems_of_an_archive_name_it_and_say_to_get_it_again(exported, tmp_path):
+def test_problems_of_an_archive_name_it_and_advise_to_get_it_again(exported, tmp_path):
     path = tmp_path / "forged"
     write(tmp_path / "staging", path)
     forge(path, shard=lambda h5, number: h5["prompt_class"].__setitem__(slice(None), 0))

@@ -488,7 +488,7 @@ DENOISED = np.concatenate([features(range(start, stop)).denoised for start, stop
     ],
     ids=str,
 )  # fmt: skip
-def test_a_set_is_indexed_like_an_array(original, key):
+def test_feature_set_is_indexed_like_an_array(original, key):
     expected = np.arange(ROWS)[key if not isinstance(key, torch.Tensor) else key.numpy()]
     rows = FeatureSet(original)[key]
     assert rows.index.tolist() == expected.tolist() and len(rows) == len(expected)
@@ -496,14 +496,14 @@ def test_a_set_is_indexed_like_an_array(original, key):
 
 
 @pytest.mark.parametrize("position", [0, 9, -1, -10, np.int64(3), np.int32(-2), torch.tensor(5)])
-def test_an_integer_gives_one_image_without_the_row_axis(original, position):
+def test_integer_index_returns_one_image_without_the_row_axis(original, position):
     row = FeatureSet(original)[position]
     assert row.index == range(ROWS)[int(position)] and np.array_equal(row.denoised, DENOISED[int(position)])
     assert (row.label.shape, row.denoised.shape, row.prompted.shape, row.prompt_class.shape) == ((), (D,), (P, D), (P,))
 
 
 @pytest.mark.parametrize("key", [10, -11, [3, 10], [True, False], [[1, 2]], np.array([0.5])])
-def test_an_index_outside_the_set_is_an_index_error(original, key):
+def test_index_outside_the_set_raises_index_error(original, key):
     with pytest.raises(IndexError):
         FeatureSet(original)[key]
 
@@ -514,7 +514,7 @@ def test_iteration_yields_every_image_once_and_stops(original):
     assert [int(row.index) for row in opened[6:9]] == [6, 7, 8]
 
 
-def test_a_set_shows_what_it_holds(copied, monkeypatch):
+def test_repr_shows_images_layers_and_backbone(copied, monkeypatch):
     made_by = {"dataset": "digits", "backbone": {"name": "tiny-sd"}}
     forge(
         copied,
@@ -538,7 +538,7 @@ def test_a_set_shows_what_it_holds(copied, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["nowhere", "~/nowhere"])
-def test_a_missing_folder_and_a_folder_without_a_set_are_told_apart(tmp_path, name):
+def test_error_distinguishes_a_missing_folder_from_one_without_a_set(tmp_path, name):
     with pytest.raises(FeatureSetError, match=r"nowhere holds no feature set \(there is no such folder\). Run `pipe"):
         FeatureSet(name)
     with pytest.raises(FeatureSetError, match=r"holds no feature set \(it has no manifest.json\)"):
@@ -547,7 +547,7 @@ def test_a_missing_folder_and_a_folder_without_a_set_are_told_apart(tmp_path, na
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_data_loader_reads_batches_in_processes_of_its_own(original, start):
+def test_data_loader_workers_read_batches(original, start):
     opened = FeatureSet(original)
     opened.read(np.arange(ROWS))  # maps are open when the processes start
     loader = DataLoader(opened.as_torch(), batch_size=4, num_workers=2, multiprocessing_context=start)
@@ -563,7 +563,7 @@ def test_a_data_loader_reads_batches_in_processes_of_its_own(original, start):
     assert sample["index"] == 9 and sample["prompted"].shape == (P, D)
 
 
-def test_a_pickled_set_reads_the_same_rows(original):
+def test_pickled_set_reads_the_same_rows(original):
     opened = FeatureSet(original)
     opened.expect_labels(opened[:].label)
     opened.read(np.arange(ROWS))
@@ -580,7 +580,7 @@ def test_opening_a_set_does_not_import_torch(original):
     assert done.stdout.strip() == "False"
 
 
-def test_bytes_per_image_are_those_of_a_shard(original):
+def test_row_bytes_match_the_size_of_a_shard(original):
     with h5py.File(original / "shard-00000.h5") as h5:
         stored = sum(h5[name].nbytes for name in h5)
     assert content().row_bytes * PER_SHARD == stored == PER_SHARD * (2 * D * (1 + P) + 2 * P + 8 + 8 + 4)

@@ -64,7 +64,7 @@ def test_show_describes_a_set_and_a_tar_alike(root):
     assert "Available: one." in run(root, "show", "two", code=1)
 
 
-def test_verify_finds_every_problem_and_says_what_to_do(root):
+def test_verify_reports_every_problem_with_a_remedy(root):
     assert "one: complete" in run(root, "verify") and "every byte" in run(root, "verify", "--full", "one")
     path = root / "data" / "features" / "one"
     damage(path / "shard-00000.h5")
@@ -287,14 +287,11 @@ def test_text_of_a_manifest_is_printed_escaped(root):
             assert all(one.isprintable() for one in output.replace("\n", "")), output
 
 
-def test_diff_says_why_numbers_are_not_compared(root):
+def test_diff_explains_why_numbers_are_not_compared(root):
     sets = root / "data" / "features"
     run(root, "export", "one", "-o", str(root / "one.tar"))
     tar = run(root, "diff", "one", str(root / "one.tar")).splitlines()
-    assert tar == [
-        "same features (fingerprints are equal)",
-        "numbers not compared: import the archive first",
-    ]
+    assert tar == ["same features (fingerprints are equal)", "numbers not compared: import the archive first"]
     shutil.copytree(sets / "one", sets / "two")
     forge(sets / "two", put("content", "layers", value={"a": [0, 2], "b": [2, D]}), basis=lambda h5: None)
     shown = run(root, "diff", "one", "two")

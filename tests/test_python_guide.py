@@ -7,10 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.train_fl import methods
 from tests.conftest import REPOSITORY, invoke
-
-needs_method_classes = pytest.mark.skipif(not hasattr(methods, "FedDifRC"), reason="needs the class FedDifRC")
 
 
 def examples(page: str) -> list[str]:
@@ -44,7 +41,6 @@ def test_readme_example_runs(trained):
     assert "feddifrc" in printed
 
 
-@needs_method_classes
 def test_guide_runs(trained):
     names, printed = run_examples("docs/python.md")
     assert "digits-tiny-sd-t300" in printed

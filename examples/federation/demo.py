@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = {
     "train_fl.num_clients": 3,
     "train_fl.clients_per_round": 3,
     "train_fl.num_rounds": 3,
-    "train_fl.local_epochs": 30,  # a message starts a process on its node, so rounds are dear and epochs cheap
+    "train_fl.local_epochs": 15,  # every message starts a process on its node, so rounds cost more than epochs
     "train_fl.batch_size": 16,
     "train_fl.learning_rate": 0.02,
     "federation.min_clients": 2,

@@ -18,8 +18,6 @@ import functools
 import logging
 import os
 import shlex
-import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +28,7 @@ from pipeline import __version__, project
 from pipeline.cli.features import features
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.io.system_errors import in_words, remedy
+from pipeline.sigterm import Terminated, on_sigterm
 
 if TYPE_CHECKING:
     from pipeline.settings.config import Config
@@ -39,7 +38,7 @@ class StageCommand(click.Command):
     """A command whose flags are the keys of one section of params.yaml; its function receives the checked `config`."""
 
     def __init__(self, *args: Any, section: str, **kwargs: Any) -> None:
-        """Store the section's name; its keys are read when they are needed."""
+        """Store the section's name."""
         super().__init__(*args, **kwargs)
         self._section = section
 
@@ -50,14 +49,11 @@ class StageCommand(click.Command):
 
         model = Params.model_fields[self._section].annotation
         assert isinstance(model, type) and issubclass(model, Section)
-        return [
-            click.Option(
-                [f"--{name.replace('_', '-')}", f"key_{name}"],
-                metavar="VALUE",
-                help=f"{field.description}.  [{allowed(field)}]",
-            )
-            for name, field in model.model_fields.items()
-        ]
+        flags = []
+        for name, field in model.model_fields.items():
+            names, text = [f"--{name.replace('_', '-')}", f"key_{name}"], f"{field.description}.  [{allowed(field)}]"
+            flags.append(click.Option(names, metavar="VALUE", help=text))
+        return flags
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the command's own options, a flag per key, and --set for any other key."""
@@ -79,11 +75,9 @@ class StageCommand(click.Command):
         from pipeline.settings import config
 
         overrides = {}
-        for option in self._flags:
-            assert option.name
-            text = ctx.params.pop(option.name)
-            if text is not None:
-                key = f"{self._section}.{option.name.removeprefix('key_')}"
+        for name in [name for name in ctx.params if name.startswith("key_")]:
+            if (text := ctx.params.pop(name)) is not None:
+                key = f"{self._section}.{name.removeprefix('key_')}"
                 overrides[key] = config.parse_value(key, text)
         try:
             overrides |= config.parse_overrides(ctx.params.pop("assignments"))
@@ -93,12 +87,8 @@ class StageCommand(click.Command):
         return super().invoke(ctx)
 
 
-_SET = click.Option(
-    ["--set", "assignments"],
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Override any key, such as sweep.seeds; repeatable.",
-)
+_SET_HELP = "Override any key, such as sweep.seeds; repeatable."
+_SET = click.Option(["--set", "assignments"], multiple=True, metavar="KEY=VALUE", help=_SET_HELP)
 
 
 class _Main(click.Group):
@@ -110,19 +100,15 @@ class _Main(click.Group):
             return super().invoke(ctx)
 
 
-class _Terminated(BaseException):
-    """SIGTERM was received."""
-
-
 @contextlib.contextmanager
 def _one_line_errors(ctx: click.Context) -> Iterator[None]:
     try:
-        with _sigterm_as_exception():
+        with on_sigterm(_terminate):
             yield
     except PipelineError as error:
         raise click.ClickException(str(error)) from None
-    except (KeyboardInterrupt, _Terminated) as error:
-        what, code = ("Stopped by SIGTERM", 143) if isinstance(error, _Terminated) else ("\nInterrupted", 130)
+    except (KeyboardInterrupt, Terminated) as error:
+        what, code = ("Stopped by SIGTERM", 143) if isinstance(error, Terminated) else ("\nInterrupted", 130)
         then = _AFTER_INTERRUPT.get(ctx.invoked_subcommand or "", "run the command again to start over")
         click.echo(f"{what}: {then}.", err=True)
         raise click.exceptions.Exit(code) from None
@@ -143,22 +129,9 @@ _AFTER_INTERRUPT = dict.fromkeys(
 ) | {"prepare-backbone": "completed downloads are kept; run the command again to resume"}
 
 
-@contextlib.contextmanager
-def _sigterm_as_exception() -> Iterator[None]:
-    """Unwind the stack on SIGTERM, so that partial files are removed; a second SIGTERM kills the process at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        raise _Terminated
-
-    previous = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+def _terminate() -> None:
+    """Unwind the stack, so that partial files are removed."""
+    raise Terminated
 
 
 @click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -179,12 +152,7 @@ def main(ctx: click.Context, params: Path, quiet: bool) -> None:
     """
     ctx.obj = params
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", force=True)
-    for library in (
-        "httpx",
-        "httpx2",
-        "matplotlib",
-        "PIL",
-    ):  # their warnings, such as matplotlib's about its cache, mean nothing here
+    for library in ("httpx", "httpx2", "matplotlib", "PIL"):  # their warnings mean nothing to users
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
@@ -310,17 +278,13 @@ def synthesize(config: "Config") -> None:
     _report_path(stage.run(config))
 
 
+_SEED_HELP = "Seed of a run's random numbers; repeat the option for several runs."
+
+
 @main.command("train-fl", cls=StageCommand, section="train_fl")
 @click.option("--method", required=True, help="Name of an entry under methods in params.yaml.")
 @click.option("--partition", required=True, help="Name of an entry under partitions in params.yaml.")
-@click.option(
-    "--seed",
-    "seeds",
-    required=True,
-    multiple=True,
-    type=click.IntRange(min=0, max=2**63 - 1),
-    help="Seed of a run's random numbers; repeat the option for several runs.",
-)
+@click.option("--seed", "seeds", required=True, multiple=True, type=click.IntRange(0, 2**63 - 1), help=_SEED_HELP)
 @click.option("--overwrite", is_flag=True, help="Replace a finished run made from other settings or data.")
 def train_fl(config: "Config", method: str, partition: str, seeds: tuple[int, ...], overwrite: bool) -> None:
     """Stage 2: train from images and cached features, one run per seed -> results/<run>. Resumes if interrupted.
@@ -337,15 +301,12 @@ def train_fl(config: "Config", method: str, partition: str, seeds: tuple[int, ..
         _report_path(stage.run(config, method, partition, seed, overwrite))
 
 
+_FORMATS = click.Choice(["html", "markdown", "latex"])
+_FORMAT_HELP = "html writes the page; the others print its tables."
+
+
 @main.command("report", cls=StageCommand, section="report")
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["html", "markdown", "latex"]),
-    default="html",
-    show_default=True,
-    help="html writes the page; the others print its tables.",
-)
+@click.option("--format", "form", type=_FORMATS, default="html", show_default=True, help=_FORMAT_HELP)
 @click.option("--experiments", is_flag=True, help="Add a table of the project's DVC experiments.")
 @click.option("--sweep", "with_sweep", is_flag=True, help="Add the results of sweep-features to the page.")
 def report(config: "Config", form: str, experiments: bool, with_sweep: bool) -> None:
@@ -367,9 +328,7 @@ def report(config: "Config", form: str, experiments: bool, with_sweep: bool) -> 
 
 @main.command("preset")
 @click.argument("name", required=False)
-@click.option(
-    "--run", "run_it", is_flag=True, help="Then run the pipeline: dvc repro, or the preset's DVC experiments."
-)
+@click.option("--run", "run_it", is_flag=True, help="Then run dvc repro, or the preset's DVC experiments.")
 @click.option("--force", is_flag=True, help="Overwrite edits of the parameter file that git does not have.")
 @click.pass_obj
 def preset(params: Path, name: str | None, run_it: bool, force: bool) -> None:
@@ -401,8 +360,7 @@ def preset(params: Path, name: str | None, run_it: bool, force: bool) -> None:
     _report_path(params)
     if not run_it:
         click.echo(f"next: dvc repro, or pipeline preset {name} --run; to undo: git checkout {params}", err=True)
-        return
-    for changes in applied.experiments:
+    for changes in applied.experiments if run_it else []:
         _dvc(params.resolve().parent, changes)
 
 
@@ -418,11 +376,9 @@ def _dvc(root: Path, changes: dict[str, Any]) -> None:
     command = ["exp", "run", *sets] if sets else ["repro"]
     # dvc.yaml runs `pipeline` from the PATH, which lacks this environment if it is not activated.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", *command], cwd=root, env=os.environ | {"PATH": path}, check=False
-    )
-    if done.returncode:
-        raise click.exceptions.Exit(done.returncode)
+    code = subprocess.call([sys.executable, "-m", "dvc", *command], cwd=root, env=os.environ | {"PATH": path})
+    if code:
+        raise click.exceptions.Exit(code)
 
 
 def _report_path(path: Path) -> None:

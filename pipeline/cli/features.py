@@ -1,6 +1,5 @@
 """`pipeline features`: list, show, verify, compare, export and import cached feature sets."""
 
-import dataclasses
 import importlib
 import json
 import os
@@ -40,7 +39,7 @@ def list_sets(params: Path, as_json: bool) -> None:
     sets = _sets(config)
     found = listing.finished(sets) + listing.leftovers(sets) + listing.unfinished(config.state_dir / "staging")
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(summary) for summary in found], indent=2))
+        click.echo(json.dumps([vars(summary) for summary in found], indent=2))
         return
     if not found:
         click.echo(f"No feature set under {sets}. Run `pipeline extract-features`, or `dvc pull` one.")
@@ -77,9 +76,7 @@ def show(params: Path, name: str, as_json: bool) -> None:
 
 @features.command("verify")
 @click.argument("names", nargs=-1)
-@click.option(
-    "--full", is_flag=True, help="Read every byte: checksums of files and rows, and that features are finite."
-)
+@click.option("--full", is_flag=True, help="Read every byte: checksums of files and rows; features must be finite.")
 @click.pass_obj
 def verify(params: Path, names: tuple[str, ...], full: bool) -> None:
     """Check that sets are complete and undamaged. NAMES are sets under data/features, or folders; default: all sets.
@@ -132,12 +129,8 @@ def diff(params: Path, first: str, second: str, as_json: bool) -> None:
         why_not = "import the archive first"
     numbers = [] if why_not else comparison.numbers(*folders)
     if as_json:
-        parts = {
-            "settings": [dataclasses.asdict(one) for one in settings],
-            "numbers": [dataclasses.asdict(one) for one in numbers],
-            "numbers_not_compared": why_not,
-        }
-        click.echo(json.dumps(parts, indent=2))
+        parts = {"settings": [vars(one) for one in settings], "numbers": [vars(one) for one in numbers]}
+        click.echo(json.dumps(parts | {"numbers_not_compared": why_not}, indent=2))
         return
     same = manifests[0].fingerprint == manifests[1].fingerprint
     click.echo("same features (fingerprints are equal)" if same else "different features (fingerprints differ)")
@@ -154,9 +147,7 @@ def diff(params: Path, first: str, second: str, as_json: bool) -> None:
 
 @features.command("export")
 @click.argument("name")
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="The tar to write; default: NAME.tar in this folder."
-)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The tar to write; default: NAME.tar, here.")
 @click.pass_obj
 def export(params: Path, name: str, output: Path | None) -> None:
     """Pack a set into one tar, for people without DVC. Every byte is checked.
@@ -196,17 +187,11 @@ def import_set(params: Path, file: Path, name: str | None) -> None:
         path = archive.read(file, _sets(config), name, bar.update)
     click.echo(path)
     if path != config.features_dir:
-        click.echo(
-            f"params.yaml trains from {config.features_dir.name}. `pipeline features show {path.name}` prints the "
-            "settings of this set.",
-            err=True,
-        )
+        settings = f"`pipeline features show {path.name}` prints the settings of this set"
+        click.echo(f"params.yaml trains from {config.features_dir.name}. {settings}.", err=True)
     elif (config.root / "dvc.yaml").exists():
-        click.echo(
-            "DVC does not know this set, and the next `dvc repro` would delete it. Run `dvc commit -f "
-            "extract-features` first (docs/sharing.md, From a tar).",
-            err=True,
-        )
+        remedy = "Run `dvc commit -f extract-features` first (docs/sharing.md, From a tar)"
+        click.echo(f"DVC does not know this set, and the next `dvc repro` would delete it. {remedy}.", err=True)
 
 
 def _config(params: Path) -> "Config":
@@ -235,9 +220,8 @@ def _folder(params: Path, name: str) -> Path:
         from pipeline.feature_store import listing
 
         if path.is_file():
-            raise FeatureSetError(
-                f"{path} is a file, not a folder. `pipeline features import {path}` unpacks an exported set."
-            )
+            remedy = f"`pipeline features import {path}` unpacks an exported set"
+            raise FeatureSetError(f"{path} is a file, not a folder. {remedy}.")
         if "/" in name:
             raise FeatureSetError(f"{path} is not a folder. Give the folder of a feature set.")
         there = ", ".join(one.name for one in listing.folders(_sets(_config(params)))) or "none"
@@ -262,6 +246,10 @@ def _card(manifest: "Manifest") -> list[tuple[str, str]]:
 
     content, made = manifest.content, manifest.provenance
     backbone, settings = made.get("backbone", {}), dotted(made["settings"]) if "settings" in made else {}
+    weights = f", {backbone['variant']} weights" if "variant" in backbone else ""
+    model = f"{backbone.get('name')} from {backbone.get('source')}, revision {backbone.get('revision')}{weights}"
+    texts = _short([text for one in content.prompts for text in one])
+    match = "the prompt of the label" if content.positive == "label" else "the first prompt (labels are not used)"
     layers = ", ".join(f"{name} (columns {low} to {high - 1})" for name, (low, high) in content.layers.items())
     total = sum(entry.bytes for entry in manifest.files)
     packages = ", ".join(f"{name} {version}" for name, version in made.get("packages", {}).items())
@@ -270,24 +258,17 @@ def _card(manifest: "Manifest") -> list[tuple[str, str]]:
         ("fingerprint", manifest.fingerprint),
         ("data set", f"{made.get('dataset')}, {manifest.rows:,} training images, hash {content.dataset_hash[:12]}"),
         ("classes", _short(content.class_names)),
-        (
-            "backbone",
-            f"{backbone.get('name')} from {backbone.get('source')}, revision {backbone.get('revision')}"
-            + (f", {backbone['variant']} weights" if "variant" in backbone else ""),
-        ),
+        ("backbone", model),
         ("computed", f"at timestep {content.timestep}, {content.image_size} px, in {content.dtype}"),
         ("layers", layers),
         ("basis", basis),
-        (
-            "prompts",
-            f"{manifest.prompts_per_image} per image, of {_short([text for one in content.prompts for text in one])}",
-        ),
-        (
-            "matching",
-            "the prompt of the label" if content.positive == "label" else "the first prompt (labels are not used)",
-        ),
+        ("prompts", f"{manifest.prompts_per_image} per image, of {texts}"),
+        ("matching", match),
         ("denoising", f"with the prompt {content.denoise_prompt!r}"),
-        ("files", f"{manifest.num_shards} shards of at most {manifest.rows_per_shard} images, {size(total)} in total"),
+        (
+            "files",
+            f"{manifest.plan.num_shards} shards of at most {manifest.rows_per_shard} images, {size(total)} in total",
+        ),
         *([("settings", ", ".join(f"{key} {value}" for key, value in settings.items()))] if settings else []),
         ("made by", f"feddifrc {made.get('feddifrc')}, commit {made.get('commit')}"),
         ("on", f"{', '.join(made.get('hardware', []))}; {packages}"),

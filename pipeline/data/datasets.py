@@ -2,18 +2,16 @@
 
 A prepared data set is a folder:
 
-    manifest.json   name, source, licence, class and domain names, image size; per split: rows, SHA-256 of content;
-                    the broken images that were left out
+    manifest.json   name, source, licence, class and domain names, image size; rows and hash per split; broken images
     train.h5        images uint8 (N, H, W, 3), labels and domains int64 (N,), in the order of the image index
     test.h5         the same for the standard test split
 
-Labels are positions in `class_names` and domains in `domain_names`, by construction; most data sets have one domain,
-named like the data set. The data set's hash covers pixels, labels, domains and both lists of names, so that features
-extracted from one data set cannot be used with another by mistake.
+Labels are positions in `class_names` and domains in `domain_names`; most data sets have one domain, named like the data
+set. The data set's hash covers pixels, labels, domains and both lists of names, so that features extracted from one
+data set cannot be used with another by mistake.
 
-Images may exceed memory. They are written block by block, contiguous and uncompressed, and read through a memory map:
-pages are loaded on demand, and processes that read the same data set share them. The price is disk space, a byte per
-channel of every pixel. The folder is written atomically, and equal inputs give equal bytes.
+Images may exceed memory. They are written block by block, contiguous and uncompressed, and read through a memory map,
+which processes share. The folder is written atomically, and equal inputs give equal bytes.
 """
 
 import hashlib
@@ -46,7 +44,7 @@ class BrokenImages(DataError):
     """Images of a source cannot be read, and skipping them was not allowed."""
 
     def __init__(self, images: list[Skipped]) -> None:
-        """Store all of them, in the order of splits and images."""
+        """Store the images, in the order of splits and images."""
         super().__init__(f"{len(images)} images cannot be read")
         self.images = images
 
@@ -85,23 +83,19 @@ class Manifest(BaseModel):
 class PreparedDataset:
     """A prepared data set on disk, opened by its manifest."""
 
-    def __init__(self, path: Path) -> None:
-        """Open the data set in folder `path`.
+    def __init__(self, path: str | Path) -> None:
+        """Open the data set in folder `path`; `~` is the home folder.
 
         Raises:
             DataError: There is none, or its manifest cannot be read.
         """
-        self.path = path
+        self.path = path = Path(path).expanduser()
         self.manifest = _read_manifest(path / "manifest.json")
         self.name = self.manifest.name
         self.class_names = self.manifest.class_names
         self.domain_names = self.manifest.domain_names
         self.image_size = self.manifest.image_size
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 over the hashes of the splits, which cover pixels, labels and domains, and the names."""
-        return self.manifest.hash
+        self.hash = self.manifest.hash
 
     def rows(self, split: SplitName) -> int:
         """Number of images in a split."""
@@ -121,24 +115,25 @@ class PreparedDataset:
             with open_to_read(file) as h5:
                 for name in ("images", "labels", "domains"):
                     plain_dataset(h5, name, file)
-                on_disk = Images(h5["images"], h5["labels"][()], h5["domains"][()])
-                as_promised = self._as_promised(split, on_disk)
-                loaded = replace(on_disk, images=_map(file, h5["images"]))
+                stored = h5["images"]
+                on_disk = Images(stored, h5["labels"][()], h5["domains"][()])
+                matches = self._matches_manifest(split, on_disk)
+                mapped = np.memmap(file, stored.dtype, "r", stored.id.get_offset(), stored.shape)
         except FileNotFoundError:
             raise DataError(f"{file} is missing. {_PREPARE_AGAIN}") from None
         except (OSError, KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
             check_not_written(file)
             raise DataError(f"{file} is truncated or corrupt ({in_words(error)}). {_PREPARE_AGAIN}") from None
-        if not as_promised:
+        if not matches:
             check_not_written(file)
             raise DataError(f"{file} does not hold the {split} images of its manifest. {_PREPARE_AGAIN}")
-        return loaded
+        return replace(on_disk, images=mapped)
 
-    def _as_promised(self, split: SplitName, content: Images) -> bool:
+    def _matches_manifest(self, split: SplitName, content: Images) -> bool:
         entry, size = self.manifest.splits[split], self.image_size
-        promised = {"images": (entry.rows, size, size, 3), "labels": (entry.rows,), "domains": (entry.rows,)}
+        expected = {"images": (entry.rows, size, size, 3), "labels": (entry.rows,), "domains": (entry.rows,)}
         found = {name: values.shape for name, values in vars(content).items()}
-        return found == promised and _sha256(content) == entry.sha256
+        return found == expected and _sha256(content) == entry.sha256
 
 
 def write(path: Path, name: str, source_name: str, source: Source, skip_broken: bool = True) -> Path:
@@ -156,9 +151,8 @@ def write(path: Path, name: str, source_name: str, source: Source, skip_broken: 
 
     Raises:
         BrokenImages: Images cannot be read and `skip_broken` is False; holds all of them.
-        DataError: A split is empty, a label is outside the class names or a domain outside the domain names,
-            two classes or domains share a name, image sizes differ, another process writes the same data set, or the
-            disk is full; the previous data set is kept.
+        DataError: A split is empty, a label or domain has no name, two classes or domains share one, image sizes
+            differ, another process writes the same data set, or the disk is full; the previous data set is kept.
     """
     domain_names = source.domain_names or [name]
     _check_names(source.class_names, "class")
@@ -170,16 +164,10 @@ def write(path: Path, name: str, source_name: str, source: Source, skip_broken: 
     with replace_folder(path) as folder:
         _check_space(folder, source)
         entries, skipped = _write_splits(folder, source, skip_broken)
-        manifest = Manifest(
-            name=name,
-            source=source_name,
-            licence=source.licence,
-            class_names=source.class_names,
-            domain_names=domain_names,
-            image_size=source.splits["train"].image_size,
-            splits=entries,
-            skipped=skipped,
-        )
+        size = source.splits["train"].image_size
+        about = {"name": name, "source": source_name, "licence": source.licence, "image_size": size}
+        names = {"class_names": source.class_names, "domain_names": domain_names}
+        manifest = Manifest.model_validate(about | names | {"splits": entries, "skipped": skipped})
         atomic.write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
         sync_to_disk(folder / "manifest.json")
     return path
@@ -264,18 +252,17 @@ def _keep_first_images(file: Path, count: int) -> None:
 def _check_names(names: list[str], kind: str) -> None:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise DataError(
-            f'two {kind} folders or labels are named {twice[0]!r} ("_" reads as a space). Merge or rename one.'
-        )
+        detail = f'{twice[0]!r}; "_" reads as a space'
+        raise DataError(f"Two {kind} folders or labels have the same name ({detail}). Merge or rename one.")
 
 
 def _check_positions(content: Split, split: SplitName, num_classes: int, num_domains: int) -> None:
     if len(content) == 0:
-        raise DataError(f"the {split} split has no images")
+        raise DataError(f"The {split} split has no images.")
     if content.labels.min() < 0 or content.labels.max() >= num_classes:
-        raise DataError(f"the {split} split has a label outside the {num_classes} class names")
+        raise DataError(f"The {split} split has a label outside the {num_classes} class names.")
     if content.domains.min() < 0 or content.domains.max() >= num_domains:
-        raise DataError(f"the {split} split has a domain outside the {num_domains} domain names")
+        raise DataError(f"The {split} split has a domain outside the {num_domains} domain names.")
 
 
 def _check_space(folder: Path, source: Source) -> None:
@@ -300,8 +287,3 @@ def _finish(digest: "hashlib._Hash", labels: np.ndarray, domains: np.ndarray) ->
     for values in (labels, domains):
         digest.update(np.ascontiguousarray(values, dtype="<i8").data)
     return digest.hexdigest()
-
-
-def _map(file: Path, dataset: h5py.Dataset) -> np.ndarray:
-    """Return a read-only memory map of a contiguous dataset."""
-    return np.memmap(file, dataset.dtype, "r", dataset.id.get_offset(), dataset.shape)

@@ -1,7 +1,4 @@
-"""Images with their labels and domains, in memory or read block by block, and how a data set is split.
-
-A source gives each split as a `Split`: `Images` holds the pixels in memory; others read them while they are written.
-"""
+"""Images with their labels and domains, in memory or read block by block, and stratified splits."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -107,25 +104,19 @@ def images_per_block(image_size: int) -> int:
 
 
 def stratified_split(labels: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draw `count` samples with each class in proportion, and return them and the rest.
+    """Draw `count` samples, 0 <= count <= N, with each class of `labels`, int64 (N,), in proportion.
 
     Classes get floor(count * share) samples; the remaining ones go to the classes with the largest remainders
     (Hamilton's method), ties to the smaller label.
 
-    Args:
-        labels: Class labels, int64 (N,).
-        count: Number to draw, 0 <= count <= N.
-        rng: Generator that draws the samples of each class.
-
     Returns:
-        Two ascending int64 arrays of positions, (count,) and (N - count,).
+        Positions of the samples and of the rest: ascending int64 arrays, (count,) and (N - count,).
     """
     classes, sizes = np.unique(labels, return_counts=True)
     take, remainder = np.divmod(sizes * count, len(labels))
     for position in np.argsort(-remainder, kind="stable")[: count - take.sum()]:
         take[position] += 1
-    drawn = [
-        rng.permutation(np.flatnonzero(labels == label))[:number] for label, number in zip(classes, take, strict=True)
-    ]
+    shares = zip(classes, take, strict=True)
+    drawn = [rng.permutation(np.flatnonzero(labels == label))[:number] for label, number in shares]
     chosen = np.sort(np.concatenate(drawn))
     return chosen, np.setdiff1d(np.arange(len(labels)), chosen)

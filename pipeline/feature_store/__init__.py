@@ -29,6 +29,9 @@ A feature set is a folder:
   file. Once all entries exist, the manifest is assembled from them; it does not depend on which process wrote which
   shard.
 - Nothing is pickled.
+
+Functions raise SystemRefusal where the operating system refuses to read a file: its content is then unknown, so it is
+neither reported as damaged nor discarded.
 """
 
 from pipeline.feature_store.reader import FeatureSet, read_basis, read_basis_file, read_manifest
@@ -41,7 +44,7 @@ from pipeline.feature_store.schema import (
     LayerBasis,
     Manifest,
     Plan,
-    positive_columns,
+    positive_matches,
 )
 from pipeline.feature_store.writer import FeatureSetWriter, write_basis_file
 
@@ -56,7 +59,7 @@ __all__ = [
     "LayerBasis",
     "Manifest",
     "Plan",
-    "positive_columns",
+    "positive_matches",
     "read_basis",
     "read_basis_file",
     "read_manifest",

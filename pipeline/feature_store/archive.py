@@ -41,8 +41,7 @@ def write(path: Path, archive: Path, advance: Advance = lambda size: None) -> No
         advance: Called with the number of bytes done since the last call.
 
     Raises:
-        PipelineError: The set is incomplete or corrupt, its name is not allowed, another process writes the archive, or
-            it cannot be written.
+        PipelineError: The set is incomplete, corrupt or has an invalid name, or the archive cannot be written.
     """
     name = _checked_name(Path(os.path.abspath(path)).name)
     manifest = FeatureSet(path).manifest
@@ -66,8 +65,8 @@ def read(archive: Path, sets: Path, name: str | None = None, advance: Advance = 
         The set's folder. If the same set is there already, nothing is changed.
 
     Raises:
-        PipelineError: The archive is not a feature set, is damaged or hostile, another set is in its place, or the disk
-            is full. Nothing is left behind then.
+        PipelineError: The archive is damaged or hostile, another set is in its place, or the disk is full. Nothing is
+            left behind then.
     """
     with _opened(archive) as (tar, own_name, manifest):
         target = sets / _checked_name(own_name if name is None else name)
@@ -89,11 +88,7 @@ def read(archive: Path, sets: Path, name: str | None = None, advance: Advance = 
 
 
 def manifest_of(archive: Path) -> Manifest:
-    """Read the manifest alone.
-
-    Raises:
-        PipelineError: The archive has none.
-    """
+    """Read the manifest alone; raises what `read` raises."""
     with _opened(archive) as (_, _, manifest):
         return manifest
 
@@ -138,9 +133,8 @@ def _opened(archive: Path) -> Iterator[tuple[tarfile.TarFile, str, Manifest]]:
         except _NotRegular as error:
             raise _rejected(archive, str(error)) from None
         except tarfile.TarError as error:
-            raise FeatureSetError(
-                f"{archive} is not a complete tar of `pipeline features export` ({error}). Get it again."
-            ) from None
+            problem = f"{archive} is not a complete tar of `pipeline features export` ({error})"
+            raise FeatureSetError(f"{problem}. Get it again.") from None
 
 
 def _manifest(tar: tarfile.TarFile, archive: Path) -> tuple[str, Manifest]:
@@ -148,9 +142,8 @@ def _manifest(tar: tarfile.TarFile, archive: Path) -> tuple[str, Manifest]:
     member = tar.next()
     folder, _, file = member.name.partition("/") if member else ("", "", "")
     if not member or file != "manifest.json" or not _NAME.fullmatch(folder):
-        raise FeatureSetError(
-            f"{archive} is not a tar of `pipeline features export`: the manifest is not its first file."
-        )
+        problem = "the manifest is not its first file"
+        raise FeatureSetError(f"{archive} is not a tar of `pipeline features export`: {problem}.")
     if member.size > _LARGEST_MANIFEST:
         raise _rejected(archive, f"its manifest has {member.size} bytes")
     content = tar.extractfile(member)
@@ -172,9 +165,8 @@ def _unpack(
         if member.name != name:
             raise _rejected(archive, f"it has {printable(member.name)} where its manifest names {name}")
         if member.size != entry.bytes:
-            raise FeatureSetError(
-                f"{archive}: {name} has {member.size} bytes (its manifest says {entry.bytes}). Get it again."
-            )
+            problem = f"{name} has {member.size} bytes (its manifest says {entry.bytes})"
+            raise FeatureSetError(f"{archive}: {problem}. Get it again.")
         tar.extract(member.replace(name=entry.file, deep=False), incoming, set_attrs=False, filter="data")
         atomic.sync_to_disk(incoming / entry.file)
         advance(entry.bytes)
@@ -196,13 +188,10 @@ def _locked(archive: Path) -> Iterator[None]:
     """Hold the lock of the archive's temporary file, which becomes the archive: no lock file is left."""
     if not archive.parent.is_dir():  # the lock would create it, whatever was mistyped
         raise PipelineError(f"{archive} cannot be written (there is no such folder). Name another place with -o.")
-    lock = locks.Lock(archive.with_name(f"{archive.name}.tmp"))
-    if not lock.acquire():
-        raise PipelineError(f"Another process is writing {archive}. Wait until it has ended, or stop it.")
-    try:
+    with locks.opened(archive.with_name(f"{archive.name}.tmp")) as lock:
+        if not lock.acquire():
+            raise PipelineError(f"Another process is writing {archive}. Wait until it has ended, or stop it.")
         yield
-    finally:
-        lock.release()
 
 
 def _add(tar: tarfile.TarFile, name: str, file: Path, entry: FileEntry | None, advance: Advance) -> None:
@@ -212,9 +201,8 @@ def _add(tar: tarfile.TarFile, name: str, file: Path, entry: FileEntry | None, a
         hashed = _Hashed(stream, file, advance)
         tar.addfile(member, hashed)  # type: ignore[arg-type]
     if entry and hashed.digest.hexdigest() != entry.sha256:
-        raise FeatureSetError(
-            f"{file} is corrupt (SHA-256 differs from its manifest). Nothing was exported. `dvc pull` a good copy."
-        )
+        problem = f"{file} is corrupt (SHA-256 differs from its manifest)"
+        raise FeatureSetError(f"{problem}. Nothing was exported. `dvc pull` a good copy.")
 
 
 class _Hashed:
@@ -232,10 +220,8 @@ class _Hashed:
 
 
 def _rejected(archive: Path, problem: str) -> FeatureSetError:
-    return FeatureSetError(
-        f"Refusing to import {archive}: {problem}. It was not written by `pipeline features export`. Do not trust its "
-        "source."
-    )
+    advice = "It was not written by `pipeline features export`. Do not trust its source."
+    return FeatureSetError(f"Refusing to import {archive}: {problem}. {advice}")
 
 
 def _require_room(sets: Path, manifest: Manifest) -> None:
@@ -250,12 +236,10 @@ def _require_same(target: Path, manifest: Manifest) -> None:
         if isinstance(error, SystemRefusal):
             raise error
         raise FeatureSetError(f"{target} exists and is not intact ({_problem(error)}). {_ELSEWHERE}")
-    found = read_manifest(target).fingerprint
-    if found != manifest.fingerprint:
-        theirs = manifest.fingerprint[:12]
-        raise FeatureSetError(
-            f"{target} holds another feature set ({found[:12]}, the archive's is {theirs}). {_ELSEWHERE}"
-        )
+    found, theirs = read_manifest(target).fingerprint, manifest.fingerprint
+    if found != theirs:
+        which = f"{found[:12]}, the archive's is {theirs[:12]}"
+        raise FeatureSetError(f"{target} holds another feature set ({which}). {_ELSEWHERE}")
 
 
 def _problem(error: PipelineError) -> str:

@@ -36,9 +36,8 @@ def settings(first: Manifest, second: Manifest) -> list[Difference]:
 
     The provenance holds the settings that made a set; they are compared if both sets have them.
     """
-    one, other = (
-        dotted(m.model_dump(include={"content", "rows", "rows_per_shard", "provenance"})) for m in (first, second)
-    )
+    compared = {"content", "rows", "rows_per_shard", "provenance"}
+    one, other = (dotted(manifest.model_dump(include=compared)) for manifest in (first, second))
     both = "settings" in first.provenance and "settings" in second.provenance
     keys = (key for key in sorted(one.keys() | other.keys()) if both or not key.startswith("provenance.settings"))
     return [Difference(key, one.get(key), other.get(key)) for key in keys if one.get(key) != other.get(key)]
@@ -46,10 +45,8 @@ def settings(first: Manifest, second: Manifest) -> list[Difference]:
 
 def incomparable(first: Manifest, second: Manifest) -> str | None:
     """Return why the numbers of two sets cannot be compared one by one; None if they can."""
-    shapes = [(m.rows, m.content.layers, m.prompts_per_image) for m in (first, second)]
-    return (
-        None if shapes[0] == shapes[1] else "the sets differ in their number of images, layers, dimensions or prompts"
-    )
+    one, other = ((m.rows, m.content.layers, m.prompts_per_image) for m in (first, second))
+    return None if one == other else "the sets differ in their number of images, layers, dimensions or prompts"
 
 
 def numbers(first: Path, second: Path) -> list[NumberDifference]:
@@ -67,7 +64,5 @@ def numbers(first: Path, second: Path) -> list[NumberDifference]:
             a, b = (getattr(row, kind)[..., columns].astype(np.float32) for row in rows)
             gap = np.abs(a - b)
             total[:] = max(total[0], gap.max()), total[1] + gap.sum(), total[2] + (gap > 0).sum(), total[3] + gap.size
-    return [
-        NumberDifference(kind, layer, float(total[0]), float(total[1] / total[3]), float(total[2] / total[3]))
-        for (kind, layer), total in totals.items()
-    ]
+    means = {key: (largest, gaps / count, unequal / count) for key, (largest, gaps, unequal, count) in totals.items()}
+    return [NumberDifference(*key, *map(float, values)) for key, values in means.items()]

@@ -21,11 +21,7 @@ _LEFT_OVER = {
 
 @dataclass(frozen=True)
 class Summary:
-    """A set in brief; all but name, path and state are None if the set cannot be read.
-
-    Attributes:
-        state: "complete", "2 of 3 shards ...", or what is wrong.
-    """
+    """A set in brief; all but name, path and state ("complete", or the problem) are None if it cannot be read."""
 
     name: str
     path: str
@@ -74,7 +70,7 @@ def unfinished(staging: Path) -> list[Summary]:
         except (OSError, ValidationError):
             continue  # of another program or an earlier version, which extraction does not read either; or just removed
         state = f"{done} of {plan.num_shards} shards. Run `pipeline extract-features` with the same settings."
-        found.append(_describe(path.name, path, state, plan, size))
+        found.append(_describe(path, state, plan, size))
     return found
 
 
@@ -83,7 +79,7 @@ def _summarise(path: Path) -> Summary:
         manifest = read_manifest(path)
         sizes = {entry.file: found.st_size for entry in manifest.files if (found := status(path / entry.file))}
         here = [entry for entry in manifest.files if entry.file in sizes]
-        return _describe(path.name, path, _state(path, manifest, here), manifest.plan, sum(sizes.values()))
+        return _describe(path, _state(path, manifest, here), manifest.plan, sum(sizes.values()))
     except SystemRefusal as refused:
         return Summary(path.name, str(path), str(refused))
     except PipelineError as error:
@@ -96,7 +92,7 @@ def _folders(folder: Path) -> list[Path]:
 
 def _state(path: Path, manifest: Manifest, here: list[FileEntry]) -> str:
     """Return the state of a set by the sizes of its files: complete, partly pulled, or broken."""
-    have, want = len(manifest.shards), manifest.num_shards
+    have, want = len(manifest.shards), manifest.plan.num_shards
     if have != want:
         return f"broken: its manifest has {have} of {want} shards. Run `pipeline extract-features`."
     if problem := next(filter(None, (entry.size_problem(path) for entry in here)), None):
@@ -108,15 +104,14 @@ def _state(path: Path, manifest: Manifest, here: list[FileEntry]) -> str:
     return f"{len(here) - 1} of {want} shards here. `dvc pull` the others."
 
 
-def _describe(name: str, path: Path, state: str, plan: Plan, size: int) -> Summary:
-    content, made_by = plan.content, plan.provenance
-    backbone = made_by.get("backbone", {})
+def _describe(path: Path, state: str, plan: Plan, size: int) -> Summary:
+    content, backbone = plan.content, plan.provenance.get("backbone", {})
     revision = backbone.get("revision")
     return Summary(
-        name=name,
+        name=path.name,
         path=str(path),
         state=state,
-        dataset=made_by.get("dataset"),
+        dataset=plan.provenance.get("dataset"),
         backbone=f"{backbone.get('name')}" + (f"@{revision[:8]}" if revision else ""),
         timestep=content.timestep,
         layers=list(content.layers),
@@ -124,5 +119,5 @@ def _describe(name: str, path: Path, state: str, plan: Plan, size: int) -> Summa
         prompts=content.prompts_per_image,
         rows=plan.rows,
         bytes=size,
-        fingerprint=plan.content.fingerprint,
+        fingerprint=content.fingerprint,
     )

@@ -1,5 +1,6 @@
 """Read a feature set; damaged, missing or mismatched files are reported by name."""
 
+import functools
 import operator
 import os
 import stat
@@ -64,22 +65,20 @@ class FeatureSet:
         """
         self.path = path = Path(path).expanduser()
         self.manifest = read_manifest(path)
-        self._shards = Shards(path, self.manifest)
+        self.shards = Shards(path, self.manifest)
         self._absent: dict[int, FileEntry] = {}
         self._labels: np.ndarray | None = None
         if unchecked:
             return
-        have, want = len(self.manifest.shards), self.manifest.num_shards
+        have, want = len(self.manifest.shards), self.manifest.plan.num_shards
         if have != want:
-            raise InvalidFeatureSet(
-                f"{path} is incomplete ({have} of {want} shards)", "Run `pipeline extract-features`"
-            )
+            problem = f"{path} is incomplete ({have} of {want} shards)"
+            raise InvalidFeatureSet(problem, "Run `pipeline extract-features`")
         if partial:
-            shards = self.manifest.shards.items()
-            self._absent = {shard: entry for shard, entry in shards if status(path / entry.file) is None}
+            self._absent = {n: entry for n, entry in self.manifest.shards.items() if status(path / entry.file) is None}
         for entry in self._entries():
-            if problem := entry.size_problem(path):
-                raise problem
+            if wrong_size := entry.size_problem(path):
+                raise wrong_size
 
     @property
     def name(self) -> str:
@@ -175,10 +174,7 @@ class FeatureSet:
         self._labels = labels
 
     def require(self, index: np.ndarray) -> None:
-        """Check that the shards of these samples are present.
-
-        Args:
-            index: int64 (n,), positions in the training split.
+        """Check that the shards of the samples `index`, int64 (n,), are present.
 
         Raises:
             FeatureSetError: Some are missing. The message names them, and the command that fetches them.
@@ -186,14 +182,10 @@ class FeatureSet:
         needed = set((np.asarray(index, np.int64) // self.manifest.rows_per_shard).tolist())
         missing = [entry.file for shard, entry in sorted(self._absent.items()) if shard in needed]
         if missing:
-            here = os.path.relpath(self.path)
-            few = len(missing) <= _MOST_NAMED
+            here, few = os.path.relpath(self.path), len(missing) <= _MOST_NAMED
             wanted = " ".join(f"{here}/{file}" for file in missing) if few else here
-            names = first_few(missing, _MOST_NAMED if few else 1)
-            raise FeatureSetError(
-                f"{self.path} lacks {names} of the {len(needed)} shards that hold these "
-                f"samples. Run `dvc pull {wanted}`."
-            )
+            problem = f"lacks {first_few(missing, _MOST_NAMED if few else 1)} of the {len(needed)} shards"
+            raise FeatureSetError(f"{self.path} {problem} that hold these samples. Run `dvc pull {wanted}`.")
 
     def basis(self) -> Basis:
         """Return the PCA basis, and the mean and standard deviation of the denoising representations."""
@@ -220,21 +212,20 @@ class FeatureSet:
             raise FeatureSetError(f"{self.path} holds samples 0 to {len(self) - 1}, not {beyond[0]}.")
         shard_of = index // self.manifest.rows_per_shard
         for shard in np.unique(shard_of):
-            self._shards.check(int(shard))  # before allocating memory for the rows: a manifest may claim any number
+            self.shards.check(int(shard))  # before allocating memory for the rows: a manifest may claim any number
         shapes = self.manifest.content.shapes(len(index))
         rows = Features(**{name: np.empty(shapes[name], dtype) for name, dtype in FIELDS.items()})
-        parts = [
-            (int(shard), places)
-            for shard in np.unique(shard_of)
-            for places in _blocks(np.flatnonzero(shard_of == shard))
+        blocks = [
+            places[start : start + _BLOCK]
+            for places in (np.flatnonzero(shard_of == shard) for shard in np.unique(shard_of))
+            for start in range(0, len(places), _BLOCK)
         ]
+        fill = functools.partial(self._fill, rows, index)
         if len(index) < _THREADS * _BLOCK:  # a training batch: threads would cost more than they gain
-            for shard, places in parts:
-                self._fill(rows, places, shard, index)
+            list(map(fill, blocks))
         else:
             with ThreadPoolExecutor(_THREADS) as pool:
-                for _ in pool.map(lambda part: self._fill(rows, part[1], part[0], index), parts):
-                    pass
+                list(pool.map(fill, blocks))
         return rows
 
     def positive_prompts(self, rows: Features) -> np.ndarray:
@@ -245,9 +236,8 @@ class FeatureSet:
         """
         matching = positive_matches(self.manifest.content.positive, rows.prompt_class, rows.label)
         if len(wrong := np.flatnonzero(matching.sum(1) != 1)):
-            raise InvalidFeatureSet(
-                f"{self.path}: sample {rows.index[wrong[0]]} does not have exactly one matching prompt"
-            )
+            sample = rows.index[wrong[0]]
+            raise InvalidFeatureSet(f"{self.path}: sample {sample} does not have exactly one matching prompt")
         return matching.argmax(1)
 
     def verify_files(self) -> None:
@@ -265,9 +255,10 @@ class FeatureSet:
         shards = self.manifest.shards.items()
         return [self.manifest.basis, *(entry for shard, entry in shards if shard not in self._absent)]
 
-    def _fill(self, rows: Features, places: np.ndarray, shard: int, index: np.ndarray) -> None:
-        """Copy one block of one shard into `rows` and check it."""
-        maps = self.open_shard(shard)
+    def _fill(self, rows: Features, index: np.ndarray, places: np.ndarray) -> None:
+        """Copy the samples `index[places]`, all of one shard, into `rows[places]` and check them."""
+        shard = int(index[places[0]] // self.manifest.rows_per_shard)
+        maps = self.shards.open(shard)
         local = index[places] - shard * self.manifest.rows_per_shard
         into, source = _as_slice(places), _as_slice(local)
         for name in FIELDS:
@@ -289,37 +280,24 @@ class FeatureSet:
         check_not_written(file)
         return InvalidFeatureSet(f"{file}: {problem}")
 
-    def open_shard(self, shard: int) -> dict[str, np.ndarray]:
-        """Return the shard's datasets as memory maps, by name.
-
-        Raises:
-            FeatureSetError: The file is missing, truncated, of another set, or not laid out as a shard.
-            SystemRefusal: The operating system refused to read it.
-        """
-        return self._shards.open(shard)
-
 
 def read_manifest(path: str | Path) -> Manifest:
     """Read and check manifest.json of the set in folder `path`.
 
     Raises:
-        FeatureSetError: It is missing, not a manifest, of another format version, or its fingerprint does not match
-            its content.
-        SystemRefusal: The operating system refused to read it.
+        FeatureSetError: It is missing, or as for `parse_manifest`.
     """
     path = Path(path).expanduser()
     file = path / "manifest.json"
     try:
-        found = status(file)
-        if found and not stat.S_ISREG(found.st_mode):  # reading a pipe would block
+        if (found := status(file)) and not stat.S_ISREG(found.st_mode):  # reading a pipe would block
             raise InvalidFeatureSet(f"{file} is not a regular file")
         with reading(file):
             text = file.read_bytes()
     except OSError:
         why = "there is no such folder" if status(path) is None else "it has no manifest.json"
-        raise InvalidFeatureSet(
-            f"{path} holds no feature set ({why})", "Run `pipeline extract-features`, or `dvc pull` it"
-        ) from None
+        remedy = "Run `pipeline extract-features`, or `dvc pull` it"
+        raise InvalidFeatureSet(f"{path} holds no feature set ({why})", remedy) from None
     return parse_manifest(text, file)
 
 
@@ -332,14 +310,12 @@ def parse_manifest(text: bytes, file: Path) -> Manifest:
     try:
         version = _Versioned.model_validate_json(text).format_version
         if version != FORMAT_VERSION:
-            raise FeatureSetError(
-                f"{file} has format version {version}, but this program reads {FORMAT_VERSION}. Update the program."
-            )
+            problem = f"{file} has format version {version}, but this program reads {FORMAT_VERSION}"
+            raise FeatureSetError(f"{problem}. Update the program.")
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the whole file"
-        problem = first["msg"].removeprefix("Value error, ")
+        where, problem = ".".join(map(str, first["loc"])) or "the file", first["msg"].removeprefix("Value error, ")
         reason = printable(f"{where[:MOST_CHARACTERS]}: {problem[:MOST_CHARACTERS]}")
         raise InvalidFeatureSet(f"{file} is not a manifest ({reason})") from None
     if manifest.fingerprint != manifest.content.fingerprint:
@@ -406,10 +382,6 @@ def _float64(h5: h5py.File, name: str, ndim: int) -> np.ndarray:
     if not np.isfinite(values).all():
         raise ValueError(f"{name} is not finite")
     return values
-
-
-def _blocks(places: np.ndarray) -> list[np.ndarray]:
-    return [places[start : start + _BLOCK] for start in range(0, len(places), _BLOCK)]
 
 
 def _as_slice(positions: np.ndarray) -> np.ndarray | slice:

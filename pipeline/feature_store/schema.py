@@ -11,16 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, Self
 
 import numpy as np
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    GetPydanticSchema,
-    JsonValue,
-    field_validator,
-    model_validator,
-    with_config,
-)
+from pydantic import BaseModel, Field, GetPydanticSchema, JsonValue, field_validator, model_validator, with_config
 from typing_extensions import TypedDict  # pydantic supports typing.TypedDict only from Python 3.12 on
 
 from pipeline import provenance
@@ -38,7 +29,6 @@ FIELDS = {"index": "<i8", "label": "<i8", "denoised": "<f2", "prompted": "<f2", 
 DATASETS = {**FIELDS, "crc32": "<u4"}
 """The datasets of a shard, by name, with their types."""
 
-_STRICT = ConfigDict(strict=True, extra="forbid")
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Rows = Annotated[int, Field(ge=0, lt=2**31)]
 _AllRows = Annotated[int, Field(ge=1, lt=2**31)]
@@ -62,7 +52,7 @@ def _sha256(stream: BinaryIO) -> str:
     return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-class FileEntry(BaseModel):
+class FileEntry(BaseModel, strict=True, extra="forbid"):
     """The manifest's entry of one file.
 
     Attributes:
@@ -74,8 +64,6 @@ class FileEntry(BaseModel):
         hardware: The processor or GPU that computed it.
     """
 
-    model_config = _STRICT
-
     file: str = Field(pattern=r"^(basis|shard-[0-9]{5,})\.h5$")
     rows: _Rows
     bytes: _Count
@@ -84,15 +72,7 @@ class FileEntry(BaseModel):
     hardware: str
 
     def content_problem(self, folder: Path, sha256: Callable[[BinaryIO], str] = _sha256) -> InvalidFeatureSet | None:
-        """Read every byte of the file in `folder` and return what is wrong with it, or None.
-
-        Args:
-            folder: The set's folder.
-            sha256: Hashes an open file.
-
-        Raises:
-            SystemRefusal: The operating system refused to read the file.
-        """
+        """Read every byte of the file in `folder` and return what is wrong with it, or None; `sha256` hashes it."""
         if problem := self.size_problem(folder):
             return problem
         file = folder / self.file
@@ -106,14 +86,9 @@ class FileEntry(BaseModel):
         return InvalidFeatureSet(f"{file} is corrupt (SHA-256 differs from its manifest)")
 
     def size_problem(self, folder: Path) -> InvalidFeatureSet | None:
-        """Return what is wrong with the kind and size of the file in `folder`, or None.
-
-        Raises:
-            SystemRefusal: The operating system refused to inspect the file.
-        """
+        """Return what is wrong with the kind and size of the file in `folder`, or None."""
         file = folder / self.file
-        found = status(file)
-        if found is None:
+        if (found := status(file)) is None:
             return InvalidFeatureSet(f"{file} is missing", FETCH)
         if not stat.S_ISREG(found.st_mode):  # reading a pipe would block
             return InvalidFeatureSet(f"{file} is not a regular file")
@@ -123,7 +98,7 @@ class FileEntry(BaseModel):
         return None
 
 
-@with_config(_STRICT)
+@with_config(strict=True, extra="forbid")
 class _Backbone(TypedDict, total=False):
     name: str
     source: str
@@ -131,7 +106,7 @@ class _Backbone(TypedDict, total=False):
     variant: str
 
 
-@with_config(_STRICT)
+@with_config(strict=True, extra="forbid")
 class _Provenance(TypedDict, total=False):
     dataset: str
     backbone: _Backbone
@@ -149,7 +124,7 @@ Provenance = Annotated[dict[str, Any], GetPydanticSchema(lambda _, handler: hand
 part of the fingerprint. Sets made by earlier versions have no settings."""
 
 
-class Content(BaseModel):
+class Content(BaseModel, strict=True, extra="forbid"):
     """Everything that determines the features, and nothing else; its hash is the fingerprint.
 
     Attributes:
@@ -170,8 +145,6 @@ class Content(BaseModel):
         image_conditioning: File name -> hash, of the image encoder; None without one.
         dtype: Floating-point type of the passes.
     """
-
-    model_config = _STRICT
 
     extraction_version: _Count
     dataset_hash: str
@@ -256,10 +229,8 @@ def shard_name(shard: int) -> str:
     return f"shard-{shard:05d}"
 
 
-class Manifest(BaseModel):
+class Manifest(BaseModel, strict=True, extra="forbid"):
     """The set's manifest.json. It may lack shards; those that it names belong to the set."""
-
-    model_config = _STRICT
 
     format_version: int
     fingerprint: str
@@ -279,16 +250,11 @@ class Manifest(BaseModel):
         if (self.basis.file, self.basis.rows) != ("basis.h5", 0):
             raise ValueError("the entry of the basis describes another file")
         for shard, entry in self.shards.items():
-            if not 0 <= shard < self.num_shards:
-                raise ValueError(f"there is no shard {shard} among {self.num_shards}")
-            if (entry.file, entry.rows) != (f"{shard_name(shard)}.h5", len(self.shard_rows(shard))):
+            if not 0 <= shard < self.plan.num_shards:
+                raise ValueError(f"there is no shard {shard} among {self.plan.num_shards}")
+            if (entry.file, entry.rows) != (f"{shard_name(shard)}.h5", len(self.plan.shard_rows(shard))):
                 raise ValueError(f"the entry of shard {shard} describes another file")
         return self
-
-    @property
-    def num_shards(self) -> int:
-        """Number of shards of the complete set."""
-        return self.plan.num_shards
 
     @property
     def files(self) -> list[FileEntry]:
@@ -299,10 +265,6 @@ class Manifest(BaseModel):
     def plan(self) -> Plan:
         """The plan that the set was made from."""
         return Plan(self.content, self.rows, self.rows_per_shard, self.provenance)
-
-    def shard_rows(self, shard: int) -> range:
-        """Return the sample indices of a shard."""
-        return self.plan.shard_rows(shard)
 
 
 @dataclass(frozen=True)
@@ -380,8 +342,3 @@ def positive_matches(positive: Literal["label", "first"], prompt_class: np.ndarr
         label: int64 (n,).
     """
     return prompt_class == (label[:, None] if positive == "label" else 0)
-
-
-def positive_columns(positive: Literal["label", "first"], prompt_class: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Return the column of each image's matching prompt, int64 (n,); arguments as for `positive_matches`."""
-    return positive_matches(positive, prompt_class, label).argmax(1)

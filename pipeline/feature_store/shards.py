@@ -12,7 +12,6 @@ import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -34,18 +33,8 @@ _FEWEST, _MOST = 8, 64  # and this many
 
 _Identity = tuple[int, ...]
 
-
-@dataclass(frozen=True)
-class _Dataset:
-    """Position, shape and type of a dataset in its file."""
-
-    offset: int
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    def of(self, content: mmap.mmap) -> np.ndarray:
-        """Return a read-only array in the map; fancy indexing through h5py is a hundred times slower."""
-        return np.ndarray(self.shape, self.dtype, content, self.offset)
+_Layout = dict[str, tuple[tuple[int, ...], np.dtype, int]]
+"""Shape, type and offset of each dataset in a file."""
 
 
 class Shards:
@@ -54,9 +43,10 @@ class Shards:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         """Use the shards in folder `path`; nothing is opened yet."""
         self._path, self._manifest = path, manifest
-        self._layouts: dict[int, tuple[_Identity, dict[str, _Dataset]]] = {}
+        self._layouts: dict[int, tuple[_Identity, _Layout]] = {}
         self._maps: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
-        self._room = max(_FEWEST, min(_MOST, _descriptors() // _SHARE))
+        allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._room = _MOST if allowed == resource.RLIM_INFINITY else max(_FEWEST, min(_MOST, allowed // _SHARE))
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type, tuple[Path, Manifest]]:
@@ -64,11 +54,10 @@ class Shards:
         return Shards, (self._path, self._manifest)
 
     def open(self, shard: int) -> dict[str, np.ndarray]:
-        """Return the shard's datasets.
+        """Return the shard's datasets as read-only memory maps, by name.
 
         Raises:
             InvalidFeatureSet: The file is missing, truncated, of another set, or not laid out as a shard.
-            SystemRefusal: The operating system refused to read it.
         """
         with self._lock:
             if shard in self._maps:
@@ -76,7 +65,9 @@ class Shards:
                 return self._maps[shard]
         file = self._checked_file(shard)
         content, identity = _map(file)
-        maps = {name: dataset.of(content) for name, dataset in self._layout(shard, file, identity).items()}
+        layout = self._layout(shard, file, identity)
+        # Views of the map, because fancy indexing through h5py is a hundred times slower.
+        maps = {name: np.ndarray(shape, dtype, content, at) for name, (shape, dtype, at) in layout.items()}
         with self._lock:
             self._maps[shard] = maps
             if len(self._maps) > self._room:
@@ -91,7 +82,7 @@ class Shards:
                 identity = _identity(file.stat())
             self._layout(shard, file, identity)
 
-    def _layout(self, shard: int, file: Path, identity: _Identity) -> dict[str, _Dataset]:
+    def _layout(self, shard: int, file: Path, identity: _Identity) -> _Layout:
         """Return the layout of the file with this identity; a file that replaced it may belong to another set."""
         if shard not in self._layouts or self._layouts[shard][0] != identity:
             self._layouts[shard] = (identity, self._read_layout(shard, file))
@@ -103,14 +94,14 @@ class Shards:
             raise problem
         return self._path / entry.file
 
-    def _read_layout(self, shard: int, file: Path) -> dict[str, _Dataset]:
-        shapes = self._manifest.content.shapes(len(self._manifest.shard_rows(shard)))
+    def _read_layout(self, shard: int, file: Path) -> _Layout:
+        shapes, layout = self._manifest.content.shapes(self._manifest.shards[shard].rows), {}
         with opened(file, self._manifest.fingerprint, "does not have the layout of a shard") as h5:
-            layout = {name: _place(plain_dataset(h5, name, file)) for name in DATASETS}
             for name, dtype in DATASETS.items():
-                found = layout[name]
+                found = plain_dataset(h5, name, file)
                 if found.shape != shapes[name] or found.dtype != np.dtype(dtype):
                     raise ValueError(f"{name} is {found.dtype} {found.shape}, not {dtype} {shapes[name]}")
+                layout[name] = (found.shape, found.dtype, found.id.get_offset())
         return layout
 
 
@@ -118,14 +109,8 @@ class Shards:
 def opened(file: Path, fingerprint: str, problem: str) -> Iterator[h5py.File]:
     """Yield an open HDF5 file of the set with this fingerprint.
 
-    Args:
-        file: The file.
-        fingerprint: The set's.
-        problem: What to report if the block does not find what it expects in the file.
-
     Raises:
-        InvalidFeatureSet: It is missing, truncated or of another set, or the block failed.
-        SystemRefusal: The operating system refused to read it.
+        InvalidFeatureSet: It is missing, truncated or of another set, or the block failed, which reports `problem`.
     """
     found_problem = "is not a complete HDF5 file"
     try:
@@ -145,10 +130,6 @@ def quoted(error: Exception) -> str:
     return printable(in_words(error))[:MOST_CHARACTERS]
 
 
-def _place(dataset: h5py.Dataset) -> _Dataset:
-    return _Dataset(dataset.id.get_offset(), dataset.shape, dataset.dtype)
-
-
 def _map(file: Path) -> tuple[mmap.mmap, _Identity]:
     with reading(file), file.open("rb", buffering=0) as stream:
         content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
@@ -158,9 +139,3 @@ def _map(file: Path) -> tuple[mmap.mmap, _Identity]:
 def _identity(found: os.stat_result) -> _Identity:
     """Return values that change when a file is replaced or written."""
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _descriptors() -> int:
-    """Return how many descriptors the process may have open."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 2**31 if soft == resource.RLIM_INFINITY else soft

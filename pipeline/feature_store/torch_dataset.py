@@ -1,14 +1,17 @@
 """A feature set as a map-style dataset of PyTorch."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.feature_store.reader import FeatureSet
 from pipeline.feature_store.schema import Features
+
+if TYPE_CHECKING:
+    from pipeline.feature_store.reader import FeatureSet
 
 
 class FeatureDataset(Dataset[dict[str, Tensor]]):
@@ -18,7 +21,7 @@ class FeatureDataset(Dataset[dict[str, Tensor]]):
     describes them. Loader processes may be forked or spawned.
     """
 
-    def __init__(self, features: FeatureSet) -> None:
+    def __init__(self, features: "FeatureSet") -> None:
         """Use an open feature set."""
         self.features = features
 

@@ -6,11 +6,12 @@ finite. A shard is hashed while its rows are checked, and one shard follows the 
 is read from the disk only once.
 """
 
+import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -47,13 +48,12 @@ def problems(path: Path, full: bool, advance: Callable[[int], object] = lambda s
         features.basis()
     except PipelineError as error:
         found.append(error)
-    have, want = len(manifest.shards), manifest.num_shards
+    have, want = len(manifest.shards), manifest.plan.num_shards
     if have != want:
-        found.append(
-            InvalidFeatureSet(f"{path} is incomplete ({have} of {want} shards)", "Run `pipeline extract-features`")
-        )
-    with _Checks(features, full) as checks:
-        for shard, of_shard in checks.all():
+        problem = f"{path} is incomplete ({have} of {want} shards)"
+        found.append(InvalidFeatureSet(problem, "Run `pipeline extract-features`"))
+    with contextlib.closing(_Checks(features, full).run()) as checked:
+        for shard, of_shard in checked:
             found += of_shard
             advance(manifest.shards[shard].bytes)
     return _merge_refusals(found)
@@ -79,40 +79,31 @@ def total_bytes(path: Path) -> int:
 
 def _unexpected_files(path: Path, expected: set[str]) -> list[PipelineError]:
     """Return a problem for each HDF5 file that the manifest does not name."""
-    present = {file.name for file in entries(path) if file.suffix == ".h5"}
-    return [
-        InvalidFeatureSet(f"{path / name} is not in the manifest, so nothing reads it", "Delete it")
-        for name in sorted(present - expected)
-    ]
+    extra = [file for file in entries(path) if file.suffix == ".h5" and file.name not in expected]
+    return [InvalidFeatureSet(f"{file} is not in the manifest, so nothing reads it", "Delete it") for file in extra]
 
 
 class _Checks:
     """The checks of all shards, by threads that stop at once when the caller is interrupted."""
 
     def __init__(self, features: FeatureSet, full: bool) -> None:
-        self._features, self._full = features, full
-        self._manifest = features.manifest
+        self._features, self._manifest, self._full = features, features.manifest, full
         self._stopped = threading.Event()
 
-    def __enter__(self) -> "_Checks":
-        self._pool = ThreadPoolExecutor(min(_MOST_THREADS, max(2, os.cpu_count() or 1)))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stopped.set()
-        self._pool.shutdown(cancel_futures=True)
-
-    def all(self) -> Iterator[tuple[int, list[PipelineError]]]:
+    def run(self) -> Generator[tuple[int, list[PipelineError]], None, None]:
         """Yield every shard in order, with its problems; the next ones are being read meanwhile."""
-        begun = {shard: self._begin(shard) for shard in sorted(self._manifest.shards)}
-        for shard, parts in begun.items():
-            found = [problem for part in parts for problem in part.result()]
-            # The layout and the bytes may give the same problem, e.g. a missing file.
-            yield shard, list({str(problem): problem for problem in found}.values())
-
-    def _begin(self, shard: int) -> "list[Future[list[PipelineError]]]":
         checks = [self._file, self._rows] if self._full else [self._rows]
-        return [self._pool.submit(check, shard) for check in checks]
+        pool = ThreadPoolExecutor(min(_MOST_THREADS, max(2, os.cpu_count() or 1)))
+        try:
+            shards = sorted(self._manifest.shards)
+            begun = {shard: [pool.submit(check, shard) for check in checks] for shard in shards}
+            for shard, parts in begun.items():
+                found = [problem for part in parts for problem in part.result()]
+                # The layout and the bytes may give the same problem, e.g. a missing file.
+                yield shard, list({str(problem): problem for problem in found}.values())
+        finally:
+            self._stopped.set()
+            pool.shutdown(cancel_futures=True)
 
     def _file(self, shard: int) -> list[PipelineError]:
         """Check the file against its SHA-256."""
@@ -133,21 +124,19 @@ class _Checks:
         """Check the layout, then the content of the rows."""
         file = self._features.path / self._manifest.shards[shard].file
         try:
-            maps = self._features.open_shard(shard)
-            found: list[PipelineError] = [
-                InvalidFeatureSet(f"{file} {one}") for one in self._wrong_numbers(shard, maps)
-            ]
+            maps = self._features.shards.open(shard)
+            found = [f"{file} {one}" for one in self._wrong_numbers(shard, maps)]
             if self._full:
-                found += [InvalidFeatureSet(f"{file}: {one}") for one in self._wrong_values(maps)]
+                found += [f"{file}: {one}" for one in self._wrong_values(maps)]
             if found:
                 check_not_written(file)
         except PipelineError as error:
             return [error]
-        return found
+        return [InvalidFeatureSet(problem) for problem in found]
 
     def _wrong_numbers(self, shard: int, maps: dict[str, np.ndarray]) -> Iterator[str]:
         """Check the numbers of samples, labels and prompts."""
-        wanted, content = self._manifest.shard_rows(shard), self._manifest.content
+        wanted, content = self._manifest.plan.shard_rows(shard), self._manifest.content
         if not np.array_equal(maps["index"], np.arange(wanted.start, wanted.stop)):
             yield f"does not hold samples {wanted[0]} to {wanted[-1]} in order"
         for name, count in (("label", len(content.class_names)), ("prompt_class", len(content.prompts))):
@@ -160,8 +149,10 @@ class _Checks:
     def _wrong_values(self, maps: dict[str, np.ndarray]) -> Iterator[str]:
         """Check the rows' checksums, and that all features are finite."""
         corrupt, infinite = [], []
-        for start, rows in _blocks(maps):
+        fields = {name: values for name, values in maps.items() if name != "crc32"}
+        for start in range(0, len(maps["index"]), _ROWS):
             self._stop_if_interrupted()
+            rows = Features(**{name: np.array(values[start : start + _ROWS]) for name, values in fields.items()})
             corrupt += (np.flatnonzero(rows.crc32() != maps["crc32"][start : start + len(rows.index)]) + start).tolist()
             if not (_finite(rows.denoised) and _finite(rows.prompted)):
                 infinite.append(start)
@@ -173,13 +164,6 @@ class _Checks:
     def _stop_if_interrupted(self) -> None:
         if self._stopped.is_set():
             raise CancelledError
-
-
-def _blocks(maps: dict[str, np.ndarray]) -> Iterator[tuple[int, Features]]:
-    """Yield parts of a shard, each with the row it starts at."""
-    fields = {name: values for name, values in maps.items() if name != "crc32"}
-    for start in range(0, len(maps["index"]), _ROWS):
-        yield start, Features(**{name: np.array(values[start : start + _ROWS]) for name, values in fields.items()})
 
 
 def _finite(values: np.ndarray) -> bool:

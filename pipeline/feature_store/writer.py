@@ -18,21 +18,12 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pipeline import provenance
 from pipeline.errors import DataError
 from pipeline.feature_store.reader import read_basis
-from pipeline.feature_store.schema import (
-    FIELDS,
-    FORMAT_VERSION,
-    Basis,
-    Features,
-    FileEntry,
-    Manifest,
-    Plan,
-    shard_name,
-)
+from pipeline.feature_store.schema import FIELDS, FORMAT_VERSION, Basis, Features, FileEntry, Manifest, Plan, shard_name
 from pipeline.io import atomic, locks
 from pipeline.io.system_errors import reading, status
 
@@ -47,10 +38,8 @@ PUBLISHED = "published"
 _OVERHEAD = 16 * 1024  # upper bound of a file's bytes besides its arrays (HDF5's own structures)
 
 
-class _Entry(BaseModel):
+class _Entry(BaseModel, strict=True, extra="forbid"):
     """The entry of a file on disk, with the hash of the basis that its features were projected on."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     fingerprint: str
     basis_sha256: str
@@ -68,20 +57,15 @@ class FeatureSetWriter:
             plan: The set to write.
             hardware: The processor or GPU of this process, for the entries of the files that it writes.
         """
-        self.path, self.plan = staging, plan
+        self.path, self.plan, self._hardware = staging, plan, hardware
         self.fingerprint = plan.content.fingerprint
-        self._hardware = hardware
         self._basis: FileEntry | None = None
         (staging / "locks").mkdir(parents=True, exist_ok=True)
         if status(staging / PLAN) is None:
             atomic.write_json(staging / PLAN, asdict(plan) | {"content": plan.content.model_dump()})
 
     def has_basis(self) -> bool:
-        """Return whether basis.h5 is finished; reads every byte of it the first time.
-
-        Raises:
-            SystemRefusal: The operating system refused to read it.
-        """
+        """Return whether basis.h5 is finished; reads every byte of it the first time."""
         if self._basis is None:
             found = _read_entry(self.path, "basis", self.fingerprint)
             if found and not found.entry.content_problem(self.path):
@@ -89,19 +73,11 @@ class FeatureSetWriter:
         return self._basis is not None
 
     def has_shard(self, shard: int) -> bool:
-        """Return whether a shard is finished, by its size, and was projected on this set's basis.
-
-        Raises:
-            SystemRefusal: The operating system refused to inspect it.
-        """
+        """Return whether a shard is finished, by its size, and was projected on this set's basis."""
         return self.has_basis() and _shard_is_finished(self.path, shard, self.fingerprint, self._basis_entry.sha256)
 
     def forget_damaged(self, shards: Iterable[int]) -> None:
-        """Read every byte of these shards, and discard those that do not match their entries.
-
-        Raises:
-            SystemRefusal: The operating system refused to read one; its content is unknown, so it is kept.
-        """
+        """Read every byte of these shards, and discard those that do not match their entries."""
         for shard in shards:
             found = _read_entry(self.path, shard_name(shard), self.fingerprint)
             if found and (damage := found.entry.content_problem(self.path)):
@@ -127,7 +103,6 @@ class FeatureSetWriter:
 
         Raises:
             DataError: A feature is not finite.
-            PipelineError: The shard cannot be written.
         """
         for name in ("denoised", "prompted"):
             if not np.isfinite(getattr(features, name)).all():
@@ -151,18 +126,15 @@ class FeatureSetWriter:
             name: What is being written: "basis", "shard-00000", "set".
             wait: Wait, with a log line, while another process holds it; otherwise yield False.
             check: Called while waiting; may raise to stop.
-
-        Raises:
-            PipelineError: The file system has no locks.
         """
         with locks.opened(self.path / "locks" / name) as lock:
             held = lock.acquire()
             if wait and not held:
                 log.info("%s is being written by %s. Waiting for it.", name, lock.holder())
-            while wait and not held:
-                check()
-                time.sleep(0.1)
-                held = lock.acquire()
+                while not held:
+                    check()
+                    time.sleep(0.1)
+                    held = lock.acquire()
             yield held
 
     @contextlib.contextmanager
@@ -233,11 +205,7 @@ class FeatureSetWriter:
 
 
 def count_finished(staging: Path, plan: Plan) -> int:
-    """Return how many shards of an unfinished set are finished, by their sizes. Changes and hashes nothing.
-
-    Raises:
-        SystemRefusal: The operating system refused to inspect a file.
-    """
+    """Return how many shards of an unfinished set are finished, by their sizes. Changes and hashes nothing."""
     fingerprint = plan.content.fingerprint
     basis = _read_entry(staging, "basis", fingerprint)
     if not basis or basis.entry.size_problem(staging):
@@ -268,11 +236,7 @@ def _read_entry(staging: Path, name: str, fingerprint: str) -> _Entry | None:
 
 
 def write_basis_file(file: Path, basis: Basis) -> None:
-    """Write a basis to be shared, atomically, without the fingerprint of a set.
-
-    Raises:
-        PipelineError: It cannot be written.
-    """
+    """Write a basis to be shared, atomically, without the fingerprint of a set."""
     file.parent.mkdir(parents=True, exist_ok=True)
     _write_basis(file, basis)
 
@@ -293,16 +257,11 @@ def _write_basis(file: Path, basis: Basis, **attributes: str) -> None:
 def _new_file(file: Path, size: int) -> Iterator[h5py.File]:
     """Yield a new HDF5 file for `size` bytes of arrays, which appears atomically."""
     with atomic.replace_file(file) as temporary:
-        _reserve(temporary, size + _OVERHEAD)
+        with temporary.open("wb") as stream:
+            if hasattr(os, "posix_fallocate"):  # a full disk fails here: in a later write, HDF5 prints pages of errors
+                os.posix_fallocate(stream.fileno(), 0, size + _OVERHEAD)
         with h5py.File(temporary, "w") as h5:
             yield h5
-
-
-def _reserve(file: Path, size: int) -> None:
-    """Fail now if the disk has no room for `size` bytes: HDF5 prints pages of errors if a write fails later."""
-    with file.open("wb") as stream:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(stream.fileno(), 0, size)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

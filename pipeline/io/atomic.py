@@ -42,7 +42,7 @@ def replace_file(path: Path, sync: bool = True) -> Iterator[Path]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if is_write_error(error):
+        if _is_write_error(error):
             raise unwritten(path, error) from None
         raise
 
@@ -71,7 +71,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
             sync_to_disk(path.parent)
         except BaseException as error:
             shutil.rmtree(staging, ignore_errors=True)
-            if is_write_error(error):
+            if _is_write_error(error):
                 raise unwritten(path, error) from error
             raise
         finally:
@@ -79,7 +79,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
         remove_replaced(path)
 
 
-def is_write_error(error: BaseException) -> bool:
+def _is_write_error(error: BaseException) -> bool:
     """Return whether an error came from writing a file; h5py and safetensors have types of their own for it."""
     if isinstance(error, RuntimeError):
         return error_number(error) is not None
@@ -93,11 +93,7 @@ def remove_replaced(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes, sync: bool = True) -> None:
-    """Write a file atomically.
-
-    Raises:
-        PipelineError: The file cannot be written. The previous file is kept.
-    """
+    """Write a file atomically; see `replace_file`."""
     with replace_file(path, sync) as temporary:
         temporary.write_bytes(content)
 

@@ -14,6 +14,7 @@ The format also has datasets that
 import contextlib
 import fcntl
 import io
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,15 +31,13 @@ def plain_dataset(h5: h5py.File, name: str, file: Path) -> h5py.Dataset:
     Args:
         h5: The open file.
         name: Name of the dataset, with "/" between groups.
-        file: The file that must hold its bytes.
+        file: The path of `h5`, which must hold the bytes.
 
     Raises:
         KeyError: There is no such dataset.
         ValueError: It is anything else. The message says what.
     """
-    parts = name.split("/")
-    for stop in range(1, len(parts) + 1):
-        path = "/".join(parts[:stop])
+    for path in itertools.accumulate(name.split("/"), "{}/{}".format):
         link = h5.get(path, getlink=True)
         if link is None:
             raise KeyError(f"there is no {path}")
@@ -68,27 +67,19 @@ def open_to_read(file: Path) -> Iterator[h5py.File]:
         OSError: There is no such file, or it is not a complete HDF5 file.
     """
     with reading(file):
-        locking = None  # HDF5's own default, which the environment variable HDF5_USE_FILE_LOCKING sets
+        h5 = None
         try:
-            h5 = h5py.File(file, "r")
+            h5 = h5py.File(file, "r")  # with locks, unless HDF5_USE_FILE_LOCKING says otherwise
         except OSError as error:
             if error_number(error) not in NO_LOCKS:
                 raise
-            locking = False
-        if locking is False:  # outside the handler, which would make the first error the cause of a second one
-            h5 = h5py.File(file, "r", locking=False)
-        with h5:
+        with h5 or h5py.File(file, "r", locking=False) as h5:  # outside the handler, which would chain the errors
             yield h5
 
 
 @contextlib.contextmanager
 def bytes_of(file: Path) -> Iterator[BinaryIO]:
-    """Yield an HDF5 file as a stream of bytes; no process can open it for writing during the block.
-
-    Raises:
-        SystemRefusal: The operating system refused, for example because a process has it open for writing.
-        OSError: There is no such file.
-    """
+    """Yield an HDF5 file as a stream of bytes, like `open_to_read`."""
     with contextlib.ExitStack() as stack:
         with reading(file):
             stream = stack.enter_context(file.open("rb"))
@@ -106,7 +97,6 @@ class Unmarked(io.RawIOBase):
 
     def __init__(self, stream: BinaryIO) -> None:
         """Read an open file from its start."""
-        super().__init__()
         stream.seek(0)
         self._stream, self._position = stream, 0
 
@@ -125,11 +115,7 @@ class Unmarked(io.RawIOBase):
 
 
 def check_not_written(file: Path) -> None:
-    """Check that no process is writing a file, before it is reported as damaged; HDF5 may not use locks here.
-
-    Raises:
-        SystemRefusal: A process has it open for writing, so that its content is unknown.
-    """
+    """Raise SystemRefusal if a process has a file open for writing: it may differ without being damaged."""
     with contextlib.suppress(OSError), reading(file), file.open("rb") as stream:  # suppressed: there is no such file
         _share(stream)
 

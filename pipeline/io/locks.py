@@ -18,7 +18,7 @@ from pipeline.io.system_errors import NO_LOCKS, unwritten
 
 
 class Lock:
-    """An exclusive lock on a file, created if missing; release it or leave the `with` block of `opened`."""
+    """An exclusive lock on a file, which is created if missing; see `opened`."""
 
     def __init__(self, file: Path) -> None:
         """Prepare the lock without acquiring it."""
@@ -72,14 +72,10 @@ def opened(file: Path) -> Iterator[Lock]:
 
 @contextlib.contextmanager
 def held(file: Path, what: str) -> Iterator[None]:
-    """Hold the lock of `file` during the block.
-
-    Args:
-        file: The lock file.
-        what: What the lock protects, for the error message.
+    """Hold the lock of `file`, which protects `what`, during the block.
 
     Raises:
-        PipelineError: Another process holds the lock. The message names it.
+        PipelineError: Another process holds the lock. The message names both.
     """
     with opened(file) as lock:
         if not lock.acquire():

@@ -39,15 +39,11 @@ class ResumableStore:
             name: File name of the unit, without its suffix.
             tensors: Named tensors, on any device. They may share memory.
             meta: JSON values to keep with them.
-
-        Raises:
-            PipelineError: The unit cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         # Own copies, because the format refuses tensors that share memory.
-        own = {
-            key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
-        }
+        contiguous = torch.contiguous_format
+        own = {key: tensor.detach().cpu().clone(memory_format=contiguous) for key, tensor in tensors.items()}
         content = json.dumps({"order": list(own), "meta": meta})  # the format does not keep the order
         with atomic.replace_file(self._file(name)) as temporary:
             save_file(own, temporary, metadata={"content": content, "sha256": _sha256(content, own)})

@@ -29,7 +29,6 @@ _REMEDIES = (
         "Another process, for example a notebook, has it open for writing. Close it there and run again; nothing is "
         "known to be damaged",
     )
-    | dict.fromkeys((errno.ENOLCK,), _SET_NO_LOCKS)
     | dict.fromkeys(
         (errno.EMFILE, errno.ENFILE), "Raise the limit on open files, for example with `ulimit -n 4096`, and run again"
     )
@@ -38,11 +37,10 @@ _REMEDIES = (
         (errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EHOSTDOWN),
         "Check the disk, or the mount of the network file system, and run again",
     )
-    | dict.fromkeys((errno.ENOMEM,), "Free some memory and run again")
+    | {errno.ENOMEM: "Free some memory and run again"}
     | dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room on the disk and run again")
-    | dict.fromkeys((errno.EROFS,), "Mount the file system for writing, or use another, and run again")
+    | {errno.EROFS: "Mount the file system for writing, or use another, and run again", errno.ENOLCK: _SET_NO_LOCKS}
 )
-_DEFAULT_REMEDY = "Remove the cause and run again"
 _UNMARK = (
     "A process has it open, or was killed while it wrote. Close it there; if none runs, get a copy with `dvc pull`, or "
     "remove the mark with `h5clear -s FILE`"
@@ -90,11 +88,7 @@ def refusal(error: BaseException, path: Path) -> SystemRefusal | None:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals to read `path` into SystemRefusal; other errors pass unchanged.
-
-    Raises:
-        SystemRefusal: The operating system refused.
-    """
+    """Turn the operating system's refusals to read `path` into SystemRefusal; other errors pass unchanged."""
     try:
         yield
     except PipelineError:
@@ -108,10 +102,8 @@ def reading(path: Path) -> Iterator[None]:
 def status(path: Path) -> os.stat_result | None:
     """Return the status of the file at `path`, following links; None only if there is no file.
 
-    In some versions of Python, `Path.exists` and `Path.is_file` return False if permission is missing.
-
-    Raises:
-        SystemRefusal: The operating system does not tell whether there is a file.
+    In some versions of Python, `Path.exists` and `Path.is_file` return False if permission is missing; this raises
+    SystemRefusal.
     """
     with reading(path):
         try:
@@ -123,11 +115,7 @@ def status(path: Path) -> os.stat_result | None:
 
 
 def entries(folder: Path) -> list[Path]:
-    """Return the paths in a folder, by name; none if there is no such folder. `Path.glob` skips unreadable folders.
-
-    Raises:
-        SystemRefusal: The folder cannot be listed.
-    """
+    """Return the paths in a folder, by name; none if there is no such folder. `Path.glob` skips unreadable folders."""
     with reading(folder):
         try:
             return sorted(folder.iterdir())
@@ -151,7 +139,7 @@ def in_words(error: BaseException) -> str:
 
 def remedy(code: int) -> str:
     """Return what to do about an errno, as a sentence without its full stop."""
-    return _REMEDIES.get(code, _DEFAULT_REMEDY)
+    return _REMEDIES.get(code, "Remove the cause and run again")
 
 
 def error_number(error: BaseException) -> int | None:

@@ -9,6 +9,7 @@ import os
 import shlex
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,36 +22,27 @@ from pipeline.settings.error_messages import explain, models_of
 from pipeline.settings.params import METHODS, Params, Section
 from pipeline.text import printable
 
-_YAML_KINDS = {
-    "int": "a number",
-    "float": "a number",
-    "bool": "true or false",
-    "null": "an empty value",
-    "timestamp": "a date",
-}
+_NUMBERS = dict.fromkeys(("int", "float"), "a number")
+_YAML_KINDS = _NUMBERS | {"bool": "true or false", "null": "an empty value", "timestamp": "a date"}
 
 
+@dataclass(frozen=True)
 class Config:
-    """Checked parameters, and the paths of the project's files, relative to the folder of params.yaml."""
+    """Checked parameters, and the paths of the project's files.
 
-    def __init__(self, params: Params, root: Path, sweep_is_as_written: bool = True) -> None:
-        """Hold the parameters of the project in `root`.
+    Attributes:
+        params: The content of params.yaml.
+        root: The project's folder, which holds params.yaml.
+        sweep_is_as_written: False if the sweep was overridden for one command.
+    """
 
-        Args:
-            params: The content of params.yaml.
-            root: The project's folder.
-            sweep_is_as_written: Whether `params.sweep` is the one in the file, rather than overridden for one command.
-        """
-        self.params = params
-        self.root = root
-        self.sweep_is_as_written = sweep_is_as_written
+    params: Params
+    root: Path
+    sweep_is_as_written: bool = True
 
     @property
     def home(self) -> Path:
-        """The folder of the files that DVC does not track.
-
-        It is the project itself, even where `root` is a temporary copy of it that DVC made for an experiment.
-        """
+        """The project's folder, even if `root` is a temporary copy of it that DVC made for an experiment."""
         project = Path(os.environ.get("DVC_ROOT", self.root)).resolve()  # DVC sets it for every stage
         if not self.root.is_relative_to(project / ".dvc" / "tmp"):
             return self.root
@@ -58,10 +50,10 @@ class Config:
         return project / self.root.relative_to(copy)
 
     def places(self, written: str) -> list[Path]:
-        """Return the candidates for a path in params.yaml, best first; every key that holds a path follows this rule.
+        """Return the candidates for a path in params.yaml, best first.
 
-        "~" is the user's home and $NAME an environment variable. A relative path starts at the folder of params.yaml.
-        DVC's temporary copy of a project has only the files that git or DVC tracks; others are found in the project.
+        "~" is the user's home and $NAME an environment variable; a relative path starts at the folder of params.yaml.
+        DVC's temporary copy of a project has only tracked files; others are found in the project.
         """
         path = os.path.expanduser(os.path.expandvars(written))
         return list(dict.fromkeys([self.root / path, self.home / path]))
@@ -109,7 +101,7 @@ class Config:
 
     @property
     def state_dir(self) -> Path:
-        """The state of unfinished work, outside of every DVC output: DVC deletes those before it runs a stage."""
+        """The state of unfinished work, outside DVC's outputs, which DVC deletes before it runs a stage."""
         return self.home / ".pipeline"
 
     @property
@@ -144,11 +136,7 @@ class Config:
         return known[name]
 
     def settings_of_run(self, method: str, partition: str) -> dict[str, Any]:
-        """Return the settings that determine a run, as its config.json holds them.
-
-        Raises:
-            ConfigError: There is no such method or partition.
-        """
+        """Return the settings that determine a run, as its config.json holds them; raise as `settings` does."""
         return {
             "method": {"name": method, **self.settings("methods", method).model_dump()},
             "partition": {"name": partition, **self.settings("partitions", partition).model_dump()},
@@ -157,13 +145,7 @@ class Config:
         }
 
     def check_settings_of_run(self, folder: Path, found: Mapping[str, Any], method: str, partition: str) -> None:
-        """Check that a run was trained with the present settings.
-
-        Args:
-            folder: The run's folder, for the message.
-            found: The content of its config.json.
-            method: Name of the method.
-            partition: Name of the partition.
+        """Check the run in `folder`, whose config.json holds `found`, against the present settings.
 
         Raises:
             ConfigError: A setting differs; the message gives both values, and the flags to report the run as it is.
@@ -188,9 +170,7 @@ class Config:
 
 def _as_typed(value: Any) -> str:
     """Write a value as for `--set`; "nothing" for ..."""
-    if value is ...:
-        return "nothing"
-    return printable(value if isinstance(value, str) else json.dumps(value))
+    return "nothing" if value is ... else printable(value if isinstance(value, str) else json.dumps(value))
 
 
 def at(values: Any, dotted_key: str, missing: Any = ...) -> Any:
@@ -229,8 +209,7 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
 
     Raises:
         ConfigError: The file is missing or not YAML; a key is unknown, missing, or has a value of the wrong type or
-            range; or the sweep names something that does not exist. One line per mistake, with the file, the key, its
-            value and what is allowed.
+            range; or the sweep names something unknown. One line per mistake, with key, value and what is allowed.
     """
     if not METHODS:
         raise ConfigError("No federated methods are registered. Import stages.train_fl.methods before config.load.")
@@ -248,16 +227,11 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
         raise ConfigError(explain(error, values, where)) from None
     _check_sweep(params, where)
     _check_names_of_runs(params, where)
-    sweep_is_as_written = not any(key.partition(".")[0] == "sweep" for key in overrides)
-    return Config(params, path.resolve().parent, sweep_is_as_written)
+    return Config(params, path.resolve().parent, not any(key.partition(".")[0] == "sweep" for key in overrides))
 
 
 def parse_value(key: str, text: str) -> Any:
-    """Parse a value from the command line for a dotted key.
-
-    If the key accepts text, the value is taken as typed ("007" is a name), except that null is None. Otherwise it is
-    read as in params.yaml.
-    """
+    """Parse a value from the command line: as typed if the key accepts text ("007" is a name), else as YAML."""
     from ruamel.yaml import YAMLError
 
     fields = _fields(key)
@@ -273,16 +247,12 @@ def parse_value(key: str, text: str) -> Any:
 
 
 def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
-    """Parse assignments of the form KEY=VALUE, with dotted keys, into overrides for `load`.
-
-    Raises:
-        ConfigError: An assignment has another form.
-    """
+    """Parse KEY=VALUE assignments, with dotted keys, into overrides for `load`; raise ConfigError for another form."""
     overrides = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not (key and equals):
-            raise ConfigError(f"{assignment!r} is not KEY=VALUE")
+            raise ConfigError(f"{assignment!r} is not KEY=VALUE.")
         overrides[key] = parse_value(key, text)
     return overrides
 
@@ -304,12 +274,7 @@ def _accepts(field: FieldInfo, value: Any) -> bool:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file of sections.
-
-    Raises:
-        ConfigError: It is missing, is not YAML, or holds something else.
-        SystemRefusal: The operating system does not let it be read.
-    """
+    """Read a YAML file of sections; raise ConfigError if it is missing, is not YAML, or holds something else."""
     from ruamel.yaml import YAMLError
     from ruamel.yaml.error import MarkedYAMLError
 
@@ -322,9 +287,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
             "`pipeline init`."
         ) from None
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
-        ) from None
+        detail = f"{error.reason} at byte {error.start}"
+        raise ConfigError(f"{path} is not UTF-8 text ({detail}). Save it as UTF-8.") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}). Name a file with --params.") from None
     except MarkedYAMLError as error:
@@ -332,10 +296,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         problem = error.problem or error.context or "it cannot be parsed"
         raise ConfigError(f"{path} is not valid YAML ({line}{' '.join(problem.split())}). Fix the line.") from None
     except YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML ({' '.join(str(error).split())})") from None
+        raise ConfigError(f"{path} is not valid YAML ({' '.join(str(error).split())}). Fix it.") from None
     if not isinstance(values, dict):
         found = "nothing" if values is None else f"a {type(values).__name__}"
-        raise ConfigError(f"{path} must hold sections (prepare_data, ...), but holds {found}")
+        raise ConfigError(f"{path} must hold sections (prepare_data, ...), but holds {found}.")
     return values
 
 
@@ -364,14 +328,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def non_text_keys(text: str) -> list[tuple[int, str, str]]:
-    """Find the keys of a YAML file's outermost mapping that are not text: 007, true, null.
-
-    Args:
-        text: The file's text, which `parse_yaml` accepts.
-
-    Returns:
-        The line of each, counted from 1, the key as written, and its kind.
-    """
+    """Find the outermost keys of valid YAML that are not text (007, true): line from 1, key as written, and kind."""
     from ruamel.yaml import YAML
 
     document = YAML(typ="safe", pure=True).compose(text)
@@ -385,7 +342,7 @@ def _set(values: dict[str, Any], dotted_key: str, value: Any) -> None:
     for parent in parents:
         section = values.get(parent, {})
         if not isinstance(section, dict):
-            raise ConfigError(f"cannot set {dotted_key}: {parent} is a value, not a section")
+            raise ConfigError(f"Cannot set {dotted_key}, because {parent} is a value, not a section.")
         values[parent] = dict(section)  # a YAML alias may share the section with others
         values = values[parent]
     values[key] = value
@@ -393,16 +350,11 @@ def _set(values: dict[str, Any], dotted_key: str, value: Any) -> None:
 
 def _check_sweep(params: Params, where: Callable[[str], str]) -> None:
     """Check that every method and partition of the sweep has settings."""
-    for section, names, known in (
-        ("methods", params.sweep.methods, params.methods),
-        ("partitions", params.sweep.partitions, params.partitions),
-    ):
-        for name in names:
-            if name not in known:
-                key = f"sweep.{section}"
-                raise ConfigError(
-                    f"{where(key)}: {key} names {name}, which is not under {section} ({', '.join(known)})"
-                )
+    for section in ("methods", "partitions"):
+        known, key = getattr(params, section), f"sweep.{section}"
+        if unknown := [name for name in getattr(params.sweep, section) if name not in known]:
+            available = ", ".join(known)
+            raise ConfigError(f"{where(key)}: {key} names {unknown[0]}, which is not under {section} ({available})")
 
 
 def _check_names_of_runs(params: Params, where: Callable[[str], str]) -> None:

@@ -1,7 +1,6 @@
 """Explain invalid parameters: one line per key, with where it was set, its value and what is allowed.
 
-Pydantic reports one error for every branch of a union that it tried, and puts the branch's name into the key's path.
-Here they become one line with the key as the user wrote it.
+Pydantic reports an error per branch of a union, with the branch's name in the key's path; these are merged.
 """
 
 import difflib
@@ -20,15 +19,9 @@ _NAMED = {"methods": (METHODS.values(), "algorithm"), "partitions": (PARTITIONS,
 
 
 def explain(error: ValidationError, values: Mapping[str, Any], where: Callable[[str], str]) -> str:
-    """Return lines of the form `params.yaml: train_fl.batch_size = 0: input should be greater than or equal to 1`.
+    """Return one line per key: `params.yaml: train_fl.batch_size = 0: input should be greater than or equal to 1`.
 
-    Args:
-        error: Pydantic's error.
-        values: The values that were validated.
-        where: Dotted key -> where its value was set: a file, or the command line.
-
-    Returns:
-        One line per key, in the order of `Params`.
+    `values` were validated; `where` gives the place where a dotted key was set, a file or the command line.
     """
     problems: dict[str, list[str]] = {}
     for detail in error.errors():
@@ -43,15 +36,14 @@ def explain(error: ValidationError, values: Mapping[str, Any], where: Callable[[
 
 
 def models_of(section: str, name: str | None = None, values: Mapping[str, Any] | None = None) -> list[type[Section]]:
-    """Return the models of a section; for a named method or partition the one that its values select, if they do."""
+    """Return the models of a section, or of a named method or partition the one that its values select."""
     if section in _NAMED:
         models, selector = _NAMED[section]
         chosen = ((values or {}).get(section) or {}).get(name) if name else None
         tag = chosen.get(selector) if isinstance(chosen, Mapping) else None
         fitting = [model for model in models if tag in get_args(model.model_fields[selector].annotation)]
         return fitting or list(models)
-    annotation = Params.model_fields[section].annotation if section in Params.model_fields else None
-    return [annotation] if isinstance(annotation, type) and issubclass(annotation, Section) else []
+    return _sections(Params.model_fields[section].annotation) if section in Params.model_fields else []
 
 
 def allowed(field: FieldInfo) -> str:
@@ -75,9 +67,7 @@ def _alternatives(annotation: Any, limits: Iterable[Any]) -> list[str]:
     if annotation not in (int, float):
         return [{bool: "true or false", types.NoneType: "null"}.get(annotation, "text")]
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    bounds = [
-        f"{sign} {getattr(limit, name):g}" for limit in limits for name, sign in signs.items() if hasattr(limit, name)
-    ]
+    bounds = [f"{signs[name]} {getattr(limit, name):g}" for limit in limits for name in signs if hasattr(limit, name)]
     return [" ".join(["an integer" if annotation is int else "a number", " and ".join(bounds)]).strip()]
 
 
@@ -89,11 +79,11 @@ def _problem(detail: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[str,
     message = detail["msg"][0].lower() + detail["msg"][1:]
     if kind == "missing":
         return key, " is missing"
+    selector = f"{key}.{context.get('discriminator', '').strip(chr(39))}"
     if kind == "union_tag_not_found":
-        return f"{key}.{context['discriminator'].strip(chr(39))}", " is missing"
+        return selector, " is missing"
     if kind == "union_tag_invalid":
-        selector = context["discriminator"].strip("'")
-        return f"{key}.{selector}", f" = {_shown(context['tag'])}: input should be one of {context['expected_tags']}"
+        return selector, f" = {_shown(context['tag'])}: input should be one of {context['expected_tags']}"
     if kind in ("model_type", "dict_type", "model_attributes_type"):
         return key, f" = {_shown(given)}: must be a section with its keys below it"
     if kind == "extra_forbidden":
@@ -141,6 +131,5 @@ def _allowed_keys(section: list[str | int], values: Mapping[str, Any]) -> list[s
 
 
 def _sections(annotation: Any) -> list[type[Section]]:
-    return [
-        kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, Section)
-    ]
+    kinds = (annotation, *get_args(annotation))
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]

@@ -45,15 +45,13 @@ class Applied:
 
 
 def describe(folder: Path) -> dict[str, str]:
-    """Return every preset by name, with the first line of its file, a comment that describes it.
+    """Return every preset by name, with the comment in the first line of its file, which describes it.
 
     Args:
         folder: The project's `presets`, which need not exist.
     """
-    return {
-        name: file.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
-        for name, file in _files(folder).items()
-    }
+    first_lines = {name: file.read_text(encoding="utf-8").partition("\n")[0] for name, file in _files(folder).items()}
+    return {name: line.removeprefix("#").strip() for name, line in first_lines.items()}
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -71,8 +69,7 @@ def apply(name: str, params_file: Path, force: bool = False) -> Applied:
         force: Also overwrite edits that exist nowhere else.
 
     Raises:
-        ConfigError: There is no such preset, or it is not valid; or it would overwrite edits that neither git nor a
-            preset has.
+        ConfigError: There is no such preset, it is not valid, or it would overwrite edits that exist nowhere else.
     """
     config.load(params_file)  # so that an error that is already in the file is not blamed on the preset
     folder = params_file.parent / "presets"
@@ -105,13 +102,7 @@ def apply(name: str, params_file: Path, force: bool = False) -> Applied:
 
 
 def _read(name: str, folder: Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Read a preset and merge it over its bases: section -> keys.
-
-    Args:
-        name: The preset's name or path.
-        folder: The project's `presets`.
-        above: The presets that have this one as a base.
-    """
+    """Read a preset and merge it over its bases: section -> keys; `above` are the presets that it is a base of."""
     if name in above:
         raise ConfigError(f"Preset {name} is a base of itself. Remove one of {', '.join(above)} from `base`.")
     own = config.read_yaml(_file(name, folder))
@@ -145,19 +136,12 @@ def _only_here(values: Mapping[str, Any], params_file: Path) -> list[str]:
         return []
     folder = params_file.parent / "presets"
     holders = [tracked, *(_read(name, folder) for name in _files(folder))]
-    return [
-        key
-        for key, value in values.items()
-        if value is not ... and not any(config.at(holder, key) == value for holder in holders)
-    ]
+    present = {key: value for key, value in values.items() if value is not ...}
+    return [key for key, value in present.items() if not any(config.at(holder, key) == value for holder in holders)]
 
 
 def _in_git(file: Path) -> Any:
-    """Return the file's values in git's index, from where `git checkout` restores it; None if git does not track it.
-
-    Raises:
-        ConfigError: Git gives no answer, for example because another user owns the repository.
-    """
+    """Return the file's values in git's index, from where `git checkout` restores it; None if git does not track it."""
     from ruamel.yaml import YAMLError
 
     command, environment = ["git", "show", f":./{file.name}"], {**os.environ, "LC_ALL": "C"}
@@ -171,7 +155,7 @@ def _in_git(file: Path) -> Any:
     if any(words in reason for words in _UNKNOWN_TO_GIT):
         return None
     if reason:
-        raise ConfigError(
+        raise ConfigError(  # for example, because another user owns the repository
             f"{file} may have uncommitted edits, and git cannot tell ({printable(reason.splitlines()[0])}). Make git "
             "work there, or pass --force to overwrite them."
         )
@@ -188,10 +172,9 @@ def _round_trip() -> Any:
     class Representer(RoundTripRepresenter):
         pass
 
-    Representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
-    Representer.add_representer(
-        list, lambda to, values: to.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
-    )
+    tag = "tag:yaml.org,2002:"
+    Representer.add_representer(type(None), lambda to, _: to.represent_scalar(f"{tag}null", "null"))
+    Representer.add_representer(list, lambda to, values: to.represent_sequence(f"{tag}seq", values, flow_style=True))
     yaml = YAML()
     yaml.Representer = Representer
     yaml.preserve_quotes = True

@@ -7,10 +7,8 @@ a file finishes it. The content of a shard does not depend on the process that c
 """
 
 import contextlib
-import logging
 import os
 import re
-import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,11 +17,9 @@ from typing import NamedTuple, TypeVar
 
 from pipeline.errors import ConfigError
 from pipeline.feature_store import FeatureSetWriter
+from pipeline.sigterm import Terminated, on_sigterm
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-TERMINATED = 128 + signal.SIGTERM
 
 
 class Claim(NamedTuple):
@@ -91,29 +87,15 @@ def prepare(claims: Iterator[Claim], read: Callable[[int], T], ahead: bool) -> I
 
 @contextlib.contextmanager
 def finish_batch_on_sigterm() -> Iterator[Callable[[], None]]:
-    """Stop between two batches on SIGTERM: yield a function that raises SystemExit(143) once the signal has arrived.
+    """Stop between two batches on SIGTERM: yield a function that raises `Terminated` once the signal has arrived.
 
-    Shards that are being written are finished first. A second SIGTERM ends the process at once.
+    Shards that are being written are finished first.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
     requested = threading.Event()
-    previous = signal.getsignal(signal.SIGTERM)
-
-    def request_stop(number: int, frame: object) -> None:
-        requested.set()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def check() -> None:
         if requested.is_set():
-            raise SystemExit(TERMINATED)
+            raise Terminated
 
-    signal.signal(signal.SIGTERM, request_stop)
-    try:
+    with on_sigterm(requested.set):
         yield check
-    except SystemExit:
-        log.warning("stopped by SIGTERM: finished shards are kept, and the same command resumes from there")
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -1,4 +1,4 @@
-"""Stage prepare-backbone: the frozen diffusion model -> models/<name>, and what it is -> data/backbones/<name>.json."""
+"""Stage prepare-backbone: the frozen diffusion model -> models/<name>, its manifest -> data/backbones/<name>.json."""
 
 from stages.prepare_backbone.run import run
 

@@ -1,4 +1,4 @@
-"""How params.yaml names a model on the hub: an id, an id@revision or the URL of its page, pinned to a commit."""
+"""Parse the name of a model on the hub: an id, an id@revision or the URL of its page, pinned to a commit."""
 
 import re
 
@@ -12,25 +12,21 @@ _PATH = re.compile(r"[./~$].*|.*/|[^/@]+(/[^/@]+){2,}")
 
 
 def is_path(source: str) -> bool:
-    """Return whether a source can only be meant as a directory: ./sd, ~/sd, /models/sd, a/b/c, sd/."""
+    """Return whether a source can only be a directory: ./sd, ~/sd, /models/sd, a/b/c, sd/."""
     return "://" not in source and not _HOST.match(source) and _PATH.fullmatch(source) is not None
 
 
 def pinned(source: str, revision: str | None) -> tuple[str, str]:
-    """The id and the commit of a model on the hub.
-
-    Args:
-        source: Value of prepare_backbone.source: organisation/model, the same with @ and a revision, or a page's URL.
-        revision: Value of prepare_backbone.revision; None if it is not set.
+    """Return the id and the commit that prepare_backbone.source and revision name.
 
     Raises:
-        ConfigError: It names no model, or no commit; the message gives the commit that a branch or tag is at now.
+        ConfigError: They name no model, or no commit; the message gives the commit that a branch or tag is at now.
     """
     hub_id, written = _parse(source)
     if written and revision and written != revision and _COMMIT.fullmatch(written):
         raise ConfigError(
             f"prepare_backbone.source names the commit {written}, and prepare_backbone.revision is {revision}. Remove "
-            "one of them"
+            "one of them."
         )
     chosen = written if written and _COMMIT.fullmatch(written) else revision or written
     if chosen and _COMMIT.fullmatch(chosen):
@@ -40,13 +36,13 @@ def pinned(source: str, revision: str | None) -> tuple[str, str]:
     commit = hub.commit_of(hub_id, chosen)
     now = f"{chosen or 'main'} is at {commit} now" if commit else "The page of the model on the hub lists them"
     raise ConfigError(
-        f"set prepare_backbone.revision to a commit of {hub_id}, 40 hexadecimal digits, because a branch or tag can "
-        f"move and change the model under the features. {now}"
+        f"No commit of {hub_id} is given, and a branch or tag can move. Set prepare_backbone.revision to a commit, 40 "
+        f"hexadecimal digits. {now}."
     )
 
 
 def _parse(source: str) -> tuple[str, str | None]:
-    """organisation/model, and the revision that is written after it."""
+    """Return organisation/model, and the revision that is written after it."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HfUriError
     from huggingface_hub.utils import parse_hf_uri
@@ -60,19 +56,10 @@ def _parse(source: str) -> tuple[str, str | None]:
     except HfUriError:
         uri = None
     if uri is None or uri.type != "model" or not _ID.fullmatch(uri.id) or (uri.path_in_repo and "://" not in address):
-        raise ConfigError(_no_model(written))
+        problem = "is neither embedded, nor a directory, nor a hub id. Check the path, or write organisation/model."
+        if written.endswith((".safetensors", ".ckpt", ".gguf")):
+            problem = f"is a model in one file. {CONVERT}"
+        elif "://" in written:
+            problem = "is not a model's page on the Hugging Face hub. Download the model, and give its directory."
+        raise ConfigError(f"prepare_backbone.source = {written!r} {problem}")
     return uri.id, uri.revision
-
-
-def _no_model(source: str) -> str:
-    if source.endswith((".safetensors", ".ckpt", ".gguf")):
-        return f"prepare_backbone.source = {source!r} is a model in one file. {CONVERT}"
-    if "://" in source:
-        return (
-            f"prepare_backbone.source = {source!r} is not the page of a model on the Hugging Face hub. Download the "
-            "model, and give its directory"
-        )
-    return (
-        f"prepare_backbone.source = {source!r} is neither embedded, nor a directory, nor a hub id. Check the path, or "
-        "write organisation/model"
-    )

@@ -1,9 +1,8 @@
 """The public text-to-image corpus that tiny-sd is trained on: digits rendered from free fonts.
 
 Glyphs 0-9 of the DejaVu and STIX fonts that matplotlib ships, bent by a random affine map and an elastic
-displacement field (Simard et al., ICDAR 2003), thickened or thinned, then blurred through a random coarse grid
-as a scanner would. No image of any federated data set is among them. The trade-off: a corpus anybody can make
-again in a minute, at the price of a backbone that knows nothing but digits.
+displacement field (Simard et al., ICDAR 2003), thickened or thinned, then blurred through a random coarse grid like a
+scan. It contains no image of a federated data set and is rendered in a minute, but it has nothing but digits.
 """
 
 from collections.abc import Iterator
@@ -19,20 +18,11 @@ CAPTION = "a photo of a handwritten number {digit}"
 
 _CANVAS = 48  # glyphs are drawn and bent on a larger canvas, then reduced
 _FONTS = (
-    "DejaVuSans.ttf",
-    "DejaVuSans-Bold.ttf",
-    "DejaVuSans-Oblique.ttf",
-    "DejaVuSans-BoldOblique.ttf",
-    "DejaVuSansMono.ttf",
-    "DejaVuSansMono-Oblique.ttf",
-    "DejaVuSerif.ttf",
-    "DejaVuSerif-Bold.ttf",
-    "DejaVuSerif-Italic.ttf",
-    "STIXGeneral.ttf",
-    "STIXGeneralBol.ttf",
-    "STIXGeneralItalic.ttf",
-    "STIXGeneralBolIta.ttf",
-)
+    "DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSans-Oblique.ttf", "DejaVuSans-BoldOblique.ttf",
+    "DejaVuSansMono.ttf", "DejaVuSansMono-Oblique.ttf",
+    "DejaVuSerif.ttf", "DejaVuSerif-Bold.ttf", "DejaVuSerif-Italic.ttf",
+    "STIXGeneral.ttf", "STIXGeneralBol.ttf", "STIXGeneralItalic.ttf", "STIXGeneralBolIta.ttf",
+)  # fmt: skip
 
 
 def render_digits(num_images: int, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, int]]:
@@ -46,7 +36,7 @@ def render_digits(num_images: int, rng: np.random.Generator) -> Iterator[tuple[n
 
 @cache
 def _glyph(digit: int, font_file: str) -> np.ndarray:
-    """One digit, scaled to a common height and centred: float32 (48, 48) in [0, 1]."""
+    """Draw a digit, scaled to a common height and centred: float32 (48, 48) in [0, 1]."""
     import matplotlib
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / font_file
@@ -63,7 +53,7 @@ def _glyph(digit: int, font_file: str) -> np.ndarray:
 
 
 def _bend(glyph: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A random affine map (rotation, shear, scale, shift) and a smooth elastic displacement."""
+    """Apply a random affine map (rotation, shear, scale, shift) and a smooth elastic displacement."""
     angle, shear = rng.normal(0, 0.14), rng.normal(0, 0.18)
     scale_y, scale_x = rng.uniform(0.82, 1.12), rng.uniform(0.7, 1.25)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -78,14 +68,14 @@ def _bend(glyph: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _weight(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A random pen: the stroke is blurred and cut at a random level, so that it grows or shrinks."""
+    """Vary the pen: the stroke is blurred and cut at a random level, so that it grows or shrinks."""
     blurred = ndimage.gaussian_filter(image, rng.uniform(0.8, 2.0))
     level = rng.uniform(0.02, 0.3)
     return np.clip((blurred - level) * rng.uniform(2, 6), 0, 1) * rng.uniform(0.75, 1)
 
 
 def _coarsen(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Reduce to a random grid of 8 to 16 pixels a side and back to 32: the blur of a low-resolution scan."""
+    """Reduce to a random grid of 8 to 16 pixels per side and back to 32: the blur of a low-resolution scan."""
     crop = Image.fromarray(image[6:-6, 6:-6])  # (36, 36)
     grid = int(rng.integers(8, 17))
     coarse = crop.resize((grid, grid), Image.Resampling.BOX)

@@ -19,12 +19,8 @@ class Directory:
     def __init__(self, path: Path, target: Path | None = None) -> None:
         """List the files of the directory and of the folders in it.
 
-        Args:
-            path: The directory.
-            target: The folder that will be replaced by one with links to the files; None if none will.
-
         Raises:
-            DataError: It cannot be read, or its files are in `target`.
+            DataError: It cannot be read, or its files are in `target`, the folder that will be replaced by links.
         """
         self.path = path.absolute()
         self.title, self.listed = str(path), True
@@ -40,15 +36,15 @@ class Directory:
         if any(file.resolve().is_relative_to(target.resolve()) for file in files):
             raise DataError(
                 f"prepare_backbone.source = {path} is in {target}, which would be replaced. Move the model to another "
-                "folder, or set another prepare_backbone.name"
+                "folder, or set another prepare_backbone.name."
             )
 
     def read(self, name: str) -> Path:
-        """A file's path."""
+        """Return a file's path."""
         return self.path / name
 
     def fetch(self, names: Sequence[str]) -> dict[str, tuple[Path, str]]:
-        """Each file's absolute path, links followed, and its SHA-256, 64 hexadecimal digits.
+        """Return each file's absolute path, links followed, and its SHA-256, 64 hexadecimal digits.
 
         Raises:
             DataError: A file cannot be read, or is not a complete safetensors file by its header and length.
@@ -64,13 +60,13 @@ def _check_header(path: Path) -> None:
     with system_errors.reading(path):
         start = path.read_bytes()[: len(_LFS_POINTER)] if path.stat().st_size < 1024 else b""
     if start == _LFS_POINTER:
-        raise DataError(f"{path} is a pointer of git-lfs, not the weights. Run `git lfs pull` in its repository")
+        raise DataError(f"{path} is a pointer of git-lfs, not the weights. Run `git lfs pull` in its repository.")
     try:
         with safe_open(path, "pt"):
             pass
     except SafetensorError as error:
         raise system_errors.refusal(error, path) or DataError(
-            f"{path} is not a complete safetensors file ({error}). Get it again"
+            f"{path} is not a complete safetensors file ({error}). Get it again."
         ) from None
 
 

@@ -1,9 +1,9 @@
-"""A model on the Hugging Face hub: its files in the hub client's own cache, each compared with the hub's hash of it.
+"""A model on the Hugging Face hub: its files in the hub client's own cache, each compared with the hub's hash.
 
-The client (huggingface_hub) downloads, resumes a broken connection, and shares its cache with every other tool. It
-compares no hash of what arrives, so this is done here, on every run: what changed on the disk is noticed as well. The
-hub gives the SHA-256 of large files and git's SHA-1 of small ones, and the cache names its blobs by them, so that it
-can be checked without a network. One file is fetched at a time, in the main thread, so that Ctrl-C stops it at once.
+The client (huggingface_hub) downloads, resumes, and shares its cache with other tools, but compares no hashes. They are
+compared here, on every run, so changes on the disk are noticed as well. The hub gives the SHA-256 of large files and
+git's SHA-1 of small ones, and the cache names its blobs by them, so they can be checked offline. Files are fetched one
+at a time, in the main thread, so that Ctrl-C stops at once.
 """
 
 import contextlib
@@ -36,17 +36,16 @@ class HubModel:
     def __init__(self, hub_id: str, revision: str, listings: Path) -> None:
         """List the repository's files.
 
-        Without the hub the listing of an earlier run is used, so that the same files are chosen; or else, the files of
-        the commit that are in the cache.
+        If the hub cannot be reached, use the listing of an earlier run, so that the same files are chosen; or else the
+        files of the commit in the cache.
 
         Args:
             hub_id: organisation/model.
-            revision: a commit, 40 hexadecimal digits.
-            listings: the folder that keeps listings.
+            revision: A commit, 40 hexadecimal digits.
+            listings: The folder of the listings.
 
         Raises:
-            DataError: There is no such model or commit, or access to it; or the hub cannot be reached and the cache
-                has nothing of it.
+            DataError: The model or commit does not exist or is not accessible; or neither hub nor cache has it.
         """
         self.hub_id, self.revision = hub_id, revision
         self.title = f"{hub_id} at {revision[:12]}"
@@ -71,12 +70,12 @@ class HubModel:
             log.info("%s: the hub cannot be reached, the files in its cache are used", hub_id)
 
     def read(self, name: str) -> Path:
-        """A small file, downloaded if it is not in the cache."""
+        """Return the path of a small file, downloaded if it is not in the cache."""
         with _quiet_client():
             return self._fetch_checked(name, None)[0]
 
     def fetch(self, names: Sequence[str]) -> dict[str, tuple[Path, str]]:
-        """Download what the cache lacks, and compare every file with the hub's hash.
+        """Download files that the cache lacks, and compare every file with the hub's hash.
 
         Returns:
             Each file's absolute path in the cache and its SHA-256, 64 hexadecimal digits.
@@ -99,7 +98,7 @@ class HubModel:
                     if name in missing:
                         bar.update(before + self.sizes[name] - bar.n)  # less if another revision had the same file
             except BaseException:
-                bar.close()  # what follows starts on a line of its own
+                bar.close()  # so that messages start on their own line
                 if missing:
                     kept = sum(name in missing for name in found)
                     log.info("%d of these %d files are complete, and are kept in %s", kept, len(missing), _cache())
@@ -128,27 +127,24 @@ class HubModel:
         new = not self._pointer(name).exists()
         path = self._download(name, bar)
         sha256, agrees = self._compare(name, path)
-        if not agrees:
-            if self._unreachable:
-                raise DataError(
-                    f"{self.title}: {name} is damaged in the cache, because its bytes differ from the hash "
-                    "that the hub gave. Run again with a network connection, and it is downloaded again"
-                )
-            what = "arrived damaged" if new else "is damaged in the cache"
-            log.warning("%s: %s %s: its bytes differ from the hub's. It is downloaded again", self.title, name, what)
-            path = self._download(name, bar, again=True)
-            sha256, agrees = self._compare(name, path)
-        if not agrees:
-            raise self._damaged(name, path)
-        return path, sha256
-
-    def _damaged(self, name: str, path: Path) -> DataError:
-        """Remove a file with other bytes than the hub's, so that no other tool finds it in the cache."""
-        path.resolve().unlink(missing_ok=True)
+        if agrees:
+            return path, sha256
+        if self._unreachable:
+            raise DataError(
+                f"{self.title}: {name} is damaged in the cache, because its bytes differ from the hash that the hub "
+                "gave. Run again with a network connection to download it again."
+            )
+        what = "arrived damaged" if new else "is damaged in the cache"
+        log.warning("%s: %s %s: its bytes differ from the hub's. It is downloaded again", self.title, name, what)
+        path = self._download(name, bar, again=True)
+        sha256, agrees = self._compare(name, path)
+        if agrees:
+            return path, sha256
+        path.resolve().unlink(missing_ok=True)  # so that no other tool finds it in the cache
         path.unlink(missing_ok=True)
-        return DataError(
+        raise DataError(
             f"{self.title}: the bytes of {name} differ from the hash that the hub lists, so the file was removed from "
-            "the cache. Run again; if it repeats, a proxy or the disk changes the file"
+            "the cache. Run again; if it repeats, a proxy or the disk changes the file."
         )
 
     def _download(self, name: str, bar: "tqdm | None", again: bool = False) -> Path:
@@ -163,7 +159,7 @@ class HubModel:
         return Path(path).absolute()
 
     def _compare(self, name: str, path: Path) -> tuple[str, bool]:
-        """The file's SHA-256, and whether its bytes are the hub's."""
+        """Return the file's SHA-256, and whether its bytes are the hub's."""
         expected = self._hashes.get(name) or _name_of_blob(path)
         digests = {64: hashlib.sha256()}
         if expected and len(expected) == 40:
@@ -194,7 +190,7 @@ class HubModel:
         if size > free:
             raise DataError(
                 f"{self.title} needs {text.size(size)}, and {_cache()} has {text.size(free)} free. Make room, or set "
-                "HF_HOME to a folder on a larger disk"
+                "HF_HOME to a folder on a larger disk."
             )
 
     def _pointer(self, name: str) -> Path:
@@ -210,11 +206,7 @@ class HubModel:
 
 
 def commit_of(hub_id: str, revision: str | None) -> str | None:
-    """The commit that a branch or tag, None for the main branch, is at now; None if the hub gives no answer.
-
-    Raises:
-        DataError: The hub has no such model or revision, or gives no access to it.
-    """
+    """Return the present commit of a branch or tag, None for the main branch; None if the hub gives no answer."""
     from huggingface_hub import HfApi
 
     try:
@@ -233,13 +225,13 @@ def _cache() -> Path:
 
 
 def _name_of_blob(path: Path) -> str | None:
-    """The hash by which the cache names the file, None where it holds no links."""
+    """Return the hash by which the cache names the file; None if the cache does not use links."""
     name = path.readlink().name if path.is_symlink() else ""
     return name if _HASH.fullmatch(name) else None
 
 
 def _reporting_to(bar: "tqdm | None") -> Any:
-    """What the hub's client takes for the bar of one file, and what moves the bar of all."""
+    """Return a class that the hub's client uses as the bar of one file, and that advances the bar of all."""
 
     class Part:
         def __init__(self, *args: object, **kwargs: object) -> None:
@@ -264,7 +256,7 @@ def _reporting_to(bar: "tqdm | None") -> Any:
 
 
 class _Once(logging.Handler):
-    """Pass the client's warnings on, one line for each kind of them."""
+    """Forward the client's warnings, one line per kind."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -280,7 +272,7 @@ class _Once(logging.Handler):
 
 @contextlib.contextmanager
 def _quiet_client() -> Iterator[None]:
-    """The client's log has a handler of its own and passes records on as well, which shows each line twice."""
+    """Replace the client's log handler, which would show each line twice because records propagate as well."""
     import huggingface_hub.utils  # noqa: F401  its import adds the handler
 
     logger = logging.getLogger("huggingface_hub")

@@ -10,14 +10,7 @@ _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, with a token of an acco
 
 
 def in_words(error: BaseException, hub_id: str, revision: str | None, name: str | None = None) -> DataError:
-    """Return the error to raise for an error of the hub's client.
-
-    Args:
-        error: An error of any type; the client wraps the answer of the hub in others.
-        hub_id: The model's id, organisation/model.
-        revision: The commit, branch or tag that was requested; None for the main branch.
-        name: The requested file, if it was a file.
-    """
+    """Return the error to raise for an error of the hub's client when it was asked for a model or one of its files."""
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{hub_id}"
@@ -27,40 +20,37 @@ def in_words(error: BaseException, hub_id: str, revision: str | None, name: str 
             if cause.response.status_code == 403:
                 return DataError(
                     f"{hub_id} is gated, and the account of the token in use has no access. Ask for it at {page}, then "
-                    f"run again; or {_LOG_IN}"
+                    f"run again; or {_LOG_IN}."
                 )
-            return DataError(f"{hub_id} is gated. Accept its terms at {page}, then {_LOG_IN}")
+            return DataError(f"{hub_id} is gated. Accept its terms at {page}, then {_LOG_IN}.")
         if isinstance(cause, errors.RepositoryNotFoundError):
-            return DataError(
-                f"the hub has no model {hub_id}, or it is private. Check the id at {page}; if it is private, {_LOG_IN}"
-            )
+            problem = f"The hub has no model {hub_id}, or it is private"
+            return DataError(f"{problem}. Check the id at {page}; if it is private, {_LOG_IN}.")
         if isinstance(cause, errors.RevisionNotFoundError):
-            return DataError(f"{hub_id} has no revision {revision}. Take a commit from {page}/commits/main")
+            return DataError(f"{hub_id} has no revision {revision}. Choose a commit from {page}/commits/main.")
         if isinstance(cause, errors.RemoteEntryNotFoundError):
-            return DataError(f"{hub_id} at {revision} has no file {name}. See {page}/tree/{revision}")
+            return DataError(f"{hub_id} at {revision} has no file {name}. See {page}/tree/{revision}.")
         if isinstance(cause, errors.HfHubHTTPError):
             return _of_status(cause.response.status_code, hub_id, page, name)
     if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes):
         what = name or "this model"
-        return DataError(
-            f"the cache of the hub lacks {what} of {hub_id}, and HF_HUB_OFFLINE is set. Unset it, or run where the "
-            "cache has the model"
-        )
+        problem = f"The cache of the hub lacks {what} of {hub_id}, and HF_HUB_OFFLINE is set"
+        return DataError(f"{problem}. Unset it, or run where the cache has the model.")
     file = f"{name} of {hub_id}" if name else hub_id
     if any("Consistency check failed" in str(cause) for cause in causes):
         return DataError(
-            f"{file} arrived with another length than the hub lists. What arrived was removed. Run again; if it "
-            "repeats, a proxy changes the file"
+            f"{file} arrived with another length than the hub lists, and was removed. Run again; if it repeats, a "
+            "proxy changes the file."
         )
     if (number := system_errors.error_number(error)) and not is_unreachable(error):
         return DataError(
             f"{file} cannot be written to the cache of the hub ({os.strerror(number)}). Make room or give access, "
-            "or set HF_HOME to another folder"
+            "or set HF_HOME to another folder."
         )
     reason = next((str(cause).strip().splitlines()[0] for cause in reversed(causes) if str(cause).strip()), "no reason")
     return DataError(
         f"{file} cannot be downloaded ({reason}). Check the network and run again, or set prepare_backbone.source to a "
-        "directory that holds the model"
+        "directory that holds the model."
     )
 
 
@@ -73,7 +63,7 @@ def is_unreachable(error: BaseException) -> bool:
             return cause.response.status_code == 429 or cause.response.status_code >= 500
         if isinstance(cause, errors.OfflineModeIsEnabled | ConnectionError):
             return True
-        if any(base.__name__ == "TransportError" for base in type(cause).__mro__):  # of httpx, by whatever name it has
+        if any(base.__name__ == "TransportError" for base in type(cause).__mro__):  # of httpx or httpx2
             return True
     return False
 
@@ -82,18 +72,18 @@ def _of_status(status: int, hub_id: str, page: str, name: str | None) -> DataErr
     file = f"{name} of {hub_id}" if name else hub_id
     if status == 429:
         return DataError(
-            f"the hub limits how many requests it answers (429, at {file}). Wait some minutes and run again; a token "
-            "raises the limit: log in with `hf auth login`, or set HF_TOKEN"
+            f"The hub limits how many requests it answers (429, at {file}). Wait some minutes and run again; a token "
+            "raises the limit: log in with `hf auth login`, or set HF_TOKEN."
         )
     if status >= 500:
-        return DataError(f"the hub is busy or down ({status}, at {file}). Wait some minutes and run again")
+        return DataError(f"The hub is busy or down ({status}, at {file}). Wait some minutes and run again.")
     if status in (401, 403):
-        return DataError(f"the hub refuses access ({status}, at {file}). See {page}; {_LOG_IN}")
-    return DataError(f"the hub refuses the request ({status}, at {file}). Check the id and the revision at {page}")
+        return DataError(f"The hub refuses access ({status}, at {file}). See {page}; {_LOG_IN}.")
+    return DataError(f"The hub refuses the request ({status}, at {file}). Check the id and the revision at {page}.")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what caused it, outermost first."""
+    """Yield the error and its causes, outermost first."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

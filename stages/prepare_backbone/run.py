@@ -1,8 +1,8 @@
-"""Run the stage: put a diffusers pipeline directory at models/<name> and record exactly what it is.
+"""Run the stage: put a diffusers pipeline directory at models/<name> and record its files in a manifest.
 
-Neither git nor DVC tracks the weights: a team shares features, and training from those needs no weights.
-What DVC tracks is the manifest, with the hash of every file that decides the features. The directory holds links, to
-the hub's cache or to the directory that params.yaml names, and is replaced only when the new model is complete.
+Neither git nor DVC tracks the weights: a team shares features, and training from those needs no weights. DVC tracks the
+manifest, with the hash of every file that affects the features. The directory holds links, to the hub's cache or to the
+directory that params.yaml names, and is replaced only when the new model is complete.
 """
 
 import logging
@@ -24,60 +24,52 @@ from stages.prepare_backbone.selection import Source, select
 log = logging.getLogger(__name__)
 
 _EMBEDDED = Path(__file__).parent / "tiny-sd"
-_16_BITS = ("float16", "bfloat16")
 
 
 def run(config: Config, train: bool = False) -> Path:
-    """Make models/<name> from the source that params.yaml names.
+    """Make models/<name> from the source that params.yaml names, and return the manifest's path.
 
-    Args:
-        config: The project's configuration.
-        train: Train tiny-sd again instead of copying its shipped weights.
-
-    Returns:
-        The manifest's path.
+    With `train`, tiny-sd is trained again instead of copying its shipped weights.
 
     Raises:
         ConfigError: The settings contradict each other, or name no model or commit.
-        DataError: The source does not exist, cannot be downloaded, differs from the hub's hashes, or is not a model
-            that features can be extracted from.
+        DataError: The source does not exist, cannot be downloaded, differs from the hub's hashes, or is not a
+            supported model.
     """
     params = config.params.prepare_backbone
     if train and params.source != "embedded":
         raise ConfigError(f"--train makes tiny-sd. Use it with prepare_backbone.source: embedded, not {params.source}")
-    half = config.params.extract_features.dtype in _16_BITS
-    directory = config.path(params.source)
+    target, directory = config.backbone_dir, config.path(params.source)
     if params.source == "embedded":
-        found = {"name": params.name, "source": "embedded", "revision": None} | _embedded(config.backbone_dir, train)
+        found = {"name": params.name, "source": "embedded", "revision": None} | _embedded(target, train)
     elif directory.is_dir():
         found = {"name": params.name, "source": directory.name, "revision": None}
-        source = Directory(directory, config.backbone_dir)
-        found |= _linked(source, config.backbone_dir, params.variant, prefer_fp16=False)
+        found |= _linked(Directory(directory, target), target, params.variant, prefer_fp16=False)
     else:
         if address.is_path(params.source):
             places = " and ".join(str(place) for place in config.places(params.source))
             raise ConfigError(
                 f"prepare_backbone.source = {params.source!r}: there is no such directory (looked for {places}). Check "
-                "the path, or write organisation/model for a model on the hub"
+                "the path, or write organisation/model for a model on the hub."
             )
         from stages.prepare_backbone.hub import HubModel
 
         hub_id, revision = address.pinned(params.source, params.revision)
         found = {"name": params.name, "source": hub_id, "revision": revision}
-        found |= _linked(
-            HubModel(hub_id, revision, config.state_dir / "hub"), config.backbone_dir, params.variant, prefer_fp16=half
-        )
+        model = HubModel(hub_id, revision, config.state_dir / "hub")
+        half = config.params.extract_features.dtype in ("float16", "bfloat16")
+        found |= _linked(model, target, params.variant, prefer_fp16=half)
     if found["revision"] is None and params.revision is not None:
         log.warning("prepare_backbone.revision is not used: it is for models from the hub")
     _warn_about_changes(config, found)
     config.backbone_manifest.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_json(config.backbone_manifest, BackboneManifest(**found).model_dump())
-    log.info("%s: %d files", config.backbone_dir, len(found["files"]))
+    log.info("%s: %d files", target, len(found["files"]))
     return config.backbone_manifest
 
 
 def _embedded(target: Path, train: bool) -> dict[str, Any]:
-    """tiny-sd as a copy, so that the model does not depend on where the program is installed."""
+    """Copy tiny-sd, so that the model does not depend on the program's installation, or train it."""
     with atomic.replace_folder(target) as folder:
         if train:
             from stages.prepare_backbone import tiny_sd
@@ -93,7 +85,7 @@ def _embedded(target: Path, train: bool) -> dict[str, Any]:
 
 
 def _linked(source: Source, target: Path, variant: str, prefer_fp16: bool) -> dict[str, Any]:
-    """A folder of absolute links to the files that are loaded, under their canonical names."""
+    """Make a folder of absolute links to the files that are loaded, under their canonical names."""
     selection = select(source, variant, prefer_fp16)
     found = source.fetch(list(selection.files.values()))
     with atomic.replace_folder(target) as folder:
@@ -108,7 +100,7 @@ def _linked(source: Source, target: Path, variant: str, prefer_fp16: bool) -> di
 
 
 def _warn_about_changes(config: Config, found: Mapping[str, Any]) -> None:
-    """Warn if another model takes the name of one prepared before, because earlier features are not from it."""
+    """Warn if another model was prepared under this name, because earlier features are not from the new one."""
     try:
         before = frozen_model.read_manifest(config.backbone_manifest)
     except PipelineError:
@@ -118,7 +110,5 @@ def _warn_about_changes(config: Config, found: Mapping[str, Any]) -> None:
     if changed and all(getattr(before, key) == found[key] for key in ("source", "revision")):
         log.warning(
             "%s is another model than the one prepared before from the same source: %s changed. Features that were "
-            "extracted before do not belong to it",
-            found["name"],
-            ", ".join(changed),
-        )
+            "extracted before do not belong to it", found["name"], ", ".join(changed),
+        )  # fmt: skip

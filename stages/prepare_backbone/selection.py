@@ -1,8 +1,8 @@
 """Select the files of a model, by the names in its repository or directory and its few kilobytes of JSON.
 
 The files get canonical names: a variant, such as diffusion_pytorch_model.fp16.safetensors, becomes
-diffusion_pytorch_model.safetensors, so that nothing that loads a model has to know of variants, and the hashes of a
-model cover what is loaded and nothing else.
+diffusion_pytorch_model.safetensors, so that code that loads a model needs no variants, and its hashes cover exactly the
+files that are loaded.
 """
 
 import json
@@ -21,25 +21,25 @@ _PARTS = (*_MODELS, "scheduler", *(part.replace("text_encoder", "tokenizer") for
 _SMALL = (".json", ".txt", ".model")
 CONVERT = (
     "Convert it with save_pretrained of diffusers as docs/models.md shows, and set prepare_backbone.source to the "
-    "directory that this writes"
+    "directory that this writes."
 )
 
 
 class Source(Protocol):
-    """A model as it is offered: a repository on the hub, or a directory."""
+    """A model's repository on the hub, or its directory."""
 
     title: str
-    """As errors and logs name it."""
+    """Name in errors and logs."""
     sizes: dict[str, int]
     """Its files, path with "/" between the parts -> bytes."""
     listed: bool
-    """Whether `sizes` has all of its files, not only the local ones."""
+    """True if `sizes` has all of its files, False if only those in the cache are known."""
 
     def read(self, name: str) -> Path:
-        """A small file, to be read at once."""
+        """Return the path of a small file."""
 
     def fetch(self, names: Sequence[str]) -> dict[str, tuple[Path, str]]:
-        """Each file's absolute path and SHA-256, 64 hexadecimal digits."""
+        """Return each file's absolute path and SHA-256, 64 hexadecimal digits."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ def select(source: Source, variant: str, prefer_fp16: bool) -> Selection:
 
     Args:
         source: The model; no weights of it are read.
-        variant: "none" takes full weights, "fp16" those of half size where a part has them, "auto" one of the two.
-        prefer_fp16: what "auto" takes where a part has both.
+        variant: "none" selects full weights, "fp16" half-size ones if a part has them, "auto" either.
+        prefer_fp16: The choice of "auto" if a part has both.
 
     Raises:
         DataError: Features cannot be extracted from the model, or it has no weights that can be loaded.
@@ -84,26 +84,23 @@ def select(source: Source, variant: str, prefer_fp16: bool) -> Selection:
             variants |= {"fp16" for name in chosen.values() if ".fp16" in name}
         elif part.startswith("tokenizer"):
             _check_tokenizer(source.title, part, names)
-    if (
-        not source.listed
-        and variants
-        and any(".fp16" not in name for name in files.values() if name.endswith(".safetensors"))
-    ):
+    weights = [name for name in files.values() if name.endswith(".safetensors")]
+    if not source.listed and variants and any(".fp16" not in name for name in weights):
         raise DataError(
-            f"{source.title} has full weights of some parts and fp16 weights of others there, and the hub's "
-            "list of files is not known. Run once with a network connection"
+            f"{source.title} has full weights of some parts and fp16 weights of others, and the hub's list of files is "
+            "not known. Run once with a network connection."
         )
     if variant == "fp16" and not variants:
-        raise DataError(f"{source.title} has no fp16 files: set prepare_backbone.variant to auto or none")
+        raise DataError(f"{source.title} has no fp16 files. Set prepare_backbone.variant to auto or none.")
     return Selection(family, dict(sorted(files.items())), next(iter(variants), None))
 
 
 def _weights(source: Source, part: str, names: Collection[str], variant: str, prefer_fp16: bool) -> dict[str, str]:
-    """Canonical name -> name of one complete set of weights of a part."""
+    """Return canonical name -> name of one complete set of weights of a part."""
     stem = "model" if part in _TEXT else "diffusion_pytorch_model"
     full, half = (_weight_set(source, part, stem, infix, names) for infix in ("", ".fp16"))
     if variant == "none" and not full and half:
-        raise DataError(f"{source.title} has {part} as fp16 alone: set prepare_backbone.variant to auto")
+        raise DataError(f"{source.title} has {part} only as fp16. Set prepare_backbone.variant to auto.")
     order = (half, full) if variant == "fp16" or (variant == "auto" and prefer_fp16) else (full, half)
     chosen = next((files for files in order if files), None)
     if chosen is None:
@@ -112,10 +109,9 @@ def _weights(source: Source, part: str, names: Collection[str], variant: str, pr
 
 
 def _weight_set(source: Source, part: str, stem: str, infix: str, names: Collection[str]) -> dict[str, str]:
-    """The single file, or the shards and their index; nothing if there are none or some are missing.
+    """Return the single file, or the shards and their index; nothing if there are none or some are missing.
 
-    diffusers looks for shards first and transformers for a single file, should a part have both. A single shard, 1 of
-    1, is taken as a single file.
+    If a part has both, diffusers prefers shards and transformers a single file. A shard 1 of 1 counts as a single file.
     """
     whole = f"{part}/{stem}.safetensors"
     plain = f"{part}/{stem}{infix}.safetensors"
@@ -127,10 +123,8 @@ def _weight_set(source: Source, part: str, stem: str, infix: str, names: Collect
             wanted = {f"{part}/{shard}" for shard in listed.values()} if isinstance(listed, dict) else set()
             if wanted and wanted <= set(names):
                 shards = {name: name for name in sorted(wanted)} | {f"{whole}.index.json": index}
-    only_shard = (
-        f"{part}/{stem}{infix}-00001-of-00001.safetensors",
-        f"{part}/{stem}-00001-of-00001{infix}.safetensors",
-    )
+    spellings = (f"{stem}{infix}-00001-of-00001", f"{stem}-00001-of-00001{infix}")
+    only_shard = [f"{part}/{name}.safetensors" for name in spellings]
     only = next(({whole: name} for name in only_shard if name in names), {})
     return (single or shards or only) if stem == "model" else (shards or single or only)
 
@@ -138,14 +132,14 @@ def _weight_set(source: Source, part: str, stem: str, infix: str, names: Collect
 def _why_no_weights(part: str, names: Iterable[str]) -> str:
     files = sorted(Path(name).name for name in names)
     if any("-of-" in file and file.endswith(".safetensors") for file in files):
-        return f"lacks shards, or the index, of the .safetensors weights in {part}/. Get the complete model"
+        return f"lacks shards, or the index, of the .safetensors weights in {part}/. Get the complete model."
     safe = [file for file in files if file.endswith(".safetensors")]
     if safe:
-        return f"has {part} as {', '.join(safe)} alone, which are not loaded. Save it in full or fp16 precision"
+        return f"has {part} only as {', '.join(safe)}, which cannot be loaded. Save it in full or fp16 precision."
     other = [file for file in files if file.endswith((".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx"))]
     if other:
         return f"has no .safetensors weights in {part}/, but {', '.join(other)}, which may hold code. {CONVERT}"
-    return f"has no .safetensors weights in {part}/. Get the complete model"
+    return f"has no .safetensors weights in {part}/. Get the complete model."
 
 
 def _check_tokenizer(title: str, part: str, names: Collection[str]) -> None:
@@ -153,13 +147,13 @@ def _check_tokenizer(title: str, part: str, names: Collection[str]) -> None:
     if "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files:
         return
     if "spiece.model" not in files:
-        raise DataError(f"{title} has no vocabulary in {part}/. Get the complete model")
+        raise DataError(f"{title} has no vocabulary in {part}/. Get the complete model.")
     try:
         import sentencepiece  # noqa: F401
     except ImportError:
         raise DataError(
             f"{title} has {part}/spiece.model, which needs the library sentencepiece. Run `pip install "
-            "'sentencepiece<0.2.2'`"
+            "'sentencepiece<0.2.2'`."
         ) from None
 
 
@@ -169,18 +163,18 @@ def _index(source: Source) -> dict[str, Any]:
     root = [name for name in source.sizes if "/" not in name]
     if any("lora" in name.lower() or name.startswith("adapter_") for name in root):
         raise DataError(
-            f"{source.title} holds LoRA weights alone, which change another model. Fuse them into that model as "
-            "docs/models.md shows, and set prepare_backbone.source to the directory that this writes"
+            f"{source.title} holds only LoRA weights, which change another model. Fuse them into that model as "
+            "docs/models.md shows, and set prepare_backbone.source to the directory that this writes."
         )
     if "config.json" in root:
         config = _json(source, "config.json")
         names = [config.get("_class_name"), *(config.get("architectures") or [])]
         kind = next((name for name in names if name), "model")
-        raise DataError(f"{source.title} is a {kind}, a part of a model and no pipeline. {families.SUPPORTED}")
+        raise DataError(f"{source.title} is a {kind}, a part of a model and not a pipeline. {families.SUPPORTED}.")
     checkpoints = [name for name in root if name.endswith((".safetensors", ".ckpt", ".gguf"))]
     if checkpoints:
         raise DataError(f"{source.title} holds a model in one file ({checkpoints[0]}). {CONVERT}")
-    raise DataError(f"{source.title} is not a diffusers pipeline: it has no {families.INDEX}. {families.SUPPORTED}")
+    raise DataError(f"{source.title} is not a diffusers pipeline: it has no {families.INDEX}. {families.SUPPORTED}.")
 
 
 def _json(source: Source, name: str) -> dict[str, Any]:
@@ -189,10 +183,10 @@ def _json(source: Source, name: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise system_errors.refusal(error, path) or DataError(
-            f"{source.title}: {name} cannot be read as JSON ({error})"
+            f"{source.title}: {name} cannot be read as JSON ({error})."
         ) from None
     if not isinstance(content, dict):
-        raise DataError(f"{source.title}: {name} cannot be read: it holds a {type(content).__name__}, not an object")
+        raise DataError(f"{source.title}: {name} holds a {type(content).__name__}, not a JSON object.")
     return content
 
 

@@ -1,10 +1,10 @@
-"""tiny-sd: a Stable-Diffusion-architecture model small enough to ship, and the seeded training that makes it.
+"""tiny-sd: a model of Stable Diffusion's architecture that is small enough to ship, and its seeded training.
 
-Latent diffusion (Rombach et al., CVPR 2022) built of Stable Diffusion's own diffusers classes: an AutoencoderKL
-(32x32 RGB to 8x8x4 latents), a CLIP text encoder and a UNet2DConditionModel with four up blocks and
-cross-attention, trained as text-to-image on the rendered digits of `corpus.py`. First the autoencoder learns to
-reconstruct; then the UNet and the text encoder learn together to predict the noise, with one caption in ten
-empty so that the unconditional prompt "" means something. What it is not: a model of natural images.
+Latent diffusion (Rombach et al., CVPR 2022) with Stable Diffusion's diffusers classes: an AutoencoderKL (32x32 RGB to
+8x8x4 latents), a CLIP text encoder and a UNet2DConditionModel with four up blocks and cross-attention, trained as
+text-to-image on the rendered digits of `corpus.py`, not on natural images. First the autoencoder learns to reconstruct;
+then the UNet and the text encoder learn together to predict the noise, with one caption in ten empty, so that the
+unconditional prompt "" has a meaning.
 """
 
 import logging
@@ -29,7 +29,7 @@ _TEXT_LENGTH = 32
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the shipped weights were made; the same recipe on the same machine makes them again.
+    """The sizes and seed of the shipped weights, which the same machine reproduces.
 
     Learning rates are AdamW's peak, annealed to zero along a half cosine.
     """
@@ -48,11 +48,9 @@ class Recipe:
 
 
 def train(output: Path, recipe: Recipe | None = None) -> None:
-    """Train tiny-sd and write it as a diffusers pipeline directory with float16 safetensors weights.
+    """Train tiny-sd and write it to `output` as a diffusers pipeline directory with float16 safetensors weights.
 
-    Args:
-        output: Directory to write; files of the same names are overwritten.
-        recipe: Sizes and seed; the default one makes the shipped weights (half an hour on two CPU cores).
+    The default recipe makes the shipped weights, in half an hour on two CPU cores.
     """
     recipe = recipe or Recipe()
     rng = seeding.numpy_generator(recipe.seed, "tiny-sd", "corpus")
@@ -69,63 +67,35 @@ def train(output: Path, recipe: Recipe | None = None) -> None:
 
 
 def build() -> StableDiffusionPipeline:
-    """The untrained pipeline, float32, its weights drawn from torch's global generator."""
+    """Return the untrained pipeline, float32, with weights drawn from torch's global generator."""
     tokenizer = _tokenizer()
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            projection_dim=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=_TEXT_LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text_encoder = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, projection_dim=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=_TEXT_LENGTH, **special,
+    ))  # fmt: skip
     vae = AutoencoderKL(
-        block_out_channels=(16, 32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
+        block_out_channels=(16, 32, 32), down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, latent_channels=4, norm_num_groups=8,
         sample_size=corpus.IMAGE_SIZE,
-    )
+    )  # fmt: skip
     unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 48, 64, 64),
+        sample_size=8, block_out_channels=(32, 48, 64, 64), layers_per_block=1, norm_num_groups=8,
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        layers_per_block=1,
-        cross_attention_dim=64,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, cross_attention_dim=64, attention_head_dim=4,
+    )  # fmt: skip
     scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
         steps_offset=1,
-    )
+    )  # fmt: skip
     return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
 
 
 def _tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-level BPE with merges for the words of our prompts alone; any other word falls into bytes."""
+    """Return CLIP's byte-level BPE with merges only for the words of our prompts; other words become bytes."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     symbols = list(bytes_to_unicode().values())
@@ -166,7 +136,7 @@ def _train_denoiser(
     recipe: Recipe,
     generator: torch.Generator,
 ) -> None:
-    """Noise prediction (Ho et al., NeurIPS 2020, eq. 14); the weights kept are an exponential moving average."""
+    """Train to predict the noise (Ho et al., NeurIPS 2020, eq. 14), with an exponential moving average of weights."""
     captions = [corpus.CAPTION.format(digit=digit) for digit in range(10)] + [""]
     tokens = pipe.tokenizer(captions, padding="max_length", max_length=_TEXT_LENGTH, return_tensors="pt").input_ids
     with torch.no_grad():

@@ -1,11 +1,12 @@
 """Data sets that their release holds as arrays: scikit-learn's digits, and MNIST, USPS, SVHN, CIFAR by torchvision.
 
-Class names are written for use in prompts and are in the order of the labels by construction: digits are numbered as
-they are named (SVHN's release calls zero 10; torchvision makes it 0), CIFAR's names come from the release's own table.
+Class names are written for use in prompts, in the order of the labels: digits are numbered as they are named (SVHN's
+release calls zero 10; torchvision makes it 0), CIFAR's names come from the release's own table. Each function raises
+DataError if the data set is not in `root` and cannot be downloaded, or is damaged.
 """
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ _HANDWRITTEN = [f"handwritten number {digit}" for digit in range(10)]
 
 
 def digits(root: Path, params: PrepareData) -> Source:
-    """The 1,797 handwritten digits of the UCI optical recognition set, as scikit-learn ships them.
+    """Read the 1,797 handwritten digits of the UCI optical recognition set, as scikit-learn ships them.
 
     8x8 pixels of 0..16 are scaled to 0..255 and resized bicubically; 1,438 train, 359 test, a fixed stratified
     split. Nothing is read from `root`.
@@ -43,45 +44,24 @@ def digits(root: Path, params: PrepareData) -> Source:
 
 
 def mnist(root: Path, params: PrepareData) -> Source:
-    """MNIST: 60,000 and 10,000 grey images of 28x28.
-
-    Raises:
-        DataError: It is not in `root` and cannot be downloaded, or it is damaged.
-    """
+    """Read MNIST: 60,000 and 10,000 grey images of 28x28."""
     from torchvision.datasets import MNIST
 
     files = "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz and the two t10k files"
-    read = reader("MNIST", root, f"{files} in {root / 'MNIST' / 'raw'}")
-    splits = {
-        split: _split(half.data.numpy(), half.targets.numpy(), params)
-        for split, half in (
-            ("train", read(MNIST, train=True, download=True)),
-            ("test", read(MNIST, train=False, download=True)),
-        )
-    }
-    return Source(_HANDWRITTEN, splits, "CC BY-SA 3.0")
+    train, test = _halves(MNIST, "MNIST", root, f"{files} in {root / 'MNIST' / 'raw'}")
+    return Source(_HANDWRITTEN, _splits(train, test, params), "CC BY-SA 3.0")
 
 
 def usps(root: Path, params: PrepareData) -> Source:
-    """USPS in LIBSVM's form: 7,291 and 2,007 grey images of 16x16.
-
-    Raises:
-        DataError: See `mnist`.
-    """
+    """Read USPS in LIBSVM's form: 7,291 and 2,007 grey images of 16x16."""
     from torchvision.datasets import USPS
 
-    read = reader("USPS", root, f"usps.bz2 and usps.t.bz2 in {root}")
-    train, test = read(USPS, train=True, download=True), read(USPS, train=False, download=True)
-    splits = {"train": _split(train.data, train.targets, params), "test": _split(test.data, test.targets, params)}
-    return Source(_HANDWRITTEN, splits, "unknown: published for research")
+    train, test = _halves(USPS, "USPS", root, f"usps.bz2 and usps.t.bz2 in {root}")
+    return Source(_HANDWRITTEN, _splits(train, test, params), "unknown: published for research")
 
 
 def svhn(root: Path, params: PrepareData) -> Source:
-    """SVHN's cropped digits: 73,257 and 26,032 colour images of 32x32; its easier "extra" images are left out.
-
-    Raises:
-        DataError: See `mnist`.
-    """
+    """Read SVHN's cropped digits: 73,257 and 26,032 colour images of 32x32; its easier "extra" images are left out."""
     from torchvision.datasets import SVHN
 
     read = reader("SVHN", root, f"train_32x32.mat and test_32x32.mat in {root}")
@@ -93,33 +73,21 @@ def svhn(root: Path, params: PrepareData) -> Source:
 
 
 def cifar10(root: Path, params: PrepareData) -> Source:
-    """CIFAR-10: 50,000 and 10,000 colour images of 32x32.
-
-    Raises:
-        DataError: See `mnist`.
-    """
+    """Read CIFAR-10: 50,000 and 10,000 colour images of 32x32."""
     from torchvision.datasets import CIFAR10
 
     return _cifar(CIFAR10, "CIFAR-10", root, params)
 
 
 def cifar100(root: Path, params: PrepareData) -> Source:
-    """CIFAR-100 with its 100 fine labels: 50,000 and 10,000 colour images of 32x32.
-
-    Raises:
-        DataError: See `mnist`.
-    """
+    """Read CIFAR-100 with its 100 fine labels: 50,000 and 10,000 colour images of 32x32."""
     from torchvision.datasets import CIFAR100
 
     return _cifar(CIFAR100, "CIFAR-100", root, params)
 
 
 def reader(title: str, root: Path, what_where: str) -> Callable[..., Any]:
-    """Return a function that calls a torchvision data set's class and turns any error into one line.
-
-    torchvision downloads only missing files, and checks those MD5 sums that it knows. Damaged files make it raise
-    errors of many types.
-    """
+    """Return a function that calls a torchvision data set's class, and turns errors, of many types, into one line."""
 
     def read(dataset: Callable[..., Any], **kwargs: Any) -> Any:
         try:
@@ -143,14 +111,23 @@ def _refusal(error: Exception, root: Path) -> SystemRefusal | None:
 
 
 def _cifar(dataset: Any, title: str, root: Path, params: PrepareData) -> Source:
-    read = reader(title, root, f"{dataset.filename} in {root}, or use prepare_data.source: folder")
-    train, test = read(dataset, train=True, download=True), read(dataset, train=False, download=True)
-    splits = {"train": _split(train.data, train.targets, params), "test": _split(test.data, test.targets, params)}
+    where = f"{dataset.filename} in {root}, or use prepare_data.source: folder"
+    train, test = _halves(dataset, title, root, where)
     names = [name.replace("_", " ") for name in train.classes]
-    return Source(names, splits, "see https://www.cs.toronto.edu/~kriz/cifar.html")
+    return Source(names, _splits(train, test, params), "see https://www.cs.toronto.edu/~kriz/cifar.html")
 
 
-def _split(images: np.ndarray, labels: np.ndarray | list[int], params: PrepareData) -> LazyImages:
+def _halves(dataset: Any, title: str, root: Path, what_where: str) -> tuple[Any, Any]:
+    read = reader(title, root, what_where)
+    return read(dataset, train=True, download=True), read(dataset, train=False, download=True)
+
+
+def _splits(train: Any, test: Any, params: PrepareData) -> dict[str, LazyImages]:
+    halves = {"train": train, "test": test}
+    return {name: _split(np.asarray(half.data), half.targets, params) for name, half in halves.items()}
+
+
+def _split(images: np.ndarray, labels: Sequence[int], params: PrepareData) -> LazyImages:
     if len(images) != len(labels):
         raise DataError(f"{params.source} has {len(images)} images and {len(labels)} labels. Fetch it again.")
     return LazyImages.of(ImageArrays(images, params.image_size), np.asarray(labels))

@@ -1,12 +1,11 @@
-"""One image file -> RGB pixels of the wanted size, whatever the file holds.
+"""Decode an image file of any format to RGB pixels of the configured size.
 
 The image is turned upright by its EXIF orientation, converted to RGB, cropped to its centre square and resized
-bicubically. Transparent pixels show white; of an animation the first frame is taken; 16-bit grey is scaled to 8 bits.
-torchvision's ImageFolder ignores orientation, drops the transparency mask and clips 16 bits: images that have none of
-these come out the same here.
+bicubically. Transparent pixels become white; of an animation the first frame is used; 16-bit grey is scaled to 8 bits.
+torchvision's ImageFolder ignores orientation, drops the transparency mask and clips 16 bits; other images are equal.
 
-One rule for every format: pixels must be complete, notes beside the pixels (EXIF, XMP) may be damaged. A file is read
-completely before it is decoded, so that a system error is never mistaken for a broken image.
+Pixels must be complete; metadata (EXIF, XMP) may be damaged. A file is read completely before it is decoded, so that a
+system error is never mistaken for a broken image.
 """
 
 import io
@@ -26,17 +25,17 @@ else:
     register_heif_opener(thumbnails=False)
     _HEIF_READABLE = True
 
-# Pillow refuses a PNG for a long note (XMP of photo editors) that it takes in a JPEG. All notes together stay limited.
+# Pillow rejects a PNG for a long text chunk (XMP) that it accepts in a JPEG. The sum of all chunks stays limited.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 HEIF_ENDINGS = (".heic", ".heif", ".hif")
-"""How HEIC photographs of phones are named; readable with the optional extra `heif`."""
+"""File extensions of HEIC photographs; readable with the optional extra `heif`."""
 
 ENDINGS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif",
     *(HEIF_ENDINGS if _HEIF_READABLE else ()),
 )  # fmt: skip
-"""What counts as an image file in a class folder, in upper or lower case: torchvision's list and some more."""
+"""File extensions of images, in upper or lower case: torchvision's list and some more."""
 
 HEIF_ADVICE = "To read HEIC, install the package pillow-heif"
 
@@ -51,11 +50,11 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what turns the image upright (Exif 2.32, tag 0x0112); 1 is upright."""
+"""EXIF orientation (Exif 2.32, tag 0x0112) -> the transposition that turns the image upright; 1 is upright."""
 
 
 class BrokenImageError(Exception):
-    """A file that should be an image and cannot be read as one; its text is the reason."""
+    """A file is not a readable image; the message is the reason."""
 
 
 def read_image(path: Path, image_size: int, rows_cut: int = 0) -> np.ndarray:
@@ -74,7 +73,7 @@ def read_image(path: Path, image_size: int, rows_cut: int = 0) -> np.ndarray:
         SystemRefusal: The disk, its permissions or the memory are at fault, not the image.
     """
     try:
-        if not path.is_file() and path.exists():  # a pipe would be waited for
+        if not path.is_file() and path.exists():  # reading a pipe would block
             raise BrokenImageError("is not a file")
         content = path.read_bytes()
     except (OSError, MemoryError) as error:
@@ -94,7 +93,7 @@ def read_image(path: Path, image_size: int, rows_cut: int = 0) -> np.ndarray:
 
 
 def resize(image: Image.Image, image_size: int) -> Image.Image:
-    """The centre square of an image at this height and width; bicubic, and unchanged if it has that size."""
+    """Return the centre square of an image at this height and width; bicubic, and unchanged if it has that size."""
     if image.size == (image_size, image_size):
         return image
     return ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
@@ -112,7 +111,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _turned_upright(image: Image.Image) -> Image.Image:
-    """By its EXIF orientation. Damaged EXIF data says nothing, in every format: Pillow forgives it in JPEG alone."""
+    """Apply the EXIF orientation; damaged EXIF data is ignored in every format, not only in JPEG as by Pillow."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except MemoryError:
@@ -124,7 +123,7 @@ def _turned_upright(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey, 0..65535, to 8-bit grey; wider or floating-point pixels have no known white."""
+    """Convert 16-bit grey, 0..65535, to 8 bits; reject wider or floating-point pixels, whose white is unknown."""
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise BrokenImageError(f"has pixels of mode {image.mode}, whose range is unknown")
@@ -140,7 +139,6 @@ def _unknown_format(content: bytes) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The error in words, without the path, so that it is the same wherever the data set is."""
-    if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno)
-    return str(error) or type(error).__name__
+    """Describe the error without the path, so that manifests do not depend on the data set's place."""
+    number = error.errno if isinstance(error, OSError) else None
+    return os.strerror(number) if number else str(error) or type(error).__name__

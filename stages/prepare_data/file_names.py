@@ -1,4 +1,4 @@
-"""Names of files and folders as every system sees them, and the ones that systems leave behind.
+"""Names of files and folders that are the same on every system, and the leftovers of systems and programs.
 
 File systems write an accent in two ways (NFC: one character, NFD: letter and accent). Names are compared and sorted by
 their NFC form, so that one tree gives one order of classes and images everywhere.
@@ -24,44 +24,39 @@ _LEFTOVERS = frozenset(
 
 
 def is_leftover(name: str) -> bool:
-    """Return whether a name is hidden, or one that systems and programs leave: thumbnails, wastebaskets, caches."""
+    """Return whether a name is hidden, or a leftover of a system or program: thumbnails, wastebaskets, caches."""
     return name.startswith((".", "~$")) or name.casefold() in _LEFTOVERS
 
 
 def canonical(name: str) -> str:
-    """A name as the system lists it -> NFC, from its bytes on disk, whatever the language of this session.
+    """Return a name in NFC, from its bytes on disk and in any locale; for display, not to open the file.
 
-    Bytes that are not UTF-8 stay escaped. The result is text for people: it opens no file.
+    Bytes that are not UTF-8 stay escaped.
     """
     return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "surrogateescape"))
 
 
 def utf8(name: str) -> str:
-    """The canonical name of a folder that names a class or a domain, unchanged.
-
-    Raises:
-        DataError: Its bytes are not UTF-8.
-    """
+    """Return a folder's canonical name unchanged, or raise DataError if its bytes are not UTF-8."""
     try:
         name.encode()
         return name
     except UnicodeEncodeError:
-        raise DataError(f"the folder {name.encode(errors='surrogateescape')!r} has no UTF-8 name: rename it") from None
+        written = name.encode(errors="surrogateescape")
+        raise DataError(f"A folder's name is not UTF-8 ({written!r}). Rename the folder.") from None
 
 
 def ending(name: str) -> str:
-    """What a file name ends in, in lower case with its dot: ".heic"; "no ending", or "other endings" if it is odd."""
-    last = os.path.splitext(name)[1].lower()
-    if not last:
-        return "no ending"
-    return last if re.fullmatch(r"\.[a-z0-9]{1,8}", last) else "other endings"
+    """Return a file's extension in lower case, such as ".heic"; "no ending", or "other endings" if it is unusual."""
+    last = os.path.splitext(name)[1].lower() or "no ending"
+    return last if re.fullmatch(r"\.[a-z0-9]{1,8}|no ending", last) else "other endings"
 
 
 def some(names: Iterable[str], count: int = 5) -> str:
-    """The first names in order, and how many more there are."""
+    """Return the first names in order, and how many more there are."""
     return first_few(sorted(names), count)
 
 
 def some_folders(names: Iterable[str]) -> str:
-    """`some` for names as the system lists them."""
+    """Apply `some` to names as the system lists them."""
     return some(map(canonical, names))

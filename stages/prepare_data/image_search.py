@@ -1,14 +1,13 @@
 """Find the image files of a tree, in an order that does not depend on the file system, and count skipped files.
 
-A listing costs no look at the files themselves: the type of an entry comes with its name (os.scandir), so that trees of
-hundreds of thousands of files are listed in seconds.
+os.scandir gives an entry's type with its name, so hundreds of thousands of files are listed in seconds.
 """
 
 import logging
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipeline.errors import DataError, PipelineError
@@ -21,11 +20,11 @@ log = logging.getLogger(__name__)
 _UNREAD_IMAGES = frozenset(
     {*HEIF_ENDINGS, ".heics", ".jxl", ".jp2", ".svg", ".psd", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf"}
 ) - frozenset(ENDINGS)
-"""Endings of images that are not read: to pass them over is a warning."""
+"""Extensions of images that cannot be read; skipping them is a warning."""
 
 
 class ImageSearch:
-    """The image files under `root`, class by class, and what was passed over by ending."""
+    """The image files under `root`, class by class, and the number of skipped files by extension."""
 
     def __init__(self, root: Path) -> None:
         """Start without searching."""
@@ -34,12 +33,9 @@ class ImageSearch:
         self.outside = 0  # images beside the class folders
 
     def class_folders(self, tree: Path) -> dict[str, list[Path]]:
-        """The class folders of a tree by name (in NFC), in the order of the names.
+        """Return the class folders by name (in NFC), in the order of the names; raise DataError if there is none.
 
-        Two folders whose names differ only in how an accent is written are one class.
-
-        Raises:
-            DataError: There is none, or a folder cannot be read.
+        Two folders whose names differ only in the encoding of an accent are one class.
         """
         folders: dict[str, list[Path]] = {}
         for name in subfolders(tree):
@@ -50,13 +46,13 @@ class ImageSearch:
         return folders
 
     def count_outside(self, tree: Path) -> None:
-        """Count the images that are beside the folders of a tree."""
+        """Count the images beside the folders of a tree."""
         self.outside += len(_images_in(tree))
 
     def of_class(self, *folders: Path) -> list[str]:
-        """Image files of one class, whose images are in one or more folders and in folders below.
+        """List the image files of one class, which are in one or more folders and in folders below.
 
-        An empty folder is a class that this owner has no images of, as it happens to a node of a federation.
+        Empty folders are allowed: a node of a federation may lack a class.
 
         Returns:
             Paths relative to the root, sorted by folder, then name (in NFC), as ImageFolder does.
@@ -99,33 +95,24 @@ def holds_images_itself(folder: Path) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """Return whether a folder is at this path.
-
-    Raises:
-        SystemRefusal: The system does not tell.
-    """
-    try:
-        return stat.S_ISDIR(path.stat().st_mode)
-    except OSError as error:
-        if refused := refusal(error, path):
-            raise refused from None
-        return False
+    """Return whether the path is a folder; raise SystemRefusal if the system refuses to say."""
+    return _is_directory(lambda: stat.S_ISDIR(path.stat().st_mode), path)
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted by their NFC form, without what systems leave.
-
-    Raises:
-        DataError: The folder cannot be read.
-    """
+    """Return the names of the folders in a folder, sorted by their NFC form, without leftovers of systems."""
     names = [entry.name for entry in _entries(str(folder)) if _is_folder(entry)]
     return sorted(names, key=lambda name: (canonical(name), name))
 
 
 def _image_files(directory: str, passed_over: Counter[str], above: frozenset[tuple[int, int]]) -> Iterator[str]:
-    """Image files in and below a folder, following links except into one of the folders `above` (device, inode)."""
+    """Yield image files in and below a folder, following links except into a folder `above` it (device, inode)."""
     entries = _entries(directory)
-    here = _identity(directory)
+    try:
+        status = os.stat(directory)
+    except OSError as error:
+        raise _unreadable(error, directory) from None
+    here = status.st_dev, status.st_ino
     if here in above:
         return
     for entry in entries:
@@ -137,21 +124,12 @@ def _image_files(directory: str, passed_over: Counter[str], above: frozenset[tup
             passed_over[ending(entry.name)] += 1
 
 
-def _identity(directory: str) -> tuple[int, int]:
-    """Device and inode."""
-    try:
-        status = os.stat(directory)
-    except OSError as error:
-        raise _unreadable(error, directory) from None
-    return status.st_dev, status.st_ino
-
-
 def _images_in(folder: Path) -> list[str]:
     return [one.name for one in _entries(str(folder)) if one.name.lower().endswith(ENDINGS) and not _is_folder(one)]
 
 
 def _entries(directory: str) -> list[os.DirEntry[str]]:
-    """Return the entries of a folder, without those that systems leave."""
+    """Return the entries of a folder, without leftovers of systems."""
     try:
         with os.scandir(directory) as entries:
             return [entry for entry in entries if not is_leftover(entry.name)]
@@ -165,23 +143,27 @@ def _unreadable(error: OSError, directory: str) -> PipelineError:
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     """Return whether an entry is a folder, or a link to one; a circular link is not."""
+    return _is_directory(entry.is_dir, Path(entry.path))
+
+
+def _is_directory(ask: Callable[[], bool], path: Path) -> bool:
     try:
-        return entry.is_dir()
+        return ask()
     except OSError as error:
-        if refused := refusal(error, Path(entry.path)):
+        if refused := refusal(error, path):
             raise refused from None
         return False
 
 
 def _counts(passed_over: Counter[str]) -> str:
-    """The most frequent endings with their numbers: ".heic: 214, no ending: 3"."""
+    """Return the most frequent extensions with their numbers: ".heic: 214, no ending: 3"."""
     ordered = sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))
     more = sum(count for _, count in ordered[6:])
     return ", ".join(f"{end}: {count}" for end, count in ordered[:6]) + (f", others: {more}" if more else "")
 
 
 def _advice(passed_over: Counter[str]) -> str:
-    """What to do about images that are not read; nothing if none was passed over."""
+    """Return what to do about images that cannot be read; "" if none was skipped."""
     unread = _UNREAD_IMAGES & passed_over.keys()
     if unread & {*HEIF_ENDINGS}:
         return HEIF_ADVICE

@@ -1,7 +1,6 @@
 """Images that are read only while they are written: by several threads, in order, in bounded memory.
 
-Pillow lets go of Python's global lock while it decodes and resizes, so threads use all cores; they share the list of
-files and need no copies, which processes would.
+Pillow releases Python's global lock while it decodes and resizes, so threads use all cores.
 """
 
 import os
@@ -25,7 +24,7 @@ _MAX_IMAGES_PER_TASK = 64
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files under a root, addressed by position in `paths`, which are relative to it."""
+    """Image files under a root; `paths` are relative to it."""
 
     root: Path
     paths: list[str]
@@ -33,34 +32,34 @@ class ImageFiles:
     rows_cut: int = 0  # rows of pixels to remove at the bottom of every image
 
     def read(self, position: int) -> np.ndarray:
-        """uint8 (H, W, 3); raises BrokenImageError."""
+        """Return an image, uint8 (H, W, 3), or raise BrokenImageError."""
         return read_image(self.root / self.paths[position], self.image_size, self.rows_cut)
 
     def name(self, position: int) -> str:
-        """The path relative to the root, in NFC, readable even where its bytes are not UTF-8."""
+        """Return the path relative to the root, in NFC; bytes that are not UTF-8 are escaped."""
         return unicodedata.normalize("NFC", os.fsencode(self.paths[position]).decode("utf-8", "backslashreplace"))
 
 
 @dataclass(frozen=True)
 class ImageArrays:
-    """Images in memory, uint8 (N, H, W) grey or (N, H, W, 3), as some sources hold them."""
+    """Images in memory, uint8, grey (N, H, W) or RGB (N, H, W, 3)."""
 
     images: np.ndarray
     image_size: int
 
     def read(self, position: int) -> np.ndarray:
-        """uint8 (H, W, 3)."""
+        """Return an image, uint8 (H, W, 3)."""
         image = np.asarray(resize(Image.fromarray(self.images[position]), self.image_size))
         return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
 
     def name(self, position: int) -> str:
-        """Its position."""
+        """Return the image's position, for messages."""
         return f"image {position}"
 
 
 @dataclass(frozen=True)
 class LazyImages:
-    """A split whose images `reader` gives by `positions`, int64 (N,); labels and domains are int64 (N,)."""
+    """A split whose images `reader` reads by `positions`, int64 (N,); labels and domains are int64 (N,)."""
 
     reader: ImageFiles | ImageArrays
     positions: np.ndarray
@@ -69,7 +68,7 @@ class LazyImages:
 
     @classmethod
     def of(cls, reader: ImageFiles | ImageArrays, labels: np.ndarray, domains: np.ndarray | None = None) -> Self:
-        """All images of a reader; of one domain if none are given."""
+        """Make a split of all images of a reader, by default of one domain."""
         labels = np.asarray(labels, np.int64)
         domains = np.zeros_like(labels) if domains is None else np.asarray(domains, np.int64)
         return cls(reader, np.arange(len(labels)), labels, domains)
@@ -84,15 +83,11 @@ class LazyImages:
         return self.reader.image_size
 
     def take(self, index: np.ndarray) -> Self:
-        """The images at these positions, in this order; none is read."""
+        """Return the images at these positions, in this order, without reading them."""
         return replace(self, positions=self.positions[index], labels=self.labels[index], domains=self.domains[index])
 
     def blocks(self) -> Iterator[Block]:
-        """All images in order; broken ones are in a block's `skipped`.
-
-        Raises:
-            SystemRefusal: The system did not let an image be read; the first in order.
-        """
+        """Yield all images in order, with broken ones in `skipped`; raise SystemRefusal if the system refuses one."""
         step = min(_MAX_IMAGES_PER_TASK, images_per_block(self.image_size))
         ranges = [range(start, min(start + step, len(self))) for start in range(0, len(self), step)]
         with progress_bar(len(self), "read images", "image") as bar:
@@ -114,7 +109,7 @@ class LazyImages:
 
 
 def _in_order(work: Callable[[range], Block], items: Iterable[range]) -> Iterator[Block]:
-    """work(item) for every item, computed by a thread a core, given in order; few are under way at a time."""
+    """Yield work(item) for every item in order, computed by one thread per core, a few items ahead."""
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     under_way: deque[Future[Block]] = deque()
     pool = ThreadPoolExecutor(workers)

@@ -1,7 +1,7 @@
 """Data sets of image files that lists of the release label: Flowers-102, FGVC-Aircraft, Stanford Cars, by torchvision.
 
-The release's lists number the classes and name them in the order of the numbers; no folder name or sorting comes
-between a label and its name.
+The release's lists number the classes and name them in this order. Each function raises DataError if the data set is
+not in `root` and cannot be downloaded, or is damaged.
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,7 @@ _AIRCRAFT_BANNER_ROWS = 20  # a copyright notice, which the release asks to remo
 
 
 def flowers102(root: Path, params: PrepareData) -> Source:
-    """Oxford Flowers-102: train is the release's train and validation images (2,040), test its test images (6,149).
-
-    Raises:
-        DataError: It is not in `root` and cannot be downloaded, or it is damaged.
-    """
+    """Read Oxford Flowers-102: 2,040 train images, the release's train and validation ones, and 6,149 test images."""
     from torchvision.datasets import Flowers102
 
     where = root / "flowers-102"
@@ -36,12 +32,9 @@ def flowers102(root: Path, params: PrepareData) -> Source:
 
 
 def fgvc_aircraft(root: Path, params: PrepareData) -> Source:
-    """FGVC-Aircraft's 100 variants: train is the release's train and validation images (6,667), test 3,333.
+    """Read FGVC-Aircraft's 100 variants: train is the release's train and validation images (6,667), test 3,333.
 
-    "737-700" alone is no word that a text encoder knows to be a plane: the class name is "737-700 aircraft".
-
-    Raises:
-        DataError: See `flowers102`.
+    A text encoder does not know "737-700" as a plane, so the class name is "737-700 aircraft".
     """
     from torchvision.datasets import FGVCAircraft
 
@@ -59,11 +52,7 @@ def fgvc_aircraft(root: Path, params: PrepareData) -> Source:
 
 
 def stanford_cars(root: Path, params: PrepareData) -> Source:
-    """Stanford Cars: 196 models, 8,144 train and 8,041 test images. Its home is gone: it cannot be downloaded.
-
-    Raises:
-        DataError: It is not in `root`, or it is damaged.
-    """
+    """Read Stanford Cars: 196 models, 8,144 train and 8,041 test images, which can no longer be downloaded."""
     from torchvision.datasets import StanfordCars
 
     parts = "cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat"
@@ -80,5 +69,4 @@ def _split(
     root: Path, files: Sequence[str | Path], labels: Sequence[int], params: PrepareData, rows_cut: int = 0
 ) -> LazyImages:
     paths = [str(Path(file).relative_to(root)) for file in files]
-    reading = ImageFiles(root, paths, params.image_size, rows_cut)
-    return LazyImages.of(reading, np.asarray(labels, np.int64))
+    return LazyImages.of(ImageFiles(root, paths, params.image_size, rows_cut), np.asarray(labels, np.int64))

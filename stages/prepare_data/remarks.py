@@ -1,4 +1,4 @@
-"""Log what a user should know about a prepared data set: skipped images, small classes, odd class names."""
+"""Log remarks on a prepared data set: skipped images, small classes, unusual class names."""
 
 import logging
 from pathlib import Path
@@ -15,7 +15,7 @@ _NAMED = 5
 
 
 def say_outcome(dataset: PreparedDataset) -> None:
-    """Log what was prepared, and one line per kind of oddity."""
+    """Log the size of the data set, and one line per kind of problem."""
     counts = ", ".join(f"{dataset.rows(split)} {split}" for split in datasets.SPLITS)
     domains = f", {len(dataset.domain_names)} domains" if len(dataset.domain_names) > 1 else ""
     log.info("%s: %s images of %d classes%s", dataset.path, counts, len(dataset.class_names), domains)
@@ -25,7 +25,7 @@ def say_outcome(dataset: PreparedDataset) -> None:
 
 
 def broken_images(root: Path, images: list[Skipped], listing: Path) -> str:
-    """The error that names the broken images of a source and says where all of them are listed."""
+    """Return the error that names the first broken images of a source, and the file that lists all."""
     named = ", ".join(f"{image.path} ({image.reason})" for image in images[:_NAMED])
     more = f" and {len(images) - _NAMED} more, all listed in {listing}" if len(images) > _NAMED else ""
     number = f"{len(images)} images" if len(images) > 1 else "an image"

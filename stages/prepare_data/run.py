@@ -18,10 +18,7 @@ from stages.prepare_data.sources import SOURCES
 
 
 def run(config: Config) -> Path:
-    """Prepare the data set that params.yaml names.
-
-    Returns:
-        Its folder.
+    """Prepare the data set that params.yaml names, and return its folder.
 
     Raises:
         DataError: The source is missing, or has broken images that may not be skipped.
@@ -36,9 +33,8 @@ def run(config: Config) -> Path:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")  # a damaged image is decoded or named in the error
-            path = datasets.write(
-                config.dataset_dir, params.name, params.source, source, skip_broken=params.broken_images == "skip"
-            )
+            skip = params.broken_images == "skip"
+            path = datasets.write(config.dataset_dir, params.name, params.source, source, skip)
     except BrokenImages as error:
         listing.parent.mkdir(parents=True, exist_ok=True)
         write_text(listing, "".join(f"{image.path}\t{image.reason}\n" for image in error.images))

@@ -1,8 +1,7 @@
-"""The sources of images: the name of each -> the function that reads it.
+"""The sources of images: name -> function of the data set's folder and the stage's parameters.
 
-A function gets the folder that holds the data set and the stage's parameters. It lists images, labels and class names;
-image files are read later, and only those that are kept, while the prepared data set is written. To add a source,
-write its function, add it here and to `pipeline.settings.params.ImageSource`.
+A function lists images, labels and class names; the selected image files are read later, while the prepared data set is
+written. To add a source, add its function here and its name to `pipeline.settings.params.ImageSource`.
 """
 
 from collections.abc import Callable

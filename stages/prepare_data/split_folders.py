@@ -29,10 +29,7 @@ _MAX_WRAPPERS = 8
 
 @dataclass(frozen=True)
 class SplitFolders:
-    """The folders of a tree that hold its splits, and a validation split that is left out.
-
-    `no_classes` are names of folders that are left out because they hold no class folders with images.
-    """
+    """The split folders of a tree, and those left out: validation, and `no_classes`, which lack class folders."""
 
     train: Path
     test: Path
@@ -40,24 +37,23 @@ class SplitFolders:
     no_classes: list[str]
 
     def described(self, tree: Path) -> str:
-        """Which folder is which split, and what becomes of the others."""
-        said = f"{_inside(tree, self.train)} is the training split, {_inside(tree, self.test)} the test split"
+        """Describe which folder is which split, and which are left out."""
+        train = _inside(tree, self.train)
+        text = f"{train} is the training split, {_inside(tree, self.test)} the test split"
         if self.validation:
-            said += f"; {_inside(tree, self.validation)} is left out (to train on it too, move its images into "
-            said += f"{_inside(tree, self.train)})"
+            text += f"; {_inside(tree, self.validation)} is left out (to train on it too, move its images into {train})"
         if self.no_classes:
-            said += f"; left out, without class folders: {some_folders(self.no_classes)}"
-        return said
+            text += f"; left out, without class folders: {some_folders(self.no_classes)}"
+        return text
 
 
 def find_splits(tree: Path) -> SplitFolders | None:
-    """The splits of a tree, or None if its folders are class folders.
+    """Return the splits of a tree, or None if its folders are class folders.
 
-    Validation images are the test split where no other is, and are left out where one is.
+    Validation images are the test split if there is no other, and are left out otherwise.
 
     Raises:
-        DataError: The folders can be read in two ways, training or test images are missing, or a folder cannot
-            be read.
+        DataError: The tree is ambiguous, training or test images are missing, or a folder cannot be read.
     """
     folders = subfolders(tree)
     splits = _by_split(folders)
@@ -69,7 +65,7 @@ def find_splits(tree: Path) -> SplitFolders | None:
     with_images = [name for name in others if has_images(tree / name)]
     if with_images:
         if all(holds_images_itself(tree / name) or not subfolders(tree / name) for name in named):
-            return None  # classes that have such a name, as the train among vehicles
+            return None  # classes with such a name, like the train among vehicles
         raise DataError(
             f"{tree} holds folders named as splits ({some_folders(named)}) beside other folders with images "
             f"({some_folders(with_images)}). If the former are splits, move the others elsewhere; if they are classes, "
@@ -89,12 +85,12 @@ def _check_no_lettered_splits(tree: Path, folders: list[str]) -> None:
 
 
 def unwrapped(tree: Path) -> Path:
-    """The folder that holds the splits, where a tree has one folder in another, as archives unpack; else `tree`."""
+    """Return the folder that holds the splits if it is nested in others, as archives unpack; else `tree`."""
     return _unwrapped(tree, lambda inner: bool(_by_split(subfolders(inner))))
 
 
 def unwrapped_domains(tree: Path) -> Path:
-    """The folder that holds domains with splits of their own, where it is wrapped in others; else `tree`."""
+    """Return the folder that holds domains with their own splits if it is nested in others; else `tree`."""
     return _unwrapped(tree, lambda inner: all(is_split_tree(inner / name) for name in subfolders(inner)))
 
 
@@ -133,11 +129,8 @@ def _chosen(tree: Path, splits: dict[str, list[str]], others: list[str]) -> Spli
     train, test = folder_of.get("train"), folder_of.get("test", validation)
     if train is None or test is None:
         missing = "train" if train is None else "test"
-        found = (
-            f"Images without class folders: {some_folders(unlabelled)}"
-            if unlabelled
-            else f"Found: {some_folders(_names(splits))}"
-        )
+        what = "Images without class folders" if unlabelled else "Found"
+        found = f"{what}: {some_folders(unlabelled or _names(splits))}"
         instead = f", or set prepare_data.path to {train}, of which one image in five becomes the test split"
         raise DataError(
             f"{tree} has split folders, but none with class folders for the {missing} split. {found}. Arrange it as "
@@ -147,7 +140,7 @@ def _chosen(tree: Path, splits: dict[str, list[str]], others: list[str]) -> Spli
 
 
 def _innermost(folder: Path, split: str) -> Path:
-    """train/ of train/train/<class>, as some archives unpack."""
+    """Return the inner train/ of train/train/<class>, as some archives unpack."""
     while len(inner := subfolders(folder)) == 1 and (_split_of(inner[0]) == split or inner[0] == folder.name):
         if not subfolders(folder / inner[0]):
             break
@@ -156,7 +149,7 @@ def _innermost(folder: Path, split: str) -> Path:
 
 
 def _by_split(folders: list[str]) -> dict[str, list[str]]:
-    """Split -> the folders that are named as it; a prefix that all folders share is ignored (seg_train, seg_test)."""
+    """Return the folders by the split that they are named after, without a common prefix (seg_train, seg_test)."""
     prefix = os.path.commonprefix(folders) if len(folders) > 1 else ""
     shared = prefix[: 1 + max(map(prefix.rfind, " _.-"))]
     splits: dict[str, list[str]] = {}

@@ -1,7 +1,6 @@
 """Tiny-ImageNet in its release's own layout: class folders for training, one list for validation.
 
-The names must be looked up by wnid: the list of wnids and the order of the class folders differ, and code that pairs
-them by position prompts with the wrong words.
+Names are looked up by wnid, because wnids.txt and the class folders differ in their order.
 """
 
 from pathlib import Path
@@ -15,11 +14,10 @@ from stages.prepare_data.trees import Listing, lazy_split, lines, require
 
 
 def tiny_imagenet(root: Path, params: PrepareData) -> Source:
-    """Tiny-ImageNet as it is released: train/<wnid>/images/, val/images/ with val_annotations.txt, words.txt.
+    """Read Tiny-ImageNet as released: train/<wnid>/images/, val/images/ with val_annotations.txt, words.txt.
 
-    Labels count the wnids in sorted order, the order of ImageFolder; wnids.txt, whose order is another, only says which
-    there are. A class name is the first of its synonyms in words.txt that no other class has. Validation images are
-    the test split: the release's own test images have no labels.
+    Labels count the wnids in sorted order, the order of ImageFolder. A class name is the first of its synonyms in
+    words.txt that no other class has. Validation images are the test split; the release's test images have no labels.
 
     Raises:
         DataError: A file of the release is missing, or names an unknown class.
@@ -44,7 +42,7 @@ def tiny_imagenet(root: Path, params: PrepareData) -> Source:
 
 
 def _synset_names(root: Path, wnids: list[str]) -> list[str]:
-    """One name per wnid, in their order, all different."""
+    """Return one name per wnid, in their order, all different."""
     synonyms_of = dict(line.split("\t", 1) for line in lines(root / "words.txt") if "\t" in line)
     missing = [wnid for wnid in wnids if wnid not in synonyms_of]
     require(not missing, f"{root / 'words.txt'} has no words for {', '.join(missing[:3])}")

@@ -1,9 +1,8 @@
 """Data sets that are trees of image files: ImageFolder layout, with or without domains.
 
-A class is a folder and its name is the class name ("_" read as a space), so that names and labels agree by
-construction: labels count the class folders in the order of their names (in NFC), as torchvision's ImageFolder does.
-Hidden files, what systems leave, and files whose name does not end as an image's are no images. Folders within a class
-folder are searched too; one that leads back to a folder above it is not.
+A class is a folder and its name is the class name, with "_" read as a space. Labels count the class folders in the
+order of their names (in NFC), as torchvision's ImageFolder does. Hidden files, leftovers of systems and files without
+an image's extension are skipped. Folders within a class folder are searched too, except links to a folder above.
 """
 
 import logging
@@ -37,13 +36,13 @@ class Listing:
     labels: np.ndarray
 
     def take(self, index: np.ndarray) -> "Listing":
-        """The files at these positions."""
+        """Return the files at these positions."""
         return Listing([self.paths[position] for position in index], self.labels[index])
 
 
 @dataclass(frozen=True)
 class Tree:
-    """A tree of class folders: names of the classes in NFC, files by split, and in words where the splits come from."""
+    """A tree of class folders: names of the classes in NFC, files by split, and a description of the splits' origin."""
 
     classes: list[str]
     splits: dict[str, Listing]
@@ -52,15 +51,15 @@ class Tree:
 
 
 def folder(root: Path, params: PrepareData) -> Source:
-    """Any tree of images in ImageFolder layout.
+    """Read any tree of images in ImageFolder layout.
 
     `root`, or the only folder in it, holds either split folders with the same class folders in each (see
-    `split_folders`), or class folders alone, of which one image in five, stratified and drawn by the seed, becomes
+    `split_folders`), or only class folders, of which one image in five, stratified and drawn by the seed, becomes
     the test split.
 
     Raises:
-        DataError: The folder is missing or can be read in two ways, a class folder holds anything but images, or
-            the splits' classes differ.
+        DataError: The folder is missing or ambiguous, a class folder has files but no image, or the splits' classes
+            differ.
     """
     require(is_folder(root), f"{root} is not a folder. Set prepare_data.path to a tree of <class>/<image> folders.")
     search, tree = ImageSearch(root), unwrapped(root)
@@ -76,10 +75,10 @@ def folder(root: Path, params: PrepareData) -> Source:
 def domain_folder(
     root: Path, params: PrepareData, class_name: Callable[[str], str] | None = None, licence: str = _UNKNOWN_TERMS
 ) -> Source:
-    """A tree with one level of domains, each in a layout that `folder` reads, such as Office-Caltech-10.
+    """Read a tree with one level of domains, each in a layout that `folder` reads, such as Office-Caltech-10.
 
     Domains are numbered in the order of their folders' names (in NFC); images are in the order of domain, class and
-    path. A domain without split folders is split by itself: one image in five, stratified by class.
+    path. Of a domain without split folders, one image in five, stratified by class, becomes the test split.
 
     Raises:
         DataError: See `folder`; also if the folders are splits, or a domain lacks a class folder that another has.
@@ -95,17 +94,13 @@ def domain_folder(
     folders = subfolders(top)
     require(bool(folders), f"{top} has no folders. It must be a tree of {layout}.")
     domains = [utf8(canonical(name)) for name in folders]
-    read = {
-        name: _tree(search, unwrapped(top / name), params.seed, domain)
-        for name, domain in zip(folders, domains, strict=True)
-    }
+    named = zip(folders, domains, strict=True)
+    read = {name: _tree(search, unwrapped(top / name), params.seed, domain) for name, domain in named}
     every_class = sorted({name for tree in read.values() for name in tree.classes})
     for domain, tree in read.items():
-        missing = set(every_class) - set(tree.classes)
-        require(
-            not missing,
-            f"{top / domain} lacks class folders that other domains have: {some(missing)}. Add them, empty ones too.",
-        )
+        missing = some(set(every_class) - set(tree.classes))
+        message = f"{top / domain} lacks class folders that other domains have: {missing}. Add them, empty ones too."
+        require(not missing, message)
     _say_origins(top, read)
     search.say_passed_over()
     splits = {
@@ -116,12 +111,9 @@ def domain_folder(
 
 
 def digits_five(root: Path, params: PrepareData) -> Source:
-    """Digits-Five or its four-domain form: a tree of domains whose class folders are 0 to 9.
+    """Read Digits-Five or its four-domain form: a tree of domains, whose class folders must be 0 to 9.
 
-    Its domains are handwritten, printed and photographed: the class name is "number 3", true of all.
-
-    Raises:
-        DataError: See `domain_folder`; also if the class folders are not 0 to 9.
+    Its domains are handwritten, printed and photographed, so the class name is just "number 3".
     """
     source = domain_folder(root, params, lambda digit: f"number {digit}", "that of its domains' data sets")
     expected = [f"number {digit}" for digit in range(10)]
@@ -130,17 +122,14 @@ def digits_five(root: Path, params: PrepareData) -> Source:
 
 
 def _tree(search: ImageSearch, tree: Path, seed: int, *stream: str) -> Tree:
-    """Classes and files of one tree; `stream` names the generator that draws a test split."""
+    """List one tree; `stream` names the generator that draws a test split."""
     if found := find_splits(tree):
         search.count_outside(tree)
         classes, train = _listing(search, found.train)
         test_classes, test = _listing(search, found.test)
-        differing = set(classes) ^ set(test_classes)
-        require(
-            not differing,
-            f"{tree}: {found.train.name} and {found.test.name} differ in their class folders: {some(differing)}. "
-            "Add what is missing (a class folder may be empty), or use one spelling.",
-        )
+        differing = some(set(classes) ^ set(test_classes))
+        message = f"{tree}: {found.train.name} and {found.test.name} differ in their class folders: {differing}. "
+        require(not differing, message + "Add the missing ones (they may be empty), or use one spelling.")
         return Tree(classes, {"train": train, "test": test}, found.described(tree), True)
     _refuse_splits_of_classes(tree)
     classes, everything = _listing(search, tree)
@@ -149,12 +138,11 @@ def _tree(search: ImageSearch, tree: Path, seed: int, *stream: str) -> Tree:
     rng = seeding.numpy_generator(seed, "train/test split", *stream)
     in_test, in_train = stratified_split(everything.labels, test_rows, rng)
     drawn = {"train": everything.take(in_train), "test": everything.take(in_test)}
-    origin = "no split folders; one image in five, of each class in proportion, is the test split"
-    return Tree(classes, drawn, origin, False)
+    return Tree(classes, drawn, "no split folders; one image in five, stratified by class, is the test split", False)
 
 
 def _listing(search: ImageSearch, tree: Path) -> tuple[list[str], Listing]:
-    """The names of the classes, sorted, and their images in the order of class and path."""
+    """Return the names of the classes, sorted, and their images in the order of class and path."""
     paths, labels = [], []
     folders = search.class_folders(tree)
     for label, same_class in enumerate(folders.values()):
@@ -165,21 +153,19 @@ def _listing(search: ImageSearch, tree: Path) -> tuple[list[str], Listing]:
 
 
 def _refuse_splits_of_classes(tree: Path) -> None:
-    """Reject <class>/<split>/<image> and <domain>/<split>/<class>/<image>: read as classes, they mix the splits."""
+    """Reject <class>/<split>/<image> and <domain>/<split>/<class>/<image>, which would mix the splits."""
     for name in subfolders(tree):
         if not is_split_tree(inner := tree / name):
             continue
         splits = subfolders(inner)
-        advice = (
-            f"If {canonical(name)} is a domain, set prepare_data.source: domain-folder"
-            if any(subfolders(inner / split) for split in splits)
-            else "Arrange the tree as <split>/<class>/<image>, or put all images of a class directly into its folder"
-        )
+        advice = "Arrange the tree as <split>/<class>/<image>, or put all images of a class directly into its folder"
+        if any(subfolders(inner / split) for split in splits):
+            advice = f"If {canonical(name)} is a domain, set prepare_data.source: domain-folder"
         raise DataError(f"{inner} holds splits ({some_folders(splits)}) where a class folder is expected. {advice}.")
 
 
 def _say_what_classes_hold(tree: Path) -> None:
-    """Warn if the folders that are read as classes look like domains, or like a folder around the classes."""
+    """Warn if the class folders look like domains, or like a folder around the classes."""
     classes = subfolders(tree)
     held = [subfolders(tree / name) for name in classes]
     if len(held[0]) < 2 or any(holds_images_itself(tree / name) for name in classes):
@@ -198,7 +184,7 @@ def _say_what_classes_hold(tree: Path) -> None:
 
 
 def _say_origins(root: Path, read: dict[str, Tree]) -> None:
-    """A line for each way in which domains are split."""
+    """Log one line per origin of the domains' splits."""
     domains_of: dict[str, list[str]] = {}
     for domain, tree in read.items():
         domains_of.setdefault(tree.origin, []).append(domain)
@@ -209,21 +195,20 @@ def _say_origins(root: Path, read: dict[str, Tree]) -> None:
 
 
 def lazy_split(root: Path, listings: list[Listing], params: PrepareData) -> LazyImages:
-    """Listings one after the other, each a domain."""
+    """Concatenate listings, each of which is a domain."""
     paths = [path for listing in listings for path in listing.paths]
     labels = np.concatenate([listing.labels for listing in listings])
     domains = np.repeat(np.arange(len(listings)), [len(listing.labels) for listing in listings])
-    files = ImageFiles(root, paths, params.image_size)
-    return LazyImages.of(files, labels, domains)
+    return LazyImages.of(ImageFiles(root, paths, params.image_size), labels, domains)
 
 
 def _words(folder_name: str) -> str:
-    """The class name that a folder's canonical name gives."""
+    """Return the class name of a folder with this canonical name."""
     return utf8(folder_name).replace("_", " ").strip() or folder_name
 
 
 def lines(file: Path) -> list[str]:
-    """The lines of a text file that are not blank."""
+    """Return the lines of a text file that are not blank."""
     try:
         return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

@@ -5,7 +5,7 @@ They are embedded as data URIs in <img>, because the files may come from elsewhe
 
 import base64
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.io.system_errors import entries, reading
@@ -21,21 +21,14 @@ _OF_SWEEP = {"sweep.svg": "Timesteps and layers", "maps-*.png": "Feature maps of
 _MIME = {".svg": "image/svg+xml", ".png": "image/png"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Analysis:
-    """Figures to show.
+    """Figures to show, as caption -> data URI."""
 
-    Attributes:
-        of_set: Caption -> data URI, of analyze-features.
-        of_sweep: Caption -> data URI, of sweep-features.
-        recommended: The preset that the sweep recommends, or "".
-        omitted: What was found but is not shown, with the reason.
-    """
-
-    of_set: dict[str, str]
-    of_sweep: dict[str, str]
-    recommended: str
-    omitted: list[str]
+    of_set: dict[str, str] = field(default_factory=dict)  # of analyze-features
+    of_sweep: dict[str, str] = field(default_factory=dict)  # of sweep-features
+    recommended: str = ""  # the preset that the sweep recommends
+    omitted: list[str] = field(default_factory=list)  # results of the two that are not shown, with the reason
 
 
 def read(root: Path, results: Results, with_sweep: bool) -> Analysis:
@@ -50,28 +43,21 @@ def read(root: Path, results: Results, with_sweep: bool) -> Analysis:
         SystemRefusal: The operating system refused to read a file.
     """
     used = {run.settings.features for run in results.all_runs} - {None}
-    folder, omitted = root / "analysis", []
-    of_set: dict[str, str] = {}
-    of_sweep: dict[str, str] = {}
-    recommended = ""
+    folder, found = root / "analysis", Analysis()
     if used and (analysed := _text_at(folder / "details.json", "feature_set.fingerprint")):
         if analysed in used:
-            of_set = _pictures(folder, _OF_SET)
+            found.of_set = _pictures(folder, _OF_SET)
         else:
-            omitted.append(
-                f"analysis/ describes feature set {analysed[:8]}, which no run was trained on. "
-                "Run `pipeline analyze-features`"
-            )
+            described = f"analysis/ describes feature set {analysed[:8]}, which no run was trained on"
+            found.omitted.append(f"{described}. Run `pipeline analyze-features`")
     if with_sweep and (swept := _text_at(folder / "sweep" / "sweep.json", "made_of.dataset.hash")):
         if swept == results.all_runs[0].settings.dataset.hash:
-            of_sweep = _pictures(folder / "sweep", _OF_SWEEP)
-            recommended = (_content(folder / "sweep" / "recommended.yaml") or b"").decode("utf-8", "replace")
+            found.of_sweep = _pictures(folder / "sweep", _OF_SWEEP)
+            found.recommended = (_content(folder / "sweep" / "recommended.yaml") or b"").decode("utf-8", "replace")
         else:
-            omitted.append(
-                "analysis/sweep describes another data set than the one the runs were trained on. "
-                "Run `pipeline sweep-features`"
-            )
-    return Analysis(of_set, of_sweep, recommended, omitted)
+            described = "analysis/sweep describes another data set than the one the runs were trained on"
+            found.omitted.append(f"{described}. Run `pipeline sweep-features`")
+    return found
 
 
 def _text_at(file: Path, key: str) -> str | None:
@@ -87,9 +73,9 @@ def _pictures(folder: Path, captions: dict[str, str]) -> dict[str, str]:
     """Return caption -> data URI of the first file that matches each pattern."""
     found = {}
     for pattern, caption in captions.items():
-        for file in [file for file in entries(folder) if file.match(pattern)][:1]:
-            if data := _content(file):
-                found[caption] = f"data:{_MIME[file.suffix]};base64,{base64.b64encode(data).decode()}"
+        file = next((file for file in entries(folder) if file.match(pattern)), None)
+        if file and (data := _content(file)):
+            found[caption] = f"data:{_MIME[file.suffix]};base64,{base64.b64encode(data).decode()}"
     return found
 
 

@@ -4,6 +4,7 @@ Every method has a colour and a dash. The ids of its curve and band end in `curv
 shows and hides them by these ids.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,19 +15,9 @@ from matplotlib.ticker import MaxNLocator
 from pipeline import plotting
 from stages.report.results import TIME_PARTS, Results
 
-_COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#8C613C",
-    "#7A7A7A",
-    "#B2A800",
-    "#6A3D9A",
-)
+_COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #8C613C #7A7A7A #B2A800 #6A3D9A".split()
 _DASHES = ("solid", "dashed", "dotted")  # as CSS and matplotlib both call them
+_MAX_CLASS_NAME = 14  # characters
 
 
 @dataclass(frozen=True)
@@ -39,11 +30,8 @@ class Pen:
 
 def pens(methods: list[str]) -> dict[str, Pen]:
     """Give every method a style: ten colours that colour-blind readers can distinguish; then dashed, then dotted."""
-    count = len(_COLOURS)
-    return {
-        method: Pen(_COLOURS[number % count], _DASHES[number // count % len(_DASHES)])
-        for number, method in enumerate(methods)
-    }
+    styles = [Pen(colour, dash) for dash in _DASHES for colour in _COLOURS]
+    return dict(zip(methods, itertools.cycle(styles), strict=False))
 
 
 def curves(results: Results, quantity: str) -> list[str]:
@@ -111,6 +99,25 @@ def time_split(results: Results) -> Figure:
     axes.set(xlabel="seconds per run")
     axes.invert_yaxis()
     axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
+    return figure
+
+
+@plotting.svg
+def clients_by_class(results: Results, partition: str, most: int) -> Figure:
+    """Draw the samples per client and class as dots, first seed; a dot of `most` samples fills its cell."""
+    run = results.first_run(partition)
+    counts = run.label_counts
+    figure, axes = _axes(height=min(9.0, 1.1 + 0.24 * len(counts)))
+    clients, classes = np.nonzero(counts)
+    axes.scatter(classes, clients, s=170 * counts[clients, classes] / most, color="#0072B2", lw=0)
+    shown = list(range(0, counts.shape[1], max(1, counts.shape[1] // 20)))
+    axes.set(title=results.labels[partition], xlabel="class", ylabel="client", xticks=shown)
+    short = [name if len(name) <= _MAX_CLASS_NAME else f"{name[: _MAX_CLASS_NAME - 1]}…" for name in run.class_names]
+    is_unique = len(set(short)) == len(short)
+    names = [short[k] if is_unique else str(k) for k in shown]
+    axes.set_xticklabels(names, rotation=60 if len("".join(names)) > 30 else 0)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.invert_yaxis()
     return figure
 
 

@@ -1,25 +1,19 @@
 """Cells and tables, and their Markdown and LaTeX forms; the page's template writes the HTML."""
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from tabulate import tabulate
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a table.
-
-    Attributes:
-        text: As shown.
-        value: The number that the page sorts by; None for text.
-        best: Whether it is the best of its column, shown in bold.
-        remark: Shown smaller or in brackets, such as the gain over FedAvg.
-    """
+    """One cell of a table."""
 
     text: str
-    value: float | None = None
-    best: bool = False
-    remark: str = ""
+    value: float | None = None  # the number that the page sorts by; None for text
+    best: bool = False  # the best of its column, shown in bold
+    remark: str = ""  # shown smaller or in brackets, such as the gain over FedAvg
 
 
 @dataclass(frozen=True)
@@ -30,14 +24,14 @@ class Table:
     title: str
     note: str
     header: list[str]
-    rows: list[list[Cell]] = field(default_factory=list)
+    rows: list[list[Cell]]
     lower_is_better: bool = False
 
 
 def to_markdown(table: Table) -> str:
     """Format a table as a pipe table below its title and note."""
     header = [_escape_markdown(text) for text in table.header]
-    rows = [[_escape_markdown(_marked(cell, "**{}**")) for cell in row] for row in table.rows]
+    rows = [[_marked(cell, "**{}**", _escape_markdown) for cell in row] for row in table.rows]
     sides = ["left" if text else "right" for text in _text_columns(table)]
     body = tabulate(rows, header, tablefmt="pipe", disable_numparse=True, colalign=sides)
     return f"## {table.title}\n\n{table.note}\n\n{body}\n"
@@ -50,7 +44,7 @@ def _escape_markdown(text: str) -> str:
 def to_latex(table: Table) -> str:
     """Format a table as a LaTeX environment that needs booktabs and graphicx and is at most as wide as the text."""
     header = " & ".join(map(_escape_latex, table.header))
-    rows = [" & ".join(_marked(_escaped(cell), "\\textbf{{{}}}") for cell in row) for row in table.rows]
+    rows = [" & ".join(_marked(cell, "\\textbf{{{}}}", _escape_latex) for cell in row) for row in table.rows]
     columns = "".join("l" if text else "r" for text in _text_columns(table))
     lines = [
         "\\begin{table}",
@@ -75,13 +69,9 @@ def _text_columns(table: Table) -> list[bool]:
     return [all(cell.value is None for cell in column) for column in zip(*table.rows, strict=True)]
 
 
-def _marked(cell: Cell, bold: str) -> str:
-    text = bold.format(cell.text) if cell.best else cell.text
-    return f"{text} ({cell.remark})" if cell.remark else text
-
-
-def _escaped(cell: Cell) -> Cell:
-    return replace(cell, text=_escape_latex(cell.text), remark=_escape_latex(cell.remark))
+def _marked(cell: Cell, bold: str, escape: Callable[[str], str]) -> str:
+    text = bold.format(escape(cell.text)) if cell.best else escape(cell.text)
+    return f"{text} ({escape(cell.remark)})" if cell.remark else text
 
 
 _LATEX = str.maketrans(

@@ -19,21 +19,13 @@ TIME_PARTS = ("load", "train", "aggregate", "evaluate")
 
 @dataclass(frozen=True)
 class Results:
-    """All runs of a sweep.
-
-    Attributes:
-        methods: Names, in the order of the sweep.
-        partitions: Names, in the order of the sweep.
-        seeds: In the order of the sweep.
-        runs: (partition, method) -> one run per seed.
-        not_in_sweep: Names of finished runs that the sweep does not list.
-    """
+    """All runs of a sweep; methods, partitions and seeds are in its order."""
 
     methods: list[str]
     partitions: list[str]
     seeds: list[int]
-    runs: dict[tuple[str, str], list[Run]]
-    not_in_sweep: list[str]
+    runs: dict[tuple[str, str], list[Run]]  # (partition, method) -> one run per seed
+    not_in_sweep: list[str]  # names of finished runs that the sweep does not list
 
     @property
     def labels(self) -> dict[str, str]:
@@ -52,7 +44,7 @@ class Results:
 
     @property
     def all_runs(self) -> list[Run]:
-        """Every run of the sweep."""
+        """All runs, by partition, method and seed."""
         return [run for group in self.runs.values() for run in group]
 
     def first_run(self, partition: str) -> Run:
@@ -79,7 +71,8 @@ class Results:
 
     def rounds_to(self, partition: str, method: str, target: float) -> list[float]:
         """Return, per seed, the first round (from 1) whose accuracy is at least `target`, or infinity."""
-        return [_first_at_least(run.accuracy, target) for run in self.runs[partition, method]]
+        runs = self.runs[partition, method]
+        return [next((n for n, value in enumerate(run.accuracy, 1) if value >= target), math.inf) for run in runs]
 
     def seconds(self, method: str) -> dict[str, float]:
         """Return the mean seconds per run of each of `TIME_PARTS`."""
@@ -88,11 +81,7 @@ class Results:
 
 
 def check_comparable(groups: Iterable[list[Run]]) -> None:
-    """Check that the seeds of each group have equally many rounds, and that all runs used the same data and features.
-
-    Raises:
-        DataError: They differ.
-    """
+    """Raise DataError if seeds of a group differ in their number of rounds, or any runs in their data or features."""
     dataset: dict[Any, str] = {}
     features: dict[Any, str] = {}
     for group in groups:
@@ -106,11 +95,6 @@ def check_comparable(groups: Iterable[list[Run]]) -> None:
         if len(found) > 1:
             one, other = list(found.values())[:2]
             raise DataError(f"{one} and {other} were trained on different versions of the {kind}. Run `dvc repro`.")
-
-
-def _first_at_least(values: np.ndarray, target: float) -> float:
-    reached = np.flatnonzero(values >= target)
-    return float(reached[0]) + 1 if len(reached) else math.inf
 
 
 def _label(partition: dict[str, Any]) -> str:

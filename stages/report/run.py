@@ -7,14 +7,13 @@ report/curves.csv    method, partition, round, accuracy, loss: means over seeds,
 
 import itertools
 import logging
-import statistics
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
 
-from pipeline import accuracy, plotting, run_digests
+from pipeline import plotting, run_digests
 from pipeline.errors import DataError
 from pipeline.io import atomic
 from pipeline.settings.config import Config
@@ -44,7 +43,8 @@ def run(config: Config, with_experiments: bool = False, with_sweep: bool = False
         PipelineError: A run of the sweep is missing, damaged, or was made with other settings.
     """
     found = read_sweep(config)
-    run_digests.complete(config)
+    if config.sweep_is_as_written:  # DVC does not know a sweep given on the command line
+        run_digests.complete(config.sweep_dir, config.runs_of_sweep)
     if found.not_in_sweep:
         log.warning("Not in the report, because the sweep does not list them: %s", ", ".join(found.not_in_sweep))
     analysed = analysis.read(config.root, found, with_sweep)
@@ -60,11 +60,7 @@ def run(config: Config, with_experiments: bool = False, with_sweep: bool = False
 
 
 def as_text(config: Config, form: str, with_experiments: bool = False) -> str:
-    """Return all tables as "markdown" or "latex".
-
-    Raises:
-        PipelineError: As `run`.
-    """
+    """Return all tables as "markdown" or "latex"; raise PipelineError as `run` does."""
     write = {"markdown": formats.to_markdown, "latex": formats.to_latex}[form]
     return "\n".join(map(write, _tables(config.root, read_sweep(config), with_experiments)))
 
@@ -82,9 +78,8 @@ def read_sweep(config: Config) -> Results:
         for method in sweep.methods
     }
     results.check_comparable(groups.values())
-    listed = {path.name for path in config.runs_of_sweep}
-    finished = sorted(file.parent.name for file in config.results_dir.glob("*/config.json"))
-    not_in_sweep = [name for name in finished if name not in listed]
+    finished = {file.parent.name for file in config.results_dir.glob("*/config.json")}
+    not_in_sweep = sorted(finished - {path.name for path in config.runs_of_sweep})
     return Results(sweep.methods, sweep.partitions, sweep.seeds, groups, not_in_sweep)
 
 
@@ -97,22 +92,21 @@ def _read(config: Config, method: str, partition: str, seed: int) -> Run:
             f"{error.filename} is missing. Run `pipeline train-fl --method {method} --partition {partition} "
             f"--seed {seed}`, or remove the run from sweep in params.yaml."
         ) from None
-    run_digests.check(config, folder)
+    run_digests.check(config.sweep_dir, folder)
     config.check_settings_of_run(folder, found.settings.model_dump(), method, partition)
     return found
 
 
 def _tables(root: Path, found: Results, with_experiments: bool) -> list[Table]:
     extra = experiments.table(root) if with_experiments else None
-    return tables.make(found) + ([extra] if extra else [])
+    return [*tables.make(found), *([extra] if extra else [])]
 
 
 def _page(title: str, found: Results, shown: list[Table], analysed: Analysis) -> str:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True)
     number = itertools.count()
     environment.filters["inline"] = lambda svg: plotting.inline(svg, next(number))
-    first_runs = [found.first_run(partition) for partition in found.partitions]
-    most = max(int(run.label_counts.max()) for run in first_runs)
+    most = max(int(found.first_run(partition).label_counts.max()) for partition in found.partitions)
     return environment.get_template("page.html.j2").render(
         title=title,
         subtitle=_subtitle(found),
@@ -124,10 +118,7 @@ def _page(title: str, found: Results, shown: list[Table], analysed: Analysis) ->
         loss_curves=figures.curves(found, "loss"),
         client_spread=[figures.client_spread(found, partition) for partition in found.partitions],
         time_split=figures.time_split(found),
-        clients_by_class=[
-            plotting.clients_by_class(run.label_counts, run.class_names, found.labels[run.partition], most)
-            for run in first_runs
-        ],
+        clients_by_class=[figures.clients_by_class(found, partition, most) for partition in found.partitions],
         most=most,
         runs={run.name: run.settings.model_dump(exclude_unset=True) for run in found.all_runs},
         not_in_sweep=found.not_in_sweep,
@@ -136,32 +127,25 @@ def _page(title: str, found: Results, shown: list[Table], analysed: Analysis) ->
 
 
 def _subtitle(found: Results) -> str:
-    """Describe the sweep in one sentence."""
     settings = found.all_runs[0].settings
     train = settings.train_fl
-    clients = sorted({len(run.label_counts) for run in found.all_runs})
-    return (
-        f"{settings.dataset.name}, {train['model']}; {' or '.join(map(str, clients))} clients, "
-        f"{train['clients_per_round']} per round; {_counted(train['num_rounds'], 'round')} of "
-        f"{_counted(train['local_epochs'], 'local epoch')}; "
-        f"{_counted(len(found.methods), 'method')}, {_counted(len(found.partitions), 'partition')}, "
-        f"{'seeds' if len(found.seeds) > 1 else 'seed'} {', '.join(map(str, found.seeds))}."
-    )
+    clients = " or ".join(map(str, sorted({len(run.label_counts) for run in found.all_runs})))
+    rounds, epochs = _counted(train["num_rounds"], "round"), _counted(train["local_epochs"], "local epoch")
+    size = f"{_counted(len(found.methods), 'method')}, {_counted(len(found.partitions), 'partition')}"
+    seeds = f"{'seeds' if len(found.seeds) > 1 else 'seed'} {', '.join(map(str, found.seeds))}"
+    federation = f"{clients} clients, {train['clients_per_round']} per round"
+    return f"{settings.dataset.name}, {train['model']}; {federation}; {rounds} of {epochs}; {size}, {seeds}."
 
 
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _summary(found: Results) -> dict[str, dict[str, dict[str, float | None]]]:
+def _summary(found: Results) -> dict[str, dict[str, Any]]:
     """Return partition -> method -> mean and standard deviation of accuracy over seeds."""
-    summary: dict[str, dict[str, dict[str, float | None]]] = {}
-    for partition, method in found.runs:
-        by_seed = found.accuracies(partition, method)
-        summary.setdefault(partition, {})[method] = {
-            "mean_accuracy": statistics.fmean(by_seed),
-            "std_accuracy": accuracy.deviation(by_seed),
-        }
+    summary: dict[str, dict[str, Any]] = {partition: {} for partition in found.partitions}
+    for row in runs.summary(found.all_runs).rows:
+        summary[row["partition"]][row["method"]] = {key: row[key] for key in ("mean_accuracy", "std_accuracy")}
     return summary
 
 
@@ -169,8 +153,8 @@ def _mean_curves(found: Results) -> list[dict[str, Any]]:
     """Return a row per method, partition and round: means over seeds."""
     rows = []
     for (partition, method), group in found.runs.items():
-        reached, loss = (np.mean([getattr(run, name) for run in group], axis=0) for name in ("accuracy", "loss"))
-        for index in range(len(reached)):
-            place = {"method": method, "partition": partition, "round": index + 1}
-            rows.append(place | {"accuracy": round(float(reached[index]), 6), "loss": round(float(loss[index]), 6)})
+        means = (np.mean([getattr(run, name) for run in group], axis=0).tolist() for name in ("accuracy", "loss"))
+        for number, (reached, loss) in enumerate(zip(*means, strict=True), start=1):
+            row = {"method": method, "partition": partition, "round": number}
+            rows.append(row | {"accuracy": round(reached, 6), "loss": round(loss, 6)})
     return rows

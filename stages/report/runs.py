@@ -26,8 +26,7 @@ from pipeline.io.system_errors import reading
 from pipeline.manifests import RunConfig
 
 _FILES = ("config.json", "partition.json", "rounds.csv", "clients.csv", "metrics.json", "details.json")
-_OPTIONAL_FILES = ("timing.csv", "partition.svg", "model.safetensors")
-"""Not read here, and often not downloaded; checked where they are present."""
+_OPTIONAL_FILES = ("timing.csv", "partition.svg", "model.safetensors")  # not read, and checked only if present
 
 Row = dict[str, Any]
 
@@ -110,9 +109,8 @@ def read_run(folder: str | Path) -> Run:
     try:
         return load(folder)
     except FileNotFoundError as error:
-        raise DataError(
-            f"{folder} holds no finished run ({error.filename} is missing). Finish it by train-fl."
-        ) from None
+        message = f"{folder} holds no finished run ({error.filename} is missing). Finish it by train-fl."
+        raise DataError(message) from None
 
 
 def read_runs(folder: str | Path, pattern: str = "*") -> list[Run]:
@@ -133,12 +131,7 @@ def read_runs(folder: str | Path, pattern: str = "*") -> list[Run]:
 
 
 def load(folder: Path) -> Run:
-    """Read a finished run, see `read_run`.
-
-    Raises:
-        FileNotFoundError: A file of the run is missing.
-        DataError: The run is damaged.
-    """
+    """Read a run as `read_run` does, but raise FileNotFoundError if a file is missing."""
     present = [name for name in _OPTIONAL_FILES if (folder / name).exists()]
     if changed := provenance.changed_file(folder, [*_FILES, *present]):
         raise DataError(f"{folder / changed} does not match its checksum. Train it again, or `dvc checkout` it.")

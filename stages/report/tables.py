@@ -64,8 +64,7 @@ def _gain(own: list[float], baseline: list[float]) -> str:
 
 def _measure(results: Results) -> str:
     """Describe which classifier the accuracies are of, and on which images."""
-    images = {"test": "test images", "validation": "validation images"}
-    on = f"on the {images[results.all_runs[0].settings.train_fl['evaluate_on']]}"
+    on = f"on the {results.all_runs[0].settings.train_fl['evaluate_on']} images"  # test or validation
     knn_methods = [method for method in results.methods if results.of_method(method)[0].is_knn]
     knn = f"k-NN classifier on the global model's embeddings, {on}"
     if not knn_methods:
@@ -79,8 +78,8 @@ def _linear_probe(results: Results) -> Table | None:
     """Compare methods without labels by a linear probe; runs of other methods have none."""
 
     def probes(partition: str, method: str) -> list[float]:
-        found = [run.metrics.get("linear_probe_accuracy") for run in results.runs[partition, method]]
-        return [value for value in found if value is not None]
+        key, runs = "linear_probe_accuracy", results.runs[partition, method]
+        return [run.metrics[key] for run in runs if run.metrics.get(key) is not None]
 
     def cell(partition: str, method: str) -> Cell:
         if not (own := probes(partition, method)):
@@ -181,14 +180,11 @@ def _time(results: Results) -> Table:
 def _partitions(results: Results) -> Table:
     names = list(results.all_runs[0].heterogeneity)
     rows = []
-    for partition in results.partitions:
-        runs = results.runs[partition, results.methods[0]]
-        label = results.labels[partition]
+    for partition, label in results.labels.items():
         cells = [Cell(label, remark=partition if label != partition else "")]
         for name in names:
-            values = [run.heterogeneity[name] for run in runs]
-            known = [value for value in values if value is not None]
-            mean = float(np.mean(known)) if len(known) == len(values) else math.nan
+            values = [run.heterogeneity[name] for run in results.runs[partition, results.methods[0]]]
+            mean = float(np.mean(np.array(values, np.float64)))  # None becomes NaN
             cells.append(Cell(f"{mean:.3g}" if math.isfinite(mean) else "–", mean))
         rows.append(cells)
     note = "How far the clients' label distributions differ; means over seeds. docs/api.md defines each statistic."
@@ -203,8 +199,7 @@ def _provenance(results: Results) -> Table:
         rows.append(
             [
                 Cell(run.name),
-                Cell(f"{100 * metrics['mean_last5_accuracy']:.2f}", metrics["mean_last5_accuracy"]),
-                Cell(f"{100 * metrics['best_accuracy']:.2f}", metrics["best_accuracy"]),
+                *(Cell(f"{100 * metrics[key]:.2f}", metrics[key]) for key in ("mean_last5_accuracy", "best_accuracy")),
                 Cell(_short_commit(made["commit"])),
                 Cell(f"{data.name} {(data.hash or '')[:8]}".rstrip()),
                 Cell((run.settings.features or "none")[:8]),
@@ -222,9 +217,7 @@ def _hardware(run: Run) -> str:
 
 
 def _short_commit(commit: str | None) -> str:
-    if not commit:
-        return "unknown"
-    number, dirty, _ = commit.partition("-dirty")
+    number, dirty, _ = (commit or "unknown").partition("-dirty")
     return number[:8] + dirty
 
 

@@ -199,7 +199,8 @@ def execute(
         _write_results(job, model, evaluator, data, record)
         atomic.write_json(job.path / "config.json", settings | {"provenance": _provenance(device)})
         provenance.write_checksums(job.path)
-        run_digests.record(job.config, job.path)
+        if job.config.sweep_is_as_written and job.path in job.config.runs_of_sweep:
+            run_digests.record(job.config.sweep_dir, job.path)
         checkpoint.remove()
 
 

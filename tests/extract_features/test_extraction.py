@@ -130,14 +130,14 @@ def test_shard_ranges_make_the_set_once_all_are_there(digits, unextracted):
     assert result.exit_code == 1 and "0 <= A < B <= 5 shards" in result.output
 
 
-def test_sigterm_ends_between_batches_and_the_next_run_goes_on(digits, unextracted):
+def test_sigterm_stops_between_batches_and_the_next_run_resumes(digits, unextracted):
     process = launch(unextracted, OMP_NUM_THREADS="1")
     while process.poll() is None and not list(unextracted.glob(".pipeline/staging/*/shard-00001.json")):
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     _, log = process.communicate()
     assert process.returncode == 143, log
-    assert "stopped by SIGTERM" in log and "Traceback" not in log
+    assert "Stopped by SIGTERM: completed work is kept" in log and "Traceback" not in log
     assert not list(unextracted.glob(".pipeline/staging/*/*.tmp"))
     extract(unextracted)
     assert contents(unextracted / SET) == contents(digits / SET)

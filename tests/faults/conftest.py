@@ -1,4 +1,4 @@
-"""A small project that everything was run in, copies of it to be harmed, and the table of what was tried."""
+"""A small project in which every stage has run, copies of it to damage, and the table of faults tried."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ import pytest
 from tests.faults import program
 
 SEED = int(os.environ.get("FAULTS_SEED", "0"))
-"""Decides every random moment; set it in the environment to try others."""
+"""Seed of every random moment; set FAULTS_SEED to try others."""
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Trial:
     lost: int = 0
 
     def compare(self, expected: dict[str, bytes], found: dict[str, bytes]) -> None:
-        """Every file that should be there is, with the same bytes, and no other."""
+        """Check that exactly the expected files exist, with the same bytes."""
         wrong = [name for name, content in expected.items() if found.get(name) != content]
         self.lost += len(wrong)
         assert not wrong and set(found) == set(expected), (wrong, set(found) ^ set(expected))
@@ -36,7 +36,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def trial(self, kind: str) -> Iterator[Trial]:
-        """Counts one fault: as survived if the block ends well."""
+        """Count one fault, as survived if the block raises nothing."""
         row, trial = self.rows.setdefault(kind, [0, 0, 0]), Trial()
         row[0] += 1
         try:
@@ -65,13 +65,13 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
 
 @pytest.fixture
 def trial():
-    """`with trial("kind of fault") as it:` enters a fault in the table."""
+    """`with trial("kind of fault") as tried:` adds a fault to the table."""
     return _LEDGER.trial
 
 
 @dataclass(frozen=True)
 class Made:
-    """The project, and how its commands ran."""
+    """The project, and the measurements of its commands."""
 
     root: Path
     commands: dict[str, program.Undisturbed]
@@ -79,7 +79,7 @@ class Made:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory) -> Made:
-    """A project in which every stage has run; shared, never to be changed."""
+    """A project in which every stage has run; shared by all tests, so never change it."""
     root = tmp_path_factory.mktemp("made") / "project"
     root.mkdir()
     program.write_settings(root)
@@ -93,7 +93,7 @@ def made(tmp_path_factory) -> Made:
 
 @pytest.fixture
 def project(made, tmp_path) -> Path:
-    """A copy of the project to be harmed; the model is shared, by a link."""
+    """A copy of the project to damage; the model is a link to the shared one."""
     root = tmp_path / "project"
     shutil.copytree(made.root, root, ignore=shutil.ignore_patterns("models"))
     (root / "models").symlink_to(made.root / "models")
@@ -101,7 +101,7 @@ def project(made, tmp_path) -> Path:
 
 
 def pytest_generate_tests(metafunc) -> None:
-    """`number` counts random moments: twenty among the long trials, always the first two, of a full disk the first."""
+    """Parametrize `number`, which counts random moments: 20 in `make test-faults`; else two, or one for full disks."""
     if "number" in metafunc.fixturenames:
         always = 1 if metafunc.module.__name__.endswith("test_disks") else 2
         long = [pytest.param(number, marks=pytest.mark.faults) for number in range(always, 20)]

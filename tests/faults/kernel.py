@@ -30,7 +30,7 @@ class _Program(ctypes.Structure):
 
 
 def refuse(call: str, errno: int) -> None:
-    """Makes this system call fail with `errno`, in this process, from now on."""
+    """Make this system call fail with `errno`, in this process, from now on."""
     number = _NUMBERS[platform.machine()][call]
     instructions = [(_LOAD, 0, 0, 0), (_JUMP_IF_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERRNO | errno)]
     instructions.append((_RETURN, 0, 0, _ALLOW))
@@ -42,7 +42,7 @@ def refuse(call: str, errno: int) -> None:
 
 
 def in_child(action: Callable[[], Any]) -> Any:
-    """What `action` returns, or the exception that it raises, in a fork of this process."""
+    """Return what `action` returns, or the type and text of its exception, in a fork of this process."""
     reading, writing = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads

@@ -1,4 +1,4 @@
-"""The program in processes of its own, to be killed, starved and misled.
+"""Run the program in separate processes that can be killed and denied resources.
 
 Every command runs `pipeline`'s own entry point in a real process. The processes are forked from one that has imported
 the libraries already (the standard library's fork server), so that a start takes milliseconds instead of seconds.
@@ -30,7 +30,7 @@ _FORKED.set_forkserver_preload(
     + ["stages.synthesize.generate", "stages.analyze_features.sweep.run", *(f"stages.{name}" for name in STAGES)]
 )
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GIT_DIR": os.devnull}
-"""Of every command. No commit is found: bytes are equal whatever is edited or committed meanwhile."""
+"""The environment of every command. No commit is found, so bytes are equal whatever is committed meanwhile."""
 TIMEOUT = 120  # seconds after which a command counts as hanging
 
 SETTINGS: dict[str, Any] = {
@@ -62,18 +62,18 @@ RUN = Path("results/feddifrc-iid-s0")
 
 @dataclass
 class Command:
-    """A command that runs."""
+    """A running command."""
 
     process: Any
     log: Path
 
     @property
     def output(self) -> str:
-        """What it has written to its standard output and error."""
+        """Its standard output and error so far."""
         return self.log.read_text(encoding="utf-8", errors="surrogateescape")
 
     def end(self) -> int:
-        """Waits for its end; its exit code, that of a signal negative."""
+        """Wait for its end and return its exit code, negative for a signal."""
         self.process.join(TIMEOUT)
         if self.process.exitcode is None:
             self.process.kill()
@@ -83,7 +83,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a command is run under: its user, its environment, and the file operation at which it dies."""
+    """Conditions of a command: its user, its environment, and the file operation at which it is killed."""
 
     uid: int | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -93,14 +93,14 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """A command as it runs when nothing happens: seconds and file operations."""
+    """Seconds and file operations of an undisturbed command."""
 
     seconds: float
     operations: int
 
 
 def start(root: Path, *arguments: str, log: Path | None = None, under: Conditions = Conditions()) -> Command:
-    """Starts a command in the project at `root`; what it says goes to a file outside it."""
+    """Start a command in the project at `root`; its output goes to a file outside it."""
     log = log or root.parent / f"{root.name}.log"
     log.touch()
     process = _FORKED.Process(target=_child, args=(root, arguments, log, under))
@@ -109,20 +109,20 @@ def start(root: Path, *arguments: str, log: Path | None = None, under: Condition
 
 
 def run(root: Path, *arguments: str, **how: Any) -> tuple[int, str]:
-    """Runs a command to its end: its exit code and what it said."""
+    """Run a command to its end; return its exit code and output."""
     command = start(root, *arguments, **how)
     return command.end(), command.output
 
 
 def succeed(root: Path, *arguments: str, **how: Any) -> str:
-    """Runs a command that must succeed; what it said."""
+    """Run a command that must succeed; return its output."""
     code, output = run(root, *arguments, **how)
     assert code == 0, output
     return output
 
 
 def undisturbed(root: Path, *arguments: str) -> Undisturbed:
-    """Runs a command that must succeed; how it ran."""
+    """Run a command that must succeed; return its measurements."""
     counted = root.parent / "count"
     started = time.perf_counter()
     succeed(root, *arguments, under=Conditions(counts_in=counted))
@@ -130,7 +130,7 @@ def undisturbed(root: Path, *arguments: str) -> Undisturbed:
 
 
 def refuse(root: Path, *arguments: str, says: Iterable[str], **how: Any) -> str:
-    """Runs a command that must end in one line of error, which says each of `says`; that line."""
+    """Run a command that must end in one line of error with each of the texts `says`; return the line."""
     code, output = run(root, *arguments, **how)
     assert code == 1, (code, output)
     line = error_line(output)
@@ -140,7 +140,7 @@ def refuse(root: Path, *arguments: str, says: Iterable[str], **how: Any) -> str:
 
 
 def error_line(output: str) -> str:
-    """The one line of error that an output ends in; nothing may stand around it that looks like a failure's inside."""
+    """Return the one line of error that an output must end in, without a traceback or HDF5's own messages."""
     assert "Traceback" not in output and "HDF5-DIAG" not in output, output
     lines = [line for line in output.splitlines() if line.startswith("Error: ")]
     assert len(lines) == 1 and output.splitlines()[-1] == lines[0], output
@@ -148,7 +148,7 @@ def error_line(output: str) -> str:
 
 
 def contents(folder: Path, pattern: str = "*", leave_out: Iterable[str] = ()) -> dict[str, bytes]:
-    """Path -> bytes of all files below a folder."""
+    """Return the bytes of all files below a folder, by path."""
     return {
         file.relative_to(folder).as_posix(): file.read_bytes()
         for file in sorted(folder.rglob(pattern))
@@ -157,7 +157,7 @@ def contents(folder: Path, pattern: str = "*", leave_out: Iterable[str] = ()) ->
 
 
 def write_settings(root: Path, **changes: Any) -> None:
-    """params.yaml of the small project."""
+    """Write params.yaml of the small project."""
     write_params(root, {**SETTINGS, **{key.replace("__", "."): value for key, value in changes.items()}})
 
 
@@ -184,7 +184,7 @@ def _child(root: Path, arguments: tuple[str, ...], log: Path, under: Conditions)
 
 
 class _Operations:
-    """Counts what changes files, and dies, as by kill -9, before the given one."""
+    """Counts the operations that change files, and kills the process (kill -9) before the given one."""
 
     def __init__(self, dies_at: int | None) -> None:
         self.count = 0

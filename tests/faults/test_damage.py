@@ -1,4 +1,4 @@
-"""Files that are not what was written: named in one line or made again, nothing else touched, and then all is well."""
+"""Damaged, foreign and misplaced files are reported in one line or recomputed, and nothing else is changed."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def empty(file):
 DAMAGE = {"flipped": flip, "truncated": truncate, "empty": empty}
 SOME_DAMAGE = ["flipped", *(pytest.param(name, marks=pytest.mark.faults) for name in ("truncated", "empty"))]
 
-# file, the command that reads it, what its line names, the commands that mend it
+# file, the command that reads it, texts of its error, the commands that repair it
 READ = {
     "images": (f"{DATA}/train.h5", EXTRACT, ["digits/train.h5", "`pipeline prepare-data`"], [PREPARE]),
     "test-images": (f"{DATA}/test.h5", TRAIN, ["digits/test.h5", "`pipeline prepare-data`"], [PREPARE]),
@@ -79,8 +79,8 @@ def unextracted(project):
 
 @pytest.mark.parametrize("damage", SOME_DAMAGE)
 @pytest.mark.parametrize("kind", SOME_READ)
-def test_a_damaged_file_is_named_and_mended(made, project, trial, kind, damage):
-    name, command, says, mend = READ[kind]
+def test_damaged_file_is_named_and_repaired_by_the_advised_command(made, project, trial, kind, damage):
+    name, command, says, repair = READ[kind]
     if name.startswith("models"):
         (project / "models").unlink()
         shutil.copytree(made.root / "models", project / "models")
@@ -91,14 +91,14 @@ def test_a_damaged_file_is_named_and_mended(made, project, trial, kind, damage):
         before = program.contents(project, leave_out=[])
         program.refuse(project, *command, says=says)
         tried.compare(before, without_locks(program.contents(project), before))
-        for again in mend:
+        for again in repair:
             program.succeed(project, *again)
         program.succeed(project, *command)
         tried.compare(program.contents(made.root / "data"), program.contents(project / "data"))
 
 
 def without_locks(found, before):
-    """A refused command may leave the files of locks and the plan of what it was to make, and nothing else."""
+    """Leave out lock files and the plan of a set, which a refused command may create."""
     return {
         name: content
         for name, content in found.items()
@@ -107,7 +107,7 @@ def without_locks(found, before):
 
 
 @pytest.mark.parametrize("damage", SOME_DAMAGE)
-def test_damaged_params(project, trial, damage):
+def test_damaged_params_are_rejected(project, trial, damage):
     file = project / "params.yaml"
     good = file.read_bytes()
     with trial(f"{damage} file") as tried:
@@ -141,16 +141,14 @@ SOME_STATE = [
 
 @pytest.fixture(scope="module")
 def interrupted(made, tmp_path_factory):
-    """A project in which extraction, generation and training were each killed late."""
+    """A project in which extraction, generation and training were killed shortly before their end."""
     root = tmp_path_factory.mktemp("interrupted") / "project"
     shutil.copytree(made.root, root, ignore=shutil.ignore_patterns("models", ".pipeline"))
     (root / "models").symlink_to(made.root / "models")
     for command, output in ((TRAIN, RUN), (SYNTHESIZE, program.Path("data/datasets/digits-synthetic")), (EXTRACT, SET)):
         shutil.rmtree(root / output)
-        at = (
-            made.commands[command[0]].operations
-            - {"train-fl": 12, "synthesize": 22, "extract-features": 14}[command[0]]
-        )
+        before_end = {"train-fl": 12, "synthesize": 22, "extract-features": 14}[command[0]]
+        at = made.commands[command[0]].operations - before_end
         more = ("--set", "runtime.cache_latents=true") if command == EXTRACT else ()
         program.run(root, *command, *more, under=program.Conditions(dies_at=at))
         assert not (root / output / "manifest.json").exists() and not (root / output / "SHA256SUMS").exists()
@@ -159,7 +157,7 @@ def interrupted(made, tmp_path_factory):
 
 @pytest.mark.parametrize("damage", SOME_DAMAGE)
 @pytest.mark.parametrize("kind", SOME_STATE)
-def test_damaged_state_is_made_again(made, interrupted, tmp_path, trial, kind, damage):
+def test_damaged_state_is_recomputed(made, interrupted, tmp_path, trial, kind, damage):
     pattern, command = STATE[kind]
     project = tmp_path / "project"
     shutil.copytree(interrupted, project, symlinks=True)
@@ -209,7 +207,7 @@ OUTSIDE = {
 
 
 @pytest.mark.parametrize("kind", OUTSIDE)
-def test_a_manifest_that_leads_outside_or_is_newer(made, project, trial, kind):
+def test_manifest_that_names_outside_files_or_is_newer_is_rejected(made, project, trial, kind):
     name, change, command, says = OUTSIDE[kind]
     with trial("manifest of a newer format, or leading outside") as tried:
         good = (project / name).read_bytes()
@@ -222,7 +220,7 @@ def test_a_manifest_that_leads_outside_or_is_newer(made, project, trial, kind):
 
 
 @pytest.mark.parametrize("link", ["/dev/zero", "/dev/full", "/etc/hostname", "nowhere", "shard-00001.h5", "."])
-def test_a_link_in_place_of_a_shard(made, project, trial, link):
+def test_link_in_place_of_a_shard_is_rejected(made, project, trial, link):
     with trial("link in place of a file") as tried:
         shard = project / SET / "shard-00001.h5"
         shard.unlink()
@@ -233,7 +231,7 @@ def test_a_link_in_place_of_a_shard(made, project, trial, link):
         tried.compare(program.contents(made.root / SET), program.contents(project / SET))
 
 
-def test_a_shard_of_another_set(made, project, trial):
+def test_shard_or_basis_of_another_set_is_rejected(made, project, trial):
     with trial("shard or basis of another set") as tried:
         other = project / "data/features/digits-tiny-sd-t100"
         program.succeed(project, *EXTRACT, "--timestep", "100")
@@ -251,7 +249,7 @@ def test_a_shard_of_another_set(made, project, trial):
         tried.compare(program.contents(made.root / SET), program.contents(project / SET))
 
 
-def test_a_whole_foreign_set_in_the_place(project, trial):
+def test_features_of_another_data_set_are_rejected(project, trial):
     with trial("shard or basis of another set"):
         program.succeed(project, "prepare-data", "--seed", "1")
         program.refuse(project, *TRAIN, says=["another data set", "hash", "extract-features --overwrite`"])
@@ -260,7 +258,7 @@ def test_a_whole_foreign_set_in_the_place(project, trial):
         program.succeed(project, *TRAIN_AGAIN)
 
 
-def test_a_replace_folder_a_file_and_a_file_in_place_of_a_folder(project, trial):
+def test_file_in_place_of_a_folder_and_the_reverse_are_rejected(project, trial):
     with trial("file and folder mistaken for each other"):
         shutil.rmtree(project / "results")
         (project / "results").write_text("")

@@ -1,4 +1,4 @@
-"""Disks that are full, read-only or not ours: one line, what was there is kept, and the next run goes on."""
+"""Full and read-only disks, and folders of another user: one line of error, nothing lost, and the next run resumes."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ NOBODY = 65534
 
 @pytest.fixture
 def disk(tmp_path):
-    """A file system of 24 MB of its own."""
+    """A separate file system of 24 MB."""
     place = tmp_path / "disk"
     place.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", place], capture_output=True).returncode:
@@ -29,7 +29,7 @@ def disk(tmp_path):
 
 @pytest.fixture
 def project_on_disk(made, disk, tmp_path):
-    """A copy of the project on the small file system; what the commands say is kept elsewhere."""
+    """A copy of the project on the small file system; the commands' output goes elsewhere."""
     root = disk / "project"
     shutil.copytree(made.root, root, ignore=shutil.ignore_patterns("models"))
     (root / "models").symlink_to(made.root / "models")
@@ -37,7 +37,7 @@ def project_on_disk(made, disk, tmp_path):
 
 
 def fill(disk: Path, leave: int) -> Path:
-    """Takes all the room but for `leave` bytes."""
+    """Fill the disk up to `leave` bytes."""
     filler = disk / "filler"
     filler.write_bytes(bytes(shutil.disk_usage(disk).free - leave))
     return filler
@@ -45,7 +45,7 @@ def fill(disk: Path, leave: int) -> Path:
 
 @MOUNTS
 @pytest.mark.parametrize("name", SOME_COMMANDS)
-def test_a_full_disk(made, project_on_disk, disk, tmp_path, trial, name, number):
+def test_full_disk_loses_nothing_and_the_next_run_resumes(made, project_on_disk, disk, tmp_path, trial, name, number):
     project, log = project_on_disk, tmp_path / "log"
     arguments, output = begin(project, name)
     rng = np.random.default_rng([SEED, number, *name.encode()])
@@ -67,7 +67,7 @@ def test_a_full_disk(made, project_on_disk, disk, tmp_path, trial, name, number)
 
 
 def used_by(project, arguments, disk, made, name):
-    """Bytes that the command's output takes."""
+    """Return the size of the command's output in bytes."""
     folder = made.root / COMMANDS[name][1]
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return size + (5_000_000 if name == "prepare-backbone" else 0)
@@ -75,7 +75,7 @@ def used_by(project, arguments, disk, made, name):
 
 @MOUNTS
 @pytest.mark.parametrize("name", SOME_COMMANDS)
-def test_a_read_only_disk(made, project_on_disk, disk, tmp_path, trial, name):
+def test_read_only_disk_loses_nothing_and_the_next_run_resumes(made, project_on_disk, disk, tmp_path, trial, name):
     project, log = project_on_disk, tmp_path / "log"
     arguments, output = begin(project, name)
     with trial("read-only disk") as tried:
@@ -91,7 +91,7 @@ def test_a_read_only_disk(made, project_on_disk, disk, tmp_path, trial, name):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="taking another user's rights needs root")
 @pytest.mark.parametrize("name", ["extract-features", "train-fl", "prepare-data"])
-def test_a_folder_of_another_user(made, trial, name, tmp_path_factory):
+def test_folder_of_another_user_is_reported_and_unchanged(made, trial, name, tmp_path_factory):
     with trial("folder without access") as tried:
         place = Path(subprocess.check_output(["mktemp", "-d"], text=True).strip())
         try:

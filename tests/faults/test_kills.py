@@ -1,4 +1,4 @@
-"""Every command, ended at a random moment: it goes on to the bytes that it would have left undisturbed."""
+"""Every command, killed or interrupted at a random moment, resumes to the bytes of an undisturbed run."""
 
 import contextlib
 import functools
@@ -26,20 +26,20 @@ COMMANDS = {
     "report": (("report",), program.Path("report")),
 }
 LAST = {"prepare-backbone": "tiny-sd.json", "train-fl": provenance.CHECKSUMS, "report": "index.html"}
-"""The file that is written last, where it is not manifest.json: with it the output says that it is whole."""
+"""The file that is written last, where it is not manifest.json: the output is complete once it exists."""
 FOLDERS = {
     "prepare-data": "prepare_data.seed=1",
     "extract-features": "extract_features.noise_seed=1",
     "synthesize": "synthesize.seed=1",
 }
-"""Whose output is one folder, which appears at once, and a setting that gives another content."""
+"""Commands whose output is one folder, replaced atomically, with a setting that changes its content."""
 LONG = ("extract-features", "train-fl")  # work that takes hours: killed in `make test` as well
 SOME_FOLDERS = ["prepare-data", *(pytest.param(name, marks=pytest.mark.faults) for name in list(FOLDERS)[1:])]
 SOME_COMMANDS = [name if name in LONG else pytest.param(name, marks=pytest.mark.faults) for name in COMMANDS]
 
 
 def begin(project, name):
-    """The command and its output's folder, emptied, and without what it keeps for resuming."""
+    """Remove the command's output and its state for resuming; return its arguments and output folder."""
     arguments, output = COMMANDS[name]
     shutil.rmtree(project / output)
     shutil.rmtree(project / ".pipeline", ignore_errors=True)
@@ -57,7 +57,7 @@ def moments(name, number):
 
 
 def killed(project, arguments, undisturbed, rng, number):
-    """Runs a command that is killed: at a moment where `number` is odd, else before one of its file operations."""
+    """Run a command and kill it: after a random time if `number` is odd, else before one of its file operations."""
     if number % 2:
         command = program.start(project, *arguments)
         time.sleep(rng.random() * undisturbed.seconds)
@@ -69,22 +69,22 @@ def killed(project, arguments, undisturbed, rng, number):
 
 
 @pytest.mark.parametrize("name", SOME_COMMANDS)
-def test_kill_9(made, project, trial, name, number):
+def test_killed_command_resumes_with_identical_results(made, project, trial, name, number):
     arguments, output = begin(project, name)
     with trial(f"kill -9 of {name}") as tried:
         killed(project, arguments, made.commands[name], moments(name, number), number)
-        whole_or_in_the_making(tried, made, project, name)
+        check_complete_or_unfinished(tried, made, project, name)
         program.succeed(project, *arguments)
         tried.compare(finished(made.root, name), finished(project, name))
         tried.compare(program.contents(made.root / "data"), program.contents(project / "data"))
 
 
-def whole_or_in_the_making(tried, made, project, name):
-    """A killed command's output: all of it where it says so, as if killed while it clears up; else no half file."""
-    output, whole = project / COMMANDS[name][1], finished(made.root, name)
+def check_complete_or_unfinished(tried, made, project, name):
+    """Check a killed command's output: if it counts as complete, every file is there; otherwise no file is partial."""
+    output, complete = project / COMMANDS[name][1], finished(made.root, name)
     left = {file: content for file, content in finished(project, name).items() if not file.endswith(".tmp")}
     if (output / LAST.get(name, "manifest.json")).exists():
-        tried.compare(whole, left)
+        tried.compare(complete, left)
         if name == "train-fl":
             content = set(os.listdir(made.root / program.RUN)) - {provenance.CHECKSUMS}
             assert not provenance.changed_file(output, content)
@@ -93,12 +93,12 @@ def whole_or_in_the_making(tried, made, project, name):
     elif name in FOLDERS:
         assert not output.exists()
     elif name != "train-fl":  # whose tables grow round by round
-        tried.compare({file: whole.get(file) for file in left}, left)
+        tried.compare({file: complete.get(file) for file in left}, left)
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """A command that puts something else in the place of what a stage made, and what it puts there."""
+    """A command that replaces the output of a stage by another one, and the content of that."""
 
     arguments: tuple[str, ...]
     undisturbed: program.Undisturbed
@@ -107,7 +107,7 @@ class Replacement:
 
 @pytest.fixture(scope="module")
 def replacements(made, tmp_path_factory):
-    """Name of a stage -> its replacement, made when first asked for."""
+    """A function that returns the replacement for a stage, and caches it."""
 
     @functools.cache
     def make(name):
@@ -122,14 +122,16 @@ def replacements(made, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", SOME_FOLDERS)
-def test_kill_9_while_replacing(made, project, replacements, trial, name, number):
+def test_command_killed_while_replacing_leaves_the_old_or_the_new_output(
+    made, project, replacements, trial, name, number
+):
     new, old = replacements(name), finished(made.root, name)
     assert new.content != old
     output = project / COMMANDS[name][1]
     with trial(f"kill -9 of {name} over another output") as tried:
         killed(project, new.arguments, new.undisturbed, moments(f"{name} again", number), number)
-        stands = output if output.exists() else output.with_name(f"{output.name}.old")
-        left = program.contents(stands)
+        present = output if output.exists() else output.with_name(f"{output.name}.old")
+        left = program.contents(present)
         tried.compare(new.content if left == new.content else old, left)
         program.succeed(project, *new.arguments)
         tried.compare(new.content, finished(project, name))
@@ -137,8 +139,8 @@ def test_kill_9_while_replacing(made, project, replacements, trial, name, number
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_what_was_replaced_does_not_stay(project, name):
-    """It would, twice as large on the disk, if a command were killed right after its output had appeared."""
+def test_replaced_output_is_removed_by_the_next_run(project, name):
+    """A command that was killed right after it published its output leaves the old one beside it."""
     output = project / COMMANDS[name][1]
     replaced = output.with_name(f"{output.name}.old")
     shutil.copytree(output, replaced)
@@ -148,7 +150,7 @@ def test_what_was_replaced_does_not_stay(project, name):
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 @pytest.mark.parametrize("name", LONG)
-def test_asked_to_end(made, project, trial, name, kind, number):
+def test_interrupted_command_resumes_with_identical_results(made, project, trial, name, kind, number):
     arguments, output = begin(project, name)
     with trial(f"{kind.name} to {name}") as tried:
         command = program.start(project, *arguments)

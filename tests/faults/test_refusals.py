@@ -1,4 +1,4 @@
-"""What the operating system refuses to read is not called damaged, missing or unfinished, and nothing of it is lost."""
+"""A file that the operating system refuses to read is not reported as damaged, missing or unfinished, and not lost."""
 
 import contextlib
 import errno
@@ -48,13 +48,13 @@ NOBODY = 65534
 
 
 def usually(names, always):
-    """All names; those that are not in `always` are tried by `make test-faults` alone."""
+    """Return all names; only `make test-faults` tries those that are not in `always`."""
     return [name if name in always else pytest.param(name, marks=pytest.mark.faults) for name in names]
 
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
-    """One of every kind of file that is read again."""
+    """A folder with one file of every kind that is read again."""
     root = tmp_path_factory.mktemp("kept")
     writer = write(root / "staging", root / "sets" / "set")
     archive.write(root / "sets" / "set", root / "set.tar")
@@ -119,7 +119,7 @@ REFUSED = [
 
 
 def after(call, code, action, root):
-    """What `action` does once the kernel refuses the call; it is done once before, so that nothing else is opened."""
+    """Run `action` once, so that all else is open already, and return its result while the kernel refuses the call."""
     action(root)
     refuse(call, code)
     return action(root)
@@ -127,8 +127,8 @@ def after(call, code, action, root):
 
 @CAN_REFUSE
 @pytest.mark.parametrize("reader", READERS)
-def test_a_refusal_is_named_as_what_it_is_and_loses_nothing(kept, reader, trial):
-    before, whole = program.contents(kept), READERS[reader](kept)
+def test_refused_read_is_reported_as_such_and_loses_nothing(kept, reader, trial):
+    before, intact = program.contents(kept), READERS[reader](kept)
     for call, code, readers in REFUSED:
         if reader not in readers:
             continue
@@ -138,11 +138,11 @@ def test_a_refusal_is_named_as_what_it_is_and_loses_nothing(kept, reader, trial)
             assert os.strerror(code) in said and str(kept) in said and "\n" not in said
             assert "delete" not in said and "corrupt" not in said and "missing" not in said
             tried.compare(before, program.contents(kept))
-    assert READERS[reader](kept) == whole
+    assert READERS[reader](kept) == intact
 
 
 @CAN_REFUSE
-def test_a_verification_says_one_reason_once_and_a_list_does_not_call_a_set_broken(kept):
+def test_refused_reads_are_merged_by_verify_and_not_called_broken_by_list(kept):
     def verified(root):
         return [(type(error), str(error)) for error in verification.problems(root / "sets" / "set", full=True)]
 
@@ -163,7 +163,7 @@ def read_state(root):
 
 
 @CAN_REFUSE
-def test_a_folder_that_may_not_be_listed_is_not_empty(kept):
+def test_unreadable_folder_does_not_count_as_empty(kept):
     for action in (lambda root: listing.finished(root / "sets"), lambda root: presets.describe(root / "presets")):
         kind, said = in_child(lambda a=action: after("openat", errno.EACCES, a, kept))
         assert issubclass(kind, SystemRefusal) and "cannot be read (Permission denied)" in said
@@ -171,7 +171,7 @@ def test_a_folder_that_may_not_be_listed_is_not_empty(kept):
 
 @CAN_REFUSE
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
-def test_finished_files_are_read_where_the_file_system_has_no_locks(kept, code):
+def test_finished_files_are_read_on_a_file_system_without_locks(kept, code):
     for reader in OF_HDF5 - {"every byte of staged shards"}:
         assert in_child(lambda r=reader: after("flock", code, READERS[r], kept)) == READERS[reader](kept)
     assert (
@@ -181,8 +181,8 @@ def test_finished_files_are_read_where_the_file_system_has_no_locks(kept, code):
 
 @CAN_REFUSE
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EINVAL])
-def test_a_lock_that_the_environment_demands_and_that_is_refused_is_no_damage(kept, code):
-    """HDF5 reads the variable once, when it starts: in an interpreter of its own."""
+def test_refused_lock_that_the_environment_demands_is_not_called_damage(kept, code):
+    """HDF5 reads the variable when it is loaded, so this needs a new interpreter."""
     script = (
         "import sys\nfrom pathlib import Path\n"
         "from pipeline.io.hdf5 import open_to_read\nfrom tests.faults import kernel\n"
@@ -197,7 +197,7 @@ def test_a_lock_that_the_environment_demands_and_that_is_refused_is_no_damage(ke
 
 
 @CAN_REFUSE
-def test_damage_is_still_found_where_the_file_system_has_no_locks(kept, tmp_path):
+def test_damage_is_found_on_a_file_system_without_locks(kept, tmp_path):
     folder = shutil.copytree(kept / "sets" / "set", tmp_path / "set")
     content = bytearray((folder / "shard-00001.h5").read_bytes())
     content[-1] ^= 1
@@ -212,7 +212,7 @@ def test_damage_is_still_found_where_the_file_system_has_no_locks(kept, tmp_path
 
 
 @CAN_REFUSE
-def test_work_that_needs_locks_says_that_there_are_none(tmp_path):
+def test_writers_report_a_file_system_without_locks(tmp_path):
     def hold(root):
         with locks.held(root / "lock", "x"):
             pass
@@ -227,7 +227,7 @@ def test_work_that_needs_locks_says_that_there_are_none(tmp_path):
 
 
 @CAN_REFUSE
-def test_latents_that_may_not_be_read_are_computed_again_and_kept(kept, caplog):
+def test_unreadable_latents_are_recomputed_and_kept(kept, caplog):
     cache, before = LatentCache(kept / "latents"), program.contents(kept)
 
     def load(root):
@@ -239,8 +239,8 @@ def test_latents_that_may_not_be_read_are_computed_again_and_kept(kept, caplog):
     assert program.contents(kept) == before and cache.load(0).shape == (2, 1, 4, 4)
 
 
-def test_a_file_that_may_not_be_looked_at_is_not_missing():
-    """As another user, in a folder without permission."""
+def test_file_in_a_forbidden_folder_does_not_count_as_missing():
+    """The file is looked up by another user, who has no permission for its folder."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "closed"
         folder.mkdir()
@@ -263,7 +263,7 @@ def test_a_file_that_may_not_be_looked_at_is_not_missing():
 
 @contextlib.contextmanager
 def held(file):
-    """Another process has the file open for writing, as a notebook does."""
+    """Let another process have the file open for writing, as a notebook does."""
     code = "import h5py, sys; f = h5py.File(sys.argv[1], 'r+'); print('open', flush=True); sys.stdin.read()"
     holder = subprocess.Popen([sys.executable, "-c", code, file], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with holder:
@@ -290,11 +290,8 @@ HELD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name",
-    usually(HELD, ("train on shard", "verify bytes", "extract")),
-)
-def test_a_file_that_is_open_for_writing_elsewhere(project, trial, name):
+@pytest.mark.parametrize("name", usually(HELD, ("train on shard", "verify bytes", "extract")))
+def test_file_open_for_writing_elsewhere_is_reported_and_unchanged(project, trial, name):
     file, command = HELD[name]
     with trial("file open for writing elsewhere") as tried:
         before = program.contents(project)
@@ -308,15 +305,13 @@ def test_a_file_that_is_open_for_writing_elsewhere(project, trial, name):
                       {n: after_it[n] for n in after_it if n.startswith("data/")})  # fmt: skip
 
 
-def test_a_file_that_is_being_changed_is_not_called_damaged_even_if_locks_are_switched_off(kept, tmp_path, monkeypatch):
-    """HDF5_USE_FILE_LOCKING lets a file be read beside its writer; what differs then says nothing of the file."""
-    folder, data = (
-        shutil.copytree(kept / "sets/set", tmp_path / "set"),
-        shutil.copytree(kept / "data", tmp_path / "data"),
-    )
-    whole = {file: file.read_bytes() for file in (folder / "shard-00001.h5", data / "train.h5")}
+def test_file_being_written_is_not_called_damaged_even_without_locks(kept, tmp_path, monkeypatch):
+    """HDF5_USE_FILE_LOCKING=FALSE lets a file be read while it is written; a difference is then no sign of damage."""
+    folder = shutil.copytree(kept / "sets/set", tmp_path / "set")
+    data = shutil.copytree(kept / "data", tmp_path / "data")
+    intact = {file: file.read_bytes() for file in (folder / "shard-00001.h5", data / "train.h5")}
     monkeypatch.setenv("HDF5_USE_FILE_LOCKING", "FALSE")
-    for file, content in whole.items():
+    for file, content in intact.items():
         with open(file, "r+b") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)  # as HDF5 does for a writer that uses locks
             stream.seek(-1, os.SEEK_END)
@@ -328,7 +323,7 @@ def test_a_file_that_is_being_changed_is_not_called_damaged_even_if_locks_are_sw
             FeatureSet(folder).verify_files() if file.parent == folder else PreparedDataset(data).load("train")
 
 
-def test_a_row_that_changes_in_training_is_not_called_damaged_while_a_process_writes_it(kept, tmp_path):
+def test_row_being_written_during_training_is_not_called_damaged(kept, tmp_path):
     folder = shutil.copytree(kept / "sets" / "set", tmp_path / "set")
     features, file = FeatureSet(folder), folder / "shard-00001.h5"
     features.read(np.arange(ROWS))  # the maps are open from now on
@@ -344,7 +339,7 @@ def test_a_row_that_changes_in_training_is_not_called_damaged_while_a_process_wr
         features.read(np.arange(ROWS))
 
 
-def test_a_set_that_a_killed_process_had_open_is_intact(kept, tmp_path, caplog):
+def test_set_that_a_killed_process_had_open_is_intact(kept, tmp_path, caplog):
     folder = shutil.copytree(kept / "sets" / "set", tmp_path / "set")
     code = "import h5py, os, sys; f = h5py.File(sys.argv[1], 'r+'); os._exit(0)"
     for name in ("basis.h5", "shard-00001.h5"):
@@ -363,8 +358,8 @@ def test_a_set_that_a_killed_process_had_open_is_intact(kept, tmp_path, caplog):
     assert any("shard-00001.h5" in str(fault) for fault in verification.problems(folder, full=True))
 
 
-def test_a_mark_of_a_killed_writer_is_told_from_damage(tmp_path):
-    """HDF5's newer format marks a file that is open for writing, in the file."""
+def test_mark_of_a_killed_writer_is_not_called_damage(tmp_path):
+    """HDF5's newer format marks in the file that it is open for writing."""
     file = tmp_path / "marked.h5"
     h5py.File(file, "w", libver="latest").close()
     code = "import h5py, os, sys; f = h5py.File(sys.argv[1], 'r+', libver='latest'); os._exit(0)"
@@ -378,14 +373,14 @@ MANY = 2000
 
 
 def read_all(folder):
-    """Every row in random batches as training does, then every byte; with the most descriptors that were open."""
+    """Read every row in random batches, as training does, then every byte, with few descriptors allowed."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
     features, order = FeatureSet(folder, partial=True), np.random.default_rng(0).permutation(MANY)
     rows = np.concatenate([features.read(order[start : start + 100]).index for start in range(0, MANY, 100)])
     return np.array_equal(rows, order), len(os.listdir("/dev/fd")), verification.problems(folder, full=True)
 
 
-def test_two_thousand_shards_are_trained_on_and_verified_with_few_descriptors(tmp_path, monkeypatch):
+def test_two_thousand_shards_need_few_file_descriptors(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "ROWS", MANY)
     monkeypatch.setattr(store, "PER_SHARD", 1)
     writer = store.write(tmp_path / "staging", shards=[])
@@ -396,7 +391,7 @@ def test_two_thousand_shards_are_trained_on_and_verified_with_few_descriptors(tm
     assert in_order and faults == [] and opened < 64
 
 
-def test_a_staged_shard_that_is_open_elsewhere_is_not_computed_again(made, project, trial):
+def test_staged_shard_open_elsewhere_is_not_recomputed(made, project, trial):
     shutil.rmtree(project / SET)  # as if the extraction had been killed before its end
     (staged,) = (project / ".pipeline" / "staging").glob("*/shard-00001.h5")
     with trial("file open for writing elsewhere") as tried:
@@ -427,16 +422,13 @@ CLOSED = {
 
 
 def but_locks(project):
-    """All files but those of locks, which say who held them last."""
+    """Return all files but those of locks, which name their last holder."""
     return {name: content for name, content in program.contents(project).items() if "/locks/" not in name}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="taking another user's rights needs root")
-@pytest.mark.parametrize(
-    "name",
-    usually(CLOSED, ("data set", "shard", "checkpoint")),
-)
-def test_a_file_or_folder_without_permission(made, trial, name):
+@pytest.mark.parametrize("name", usually(CLOSED, ("data set", "shard", "checkpoint")))
+def test_file_or_folder_without_permission_is_reported_and_unchanged(made, trial, name):
     path, command = CLOSED[name]
     with tempfile.TemporaryDirectory() as place, trial("file or folder without permission") as tried:
         Path(place).chmod(0o755)

@@ -1,4 +1,4 @@
-"""Clocks, languages and names of the machine decide nothing: equal bytes, or one line."""
+"""Clocks, locales and file names do not change results: the bytes are equal, or one line says why not."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from tests.faults.test_kills import begin, finished
 
 
 def in_python_of_its_own(root, *arguments, before="", **environment):
-    """The program in a new interpreter, whose encodings and language are those of the environment."""
+    """Run the program in a new interpreter, with the encoding and locale of the environment."""
     code = f"import locale, sys\n{before}\nfrom pipeline.cli import main\nmain(sys.argv[1:], prog_name='pipeline')"
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG", "PYTHON"))}
     return subprocess.run(
@@ -27,21 +27,21 @@ def in_python_of_its_own(root, *arguments, before="", **environment):
 
 @pytest.fixture
 def foreign_locales(tmp_path):
-    """A folder with German (decimal comma) and Turkish (dotless i) locales, made from the system's sources."""
+    """A folder with German (decimal comma) and Turkish (dotless i) locales, compiled from the system's sources."""
     if not shutil.which("localedef"):
-        pytest.skip("localedef is not there")
+        pytest.skip("localedef is not installed")
     for name in ("de_DE", "tr_TR"):
         made = subprocess.run(
             ["localedef", "-i", name, "-f", "UTF-8", tmp_path / f"{name}.UTF-8"], capture_output=True, text=True
         )
         if not (tmp_path / f"{name}.UTF-8").exists():
-            pytest.skip(f"locale {name} cannot be made: {made.stderr}")
+            pytest.skip(f"locale {name} cannot be compiled: {made.stderr}")
     return tmp_path
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("language", ["de_DE.UTF-8", "tr_TR.UTF-8"])
-def test_a_foreign_locale(made, project, foreign_locales, trial, language):
+def test_results_do_not_depend_on_the_locale(made, project, foreign_locales, trial, language):
     begin(project, "train-fl")
     before = "locale.setlocale(locale.LC_ALL, '')\nassert 'C' != locale.setlocale(locale.LC_NUMERIC)"
     with trial("other locale or encoding") as tried:
@@ -57,7 +57,7 @@ ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 
 @pytest.fixture
 def abroad(made, tmp_path):
-    """The project in a path of spaces and umlauts."""
+    """The project in a path with spaces and umlauts."""
     root = tmp_path / "Föderiertes Lernen – “été”"
     shutil.copytree(made.root, root, ignore=shutil.ignore_patterns("models"))
     (root / "models").symlink_to(made.root / "models")
@@ -65,7 +65,7 @@ def abroad(made, tmp_path):
 
 
 def images(root, names):
-    """A tree of class folders with ten images each."""
+    """Write a tree of class folders with ten images each."""
     rng = np.random.default_rng(0)
     for name in names:
         folder = os.path.join(os.fsencode(root), b"data/raw/folder", name if isinstance(name, bytes) else name.encode())
@@ -76,16 +76,10 @@ def images(root, names):
 
 
 @pytest.mark.parametrize("environment", [pytest.param({}, marks=pytest.mark.faults), ASCII], ids=["UTF-8", "ASCII"])
-def test_names_that_are_not_ascii(abroad, trial, environment):
+def test_non_ascii_names_are_supported(abroad, trial, environment):
     images(abroad, ["Käfer", "猫", "naïve café"])
-    settings = (
-        "--set",
-        "prepare_data.name=own",
-        "--set",
-        "prepare_data.source=folder",
-        "--set",
-        "prepare_data.train_subset=null",
-    )
+    changed = ("prepare_data.name=own", "prepare_data.source=folder", "prepare_data.train_subset=null")
+    settings = [argument for change in changed for argument in ("--set", change)]
     with trial("names that are not ASCII"):
         for command in (("prepare-data",), EXTRACT, (*TRAIN, "--overwrite")):
             done = in_python_of_its_own(abroad, *command, *settings, **environment)
@@ -95,12 +89,12 @@ def test_names_that_are_not_ascii(abroad, trial, environment):
         assert "Käfer" in manifest and "猫" in manifest and "naïve café" in manifest
 
 
-def test_a_folder_whose_name_is_no_text(project, trial):
+def test_class_folder_without_a_utf8_name_is_rejected(project, trial):
     images(project, ["cat", b"d\xf6g"])
     settings = ("--name", "own", "--source", "folder", "--set", "prepare_data.train_subset=null")
     with trial("names that are not ASCII") as tried:
         before = program.contents(project / "data" / "datasets")
-        program.refuse(project, "prepare-data", *settings, says=["has no UTF-8 name", "rename it"])
+        program.refuse(project, "prepare-data", *settings, says=["name is not UTF-8", "Rename the folder"])
         tried.compare(before, program.contents(project / "data" / "datasets"))
         (bad,) = (entry for entry in os.listdir(os.fsencode(project) + b"/data/raw/folder") if b"\xf6" in entry)
         folder = os.fsencode(project) + b"/data/raw/folder/"
@@ -109,8 +103,8 @@ def test_a_folder_whose_name_is_no_text(project, trial):
 
 
 @pytest.mark.parametrize("years", [-50, 12], ids=["past", "future"])
-def test_times_of_files_and_time_zones(made, project, trial, years):
-    """Clocks that were wrong when files were written, and another zone now."""
+def test_results_do_not_depend_on_file_times_or_time_zone(made, project, trial, years):
+    """The clock was wrong when the files were written, and the time zone is another one now."""
     then = time.time() + years * 365.25 * 86400
     with trial("clock set back or forward") as tried:
         program.run(project, *EXTRACT, "--timestep", "100", "--shard-range", "0:2")

@@ -1,4 +1,4 @@
-"""Two at once: the second waits, or names who is at work; a dead holder's lock is free."""
+"""Two commands with one output: the second waits or names the first; the lock of a dead process is free."""
 
 import os
 import re
@@ -13,14 +13,14 @@ from tests.faults.test_kills import begin, finished
 
 
 def until(condition, command):
-    """Waits for a moment of a command's run."""
+    """Wait until the condition holds, while the command runs."""
     while not condition():
         assert command.process.is_alive(), command.output
         time.sleep(0.005)
 
 
 def stopped_while_holding(project, command, *arguments):
-    """A command stopped (SIGSTOP) after it has taken a lock, and the lock's file."""
+    """Start a command and stop it (SIGSTOP) after it has acquired a lock."""
     running = program.start(project, *command, *arguments)
     locks = project / ".pipeline"
     until(lambda: any(file.read_text() for file in locks.rglob("locks/*") if "in-use" not in file.name), running)
@@ -28,7 +28,7 @@ def stopped_while_holding(project, command, *arguments):
     return running
 
 
-def test_two_extractions_into_one_set(made, project, trial):
+def test_second_extraction_waits_for_the_first(made, project, trial):
     begin(project, "extract-features")
     with trial("two at once into one place") as tried:
         first = stopped_while_holding(project, EXTRACT)
@@ -41,7 +41,7 @@ def test_two_extractions_into_one_set(made, project, trial):
         tried.compare(finished(made.root, "extract-features"), finished(project, "extract-features"))
 
 
-def test_a_dead_holders_lock_is_taken_over(made, project, trial):
+def test_lock_of_a_dead_process_is_free(made, project, trial):
     begin(project, "extract-features")
     with trial("lock of a dead process") as tried:
         first = stopped_while_holding(project, EXTRACT)
@@ -53,7 +53,7 @@ def test_a_dead_holders_lock_is_taken_over(made, project, trial):
         tried.compare(finished(made.root, "extract-features"), finished(project, "extract-features"))
 
 
-def test_two_trainings_or_generations_of_one_name(made, project, trial):
+def test_second_training_or_generation_is_refused(made, project, trial):
     for name, command in (("train-fl", TRAIN), ("synthesize", SYNTHESIZE)):
         with trial("two at once into one place") as tried:
             begin(project, name)
@@ -68,7 +68,7 @@ def test_two_trainings_or_generations_of_one_name(made, project, trial):
             tried.compare(finished(made.root, name), finished(project, name))
 
 
-def test_a_lock_file_of_nonsense(made, project, trial):
+def test_lock_file_with_invalid_content_is_replaced(made, project, trial):
     begin(project, "extract-features")
     with trial("lock of a dead process") as tried:
         staging = program.run(project, *EXTRACT, "--shard-range", "0:1")[1].splitlines()[-1]

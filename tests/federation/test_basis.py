@@ -87,7 +87,7 @@ def centralised(projects):
     return result, maps
 
 
-def test_the_basis_is_that_of_all_images_together_and_training_goes_on_from_it(projects, monkeypatch, capsys):
+def test_the_basis_is_that_of_all_images_together_and_training_uses_it(projects, monkeypatch, capsys):
     deploy(projects, monkeypatch).serve()
     file = projects[0].parent / "server" / "data" / "basis.h5"
     expected, maps = centralised(projects)
@@ -118,7 +118,7 @@ def test_the_basis_is_that_of_all_images_together_and_training_goes_on_from_it(p
     assert "client 2 (n2): trained in 1 of 1 rounds" in capsys.readouterr().out
 
 
-def test_a_node_that_fails_is_left_out_by_name(projects, monkeypatch, capsys):
+def test_failing_node_is_left_out_by_name(projects, monkeypatch, capsys):
     federation = deploy(projects, monkeypatch)
     federation.silent.add((8, "query.moments"))
     federation.serve()
@@ -131,7 +131,7 @@ def test_a_node_that_fails_is_left_out_by_name(projects, monkeypatch, capsys):
         federation.serve()
 
 
-def test_a_node_with_another_frozen_model_is_refused_by_name(projects, monkeypatch, capsys):
+def test_a_node_with_another_frozen_model_is_rejected_by_name(projects, monkeypatch, capsys):
     manifest = projects[1] / "data" / "backbones" / "tiny-sd.json"
     kept = manifest.read_text()
     files = json.loads(kept)["files"]
@@ -166,7 +166,7 @@ def test_moments_of_parts_are_the_moments_of_the_whole_far_from_zero_too():
 
 
 @pytest.mark.parametrize("spoil", ["nan", "shape", "missing", "count"])
-def test_moments_that_are_none_are_refused(spoil):
+def test_invalid_moments_are_rejected(spoil):
     own = Moments(3)
     own.update(torch.randn(2, 3, 2, 2))
     if spoil == "nan":

@@ -1,4 +1,4 @@
-"""How much is tried: little and always the same in `make test`, much in `make test-faults`. Nothing is stored."""
+"""Number of examples: few and always the same in `make test`, many in `make test-faults`. Nothing is stored."""
 
 import os
 from datetime import timedelta

@@ -154,4 +154,4 @@ def test_any_flag(file, path, value):
     try:
         config.load(file, {key: config.parse_value(key, str(value))})
     except PipelineError as error:
-        assert "command line" in str(error) or "cannot set" in str(error) or str(file) in str(error)
+        assert "command line" in str(error) or "Cannot set" in str(error) or str(file) in str(error)

@@ -136,7 +136,7 @@ EDITS = st.lists(
 
 
 @given(st.sampled_from(NAMES), EDITS)
-def test_set_with_changed_bytes(written, name, edits):
+def test_changed_bytes_in_a_set_are_rejected_or_harmless(written, name, edits):
     root, expected, _ = written
     file = root / "set" / name
     with replaced(file, mutate(file.read_bytes(), edits)):
@@ -144,7 +144,7 @@ def test_set_with_changed_bytes(written, name, edits):
 
 
 @given(st.sampled_from(NAMES[1:]), EDITS)
-def test_set_with_changed_bytes_and_matching_checksums(written, name, edits):
+def test_changed_bytes_with_matching_checksums_cause_no_crash(written, name, edits):
     """As in a set by a hostile author, or by another program."""
     root, _, _ = written
     file, manifest = root / "set" / name, root / "set" / "manifest.json"
@@ -166,7 +166,7 @@ def vouching(manifest, *files):
 
 
 @given(st.sampled_from(DATA), EDITS)
-def test_data_set_with_changed_bytes(written, name, edits):
+def test_changed_bytes_in_a_data_set_are_rejected_or_harmless(written, name, edits):
     root, _, expected = written
     file = root / "data" / name
     with replaced(file, mutate(file.read_bytes(), edits)):
@@ -246,7 +246,7 @@ def at(written_text, *path):
 @example([("content.negatives", -5)], True)
 @example([("rows", 2**62)], False)
 @example([("rows", 10**400)], False)
-def test_any_value_in_a_manifest(written, changes, fit):
+def test_changed_manifest_is_rejected_or_harmless(written, changes, fit):
     """`fit`: fingerprint and checksums match, as in a set by another program."""
     root, expected, _ = written
     manifest = root / "set" / "manifest.json"
@@ -261,9 +261,7 @@ def test_any_value_in_a_manifest(written, changes, fit):
     forged = root / "forged"
     shutil.copytree(root / "set", forged, dirs_exist_ok=True)
     (forged / "manifest.json").write_bytes(changed)
-    with contextlib.suppress(
-        TypeError, KeyError, AttributeError
-    ):  # no longer a manifest's form, then they need not fit
+    with contextlib.suppress(TypeError, KeyError, AttributeError):  # its structure is no longer that of a manifest
         for file in forged.glob("*.h5"):
             with h5py.File(file, "r+") as h5:
                 h5.attrs["fingerprint"] = json.loads(changed)["fingerprint"]
@@ -275,7 +273,7 @@ def test_any_value_in_a_manifest(written, changes, fit):
 
 
 @given(CHANGES)
-def test_any_value_in_a_data_sets_manifest(written, changes):
+def test_changed_manifest_of_a_data_set_is_rejected_or_harmless(written, changes):
     root, _, expected = written
     manifest = root / "data" / "manifest.json"
     with replaced(manifest, changed_json(manifest.read_text(), changes, fit=False)):
@@ -299,7 +297,7 @@ def test_json_that_is_not_a_manifest_is_rejected(written, folder, content):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 2000
 
 
-def test_duplicate_key_is_read_once(written):
+def test_duplicate_key_in_a_manifest_is_rejected_or_harmless(written):
     """JSON allows duplicate keys; the fingerprint covers the value that was read."""
     root, expected, _ = written
     manifest = root / "set" / "manifest.json"
@@ -368,12 +366,12 @@ def restructure(written, file, name, change):
 @pytest.mark.parametrize(
     "where", ["shard-00000.h5:denoised", "shard-00000.h5:crc32", "basis.h5:mean", "basis.h5:layers"]
 )
-def test_dataset_of_another_structure(written, where, structure):
+def test_hdf5_dataset_of_another_structure_is_rejected_or_harmless(written, where, structure):
     restructure(written, *where.split(":"), STRUCTURES[structure])
 
 
 @given(st.sampled_from(FIELDS), DTYPES, st.lists(st.integers(0, 6), max_size=4))
-def test_dataset_of_another_type_or_shape(written, name, dtype, shape):
+def test_hdf5_dataset_of_another_type_or_shape_is_rejected_or_harmless(written, name, dtype, shape):
     restructure(
         written, "shard-00000.h5", name, lambda h5, name, root: h5.create_dataset(name, data=np.zeros(shape, dtype))
     )
@@ -384,7 +382,7 @@ def test_dataset_of_another_type_or_shape(written, name, dtype, shape):
                      "layers/up_blocks.1/explained_variance", "layers/up_blocks.1/total_variance"]),
     DTYPES, st.lists(st.integers(0, 6), max_size=3),
 )  # fmt: skip
-def test_basis_of_another_type_or_shape(written, name, dtype, shape):
+def test_shared_basis_of_another_type_or_shape_is_rejected_or_fits(written, name, dtype, shape):
     """A basis that is shared by path has no manifest: it must fit or be rejected."""
     root, _, _ = written
     file = root / "basis.h5"
@@ -399,7 +397,7 @@ def test_basis_of_another_type_or_shape(written, name, dtype, shape):
 
 
 @given(EDITS)
-def test_shared_basis_with_changed_bytes(written, edits):
+def test_changed_bytes_in_a_shared_basis_cause_no_crash(written, edits):
     root, _, _ = written
     file = root / "shared.h5"
     file.write_bytes(mutate((root / "set" / "basis.h5").read_bytes(), edits))
@@ -424,7 +422,7 @@ def settings(tmp_path_factory):
 @example([("files", {"a\x00b": "0" * 64})], b"")
 @example([("files", {"x" * 5000: "0" * 64})], b"")
 @example([("files", {".": "0" * 64})], b"")
-def test_any_manifest_of_a_frozen_model(settings, changes, content):
+def test_changed_manifest_of_a_frozen_model_causes_no_crash(settings, changes, content):
     text = json.dumps({"name": "x", "source": "y", "revision": None, "files": {"unet/a.safetensors": "0" * 64}})
     changes = [(at(text, *name.split(".")) if isinstance(name, str) else name, value) for name, value in changes]
     settings.backbone_manifest.write_bytes(changed_json(text, changes, fit=False) if changes else content)

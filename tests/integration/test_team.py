@@ -1,8 +1,7 @@
-"""docs/sharing.md, run as it is written: three members with real repositories, storages and DVC.
+"""The commands of docs/sharing.md, run as printed: three members with real repositories, storages and DVC.
 
 Each section's commands run as one script; a line `# params.yaml: key: value` sets the key, and
-`# dvc.yaml: without NAME` deletes a stage. The log says how
-many passes of the frozen model an extraction took; without the model, there are none.
+`# dvc.yaml: without NAME` deletes a stage. The log says how many passes of the frozen model an extraction took.
 """
 
 import os
@@ -15,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline import project as project_template
 from pipeline.feature_store import FeatureSet
 from tests.conftest import REPOSITORY, invoke, write_params
-from tests.integration.project import TRACKED, copy_tracked
+from tests.integration.project import copy_tracked
 
 BIN = Path(sys.executable).parent
 SET = Path("data") / "features" / "digits-tiny-sd-t300"
@@ -49,19 +49,19 @@ yaml.dump(content, open(file, "w"))
 
 @dataclass(frozen=True)
 class Team:
-    """Where the team's repository, storage and members are."""
+    """The team's folder, with its repository, storage and members' homes."""
 
     root: Path
     outputs: dict[Path, str] = field(default_factory=dict)
 
     def member(self, name: str) -> Path:
-        """The member's home."""
+        """Make and return a member's home."""
         home = self.root / name
         home.mkdir(exist_ok=True)
         return home
 
     def shell(self, home: Path, script: str, **environment: str) -> str:
-        """What a script prints; it must succeed."""
+        """Run a script, which must succeed, and return its output."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "GIT_", "AWS_"))}
         own = {"DVC_SITE_CACHE_DIR": str(self.root / "site"), "DVC_NO_ANALYTICS": "1", "GIT_CONFIG_GLOBAL": os.devnull}
         path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
@@ -78,7 +78,7 @@ class Team:
         return sum(map(int, re.findall(r"\d+ images, (\d+) passes in", self.outputs[home])))
 
     def section(self, title: str, home: Path, port: int = 9000, **environment: str) -> str:
-        """Runs the commands of a section of the page."""
+        """Run the commands of a section of the page, and return their output."""
         edit = f"{sys.executable} {self.root / 'edit.py'}"
         script = re.sub(r"# ((?:params|dvc)\.yaml): ([\w.]+):? (.*)", rf"{edit} \1 \2 '\3'", SECTIONS[title])
         places = {"git@host:team/feddifrc.git": self.root / "hub.git", ":9000": f":{port}"}
@@ -89,7 +89,7 @@ class Team:
 
 
 def sections() -> dict[str, str]:
-    """Title -> its commands."""
+    """Return title -> commands of each section."""
     found: dict[str, str] = {}
     for part in (REPOSITORY / "docs" / "sharing.md").read_text(encoding="utf-8").split("\n## ")[1:]:
         title, _, text = part.partition("\n")
@@ -109,13 +109,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def project_files(into: Path) -> None:
-    """A small project's files, as git has them."""
+    """Write the files of a small project, as in git."""
     copy_tracked(into)
     write_params(into, SMALL)
 
 
-# 60 images, each with "" and ten prompts; the basis is not counted
-WHOLE_SET = 60 * 11
+PASSES_PER_SET = 60 * 11  # 60 images, each with "" and ten prompts; those of the basis are not counted
 
 
 @pytest.fixture(scope="module")
@@ -131,11 +130,11 @@ def team(tmp_path_factory) -> Team:
     team.section("The storage, once", a)
     output = team.section("A: extract and push", a)
     assert ran(output) >= {"extract-features", "train-fl@feddifrc-dir05-0", "report"}
-    assert team.passes(a) == WHOLE_SET
+    assert team.passes(a) == PASSES_PER_SET
     return team
 
 
-def test_b_trains_without_a_pass_of_the_model_and_a_takes_over_the_run(team):
+def test_b_trains_without_passes_of_the_model_and_a_takes_over_the_run(team):
     b = team.member("b")
     output = team.section("B: train without the model", b)
     mine, hers = b / "feddifrc", team.root / "a" / "feddifrc"
@@ -152,19 +151,19 @@ def test_b_trains_without_a_pass_of_the_model_and_a_takes_over_the_run(team):
     output = team.section("A takes over B's run", team.root / "a")
     assert ran(output) == set()
     assert "Stage 'train-fl@feddifrc-dir05-3' is cached" in output
-    assert (hers / metrics.relative_to(mine)).read_bytes() == metrics.read_bytes()  # the seconds too: B's own
+    assert (hers / metrics.relative_to(mine)).read_bytes() == metrics.read_bytes()  # with B's seconds
     team.shell(hers, "git checkout -q .")
 
 
-def test_c_extracts_the_new_timestep_alone(team):
+def test_c_extracts_only_the_new_timestep(team):
     c = team.member("c")
     output = team.section("C: another timestep", c)
     project = c / "feddifrc"
     assert ran(output) == {"extract-features"}
     new = SET.with_name("digits-tiny-sd-t200")
-    assert team.passes(c) == WHOLE_SET
+    assert team.passes(c) == PASSES_PER_SET
     assert contents(project / SET) == contents(team.root / "a" / "feddifrc" / SET)
-    # both sets can be had by anyone, without a pass
+    # anyone can pull both sets without passes
     other = team.member("other")
     script = f"git clone -q {team.root}/hub.git p && cd p && dvc pull {SET} && git checkout -q timestep-200"
     team.shell(other, f"{script} && dvc pull {new}")
@@ -173,7 +172,7 @@ def test_c_extracts_the_new_timestep_alone(team):
     assert team.passes(other) == 0
 
 
-def test_some_shards_only(team, monkeypatch):
+def test_training_on_some_shards_names_the_missing_ones_and_how_to_pull_them(team, monkeypatch):
     home = team.member("some")
     team.section("Some shards only", home)
     project = home / "feddifrc"
@@ -190,18 +189,18 @@ def test_some_shards_only(team, monkeypatch):
 
 
 @pytest.mark.parametrize("title", ["From another repository", "From another repository, tracked"])
-def test_a_set_from_another_repository_trains(team, title):
+def test_trains_on_a_set_from_another_repository(team, title):
     home = team.member(title.replace(" ", "_"))
     project_files(home)
     team.shell(home, "git init -q -b main; git add -A; git commit -qm ours")
     team.section(title, home)
     assert (home / "results" / "feddifrc-dir05-s0" / "metrics.json").exists()
     assert not (home / "models").exists() and team.passes(home) == 0
-    tracked = set(team.shell(home, "git ls-files data").split()) - set(TRACKED)
+    tracked = set(team.shell(home, "git ls-files data").split()) - set(project_template.FILES)
     assert tracked == ({f"{SET}.dvc"} if title.endswith("tracked") else set())
 
 
-def test_dvc_keeps_a_set_that_came_in_a_tar(team):
+def test_dvc_does_not_extract_again_a_set_imported_from_a_tar(team):
     hers, home = team.root / "a" / "feddifrc", team.member("tar")
     project_files(home)
     team.shell(home, "git init -q -b main; git add -A; git commit -qm ours")
@@ -209,7 +208,7 @@ def test_dvc_keeps_a_set_that_came_in_a_tar(team):
     team.section("From a tar", home)
     assert "Stage 'extract-features' didn't change" in team.shell(home, "dvc repro extract-features")
     theirs = contents(hers / SET)
-    del theirs["explained_variance.svg"]  # which no manifest names
+    del theirs["explained_variance.svg"]  # not in the manifest, so not exported
     assert contents(home / SET) == theirs
     assert team.passes(home) == 0
 
@@ -228,7 +227,7 @@ def test_a_shared_cache_needs_no_copy(team):
 
 @pytest.fixture
 def s3():
-    """A server that speaks S3, on loopback; gives its port."""
+    """Start an S3 server on loopback, and yield its port."""
     import logging
 
     from moto.server import ThreadedMotoServer
@@ -252,7 +251,7 @@ def test_push_and_pull_through_s3(team, s3):
     team.section("S3, MinIO and the like", team.root / "a", s3, **keys)
     hers = contents(team.root / "a" / "feddifrc" / SET)
     stored = client.list_objects_v2(Bucket="team")["Contents"]
-    assert {len(content) for content in hers.values()} < {item["Size"] for item in stored}  # and the list of them
+    assert {len(content) for content in hers.values()} < {item["Size"] for item in stored}  # and their listing
     home = team.member("far")
     team.section("B pulls from S3", home, s3, **keys)
     assert contents(home / "feddifrc" / SET) == hers

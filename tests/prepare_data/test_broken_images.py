@@ -136,7 +136,7 @@ def test_names_that_are_not_utf8(prepare, folder):
     assert "train/a/\\xff\\xfe.png" in [image.path for image in dataset.manifest.skipped["train"]]
     shutil.copytree(folder / "train" / "a", folder / "train" / os.fsdecode(b"\xff"))
     shutil.copytree(folder / "train" / "a", folder / "test" / os.fsdecode(b"\xff"))
-    assert "has no UTF-8 name: rename it" in prepare(source="folder", path=folder).output
+    assert "name is not UTF-8 (" in prepare(source="folder", path=folder).output
 
 
 def test_order_does_not_depend_on_which_image_is_ready_first(prepare, tmp_path):

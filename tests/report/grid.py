@@ -50,10 +50,7 @@ def _write_run(
             "clients": [[] for _ in counts],
         },
     )
-    metrics = {
-        "mean_last5_accuracy": float(accuracy[-5:].mean()),
-        "final_accuracy": float(accuracy[-1]),
-    }
+    metrics = {"mean_last5_accuracy": float(accuracy[-5:].mean()), "final_accuracy": float(accuracy[-1])}
     details = {
         "best_accuracy": float(accuracy.max()),
         "wall_seconds": 23.1,

@@ -1,5 +1,6 @@
 """docs/api.md names every loss, server update and partition with its arguments."""
 
+import doctest
 import importlib
 import inspect
 import pkgutil
@@ -38,3 +39,8 @@ def test_every_function_is_on_the_page_with_its_arguments(module):
 def test_every_partition_is_on_the_page_with_its_arguments():
     for name in set(partitions.__all__) - {"deal"}:
         assert described(getattr(partitions, name)), name
+
+
+def test_examples_print_what_the_page_says():
+    tried = doctest.testfile(str(PAGE), module_relative=False)
+    assert tried.attempted > 70 and tried.failed == 0

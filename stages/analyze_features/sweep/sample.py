@@ -19,7 +19,7 @@ from pipeline.diffusion.prompted_model import Inputs
 from pipeline.diffusion.prompts import PromptSet
 from pipeline.diffusion.representation import Moments, Projector
 from pipeline.diffusion.session import FrozenSession
-from pipeline.feature_store import LayerBasis, positive_columns
+from pipeline.feature_store import LayerBasis, positive_matches
 from pipeline.settings.params import SweepFeatures
 
 Maps = dict[str, Tensor]
@@ -70,7 +70,7 @@ class Sample:
         with_own_prompts = index[: params.margin_images]
         labels = data.labels[with_own_prompts]
         self._own = session.prompts_of(labels, with_own_prompts)  # (m, P)
-        self.positive = positive_columns(prompt_set.positive, self._own, labels)
+        self.positive = positive_matches(prompt_set.positive, self._own, labels).argmax(1)
         self.num_prompts = self._own.shape[1]
 
     def represent(self, timestep: int, done: Callable[[int], object]) -> dict[str, LayerFeatures]:
