@@ -117,10 +117,10 @@ def test_top_up_by_hand():
     assert len(top_up(np.zeros(3, int), labels, "largest", rng(0))) == 0
 
 
-def test_guided_methods_and_missing_images_are_named(project):
+def test_guided_methods_and_missing_images_are_rejected(project):
     with pytest.raises(PipelineError, match="have no cached representations"):
         train(load(project, train_fl__balance_with_synthetic="mean"), "feddifrc", "dir05", 0)
     none = load(project, train_fl__balance_with_synthetic="mean", synthesize__images_per_class=0)
     synthesize.run(none)
-    with pytest.raises(PipelineError, match="set synthesize.images_per_class above 0"):
+    with pytest.raises(PipelineError, match="Set synthesize.images_per_class above 0"):
         train(none, "fedavg", "dir05", 0)
