@@ -97,7 +97,7 @@ def processor(device: str) -> str:
 def write_checksums(folder: Path) -> None:
     """Write SHA256SUMS of the files in `folder`, in the format of sha256sum, without hidden and temporary files.
 
-    All of them are synced to the disk before it appears, so that it vouches for them even after a power cut.
+    All of them are synced to the disk before it appears, so that it also holds after a power cut.
     """
     names = sorted(file.name for file in folder.iterdir() if file.is_file() and _is_content(file.name))
     with atomic.replace_file(folder / CHECKSUMS) as temporary:
@@ -135,7 +135,6 @@ def _cpu_name() -> str:
 
 
 def _version(package: str) -> str | None:
-    try:
+    with contextlib.suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    return None

@@ -251,7 +251,7 @@ def _card(manifest: "Manifest") -> list[tuple[str, str]]:
     texts = _short([text for one in content.prompts for text in one])
     match = "the prompt of the label" if content.positive == "label" else "the first prompt (labels are not used)"
     layers = ", ".join(f"{name} (columns {low} to {high - 1})" for name, (low, high) in content.layers.items())
-    total = sum(entry.bytes for entry in manifest.files)
+    shards, total = manifest.plan.num_shards, size(sum(entry.bytes for entry in manifest.files))
     packages = ", ".join(f"{name} {version}" for name, version in made.get("packages", {}).items())
     basis = f"PCA fitted on {content.basis_images} images" if content.basis_images else f"given, {content.basis_sha256}"
     return [
@@ -265,10 +265,7 @@ def _card(manifest: "Manifest") -> list[tuple[str, str]]:
         ("prompts", f"{manifest.prompts_per_image} per image, of {texts}"),
         ("matching", match),
         ("denoising", f"with the prompt {content.denoise_prompt!r}"),
-        (
-            "files",
-            f"{manifest.plan.num_shards} shards of at most {manifest.rows_per_shard} images, {size(total)} in total",
-        ),
+        ("files", f"{shards} shards of at most {manifest.rows_per_shard} images, {total} in total"),
         *([("settings", ", ".join(f"{key} {value}" for key, value in settings.items()))] if settings else []),
         ("made by", f"feddifrc {made.get('feddifrc')}, commit {made.get('commit')}"),
         ("on", f"{', '.join(made.get('hardware', []))}; {packages}"),

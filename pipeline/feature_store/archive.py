@@ -74,7 +74,10 @@ def read(archive: Path, sets: Path, name: str | None = None, advance: Advance = 
             _require_same(target, manifest)
             return target
         sets.mkdir(parents=True, exist_ok=True)
-        _require_room(sets, manifest)
+        needed, free = sum(entry.bytes for entry in manifest.files), shutil.disk_usage(sets).free
+        if needed > free:
+            problem = f"The set needs {size(needed)}, but {sets} has {size(free)} free"
+            raise FeatureSetError(f"{problem}. Make room on the disk.")
         with atomic.replace_folder(target) as incoming:
             _unpack(tar, own_name, manifest, archive, incoming, advance)
             atomic.write_text(incoming / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
@@ -93,10 +96,6 @@ def manifest_of(archive: Path) -> Manifest:
         return manifest
 
 
-class _NotRegular(tarfile.TarError):
-    """A member is something other than a regular file."""
-
-
 class _RegularFile(tarfile.TarInfo):
     """A member that must be a regular file."""
 
@@ -104,7 +103,8 @@ class _RegularFile(tarfile.TarInfo):
         # tarfile calls this for every header, before it follows an extension (long names, pax records, sparse files):
         # in a hostile archive those are nested thousands deep, or claim gigabytes of memory.
         if self.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or self.size < 0:
-            raise _NotRegular(f"{printable(self.name)} is a link, a device or otherwise not a regular file")
+            problem = f"{printable(self.name)} is a link, a device or otherwise not a regular file"
+            raise _rejected(Path(os.fsdecode(tar.fileobj.name)), problem)  # type: ignore[union-attr,attr-defined]
         return super()._proc_member(tar)  # type: ignore[misc,no-any-return]
 
 
@@ -130,8 +130,6 @@ def _opened(archive: Path) -> Iterator[tuple[tarfile.TarFile, str, Manifest]]:
         try:
             with tarfile.open(fileobj=source, mode="r:", tarinfo=_RegularFile, encoding="utf-8") as tar:
                 yield tar, *_manifest(tar, archive)
-        except _NotRegular as error:
-            raise _rejected(archive, str(error)) from None
         except tarfile.TarError as error:
             problem = f"{archive} is not a complete tar of `pipeline features export` ({error})"
             raise FeatureSetError(f"{problem}. Get it again.") from None
@@ -222,12 +220,6 @@ class _Hashed:
 def _rejected(archive: Path, problem: str) -> FeatureSetError:
     advice = "It was not written by `pipeline features export`. Do not trust its source."
     return FeatureSetError(f"Refusing to import {archive}: {problem}. {advice}")
-
-
-def _require_room(sets: Path, manifest: Manifest) -> None:
-    needed, free = sum(entry.bytes for entry in manifest.files), shutil.disk_usage(sets).free
-    if needed > free:
-        raise FeatureSetError(f"The set needs {size(needed)}, but {sets} has {size(free)} free. Make room on the disk.")
 
 
 def _require_same(target: Path, manifest: Manifest) -> None:

@@ -1,4 +1,4 @@
-"""What the manifest of a feature set says, and what its files hold; the package's docstring shows the layout."""
+"""The manifest of a feature set and the content of its files; the docstring of the package shows the layout."""
 
 import hashlib
 import logging
@@ -119,7 +119,7 @@ class _Provenance(TypedDict, total=False):
 
 
 Provenance = Annotated[dict[str, Any], GetPydanticSchema(lambda _, handler: handler(_Provenance))]
-"""What made a set: the data set's name; the backbone's name, source, revision, and variant if its weights are fp16; the
+"""The origin of a set: its data set; the backbone's name, source, revision, and variant if its weights are fp16; the
 `extract_features` settings; the versions of the program, Python and the packages; every processor or GPU. It is not
 part of the fingerprint. Sets made by earlier versions have no settings."""
 

@@ -63,6 +63,7 @@ class Shards:
             if shard in self._maps:
                 self._maps.move_to_end(shard)
                 return self._maps[shard]
+        self.check(shard)  # before mapping, which an empty file does not allow
         file = self._checked_file(shard)
         content, identity = _map(file)
         layout = self._layout(shard, file, identity)

@@ -50,7 +50,6 @@ _NUMBER = re.compile(r"\b(?:errno = |os error |code: )(\d+)")
 
 _OPEN_FOR_WRITING = re.compile(r"file is already open for (write|read-only|SWMR)", re.IGNORECASE)
 _NOT_LOCKED = "unable to lock file"
-_MARKED = "h5clear"
 
 
 class SystemRefusal(PipelineError):
@@ -80,7 +79,7 @@ def refusal(error: BaseException, path: Path) -> SystemRefusal | None:
     if isinstance(error, MemoryError):
         return SystemRefusal(path, "out of memory", remedy(errno.ENOMEM))
     if code is None and isinstance(error, OSError | RuntimeError) and _OPEN_FOR_WRITING.search(str(error)):
-        if _MARKED in str(error):
+        if "h5clear" in str(error):
             return SystemRefusal(path, "it is marked as open for writing", _UNMARK)
         return SystemRefusal(path, "it is open for writing", remedy(errno.EAGAIN))
     return None
@@ -138,7 +137,7 @@ def in_words(error: BaseException) -> str:
 
 
 def remedy(code: int) -> str:
-    """Return what to do about an errno, as a sentence without its full stop."""
+    """Return what to do about an errno, as a sentence without its period."""
     return _REMEDIES.get(code, "Remove the cause and run again")
 
 

@@ -105,7 +105,7 @@ READERS = {
     "picture": lambda root: len(analysis._content(root / "config.json")),
     "checksum": lambda root: provenance.file_sha256(root / "config.json"),
 }
-OF_SAFETENSORS = {"client's state", "generated class", "timestep of a sweep"}
+OF_SAFETENSORS = {"checkpoint", "client's state", "generated class", "timestep of a sweep"}
 OF_HDF5 = {"images", "basis", "given basis", "rows", "every byte of staged shards", "finished set"}
 BY_LOOKING = {"basis", "rows", "staged shards", "every byte of staged shards", "finished set", "set's manifest"}
 REFUSED = [

@@ -144,6 +144,7 @@ def test_changed_bytes_in_a_set_are_rejected_or_harmless(written, name, edits):
 
 
 @given(st.sampled_from(NAMES[1:]), EDITS)
+@example("shard-00000.h5", [(0.0, "cut", b"")])  # an empty file
 def test_changed_bytes_with_matching_checksums_cause_no_crash(written, name, edits):
     """As in a set by a hostile author, or by another program."""
     root, _, _ = written
