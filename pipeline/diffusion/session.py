@@ -51,7 +51,7 @@ class FrozenSession:
             prompt_set: All prompts.
             settings: Image size, data type, generic prompt, seed of the noise, negatives.
             runtime: Batch size and compilation.
-            device: torch device.
+            device: A torch device.
             image_encoder: Folder of a CLIP image encoder, for image conditioning.
             check: Called before each batch; it may raise to stop.
 
@@ -81,12 +81,7 @@ class FrozenSession:
         return self.batcher.computed + self.model.redone
 
     def prompts_of(self, labels: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Return the prompts of images, int16 (n, P).
-
-        Args:
-            labels: int64 (n,), their labels.
-            index: int64 (n,), their positions in the data set.
-        """
+        """Return the prompts, int16 (n, P), of images with these labels and positions in the data set, int64 (n,)."""
         return self.model.prompts_of(labels, index, self._settings.negatives, self._settings.noise_seed)
 
     def encode(self, images: np.ndarray) -> Tensor:

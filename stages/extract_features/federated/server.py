@@ -16,13 +16,7 @@ from pipeline.federation.members import Member, Members
 from pipeline.federation.node import config_of, project_of
 from pipeline.io import atomic
 from stages.extract_features import basis as pca
-from stages.extract_features.federated.moments import (
-    add_moments,
-    add_pooled,
-    pack_layers,
-    read_moments,
-    read_pooled,
-)
+from stages.extract_features.federated.moments import add_moments, add_pooled, pack_layers, read_moments, read_pooled
 
 log = logging.getLogger(__name__)
 
