@@ -59,9 +59,7 @@ def config_files(index: Mapping[str, Any]) -> list[str]:
 def identify(title: str, configs: Configs) -> str:
     """Return the class of a pipeline's denoiser; PixArt's and DiT's by their current names.
 
-    Args:
-        title: The model's name, for errors.
-        configs: model_index.json, and those of `config_files` that exist.
+    `configs` has model_index.json and those of `config_files` that exist; errors name the model by `title`.
 
     Raises:
         PipelineError: The model is not supported. The message says why, and which models are.

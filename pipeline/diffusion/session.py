@@ -43,17 +43,10 @@ class FrozenSession:
         image_encoder: Path | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        """Load the model, encode the prompts and find the batch size.
+        """Load the model in a diffusers folder, encode the prompts and find the batch size.
 
-        Args:
-            model_dir: A diffusers pipeline folder.
-            layers: Layers to read; see `backbones.load`.
-            prompt_set: All prompts.
-            settings: Image size, data type, generic prompt, seed of the noise, negatives.
-            runtime: Batch size and compilation.
-            device: A torch device.
-            image_encoder: Folder of a CLIP image encoder, for image conditioning.
-            check: Called before each batch; it may raise to stop.
+        `layers` are those of `backbones.load`, and `image_encoder` is a CLIP image encoder's folder, for image
+        conditioning. `check` is called before each batch and may raise to stop.
 
         Raises:
             DataError: A part of the model cannot be loaded.

@@ -26,10 +26,6 @@ T = TypeVar("T")
 def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
     """Make the basis of all nodes that have joined, and save it here and on each of them.
 
-    Args:
-        grid: Flower's connection to the nodes.
-        run_config: The server's project folder, and changed settings.
-
     Raises:
         ConfigError: params.yaml names no file for the basis.
         PipelineError: Too few nodes joined or answered.
