@@ -34,13 +34,7 @@ class Batcher:
     """Calls a function for batches of rows and yields the results in order."""
 
     def __init__(self, batch_size: int, workers: int = 1, check: Callable[[], None] = lambda: None) -> None:
-        """Set the sizes.
-
-        Args:
-            batch_size: Rows per call.
-            workers: Batches computed in parallel; 1 on a GPU.
-            check: Called before each batch; it may raise to stop.
-        """
+        """Compute `workers` batches in parallel, 1 on a GPU; `check` runs before each and may raise to stop."""
         self.batch_size, self._workers, self._check = batch_size, workers, check
         self.computed = 0  # rows processed so far, excluding padding
         self._resizing = threading.Lock()
@@ -91,9 +85,7 @@ class Batcher:
     def _slices(self, total: int) -> Iterator[slice]:
         start = 0
         while start < total:
-            stop = min(start + self.batch_size, total)
-            yield slice(start, stop)
-            start = stop
+            yield slice(start, start := min(start + self.batch_size, total))
 
     def _fitting(self, compute: Callable[[Tensor], T], rows: slice) -> Iterator[tuple[slice, T]]:
         """Compute the rows in one batch or, if it does not fit into memory, in batches of half the size."""
@@ -139,30 +131,21 @@ def cpu_batch(positions: int) -> int:
 
 
 def batch_size(wanted: Literal["auto"] | int, device: str, positions: int, blank_pass: Callable[[Tensor], Any]) -> int:
-    """Return the pairs per batch of the denoiser: the number requested, or what suits the device.
+    """Return the pairs per batch of the denoiser: the number requested, or one that suits the device.
 
-    Args:
-        wanted: `runtime.unet_batch_size`.
-        device: torch device.
-        positions: Height times width of a latent.
-        blank_pass: A pass for an index of rows, to measure GPU memory with.
+    `positions` is height times width of a latent; `blank_pass` runs a pass for an index of rows, to measure GPU memory.
     """
     if wanted != "auto":
         return wanted
     if device == "cpu":
         return cpu_batch(positions)
-    size = largest_batch(blank_pass, device)
+    size = _largest_batch(blank_pass, device) if device.startswith("cuda") else CPU_BATCH
     log.info("batches of %d passes fit into memory", size)
     return size
 
 
 def workers_for(device: str, positions: int) -> int:
-    """Return how many batches to compute in parallel: one on a GPU; one per core on the CPU, if memory allows.
-
-    Args:
-        device: torch device.
-        positions: Height times width of a latent.
-    """
+    """Return how many batches to compute in parallel: one on a GPU; one per core on the CPU, if memory allows."""
     if device != "cpu":
         return 1
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -170,14 +153,8 @@ def workers_for(device: str, positions: int) -> int:
     return max(1, min(_CORES, fitting))
 
 
-def largest_batch(compute: Callable[[Tensor], Any], device: str) -> int:
-    """Find the batch size that fills four fifths of a GPU's free memory, by measuring two small batches.
-
-    Returns:
-        A power of two from 1 to 512; 16 on a device without memory statistics.
-    """
-    if not device.startswith("cuda"):
-        return CPU_BATCH
+def _largest_batch(compute: Callable[[Tensor], Any], device: str) -> int:
+    """Find the power of two up to 512 that fills 4/5 of a GPU's free memory, by measuring two small batches."""
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     free -= torch.cuda.memory_allocated(device)
     peaks = []

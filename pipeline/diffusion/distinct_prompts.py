@@ -22,11 +22,7 @@ _ROWS = 1024  # compared with all at a time
 
 
 def check(conditioning: Conditioning, prompts: PromptSet) -> None:
-    """Compare the conditioning of all prompts; the generic prompt comes last.
-
-    Args:
-        conditioning: K prompts of the set and the generic one.
-        prompts: The K prompts.
+    """Compare the conditioning of all K prompts and the generic one, which comes last.
 
     Raises:
         PipelineError: Two prompts of the set give the model the same input. The message names their classes.
@@ -65,8 +61,7 @@ def _named(number: int, prompts: PromptSet) -> str:
 def _equal(conditioning: Conditioning) -> Iterator[list[int]]:
     """Yield groups of prompts with equal conditioning, the numbers of each ascending.
 
-    Only prompts with nearly the same embedding are compared in full, because comparing all pairs of large tensors takes
-    long.
+    Only prompts with nearly the same embedding are compared in full, which saves time with large tensors.
     """
     unit = functional.normalize(conditioning.similarity.float(), dim=1)
     floating = [tensor.dtype for tensor in conditioning.tensors.values() if tensor.is_floating_point()]
@@ -77,10 +72,8 @@ def _equal(conditioning: Conditioning) -> Iterator[list[int]]:
         for row, others in enumerate(near, start):
             if row in grouped or others.sum() < 2:
                 continue
-            after = (
-                other for other in torch.nonzero(others).flatten().tolist() if other > row and other not in grouped
-            )
-            group = [row, *(other for other in after if _same(conditioning, row, other))]
+            after = [other for other in torch.nonzero(others).flatten().tolist() if other > row]
+            group = [row, *(other for other in after if other not in grouped and _same(conditioning, row, other))]
             if len(group) > 1:
                 grouped.update(group)
                 yield group

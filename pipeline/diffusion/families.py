@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.errors import PipelineError
 
 INDEX = "model_index.json"
-SUPPORTED = "Supported are Stable Diffusion 1, 2, XL and 3, PixArt and DiT; docs/models.md lists models"
+SUPPORTED = "Supported are Stable Diffusion 1, 2, XL and 3, PixArt and DiT; docs/models.md lists models."
 
 _CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _T5 = ("T5EncoderModel",)
@@ -57,14 +57,9 @@ def config_files(index: Mapping[str, Any]) -> list[str]:
 
 
 def identify(title: str, configs: Configs) -> str:
-    """Identify the family that a pipeline belongs to.
+    """Return the class of a pipeline's denoiser; PixArt's and DiT's by their current names.
 
-    Args:
-        title: The model's name, for errors.
-        configs: model_index.json, and those of `config_files` that exist.
-
-    Returns:
-        The class of its denoiser; PixArt's and DiT's by their current names.
+    `configs` has model_index.json and those of `config_files` that exist; errors name the model by `title`.
 
     Raises:
         PipelineError: The model is not supported. The message says why, and which models are.
@@ -73,24 +68,21 @@ def identify(title: str, configs: Configs) -> str:
     name = _denoiser_class(title, found, configs)
     family, config = _FAMILIES[name], configs.get(f"{_FAMILIES[name].denoiser}/config.json")
     if config is None:
-        raise PipelineError(f"{title} lacks {family.denoiser}/config.json. Get the complete model")
+        raise PipelineError(f"{title} lacks {family.denoiser}/config.json. Get the complete model.")
     if name == "UNet2DConditionModel":
         _check_unet(title, found, config)
         family = _XL if config.get("addition_embed_type") == "text_time" else family
-    if name == "DiTTransformer2DModel" and not _has_class_names(configs[INDEX]):
+    class_names = configs[INDEX].get("id2label")
+    if name == "DiTTransformer2DModel" and not (isinstance(class_names, dict) and class_names):
         raise PipelineError(
             f"{title} is a DiT whose {INDEX} has no id2label, the names of its classes, by which it is prompted. Copy "
-            f"id2label from the {INDEX} of the published model, as docs/models.md shows"
+            f"id2label from the {INDEX} of the published model, as docs/models.md shows."
         )
     _check_vae(title, found, config, configs.get("vae/config.json", {}))
     _check_text(title, found, family)
     _check_widths(title, name, config, configs)
     _check_schedule(title, found, name, configs.get("scheduler/scheduler_config.json"))
     return name
-
-
-def _has_class_names(index: Mapping[str, Any]) -> bool:
-    return isinstance(index.get("id2label"), dict) and bool(index["id2label"])
 
 
 def _denoiser_class(title: str, found: Mapping[str, str], configs: Configs) -> str:
@@ -114,11 +106,8 @@ def _denoiser_class(title: str, found: Mapping[str, str], configs: Configs) -> s
 
 def _check_unet(title: str, found: Mapping[str, str], config: Mapping[str, Any]) -> None:
     """Reject a UNet that needs inputs besides the latents, the timestep and the text."""
-    wants = [
-        f"{key} {config[key]}"
-        for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
-        if config.get(key) is not None
-    ]
+    keys = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
+    wants = [f"{key} {config[key]}" for key in keys if config.get(key) is not None]
     kind = config.get("addition_embed_type")
     if kind not in (None, "text_time"):
         wants.append(f"addition_embed_type {kind}")
@@ -129,8 +118,8 @@ def _check_unet(title: str, found: Mapping[str, str], config: Mapping[str, Any])
         )
     if kind == "text_time" and "text_encoder" not in found and "text_encoder_2" in found:
         raise PipelineError(
-            f"{title} is a refiner: its UNet needs an aesthetic score and the second text encoder alone. Take the base "
-            "model, such as stabilityai/stable-diffusion-xl-base-1.0"
+            f"{title} is a refiner: its UNet needs an aesthetic score and the second text encoder alone. Use the base "
+            "model, such as stabilityai/stable-diffusion-xl-base-1.0."
         )
 
 
@@ -142,7 +131,7 @@ def _check_vae(title: str, found: Mapping[str, str], config: Mapping[str, Any], 
     if isinstance(given, int) and isinstance(wanted, int) and given != wanted:
         purpose = f", as a model for {_CHANNELS[wanted]}" if wanted in _CHANNELS else ""
         raise PipelineError(
-            f"{title} has a denoiser that takes {wanted} channels{purpose}, but the VAE gives {given}. Take the "
+            f"{title} has a denoiser that takes {wanted} channels{purpose}, but the VAE gives {given}. Use the "
             f"text-to-image model that it is derived from. {SUPPORTED}"
         )
 
@@ -166,25 +155,22 @@ def _check_widths(title: str, name: str, config: Mapping[str, Any], configs: Con
     def width(part: str, key: str) -> int | None:
         return configs.get(f"{part}/config.json", {}).get(key)
 
-    pairs: list[tuple[str, Any, list[int | None]]] = []
+    pairs: list[tuple[str, list[int | None]]] = []
     if name == "UNet2DConditionModel":
         xl = config.get("addition_embed_type") == "text_time"
         encoders = ["text_encoder", "text_encoder_2"] if xl else ["text_encoder"]
-        pairs.append(
-            ("cross_attention_dim", config.get("cross_attention_dim"), [width(p, "hidden_size") for p in encoders])
-        )
+        pairs.append(("cross_attention_dim", [width(part, "hidden_size") for part in encoders]))
         if xl:
             sizes = config.get("addition_time_embed_dim")
             inputs = [sizes and 6 * sizes, width("text_encoder_2", "projection_dim")]
-            pairs.append(
-                ("projection_class_embeddings_input_dim", config.get("projection_class_embeddings_input_dim"), inputs)
-            )
+            pairs.append(("projection_class_embeddings_input_dim", inputs))
     elif name == "PixArtTransformer2DModel":
-        pairs.append(("caption_channels", config.get("caption_channels"), [width("text_encoder", "d_model")]))
+        pairs.append(("caption_channels", [width("text_encoder", "d_model")]))
     elif name == "SD3Transformer2DModel":
         pooled = [width(part, "projection_dim") for part in ("text_encoder", "text_encoder_2")]
-        pairs.append(("pooled_projection_dim", config.get("pooled_projection_dim"), pooled))
-    for key, wanted, given in pairs:
+        pairs.append(("pooled_projection_dim", pooled))
+    for key, given in pairs:
+        wanted = config.get(key)
         known = [number for number in given if isinstance(number, int)]
         if isinstance(wanted, int) and len(known) == len(given) and sum(known) != wanted:
             raise PipelineError(
@@ -196,7 +182,7 @@ def _check_widths(title: str, name: str, config: Mapping[str, Any], configs: Con
 def _check_schedule(title: str, found: Mapping[str, str], name: str, schedule: Mapping[str, Any] | None) -> None:
     if schedule is None:
         raise PipelineError(
-            f"{title} lacks scheduler/scheduler_config.json, the noise schedule. Get the complete model"
+            f"{title} lacks scheduler/scheduler_config.json, the noise schedule. Get the complete model."
         )
     kind = str(schedule.get("_class_name") or found.get("scheduler"))
     flow = kind.startswith("FlowMatch") or schedule.get("prediction_type") == "flow_prediction"

@@ -36,7 +36,7 @@ class BackboneManifest(BaseModel):
     files: dict[str, str]
 
     def origin(self) -> dict[str, str | None]:
-        """Return name, source and revision: what outputs record about their frozen model."""
+        """Return name, source and revision, which outputs record about their frozen model."""
         return self.model_dump(include={"name", "source", "revision"})
 
 
@@ -61,11 +61,7 @@ def read_manifest(file: Path) -> BackboneManifest:
 
 
 def read_checked(file: Path, folder: Path) -> BackboneManifest:
-    """Read the manifest of a frozen model and check its files against it.
-
-    Args:
-        file: The manifest.
-        folder: The model's folder.
+    """Read the manifest of a frozen model and check the files in the model's folder against it.
 
     Raises:
         DataError: The manifest is missing or damaged, or a file of the model is missing or differs from it.
@@ -89,10 +85,7 @@ def read_checked(file: Path, folder: Path) -> BackboneManifest:
 
 
 def image_encoder_hashes(folder: Path | None) -> dict[str, str] | None:
-    """Return the SHA-256 of each file that decides the image encoder's embeddings; None without image conditioning.
-
-    Args:
-        folder: The image encoder's folder, or None.
+    """Return the SHA-256 of each file that decides the image encoder's embeddings; None without an encoder.
 
     Raises:
         DataError: The folder has no safetensors weights.

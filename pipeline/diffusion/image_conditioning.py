@@ -23,11 +23,7 @@ class ImageEncoder:
     """CLIP's image encoder, computing in float32."""
 
     def __init__(self, path: Path, device: str) -> None:
-        """Load a CLIPVisionModelWithProjection from its folder.
-
-        Raises:
-            DataError: The folder has no such model.
-        """
+        """Load a CLIPVisionModelWithProjection from its folder; see `load_part`."""
         self._model = load_part(CLIPVisionModelWithProjection, path, device).to(device).eval().requires_grad_(False)
         self._device = device
 

@@ -8,17 +8,9 @@ from pipeline import seeding
 
 
 def draw(shape: tuple[int, ...], seed: int, index: np.ndarray) -> Tensor:
-    """Draw standard normal noise for each image, from a generator of its own on the CPU.
+    """Draw standard normal noise, float32 (n, C, h, w) on the CPU, for each image from a generator of its own.
 
-    Args:
-        shape: Shape of a latent, (C, h, w).
-        seed: `extract_features.noise_seed`.
-        index: int64 (n,), positions of the images in the data set. They key the draws, so that neither batch, order
-            nor device changes them.
-
-    Returns:
-        float32 (n, C, h, w) on the CPU.
+    The images' positions in the data set, int64 (n,), key the draws: neither batch, order nor device changes them.
     """
-    return torch.stack(
-        [torch.randn(shape, generator=seeding.torch_generator(seed, "noise", int(sample))) for sample in index]
-    )
+    generators = (seeding.torch_generator(seed, "noise", int(image)) for image in index)
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])

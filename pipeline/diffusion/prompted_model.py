@@ -41,11 +41,7 @@ class PromptedModel:
     """
 
     def __init__(self, backbone: Backbone, prompt_set: PromptSet, generic: str) -> None:
-        """Encode the prompts, averaging the texts of each, and then `generic`.
-
-        Raises:
-            PipelineError: The model cannot tell two prompts of the set apart.
-        """
+        """Encode the prompts, averaging the texts of each, and then `generic`; see `distinct_prompts.check`."""
         texts = [*prompt_set.texts, [generic]]
         self.backbone = backbone
         self.conditioning = backbone.encode_prompts([text for group in texts for text in group], list(map(len, texts)))
@@ -116,10 +112,7 @@ class PromptedModel:
             )
 
     def _in_float32(self, inputs: Inputs, timestep: int, pairs: Tensor) -> dict[str, Tensor]:
-        """Return finite maps of pairs, int64 (r, 2), from the same model in float32, which is loaded at first use.
-
-        Batches have a fixed size, with which, on the CPU, a row's numbers do not depend on the rest of its batch.
-        """
+        """Return finite maps of pairs, int64 (r, 2), from the same model in float32, which is loaded at first use."""
         with self._lock:
             model = self._float32_twin
 
@@ -128,6 +121,7 @@ class PromptedModel:
             return model.finite_maps(inputs, timestep, image, text)
 
         with batching.reproducible(self.backbone.device, torch.float32):
+            # With batches of this size, on the CPU, a row's numbers do not depend on the rest of its batch.
             parts = [
                 {layer: of_layer[: rows.stop - rows.start] for layer, of_layer in maps.items()}
                 for rows, maps in Batcher(batching.CPU_BATCH).map(batch, len(pairs))

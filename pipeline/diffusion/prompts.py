@@ -1,12 +1,12 @@
-"""Which prompts an image is shown with: one that matches it, and some that it must not be taken for.
+"""The prompts of each image: one that matches it, and negatives.
 
-Supervised: a prompt per class, "a photo of a {class}"; the one of the image's class matches. With few classes all
-others are negatives, in class order; with many, the K nearest by text embedding, the hardest to tell apart.
-Self-supervised (no label is read): "a photo of a similar object" matches every image, and its negatives are
-"a photo of a {word}" for K words drawn per image, by default from Tiny-ImageNet's 200 classes.
+- Supervised: a prompt per class, "a photo of a {class}"; the one of the image's class matches. With few classes all
+  others are negatives, in class order; with many, the K nearest by text embedding, the hardest to tell apart.
+- Self-supervised (labels are not read): "a photo of a similar object" matches every image, and its negatives are
+  "a photo of a {word}" for K words drawn per image, by default from Tiny-ImageNet's 200 classes.
+
 A prompt may have several texts, whose embeddings are averaged. Text is encoded once per prompt, never per image.
-
-Training makes the texts once more, to hold those of its set against its own settings: this module needs no diffusers.
+This module does not import diffusers, because training compares the prompts of a set with its own settings.
 """
 
 import json
@@ -35,7 +35,7 @@ class PromptSet:
 
     Attributes:
         texts: Texts of each prompt, whose embeddings are averaged.
-        positive: Which prompt matches an image: its label's, or the first.
+        positive: "label" if the prompt of its label matches an image, or "first".
         names: The class or word of each prompt, for messages; empty if unknown.
     """
 
@@ -45,31 +45,23 @@ class PromptSet:
 
 
 def build(params: ExtractFeatures, class_names: list[str], locate: Callable[[str], Path]) -> PromptSet:
-    """All prompts that the configuration asks for.
-
-    Args:
-        params: the stage's section.
-        class_names: of the data set.
-        locate: A path as params.yaml has it -> where the file is; `Config.path`.
+    """Build all prompts that the configuration asks for; `locate` resolves a path of params.yaml (`Config.path`).
 
     Raises:
-        PipelineError: a file of prompts or words cannot be used, or there are more prompts than int16 can number.
+        PipelineError: A file of prompts or words cannot be used, or there are more prompts than int16 can number.
     """
     prompt_set = _prompts(params, class_names, locate)
     if len(prompt_set.texts) > _MOST:
         raise PipelineError(
-            f"extract_features has {len(prompt_set.texts):,} prompts, but a feature set holds at most {_MOST:,}: "
-            "use fewer words or classes"
+            f"extract_features has {len(prompt_set.texts):,} prompts, but a feature set holds at most {_MOST:,}. "
+            "Use fewer words or classes."
         )
     return prompt_set
 
 
 def _prompts(params: ExtractFeatures, class_names: list[str], locate: Callable[[str], Path]) -> PromptSet:
     if params.prompts == "self-supervised":
-        if params.negative_words:
-            words = _read_words(locate(params.negative_words))
-        else:
-            words = tiny_imagenet_words()
+        words = _read_words(locate(params.negative_words)) if params.negative_words else _tiny_imagenet_words()
         texts = [[params.self_supervised_prompt], *_fill(params.prompt_templates, words)]
         return PromptSet(texts, "first", ["extract_features.self_supervised_prompt", *words])
     texts = _fill(params.prompt_templates, class_names)
@@ -79,8 +71,7 @@ def _prompts(params: ExtractFeatures, class_names: list[str], locate: Callable[[
     return PromptSet(texts, "label", list(class_names))
 
 
-def tiny_imagenet_words() -> list[str]:
-    """The words that negatives are made of where no file names others: Tiny-ImageNet's 200 classes."""
+def _tiny_imagenet_words() -> list[str]:
     return json.loads(_TINY_IMAGENET.read_text(encoding="utf-8"))
 
 
@@ -92,19 +83,19 @@ def assign(
     similarity: np.ndarray,
     seed: int,
 ) -> np.ndarray:
-    """The prompts of each image, as numbers in `prompts.texts`; the matching one is always among them.
+    """Assign prompts to each image, as numbers in `prompts.texts`; the matching one is always among them.
 
     Args:
-        prompts: all prompts.
+        prompts: All prompts.
         negatives: "all" or K >= 1.
         labels: int64 (n,), not read if the first prompt is the positive one.
         index: int64 (n,), the images' positions in the data set, which key the random draws.
         similarity: float (len(prompts.texts), E), a text embedding per prompt.
-        seed: of the draws.
+        seed: Seed of the draws.
 
     Returns:
-        int16 (n, P). In their order if every prompt is taken; else the positive first, then K negatives: the nearest,
-        nearest first, ties to the smaller number; or, self-supervised, drawn without repetition.
+        int16 (n, P). All prompts in their order, or the positive first, then K negatives: the nearest, nearest first,
+        ties to the smaller number; or, self-supervised, drawn without repetition.
     """
     total, count = len(prompts.texts), per_image(prompts, negatives)
     if count == total:
@@ -119,13 +110,13 @@ def assign(
 
 
 def per_image(prompts: PromptSet, negatives: Literal["all"] | int) -> int:
-    """P: how many prompts `assign` gives an image."""
+    """Return P, the number of prompts that `assign` gives an image."""
     total = len(prompts.texts)
     return total if negatives == "all" else min(negatives + 1, total)
 
 
 def _nearest(similarity: np.ndarray, count: int) -> np.ndarray:
-    """int16 (K, count): each prompt itself, then those of the highest cosine."""
+    """Return int16 (K, count): each prompt itself, then those of the highest cosine."""
     unit = similarity / np.linalg.norm(similarity, axis=1, keepdims=True)
     cosine = unit @ unit.T
     np.fill_diagonal(cosine, np.inf)
@@ -137,24 +128,27 @@ def _fill(templates: list[str], names: list[str]) -> list[list[str]]:
 
 
 def _read_words(file: Path) -> list[str]:
-    """One word or name a line."""
     try:
         words = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise refusal(error, file) or PipelineError(
-            f"extract_features.negative_words: {file} cannot be read ({error})"
+            f"extract_features.negative_words: {file} cannot be read ({error}). Set it to a text file."
         ) from None
     if not words or len(set(words)) < len(words):
-        raise PipelineError(f"extract_features.negative_words: {file} needs one word a line, none twice")
+        raise PipelineError(
+            f"extract_features.negative_words: {file} is empty or has a word twice. Write one word per line."
+        )
     return words
 
 
 def _read_class_prompts(file: Path, class_names: list[str]) -> dict[str, list[str]]:
-    """Class name -> its texts, from YAML or JSON (which is YAML): a text, or a list of texts to be averaged."""
+    """Read the texts of each class from YAML or JSON (which is YAML): a text, or a list of texts to be averaged."""
     key = f"extract_features.class_prompts: {file}"
     for name, texts in (content := _read_mapping(file, key)).items():
         if name not in class_names:
-            raise PipelineError(f"{key} names {name!r}, which is no class of the data set ({', '.join(class_names)})")
+            raise PipelineError(
+                f"{key} names {name!r}, which is not a class of the data set. Use its names ({', '.join(class_names)})."
+            )
         content[name] = texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise PipelineError(

@@ -39,11 +39,7 @@ class Moments:
 
 
 def fit_basis(moments: Moments, dims: int) -> LayerBasis:
-    """Compute the PCA of the vectors in `moments`.
-
-    Args:
-        moments: Of at least two vectors.
-        dims: Components to keep, at most the number of channels.
+    """Compute the PCA of the vectors in `moments`, with min(dims, channels) components.
 
     Returns:
         Components by descending variance; the sign of each makes its largest entry positive, so that two fits of the
@@ -61,7 +57,6 @@ def fit_basis(moments: Moments, dims: int) -> LayerBasis:
     variance, components = np.maximum(variance.numpy()[::-1], 0), vectors.numpy()[:, ::-1].T
     largest = np.abs(components).argmax(axis=1)
     components = components * np.sign(components[np.arange(len(components)), largest])[:, None]
-    dims = min(dims, len(components))
     return LayerBasis(
         mean=moments.mean.cpu().numpy(),
         components=np.ascontiguousarray(components[:dims]),

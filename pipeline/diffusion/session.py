@@ -43,17 +43,10 @@ class FrozenSession:
         image_encoder: Path | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        """Load the model, encode the prompts and find the batch size.
+        """Load the model in a diffusers folder, encode the prompts and find the batch size.
 
-        Args:
-            model_dir: A diffusers pipeline folder.
-            layers: Layers to read; see `backbones.load`.
-            prompt_set: All prompts.
-            settings: Image size, data type, generic prompt, seed of the noise, negatives.
-            runtime: Batch size and compilation.
-            device: torch device.
-            image_encoder: Folder of a CLIP image encoder, for image conditioning.
-            check: Called before each batch; it may raise to stop.
+        `layers` are those of `backbones.load`, and `image_encoder` is a CLIP image encoder's folder, for image
+        conditioning. `check` is called before each batch and may raise to stop.
 
         Raises:
             DataError: A part of the model cannot be loaded.
@@ -81,12 +74,7 @@ class FrozenSession:
         return self.batcher.computed + self.model.redone
 
     def prompts_of(self, labels: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Return the prompts of images, int16 (n, P).
-
-        Args:
-            labels: int64 (n,), their labels.
-            index: int64 (n,), their positions in the data set.
-        """
+        """Return the prompts, int16 (n, P), of images with these labels and positions in the data set, int64 (n,)."""
         return self.model.prompts_of(labels, index, self._settings.negatives, self._settings.noise_seed)
 
     def encode(self, images: np.ndarray) -> Tensor:

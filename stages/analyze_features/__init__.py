@@ -1,4 +1,4 @@
-"""Stage analyze-features: what the cached features hold -> analysis/.
+"""Stage analyze-features: measure the cached features -> analysis/.
 
 Its sweep, `stages.analyze_features.sweep.run`, runs the frozen model; the stage itself imports without it.
 """

@@ -1,7 +1,6 @@
-"""The pictures of a cached set, as SVG.
+"""The figures of a cached set, as SVG.
 
-Legends are given their handles and names: matplotlib leaves out what it finds by itself where a name begins with an
-underscore, as a class's may.
+Legends are given handles and names explicitly, because matplotlib would omit names that begin with an underscore.
 """
 
 import os.path
@@ -18,7 +17,7 @@ from matplotlib.patches import Patch
 from pipeline import plotting
 
 MEASURES = {"probe_accuracy": "linear probe", "purity": "k-means purity", "nmi": "k-means NMI", "ari": "k-means ARI"}
-_MOST_NUMBERED = 8  # bars of a measure; numbers on more could not be read
+_MOST_NUMBERED = 8  # bars of a measure; numbers on more would be illegible
 _MOST_NAMES = 40  # on an axis or in a legend
 _LONGEST_NAME = 40  # characters
 _PANELS_A_ROW = 3
@@ -27,12 +26,7 @@ _NOTHING = matplotlib.colors.to_rgba("tab:gray", 0.5)
 
 @plotting.svg
 def bars(scores: dict[str, dict[str, Any]], chance: dict[str, float]) -> Figure:
-    """SVG: every measure of every layer, side by side (the paper's Fig. 3).
-
-    Args:
-        scores: layer -> its measures.
-        chance: what features that tell nothing would reach, by measure; a dotted line.
-    """
+    """Draw every measure of every layer, side by side (the paper's Fig. 3); dotted lines show the chance levels."""
     figure = Figure(figsize=(8, 3.6))
     lowest = min(found[measure] for found in scores.values() for measure in MEASURES)
     axes = figure.add_subplot(ylim=(min(0.0, 1.4 * lowest), 1.05), ylabel="share")
@@ -53,7 +47,7 @@ def bars(scores: dict[str, dict[str, Any]], chance: dict[str, float]) -> Figure:
 
 @plotting.svg
 def scatter(embedded: dict[str, np.ndarray], labels: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """SVG: a plane per layer, points float (m, 2) coloured by class (Fig. 2), at most three beside each other."""
+    """Draw a panel per layer, at most three in a row, with points float (m, 2) coloured by class (Fig. 2)."""
     columns = min(_PANELS_A_ROW, len(embedded))
     rows = -(-len(embedded) // columns)
     figure = Figure(figsize=(3 * columns + 1.2, 3.2 * rows))
@@ -78,13 +72,13 @@ def scatter(embedded: dict[str, np.ndarray], labels: np.ndarray, class_names: Se
 def confusion(
     share: np.ndarray, prompts: Sequence[str], margins: Sequence[np.ndarray], class_names: Sequence[str]
 ) -> Figure:
-    """SVG: which prompt is nearest to a class's images, and their margins.
+    """Draw the share of each class's images nearest to each prompt, and their margins.
 
     Args:
-        share: float64 (K, prompts) of each class's images nearest to each prompt, NaN where the two never met.
-        prompts: their texts.
-        margins: (n_k,) of each class.
-        class_names: K.
+        share: float64 (K, prompts), NaN for pairs that were not compared; see `margins.confusion`.
+        prompts: Their texts.
+        margins: (n_k,) of each of the K classes.
+        class_names: K names.
     """
     figure = Figure(figsize=(10, 4.6), layout=ConstrainedLayoutEngine(wspace=0.06))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)
@@ -115,7 +109,7 @@ def _margins(axes: Axes, margins: Sequence[np.ndarray]) -> None:
 
 
 def differing(prompts: Sequence[str]) -> tuple[str, list[str]]:
-    """What the prompts share at either end, in whole words, with "..." between; and what remains of each."""
+    """Return the words that all prompts share at their ends, with "..." between, and the rest of each prompt."""
     words = [text.split(" ") for text in prompts]
     first = min(len(os.path.commonprefix(words)), min(map(len, words)) - 1)
     rest = [own[first:] for own in words]

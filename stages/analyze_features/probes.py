@@ -56,11 +56,7 @@ class ProbeEvaluator:
     """
 
     def __init__(self, labels: np.ndarray, params: AnalyzeFeatures) -> None:
-        """Split the images.
-
-        Args:
-            labels: int64 (n,).
-            params: Fraction and number of the validation splits, and the seed.
+        """Split n images with these labels, int64 (n,).
 
         Raises:
             DataError: There are too few images to fit and score a probe.
@@ -122,12 +118,7 @@ def standard_error(share: float, count: float) -> float:
 
 
 def purity(clusters: np.ndarray, labels: np.ndarray) -> float:
-    """Return the share of images that belong to the most frequent class of their cluster.
-
-    Args:
-        clusters: int (n,).
-        labels: int64 (n,).
-    """
+    """Return the share of n images that belong to the most frequent class of their cluster; both arguments are (n,)."""
     majorities = [np.bincount(labels[clusters == cluster]).max() for cluster in np.unique(clusters)]
     return sum(majorities) / len(labels)
 
@@ -139,11 +130,7 @@ def chance(labels: np.ndarray, prompts_per_image: int, seed: int) -> dict[str, f
     - Purity and NMI, which chance lifts the more the fewer images a cluster has: the mean over twenty random
       clusterings into as many equal clusters as classes.
     - ARI: 0, to which it is adjusted.
-
-    Args:
-        labels: int64 (n,).
-        prompts_per_image: P.
-        seed: of the draws.
+    - Matching prompt nearest: one in P.
     """
     rng, in_turn = seeding.numpy_generator(seed, "chance"), np.arange(len(labels)) % len(np.unique(labels))
     drawn = [rng.permutation(in_turn) for _ in range(_DRAWS)]

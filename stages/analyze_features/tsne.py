@@ -1,7 +1,7 @@
 """t-SNE of representations (van der Maaten and Hinton, JMLR 2008; the paper's Fig. 2), by scikit-learn.
 
-Of at most `tsne_images` images: its time and the picture's crowd grow with them. One thread, from the first two
-principal components, so that equal features give an equal picture.
+At most `tsne_images` images are shown. It runs on one thread and starts from the first two principal components, so
+that equal features give an equal picture.
 """
 
 import numpy as np
@@ -14,13 +14,13 @@ from pipeline.settings.params import AnalyzeFeatures
 
 
 def choose(count: int, params: AnalyzeFeatures) -> np.ndarray:
-    """Ascending int64 positions of the images to show, among `count`."""
+    """Draw the images to show among `count`: ascending positions, int64."""
     order = seeding.numpy_generator(params.seed, "t-SNE images").permutation(count)
     return np.sort(order[: params.tsne_images])
 
 
 def embed(features: np.ndarray, params: AnalyzeFeatures) -> np.ndarray:
-    """Float (m, D), m >= 4 -> float (m, 2); a perplexity that is too large for m is lowered to a third of it."""
+    """Embed float (m, D), m >= 4, as float (m, 2); the perplexity is at most (m - 1) / 3."""
     standardised = StandardScaler().fit_transform(np.asarray(features, np.float64))
     perplexity = min(params.perplexity, (len(features) - 1) / 3)
     seed = seeding.derive(params.seed, "t-SNE") % 2**32

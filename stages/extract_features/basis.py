@@ -12,25 +12,19 @@ import numpy as np
 from pipeline import feature_store, plotting, seeding
 from pipeline.errors import FeatureSetError
 from pipeline.feature_store import Basis
-from pipeline.io import atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 def images(rows: int, wanted: int, seed: int) -> np.ndarray:
-    """int64 (min(rows, wanted),), ascending, the training images that a basis is fitted on, drawn at random."""
+    """Draw the training images that a basis is fitted on: int64 (min(rows, wanted),), ascending."""
     order = seeding.numpy_generator(seed, "basis images").permutation(rows)
     return np.sort(order[:wanted])
 
 
 def read_shared(file: Path, channels: dict[str, int], ranges: dict[str, list[int]]) -> Basis:
-    """Read a basis that was fitted for another set.
-
-    Args:
-        file: Its basis.h5.
-        channels: Layer -> channels of this set's backbone.
-        ranges: Layer -> columns of this set.
+    """Read the basis.h5 of another set, for a set with these channels and columns by layer.
 
     Raises:
         FeatureSetError: It is missing, or has other layers, channels or dimensions.
@@ -56,13 +50,9 @@ def explained(basis: Basis) -> dict[str, float]:
     }
 
 
-def plot_explained_variance(basis: Basis, file: Path) -> None:
-    """Plot, per layer, the share of variance explained by the first k components; equal bases give equal bytes."""
-    atomic.write_text(file, _explained_variance(basis))
-
-
 @plotting.svg
-def _explained_variance(basis: Basis) -> "Figure":
+def plot_explained_variance(basis: Basis) -> "Figure":
+    """Draw, per layer, the share of variance explained by the first k components; equal bases give equal SVGs."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 

@@ -35,19 +35,15 @@ class Estimate:
     images_per_second: float
     device: str
 
-    @property
-    def flops_per_image(self) -> int:
-        """FLOPs of one encoding and all passes of an image."""
-        return self.vae_flops + self.passes_per_image * self.pass_flops
-
     def lines(self) -> list[str]:
         """Return the estimate as lines of text."""
         seconds = self.images / self.images_per_second
+        flops = self.images * (self.vae_flops + self.passes_per_image * self.pass_flops)
         return [
             f"images        {self.images} in {self.shards} shards",
             f"passes        {self.passes_per_image} per image, {self.images * self.passes_per_image} in all",
             f"FLOPs         {self.vae_flops / 1e9:.3g} G per encoding, {self.pass_flops / 1e9:.3g} G per pass, "
-            f"{self.flops_per_image * self.images / 1e12:.3g} T in all",
+            f"{flops / 1e12:.3g} T in all",
             f"disk          {self.num_bytes / 1e6:.1f} MB",
             f"time          {_duration(seconds)} on {self.device}, one process ({self.images_per_second:.3g} images/s, "
             f"after timing {_TIMED_BATCHES} batches)",

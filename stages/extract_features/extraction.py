@@ -25,7 +25,7 @@ _FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
 class HostInput(NamedTuple):
-    """What the CPU prepares for n images: uint8 (n, H, W, 3), and their noise, float32 (n, C, h, w)."""
+    """n images prepared by the CPU, uint8 (n, H, W, 3), and their noise, float32 (n, C, h, w)."""
 
     images: np.ndarray
     noise: Tensor
@@ -53,13 +53,7 @@ class Extraction:
         return self.session.inputs(latents, host.noise, embeddings, self._settings.timestep)
 
     def represent(self, index: np.ndarray, inputs: Inputs, projector: Projector, bar: Any) -> tuple[Features, int]:
-        """Compute all representations of n images.
-
-        Args:
-            index: int64 (n,), positions of the images in the data set.
-            inputs: Their noised latents.
-            projector: The PCA basis.
-            bar: Progress bar, updated by images.
+        """Compute all representations of the n images at positions `index`, int64 (n,).
 
         Returns:
             The features, and how many pairs (image, prompt) were recomputed in float32.
@@ -90,7 +84,9 @@ class Extraction:
         """
         inputs, before = self.clean_inputs(index), self.session.model.redone
         with progress_bar(2 * len(index), "fit basis", "image") as bar:
-            layers = self.fit_layers(self.moments(inputs, bar))
+            dims = dict(zip(self.session.backbone.channels, self._settings.dims, strict=True))
+            moments = self.moments(inputs, bar)
+            layers = {layer: representation.fit_basis(moments[layer], dims[layer]) for layer in moments}
             values = self.pooled(inputs, layers, bar)
         self.session.model.warn_of_redone(before, 2 * len(index), "the basis")
         return Basis(layers, values.mean(0), values.std(0))
@@ -113,17 +109,8 @@ class Extraction:
             bar.update(rows.stop - rows.start)
         return moments
 
-    def fit_layers(self, moments: dict[str, Moments]) -> dict[str, LayerBasis]:
-        """Return, by layer, the PCA with as many components as `dims` asks for."""
-        dims = dict(zip(moments, self._settings.dims, strict=True))
-        return {layer: representation.fit_basis(of_layer, dims[layer]) for layer, of_layer in moments.items()}
-
     def pooled(self, inputs: Inputs, layers: dict[str, LayerBasis], bar: Any) -> np.ndarray:
-        """Return the denoising representations of these images on a basis, float64 (n, D).
-
-        Raises:
-            PipelineError: A feature exceeds the range of float16, the type of the shards.
-        """
+        """Return the denoising representations of these images on a basis, float64 (n, D), within float16's range."""
         projector, maps = Projector(layers, self.session.backbone.device), self._denoising(inputs)
         pooled = self.session.batcher.table(lambda rows: projector(maps(rows)), len(inputs.noisy), bar.update)
         self._check_fits_float16(pooled)

@@ -26,7 +26,7 @@ class LatentCache:
     def load(self, shard: int) -> Tensor | None:
         """Return the latents, float32 (n, C, h, w) on the CPU; None, with a warning, if they cannot be read."""
         try:
-            unit = self._store.load(_name(shard)) if self._store else None
+            unit = self._store.load(f"latents-{shard:05d}") if self._store else None
         except SystemRefusal as refused:
             log.warning("%s Encoding its images again.", refused)
             return None
@@ -36,10 +36,6 @@ class LatentCache:
         """Store latents; a failure is only a warning, because they can be recomputed."""
         if self._store:
             try:
-                self._store.save(_name(shard), {"latents": latents})
+                self._store.save(f"latents-{shard:05d}", {"latents": latents})
             except (PipelineError, OSError) as error:
                 log.warning("Latents are not cached for the next extraction. %s", error)
-
-
-def _name(shard: int) -> str:
-    return f"latents-{shard:05d}"

@@ -113,15 +113,13 @@ def _check_model(settings: ExtractFeatures, model_dir: Path, manifest: BackboneM
     channels = backbones.layer_channels(model_dir, settings.layers)
     if len(settings.dims) != len(channels):
         raise ConfigError(
-            f"extract_features.dims = {settings.dims} must have one entry for each of layers = {list(channels)}"
+            f"extract_features.dims = {settings.dims} must have one entry for each of layers = {list(channels)}."
         )
     backbones.check_timesteps(model_dir, [settings.timestep], "extract_features.timestep")
     backbones.check_image_size(model_dir, settings.image_size)
     if manifest.variant and settings.dtype == "float32":
         log.warning(
-            "Features are computed in float32 from the %s weights of %s. For full weights, set "
-            "prepare_backbone.variant to none and run `pipeline prepare-backbone`.",
-            manifest.variant,
-            manifest.name,
+            f"Features are computed in float32 from the {manifest.variant} weights of {manifest.name}. For full "
+            "weights, set prepare_backbone.variant to none and run `pipeline prepare-backbone`."
         )
     return channels

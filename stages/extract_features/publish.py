@@ -12,6 +12,7 @@ from pathlib import Path
 from pipeline import feature_store, provenance
 from pipeline.errors import FeatureSetError, PipelineError
 from pipeline.feature_store import FeatureSetWriter, Plan
+from pipeline.io import atomic
 from pipeline.io.system_errors import SystemRefusal, reading, status
 from pipeline.settings.config import differing_keys
 from stages.extract_features import basis
@@ -22,14 +23,11 @@ log = logging.getLogger(__name__)
 def publish(writer: FeatureSetWriter, target: Path, recompute: Callable[[list[int]], None], overwrite: bool) -> Path:
     """Assemble the set if all its shards are finished and no other process has done so.
 
-    Args:
-        writer: Writer of the unfinished set.
-        target: The set's folder.
-        recompute: Computes these shards again, which were damaged after they were written.
-        overwrite: Replace a finished set of other features.
+    `recompute` computes shards again that were damaged after they were written. `overwrite` replaces a finished set of
+    other features.
 
     Returns:
-        The set's folder, or the folder of the unfinished set while shards are missing.
+        The folder `target`, or that of the unfinished set while shards are missing.
 
     Raises:
         PipelineError: There is another finished set, or the disk is full.
@@ -44,7 +42,7 @@ def publish(writer: FeatureSetWriter, target: Path, recompute: Callable[[list[in
             writer.forget_damaged(range(writer.plan.num_shards))
             if damaged := writer.missing_shards:
                 recompute(damaged)
-            basis.plot_explained_variance(writer.basis(), writer.path / "explained_variance.svg")
+            atomic.write_text(writer.path / "explained_variance.svg", basis.plot_explained_variance(writer.basis()))
             writer.publish(target)
             writer.remove_published_siblings()
     return target
@@ -60,10 +58,8 @@ def is_complete(target: Path, plan: Plan) -> bool:
         return False
     try:
         found = feature_store.FeatureSet(target)
-        if (found.manifest.fingerprint, found.manifest.rows_per_shard) != (
-            plan.content.fingerprint,
-            plan.rows_per_shard,
-        ):
+        made_of = (found.manifest.fingerprint, found.manifest.rows_per_shard)
+        if made_of != (plan.content.fingerprint, plan.rows_per_shard):
             return False
         found.verify_files()
     except SystemRefusal:

@@ -29,7 +29,7 @@ from pipeline.progress import progress_bar
 from pipeline.settings.config import Config
 from stages.extract_features import basis, publish, scheduling
 from stages.extract_features import plan as planning
-from stages.extract_features.extraction import Extraction, HostInput
+from stages.extract_features.extraction import Extraction
 from stages.extract_features.latents import LatentCache
 from stages.extract_features.plan import ExtractionPlan
 from stages.extract_features.scheduling import Claim
@@ -81,16 +81,9 @@ def run(config: Config, shard_range: str | None = None, overwrite: bool = False)
 
 def load(plan: ExtractionPlan, check: Callable[[], None] = lambda: None) -> Extraction:
     """Load the frozen models for an extraction; `check` is called before each batch and may raise to stop."""
-    session = FrozenSession(
-        plan.model_dir,
-        plan.settings.layers,
-        plan.prompts,
-        plan.settings,
-        plan.runtime,
-        plan.device,
-        plan.image_encoder,
-        check,
-    )
+    settings = plan.settings
+    frozen = plan.model_dir, settings.layers, plan.prompts, settings, plan.runtime, plan.device, plan.image_encoder
+    session = FrozenSession(*frozen, check)
     return Extraction(session, plan.dataset.load("train"), plan.settings)
 
 
@@ -126,7 +119,8 @@ class _Run:
         images = 0
         writing: Future[None] | None = None
         with ThreadPoolExecutor(1, "write") as disk:
-            for claim, host in scheduling.prepare(claims, self._host_input, ahead):
+            inputs_of = scheduling.prepare(claims, lambda shard: self._extraction.host_input(self._index(shard)), ahead)
+            for claim, host in inputs_of:
                 inputs = self._extraction.inputs(host, self._latents(claim.shard, host.images))
                 index = self._index(claim.shard)
                 features, redone = self._extraction.represent(index, inputs, projector, bar)
@@ -142,9 +136,6 @@ class _Run:
 
     def _index(self, shard: int) -> np.ndarray:
         return np.array(self._plan.feature_set.shard_rows(shard))
-
-    def _host_input(self, shard: int) -> HostInput:
-        return self._extraction.host_input(self._index(shard))
 
     def _latents(self, shard: int, images: np.ndarray) -> torch.Tensor:
         cached = self._latent_cache.load(shard)

@@ -35,13 +35,7 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def order_of_shards(num_shards: int, shard_range: str | None, rank: int, world_size: int) -> list[int]:
-    """Return the shards to compute, those of this rank first.
-
-    Args:
-        num_shards: Number of shards of the set.
-        shard_range: "A:B" for shards A to B - 1, or None for all.
-        rank: Rank of this process, from 0.
-        world_size: Number of processes.
+    """Return the shards to compute, those of this rank first; "A:B" selects shards A to B - 1, None all.
 
     Raises:
         ConfigError: The range is invalid.
@@ -50,7 +44,7 @@ def order_of_shards(num_shards: int, shard_range: str | None, rank: int, world_s
     if shard_range is not None:
         parts = re.fullmatch(r"(\d+):(\d+)", shard_range)
         if not parts or not int(parts[1]) < int(parts[2]) <= num_shards:
-            raise ConfigError(f"--shard-range {shard_range}: must be A:B with 0 <= A < B <= {num_shards} shards")
+            raise ConfigError(f"--shard-range {shard_range}: must be A:B with 0 <= A < B <= {num_shards} shards.")
         shards = shards[int(parts[1]) : int(parts[2])]
     return sorted(shards, key=lambda shard: ((shard - rank) % world_size != 0, shard))
 

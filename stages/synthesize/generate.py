@@ -24,14 +24,7 @@ class Generator:
     """A text-to-image model, loaded once for all classes."""
 
     def __init__(self, path: Path, params: Synthesize, image_size: int, batch_size: int, device: str) -> None:
-        """Load a diffusers pipeline folder with safetensors weights.
-
-        Args:
-            path: The folder.
-            params: Steps, guidance, seed and data type.
-            image_size: Generated images are resized to this square, bicubically.
-            batch_size: Images per batch.
-            device: torch device.
+        """Load a diffusers folder with safetensors weights; images are resized to `image_size`, bicubically.
 
         Raises:
             PipelineError: It cannot be loaded, or its noise schedule is too short for the steps.
@@ -40,14 +33,9 @@ class Generator:
             library.set_verbosity_error()  # such as diffusers' on float16 on a CPU, which works here
             library.disable_progress_bar()
         try:
-            self._pipe = StableDiffusionPipeline.from_pretrained(
-                path,
-                dtype=getattr(torch, params.dtype),
-                use_safetensors=True,
-                safety_checker=None,
-                feature_extractor=None,
-                requires_safety_checker=False,
-            )
+            unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+            dtype = getattr(torch, params.dtype)
+            self._pipe = StableDiffusionPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True, **unchecked)
         except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise PipelineError(f"{path} cannot be loaded as a Stable Diffusion pipeline ({reason})") from None
@@ -75,19 +63,15 @@ class Generator:
         if steps > total or schedule.timesteps.max() >= total:  # an offset of steps may lead past the end
             raise PipelineError(
                 f"synthesize.num_inference_steps = {steps}: the noise schedule of {name} has {total} timesteps. Set "
-                f"it to at most {total // 2}"
+                f"it to at most {total // 2}."
             )
 
     @torch.inference_mode()
     def _batch(self, label: int, class_name: str, numbers: range) -> np.ndarray:
         unet = self._pipe.unet
         shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-        noise = torch.stack(
-            [
-                torch.randn(shape, generator=seeding.torch_generator(self._params.seed, "synthesize", label, number))
-                for number in numbers
-            ]
-        )
+        generators = [seeding.torch_generator(self._params.seed, "synthesize", label, number) for number in numbers]
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         prompt = self._params.prompt_template.replace("{class_name}", class_name)
         latents = self._pipe(
             [prompt] * len(numbers),
@@ -108,7 +92,7 @@ class Generator:
             dtype = self._params.dtype
             remedy = "Check its weights" if dtype == "float32" else "Set synthesize.dtype to float32"
             raise PipelineError(
-                f"the frozen model gives images of {class_name!r} that are not finite in {dtype}. {remedy}"
+                f"the frozen model gives images of {class_name!r} that are not finite in {dtype}. {remedy}."
             )
 
     def _resize(self, image: np.ndarray) -> np.ndarray:

@@ -25,10 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def run(config: Config) -> Path:
-    """Generate images of the prepared data set's classes.
-
-    Returns:
-        Their folder.
+    """Generate images of the prepared data set's classes, and return their folder.
 
     Raises:
         PipelineError: The data set or the model is missing or changed.
@@ -80,10 +77,8 @@ def _generate(config: Config, dataset: PreparedDataset, store: ResumableStore) -
             # The model is loaded only if a class is missing.
             from stages.synthesize.generate import Generator
 
-            device = devices.resolve(runtime.device)
-            generator = Generator(
-                config.backbone_dir, params, dataset.image_size, runtime.synthesize_batch_size, device
-            )
+            sizes = dataset.image_size, runtime.synthesize_batch_size
+            generator = Generator(config.backbone_dir, params, *sizes, devices.resolve(runtime.device))
         classes.append(generator(label, class_name, params.images_per_class + 1))
         store.save(name, {"images": torch.from_numpy(classes[-1])})
     return classes

@@ -70,7 +70,7 @@ def test_a_sweep_of_many_layers_stays_readable():
         assert sum("transformer_blocks.13" in text for text in texts(svg)) == 0
 
 
-def test_roles_that_one_set_plays_are_one_line():
+def test_a_set_with_several_roles_has_one_line():
     rows = sweep(UNET, UNET)
     recommended = next(row for row in rows if row["layers"] == UNET)
     entries = legend(sweep_figures.curves(rows, recommended, UNET, CHANCE))
@@ -111,7 +111,7 @@ def test_bars_show_a_negative_ari():
     assert "−0.2" not in texts(figures.bars({"other": scores()}, CHANCE))
 
 
-def test_odd_class_names_stand_in_the_legend_of_tsne_and_panels_are_three_abreast():
+def test_odd_class_names_appear_in_the_tsne_legend_and_a_row_has_three_panels():
     names = ["_hidden", "$\\frac$", "x" * 90]
     planes = {f"layer {number}": np.random.default_rng(number).normal(size=(6, 2)) for number in range(5)}
     svg = figures.scatter(planes, np.array([0, 1, 2, 0, 1, 2]), names)
@@ -144,7 +144,7 @@ def test_prompts_are_cut_between_words(prompts, shared, names):
     assert figures.differing(prompts) == (shared, names)
 
 
-def test_signs_follow_the_timestep_before():
+def test_signs_match_the_preceding_timestep():
     """The first channel runs against the one before, the second with it, the third is not there."""
     first = np.array([[[[0, 10, 0], [200, 90, 0]]]], np.uint8)  # (1, 1, 2, 3)
     second = np.array([[[[250, 20, 0], [5, 40, 0]]]], np.uint8)
@@ -156,7 +156,7 @@ def test_signs_follow_the_timestep_before():
     assert matched[2].dtype == np.uint8
 
 
-def test_maps_of_many_layers_are_a_picture_of_bounded_height():
+def test_maps_of_many_layers_have_a_bounded_height():
     rgb = {timestep: {layer: np.zeros((4, 4, 3), np.uint8) for layer in TRANSFORMER} for timestep in (50, 300)}
     png = sweep_figures.maps(np.zeros((8, 8, 3), np.uint8), rgb)
     assert int.from_bytes(png[20:24], "big") <= 1700  # IHDR's height

@@ -40,7 +40,7 @@ def test_clusters_across_the_classes_by_hand():
     assert scores.ari == pytest.approx(expected_ari, abs=1e-6)
 
 
-def test_the_probe_is_judged_on_images_that_it_was_not_fitted_on():
+def test_the_probe_is_scored_on_images_that_it_was_not_fitted_on():
     """Random labels: fitted and judged on the same 40 images, 60 dimensions would give 100 %."""
     rng = np.random.default_rng(0)
     labels = np.arange(40) % 2
@@ -53,7 +53,7 @@ def test_the_standard_error_of_a_share_by_hand():
     assert standard_error(1.0, 100) == standard_error(0.0, 7) == 0
 
 
-def test_the_probes_error_is_of_as_many_images_as_its_splits_are_worth():
+def test_the_probes_error_is_based_on_the_effective_number_of_images():
     """Ten splits hold out 10 of 40 images each: all are judged, some more often, which is worth less than 40 once."""
     rng = np.random.default_rng(0)
     labels = np.arange(40) % 2
@@ -80,7 +80,7 @@ def test_chance():
     assert 0 < many["nmi"] < 0.05
 
 
-def test_the_scale_of_a_dimension_changes_nothing():
+def test_scores_do_not_depend_on_the_scale_of_a_dimension():
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 3
     features = rng.normal(size=(60, 4)) + labels[:, None]
@@ -88,6 +88,6 @@ def test_the_scale_of_a_dimension_changes_nothing():
     assert judge.scores(features) == judge.scores(features * [1, 1e4, 1e-4, 7] + 3)
 
 
-def test_too_few_images_are_named():
+def test_too_few_images_are_rejected():
     with pytest.raises(PipelineError, match="2 images of 2 classes are too few"):
         ProbeEvaluator(np.array([0, 1]), settings(validation_fraction=0.5))

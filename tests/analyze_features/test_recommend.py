@@ -24,7 +24,7 @@ def taken(table, standard_errors):
     return choose(table, standard_errors).recommended
 
 
-def test_at_no_standard_errors_the_best_wins():
+def test_with_zero_standard_errors_the_best_wins():
     assert taken(TABLE, 0.0) is BEST
 
 
@@ -62,7 +62,7 @@ def test_prompts_decide_among_ties_of_the_probe_and_size_among_ties_of_both():
     assert taken(table, 20.0) is far
 
 
-def test_what_one_criterion_alone_would_take_stands_beside_the_choice():
+def test_the_choice_of_each_criterion_alone_is_reported():
     probe, both, prompts = (
         candidate(50, [10], 0.900, 40), candidate(200, [10, 10], 0.899, 50), candidate(300, [5], 0.7, 60)
     )  # fmt: skip
@@ -85,7 +85,7 @@ def test_description_counts_tied_candidates():
     assert in_words(choose([BEST], 1.0))[1:] == ["1 of 1 candidates are within 1 standard error of the best probe"]
 
 
-def test_more_images_are_suggested_where_many_are_left_and_there_are_more():
+def test_more_images_are_suggested_if_many_candidates_are_tied_and_images_are_unused():
     many, few = choose(TABLE, 0.5), choose([BEST] + [WORSE] * 19, 0.5)
     (line,) = hint(many, 1234)
     assert "1,234 training images are unused" in line
@@ -102,7 +102,7 @@ def test_fusions_add_the_next_best_layer_and_keep_the_models_order():
 PRESET = {"extract_features": {"timestep": 200, "layers": ["up_blocks.0", "up_blocks.1"], "dims": [20, 20]}}
 
 
-def test_the_preset_holds_the_choice_and_says_what_it_rests_on():
+def test_the_preset_holds_the_choice_and_describes_its_basis():
     text = as_preset(choose([TWO_LAYERS, BEST], 0.3), "digits with tiny-sd", "Of 100 images 80 were judged.", 0.95, {})
     assert YAML(typ="safe").load(text) == PRESET
     assert text.splitlines()[:5] == [
@@ -115,7 +115,7 @@ def test_the_preset_holds_the_choice_and_says_what_it_rests_on():
     assert "prompt" not in text
 
 
-def test_the_preset_says_what_was_given_up():
+def test_the_preset_names_the_choices_of_each_criterion():
     chosen, other = candidate(200, [20, 20], 0.897, nearest=41.5), candidate(300, [28], 0.8, nearest=58.6)
     best = candidate(300, [10, 10, 10], 0.900, nearest=40)
     text = as_preset(choose([chosen, best, other], 0.3), "digits with tiny-sd", "100 images", 0.95, {"image_size": 64})

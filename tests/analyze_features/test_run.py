@@ -20,7 +20,7 @@ def analyse(root, *arguments):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def test_it_writes_every_layer_and_class_of_a_sample_the_same_twice(project):
+def test_the_analysis_covers_all_layers_and_classes_and_is_reproducible(project):
     first = analyse(project, "--images", "80")
     assert set(first) == {"features.json", "details.json", "clusters.svg", "tsne.svg", "prompts.svg"}
     assert analyse(project, "--images", "80") == first
@@ -35,7 +35,7 @@ def test_it_writes_every_layer_and_class_of_a_sample_the_same_twice(project):
     assert min(classes) < found["layers"]["fused"]["margin"] < max(classes)
 
 
-def test_without_features_it_says_what_to_run(project):
+def test_missing_features_name_the_command_to_run(project):
     invoked = invoke(project, "analyze-features", "--set", "extract_features.timestep=1")
     assert invoked.exit_code == 1
     assert (
@@ -44,12 +44,12 @@ def test_without_features_it_says_what_to_run(project):
     )
 
 
-def test_it_imports_without_the_frozen_models_libraries():
+def test_the_stage_imports_without_diffusers():
     """So that whoever pulled a feature set can look at it at once."""
     code = "import sys, stages.analyze_features; assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_one_dimension_and_few_points_still_make_a_plane():
+def test_one_dimension_and_few_points_can_be_embedded():
     points = tsne.embed(np.arange(6.0)[:, None], settings())
     assert points.shape == (6, 2) and np.isfinite(points).all()

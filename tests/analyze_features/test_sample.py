@@ -79,7 +79,7 @@ def swept(root):
     return invoked.output, seen
 
 
-def test_the_sweep_passes_each_pair_once_a_timestep_and_encodes_an_image_once(swept):
+def test_the_sweep_runs_each_pair_once_per_timestep_and_encodes_each_image_once(swept):
     _, passes = swept
     assert sum(count for timestep, count in passes if timestep is None) == 32
     batches = (32 + 12 * 2) // 8  # every image, and 12 of them under two prompts each
@@ -105,7 +105,7 @@ def energies(vectors, mean, components):
     return [np.linalg.norm((vectors - mean) @ component) for component in components]
 
 
-def test_representations_are_those_of_one_pass_at_a_time(digits):
+def test_representations_equal_those_of_single_passes(digits):
     index = np.array([30, 3, 17, 5, 8, 39, 1, 22, 11, 12, 13, 2])
     found = sample(digits, index).represent(300, lambda done: None)
     config = configuration.load(digits / "params.yaml")
@@ -147,7 +147,7 @@ def images_prompts(config, backbone, image):
     return [texts[own], texts[int(np.argmax(cosine))]]
 
 
-def test_no_margin_images_cost_no_pass_and_give_no_margin(root):
+def test_without_margin_images_there_are_no_prompted_passes_or_margins(root):
     few, passes = sample(root, np.arange(12), **{"sweep_features.margin_images": 0}), []
     found = few.represent(300, passes.append)
     assert sum(passes) == 12
@@ -184,7 +184,7 @@ def test_the_margin_is_that_of_the_images_own_prompts(root):
     assert fused.margins["matching_nearest"] == np.mean(np.array(margins) > 0)
 
 
-def test_batches_change_no_number_and_few_images_are_enough(root):
+def test_batch_size_does_not_change_numbers_and_few_images_are_enough(root):
     index = np.arange(7)  # fewer than basis_images
     one, other = (
         sample(root, index, **{"runtime.unet_batch_size": size}).represent(500, lambda done: None) for size in (7, 3)
@@ -198,7 +198,7 @@ def test_dims_are_capped(root):
     assert [layer.values.shape for layer in found.values()] == [(6, 2)] * 4
 
 
-def test_an_overflow_is_named(root, monkeypatch):
+def test_an_overflow_is_reported(root, monkeypatch):
     add_noise = Backbone.add_noise
     monkeypatch.setattr(Backbone, "add_noise", lambda self, *arguments: add_noise(self, *arguments) * float("inf"))
     with pytest.raises(

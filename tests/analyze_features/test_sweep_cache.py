@@ -63,7 +63,7 @@ def outputs(root):
     return program.contents(root / "analysis" / "sweep")
 
 
-def test_a_killed_sweep_goes_on_to_the_same_bytes(undisturbed, killed):
+def test_a_killed_sweep_resumes_with_identical_bytes(undisturbed, killed):
     root, kept = killed
     done = len(list(kept.glob("*.safetensors")))
     assert 0 < done < 4
@@ -92,7 +92,7 @@ def test_another_rule_after_a_finished_sweep_needs_no_model(undisturbed, tmp_pat
     assert json.loads(outputs(again)["sweep.json"])["made_of"]["commit"]
 
 
-def test_what_is_damaged_is_swept_again(undisturbed, killed):
+def test_damaged_results_are_recomputed(undisturbed, killed):
     root, kept = killed
     for file in kept.glob("*.safetensors"):
         content = file.read_bytes()
@@ -107,14 +107,14 @@ def test_what_is_damaged_is_swept_again(undisturbed, killed):
 
 
 @pytest.mark.parametrize("setting", ["sweep_features.margin_images=3", "extract_features.noise_seed=1"])
-def test_other_settings_take_nothing_of_it(killed, setting):
+def test_other_settings_do_not_reuse_results(killed, setting):
     root, kept = killed
     said = program.succeed(root, "sweep-features", "--timesteps", "[100]", "--set", setting)
     assert "1, 0 of them done" in said
     assert not kept.exists() and len(list(kept.parent.iterdir())) == 1
 
 
-def test_other_timesteps_take_what_is_there(killed):
+def test_other_timesteps_reuse_finished_results(killed):
     root, kept = killed
     said = program.succeed(root, "sweep-features", "--timesteps", "[100, 700]")
     assert "2, 1 of them done" in said
@@ -123,7 +123,7 @@ def test_other_timesteps_take_what_is_there(killed):
     assert (kept / "t-00700.safetensors").exists()
 
 
-def test_a_dry_run_says_what_there_is_to_do_and_changes_nothing(killed):
+def test_a_dry_run_prints_the_remaining_work_and_changes_nothing(killed):
     root, kept = killed
     done = len(list(kept.glob("*.safetensors")))
     (root / "models").unlink()
@@ -140,13 +140,13 @@ def test_a_dry_run_says_what_there_is_to_do_and_changes_nothing(killed):
     assert program.contents(root) == before
 
 
-def test_two_sweeps_at_a_time_are_one_too_many(killed):
+def test_a_second_sweep_at_the_same_time_is_rejected(killed):
     root, _ = killed
     with locks.held(root / ".pipeline" / "locks" / "sweep", "a sweep"):
         program.refuse(root, *SWEEP, says=["analysis/sweep is being written by process"])
 
 
-def test_what_is_kept_comes_back_as_it_was(tmp_path):
+def test_cached_results_are_loaded_unchanged(tmp_path):
     kept, other = SweepCache(tmp_path / "kept"), SweepCache(tmp_path / "other")
     candidate = Candidate(7, ["a", "b"], [3, 4], Scores(0.1, 0.02, 0.2, 0.3, 1 / 3), {"margin": 0.7})
     colours = np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3)
@@ -176,7 +176,7 @@ def test_what_is_kept_comes_back_as_it_was(tmp_path):
         ("runtime.unet_batch_size", 16),
     ],
 )
-def test_what_decides_the_numbers_decides_what_is_taken(undisturbed, setting, other):
+def test_everything_that_decides_the_numbers_is_part_of_the_cache_key(undisturbed, setting, other):
     def folder(**overrides):
         return plan.make(config.load(undisturbed / "params.yaml", overrides)).cache.folder
 

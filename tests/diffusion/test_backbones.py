@@ -55,7 +55,7 @@ def oracle(path, layers, noisy, timestep, conditioning):
 
 @pytest.mark.parametrize("latents", [32, 28, 7])
 @pytest.mark.parametrize("last", [0, 1, 2, 3])
-def test_unet_tail_is_exact(models, latents, last):
+def test_unet_without_its_tail_gives_identical_maps(models, latents, last):
     layers = [f"up_blocks.{block}" for block in range(last + 1)]
     backbone = backbones.load(models["sd"], layers, "cpu", torch.float32)
     conditioning = backbone.encode_prompts(TEXTS[:2])
@@ -67,7 +67,7 @@ def test_unet_tail_is_exact(models, latents, last):
 
 @pytest.mark.parametrize("latents", [32, 28, 7])
 @pytest.mark.parametrize("last", [0, 2])
-def test_xl_tail_is_exact(models, latents, last):
+def test_xl_without_its_tail_gives_identical_maps(models, latents, last):
     layers = [f"up_blocks.{block}" for block in range(last + 1)]
     backbone = backbones.load(models["sdxl"], layers, "cpu", torch.float32)
     conditioning = backbone.encode_prompts(TEXTS[:2])
@@ -79,7 +79,7 @@ def test_xl_tail_is_exact(models, latents, last):
 
 @pytest.mark.parametrize("latents", [32, 28, 14])
 @pytest.mark.parametrize("name", ["pixart", "dit", "sd3"])
-def test_transformer_tail_is_exact(models, name, latents):
+def test_transformer_without_its_tail_gives_identical_maps(models, name, latents):
     layers = ["transformer_blocks.1", "transformer_blocks.3"]
     backbone = backbones.load(models[name], layers, "cpu", torch.float32)
     conditioning = backbone.encode_prompts(PROMPTS.get(name, TEXTS)[:2])
@@ -96,7 +96,7 @@ def test_transformer_tail_is_exact(models, name, latents):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_backbone_says_its_layers_and_their_channels(models, name):
+def test_layers_and_channels_are_read_from_the_configuration(models, name):
     expected = {
         "sd": {"up_blocks.1": 24, "up_blocks.2": 16, "up_blocks.3": 16},
         "sdxl": {"up_blocks.0": 32, "up_blocks.1": 24, "up_blocks.2": 16},
@@ -135,7 +135,7 @@ def test_noise_follows_the_models_schedule(tmp_path, prediction_type):
     assert backbone.add_noise(latents, noise, 300).unique().item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_v_prediction_model_gives_the_maps_that_an_epsilon_model_gives(tmp_path):
+def test_v_prediction_gives_the_same_maps_as_epsilon_prediction(tmp_path):
     found = []
     for prediction_type in ("epsilon", "v_prediction"):
         path = tiny_models.sd(tmp_path / prediction_type, DDIMScheduler, prediction_type)
@@ -145,7 +145,7 @@ def test_a_v_prediction_model_gives_the_maps_that_an_epsilon_model_gives(tmp_pat
     assert torch.equal(*found)
 
 
-def test_flow_matching_mixes_on_a_straight_line(models):
+def test_flow_matching_mixes_linearly(models):
     backbone = backbones.load(models["sd3"], "auto", "cpu", torch.float32)
     latents, noise = torch.full((1, 16, 2, 2), 2.0), torch.full((1, 16, 2, 2), -1.0)
     assert backbone.add_noise(latents, noise, 300).unique().item() == pytest.approx(0.7 * 2 - 0.3)
@@ -192,7 +192,7 @@ def test_sd3_works_without_t5(tmp_path):
     assert states.shape == (1, 48 + 256, 64) and not states[:, 48:].any()
 
 
-def test_pixart_of_1024_pixels_takes_sizes(tmp_path):
+def test_pixart_of_1024_pixels_receives_sizes(tmp_path):
     path = tiny_models.pixart(tmp_path / "m", sample_size=128)
     backbone = backbones.load(path, ["transformer_blocks.0"], "cpu", torch.float32)
     assert backbone._model.use_additional_conditions
@@ -233,7 +233,7 @@ def test_groups_larger_than_a_batch_are_averaged_over_batches():
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "pixart", "sd3"])
-def test_averaging_while_encoding_gives_the_means_of_the_single_texts(models, name):
+def test_averaging_while_encoding_equals_averaging_afterwards(models, name):
     backbone = backbones.load(models[name], "auto", "cpu", torch.bfloat16)
     texts = [f"photo {number} of it" for number in range(40)]
     single, grouped = backbone.encode_prompts(texts), backbone.encode_prompts(texts, [33, 1, 6])
@@ -248,7 +248,7 @@ def test_averaging_while_encoding_gives_the_means_of_the_single_texts(models, na
     ("name", "window", "parts"),
     [("sd", 48, ["text_encoder"]), ("sdxl", 48, ["text_encoder", "text_encoder_2"]), ("pixart", 120, ["text_encoder"])],
 )
-def test_what_a_text_encoder_does_not_read_is_named(models, name, window, parts, caplog):
+def test_cut_prompts_are_warned_about(models, name, window, parts, caplog):
     text.warn_once.cache_clear()
     fits = "a" * (window - 4) if name != "pixart" else "a" * (window - 2)  # one token a letter, and those at the ends
     backbone = backbones.load(models[name], "auto", "cpu", torch.float32)
@@ -261,7 +261,7 @@ def test_what_a_text_encoder_does_not_read_is_named(models, name, window, parts,
         assert "xyz" in message and "loses" in message
 
 
-def test_a_class_conditional_model_takes_one_class_a_prompt(models):
+def test_a_class_conditional_model_takes_one_class_per_prompt(models):
     backbone = backbones.load(models["dit"], "auto", "cpu", torch.float32)
     assert backbone.encode_prompts(["tench", "Tinca tinca", "cock"], [2, 1]).tensors["class_labels"].tolist() == [0, 2]
     with pytest.raises(PipelineError, match="a prompt's texts name several \\('tench', 'cock'\\)"):
@@ -269,7 +269,7 @@ def test_a_class_conditional_model_takes_one_class_a_prompt(models):
 
 
 @pytest.mark.parametrize("part", ["text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"])
-def test_weights_that_lack_a_tensor_are_refused_and_not_made_up(models, tmp_path, part):
+def test_weights_that_lack_a_tensor_are_rejected(models, tmp_path, part):
     path = tmp_path / "m"
     shutil.copytree(models["sd"], path)
     file = path / f"{part}.safetensors"
@@ -282,13 +282,13 @@ def test_weights_that_lack_a_tensor_are_refused_and_not_made_up(models, tmp_path
     assert lacking in str(error.value)
 
 
-def test_mistakes_are_named(models, tmp_path):
+def test_wrong_layers_and_models_are_rejected(models, tmp_path):
     with pytest.raises(PipelineError, match=r"names up_blocks.4, but sd has up_blocks.0 to up_blocks.3"):
         backbones.layer_channels(models["sd"], ["up_blocks.4"])
     with pytest.raises(PipelineError, match="patches of 2 do not fill"):
         backbone = backbones.load(models["sd3"], "auto", "cpu", torch.float32)
         backbone.features(torch.zeros(1, 16, 7, 7), 300, backbone.encode_prompts(["a"]))
-    with pytest.raises(PipelineError, match="'a dog' is none"):
+    with pytest.raises(PipelineError, match="'a dog' is not one of their names"):
         backbones.load(models["dit"], "auto", "cpu", torch.float32).encode_prompts(["a dog"])
     (tmp_path / "model_index.json").write_text('{"transformer": ["diffusers", "FluxTransformer2DModel"]}')
     with pytest.raises(PipelineError, match="features of a FluxTransformer2DModel cannot"):

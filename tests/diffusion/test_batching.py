@@ -27,7 +27,7 @@ def test_rows_come_in_order_and_shapes_never_change(workers, total):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_out_of_memory_halves_the_batch_and_goes_on(workers):
+def test_out_of_memory_halves_the_batch_and_continues(workers):
     sizes = []
 
     def compute(index):
@@ -43,7 +43,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(workers):
     assert set(sizes) == {8, 4, 2}
 
 
-def test_real_memory_runs_out_on_the_cpu_too():
+def test_real_exhaustion_of_cpu_memory_is_handled():
     def compute(index):
         if len(index) > 1:
             torch.empty(2**50)  # a petabyte
@@ -52,7 +52,7 @@ def test_real_memory_runs_out_on_the_cpu_too():
     assert Batcher(2).table(compute, 3, lambda done: None).tolist() == [0, 1, 2]
 
 
-def test_a_batch_of_one_that_does_not_fit_is_named():
+def test_a_batch_of_one_that_does_not_fit_is_an_error():
     def compute(index):
         raise torch.OutOfMemoryError
 
@@ -105,12 +105,12 @@ def test_the_cpu_computes_a_batch_on_one_thread():
     assert torch.get_num_threads() == before
 
 
-def test_every_core_works_although_each_batch_has_one_thread(monkeypatch):
+def test_all_cores_are_used_although_each_batch_has_one_thread(monkeypatch):
     monkeypatch.setattr(batching, "_CORES", 3)
     with batching.reproducible("cpu", torch.float32):
         assert torch.get_num_threads() == 1
         assert batching.workers_for("cpu", positions=64) == 3
 
 
-def test_small_latents_go_in_larger_batches_on_the_cpu():
+def test_small_latents_use_larger_batches_on_the_cpu():
     assert [batching.cpu_batch(positions) for positions in (16, 64, 100, 784, 4096)] == [64, 64, 32, 16, 16]

@@ -28,14 +28,14 @@ def prompted(path, texts, generic="", names=None, positive="label", dtype=torch.
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
-def test_texts_that_differ_past_the_window_are_refused(models, name, dtype):
+def test_texts_that_differ_only_past_the_window_are_rejected(models, name, dtype):
     with pytest.raises(PipelineError, match=r"cannot tell 2 classes apart.*'cat' .*'dog' "):
         prompted(models[name], [[LONG + "cat"], ["a bird"], [LONG + "dog"]], names=["cat", "bird", "dog"], dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["sd", "sdxl", "pixart", "sd3"])
-def test_short_texts_of_one_letter_are_told_apart(models, name, dtype):
+def test_short_texts_of_one_letter_are_distinguished(models, name, dtype):
     prompted(models[name], [[letter] for letter in "abcdefghij"], dtype=dtype)
 
 
@@ -58,12 +58,12 @@ def test_many_equal_classes_are_counted_in_one_line(models):
     assert "\n" not in str(error.value)
 
 
-def test_two_classes_of_one_class_of_the_model(models):
+def test_two_classes_with_the_same_class_of_the_model_are_rejected(models):
     with pytest.raises(PipelineError, match=r"'cat' \('tench'\), 'dog' \('Tinca tinca'\)"):
         prompted(models["dit"], [["tench"], ["Tinca tinca"]], names=["cat", "dog"])
 
 
-def test_a_negative_that_equals_the_positive_prompt(models):
+def test_a_negative_that_equals_the_positive_prompt_is_rejected(models):
     with pytest.raises(PipelineError, match="cannot tell 2 prompts apart.*negative_words"):
         prompted(models["sd"], [["a thing"], ["a"], ["a thing"]], positive="first")
 
@@ -75,7 +75,7 @@ def test_a_class_with_the_generic_prompt_is_a_warning(models, caplog):
     assert re.search("'class 1' .* is the same input to the model as extract_features.denoise_prompt", caplog.text)
 
 
-def test_differences_of_rounding_are_none_and_others_are_some():
+def test_rounding_differences_count_as_equal_and_larger_ones_do_not():
     states = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 
     def equal(second):

@@ -32,7 +32,7 @@ def test_a_file_overrides_classes(tmp_path, write):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("cow: moo", "names 'cow', which is no class of the data set"),
+        ("cow: moo", "names 'cow', which is not a class of the data set"),
         ("dog: 3", "'dog' needs a text or a list of texts, not 3"),
         ("dog: []", "'dog' needs a text or a list"),
         ("[dog]", "must map class names to prompts"),
@@ -46,13 +46,13 @@ def test_a_file_overrides_classes(tmp_path, write):
         ("2020-01-01: a photo", "reads the key 2020-01-01 as a date. Quote it"),
     ],
 )
-def test_a_file_of_prompts_is_checked(tmp_path, content, message):
+def test_prompt_files_are_checked(tmp_path, content, message):
     (tmp_path / "own.yaml").write_text(content)
     with pytest.raises(PipelineError, match=message):
         build(tmp_path, class_prompts="own.yaml")
 
 
-def test_self_supervised_prompts_are_the_designs(tmp_path):
+def test_self_supervised_prompts(tmp_path):
     made = build(tmp_path, prompts="self-supervised")
     assert made.positive == "first" and len(made.texts) == 201
     assert made.texts[:2] == [["a photo of a similar object"], ["a photo of a goldfish"]]
@@ -60,7 +60,7 @@ def test_self_supervised_prompts_are_the_designs(tmp_path):
     made = build(tmp_path, prompts="self-supervised", negative_words="words")
     assert made.texts[1:] == [["a photo of a sun"], ["a photo of a moon"]]
     (tmp_path / "words").write_text("sun\nsun\n")
-    with pytest.raises(PipelineError, match="one word a line, none twice"):
+    with pytest.raises(PipelineError, match="has a word twice. Write one word per line"):
         build(tmp_path, prompts="self-supervised", negative_words="words")
 
 
@@ -70,7 +70,7 @@ def assign(positive, negatives, labels, similarity, index=None):
     return prompts.assign(made, negatives, np.array(labels), index, np.array(similarity, float), 0)
 
 
-def test_all_prompts_come_in_their_order():
+def test_all_prompts_keep_their_order():
     assert assign("label", "all", [2, 0], np.eye(3)).tolist() == [[0, 1, 2]] * 2
     assert assign("label", 9, [2, 0], np.eye(3)).tolist() == [[0, 1, 2]] * 2
 
@@ -92,7 +92,7 @@ def test_random_negatives_are_distinct_and_keyed_by_the_image():
 
 
 @pytest.mark.parametrize("words, fits", [(32_766, True), (32_767, False)])
-def test_more_prompts_than_int16_can_number_are_refused(tmp_path, words, fits):
+def test_more_prompts_than_int16_can_number_are_rejected(tmp_path, words, fits):
     # the positive prompt is one more, and 2**15 - 1 = 32,767
     (tmp_path / "words.txt").write_text("\n".join(f"word{number}" for number in range(words)), encoding="utf-8")
     params = section(ExtractFeatures, "extract_features", prompts="self-supervised", negative_words="words.txt")

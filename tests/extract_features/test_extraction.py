@@ -62,7 +62,7 @@ TINY = dict(negatives=1, dims=[8, 8, 8], basis_images=6, rows_per_shard=10, imag
 SET = Path("data") / "features" / "digits-tiny-sd-t300"
 
 
-def test_features_are_those_of_one_pass_at_a_time(digits):
+def test_features_equal_those_of_single_passes(digits):
     config = load(digits / "params.yaml")
     params = config.params.extract_features
     data = PreparedDataset(config.dataset_dir).load("train")
@@ -94,7 +94,7 @@ def test_manifest_records_the_settings_that_made_the_set(digits):
     assert (settings["rows_per_shard"], settings["basis_images"], settings["basis"]) == (8, 20, "auto")
 
 
-def test_threads_and_batches_change_no_byte(digits, unextracted):
+def test_threads_and_batch_sizes_do_not_change_a_byte(digits, unextracted):
     settings = ("--set", "runtime.unet_batch_size=48", "--set", "runtime.cache_latents=true")
     process = launch(unextracted, *settings, OMP_NUM_THREADS="3")
     _, log = process.communicate()
@@ -102,14 +102,14 @@ def test_threads_and_batches_change_no_byte(digits, unextracted):
     assert contents(unextracted / SET) == contents(digits / SET)
 
 
-def test_shard_size_changes_no_feature(digits, unextracted):
+def test_shard_size_does_not_change_features(digits, unextracted):
     found = FeatureSet(extract(unextracted, "--rows-per-shard", "17")).read(np.arange(40))
     expected = FeatureSet(digits / SET).read(np.arange(40))
     for name in vars(expected):
         assert np.array_equal(getattr(found, name), getattr(expected, name)), name
 
 
-def test_accelerate_launch_gives_the_bytes_of_one_process(digits, unextracted):
+def test_accelerate_launch_gives_the_same_bytes_as_one_process(digits, unextracted):
     accelerate = str(Path(sys.executable).parent / "accelerate")
     options = ("--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
     process = launch(unextracted, before=(accelerate, "launch", *options, "--dynamo_backend", "no"))
@@ -118,7 +118,7 @@ def test_accelerate_launch_gives_the_bytes_of_one_process(digits, unextracted):
     assert contents(unextracted / SET) == contents(digits / SET)
 
 
-def test_shard_ranges_make_the_set_once_all_are_there(digits, unextracted):
+def test_the_set_is_assembled_when_all_shard_ranges_are_done(digits, unextracted):
     staging = extract(unextracted, "--shard-range", "3:5")
     assert sorted(file.name for file in staging.glob("*.h5")) == ["basis.h5", "shard-00003.h5", "shard-00004.h5"]
     assert not (unextracted / SET).exists()
@@ -143,7 +143,7 @@ def test_sigterm_stops_between_batches_and_the_next_run_resumes(digits, unextrac
     assert contents(unextracted / SET) == contents(digits / SET)
 
 
-def test_a_damaged_shard_in_staging_is_computed_again(digits, unextracted):
+def test_a_damaged_shard_in_staging_is_recomputed(digits, unextracted):
     staging = extract(unextracted, "--shard-range", "0:2")
     shard = staging / "shard-00001.h5"
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
@@ -151,7 +151,7 @@ def test_a_damaged_shard_in_staging_is_computed_again(digits, unextracted):
     assert contents(unextracted / SET) == contents(digits / SET)
 
 
-def test_a_finished_set_of_other_settings_is_replaced_only_when_asked(digits, unextracted):
+def test_a_finished_set_of_other_settings_is_replaced_only_with_overwrite(digits, unextracted):
     shutil.copytree(digits / SET, unextracted / SET)  # imported, pulled or made here
     for more in ((), ("--shard-range", "0:1")):
         result = invoke(unextracted, "extract-features", "--noise-seed", "5", "--negatives", "2", *more)
@@ -199,7 +199,7 @@ def test_a_basis_can_be_shared(digits, unextracted, tmp_path):
         assert result.exit_code == 1 and message in result.output, result.output
 
 
-def test_self_supervised_features_read_no_label(unextracted):
+def test_self_supervised_features_do_not_read_labels(unextracted):
     words = unextracted / "words.txt"
     words.write_text("cat\ndog\nsun\nmoon\n")
     folder = extract(
@@ -229,7 +229,7 @@ def test_the_content_of_a_prompt_file_is_part_of_the_fingerprint(unextracted):
     assert len(folders) == 2
 
 
-def test_half_precision_overflow_is_redone_in_float32_and_counted(tmp_path):
+def test_half_precision_overflow_is_recomputed_in_float32_and_counted(tmp_path):
     source = tiny_models.sd(tmp_path / "loud")
     unet = source / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(unet)
@@ -285,7 +285,7 @@ def test_features_beyond_the_range_of_float16_name_their_layer(tmp_path, basis):
     extract(root, *settings[:1], "--layers", "[up_blocks.1, up_blocks.2]", "--dims", "[8, 8]")  # what it advises
 
 
-def test_what_is_redone_depends_on_no_other_pair_of_its_batch(tmp_path, monkeypatch):
+def test_recomputed_pairs_do_not_depend_on_the_rest_of_their_batch(tmp_path, monkeypatch):
     backbone = backbones.load(tiny_models.sd(tmp_path / "sd"), "auto", "cpu", torch.float16)
     model = PromptedModel(backbone, PromptSet([["a cat"], ["a dog"]], "label"), "")
     noisy = torch.randn(20, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -319,7 +319,7 @@ def overflowing(features):
         (["--timestep", "999", "--dims", "[8]"], "dims = [8] must have one entry for each of layers"),
     ],
 )
-def test_numbers_that_do_not_fit_are_refused_before_the_model_is_loaded(transformer, settings, message):
+def test_settings_that_do_not_fit_the_model_are_rejected_before_it_is_loaded(transformer, settings, message):
     for command in (["extract-features"], ["extract-features", "--dry-run"]):
         result = invoke(transformer, *command, *settings)
         assert result.exit_code == 1 and len(result.output.splitlines()) == 1 and message in result.output
@@ -355,7 +355,7 @@ def test_maps_that_are_not_finite_in_float32_either_name_the_layer_and_leave_no_
         assert not list(root.glob(".pipeline/staging/*/basis.h5"))
 
 
-def test_timesteps_past_the_models_schedule_are_refused_before_it_is_loaded(tmp_path):
+def test_timesteps_past_the_models_schedule_are_rejected_before_it_is_loaded(tmp_path):
     source = tiny_models.sd(tmp_path / "short")
     file = source / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_train_timesteps": 200}))
@@ -393,7 +393,7 @@ def test_every_family_runs_through_the_command_line(tmp_path, family):
                for name in opened.manifest.content.backbone)  # fmt: skip
 
 
-def test_image_conditioning_changes_prompted_features_alone(tmp_path):
+def test_image_conditioning_changes_only_prompted_features(tmp_path):
     source = tiny_models.sd(tmp_path / "sd")
     root = project(
         tmp_path / "p", images=10, source=source, **TINY,
@@ -416,7 +416,7 @@ def test_image_conditioning_changes_prompted_features_alone(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_dry_run_says_what_it_will_cost_and_writes_nothing(unextracted, dtype):
+def test_a_dry_run_prints_the_cost_and_writes_nothing(unextracted, dtype):
     result = invoke(unextracted, "extract-features", "--dry-run", "--negatives", "2", "--dtype", dtype)
     assert result.exit_code == 0
     assert "40 in 5 shards" in result.output and "4 per image, 160 in all" in result.output

@@ -28,7 +28,7 @@ def compute(root: Path) -> dict[str, list]:
     }
 
 
-def test_features_are_the_golden_ones(tmp_path):
+def test_features_equal_the_golden_features(tmp_path):
     golden = json.loads(GOLDEN.read_text())
     again = "raise EXTRACTION_VERSION and params.yaml's version, then run python -m tests.extract_features.test_golden"
     assert golden["extraction_version"] == EXTRACTION_VERSION, again

@@ -15,12 +15,12 @@ def test_own_shards_first_then_the_others():
 
 
 @pytest.mark.parametrize("text", ["", "1", "2:2", "3:2", "0:6", "-1:2", "a:b"])
-def test_a_wrong_range_is_named(text):
+def test_invalid_shard_ranges_are_rejected(text):
     with pytest.raises(PipelineError, match=r"must be A:B with 0 <= A < B <= 5 shards"):
         order_of_shards(5, text, 0, 1)
 
 
-def test_each_claim_comes_with_what_was_prepared():
+def test_each_claim_comes_with_its_prepared_input():
     claims = [Claim(shard, contextlib.ExitStack()) for shard in (4, 7, 9)]
     assert [(claim.shard, made) for claim, made in prepare(iter(claims), lambda shard: -shard, ahead=True)] == [
         (4, -4), (7, -7), (9, -9)

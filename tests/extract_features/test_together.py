@@ -63,7 +63,7 @@ def test_opposite_orders_do_not_wait_for_each_other(tmp_path):
     assert sorted(written) == [0, 1, 2]  # each once
 
 
-def test_two_that_finish_together_put_the_set_together_once(tmp_path):
+def test_processes_that_finish_together_assemble_the_set_once(tmp_path):
     write(tmp_path / "staging")
     published, together = [], threading.Barrier(2, timeout=5)
 
@@ -80,7 +80,7 @@ def test_two_that_finish_together_put_the_set_together_once(tmp_path):
     FeatureSet(tmp_path / "set").verify_files()
 
 
-def test_shards_that_others_made_are_read_once_more_before_the_set_is_given_out(tmp_path):
+def test_shards_of_other_processes_are_verified_before_publishing(tmp_path):
     writer, made_again = write(tmp_path / "staging"), []
     shard = tmp_path / "staging" / "shard-00001.h5"
     good = shard.read_bytes()
@@ -96,7 +96,7 @@ def test_shards_that_others_made_are_read_once_more_before_the_set_is_given_out(
     FeatureSet(tmp_path / "set").verify_files()
 
 
-def test_a_set_that_came_meanwhile_is_not_replaced_unasked(tmp_path):
+def test_a_set_published_meanwhile_is_not_replaced_without_overwrite(tmp_path):
     write(tmp_path / "other", tmp_path / "set", timestep=100, prompts=[["a"], ["b"], ["d"]])
     before = (tmp_path / "set" / "manifest.json").read_bytes()
     writer = write(tmp_path / "staging" / "ours")
@@ -109,7 +109,7 @@ def test_a_set_that_came_meanwhile_is_not_replaced_unasked(tmp_path):
     assert FeatureSet(tmp_path / "set").manifest.fingerprint == writer.fingerprint
 
 
-def test_a_set_of_a_later_format_is_not_replaced_and_one_of_a_damaged_manifest_is(tmp_path):
+def test_a_set_of_a_later_format_is_kept_and_one_with_a_damaged_manifest_is_replaced(tmp_path):
     write(tmp_path / "other", tmp_path / "set", timestep=100)
     file, writer = tmp_path / "set" / "manifest.json", write(tmp_path / "staging" / "ours")
     manifest = json.loads(file.read_bytes())
@@ -124,7 +124,7 @@ def test_a_set_of_a_later_format_is_not_replaced_and_one_of_a_damaged_manifest_i
     assert FeatureSet(tmp_path / "set").manifest.fingerprint == writer.fingerprint
 
 
-def test_a_delivered_set_is_cleared_away_only_when_nobody_uses_it(tmp_path):
+def test_a_published_set_is_removed_from_staging_only_when_unused(tmp_path):
     used = write(tmp_path / "staging" / "one", tmp_path / "one")
     ending = write(tmp_path / "staging" / "other", tmp_path / "other", timestep=100)
     with used.in_use():  # by a second process that ends with the first
@@ -134,7 +134,7 @@ def test_a_delivered_set_is_cleared_away_only_when_nobody_uses_it(tmp_path):
     assert [path.name for path in (tmp_path / "staging").iterdir()] == ["other"]
 
 
-def test_a_set_that_ends_does_not_take_another_ones_unfinished_work(tmp_path):
+def test_publishing_keeps_the_unfinished_work_of_other_sets(tmp_path):
     """Two sets side by side in one project: what is finished is cleared away, what is being made is not."""
     root = project(tmp_path / "p", images=20, rows_per_shard=10)
     extract(root)

@@ -40,7 +40,7 @@ def generated(project):
     return PreparedDataset(synthesize.run(load(project)))
 
 
-def test_every_class_has_its_images_and_they_look_like_it(generated, project):
+def test_every_class_has_its_own_images(generated, project):
     images = generated.load("train")
     assert images.images.shape == (20, 32, 32, 3)
     assert np.bincount(images.labels).tolist() == [2] * 10
@@ -59,7 +59,7 @@ def test_an_image_depends_on_neither_batch_nor_count(generated, project):
     assert np.abs(alone[0].astype(int) - generated.load("train").images[8]).max() <= 1  # rounding
 
 
-def test_a_killed_generation_makes_no_class_twice(generated, project, monkeypatch):
+def test_a_killed_generation_resumes_without_repeating_a_class(generated, project, monkeypatch):
     whole = generated.load("train").images
     made = []
     original = Generator.__call__
@@ -82,7 +82,7 @@ def test_a_killed_generation_makes_no_class_twice(generated, project, monkeypatc
 @pytest.mark.parametrize(
     ("dtype", "remedy"), [("float16", "Set synthesize.dtype to float32"), ("float32", "Check its")]
 )
-def test_images_that_are_not_finite_are_refused(project, value, dtype, remedy):
+def test_images_that_are_not_finite_are_rejected(project, value, dtype, remedy):
     made = load(project, synthesize__dtype=dtype)
     generator = Generator(made.backbone_dir, made.params.synthesize, 32, 2, "cpu")
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_images_that_are_not_finite_are_refused(project, value, dtype, remedy):
 
 
 @pytest.mark.parametrize("steps", [1000, 1001])  # of 1000 with an offset of one, the first would be timestep 1000
-def test_more_steps_than_the_schedule_has_are_refused(project, steps):
+def test_more_steps_than_the_schedule_has_are_rejected(project, steps):
     made = load(project, synthesize__num_inference_steps=steps)
     with pytest.raises(PipelineError, match=f"num_inference_steps = {steps}: the noise schedule of tiny-sd has 1000"):
         Generator(made.backbone_dir, made.params.synthesize, 32, 1, "cpu")

@@ -43,10 +43,10 @@ _FAMILIES: dict[str, type[Backbone]] = {
 
 
 def load(path: Path, layers: list[str] | str, device: str, dtype: torch.dtype) -> Backbone:
-    """Load the model in a diffusers folder as the family that its denoiser belongs to.
+    """Load the model in a diffusers folder with safetensors weights as the family that its denoiser belongs to.
 
     Args:
-        path: A diffusers pipeline folder with safetensors weights.
+        path: The folder.
         layers: Names of the layers to read, "auto" for the family's own choice, or "all".
         device: torch device; "meta" builds the denoiser and the VAE without weights, for counting.
         dtype: Data type of the denoiser.
@@ -80,12 +80,7 @@ def family(path: Path) -> type[Backbone]:
 
 
 def check_timesteps(path: Path, timesteps: Iterable[int], key: str) -> None:
-    """Check that the model's noise schedule has these timesteps.
-
-    Args:
-        path: A diffusers pipeline directory.
-        timesteps: Counted from 0.
-        key: The key of params.yaml that names them, for the error.
+    """Check that the model's noise schedule has these timesteps, counted from 0; `key` of params.yaml names them.
 
     Raises:
         PipelineError: The schedule is shorter; the message names its largest timestep.
@@ -99,11 +94,7 @@ def check_timesteps(path: Path, timesteps: Iterable[int], key: str) -> None:
 
 
 def check_image_size(path: Path, image_size: int) -> None:
-    """Check that images of this size become latents that the model takes.
-
-    Args:
-        path: A diffusers pipeline directory.
-        image_size: Pixels.
+    """Check that images of this size, in pixels, become latents that the model takes.
 
     Raises:
         PipelineError: The images are too small for the VAE, or the latents are not filled by a transformer's patches.
@@ -114,7 +105,7 @@ def check_image_size(path: Path, image_size: int) -> None:
     if side == 0 or side % patch:
         raise PipelineError(
             f"extract_features.image_size = {image_size}: {path.name} takes multiples of {patch << halvings}. Set one "
-            "of them"
+            "of them."
         )
 
 

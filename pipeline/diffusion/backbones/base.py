@@ -26,16 +26,12 @@ class Conditioning:
     """K encoded prompts.
 
     Attributes:
-        tensors: what the denoiser takes, by the backbone's own names, each (K, ...) on the device.
-        similarity: float32 (K, E) on the CPU, one embedding per prompt, to tell which prompts are near each other.
+        tensors: Inputs of the denoiser, by its own names, each (K, ...) on the device.
+        similarity: float32 (K, E) on the CPU, one embedding per prompt, to measure which prompts are near each other.
     """
 
     tensors: dict[str, Tensor]
     similarity: Tensor
-
-    def __len__(self) -> int:
-        """K."""
-        return len(self.similarity)
 
     def select(self, index: Tensor) -> Self:
         """Return the prompts at `index` (B,), in this order; repeats are allowed."""
@@ -43,7 +39,7 @@ class Conditioning:
         return type(self)(selected, self.similarity[index.to(self.similarity.device)])
 
     def to(self, device: str) -> Self:
-        """The same prompts for a denoiser on another device."""
+        """Return the same prompts for a denoiser on another device."""
         return type(self)({name: tensor.to(device) for name, tensor in self.tensors.items()}, self.similarity)
 
 
@@ -57,16 +53,14 @@ class Backbone:
     """Layer name -> number of channels C_l, in the order asked for."""
 
     def __init__(self, path: Path, layers: list[str] | str, device: str, dtype: torch.dtype) -> None:
-        """Loads denoiser and VAE; the denoiser computes in `dtype`, the VAE in bfloat16 or float32.
-
-        The VAE never computes in float16, which Stable Diffusion XL's overflows.
+        """Load denoiser and VAE; the denoiser computes in `dtype`.
 
         Raises:
-            PipelineError: a part cannot be loaded, or the denoiser has no such layer.
+            PipelineError: A part cannot be loaded, or the denoiser has no such layer.
         """
         self.path, self.layers, self.device, self.dtype = path, layers, device, dtype
         self.channels = self.layer_channels(path, layers)
-        self._vae_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        self._vae_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # XL's VAE overflows float16
         self._model = load_part(self.model_class, path / self.component, device)
         self._vae = load_part(AutoencoderKL, path / "vae", device)
         self._vae.decoder = nn.Identity()  # never used: its memory is better spent on batches
@@ -79,18 +73,20 @@ class Backbone:
 
     @classmethod
     def layer_channels(cls, path: Path, layers: list[str] | str) -> dict[str, int]:
-        """Layer -> number of channels, from the configuration alone; "auto" is the family's choice, "all" has each."""
+        """Return each layer's number of channels, from the configuration alone; see `backbones.load`."""
         try:
             config: dict[str, Any] = cls.model_class.load_config(path / cls.component)
             known, chosen = cls._known_layers(config)
         except (OSError, ValueError, KeyError) as error:
-            raise PipelineError(f"{path / cls.component}/config.json cannot be read ({error})") from None
+            raise PipelineError(
+                f"{path / cls.component}/config.json cannot be read ({error}). Run `pipeline prepare-backbone`."
+            ) from None
         wanted = chosen if layers == "auto" else known if layers == "all" else layers
         for layer in wanted:
             if layer not in known:
                 raise PipelineError(
                     f"extract_features.layers names {layer}, but {path.name} has {next(iter(known))} "
-                    f"to {next(reversed(known))}"
+                    f"to {next(reversed(known))}. Set some of these."
                 )
         return {layer: known[layer] for layer in wanted}
 
@@ -101,11 +97,11 @@ class Backbone:
 
     @torch.inference_mode()
     def encode_images(self, images: np.ndarray, image_size: int) -> Tensor:
-        """VAE latents: the posterior's mean, shifted and scaled as the denoiser expects them.
+        """Return VAE latents: the posterior's mean, shifted and scaled as the denoiser expects them.
 
         Args:
             images: uint8 (B, H, W, 3).
-            image_size: images are resized to this square, bicubically, before encoding.
+            image_size: Images are resized to this square, bicubically, before encoding.
 
         Returns:
             float32 (B, C, h, w) on the device.
@@ -119,7 +115,7 @@ class Backbone:
         return (mean - (self._vae.config.shift_factor or 0)) * self._vae.config.scaling_factor
 
     def add_noise(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
-        """sqrt(alpha_bar_t) * latents + sqrt(1 - alpha_bar_t) * noise (Ho et al., NeurIPS 2020, eq. 4)."""
+        """Return sqrt(alpha_bar_t) * latents + sqrt(1 - alpha_bar_t) * noise (Ho et al., NeurIPS 2020, eq. 4)."""
         alpha_bar = self._alphas_cumprod[timestep].item()
         return alpha_bar**0.5 * latents + (1 - alpha_bar) ** 0.5 * noise
 
@@ -129,7 +125,7 @@ class Backbone:
 
         Args:
             noisy: float32 (B, C, h, w), noised latents.
-            timestep: 0 <= t < the length of the noise schedule.
+            timestep: From 0, below the length of the noise schedule.
             conditioning: B prompts.
 
         Returns:
@@ -140,17 +136,17 @@ class Backbone:
         return {layer: self._maps.of_layer[layer].float() for layer in self.channels}
 
     def with_image(self, conditioning: Conditioning, embeddings: Tensor) -> Conditioning:
-        """Adds an image embedding (B, E) to every token of B prompts, as the authors' code does.
+        """Add an image embedding (B, E) to every token of B prompts, as the authors' code does.
 
         Raises:
-            PipelineError: the prompts have no token states, or of another width.
+            PipelineError: The prompts have no token states, or their width differs.
         """
         states = conditioning.tensors.get("encoder_hidden_states")
         if states is None or states.shape[-1] != embeddings.shape[-1]:
             width = "no prompt embeddings" if states is None else f"prompt embeddings of {states.shape[-1]} numbers"
             raise PipelineError(
                 f"extract_features.image_conditioning embeds images in {embeddings.shape[-1]} numbers, "
-                f"but {self.path.name} has {width}"
+                f"but {self.path.name} has {width}. Use an image encoder of this width, or no image conditioning."
             )
         states = states + embeddings[:, None].to(states)  # (B, T, E)
         return Conditioning(conditioning.tensors | {"encoder_hidden_states": states}, conditioning.similarity)
@@ -160,7 +156,7 @@ class Backbone:
         self._model.compile()
 
     def in_float32(self) -> Self:
-        """Load the same model in float32, from its files: weights rounded to 16 bits would not be the same."""
+        """Load the same model in float32, from its files, because weights rounded to 16 bits would differ."""
         return type(self)(self.path, self.layers, self.device, torch.float32)
 
     def encode_prompts(self, prompts: list[str], sizes: list[int] | None = None) -> Conditioning:
@@ -174,24 +170,24 @@ class Backbone:
 
     @classmethod
     def _known_layers(cls, config: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
-        """All layers with their channels, in order, and the names that "auto" stands for."""
+        """Return all layers with their channels, in order, and the names of those that "auto" selects."""
         raise NotImplementedError
 
     def _denoise(self, noisy: Tensor, timestep: int, conditioning: dict[str, Tensor]) -> None:
-        """Calls the denoiser."""
+        """Call the denoiser."""
         raise NotImplementedError
 
     def _drop_tail(self) -> None:
-        """Removes what comes after the last layer asked for."""
+        """Remove the layers after the last requested one."""
         raise NotImplementedError
 
     def _image_map(self, output: Any) -> Tensor:
-        """What a layer returned -> its map, (B, C_l, h_l, w_l)."""
+        """Convert a layer's output to its map, (B, C_l, h_l, w_l)."""
         return output
 
     @property
     def _alphas_cumprod(self) -> Tensor:
-        """float32 (T,), from the model's own schedule: any DDPM-type scheduler's configuration has these keys."""
+        """Return float32 (T,) of the model's own schedule: any DDPM-type scheduler's configuration has these keys."""
         if not hasattr(self, "_schedule"):
             self._schedule = DDIMScheduler.from_config(DDIMScheduler.load_config(self.path / "scheduler"))
         return self._schedule.alphas_cumprod
@@ -210,23 +206,24 @@ class TokenBackbone(Backbone):
 
     @classmethod
     def _known_layers(cls, config: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
-        """The blocks; "auto" ends the depth's first third, half and two thirds, the paper being silent on these."""
+        """Return the blocks; "auto" is the last of the first third, half and two thirds: the paper names none."""
         depth, channels = config["num_layers"], config["num_attention_heads"] * config["attention_head_dim"]
         ends = sorted({max(0, round(depth * share) - 1) for share in (1 / 3, 1 / 2, 2 / 3)})
         known = {f"transformer_blocks.{block}": channels for block in range(depth)}
         return known, [f"transformer_blocks.{block}" for block in ends]
 
     def features(self, noisy: Tensor, timestep: int, conditioning: Conditioning) -> dict[str, Tensor]:
-        """One pass of the denoiser; see `Backbone.features`.
+        """Run one pass of the denoiser; see `Backbone.features`.
 
         Raises:
-            PipelineError: the latents' side is not a multiple of the patch's.
+            PipelineError: The latents' side is not a multiple of the patch's.
         """
         patch = self._model.config.patch_size
         height, width = noisy.shape[-2:]
         if height % patch or width % patch:
             raise PipelineError(
-                f"extract_features.image_size gives latents of {height}x{width}, which patches of {patch} do not fill"
+                f"extract_features.image_size gives latents of {height}x{width}, which patches of {patch} do not fill. "
+                "Set another image_size."
             )
         self._maps.grid = (height // patch, width // patch)
         return super().features(noisy, timestep, conditioning)
@@ -235,16 +232,16 @@ class TokenBackbone(Backbone):
         return output.transpose(1, 2).unflatten(2, self._maps.grid)  # (B, N, C) -> (B, C, h/2, w/2)
 
     def _drop_tail(self) -> None:
-        """Later blocks are cut off: nothing in a transformer's forward depends on how many there are."""
+        """Cut off later blocks: a transformer's forward does not depend on how many there are."""
         last = max(int(layer.split(".")[1]) for layer in self.channels)
         self._model.transformer_blocks = self._model.transformer_blocks[: last + 1]
 
 
 def load_part(model_class: Any, path: Path, device: str) -> Any:
-    """One model of a pipeline directory, float32; on "meta" without its weights.
+    """Load one model of a pipeline folder in float32; on "meta" without its weights.
 
     Raises:
-        PipelineError: it is missing, of another class, or has no safetensors weights.
+        PipelineError: It is missing, of another class, or has no safetensors weights.
     """
     try:
         if device == "meta":
@@ -257,6 +254,6 @@ def load_part(model_class: Any, path: Path, device: str) -> Any:
     if missing := sorted(loaded["missing_keys"]):  # the libraries fill these with random numbers
         raise PipelineError(
             f"the weights in {path} lack {len(missing)} of the tensors of a {model_class.__name__} (the first is "
-            f"{missing[0]}). Get the complete model"
+            f"{missing[0]}). Get the complete model."
         )
     return model

@@ -21,17 +21,17 @@ class DiTBackbone(TokenBackbone):
     model_class = DiTTransformer2DModel
 
     def encode_prompts(self, prompts: list[str], sizes: list[int] | None = None) -> Conditioning:
-        """Class numbers (K,); prompts are compared by the first block's class embeddings.
+        """Return class numbers (K,); prompts are compared by the first block's class embeddings.
 
         Raises:
-            PipelineError: a prompt is none of the model's classes, or a prompt's texts name several.
+            PipelineError: A prompt is not one of the model's classes, or its texts name several.
         """
         for prompt in prompts:
             if prompt not in self._classes:
                 raise PipelineError(
                     f"{self.path.name} is conditioned on {self._model.config.num_embeds_ada_norm} classes, and "
-                    f"{prompt!r} is none of their names. Set extract_features.prompt_templates to "
-                    '["{class_name}"], and class_prompts to a file that gives each class one of the names'
+                    f"{prompt!r} is not one of their names. Set extract_features.prompt_templates to "
+                    '["{class_name}"], and class_prompts to a file that gives each class one of the names.'
                 )
         texts = iter(prompts)
         groups = [[next(texts) for _ in range(size)] for size in sizes or [1] * len(prompts)]
@@ -39,7 +39,7 @@ class DiTBackbone(TokenBackbone):
             if len({self._classes[prompt] for prompt in group}) > 1:
                 raise PipelineError(
                     f"{self.path.name} is conditioned on one class at a time, and a prompt's texts name several "
-                    f"({', '.join(map(repr, group))}). Give each class one text"
+                    f"({', '.join(map(repr, group))}). Give each class one text."
                 )
         labels = torch.tensor([self._classes[group[0]] for group in groups], device=self.device)
         table = self._model.transformer_blocks[0].norm1.emb.class_embedder.embedding_table
@@ -48,7 +48,7 @@ class DiTBackbone(TokenBackbone):
 
     @cached_property
     def _classes(self) -> dict[str, int]:
-        """Each of a class's names -> its number; "" -> the embedding for no class."""
+        """Map each name of a class to its number, and "" to the embedding for no class."""
         index = json.loads((self.path / "model_index.json").read_text(encoding="utf-8"))
         labels: dict[str, str] = index.get("id2label", {})
         named = {name.strip(): int(number) for number, names in labels.items() for name in names.split(",")}

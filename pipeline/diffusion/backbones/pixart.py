@@ -1,6 +1,6 @@
 """PixArt-alpha and -Sigma: a diffusion transformer with cross-attention to T5 (Chen et al., ICLR 2024).
 
-The paper reads a UNet and leaves transformers open; here chosen blocks stand for its layers. A block's output tokens
+The paper reads a UNet and leaves transformers open; here blocks take the place of its layers. A block's output tokens
 (B, N, C) become a map of half the latents' side.
 """
 
@@ -20,7 +20,7 @@ class PixArtBackbone(TokenBackbone):
     model_class = PixArtTransformer2DModel
 
     def encode_prompts(self, prompts: list[str], sizes: list[int] | None = None) -> Conditioning:
-        """T5's token states (K, T, E) and their mask; prompts are compared by the mean of their tokens."""
+        """Return T5's token states (K, T, E) and their mask; prompts are compared by the mean of their tokens."""
         encoder = T5Encoder(self.path, "", _TEXT_LENGTH, self.device, self.dtype, masked=True)
         tensors = encode(encoder, prompts, sizes, self._tensors)
         return Conditioning(tensors, tensors.pop("similarity").cpu())
@@ -34,14 +34,6 @@ class PixArtBackbone(TokenBackbone):
         added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self._model.use_additional_conditions:
             side = noisy.shape[-1] * 2 ** (len(self._vae.config.block_out_channels) - 1)
-            added = {
-                "resolution": noisy.new_full((batch, 2), side),
-                "aspect_ratio": noisy.new_ones((batch, 1)),
-            }
-        self._model(
-            noisy,
-            timestep=torch.full((batch,), timestep, device=noisy.device),
-            added_cond_kwargs=added,
-            return_dict=False,
-            **conditioning,
-        )
+            added = {"resolution": noisy.new_full((batch, 2), side), "aspect_ratio": noisy.new_ones((batch, 1))}
+        timesteps = torch.full((batch,), timestep, device=noisy.device)
+        self._model(noisy, timestep=timesteps, added_cond_kwargs=added, return_dict=False, **conditioning)

@@ -1,9 +1,8 @@
 """Stable Diffusion 3: a joint text and image transformer trained by flow matching (Esser et al., ICML 2024).
 
-Noising is a straight line, not a diffusion: x_sigma = (1 - sigma) * x_0 + sigma * noise, and the model is told
-1000 * sigma. A timestep t therefore means sigma = t / 1000: 300 is three parts noise to seven parts image, which is
-less noise than timestep 300 is under Stable Diffusion 1's schedule. The sampler's `shift` chooses which sigmas a
-sampler visits and does not enter here.
+Noising is linear: x_sigma = (1 - sigma) * x_0 + sigma * noise, and the model's input is 1000 * sigma. A timestep t
+therefore means sigma = t / 1000: 300 is three parts noise to seven parts image, less noise than timestep 300 of Stable
+Diffusion 1's schedule. The `shift` decides which sigmas a sampler visits and does not matter here.
 """
 
 from typing import Any
@@ -25,7 +24,7 @@ class StableDiffusion3Backbone(TokenBackbone):
     model_class = SD3Transformer2DModel
 
     def encode_prompts(self, prompts: list[str], sizes: list[int] | None = None) -> Conditioning:
-        """CLIP states side by side, padded to T5's width, then T5's tokens (zeros without T5): (K, T, E)."""
+        """Return (K, T, E): CLIP states side by side, padded to T5's width, then T5's tokens (zeros without T5)."""
 
         def of_clip(number: str) -> dict[str, Tensor]:
             encoder = ClipEncoder(self.path, number, self.device, projected=True)
@@ -44,13 +43,10 @@ class StableDiffusion3Backbone(TokenBackbone):
         return Conditioning(tensors, joined["similarity"].cpu())
 
     def add_noise(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
-        """(1 - sigma) * latents + sigma * noise, sigma = timestep / 1000."""
-        sigma = timestep / self._num_timesteps
+        """Return (1 - sigma) * latents + sigma * noise, sigma = timestep / 1000."""
+        schedule = FlowMatchEulerDiscreteScheduler.load_config(self.path / "scheduler")
+        sigma = timestep / schedule["num_train_timesteps"]
         return (1 - sigma) * latents + sigma * noise
-
-    @property
-    def _num_timesteps(self) -> int:
-        return FlowMatchEulerDiscreteScheduler.load_config(self.path / "scheduler")["num_train_timesteps"]
 
     def _denoise(self, noisy: Tensor, timestep: int, conditioning: dict[str, Tensor]) -> None:
         timesteps = torch.full((len(noisy),), timestep, device=noisy.device)

@@ -1,8 +1,7 @@
 """Frozen text encoders: prompts -> token states and one more tensor each, averaged in groups while they are encoded.
 
-Text is encoded once per class. Encoders are loaded for a call and freed after it, because memory is better spent on
-large batches. Prompts are padded to a fixed length and the padding is kept, as diffusers' pipelines do. What is longer
-than that length is cut, with a warning that names what is lost.
+Encoders are loaded for a call and freed after it, because memory is better spent on large batches. Prompts are padded
+to a fixed length and the padding is kept, as diffusers' pipelines do. Longer ones are cut, with a warning.
 """
 
 import functools
@@ -30,24 +29,17 @@ class TextEncoder(Protocol):
     tokens: "Tokens"
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """B texts -> token states, float32 (B, T, E), and a second tensor (B, ...), on the device."""
+        """Encode B texts as token states, float32 (B, T, E), and a second tensor (B, ...), on the device."""
 
 
 class ClipEncoder:
     """CLIP; its second tensor is the pooled embedding, float32 (B, E')."""
 
     def __init__(self, path: Path, number: str, device: str, projected: bool) -> None:
-        """Loads the encoder.
+        """Load text encoder `number` ("" or "_2") of a diffusers folder.
 
-        Args:
-            path: A diffusers pipeline directory.
-            number: "" or "_2": which of its text encoders.
-            device: torch device.
-            projected: As Stable Diffusion XL and 3 use CLIP: the states of the last layer but one, and the pooled
-                embedding projected where the encoder has a projection. Else the last layer's.
-
-        Raises:
-            PipelineError: The encoder or its tokenizer cannot be loaded.
+        With `projected`, as Stable Diffusion XL and 3 use CLIP, return the states of the last layer but one and the
+        embedding after the projection, if there is one; otherwise the last layer's.
         """
         part = path / f"text_encoder{number}"
         tokenizer = _tokenizer(CLIPTokenizer, path / f"tokenizer{number}")
@@ -68,22 +60,13 @@ class T5Encoder:
     """T5; its second tensor is the mask of tokens, int64 (B, T): 1 for a token, 0 for padding."""
 
     def __init__(self, path: Path, number: str, length: int, device: str, dtype: torch.dtype, masked: bool) -> None:
-        """Loads the encoder.
+        """Load text encoder `number` ("" or "_3") of a diffusers folder; prompts are padded or cut to `length` tokens.
 
-        Args:
-            path: A diffusers pipeline directory.
-            number: "" or "_3": which of its text encoders.
-            length: T, to which prompts are padded or cut.
-            device: torch device.
-            dtype: The encoder computes in this type; float16 overflows it, so float32 is taken instead.
-            masked: Whether attention leaves out the padding (PixArt: yes, Stable Diffusion 3: no).
-
-        Raises:
-            PipelineError: The encoder or its tokenizer cannot be loaded.
+        With `masked`, attention ignores the padding (PixArt: yes, Stable Diffusion 3: no).
         """
         part = path / f"text_encoder{number}"
         self.tokens = Tokens(_tokenizer(T5Tokenizer, path / f"tokenizer{number}"), length, part.name)
-        computing = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        computing = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # float16 overflows T5
         self._encoder = load_part(T5EncoderModel, part, device).to(device, computing).eval()
         self._device, self._masked = device, masked
 
@@ -99,13 +82,13 @@ class Tokens:
     """A tokenizer of one fixed length that remembers what it cut."""
 
     def __init__(self, tokenizer: Any, length: int, encoder: str) -> None:
-        """Of the text encoder named `encoder`; prompts are padded or cut to `length` tokens."""
+        """Pad or cut prompts to `length` tokens; warnings name the text encoder `encoder`."""
         self._tokenizer, self._length, self._encoder = tokenizer, length, encoder
         self._cut: list[tuple[str, list[int]]] = []
         self._seen = 0
 
     def __call__(self, prompts: list[str]) -> Any:
-        """Token ids and attention mask, int64 (B, T)."""
+        """Return token ids and attention mask, int64 (B, T)."""
         tokens = self._tokenizer(
             prompts, padding="max_length", max_length=self._length, truncation=True, return_tensors="pt"
         )
@@ -118,7 +101,7 @@ class Tokens:
         return tokens
 
     def warn_of_cut(self) -> None:
-        """Says in one line how many prompts were cut, and what the first one lost."""
+        """Log how many prompts were cut, and the part that the first one lost."""
         if not self._cut:
             return
         prompt, lost = self._cut[0]
@@ -137,19 +120,19 @@ def encode(
     sizes: list[int] | None,
     tensors: Callable[[Tensor, Tensor], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """Encodes prompts and averages consecutive groups of them as soon as each is complete.
+    """Encode prompts and average consecutive groups of them as soon as each is complete.
 
     Averaging at once bounds the memory by the result, one batch and one group, however many templates a prompt has.
 
     Args:
         encoder: The text encoder.
         prompts: All texts, the groups one after the other.
-        sizes: Texts per group; None: every text is a group of its own.
-        tensors: What the encoder gave of B texts -> what is kept of them, by name, each (B, ...).
+        sizes: Texts per group; None makes every text a group.
+        tensors: Selects from the encoder's two tensors of B texts those to keep, by name, each (B, ...).
 
     Returns:
-        By the same names (K, ...), K the number of groups: means of floating-point tensors, taken in float32, and
-        unions of masks.
+        By the same names (K, ...), one row per group: means of floating-point tensors, taken in float32, and unions of
+        masks.
     """
     pending: dict[str, Tensor] = {}
     done: dict[str, list[Tensor]] = {}
@@ -169,20 +152,12 @@ def encode(
 
 
 def clip_tensors(dtype: torch.dtype) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
-    """What `encode` keeps of CLIP for a denoiser of this type.
-
-    "states" (B, T, E) and "pooled" (B, E') are rounded to the type before they are averaged; "similarity" is the pooled
-    embedding as float32.
-    """
-    return lambda states, pooled: {
-        "states": states.to(dtype),
-        "pooled": pooled.to(dtype),
-        "similarity": pooled.float(),
-    }
+    """Return `tensors` of `encode` for CLIP: states and pooled are rounded to `dtype` before they are averaged."""
+    return lambda states, pooled: {"states": states.to(dtype), "pooled": pooled.to(dtype), "similarity": pooled.float()}
 
 
 def _average(group: Tensor) -> Tensor:
-    """(B, ...) -> (...): the mean of embeddings, the union of masks of tokens."""
+    """Average embeddings (B, ...) to (...), or unite masks of tokens."""
     if not group.is_floating_point():
         return group.amax(0)
     return group[0].clone() if len(group) == 1 else group.float().mean(0).to(group.dtype)
@@ -190,12 +165,12 @@ def _average(group: Tensor) -> Tensor:
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Logs a warning once per process: prompts are encoded again where something is recomputed in float32."""
+    """Log a warning once per process: prompts are encoded again if a pair is recomputed in float32."""
     log.warning("%s", message)
 
 
 def _short(text: str) -> str:
-    """The beginning and the end of a long text: class names are usually at the end."""
+    """Shorten a long text to its beginning and its end, where class names usually are."""
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}"
 
 

@@ -23,7 +23,7 @@ class UNetBackbone(Backbone):
     model_class = UNet2DConditionModel
 
     def encode_prompts(self, prompts: list[str], sizes: list[int] | None = None) -> Conditioning:
-        """Token states (K, T, E); XL joins its encoders' states and adds the second one's pooled embedding."""
+        """Return token states (K, T, E); XL joins its encoders' states and adds the second's pooled embedding."""
 
         def encoded(number: str) -> dict[str, Tensor]:
             encoder = ClipEncoder(self.path, number, self.device, projected=self._is_xl)
@@ -39,7 +39,7 @@ class UNetBackbone(Backbone):
 
     @classmethod
     def _known_layers(cls, config: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
-        """The up blocks; "auto" is the last three."""
+        """Return the up blocks; "auto" is the last three."""
         channels = config["block_out_channels"][::-1]
         known = {f"up_blocks.{block}": count for block, count in enumerate(channels)}
         return known, list(known)[-3:]
@@ -49,14 +49,12 @@ class UNetBackbone(Backbone):
         return self._model.config.addition_embed_type == "text_time"
 
     def _denoise(self, noisy: Tensor, timestep: int, conditioning: dict[str, Tensor]) -> None:
-        added = None
-        if self._is_xl:
-            added = {"text_embeds": conditioning["text_embeds"], "time_ids": self._time_ids(noisy)}
-        states = conditioning["encoder_hidden_states"]
+        states, pooled = conditioning["encoder_hidden_states"], conditioning.get("text_embeds")
+        added = {"text_embeds": pooled, "time_ids": self._time_ids(noisy)} if self._is_xl else None
         self._model(noisy, timestep, encoder_hidden_states=states, added_cond_kwargs=added, return_dict=False)
 
     def _time_ids(self, noisy: Tensor) -> Tensor:
-        """XL's micro-conditioning (B, 6): original size, crop corner, target size; the image is seen whole."""
+        """Return XL's micro-conditioning (B, 6): original size, crop corner, target size; nothing is cropped."""
         side = noisy.shape[-1] * 2 ** (len(self._vae.config.block_out_channels) - 1)
         return noisy.new_tensor([side, side, 0, 0, side, side]).expand(len(noisy), -1)
 
@@ -69,11 +67,11 @@ class UNetBackbone(Backbone):
 
 
 class _PassThrough(nn.Module):
-    """Stands in for an up block whose output nobody reads: takes its skip connections, returns its input."""
+    """Replaces an up block whose output nobody reads: takes its skip connections, returns its input."""
 
     def __init__(self, block: Any) -> None:
         super().__init__()
-        self.resnets = [None] * len(block.resnets)  # the UNet counts them to deal out its skip connections
+        self.resnets = [None] * len(block.resnets)  # the UNet counts them to distribute its skip connections
         self.has_cross_attention = getattr(block, "has_cross_attention", False)
 
     def forward(self, hidden_states: Tensor, **unused: object) -> Tensor:

@@ -1,4 +1,4 @@
-"""The sweep of timesteps and layers on a sample of images, and which to take -> analysis/sweep."""
+"""Sweep timesteps and layers on a sample of images, and recommend a choice -> analysis/sweep."""
 
 from stages.analyze_features.sweep.run import run
 

@@ -25,7 +25,7 @@ class SweepResult:
 
     Attributes:
         candidates: The sets of layers that were evaluated.
-        own_layers: The layers that "auto" stands for.
+        own_layers: The layers that "auto" selects.
         colours: Layer -> uint8 (p, h, w, 3), maps of p images as colours.
     """
 
@@ -39,12 +39,7 @@ class SweepCache:
 
     def __init__(self, folder: Path) -> None:
         """Cache in `folder`, which is created by the first `save`."""
-        self._store = ResumableStore(folder)
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the results."""
-        return self._store.folder
+        self.folder, self._store = folder, ResumableStore(folder)
 
     def load(self, timestep: int) -> SweepResult | None:
         """Return the result of a timestep, or None if it is missing or damaged.
@@ -52,7 +47,7 @@ class SweepCache:
         Raises:
             SystemRefusal: The operating system refused to read it.
         """
-        unit = self._store.load(_name(timestep))
+        unit = self._store.load(f"t-{timestep:05d}")
         if unit is None:
             return None
         colours, meta = unit
@@ -63,14 +58,10 @@ class SweepCache:
         """Store the result of a timestep."""
         meta = {"candidates": [asdict(row) for row in result.candidates], "own_layers": result.own_layers}
         colours = {layer: torch.from_numpy(maps) for layer, maps in result.colours.items()}
-        self._store.save(_name(timestep), colours, meta)
+        self._store.save(f"t-{timestep:05d}", colours, meta)
 
     def remove_others(self) -> None:
         """Remove the folders of all other keys, because this sweep is finished."""
         for folder in self.folder.parent.iterdir():
             if folder != self.folder:
                 atomic.remove(folder)
-
-
-def _name(timestep: int) -> str:
-    return f"t-{timestep:05d}"

@@ -1,7 +1,7 @@
-"""The pictures of a sweep: curves as SVG, maps as PNG; as readable with thirty layers as with four.
+"""The figures of a sweep: curves as SVG, maps as PNG; as readable with thirty layers as with four.
 
-Curves are drawn by role. Single layers are thin, from blue to green in the model's order. Of the fusions, whose best
-two or three are others at every timestep, three sets are thick: what is recommended, the backbone's own, all layers.
+Single layers have thin curves, from blue to green in the model's order. Three fusions have thick ones: the recommended
+layers, those that "auto" selects, and all. The best two or three layers differ between timesteps and are not drawn.
 """
 
 from collections.abc import Sequence
@@ -31,13 +31,13 @@ Row = dict[str, Any]
 
 @plotting.svg
 def curves(rows: Sequence[Row], recommended: Row, own_layers: Sequence[str], chance: dict[str, float]) -> Figure:
-    """SVG: every measure against the timestep (the paper's Fig. 6); the choice is ringed.
+    """Draw every measure against the timestep (the paper's Fig. 6).
 
     Args:
-        rows: of the sweep, each with timestep, layers and the measures.
-        recommended: one of them; one standard error to either side of its line is shaded.
-        own_layers: those that "auto" stands for.
-        chance: what features that tell nothing would reach, by measure; a dotted line.
+        rows: Rows of the sweep's table.
+        recommended: One of them, which is circled; one standard error around its line is shaded.
+        own_layers: The layers that "auto" selects.
+        chance: Chance level by measure, a dotted line.
     """
     order = list(dict.fromkeys(row["layers"][0] for row in rows if len(row["layers"]) == 1))
     shades = matplotlib.colormaps["viridis"](np.linspace(0.35, 0.8, len(order)))
@@ -77,12 +77,7 @@ def _key_of_colours(figure: Figure, panels: np.ndarray, order: Sequence[str], sh
 
 @plotting.png
 def maps(image: np.ndarray, rgb: dict[int, dict[str, np.ndarray]]) -> Figure:
-    """PNG: one image's maps, their first three principal components as colours (Fig. 4).
-
-    Args:
-        image: uint8 (H, W, 3), shown at the left.
-        rgb: timestep -> layer -> uint8 (h, w, 3); a row per layer, a column per timestep.
-    """
+    """Draw an image, uint8 (H, W, 3), and its maps as colours, uint8 (h, w, 3), by timestep and layer (Fig. 4)."""
     layers = list(next(iter(rgb.values())))
     height = min(1.65 * len(layers), _TALLEST)
     figure = Figure(figsize=(1.5 * (1 + len(rgb)), height + 0.4), layout="constrained", dpi=100)
@@ -97,22 +92,18 @@ def maps(image: np.ndarray, rgb: dict[int, dict[str, np.ndarray]]) -> Figure:
             panels[row, column].imshow(of_layer[layer], interpolation="nearest")
     for row, layer in enumerate(layers):
         panels[row, 1].set_ylabel(layer, fontsize=8, rotation=0, ha="right", va="center")
-    figure.supxlabel(
+    caption = (
         "Three principal components of each layer at each timestep; signs are matched along a row, axes are not: "
-        "colours compare roughly there, and not at all between rows.",
-        fontsize=8,
-        wrap=True,
+        "colours compare roughly there, and not at all between rows."
     )
+    figure.supxlabel(caption, fontsize=8, wrap=True)
     return figure
 
 
 def with_signs_matched(colours: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """One layer's maps by timestep, each component turned round where it runs against the timestep before.
+    """Match the signs of principal components, which are arbitrary, to those of the preceding timestep.
 
-    A principal component's sign is arbitrary; turned round, its colour c is 255 - c.
-
-    Args:
-        colours: uint8 (p, h, w, 3) a timestep, of the same p images.
+    `colours` has uint8 (p, h, w, 3) per timestep, one layer's maps of the same p images. An inverted colour is 255 - c.
     """
     matched = list(colours[:1])
     for own in colours[1:]:
@@ -123,30 +114,22 @@ def with_signs_matched(colours: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def in_words(layers: Sequence[str], order: Sequence[str]) -> str:
-    """A set of layers, three or more consecutive ones as a range: "a.0 to a.2 (3) + a.5".
-
-    Args:
-        layers: some of `order`, in that order.
-        order: all layers, as in the model.
-    """
+    """Name a set of layers, with ranges for three or more that are consecutive in `order`: "a.0 to a.2 (3) + a.5"."""
     places = [order.index(layer) for layer in layers]
     starts = [0, *(at for at, (one, other) in enumerate(pairwise(places), start=1) if other != one + 1), len(places)]
-    parts = [part for start, stop in pairwise(starts) for part in _run(layers[start:stop])]
+    parts: list[str] = []
+    for start, stop in pairwise(starts):
+        run = f"{layers[start]} to {layers[stop - 1]} ({stop - start})"
+        parts += [run] if stop - start > 2 else layers[start:stop]
     if len(parts) <= _MOST_PARTS:
         return " + ".join(parts)
     return f"{' + '.join(parts[: _MOST_PARTS - 2])} + ... + {parts[-1]} ({len(layers)} layers)"
 
 
-def _run(consecutive: Sequence[str]) -> list[str]:
-    if len(consecutive) < 3:
-        return list(consecutive)
-    return [f"{consecutive[0]} to {consecutive[-1]} ({len(consecutive)})"]
-
-
 def _thick(
     recommended: Sequence[str], own: Sequence[str], order: Sequence[str]
 ) -> dict[str, tuple[Sequence[str], str]]:
-    """Legend -> layers and colour of the sets with a thick line, the recommended last, over the others."""
+    """Return layers and colour of the thick curves by their name in the legend, the recommended last, on top."""
     roles = {"all layers": order, "the backbone's own": own, "recommended": recommended}
     colours = ("tab:purple", "tab:orange", plotting.INK)
     named: dict[tuple[str, ...], tuple[list[str], str]] = {}
@@ -172,6 +155,6 @@ def _band(axes: Axes, rows: Sequence[Row], layers: Sequence[str], measure: str) 
 
 
 def _centred(maps: np.ndarray) -> np.ndarray:
-    """uint8 (p, h, w, 3) -> float64 (p * h * w, 3)."""
+    """Flatten uint8 (p, h, w, 3) to float64 (p * h * w, 3) with mean 0."""
     flat = maps.reshape(-1, maps.shape[-1]).astype(np.float64)
     return flat - flat.mean(0)

@@ -1,4 +1,4 @@
-"""Plan a sweep, and say what it costs, before the frozen model is loaded."""
+"""Plan a sweep and its cost before the frozen model is loaded."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -14,13 +14,7 @@ PRESET = "recommended.yaml"
 
 
 def write(target: Path, plan: SweepPlan, swept: dict[int, SweepResult], choice: Choice) -> None:
-    """Replace the folder `target`.
-
-    Args:
-        target: analysis/sweep.
-        plan: The sweep.
-        swept: Timestep -> result, ascending.
-        choice: Among all candidates.
+    """Replace the folder `target` by the results by timestep, ascending, and the choice.
 
     Raises:
         PipelineError: It cannot be written. The previous folder is kept.
@@ -34,7 +28,7 @@ def write(target: Path, plan: SweepPlan, swept: dict[int, SweepResult], choice: 
 
 
 def _write_table(folder: Path, plan: SweepPlan, swept: dict[int, SweepResult], choice: Choice) -> None:
-    """The table as CSV and JSON, and its curves."""
+    """Write the table as CSV and JSON, and its curves."""
     rows = [candidate.row() for found in swept.values() for candidate in found.candidates]
     by_chance = chance(plan.data.labels[plan.index], plan.prompts_per_image, plan.made_of["judged_by"]["seed"])
     joined = [row | {"layers": "+".join(row["layers"]), "dims": "+".join(map(str, row["dims"]))} for row in rows]
@@ -55,7 +49,7 @@ def _preset(made_of: dict[str, Any], choice: Choice) -> str:
 
 
 def _write_maps(folder: Path, plan: SweepPlan, swept: dict[int, SweepResult]) -> None:
-    """A picture of each of the first images: all layers by all timesteps."""
+    """Write a picture of each of the first images: all layers by all timesteps."""
     pictured = plan.index[: plan.made_of["sweep_features"]["picture_images"]]
     if not len(pictured):
         return

@@ -13,8 +13,8 @@ The rule is lexicographic and treats statistically equal candidates as ties. Thi
 2. Of these, keep those whose share of images with the matching prompt nearest is within that distance of the best.
 3. Of these, the fewest layers win, then the fewest dimensions, then the higher accuracy, then the smaller timestep.
 
-The error is that of the best candidate (`probes.py`). Candidates share their images, so the rule rather calls two equal
-that are not than the other way round. The probe comes first because training confirmed it (docs/choosing-features.md).
+The error is that of the best candidate (`probes.py`). Candidates share their images, so the rule errs on the side of
+calling two equal. The probe comes first because training confirmed it (docs/choosing-features.md).
 The choices of either criterion alone are reported as well. Without prompts (`margin_images: 0`) step 2 keeps all.
 
 The number of dimensions is not searched: it is the smallest that explains the requested share of a layer's variance.
@@ -109,15 +109,11 @@ class Choice:
 
 
 def sets_to_fuse(accuracy: Mapping[str, float], backbones_own: Sequence[str]) -> list[list[str]]:
-    """Return the fusions to score, given each layer's accuracy: linear in the number of layers, unlike all subsets.
-
-    Args:
-        accuracy: Layer -> accuracy of its probe, in the model's order.
-        backbones_own: The layers that "auto" stands for.
+    """Return the fusions to score, fewer than all subsets, given the accuracy of each layer, in the model's order.
 
     Returns:
-        The best two layers, the best three, ... all of them (ties to the earlier layer), and the backbone's own; each
-        in the model's order, none twice.
+        The best two layers, the best three, ... all of them (ties to the earlier layer), and those that "auto"
+        selects; each in the model's order, none twice.
     """
     ranked = sorted(accuracy, key=lambda layer: -accuracy[layer])
     chosen = [ranked[:count] for count in range(2, len(ranked) + 1)]
@@ -132,15 +128,9 @@ def choose(candidates: Sequence[Candidate], standard_errors: float) -> Choice:
     if all(candidate.margins for candidate in candidates):
         near_both = _near_best(near_probe, lambda candidate: candidate.nearest, standard_errors)
         by_prompts = _smallest(_near_best(candidates, lambda candidate: candidate.nearest, standard_errors))
-    return Choice(
-        recommended=_smallest(near_both),
-        by_probe=_smallest(near_probe),
-        by_prompts=by_prompts,
-        candidates=len(candidates),
-        near_probe=len(near_probe),
-        near_both=len(near_both),
-        standard_errors=standard_errors,
-    )
+    recommended, by_probe = _smallest(near_both), _smallest(near_probe)
+    numbers = len(candidates), len(near_probe), len(near_both)
+    return Choice(recommended, by_probe, by_prompts, *numbers, standard_errors)
 
 
 def _near_best(
@@ -186,8 +176,8 @@ def in_words(choice: Choice) -> list[str]:
     """Describe the choice, the candidates tied with it, and the choice of each criterion alone, in lines."""
     lines = [f"recommended: {choice.recommended.in_words()}", *_ties(choice)]
     if choice.by_prompts:
-        lines += [f"by the probe alone: {choice.by_probe.in_words()}"]
-        lines += [f"by the prompts alone: {choice.by_prompts.in_words()}"]
+        alone = {"probe": choice.by_probe, "prompts": choice.by_prompts}
+        lines += [f"by the {name} alone: {candidate.in_words()}" for name, candidate in alone.items()]
     return lines
 
 

@@ -1,13 +1,13 @@
-"""Sweeps timesteps and layers on a sample of training images, and recommends what to extract (the paper's Fig. 6).
+"""Sweep timesteps and layers on a sample of training images, and recommend a choice (the paper's Fig. 6).
 
 analysis/sweep/sweep.csv         timestep, layers, dims, linear probe, purity, NMI, ARI, margins; one row per candidate
-analysis/sweep/sweep.json        the same rows, the recommendation, and what they were made of
+analysis/sweep/sweep.json        the same rows, the recommendation, and the settings
 analysis/sweep/sweep.svg         every measure against the timestep
 analysis/sweep/maps-<i>.png      image i of the training split: its maps' principal components as colours (Fig. 4)
 analysis/sweep/recommended.yaml  a preset
 .pipeline/sweep/<key>            the result of each timestep, for the next sweep; `make clean` removes it
 
-plan.py       what is to be computed
+plan.py       the work to do
 sample.py     passes of the frozen model: every image once per timestep, some once more for each of their prompts
 recommend.py  the choice of one candidate, and its description
 cache.py      results of finished timesteps
@@ -47,19 +47,15 @@ def run(config: Config) -> Path:
         analysis/sweep/recommended.yaml.
 
     Raises:
-        PipelineError: the data set or the backbone is missing or changed, the sample is too small, or another process
-            sweeps.
+        PipelineError: The data set or the model is missing or changed, the sample is too small, or another process
+            is sweeping.
     """
     target = config.root / "analysis" / "sweep"
     with locks.held(config.state_dir / "locks" / "sweep", str(target)):
         plan = planning.make(config)
         for line in plan.lines():
             log.info("%s", line)
-        if plan.missing:
-            frozen_model.read_checked(plan.backbone_manifest, plan.model_dir)
-            swept = dict(sorted((plan.done | _sweep(plan)).items()))
-        else:
-            swept = plan.done
+        swept = dict(sorted((plan.done | _sweep(plan)).items())) if plan.missing else plan.done
         candidates = [candidate for found in swept.values() for candidate in found.candidates]
         choice = recommend.choose(candidates, plan.params.standard_errors)
         publish.write(target, plan, swept, choice)
@@ -71,7 +67,8 @@ def run(config: Config) -> Path:
 
 
 def _sweep(plan: SweepPlan) -> dict[int, SweepResult]:
-    """Compute and cache the missing timesteps."""
+    """Check the model, and compute and cache the missing timesteps."""
+    frozen_model.read_checked(plan.backbone_manifest, plan.model_dir)
     found = {}
     with batching.reproducible(plan.device, getattr(torch, plan.settings.dtype)):
         session = FrozenSession(
@@ -91,21 +88,15 @@ def _sweep(plan: SweepPlan) -> dict[int, SweepResult]:
 def score_layers(
     evaluator: ProbeEvaluator, positive: np.ndarray, timestep: int, layers: dict[str, LayerFeatures], own: Sequence[str]
 ) -> list[Candidate]:
-    """Score each layer alone, and fusions of layers.
-
-    Args:
-        evaluator: Of the sample's images.
-        positive: int64 (m,), which prompt matches each of the first m images.
-        timestep: of the layers.
-        layers: by name, in the model's order.
-        own: the layers that "auto" stands for.
-    """
+    """Score each layer alone, in the model's order, and fusions of layers, among them `own`, those of "auto"."""
 
     def candidate(names: list[str]) -> Candidate:
         values = np.concatenate([layers[name].values for name in names], axis=1)  # (n, D)
         prompted = np.concatenate([layers[name].prompted for name in names], axis=2)  # (m, P, D)
         dims = [layers[name].values.shape[1] for name in names]
-        return Candidate(timestep, names, dims, evaluator.scores(values), _margins(values, prompted, positive))
+        count = len(prompted)
+        similar = margins.similarities(values[:count], prompted, positive).means(np.ones(count, bool)) if count else {}
+        return Candidate(timestep, names, dims, evaluator.scores(values), similar)
 
     alone = [candidate([layer]) for layer in layers]
     accuracy = {single.layers[0]: single.scores.probe_accuracy for single in alone}
@@ -113,9 +104,3 @@ def score_layers(
     for scored in found:
         log.info("%s", scored.in_words())
     return found
-
-
-def _margins(values: np.ndarray, prompted: np.ndarray, positive: np.ndarray) -> dict[str, float]:
-    """Of the first m images; empty if there are none."""
-    count = len(prompted)
-    return margins.similarities(values[:count], prompted, positive).means(np.ones(count, bool)) if count else {}

@@ -32,7 +32,7 @@ class LayerFeatures:
     Attributes:
         values: float32 (n, d), the energies of its leading principal components.
         prompted: float32 (m, P, d), those of the first m images under each of their prompts.
-        explained_variance: share of the layer's variance that they hold.
+        explained_variance: Share of the layer's variance that these components explain.
         colours: uint8 (p, h, w, 3), the first p images' maps on the first three components.
     """
 
@@ -47,21 +47,16 @@ class Sample:
 
     Attributes:
         images: uint8 (n, H, W, 3), the pixels.
-        positive: int64 (m,), which of its P prompts matches each of the first m images.
+        positive: int64 (m,), the column of the matching prompt of each of the first m images.
         num_prompts: P.
     """
 
     def __init__(
         self, session: FrozenSession, params: SweepFeatures, prompt_set: PromptSet, data: Images, index: np.ndarray
     ) -> None:
-        """Encode the images.
+        """Encode the images at `index`, int64 (n,), of the training split.
 
-        Args:
-            session: The frozen model, with all its layers and these prompts.
-            params: The section sweep_features.
-            prompt_set: The prompts of `data`.
-            data: The training split.
-            index: int64 (n,), positions in it; the first ones serve for the basis, the pictures and the margins.
+        The session has all layers and these prompts. The first images serve for basis, pictures and margins.
         """
         self._session, self._params = session, params
         self.images = data.take(index).images
@@ -143,14 +138,10 @@ def fewest_dims(basis: LayerBasis, share: float) -> int:
 
 
 def as_colours(maps: Tensor, basis: LayerBasis) -> np.ndarray:
-    """Show the first three principal components as red, green and blue, from their 1st to their 99th percentile.
-
-    Args:
-        maps: float32 (m, C, h, w) on the CPU; the range is that of all m.
-        basis: of this layer.
+    """Show the first three components of maps, float32 (m, C, h, w) on the CPU, as red, green and blue.
 
     Returns:
-        uint8 (m, h, w, 3); blue or green are 0 where a layer has fewer channels.
+        uint8 (m, h, w, 3), from the 1st to the 99th percentile of all m; 0 for components that a layer does not have.
     """
     vectors = maps.permute(0, 2, 3, 1).numpy() - basis.mean  # (m, h, w, C)
     scores = vectors @ basis.components[:3].T  # (m, h, w, up to 3)
@@ -165,8 +156,6 @@ def as_colours(maps: Tensor, basis: LayerBasis) -> np.ndarray:
 def _first(passes: Iterator[Maps], count: int) -> Maps:
     """Join the maps of the first batches, until they have at least `count` images."""
     batches: list[Maps] = []
-    have = 0
-    while have < count:
+    while sum(len(next(iter(maps.values()))) for maps in batches) < count:
         batches.append(next(passes))
-        have += len(next(iter(batches[-1].values())))
     return {layer: torch.cat([maps[layer] for maps in batches]) for layer in batches[0]}

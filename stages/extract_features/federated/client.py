@@ -21,11 +21,7 @@ from stages.extract_features.run import load
 
 
 def join(message: Message, context: Context) -> RecordDict:
-    """Check the node's data and frozen model, and return its introduction.
-
-    Raises:
-        PipelineError: It cannot take part.
-    """
+    """Check the node's data and frozen model, and return its introduction."""
     node, job = _job(context)
     channels = backbones.layer_channels(job.model_dir, job.settings.layers)
     agreement = job.feature_set.content.common() | {"channels": channels}
@@ -49,11 +45,7 @@ def pooled(message: Message, context: Context) -> RecordDict:
 
 
 def basis(message: Message, context: Context) -> RecordDict:
-    """Save basis.h5 at the path in params.yaml.
-
-    Raises:
-        PipelineError: It is not a valid basis of the node's layers, or it cannot be written.
-    """
+    """Check that basis.h5 fits the node's layers, and save it at the path in params.yaml."""
     node, job = _job(context)
     config = _config(context, node)
     file = config.path(config.params.extract_features.basis)

@@ -19,11 +19,7 @@ def pack_moments(moments: Mapping[str, Moments]) -> RecordDict:
 
 
 def read_moments(content: RecordDict, channels: Mapping[str, int]) -> dict[str, Moments]:
-    """Return the moments of one node's vectors by layer.
-
-    Args:
-        content: The content of the node's answer.
-        channels: The number of channels by layer.
+    """Return the moments of one node's vectors by layer, from its answer and the layers' numbers of channels.
 
     Raises:
         DataError: They are invalid or not finite.

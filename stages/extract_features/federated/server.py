@@ -16,13 +16,7 @@ from pipeline.federation.members import Member, Members
 from pipeline.federation.node import config_of, project_of
 from pipeline.io import atomic
 from stages.extract_features import basis as pca
-from stages.extract_features.federated.moments import (
-    add_moments,
-    add_pooled,
-    pack_layers,
-    read_moments,
-    read_pooled,
-)
+from stages.extract_features.federated.moments import add_moments, add_pooled, pack_layers, read_moments, read_pooled
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +25,6 @@ T = TypeVar("T")
 
 def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
     """Make the basis of all nodes that have joined, and save it here and on each of them.
-
-    Args:
-        grid: Flower's connection to the nodes.
-        run_config: The server's project folder, and changed settings.
 
     Raises:
         ConfigError: params.yaml names no file for the basis.
