@@ -213,7 +213,7 @@ def test_numbers_are_read_as_yaml_1_2(params):
     assert loaded.params.extract_features.timestep == 10
 
 
-def test_no_is_text_as_in_yaml_1_2(params):
+def test_unquoted_no_is_text_as_in_yaml_1_2(params):
     assert config.load(params("  name: digits ", "  name: no ")).params.prepare_data.name == "no"
 
 

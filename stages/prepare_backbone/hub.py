@@ -108,10 +108,10 @@ class HubModel:
     def _list(self) -> None:
         from huggingface_hub import HfApi, RepoFile
 
-        for entry in HfApi().list_repo_tree(self.hub_id, revision=self.revision, recursive=True):
-            if isinstance(entry, RepoFile):
-                self.sizes[entry.path] = entry.size
-                self._hashes[entry.path] = entry.lfs.sha256 if entry.lfs else entry.blob_id
+        tree = HfApi().list_repo_tree(self.hub_id, revision=self.revision, recursive=True)
+        files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+        self.sizes = {path: file.size for path, file in files.items()}
+        self._hashes = {path: file.lfs.sha256 if file.lfs else file.blob_id for path, file in files.items()}
 
     def _list_without_hub(self, kept: Path) -> None:
         try:
