@@ -1,4 +1,4 @@
-"""The prepared data set: what is written is read back, block by block, whole or not at all."""
+"""The prepared data set: written block by block, completely or not at all, and read back."""
 
 import hashlib
 import os
@@ -112,7 +112,7 @@ def test_bytes_do_not_depend_on_the_block_size(path, tmp_path, monkeypatch):
 
 
 class Gappy(Images):
-    """Images of which every third is broken, and the whole of rows 4 to 7."""
+    """Images of which every third, and all of rows 4 to 7, are broken."""
 
     def blocks(self):
         for start in range(0, len(self), 4):

@@ -34,15 +34,10 @@ class HubModel:
     """A repository at a commit, as `selection.Source` describes it."""
 
     def __init__(self, hub_id: str, revision: str, listings: Path) -> None:
-        """List the repository's files.
+        """List the repository's files, and keep the list in the folder `listings`.
 
-        If the hub cannot be reached, use the listing of an earlier run, so that the same files are chosen; or else the
+        If the hub cannot be reached, use the list of an earlier run, so that the same files are chosen; or else the
         files of the commit in the cache.
-
-        Args:
-            hub_id: organisation/model.
-            revision: A commit, 40 hexadecimal digits.
-            listings: The folder of the listings.
 
         Raises:
             DataError: The model or commit does not exist or is not accessible; or neither hub nor cache has it.

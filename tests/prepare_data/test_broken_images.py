@@ -27,8 +27,8 @@ def folder(tmp_path):
             save_plain(root / "test" / name / f"{number}.png", (label, number, 1))
     (root / "train/a/05.png").write_bytes(b"")
     (root / "train/b/00.png").write_text("404")
-    whole = (root / "test/a/1.png").read_bytes()
-    (root / "test/a/1.png").write_bytes(whole[:-25])
+    content = (root / "test/a/1.png").read_bytes()
+    (root / "test/a/1.png").write_bytes(content[:-25])
     return root
 
 

@@ -241,7 +241,7 @@ def test_disk_error_is_not_reported_as_damage(prepare, tmp_path, monkeypatch):
     (tmp_path / "usps.bz2").symlink_to("/proc/self/mem")
     result = prepare(source="usps", path=tmp_path)
     assert (result.exit_code, result.output.count("\n")) == (1, 1)
-    assert "cannot be read (Input/output error)" in result.output and "not whole" not in result.output
+    assert "cannot be read (Input/output error)" in result.output and "incomplete" not in result.output
 
 
 def test_different_numbers_of_images_and_labels_are_rejected(prepare, tmp_path):
