@@ -15,7 +15,7 @@ from tests.conftest import REPOSITORY, invoke, write_params
 TRAIN = ("train-fl", "--method", "fedavg", "--partition", "iid", "--seed", "0")
 
 
-@pytest.mark.parametrize(("number", "said", "code"), [(2, "Interrupted", 130), (15, "Stopped by SIGTERM", 143)])
+@pytest.mark.parametrize(("number", "what", "code"), [(2, "Interrupted", 130), (15, "Stopped by SIGTERM", 143)])
 @pytest.mark.parametrize(
     ("command", "then"),
     [
@@ -24,7 +24,7 @@ TRAIN = ("train-fl", "--method", "fedavg", "--partition", "iid", "--seed", "0")
         (("prepare-data",), "run the command again to start over."),
     ],
 )
-def test_interrupted_command_tells_whether_it_resumes(tmp_path, command, then, number, said, code):
+def test_interrupted_command_tells_whether_it_resumes(tmp_path, command, then, number, what, code):
     os.mkfifo(tmp_path / "params.yaml")
     ended = threading.Event()
 
@@ -38,7 +38,7 @@ def test_interrupted_command_tells_whether_it_resumes(tmp_path, command, then, n
     result = invoke(tmp_path, *command)
     ended.set()
     stopping.join()
-    assert (result.exit_code, result.output.strip()) == (code, f"{said}: {then}")
+    assert (result.exit_code, result.output.strip()) == (code, f"{what}: {then}")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

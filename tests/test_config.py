@@ -213,7 +213,7 @@ def test_numbers_are_read_as_yaml_1_2(params):
     assert loaded.params.extract_features.timestep == 10
 
 
-def test_no_is_text_as_in_yaml_1_2(params):
+def test_unquoted_no_is_text_as_in_yaml_1_2(params):
     assert config.load(params("  name: digits ", "  name: no ")).params.prepare_data.name == "no"
 
 
@@ -341,7 +341,7 @@ def test_help_shows_examples_line_by_line(file):
 
 
 @pytest.mark.parametrize(
-    ("change", "said", "flags"),
+    ("change", "expected", "flags"),
     [
         (
             {"train_fl": {"num_rounds": 3}},
@@ -358,7 +358,7 @@ def test_help_shows_examples_line_by_line(file):
         ({"method": {"algorithm": ...}}, "methods.fedavg.algorithm nothing, but", None),
     ],
 )
-def test_run_with_other_settings_is_rejected_with_both_values_and_the_flags_for_it(change, said, flags):
+def test_run_with_other_settings_is_rejected_with_both_values_and_the_flags_for_it(change, expected, flags):
     here = config.load(REPOSITORY / "params.yaml")
     run = here.settings_of_run("fedavg", "dir05")
     for section, values in change.items():
@@ -366,7 +366,7 @@ def test_run_with_other_settings_is_rejected_with_both_values_and_the_flags_for_
         run[section] = changed if values else None
     with pytest.raises(PipelineError) as refused:
         here.check_settings_of_run(Path("results/x"), run, "fedavg", "dir05")
-    assert said in str(refused.value) and "\x1b" not in str(refused.value)
+    assert expected in str(refused.value) and "\x1b" not in str(refused.value)
     assert flags is None or str(refused.value).endswith(f"or report it as it is with {flags}.")
     assert ("report it as it is" in str(refused.value)) == ("--set" in str(refused.value))
 

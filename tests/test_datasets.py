@@ -1,4 +1,4 @@
-"""The prepared data set: what is written is read back, block by block, whole or not at all."""
+"""The prepared data set: written block by block, completely or not at all, and read back."""
 
 import hashlib
 import os
@@ -46,7 +46,7 @@ def path(tmp_path):
     return write(tmp_path / "sets" / "ours", "ours", "made", make_source())
 
 
-def test_what_is_written_is_read(small_blocks, path):
+def test_written_data_set_is_read_back(small_blocks, path):
     dataset = PreparedDataset(path)
     assert (dataset.class_names, dataset.domain_names, dataset.image_size) == (["a", "b", "c"], ["x", "y"], SIZE)
     for split, expected in (("train", make_images(17, 0)), ("test", make_images(4, 1))):
@@ -56,7 +56,7 @@ def test_what_is_written_is_read(small_blocks, path):
             assert np.array_equal(getattr(loaded, name), values)
 
 
-def test_images_are_a_read_only_map_and_rows_are_arrays(path):
+def test_images_are_a_read_only_map_and_labels_are_arrays(path):
     loaded = PreparedDataset(path).load("train")
     assert isinstance(loaded.images, np.memmap)
     with pytest.raises(ValueError, match="read-only"):
@@ -71,14 +71,14 @@ def test_images_are_a_read_only_map_and_rows_are_arrays(path):
     assert np.array_equal(loaded.take(index).take(np.array([2])).images[0], expected.images[3])
 
 
-def test_the_map_outlives_a_replaced_set(path):
+def test_memory_map_survives_replacement_of_the_data_set(path):
     loaded = PreparedDataset(path).load("train")
     write(path, "ours", "made", make_source(splits={"train": make_images(2, 7), "test": make_images(2, 8)}))
     assert np.array_equal(loaded.images, make_images(17, 0).images)
     assert PreparedDataset(path).rows("train") == 2
 
 
-def test_the_hash_is_of_pixels_labels_domains_and_names(small_blocks, path, tmp_path):
+def test_hash_covers_pixels_labels_domains_and_names(small_blocks, path, tmp_path):
     splits = {}
     for split, content in (("train", make_images(17, 0)), ("test", make_images(4, 1))):
         data = (
@@ -103,7 +103,7 @@ def test_the_hash_is_of_pixels_labels_domains_and_names(small_blocks, path, tmp_
     assert PreparedDataset(renamed).hash == PreparedDataset(path).hash
 
 
-def test_equal_inputs_give_equal_bytes_whatever_the_block_size(path, tmp_path, monkeypatch):
+def test_bytes_do_not_depend_on_the_block_size(path, tmp_path, monkeypatch):
     monkeypatch.setattr(images, "BLOCK_BYTES", 1)
     again = write(tmp_path / "again", "ours", "made", make_source())
     for file in path.iterdir():
@@ -112,7 +112,7 @@ def test_equal_inputs_give_equal_bytes_whatever_the_block_size(path, tmp_path, m
 
 
 class Gappy(Images):
-    """Images of which every third is broken, and the whole of rows 4 to 7."""
+    """Images of which every third, and all of rows 4 to 7, are broken."""
 
     def blocks(self):
         for start in range(0, len(self), 4):
@@ -121,7 +121,7 @@ class Gappy(Images):
             yield Block(good, self.images[good], [Skipped(f"{row}.png", "bad") for row in rows if row not in good])
 
 
-def test_skipped_images_take_their_labels_and_domains_with_them(small_blocks, tmp_path):
+def test_labels_and_domains_of_skipped_images_are_dropped(small_blocks, tmp_path):
     train = make_images(17, 0)
     source = make_source(splits={"train": Gappy(**vars(train)), "test": make_images(4, 1)})
     gappy = write(tmp_path / "gappy", "ours", "made", source)
@@ -134,7 +134,7 @@ def test_skipped_images_take_their_labels_and_domains_with_them(small_blocks, tm
     assert skipped == [f"{row}.png" for row in (0, 3, 4, 5, 6, 7, 9, 12, 15)]
 
 
-def test_one_domain_is_named_as_the_set(tmp_path):
+def test_single_domain_is_named_like_the_data_set(tmp_path):
     splits = {split: Images.of_one_domain(np.zeros((2, 8, 8, 3), np.uint8), np.arange(2)) for split in datasets.SPLITS}
     dataset = PreparedDataset(write(tmp_path / "one", "one", "made", Source(["a", "b"], splits, "none")))
     assert dataset.domain_names == ["one"]
@@ -151,7 +151,7 @@ def test_one_domain_is_named_as_the_set(tmp_path):
         ({"splits": {"train": make_images(3, 0), "test": LARGER}}, "The splits of ours have images of different sizes"),
     ],
 )
-def test_a_source_that_contradicts_itself_changes_nothing(path, change, message):
+def test_inconsistent_source_changes_nothing(path, change, message):
     before = PreparedDataset(path).hash
     with pytest.raises(PipelineError, match=message):
         write(path, "ours", "made", make_source(**change))
@@ -180,7 +180,7 @@ write(Path(sys.argv[1]), "ours", "made", make_source(splits=splits))
 """
 
 
-def test_a_killed_run_leaves_the_old_set_or_none(path, tmp_path):
+def test_killed_write_leaves_the_old_data_set_or_none(path, tmp_path):
     before = PreparedDataset(path).hash
     for target in (path, tmp_path / "sets" / "fresh"):
         killed = subprocess.run([sys.executable, "-c", KILLED, str(target)], check=False, cwd=os.getcwd())
@@ -198,7 +198,7 @@ def test_a_killed_run_leaves_the_old_set_or_none(path, tmp_path):
     ]
 
 
-def test_a_second_writer_is_sent_away(path):
+def test_second_writer_is_rejected(path):
     with locks.held(path.with_name("ours.lock"), "another process"):
         with pytest.raises(PipelineError, match="ours is being written by process"):
             write(path, "ours", "made", make_source())
@@ -206,7 +206,7 @@ def test_a_second_writer_is_sent_away(path):
     assert [file.name for file in path.parent.iterdir()] == ["ours"]
 
 
-def test_a_full_disk_is_seen_before_anything_is_decoded(path, monkeypatch):
+def test_full_disk_is_detected_before_decoding(path, monkeypatch):
     class Endless(Images):
         image_size = 10**7
 
@@ -219,7 +219,7 @@ def test_a_full_disk_is_seen_before_anything_is_decoded(path, monkeypatch):
     PreparedDataset(path).load("train")
 
 
-def test_a_disk_that_fills_up_half_way_is_named(path):
+def test_disk_that_fills_up_while_writing_is_reported(path):
     before = PreparedDataset(path).hash
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # the nearest to a full disk that needs no disk

@@ -43,9 +43,9 @@ def test_cifar10_table_follows_the_paper(project):
 def test_merge_keeps_comments_and_other_values(project):
     (project / "presets" / "one.yaml").write_text("# one key\ntrain_fl: {num_rounds: 3}\nsweep: {seeds: [4, 5]}\n")
     before = (project / "params.yaml").read_text().splitlines()
-    said = invoke(project, "preset", "one")
-    assert "train_fl.num_rounds: 25 -> 3\nsweep.seeds: [0, 1, 2] -> [4, 5]\n" in said.output
-    assert "next: dvc repro, or pipeline preset one --run" in said.output
+    result = invoke(project, "preset", "one")
+    assert "train_fl.num_rounds: 25 -> 3\nsweep.seeds: [0, 1, 2] -> [4, 5]\n" in result.output
+    assert "next: dvc repro, or pipeline preset one --run" in result.output
     after = (project / "params.yaml").read_text().splitlines()
     added = [line for line in after if line not in before]
     assert [line.strip() for line in added] == ["num_rounds: 3", "seeds: [4, 5]"]
@@ -69,9 +69,9 @@ def test_preset_by_absolute_path(project, tmp_path_factory):
     assert invoke(project, "preset", str(elsewhere)).exit_code == 0
     assert config.load(project / "params.yaml").params.extract_features.timestep == 50
     elsewhere.unlink()
-    said = invoke(project, "preset", str(elsewhere))
-    assert said.exit_code == 1
-    assert f"Unknown preset {elsewhere} (looked for {elsewhere}). Available: cifar10, cifar10-" in said.output
+    result = invoke(project, "preset", str(elsewhere))
+    assert result.exit_code == 1
+    assert f"Unknown preset {elsewhere} (looked for {elsewhere}). Available: cifar10, cifar10-" in result.output
 
 
 def test_preset_by_path_relative_to_the_project(project, tmp_path_factory, monkeypatch):
@@ -81,8 +81,8 @@ def test_preset_by_path_relative_to_the_project(project, tmp_path_factory, monke
     assert invoke(project, "preset", "mine.yaml").exit_code == 0
     assert config.load(project / "params.yaml").params.train_fl.num_rounds == 7
     (project / "mine.yaml").unlink()
-    said = invoke(project, "preset", "mine.yaml")
-    assert f"Unknown preset mine.yaml (looked for {Path.cwd()}/mine.yaml and {project}/mine.yaml)" in said.output
+    result = invoke(project, "preset", "mine.yaml")
+    assert f"Unknown preset mine.yaml (looked for {Path.cwd()}/mine.yaml and {project}/mine.yaml)" in result.output
     assert "Did you mean digits-table?" in invoke(project, "preset", "digits-tabel.yaml").output
 
 
@@ -118,8 +118,8 @@ def test_invalid_preset_is_one_line(project, text, message):
 def test_command_lists_and_merges(project):
     listed = invoke(project, "preset")
     assert all(name in listed.output for name in SHIPPED)
-    said = invoke(project, "preset", "digits-ablation")
-    assert said.exit_code == 0 and "\nmethods.tdcl: added\n" in said.output
+    result = invoke(project, "preset", "digits-ablation")
+    assert result.exit_code == 0 and "\nmethods.tdcl: added\n" in result.output
     assert config.load(project / "params.yaml").params.sweep.methods == ["fedavg", "tdcl", "ndcr", "feddifrc"]
 
 

@@ -12,13 +12,11 @@ Exit codes:
     143: Stopped by SIGTERM.
 """
 
-import contextlib
 import errno
 import functools
 import logging
 import os
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,31 +94,24 @@ class _Main(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        with _one_line_errors(ctx):
-            return super().invoke(ctx)
-
-
-@contextlib.contextmanager
-def _one_line_errors(ctx: click.Context) -> Iterator[None]:
-    try:
-        with on_sigterm(_terminate):
-            yield
-    except PipelineError as error:
-        raise click.ClickException(str(error)) from None
-    except (KeyboardInterrupt, Terminated) as error:
-        what, code = ("Stopped by SIGTERM", 143) if isinstance(error, Terminated) else ("\nInterrupted", 130)
-        then = _AFTER_INTERRUPT.get(ctx.invoked_subcommand or "", "run the command again to start over")
-        click.echo(f"{what}: {then}.", err=True)
-        raise click.exceptions.Exit(code) from None
-    except MemoryError:
-        raise click.ClickException(
-            "Out of memory. Completed work is kept; free some memory or lower a batch size, and run again."
-        ) from None
-    except OSError as error:
-        if error.errno == errno.EPIPE:  # the reader of the output is gone; click exits silently
-            raise
-        what = f"{os.fsdecode(error.filename)}: {in_words(error)}" if error.filename else in_words(error)
-        raise click.ClickException(f"{what}. Completed work is kept. {remedy(error.errno or 0)}.") from None
+        try:
+            with on_sigterm(_terminate):
+                return super().invoke(ctx)
+        except PipelineError as error:
+            raise click.ClickException(str(error)) from None
+        except (KeyboardInterrupt, Terminated) as error:
+            what, code = ("Stopped by SIGTERM", 143) if isinstance(error, Terminated) else ("\nInterrupted", 130)
+            then = _AFTER_INTERRUPT.get(ctx.invoked_subcommand or "", "run the command again to start over")
+            click.echo(f"{what}: {then}.", err=True)
+            raise click.exceptions.Exit(code) from None
+        except MemoryError:
+            advice = "Completed work is kept; free some memory or lower a batch size, and run again."
+            raise click.ClickException(f"Out of memory. {advice}") from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of the output is gone; click exits silently
+                raise
+            what = f"{os.fsdecode(error.filename)}: {in_words(error)}" if error.filename else in_words(error)
+            raise click.ClickException(f"{what}. Completed work is kept. {remedy(error.errno or 0)}.") from None
 
 
 _AFTER_INTERRUPT = dict.fromkeys(
@@ -167,7 +158,7 @@ def init(folder: Path) -> None:
       pipeline init
     """
     project.create(folder)
-    _report_path(folder)
+    click.echo(folder)
     enter = "" if folder.resolve() == Path.cwd() else f"cd {shlex.quote(str(folder))}, then "
     click.echo(
         f"next: {enter}edit params.yaml or choose a preset (`pipeline preset`), and run `dvc repro`, or stage by stage "
@@ -189,7 +180,7 @@ def prepare_data(config: "Config") -> None:
     """
     from stages import prepare_data as stage
 
-    _report_path(stage.run(config))
+    click.echo(stage.run(config))
 
 
 @main.command("prepare-backbone", cls=StageCommand, section="prepare_backbone")
@@ -205,7 +196,7 @@ def prepare_backbone(config: "Config", train: bool) -> None:
     """
     from stages import prepare_backbone as stage
 
-    _report_path(stage.run(config, train=train))
+    click.echo(stage.run(config, train=train))
 
 
 @main.command("extract-features", cls=StageCommand, section="extract_features")
@@ -227,7 +218,7 @@ def extract_features(config: "Config", shard_range: str | None, overwrite: bool,
     if dry_run:
         click.echo("\n".join(stage.estimate(config).lines()))
     else:
-        _report_path(stage.run(config, shard_range, overwrite))
+        click.echo(stage.run(config, shard_range, overwrite))
 
 
 @main.command("analyze-features", cls=StageCommand, section="analyze_features")
@@ -241,7 +232,7 @@ def analyze_features(config: "Config") -> None:
     """
     from stages import analyze_features as stage
 
-    _report_path(stage.run(config))
+    click.echo(stage.run(config))
 
 
 @main.command("sweep-features", cls=StageCommand, section="sweep_features")
@@ -261,7 +252,7 @@ def sweep_features(config: "Config", dry_run: bool) -> None:
     if dry_run:
         click.echo("\n".join(plan.make(config).lines()))
     else:
-        _report_path(sweep.run(config))
+        click.echo(sweep.run(config))
 
 
 @main.command("synthesize", cls=StageCommand, section="synthesize")
@@ -275,7 +266,7 @@ def synthesize(config: "Config") -> None:
     """
     from stages import synthesize as stage
 
-    _report_path(stage.run(config))
+    click.echo(stage.run(config))
 
 
 _SEED_HELP = "Seed of a run's random numbers; repeat the option for several runs."
@@ -298,7 +289,7 @@ def train_fl(config: "Config", method: str, partition: str, seeds: tuple[int, ..
     from stages import train_fl as stage
 
     for seed in dict.fromkeys(seeds):
-        _report_path(stage.run(config, method, partition, seed, overwrite))
+        click.echo(stage.run(config, method, partition, seed, overwrite))
 
 
 _FORMATS = click.Choice(["html", "markdown", "latex"])
@@ -321,7 +312,7 @@ def report(config: "Config", form: str, experiments: bool, with_sweep: bool) -> 
     from stages import report as stage
 
     if form == "html":
-        _report_path(stage.run(config, experiments, with_sweep))
+        click.echo(stage.run(config, experiments, with_sweep))
     else:
         click.echo(stage.as_text(config, form, experiments), nl=False)
 
@@ -357,7 +348,7 @@ def preset(params: Path, name: str | None, run_it: bool, force: bool) -> None:
     for key, (old, new) in applied.changes.items():
         entry = "replaced" if old else "added"
         click.echo(f"{key}: {entry if isinstance(new, dict) else f'{json.dumps(old)} -> {json.dumps(new)}'}", err=True)
-    _report_path(params)
+    click.echo(params)
     if not run_it:
         click.echo(f"next: dvc repro, or pipeline preset {name} --run; to undo: git checkout {params}", err=True)
     for changes in applied.experiments if run_it else []:
@@ -379,7 +370,3 @@ def _dvc(root: Path, changes: dict[str, Any]) -> None:
     code = subprocess.call([sys.executable, "-m", "dvc", *command], cwd=root, env=os.environ | {"PATH": path})
     if code:
         raise click.exceptions.Exit(code)
-
-
-def _report_path(path: Path) -> None:
-    click.echo(path)

@@ -94,8 +94,7 @@ class Config:
     def synthetic_names(self) -> list[Path]:
         """The files with the hash of the generated images, one per value of `train_fl.balance_with_synthetic`.
 
-        DVC's training depends on the file for the configured value. The one for "none" is in git and never changes, so
-        that training without generated images does not wait for them.
+        DVC's training depends on the file for the configured value; the one for "none" is in git and never changes.
         """
         return [self.root / "data" / "synthetic" / rule for rule in ("mean", "largest")]
 
@@ -307,8 +306,7 @@ def parse_yaml(text: str) -> Any:
     """Parse YAML 1.2, without tags that make objects.
 
     Raises:
-        YAMLError: It is not valid, is nested too deeply, defines an anchor twice, or holds an impossible date or
-            number, for which the library raises errors of many types.
+        YAMLError: It is not valid, is nested too deeply, defines an anchor twice, or has an impossible date or number.
     """
     from ruamel.yaml import YAML, YAMLError
     from ruamel.yaml.error import ReusedAnchorWarning
@@ -323,7 +321,7 @@ def parse_yaml(text: str) -> Any:
         raise YAMLError(str(warning).strip().splitlines()[0]) from None
     except RecursionError:
         raise YAMLError("it is nested too deeply") from None
-    except Exception as error:
+    except Exception as error:  # impossible dates and numbers raise many types
         raise YAMLError(f"a value cannot be read ({error or type(error).__name__})") from None
 
 

@@ -19,10 +19,7 @@ _NAMED = {"methods": (METHODS.values(), "algorithm"), "partitions": (PARTITIONS,
 
 
 def explain(error: ValidationError, values: Mapping[str, Any], where: Callable[[str], str]) -> str:
-    """Return one line per key: `params.yaml: train_fl.batch_size = 0: input should be greater than or equal to 1`.
-
-    `values` were validated; `where` gives the place where a dotted key was set, a file or the command line.
-    """
+    """Return a line per key: where it was set, the key, its value among `values`, and what is allowed."""
     problems: dict[str, list[str]] = {}
     for detail in error.errors():
         key, problem = _problem(detail, values)

@@ -31,9 +31,8 @@ class Section(BaseModel):
     @classmethod
     def _fits_into_64_bits(cls, value: Any) -> Any:
         """Reject integers that do not fit into int64 arrays and manifests."""
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int) and number >= 2**63:
-                raise PydanticCustomError("too_large", "Input should be less than 9223372036854775808 (2^63)")
+        if any(isinstance(one, int) and one >= 2**63 for one in (value if isinstance(value, list) else [value])):
+            raise PydanticCustomError("too_large", "Input should be less than 9223372036854775808 (2^63)")
         return value
 
 
@@ -42,9 +41,7 @@ class PrepareData(Section):
 
     name: Name = Field(description="names data/datasets/<name>")
     source: ImageSource = Field(
-        description="digits (scikit-learn); folder (<class>/<image>), domain-folder (<domain>/<class>/<image>); or a "
-        "data set by its name: cifar10, cifar100, svhn, mnist, usps, flowers102, fgvc-aircraft, stanford-cars, "
-        "tiny-imagenet, digits-five"
+        description="folder (<class>/<image>), domain-folder (<domain>/<class>/<image>), or a data set by its name"
     )
     path: str | None = Field(description="folder of the source's files; null: data/raw/<source>. digits needs none")
     image_size: int = Field(ge=8, le=1024, description="images are stored at this height and width, pixels")
@@ -134,19 +131,13 @@ class SweepFeatures(Section):
     )
     images: int = Field(ge=10, description="at most this many training images, drawn at random")
     basis_images: int = Field(ge=2, description="number of these images used to fit each PCA basis (kept in memory)")
-    margin_images: int = Field(
-        ge=0,
-        description="number of these images also run with each of their P prompts (extract_features.negatives), "
-        "P extra passes per image",
-    )
-    explained_variance: float = Field(
-        gt=0, le=1, description="a layer keeps the fewest PCA dimensions that explain this share of its variance"
-    )
-    max_dims: int = Field(ge=1, description="but at most this many")
+    margin_images: int = Field(ge=0, description="of these also run with each of their P prompts: P extra passes each")
+    explained_variance: float = Field(gt=0, le=1, description="share of its variance that a layer's PCA must explain")
+    max_dims: int = Field(ge=1, description="keep at most this many PCA dimensions per layer")
     standard_errors: float = Field(
         ge=0,
-        description="candidates within this many standard errors of the best count as equal, first by the probe, then "
-        "by the prompt margin; among equals the fewest layers win, then the fewest dimensions",
+        description="candidates within this many standard errors of the best count as equal, by the probe, then the "
+        "prompt margin; the fewest layers win, then the fewest dimensions",
     )
     picture_images: int = Field(ge=0, description="number of images whose feature maps are drawn in colour")
 

@@ -5,11 +5,10 @@ what changed. A preset is a YAML file with sections, like params.yaml:
 
 - A key replaces the value of that key; under `methods` and `partitions` an entry replaces the entry of its name.
 - `base` names one or more presets to merge first; later ones override earlier ones.
-- `experiments` lists values of keys: the whole pipeline runs once per combination, each as a DVC experiment.
+- `experiments` lists values of keys: the pipeline runs once per combination, each as a DVC experiment.
 
-The project's own `presets/` comes before the presets of the package. A file elsewhere is given by its path, which ends
-in .yaml and is relative to the working folder or to the project. A merge refuses to overwrite an edit of params.yaml
-that neither git nor a preset has.
+The project's `presets/` override those of the package. Another file is given by its path, which ends in .yaml and is
+relative to the working folder or to the project. Edits of params.yaml that neither git nor a preset has are kept.
 """
 
 import difflib

@@ -30,7 +30,7 @@ class Directory:
             files = [file for file in [*top, *inner] if file.is_file()]
             self.sizes = {file.relative_to(self.path).as_posix(): file.stat().st_size for file in files}
         except OSError as error:
-            raise system_errors.refusal(error, path) or DataError(f"{path} cannot be read ({error})") from None
+            raise system_errors.refusal(error, path) or DataError(f"{path} cannot be read ({error}).") from None
         if target is None or target.is_symlink():
             return
         if any(file.resolve().is_relative_to(target.resolve()) for file in files):
@@ -74,4 +74,4 @@ def _sha256(path: Path) -> str:
     try:
         return provenance.file_sha256(path)
     except OSError as error:
-        raise system_errors.refusal(error, path) or DataError(f"{path} cannot be read ({error.strerror})") from None
+        raise system_errors.refusal(error, path) or DataError(f"{path} cannot be read ({error.strerror}).") from None

@@ -34,15 +34,10 @@ class HubModel:
     """A repository at a commit, as `selection.Source` describes it."""
 
     def __init__(self, hub_id: str, revision: str, listings: Path) -> None:
-        """List the repository's files.
+        """List the repository's files, and keep the list in the folder `listings`.
 
-        If the hub cannot be reached, use the listing of an earlier run, so that the same files are chosen; or else the
+        If the hub cannot be reached, use the list of an earlier run, so that the same files are chosen; or else the
         files of the commit in the cache.
-
-        Args:
-            hub_id: organisation/model.
-            revision: A commit, 40 hexadecimal digits.
-            listings: The folder of the listings.
 
         Raises:
             DataError: The model or commit does not exist or is not accessible; or neither hub nor cache has it.
@@ -108,10 +103,10 @@ class HubModel:
     def _list(self) -> None:
         from huggingface_hub import HfApi, RepoFile
 
-        for entry in HfApi().list_repo_tree(self.hub_id, revision=self.revision, recursive=True):
-            if isinstance(entry, RepoFile):
-                self.sizes[entry.path] = entry.size
-                self._hashes[entry.path] = entry.lfs.sha256 if entry.lfs else entry.blob_id
+        tree = HfApi().list_repo_tree(self.hub_id, revision=self.revision, recursive=True)
+        files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+        self.sizes = {path: file.size for path, file in files.items()}
+        self._hashes = {path: file.lfs.sha256 if file.lfs else file.blob_id for path, file in files.items()}
 
     def _list_without_hub(self, kept: Path) -> None:
         try:

@@ -33,8 +33,7 @@ def in_words(error: BaseException, hub_id: str, revision: str | None, name: str 
         if isinstance(cause, errors.HfHubHTTPError):
             return _of_status(cause.response.status_code, hub_id, page, name)
     if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes):
-        what = name or "this model"
-        problem = f"The cache of the hub lacks {what} of {hub_id}, and HF_HUB_OFFLINE is set"
+        problem = f"The cache of the hub lacks {name or 'this model'} of {hub_id}, and HF_HUB_OFFLINE is set"
         return DataError(f"{problem}. Unset it, or run where the cache has the model.")
     file = f"{name} of {hub_id}" if name else hub_id
     if any("Consistency check failed" in str(cause) for cause in causes):

@@ -47,7 +47,7 @@ class ImageSearch:
 
     def count_outside(self, tree: Path) -> None:
         """Count the images beside the folders of a tree."""
-        self.outside += len(_images_in(tree))
+        self.outside += count_images(tree)
 
     def of_class(self, *folders: Path) -> list[str]:
         """List the image files of one class, which are in one or more folders and in folders below.
@@ -76,11 +76,10 @@ class ImageSearch:
         """Log how many images are outside class folders, and how many files were skipped, by extension."""
         if self.outside:
             log.warning("%s: images in no class folder, left out: %d", self.root, self.outside)
-        if not self.passed_over:
-            return
-        if advice := _advice(self.passed_over):
+        advice = _advice(self.passed_over)
+        if advice:
             log.warning("%s: files passed over: %s. %s.", self.root, _counts(self.passed_over), advice)
-        else:
+        elif self.passed_over:
             log.info("%s: files passed over: %s", self.root, _counts(self.passed_over))
 
 
@@ -89,9 +88,9 @@ def has_images(folder: Path) -> bool:
     return next(_image_files(str(folder), Counter(), frozenset()), None) is not None
 
 
-def holds_images_itself(folder: Path) -> bool:
-    """Return whether image files are directly in a folder."""
-    return bool(_images_in(folder))
+def count_images(folder: Path) -> int:
+    """Return the number of image files directly in a folder."""
+    return sum(one.name.lower().endswith(ENDINGS) and not _is_folder(one) for one in _entries(str(folder)))
 
 
 def is_folder(path: Path) -> bool:
@@ -122,10 +121,6 @@ def _image_files(directory: str, passed_over: Counter[str], above: frozenset[tup
             yield entry.path
         else:
             passed_over[ending(entry.name)] += 1
-
-
-def _images_in(folder: Path) -> list[str]:
-    return [one.name for one in _entries(str(folder)) if one.name.lower().endswith(ENDINGS) and not _is_folder(one)]
 
 
 def _entries(directory: str) -> list[os.DirEntry[str]]:

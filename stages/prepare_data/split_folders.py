@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.errors import DataError
 from stages.prepare_data.file_names import canonical, some_folders
-from stages.prepare_data.image_search import has_images, holds_images_itself, subfolders
+from stages.prepare_data.image_search import count_images, has_images, subfolders
 
 _SPELLINGS = {
     "train": ("train", "training", "trn", "trainval"),
@@ -64,7 +64,7 @@ def find_splits(tree: Path) -> SplitFolders | None:
     others = [name for name in folders if name not in named]
     with_images = [name for name in others if has_images(tree / name)]
     if with_images:
-        if all(holds_images_itself(tree / name) or not subfolders(tree / name) for name in named):
+        if all(count_images(tree / name) or not subfolders(tree / name) for name in named):
             return None  # classes with such a name, like the train among vehicles
         raise DataError(
             f"{tree} holds folders named as splits ({some_folders(named)}) beside other folders with images "
@@ -105,7 +105,7 @@ def _unwrapped(tree: Path, is_wanted: Callable[[Path], bool]) -> Path:
     inner = tree
     for _ in range(_MAX_WRAPPERS):
         folders = subfolders(inner)
-        if len(folders) != 1 or _split_of(folders[0]) or holds_images_itself(inner):
+        if len(folders) != 1 or _split_of(folders[0]) or count_images(inner):
             break
         inner = inner / folders[0]
         if subfolders(inner) and is_wanted(inner):
@@ -124,7 +124,7 @@ def _chosen(tree: Path, splits: dict[str, list[str]], others: list[str]) -> Spli
             )
         if filled:
             folder_of[split] = _innermost(tree / filled[0], split)
-        unlabelled += [name for name in names if name not in filled and holds_images_itself(tree / name)]
+        unlabelled += [name for name in names if name not in filled and count_images(tree / name)]
     validation = folder_of.get("validation")
     train, test = folder_of.get("train"), folder_of.get("test", validation)
     if train is None or test is None:

@@ -18,7 +18,7 @@ from pipeline.errors import DataError
 from pipeline.io.system_errors import refusal
 from pipeline.settings.params import PrepareData
 from stages.prepare_data.file_names import canonical, some, some_folders, utf8
-from stages.prepare_data.image_search import ImageSearch, holds_images_itself, is_folder, subfolders
+from stages.prepare_data.image_search import ImageSearch, count_images, is_folder, subfolders
 from stages.prepare_data.lazy_images import ImageFiles, LazyImages
 from stages.prepare_data.split_folders import find_splits, is_split_tree, unwrapped, unwrapped_domains
 
@@ -117,7 +117,7 @@ def digits_five(root: Path, params: PrepareData) -> Source:
     """
     source = domain_folder(root, params, lambda digit: f"number {digit}", "that of its domains' data sets")
     expected = [f"number {digit}" for digit in range(10)]
-    require(source.class_names == expected, f"{root}: the class folders of every domain must be 0 to 9")
+    require(source.class_names == expected, f"{root}: the class folders of every domain must be 0 to 9.")
     return source
 
 
@@ -168,7 +168,7 @@ def _say_what_classes_hold(tree: Path) -> None:
     """Warn if the class folders look like domains, or like a folder around the classes."""
     classes = subfolders(tree)
     held = [subfolders(tree / name) for name in classes]
-    if len(held[0]) < 2 or any(holds_images_itself(tree / name) for name in classes):
+    if len(held[0]) < 2 or any(count_images(tree / name) for name in classes):
         return
     if len(classes) == 1:
         log.warning(

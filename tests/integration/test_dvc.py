@@ -62,18 +62,18 @@ def ran(output: str) -> set[str]:
     return {line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")}
 
 
-def test_nothing_runs_twice_and_a_comment_costs_nothing(root):
+def test_unchanged_project_and_comments_run_nothing(root):
     with (root / "params.yaml").open("a") as stream:
         stream.write("# a comment\n")
     assert ran(dvc(root, "repro")) == set()
 
 
-def test_speed_settings_cost_nothing(root):
+def test_runtime_settings_run_nothing(root):
     write_params(root, {**SWEEP, "runtime.unet_batch_size": 64})
     assert ran(dvc(root, "repro")) == set()
 
 
-def test_a_training_parameter_extracts_nothing_and_needs_no_weights(root):
+def test_training_parameter_runs_no_extraction_and_needs_no_weights(root):
     shutil.rmtree(root / "models")
     write_params(root, {**SWEEP, "train_fl.num_rounds": 3})
     assert ran(dvc(root, "repro")) == {*TRAINING, "report"}
@@ -89,7 +89,7 @@ def test_metrics_and_plots_are_declared(root):
     assert len((root / "report" / "curves.csv").read_text().splitlines()) == 1 + 2 * 3
 
 
-def test_the_report_depends_on_the_sweeps_own_runs(root):
+def test_report_depends_on_the_runs_of_the_sweep(root):
     def locked():
         lock = YAML(typ="safe").load((root / "dvc.lock").read_text(encoding="utf-8"))
         return {dep["path"]: dep.get("nfiles") for dep in lock["stages"]["report"]["deps"]}["results/.sweep"]
@@ -108,7 +108,7 @@ def test_the_report_depends_on_the_sweeps_own_runs(root):
     assert locked() == 2 and "up to date" in dvc(root, "status")
 
 
-def test_generated_images_are_made_first_and_their_change_trains_again(root):
+def test_training_depends_on_generated_images(root):
     prepare = [str(BIN / "pipeline"), "--quiet", "prepare-backbone"]
     subprocess.run(prepare, cwd=root, check=True, capture_output=True)  # another test removed the weights
     changes = SWEEP | {"sweep.methods": ["fedavg"], "train_fl.balance_with_synthetic": "mean"}
@@ -124,7 +124,7 @@ def test_generated_images_are_made_first_and_their_change_trains_again(root):
     assert ran(dvc(root, "repro", "train-fl")) == set()  # known, and no generated images are made for it
 
 
-def test_an_extraction_killed_under_dvc_resumes_on_the_next_repro(root):
+def test_extraction_killed_under_dvc_resumes_on_the_next_repro(root):
     write_params(root, {**SWEEP, "extract_features.timestep": 200, "extract_features.rows_per_shard": 10})
     shutil.rmtree(root / "models", ignore_errors=True)  # not DVC's: the extraction says how to make them again
     done = subprocess.run(

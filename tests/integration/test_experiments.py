@@ -29,7 +29,7 @@ def make(root, changes):
     git(root, "commit", "--quiet", "--message", "start")
 
 
-def test_another_timestep_as_an_experiment(tmp_path):
+def test_experiment_with_another_timestep(tmp_path):
     make(tmp_path, SWEEP | {"sweep.methods": ["feddifrc"]})
     dvc(tmp_path, "repro")
     git(tmp_path, "add", "--all")
@@ -104,7 +104,7 @@ def content_of(root, name):
     return FeatureSet(features).manifest.content
 
 
-def test_an_experiment_finds_every_file_that_only_the_project_has(with_files):
+def test_experiment_finds_untracked_files_of_the_project(with_files):
     output = dvc(with_files, "exp", "run", "--temp", "--name", "files", "extract-features")
     assert ran(output) == {"prepare-data", "prepare-backbone", "extract-features"}
     content = content_of(with_files, "files")
@@ -116,7 +116,7 @@ def test_an_experiment_finds_every_file_that_only_the_project_has(with_files):
     assert ["a photo of a house"] in content_of(with_files, "words").prompts
 
 
-def test_a_queued_experiment_finds_them_too(with_files):
+def test_queued_experiment_finds_untracked_files_of_the_project(with_files):
     denoise = "--set-param=extract_features.denoise_prompt=a photo"
     dvc(with_files, "exp", "run", "--queue", "--name", "queued", denoise, "extract-features")
     active = os.pathsep.join([str(BIN), os.environ["PATH"]])

@@ -121,7 +121,7 @@ def test_killed_extraction_resumes_with_identical_bytes(extracted, tmp_path):
             "holds no feature set (there is no such folder). Run `pipeline extract",
         ),
         (("prepare-data", "--source", "folder", "--path", "nowhere"), "nowhere is not a folder"),
-        (("prepare-backbone", "--source", "org/model"), "set prepare_backbone.revision to a commit of org/model"),
+        (("prepare-backbone", "--source", "org/model"), "No commit of org/model is given"),
         (("prepare-backbone", "--source", "some where"), "is neither embedded, nor a directory, nor a hub id"),
         (("report", "--set", "sweep.seeds=[7]"), "is missing. Run `pipeline train-fl --method fedavg"),
     ],
@@ -133,10 +133,10 @@ def test_user_error_is_one_line(project, arguments, message):
     assert len(result.output.strip().splitlines()) == 1
 
 
-def test_without_a_network_the_hub_is_one_line(project):
+def test_unreachable_hub_is_reported_on_one_line(project):
     result = invoke(project, "prepare-backbone", "--name", "x", "--source", "org/model", "--revision", "a" * 40)
     assert result.exit_code == 1
-    assert "the cache of the hub lacks this model of org/model, and HF_HUB_OFFLINE is set" in result.output
+    assert "The cache of the hub lacks this model of org/model, and HF_HUB_OFFLINE is set" in result.output
 
 
 COMMANDS = [

@@ -10,7 +10,7 @@ from tests.conftest import write_params
 
 
 @pytest.mark.parametrize("source", ["./sd", "../sd", "/models/sd", "~/sd", "$HOME/sd", "a/b/c", "sd/", "models/a/b"])
-def test_what_can_only_be_a_directory_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, source):
+def test_directory_path_is_recognised(tmp_path, monkeypatch, source):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     write_params(tmp_path, {"prepare_backbone.source": source})
     with pytest.raises(PipelineError, match="there is no such directory") as error:
@@ -22,5 +22,5 @@ def test_what_can_only_be_a_directory_is_not_looked_for_on_the_hub(tmp_path, mon
 @pytest.mark.parametrize(
     "source", ["org/model", "org/model@main", "https://huggingface.co/org/model/tree/main", "hf.co/org/model/tree/main"]
 )
-def test_what_names_a_model_on_the_hub_is_no_path(source):
+def test_hub_address_is_not_a_path(source):
     assert not address.is_path(source)

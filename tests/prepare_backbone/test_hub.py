@@ -58,7 +58,7 @@ def test_each_file_is_fetched_once_and_linked(tmp_path, hub, model):
     ("dtype", "variant", "fp16"),
     [("float32", "auto", False), ("bfloat16", "auto", True), ("float32", "fp16", True), ("float16", "none", False)],
 )
-def test_the_variant_follows_the_computation(tmp_path, hub, model, dtype, variant, fp16):
+def test_variant_follows_the_dtype(tmp_path, hub, model, dtype, variant, fp16):
     for name in WEIGHTS:
         shutil.copy(model / name, model / half(name))
     settings = {"extract_features__dtype": dtype, "prepare_backbone__variant": variant}
@@ -67,11 +67,11 @@ def test_the_variant_follows_the_computation(tmp_path, hub, model, dtype, varian
     assert manifest["variant"] == ("fp16" if fp16 else None) and UNET in manifest["files"]
 
 
-def test_a_repository_of_fp16_alone(tmp_path, hub, model):
+def test_repository_with_only_fp16_weights(tmp_path, hub, model):
     for name in WEIGHTS:
         rename(model, name, half(name))
     assert set(WEIGHTS) <= prepare(tmp_path)[0]["files"].keys()
-    with pytest.raises(PipelineError, match="as fp16 alone: set prepare_backbone.variant to auto"):
+    with pytest.raises(PipelineError, match="has unet only as fp16. Set prepare_backbone.variant to auto"):
         prepare(tmp_path, prepare_backbone__variant="none")
 
 
@@ -90,17 +90,17 @@ def test_shards_of_another_variant_are_neither_fetched_nor_hashed(tmp_path, hub,
             r"org/model is gated. Accept its terms at http://.*/org/model, then log in with `hf auth login`",
         ),
         ({"gated": 403}, "the account of the token in use has no access"),
-        ({"private": True}, "the hub has no model org/model, or it is private"),
+        ({"private": True}, "The hub has no model org/model, or it is private"),
     ],
 )
-def test_a_refusal_says_what_to_do(tmp_path, hub, fault, message):
+def test_error_of_the_hub_says_what_to_do(tmp_path, hub, fault, message):
     hub.faults = fault
     with pytest.raises(PipelineError, match=message):
         prepare(tmp_path)
     assert hub.weights() == []
 
 
-def test_a_typo_in_the_commit_keeps_the_model(tmp_path, hub):
+def test_wrong_commit_keeps_the_previous_model(tmp_path, hub):
     _, folder = prepare(tmp_path)
     with pytest.raises(PipelineError, match="org/model has no revision dddd"):
         prepare(tmp_path, revision="d" * 40)
@@ -108,18 +108,18 @@ def test_a_typo_in_the_commit_keeps_the_model(tmp_path, hub):
 
 
 @pytest.mark.parametrize("source", ["org/model", "org/model@main", "{url}/org/model", "{url}/org/model/tree/main"])
-def test_a_branch_is_refused_with_its_commit(tmp_path, hub, source):
+def test_branch_is_rejected_with_its_commit(tmp_path, hub, source):
     with pytest.raises(PipelineError, match=f"main is at {COMMIT} now"):
         prepare(tmp_path, source=source.format(url=hub.url), revision=None)
 
 
 @pytest.mark.parametrize("source", ["org/model@{commit}", "{url}/org/model/commit/{commit}"])
-def test_the_commit_may_stand_in_the_source(tmp_path, hub, source):
+def test_commit_may_be_part_of_the_source(tmp_path, hub, source):
     manifest, _ = prepare(tmp_path, source=source.format(url=hub.url, commit=COMMIT), revision=None)
     assert (manifest["source"], manifest["revision"]) == ("org/model", COMMIT)
 
 
-def test_a_flipped_bit_is_not_adopted(tmp_path, hub, model):
+def test_download_with_a_flipped_bit_is_rejected(tmp_path, hub, model):
     hub.faults = {"corrupt": UNET}
     with pytest.raises(PipelineError, match=f"the bytes of {UNET} differ from the hash that the hub lists"):
         prepare(tmp_path)
@@ -128,7 +128,7 @@ def test_a_flipped_bit_is_not_adopted(tmp_path, hub, model):
     prepare(tmp_path)
 
 
-def test_bit_rot_in_the_cache_is_replaced(tmp_path, hub, model):
+def test_damaged_file_in_the_cache_is_downloaded_again(tmp_path, hub, model):
     manifest, folder = prepare(tmp_path)
     blob = (folder / UNET).resolve()
     blob.write_bytes(b"\0" + blob.read_bytes()[1:])
@@ -136,7 +136,7 @@ def test_bit_rot_in_the_cache_is_replaced(tmp_path, hub, model):
     assert (folder / UNET).read_bytes() == (model / UNET).read_bytes()
 
 
-def test_without_the_hub_the_cache_will_do_and_is_checked(tmp_path, hub, monkeypatch):
+def test_unreachable_hub_falls_back_to_the_checked_cache(tmp_path, hub, monkeypatch):
     manifest, folder = prepare(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     close_session()
@@ -147,7 +147,7 @@ def test_without_the_hub_the_cache_will_do_and_is_checked(tmp_path, hub, monkeyp
         prepare(tmp_path)
 
 
-def test_without_the_hub_the_same_files_are_chosen_as_with_it(tmp_path, hub, model, monkeypatch):
+def test_same_files_are_selected_without_the_hub(tmp_path, hub, model, monkeypatch):
     shutil.copy(model / WEIGHTS[0], model / half(WEIGHTS[0]))
     full = prepare(tmp_path)[0]
     half_wanted = {"extract_features__dtype": "bfloat16"}
@@ -162,7 +162,7 @@ def test_without_the_hub_the_same_files_are_chosen_as_with_it(tmp_path, hub, mod
 
 
 @pytest.mark.parametrize("linked", [False, True])
-def test_a_source_inside_the_folder_that_is_replaced_is_refused(tmp_path, linked):
+def test_source_inside_the_replaced_folder_is_rejected(tmp_path, linked):
     folder = tmp_path / "models" / "m"
     shutil.copytree(SHIPPED, folder)
     source = folder
@@ -182,7 +182,7 @@ def test_a_source_inside_the_folder_that_is_replaced_is_refused(tmp_path, linked
         ((SHIPPED / UNET).read_bytes()[:-1], "is not a complete safetensors file"),
     ],
 )
-def test_weights_of_a_directory_that_cannot_be_loaded_keep_the_old_model(tmp_path, content, message):
+def test_invalid_directory_keeps_the_previous_model(tmp_path, content, message):
     prepare(tmp_path, source="embedded", revision=None)
     shutil.copytree(SHIPPED, tmp_path / "other")
     (tmp_path / "other" / UNET).write_bytes(content)
@@ -191,13 +191,13 @@ def test_weights_of_a_directory_that_cannot_be_loaded_keep_the_old_model(tmp_pat
     assert (tmp_path / "models" / "m" / UNET).read_bytes() == (SHIPPED / UNET).read_bytes()
 
 
-def test_a_broken_connection_is_tried_again(tmp_path, hub, model):
+def test_broken_connection_is_retried(tmp_path, hub, model):
     hub.faults = {"drop": UNET}
     manifest, _ = prepare(tmp_path)
     assert manifest["files"][UNET] == digests(model / UNET)[0]
 
 
-def test_what_a_killed_download_left_is_removed(tmp_path, hub, model):
+def test_leftovers_of_a_killed_download_are_removed(tmp_path, hub, model):
     prepare(tmp_path)
     blobs = next((tmp_path / "cache").glob("*/blobs"))
     leftovers = [
@@ -209,7 +209,7 @@ def test_what_a_killed_download_left_is_removed(tmp_path, hub, model):
     assert not any(leftover.exists() for leftover in leftovers)
 
 
-def test_weights_as_bin_are_refused_before_any_is_fetched(tmp_path, hub, model):
+def test_bin_weights_are_rejected_before_any_download(tmp_path, hub, model):
     rename(model, UNET, "unet/diffusion_pytorch_model.bin")
     with pytest.raises(PipelineError, match="but diffusion_pytorch_model.bin, which may hold code. Convert it with"):
         prepare(tmp_path)
@@ -227,7 +227,7 @@ def test_weights_as_bin_are_refused_before_any_is_fetched(tmp_path, hub, model):
         ("unet", {"cross_attention_dim": 96}, "cross_attention_dim 96, but its text encoders give 64"),
     ],
 )
-def test_a_unet_that_wants_other_inputs_is_refused(tmp_path, hub, model, part, changes, message):
+def test_unet_with_other_inputs_is_rejected(tmp_path, hub, model, part, changes, message):
     file = model / part / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(PipelineError, match=message):
@@ -235,15 +235,15 @@ def test_a_unet_that_wants_other_inputs_is_refused(tmp_path, hub, model, part, c
     assert hub.weights() == []
 
 
-def test_lora_alone_is_refused(tmp_path, hub, model):
+def test_lora_without_its_model_is_rejected(tmp_path, hub, model):
     shutil.rmtree(model)
     model.mkdir()
     (model / "pytorch_lora_weights.safetensors").write_bytes(b"x")
-    with pytest.raises(PipelineError, match="holds LoRA weights alone"):
+    with pytest.raises(PipelineError, match="holds only LoRA weights"):
         prepare(tmp_path)
 
 
-def test_a_directory_of_fp16_alone_and_a_revision_left_over(tmp_path, hub, model, caplog):
+def test_directory_with_only_fp16_weights_and_an_unused_revision(tmp_path, hub, model, caplog):
     for name in WEIGHTS:
         rename(model, name, half(name))
     rename(model, half(WEIGHTS[0]), "text_encoder/model.fp16-00001-of-00001.safetensors")

@@ -19,7 +19,7 @@ from tests.prepare_backbone.hub_server import COMMIT
 SNIPPET = re.search(r"```python\n(.*?)```", (REPOSITORY / "docs" / "models.md").read_text(), re.DOTALL)[1]
 
 
-def test_the_conversion_of_dit_keeps_its_classes(tmp_path, hub):
+def test_conversion_of_dit_keeps_its_classes(tmp_path, hub):
     published = tiny_models.dit(hub.root / "org" / "dit")
     index = json.loads((published / "model_index.json").read_text()) | {"_class_name": "DiTPipeline"}
     (published / "model_index.json").write_text(json.dumps(index))
@@ -43,7 +43,7 @@ def test_the_conversion_of_dit_keeps_its_classes(tmp_path, hub):
         select(Directory(tmp_path / "converted"), "auto", prefer_fp16=False)
 
 
-def test_pixart_as_published_has_spiece_model_alone(tmp_path):
+def test_published_pixart_has_only_spiece_model(tmp_path):
     path = tiny_models.pixart(tmp_path / "m")
     for file in (path / "tokenizer").glob("tokenizer.json"):
         file.unlink()

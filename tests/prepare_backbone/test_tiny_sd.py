@@ -19,7 +19,7 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in sorted(folder.rglob("*.safetensors"))}
 
 
-def test_training_is_seeded_and_writes_what_is_shipped(tmp_path):
+def test_training_is_seeded_and_writes_the_shipped_files(tmp_path):
     tiny_sd.train(tmp_path / "a", SHORT)
     tiny_sd.train(tmp_path / "b", SHORT)
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
@@ -46,7 +46,7 @@ def test_the_corpus_is_seeded_and_holds_white_digits_on_black():
 
 
 @pytest.mark.parametrize("digits", [(0, 1), (4, 7)])
-def test_the_shipped_model_draws_what_it_is_told(digits):
+def test_shipped_model_draws_the_prompted_digit(digits):
     """Images generated for a prompt are nearer to the corpus' mean image of that digit than to the other digit's."""
     pairs = list(corpus.render_digits(400, seeding.numpy_generator(1, "x")))
     means = [np.mean([image for image, digit in pairs if digit == wanted], axis=0) for wanted in digits]

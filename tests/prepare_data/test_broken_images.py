@@ -27,8 +27,8 @@ def folder(tmp_path):
             save_plain(root / "test" / name / f"{number}.png", (label, number, 1))
     (root / "train/a/05.png").write_bytes(b"")
     (root / "train/b/00.png").write_text("404")
-    whole = (root / "test/a/1.png").read_bytes()
-    (root / "test/a/1.png").write_bytes(whole[:-25])
+    content = (root / "test/a/1.png").read_bytes()
+    (root / "test/a/1.png").write_bytes(content[:-25])
     return root
 
 
@@ -39,7 +39,7 @@ def small_tasks(monkeypatch):
     monkeypatch.setattr(images, "BLOCK_BYTES", 5 * 3 * 8 * 8)
 
 
-def test_stop_names_all_of_both_splits_and_leaves_nothing(prepare, folder):
+def test_stop_names_broken_images_of_both_splits_and_writes_nothing(prepare, folder):
     result = prepare(source="folder", path=folder)
     assert result.exit_code == 1
     splits, error = result.output.splitlines()
@@ -49,7 +49,7 @@ def test_stop_names_all_of_both_splits_and_leaves_nothing(prepare, folder):
     assert list(result.folder.parent.iterdir()) == []
 
 
-def test_stop_counts_those_beyond_the_first_and_lists_all_in_a_file(prepare, folder):
+def test_stop_lists_all_broken_images_in_a_file(prepare, folder):
     for number in range(6, 10):
         (folder / f"train/a/{number:02d}.png").write_bytes(b"")
     result = prepare(source="folder", path=folder)
@@ -65,7 +65,7 @@ def test_stop_counts_those_beyond_the_first_and_lists_all_in_a_file(prepare, fol
 
 @pytest.mark.parametrize("broken_images", ["stop", "skip"])
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that gives an I/O error")
-def test_a_refusal_of_the_system_is_no_broken_image(prepare, tmp_path, broken_images):
+def test_system_error_is_not_a_broken_image(prepare, tmp_path, broken_images):
     for name in "ab":
         for number in range(5):
             save_plain(tmp_path / "in" / name / f"{number}.png", (1, number, 0))
@@ -75,7 +75,7 @@ def test_a_refusal_of_the_system_is_no_broken_image(prepare, tmp_path, broken_im
     assert "broken" not in result.output and not result.folder.exists()
 
 
-def test_stop_keeps_the_set_that_stood_before(prepare, folder):
+def test_stop_keeps_the_previous_data_set(prepare, folder):
     before = prepare(source="digits").dataset.hash
     result = prepare(source="folder", path=folder)
     assert result.exit_code == 1
@@ -83,7 +83,7 @@ def test_stop_keeps_the_set_that_stood_before(prepare, folder):
     assert [path.name for path in result.folder.parent.iterdir()] == ["probe"]
 
 
-def test_skip_lists_them_and_the_index_stays_dense(prepare, folder):
+def test_skip_lists_broken_images_and_keeps_the_index_dense(prepare, folder):
     result = prepare(source="folder", path=folder, broken_images="skip")
     assert "broken images left out: 3, the first is train/a/05.png (is empty)" in result.output
     dataset = result.dataset
@@ -98,7 +98,7 @@ def test_skip_lists_them_and_the_index_stays_dense(prepare, folder):
     assert (dataset.rows("test"), test.labels.tolist()) == (3, [0, 1, 1])
 
 
-def test_skipping_gives_the_bytes_of_a_folder_without_them(prepare, folder):
+def test_skipping_equals_a_folder_without_the_broken_images(prepare, folder):
     skipped = prepare(source="folder", path=folder, broken_images="skip").folder
     files = {name: (skipped / name).read_bytes() for name in ("train.h5", "test.h5")}
     for path in BROKEN:
@@ -110,14 +110,14 @@ def test_skipping_gives_the_bytes_of_a_folder_without_them(prepare, folder):
     assert {path.name: path.read_bytes() for path in prepare(source="folder", path=moved).folder.iterdir()} == again
 
 
-def test_a_split_without_one_readable_image_is_named(prepare, folder):
+def test_split_without_readable_images_is_reported(prepare, folder):
     for path in (folder / "test").glob("*/*"):
         path.write_bytes(b"")
     result = prepare(source="folder", path=folder, broken_images="skip")
     assert "the test split has no readable image. The first is test/a/0.png (is empty)" in result.output
 
 
-def test_a_broken_image_outside_the_subset_does_no_harm(prepare, folder):
+def test_broken_image_outside_the_subset_is_ignored(prepare, folder):
     (folder / "test/a/1.png").unlink()
     save_plain(folder / "train/b/00.png", (1, 0, 0))
     chosen = None
@@ -139,7 +139,7 @@ def test_names_that_are_not_utf8(prepare, folder):
     assert "name is not UTF-8 (" in prepare(source="folder", path=folder).output
 
 
-def test_order_does_not_depend_on_which_image_is_ready_first(prepare, tmp_path):
+def test_order_does_not_depend_on_reading_speed(prepare, tmp_path):
     # the first images are large and slow, the later ones small
     for number in range(30):
         for half in ("train", "test"):
@@ -150,7 +150,7 @@ def test_order_does_not_depend_on_which_image_is_ready_first(prepare, tmp_path):
     assert [red for red, _, _ in colours(data.images)] == list(range(30))
 
 
-def test_a_class_folder_in_a_loop_and_a_folder_named_as_an_image(prepare, tmp_path):
+def test_circular_link_and_folder_named_like_an_image(prepare, tmp_path):
     root = tmp_path / "odd"
     save_plain(root / "a" / "x.png" / "0.png", (1, 2, 3))
     save_plain(root / "a" / "1.png", (1, 2, 3))
@@ -162,7 +162,7 @@ def test_a_class_folder_in_a_loop_and_a_folder_named_as_an_image(prepare, tmp_pa
     ]
 
 
-def test_digits_are_what_they_have_always_been(prepare):
+def test_digits_hash_is_unchanged(prepare):
     """Guard of a data set that results were published with: golden, from its first preparation at 32 pixels."""
     dataset = prepare(source="digits", image_size=32).dataset
     train, test = (dataset.manifest.splits[split].sha256 for split in ("train", "test"))
@@ -186,6 +186,6 @@ def test_digits_by_hand(prepare):
     assert dataset.class_names[7] == "handwritten number 7"
 
 
-def test_a_pipe_with_the_name_of_an_image_is_not_waited_for(prepare, folder):
+def test_pipe_named_like_an_image_does_not_block(prepare, folder):
     os.mkfifo(folder / "train" / "a" / "00-pipe.jpg")
     assert "train/a/00-pipe.jpg (is not a file)" in prepare(source="folder", path=folder).output

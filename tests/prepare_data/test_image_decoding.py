@@ -24,7 +24,7 @@ def save(tmp_path, image, name="image.png", **options):
     return tmp_path / name
 
 
-def test_an_image_of_the_wanted_size_is_kept_exactly(tmp_path):
+def test_image_of_the_configured_size_is_unchanged(tmp_path):
     rgb = np.stack([RAMP, RAMP.T, 255 - RAMP], axis=2)
     assert np.array_equal(read_image(save(tmp_path, Image.fromarray(rgb)), 8), rgb)
 
@@ -35,7 +35,7 @@ def test_grey_and_bilevel_become_three_equal_channels(tmp_path):
         assert all(np.array_equal(pixels[..., channel], expected) for channel in range(3))
 
 
-def test_transparent_pixels_show_white(tmp_path):
+def test_transparent_pixels_become_white(tmp_path):
     rgba = np.zeros((8, 8, 4), np.uint8)
     rgba[:4] = (200, 100, 0, 255)
     rgba[4:] = (200, 100, 0, 0)
@@ -50,7 +50,7 @@ def test_half_transparent_grey_is_mixed_with_white(tmp_path):
 
 
 @pytest.mark.parametrize("transparency", [None, b"\xff\x00"])
-def test_a_palette_is_looked_up(tmp_path, transparency):
+def test_palette_is_converted(tmp_path, transparency):
     image = Image.fromarray(np.repeat([[0], [1]], 4, axis=0).astype(np.uint8) * np.ones(8, np.uint8), "P")
     image.putpalette([10, 20, 30, 40, 50, 60])
     options = {} if transparency is None else {"transparency": transparency}
@@ -76,7 +76,7 @@ def test_16_bits_are_scaled_not_clipped(tmp_path, name):
 
 
 @pytest.mark.parametrize("values", [np.full((8, 8), 0.5, np.float32), np.full((8, 8), -3, np.int32)])
-def test_pixels_without_a_known_range_are_refused(tmp_path, values):
+def test_pixels_of_unknown_range_are_rejected(tmp_path, values):
     with pytest.raises(BrokenImageError, match="range is unknown"):
         read_image(save(tmp_path, Image.fromarray(values), "image.tif"), 8)
 
@@ -104,7 +104,7 @@ def test_damaged_exif_data_does_not_break_an_image_of_any_format(tmp_path, forma
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
-def test_an_orientation_beside_a_damaged_tag_still_counts(tmp_path, format):
+def test_orientation_beside_a_damaged_tag_is_applied(tmp_path, format):
     # tag 0x0112 (orientation) = 6, then tag 0x011A (a rational) as text: it cannot be written again
     tags = b"\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06\x00\x00" + b"\x01\x1a\x00\x02\x00\x00\x00\x01A\x00\x00\x00"
     exif = b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x02" + tags + bytes(4)
@@ -114,7 +114,7 @@ def test_an_orientation_beside_a_damaged_tag_still_counts(tmp_path, format):
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "AVIF"])
-def test_half_a_file_is_broken_in_every_format(tmp_path, format):
+def test_truncated_file_is_broken_in_every_format(tmp_path, format):
     path = save(
         tmp_path, Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)), format=format
     )
@@ -124,13 +124,13 @@ def test_half_a_file_is_broken_in_every_format(tmp_path, format):
         read_image(path, 8)
 
 
-def test_a_long_note_does_not_break_a_png(tmp_path):
+def test_long_text_chunk_does_not_break_a_png(tmp_path):
     note = PngImagePlugin.PngInfo()
     note.add_itxt("XML:com.adobe.xmp", "x" * 2_000_000, zip=True)
     assert (read_image(save(tmp_path, Image.new("L", (8, 8), 90), pnginfo=note), 8) == 90).all()
 
 
-def test_the_first_frame_of_an_animation_is_taken(tmp_path):
+def test_first_frame_of_an_animation_is_used(tmp_path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     path = save(tmp_path, frames[0], "image.gif", save_all=True, append_images=frames[1:])
     assert (read_image(path, 8) == (255, 0, 0)).all()
@@ -151,7 +151,7 @@ def test_half_size_is_the_crop_resized_bicubically(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (7, 50_000)])
-def test_thin_images_do_not_blow_up(tmp_path, size):
+def test_very_thin_images_are_resized(tmp_path, size):
     pixels = read_image(save(tmp_path, Image.new("RGB", size, (9, 8, 7))), 64)
     assert pixels.shape == (64, 64, 3) and (pixels == (9, 8, 7)).all()
 
@@ -187,7 +187,7 @@ def half_a_jpeg():
     ],
     ids=["empty", "html", "half", "no-data", "bomb", "png", "gif", "tiff", "pgm"],
 )
-def test_a_broken_file_says_why_without_its_path(tmp_path, content, reason):
+def test_reason_of_a_broken_file_omits_its_path(tmp_path, content, reason):
     path = tmp_path / "image.png"
     path.write_bytes(content)
     with pytest.raises(BrokenImageError, match=reason) as caught:
@@ -195,7 +195,7 @@ def test_a_broken_file_says_why_without_its_path(tmp_path, content, reason):
     assert str(tmp_path) not in str(caught.value)
 
 
-def test_a_missing_file_and_a_loop_of_links_are_broken(tmp_path):
+def test_missing_file_and_circular_link_are_broken(tmp_path):
     with pytest.raises(BrokenImageError, match="No such file"):
         read_image(tmp_path / "image.png", 8)
     (tmp_path / "loop.png").symlink_to("loop.png")
@@ -203,7 +203,7 @@ def test_a_missing_file_and_a_loop_of_links_are_broken(tmp_path):
         read_image(tmp_path / "loop.png", 8)
 
 
-def test_a_fault_of_the_system_is_not_the_images(tmp_path):
+def test_system_error_is_not_blamed_on_the_image(tmp_path):
     path = save(tmp_path, Image.new("L", (8, 8)))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
@@ -214,7 +214,7 @@ def test_a_fault_of_the_system_is_not_the_images(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_a_fault_of_the_system_is_not_the_folders(tmp_path):
+def test_system_error_is_not_blamed_on_the_folder(tmp_path):
     (tmp_path / "a").mkdir()
     save(tmp_path / "a", Image.new("L", (8, 8)))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

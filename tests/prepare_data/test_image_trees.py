@@ -30,7 +30,7 @@ def test_class_folders_in_sorted_order_are_the_labels(prepare, tmp_path):
             assert dataset.class_names[label] == f"kind {red}"
 
 
-def test_a_tree_is_read_as_torchvision_reads_it(prepare, tmp_path):
+def test_tree_is_read_like_torchvisions_imagefolder(prepare, tmp_path):
     from torchvision.datasets import ImageFolder
 
     for path in ("b/2.png", "b/10.png", "b/sub/1.png", "a/x.PNG", "a/y.png", "a-b/z.png", "a/sub dir/w.png"):
@@ -42,7 +42,7 @@ def test_a_tree_is_read_as_torchvision_reads_it(prepare, tmp_path):
     assert np.array_equal(data.images, np.stack([np.asarray(image) for image, _ in reference]))
 
 
-def test_val_is_the_test_split_where_there_is_no_test(prepare, tmp_path):
+def test_val_is_the_test_split_if_there_is_no_test(prepare, tmp_path):
     tree(tmp_path / "in" / "train", ["a", "b"], 2)
     tree(tmp_path / "in" / "val", ["a", "b"], 1, start=100)
     dataset = prepare(source="folder", path=tmp_path / "in").dataset
@@ -50,7 +50,7 @@ def test_val_is_the_test_split_where_there_is_no_test(prepare, tmp_path):
     assert colours(dataset.load("test").images) == [(100, 0, 7), (101, 0, 7)]
 
 
-def test_files_that_are_no_images_and_loops_are_passed_by(prepare, tmp_path):
+def test_other_files_and_circular_links_are_skipped(prepare, tmp_path):
     tree(tmp_path / "in", ["a", "b"])
     for name in ("notes.txt", ".DS_Store", "._0.png", "Thumbs.db"):
         (tmp_path / "in" / "a" / name).write_bytes(b"no image")
@@ -63,13 +63,13 @@ def test_files_that_are_no_images_and_loops_are_passed_by(prepare, tmp_path):
     assert dataset.rows("train") + dataset.rows("test") == 10
 
 
-def test_names_in_any_script_and_one_form(prepare, tmp_path):
+def test_names_in_any_script_are_normalised(prepare, tmp_path):
     tree(tmp_path / "in", ["cafe\u0301", "猫", "пёс_и_кот"])
     dataset = prepare(source="folder", path=tmp_path / "in").dataset
     assert dataset.class_names == ["caf\u00e9", "пёс и кот", "猫"]
 
 
-def test_a_subset_is_stratified_and_nested_in_the_whole(prepare, tmp_path):
+def test_subset_is_stratified_and_nested(prepare, tmp_path):
     tree(tmp_path / "in" / "train", ["a", "b"], 10)
     tree(tmp_path / "in" / "test", ["a", "b"], 1)
     data = prepare(source="folder", path=tmp_path / "in", train_subset=6).dataset.load("train")
@@ -104,7 +104,7 @@ def test_a_subset_of_domains_keeps_their_shares(prepare, tmp_path):
     assert np.bincount(2 * data.domains + data.labels).tolist() == [10, 10, 5, 5]
 
 
-def test_a_tree_of_domains_read_as_a_folder_is_remarked_on(prepare, tmp_path):
+def test_tree_of_domains_read_as_classes_gives_a_warning(prepare, tmp_path):
     for domain in ("amazon", "dslr"):
         tree(tmp_path / "in" / domain, ["bike", "mug"])
     remark = "holds folders named bike, mug. If the folders are domains, not classes, set prepare_data.source: domain"
@@ -114,13 +114,13 @@ def test_a_tree_of_domains_read_as_a_folder_is_remarked_on(prepare, tmp_path):
     assert "domain-folder" not in prepare(source="folder", path=tmp_path / "plain").output
 
 
-def test_two_folders_of_one_class_name_are_an_error(prepare, tmp_path):
+def test_two_folders_with_one_class_name_are_rejected(prepare, tmp_path):
     tree(tmp_path / "in", ["a_b", "a b"])
     result = prepare(source="folder", path=tmp_path / "in")
-    assert result.exit_code == 1 and "named 'a b'" in result.output.splitlines()[-1]
+    assert result.exit_code == 1 and "have the same name ('a b';" in result.output.splitlines()[-1]
 
 
-def test_digits_five_is_named_in_words(prepare, tmp_path):
+def test_digits_five_class_names_are_words(prepare, tmp_path):
     for domain in ("mnist", "syn"):
         tree(tmp_path / "in" / domain, map(str, range(10)), 2)
     dataset = prepare(source="digits-five", path=tmp_path / "in").dataset
@@ -172,7 +172,7 @@ def test_tiny_imagenet_names_are_words_in_label_order(prepare, tmp_path):
         ),
     ],
 )
-def test_what_tiny_imagenet_lacks_is_named(prepare, tmp_path, spoil, message):
+def test_missing_file_of_tiny_imagenet_is_named(prepare, tmp_path, spoil, message):
     tiny_imagenet(tmp_path / "in")
     spoil(tmp_path / "in")
     result = prepare(source="tiny-imagenet", path=tmp_path / "in")
@@ -213,7 +213,7 @@ def spoil_empty_class(root):
         ("tiny-imagenet", lambda root: root.mkdir(), "Unpack tiny-imagenet-200.zip"),
     ],
 )
-def test_what_is_wrong_with_a_tree_is_one_line(prepare, tmp_path, source, make, message):
+def test_invalid_tree_is_reported_on_one_line(prepare, tmp_path, source, make, message):
     make(tmp_path / "in")
     result = prepare(source=source, path=tmp_path / "in")
     assert result.exit_code == 1

@@ -22,7 +22,7 @@ def tree(root, classes, per_class=5):
     ["@eaDir", "__MACOSX", ".ipynb_checkpoints", "._0.png", "Thumbs.db", "THUMBS.DB", "$RECYCLE.BIN", "#recycle",
      "System Volume Information", "lost+found", "desktop.ini", ".DS_Store", ".AppleDouble", "__pycache__", ".git"],
 )  # fmt: skip
-def test_what_systems_leave_is_neither_a_class_nor_an_image(prepare, tmp_path, name):
+def test_leftovers_are_neither_classes_nor_images(prepare, tmp_path, name):
     root = tree(tmp_path / "in", ["a", "b"])
     expected = prepare(source="folder", path=root).dataset.hash
     save_plain(root / name / "x" / "0.png", (9, 9, 9))
@@ -35,11 +35,11 @@ def test_what_systems_leave_is_neither_a_class_nor_an_image(prepare, tmp_path, n
     assert prepare(source="domain-folder", path=domains).dataset.domain_names == ["d"]
 
 
-def test_ordinary_names_are_no_leftovers():
+def test_ordinary_names_are_not_leftovers():
     assert not any(map(is_leftover, ("recycling bin", "git", "Thumbs", "@home", "lost", "macosx", "~cat")))
 
 
-def test_files_passed_over_are_counted_by_ending(prepare, tmp_path):
+def test_skipped_files_are_counted_by_extension(prepare, tmp_path):
     root = tree(tmp_path / "in", ["a", "b"])
     for name in ("a/1.JXL", "a/2.jxl", "b/3.jxl", "a/README", "b/x.txt", "a/y.b c", "a/Thumbs.db"):
         (root / name).write_bytes(b"x")
@@ -52,7 +52,7 @@ def test_files_passed_over_are_counted_by_ending(prepare, tmp_path):
     assert "images in no class folder, left out: 2" in prepare(source="folder", path=tmp_path / "split").output
 
 
-def test_a_class_of_files_that_are_not_read_is_an_error_that_counts_them(prepare, tmp_path):
+def test_class_without_readable_images_is_rejected_with_counts(prepare, tmp_path):
     root = tree(tmp_path / "in", ["a"])
     (root / "b").mkdir()
     for number in range(3):
@@ -111,7 +111,7 @@ def test_two_forms_of_one_name_are_one_class(prepare, tmp_path):
     assert [red for red, _, _ in colours(dataset.load("train").images)] == [0, 1, 0, 1]
 
 
-def test_thin_classes_are_said_in_a_line_each_kind(prepare, tmp_path):
+def test_small_classes_are_reported_on_one_line_per_kind(prepare, tmp_path):
     root = tmp_path / "in"
     for name, train, test in (("full", 3, 2), ("lone", 1, 0), ("untested", 4, 0), ("untrained", 0, 2), ("none", 0, 0)):
         for half, count in (("train", train), ("test", test)):
@@ -127,7 +127,7 @@ def test_thin_classes_are_said_in_a_line_each_kind(prepare, tmp_path):
     ]
 
 
-def test_only_empty_class_folders_are_an_error(prepare, tmp_path):
+def test_only_empty_class_folders_are_rejected(prepare, tmp_path):
     (tmp_path / "in" / "a" / "@eaDir").mkdir(parents=True)
     result = prepare(source="folder", path=tmp_path / "in")
     assert (result.exit_code, result.output.count("\n")) == (1, 1)
@@ -141,7 +141,7 @@ def test_names_without_words_and_names_that_differ_in_case():
     assert differing_in_case(["Cat", "dog", "cat", "STRASSE", "straße"]) == ["Cat", "cat", "STRASSE", "straße"]
 
 
-def test_odd_names_are_a_warning_with_what_to_do(prepare, tmp_path):
+def test_unusual_names_give_a_warning_with_advice(prepare, tmp_path):
     output = prepare(source="folder", path=tree(tmp_path / "in", ["n02687172", "Cat", "cat"])).output
     assert "mean nothing in a prompt: n02687172 (1 of 3)" in output
     assert "read them as one: Cat, cat" in output

@@ -43,7 +43,7 @@ def test_spellings_of_splits(prepare, tmp_path, train, test):
     assert result.output.count("\n") == 3  # the splits, the numbers, the folder
 
 
-def test_splits_with_letters_are_not_taken_for_classes(prepare, tmp_path):
+def test_splits_with_letters_are_not_read_as_classes(prepare, tmp_path):
     names = ("trainA", "trainB", "testA", "testB")
     for number, name in enumerate(names):
         save_plain(tmp_path / "in" / name / "0.png", (number, 2, 3))
@@ -52,14 +52,14 @@ def test_splits_with_letters_are_not_taken_for_classes(prepare, tmp_path):
     assert "folders named as splits with a letter (testA, testB, trainA, trainB)" in result.output
 
 
-def test_a_validation_split_beside_a_test_split_is_left_out_and_said(prepare, tmp_path):
+def test_validation_split_beside_a_test_split_is_left_out_and_logged(prepare, tmp_path):
     layout = {"train": "train", "test": "test", "Validation": "validation"}
     result = prepare(source="folder", path=make(tmp_path / "in", layout))
     assert splits_of(result.dataset) == expected()
     assert "Validation/ is left out (to train on it too, move its images into train/)" in result.output
 
 
-def test_a_test_split_without_class_folders_gives_way_to_the_validation_split(prepare, tmp_path):
+def test_validation_split_replaces_a_test_split_without_class_folders(prepare, tmp_path):
     root = make(tmp_path / "in", {"train": "train", "val": "validation"})
     save_plain(root / "test" / "0.png", (1, 2, 3))
     (root / "labels").mkdir()
@@ -83,7 +83,7 @@ def test_a_class_named_train_among_classes_is_a_class(prepare, tmp_path):
     assert prepare(source="folder", path=tmp_path / "in").dataset.class_names == ["bus", "car", "train"]
 
 
-def test_domains_have_splits_in_spellings_of_their_own(prepare, tmp_path):
+def test_domains_may_spell_their_splits_differently(prepare, tmp_path):
     layout = {"a/train": "train", "a/valid": "test", "b/Training": "train", "b/Testing": "test"}
     result = prepare(source="domain-folder", path=make(tmp_path / "in", layout))
     assert result.dataset.domain_names == ["a", "b"]
@@ -109,28 +109,28 @@ def test_domains_have_splits_in_spellings_of_their_own(prepare, tmp_path):
         ("domain-folder", {"train": "train", "test": "test"}, "holds splits (test, train), not domains"),
     ],
 )
-def test_what_can_be_read_in_two_ways_is_one_line(prepare, tmp_path, source, layout, message):
+def test_ambiguous_tree_is_rejected_on_one_line(prepare, tmp_path, source, layout, message):
     result = prepare(source=source, path=make(tmp_path / "in", layout))
     assert (result.exit_code, result.output.count("\n")) == (1, 1)
     assert message in result.output
 
 
 @pytest.mark.parametrize("halves", [("cat/train", "cat/test"), ("cat/Training", "cat/valid")])
-def test_splits_inside_class_folders_are_refused(prepare, tmp_path, halves):
+def test_splits_inside_class_folders_are_rejected(prepare, tmp_path, halves):
     for folder in (*halves, "dog"):
         save_plain(tmp_path / "in" / folder / "0.png", (1, 2, 3))
     result = prepare(source="folder", path=tmp_path / "in")
     assert result.exit_code == 1 and "Arrange the tree as <split>/<class>/<image>" in result.output
 
 
-def test_images_without_class_folders_have_no_labels(prepare, tmp_path):
+def test_images_without_class_folders_are_rejected(prepare, tmp_path):
     for split in ("train", "test"):
         save_plain(tmp_path / "in" / split / "0.png", (1, 2, 3))
     result = prepare(source="folder", path=tmp_path / "in")
     assert result.exit_code == 1 and "Images without class folders: test, train" in result.output
 
 
-def test_one_folder_around_classes_is_remarked_on(prepare, tmp_path):
+def test_one_folder_around_classes_gives_a_warning(prepare, tmp_path):
     result = prepare(source="folder", path=make(tmp_path / "in", {"pets": "train"}))
     assert "in/pets is one class that holds the folders bird, cat" in result.output
     assert "domain-folder" not in result.output

@@ -118,7 +118,7 @@ def test_cifar(prepare, tmp_path, monkeypatch, source, kind, names):
     assert colours(dataset.load("test").images) == [(2, 50, 100)]
 
 
-def test_a_changed_batch_is_never_unpickled(prepare, tmp_path, monkeypatch):
+def test_changed_batch_is_never_unpickled(prepare, tmp_path, monkeypatch):
     write_cifar(tmp_path, tv.CIFAR10, monkeypatch)
     trap = tmp_path / "sprung"
 
@@ -211,7 +211,7 @@ def test_stanford_cars(prepare, tmp_path):
         ("stanford-cars", "cars_test_annos_withlabels.mat", "stanford_cars"),
     ],
 )
-def test_a_missing_data_set_says_what_to_put_where(prepare, tmp_path, monkeypatch, source, what, where):
+def test_missing_data_set_names_the_files_to_provide(prepare, tmp_path, monkeypatch, source, what, where):
     monkeypatch.setattr(tv.MNIST, "mirrors", [NOWHERE])
     monkeypatch.setattr(tv.USPS, "split_list", {"train": [NOWHERE, "usps.bz2", ""]})
     monkeypatch.setattr(tv.SVHN, "split_list", {"train": [NOWHERE, "train_32x32.mat", ""]})
@@ -228,7 +228,7 @@ def test_a_missing_data_set_says_what_to_put_where(prepare, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     "content", [b"", b"\x00\x00\x08\x03\x00", bz2.compress(b"1 1:x\n"), bz2.compress(b"1 1:0\n" * 9)[:-5]]
 )
-def test_a_damaged_file_is_one_line(prepare, tmp_path, content):
+def test_damaged_file_is_reported_on_one_line(prepare, tmp_path, content):
     (tmp_path / "usps.bz2").write_bytes(content)
     result = prepare(source="usps", path=tmp_path)
     assert (result.exit_code, result.output.count("\n")) == (1, 1)
@@ -236,15 +236,15 @@ def test_a_damaged_file_is_one_line(prepare, tmp_path, content):
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that gives an I/O error")
-def test_an_error_of_the_disk_is_no_damage(prepare, tmp_path, monkeypatch):
+def test_disk_error_is_not_reported_as_damage(prepare, tmp_path, monkeypatch):
     monkeypatch.setattr(tv.USPS, "split_list", {"train": [NOWHERE, "usps.bz2", None]})
     (tmp_path / "usps.bz2").symlink_to("/proc/self/mem")
     result = prepare(source="usps", path=tmp_path)
     assert (result.exit_code, result.output.count("\n")) == (1, 1)
-    assert "cannot be read (Input/output error)" in result.output and "not whole" not in result.output
+    assert "cannot be read (Input/output error)" in result.output and "incomplete" not in result.output
 
 
-def test_images_and_labels_of_different_number_are_named(prepare, tmp_path):
+def test_different_numbers_of_images_and_labels_are_rejected(prepare, tmp_path):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for prefix in ("train", "t10k"):
