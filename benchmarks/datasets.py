@@ -24,6 +24,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
+import stages.train_fl.methods  # noqa: F401  registers the settings of every method
 from pipeline import provenance
 from pipeline.data.datasets import PreparedDataset
 from pipeline.settings import config

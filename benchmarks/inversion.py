@@ -19,6 +19,7 @@ from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+import stages.train_fl.methods  # noqa: F401  registers the settings of every method
 from pipeline import provenance, seeding
 from pipeline.data.datasets import PreparedDataset
 from pipeline.feature_store import FeatureSet

@@ -14,6 +14,7 @@ import click
 import numpy as np
 from sklearn.model_selection import StratifiedShuffleSplit, cross_val_score
 
+import stages.train_fl.methods  # noqa: F401  registers the settings of every method
 from pipeline import provenance
 from pipeline.data.datasets import PreparedDataset
 from pipeline.feature_store import FeatureSet

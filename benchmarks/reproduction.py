@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+import stages.train_fl.methods  # noqa: F401  registers the settings of every method
 from pipeline import accuracy
 from pipeline.errors import PipelineError
 from pipeline.settings import config

@@ -51,3 +51,11 @@ def test_every_table_preset_has_a_place_on_the_reproduction_page():
     for name in (file.stem for file in (REPOSITORY / "presets").glob("*-*.yaml")):
         assert f"`{name}`" in page
         assert name.endswith("timesteps") or f"<!-- {name} -->" in page
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "benchmarks").glob("*.py")), ids=lambda file: file.stem)
+def test_benchmarks_that_read_params_register_the_methods(file):
+    code = file.read_text()  # each runs alone, so no other module's import helps
+    assert (
+        "config.load(" not in code or "stages.train_fl.methods" in code or "from stages.train_fl import methods" in code
+    )

@@ -32,16 +32,7 @@ class Analysis:
 
 
 def read(root: Path, results: Results, with_sweep: bool) -> Analysis:
-    """Read analysis/. A stage that has not run, or was interrupted, contributes nothing.
-
-    Args:
-        root: The project's folder.
-        results: The runs of the report.
-        with_sweep: Also read the results of sweep-features.
-
-    Raises:
-        SystemRefusal: The operating system refused to read a file.
-    """
+    """Read analysis/ of the project, and analysis/sweep if asked to. A stage without results contributes nothing."""
     used = {run.settings.features for run in results.all_runs} - {None}
     folder, found = root / "analysis", Analysis()
     if used and (analysed := _text_at(folder / "details.json", "feature_set.fingerprint")):

@@ -17,11 +17,7 @@ _RUN = re.compile(r"results/(.+)-s\d+/metrics\.json")
 
 
 def table(root: Path) -> Table | None:
-    """List every finished experiment of the project at `root` below the current state; None if there is none.
-
-    Raises:
-        PipelineError: The folder is not a DVC project in a git repository.
-    """
+    """List every finished experiment of the project below the current state; None if there is none."""
     shown = _show(root)
     current = _data(shown[0])
     rows = []

@@ -66,11 +66,7 @@ def as_text(config: Config, form: str, with_experiments: bool = False) -> str:
 
 
 def read_sweep(config: Config) -> Results:
-    """Read and check every run that the sweep in params.yaml lists.
-
-    Raises:
-        PipelineError: A run is missing, damaged, or was made with other settings.
-    """
+    """Read and check every run that the sweep in params.yaml lists; raise PipelineError as `run` does."""
     sweep = config.params.sweep
     groups = {
         (partition, method): [_read(config, method, partition, seed) for seed in sweep.seeds]

@@ -87,7 +87,7 @@ class Run:
 
     @property
     def is_knn(self) -> bool:
-        """Whether a k-NN classifier on the embeddings gave the accuracy, because training used no labels."""
+        """True if the accuracy is that of a k-NN classifier on the embeddings, because training used no labels."""
         return "knn_neighbours" in self.settings.method
 
     def __repr__(self) -> str:

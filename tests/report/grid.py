@@ -32,10 +32,7 @@ def _write_run(
     path = project.run_dir(method, partition, seed)
     path.mkdir(parents=True)
     accuracy = np.clip(np.linspace(0.1, rng.uniform(0.5, 0.95), num_rounds) + rng.normal(0, 0.02, num_rounds), 0, 1)
-    rows = [
-        {"round": number, "accuracy": float(value), "loss": float(2 - value)}
-        for number, value in enumerate(accuracy, start=1)
-    ]
+    rows = [{"round": n, "accuracy": value, "loss": 2 - value} for n, value in enumerate(accuracy.tolist(), start=1)]
     atomic.write_csv(path / "rounds.csv", rows)
     clients = [{"client": k, "num_samples": 30, "held_out_accuracy": float(rng.random())} for k in range(10)]
     atomic.write_csv(path / "clients.csv", clients)

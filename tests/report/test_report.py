@@ -60,7 +60,7 @@ def test_reports_runs_trained_with_overrides_when_given_the_flags_in_the_error_m
 
 def test_rejects_runs_of_other_data(trained):
     file = trained / "results" / "fedavg-dir05-s1" / "config.json"
-    whole = json.loads(file.read_text())
+    settings = json.loads(file.read_text())
     for changes, message in (
         (
             {"dataset": {"name": "digits", "hash": "x"}},
@@ -71,7 +71,7 @@ def test_rejects_runs_of_other_data(trained):
             "fedavg-dir05-s1 was trained with prepare_data.name x, but params.yaml has digits",
         ),
     ):
-        file.write_text(json.dumps(whole | changes))
+        file.write_text(json.dumps(settings | changes))
         reseal(file.parent)
         result = invoke(trained, "report")
         assert result.exit_code == 1 and message in result.output
