@@ -57,7 +57,7 @@ class MethodStrategy(Strategy):
         return messages
 
     def read(self, member: Member, reply: Message) -> Reply:
-        """Read and check a reply. Images and steps weight an update, so they must agree with the node's introduction."""
+        """Read and check a reply: images and steps weight an update, so they must agree with the introduction."""
         read = TrainReply.read(reply.content, self.progress.server.weights)
         steps = self._schedule.local_epochs * -(-member.num_samples // self._schedule.batch_size)
         if (read.update.num_samples, read.update.num_steps) != (member.num_samples, steps):
