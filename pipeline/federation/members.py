@@ -165,7 +165,7 @@ class Members:
             try:
                 if reply.has_error():
                     reason = _one_line(reply.error.reason) or f"error {reply.error.code}"
-                raise PipelineError(reason.removeprefix(f"{member}: "))
+                    raise PipelineError(reason.removeprefix(f"{member}: "))
                 answers[member] = read(member, reply)
             except PipelineError as error:
                 failures[member] = str(error)
