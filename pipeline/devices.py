@@ -6,12 +6,9 @@ from pipeline.errors import ConfigError
 
 
 def resolve(name: str) -> str:
-    """Return the torch device for `runtime.device`; "auto" is a GPU if there is one.
+    """Return the torch device for `runtime.device`; "auto" is a GPU if there is one, else "cpu".
 
-    A process started by accelerate or torchrun uses the GPU of its local rank.
-
-    Raises:
-        ConfigError: The requested GPU is not available.
+    A process of accelerate or torchrun uses the GPU of its local rank. Raise ConfigError if the GPU is not available.
     """
     import torch
 

@@ -77,10 +77,7 @@ M = TypeVar("M", bound=_Manifest)
 def read(file: Path, model: type[M]) -> M:
     """Read a manifest of class `model` from a JSON file.
 
-    Raises:
-        FileNotFoundError: There is no such file.
-        SystemRefusal: The operating system refused to read it.
-        DataError: It does not have the content that `model` describes.
+    Raise FileNotFoundError if there is none, DataError if it has another content, SystemRefusal if it is unreadable.
     """
     with reading(file):
         text = file.read_bytes()

@@ -26,9 +26,7 @@ def source() -> Path:
 def create(folder: Path) -> None:
     """Write the files of a new project into a folder; outside a git repository, DVC is set to work without one.
 
-    Raises:
-        ConfigError: The folder already has one of the files; nothing is written.
-        PipelineError: A file cannot be written; those written before are removed.
+    Raise ConfigError if the folder has one of the files, PipelineError if one cannot be written; nothing is left then.
     """
     from pipeline.io import atomic
 

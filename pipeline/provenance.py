@@ -29,12 +29,7 @@ def fingerprint(content: Mapping[str, Any]) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, as 64 hexadecimal digits.
-
-    Raises:
-        SystemRefusal: The operating system refused to read it.
-        OSError: There is no such file.
-    """
+    """Return the SHA-256 of a file in hexadecimal; raise SystemRefusal if it is unreadable, OSError if missing."""
     with reading(path), path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -61,9 +56,8 @@ def software() -> dict[str, Any]:
 def git_commit() -> str | None:
     """Return the commit of the running code, with "-dirty" if files were changed since; None outside git.
 
-    Raises:
-        SystemRefusal: git cannot be started now, for example because too many files are open. Checkpoints are named
-            after the commit, so returning None would lose one.
+    Raise SystemRefusal if git cannot be started now, for example because too many files are open. Checkpoints are named
+    after the commit, so returning None would lose one.
     """
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -109,8 +103,7 @@ def write_checksums(folder: Path) -> None:
 def changed_file(folder: Path, names: Iterable[str]) -> str | None:
     """Return the first of these files in `folder` that differs from SHA256SUMS there; itself if it lacks one.
 
-    Raises:
-        FileNotFoundError: SHA256SUMS or one of the files is missing.
+    Raise FileNotFoundError if SHA256SUMS or one of the files is missing.
     """
     lines = (folder / CHECKSUMS).read_text(encoding="utf-8", errors="replace").splitlines()
     expected = {name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}

@@ -22,9 +22,7 @@ def record(digests: Path, run: Path) -> None:
 def check(digests: Path, run: Path) -> None:
     """Check that a run is the one that its file was written for; a run may have no file.
 
-    Raises:
-        DataError: It is another run.
-        FileNotFoundError: The run has no checksums.
+    Raise DataError if it is another run, FileNotFoundError if it has no checksums.
     """
     file, found = _file(digests, run), provenance.file_sha256(run / provenance.CHECKSUMS)
     if file.exists() and file.read_text(encoding="utf-8", errors="replace").strip() != found:

@@ -84,11 +84,7 @@ class PreparedDataset:
     """A prepared data set on disk, opened by its manifest."""
 
     def __init__(self, path: str | Path) -> None:
-        """Open the data set in folder `path`; `~` is the home folder.
-
-        Raises:
-            DataError: There is none, or its manifest cannot be read.
-        """
+        """Open the data set in folder `path` (`~` is the home folder); raise DataError if it cannot be read."""
         self.path = path = Path(path).expanduser()
         self.manifest = _read_manifest(path / "manifest.json")
         self.name = self.manifest.name

@@ -24,8 +24,7 @@ _ROWS = 1024  # compared with all at a time
 def check(conditioning: Conditioning, prompts: PromptSet) -> None:
     """Compare the conditioning of all K prompts and the generic one, which comes last.
 
-    Raises:
-        PipelineError: Two prompts of the set give the model the same input. The message names their classes.
+    Raise PipelineError, which names the classes, if two prompts of the set give the model the same input.
     """
     generic = len(prompts.texts)
     groups = list(_equal(conditioning))
@@ -59,10 +58,7 @@ def _named(number: int, prompts: PromptSet) -> str:
 
 
 def _equal(conditioning: Conditioning) -> Iterator[list[int]]:
-    """Yield groups of prompts with equal conditioning, the numbers of each ascending.
-
-    Only prompts with nearly the same embedding are compared in full, which saves time with large tensors.
-    """
+    """Yield groups of prompts with equal conditioning, ascending; only near embeddings are compared in full."""
     unit = functional.normalize(conditioning.similarity.float(), dim=1)
     floating = [tensor.dtype for tensor in conditioning.tensors.values() if tensor.is_floating_point()]
     least = 1 - max(1e-6, _tolerance(floating[0] if floating else torch.float32) ** 2)  # cosines of rounding alone

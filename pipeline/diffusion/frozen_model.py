@@ -17,23 +17,15 @@ _VARIANT = re.compile(r"\.(fp16|bf16|non_ema)[.-]")
 
 
 class BackboneManifest(BaseModel):
-    """The content of data/backbones/<name>.json.
-
-    Attributes:
-        name: `prepare_backbone.name`.
-        source: "embedded", a model on the hub, or the name of a local folder.
-        revision: Commit on the hub; None for other sources.
-        variant: "fp16" if 16-bit weights were taken, else None.
-        files: Path inside the model's folder -> SHA-256, of every file that decides the features.
-    """
+    """The content of data/backbones/<name>.json."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
-    name: str
-    source: str
-    revision: str | None = None
-    variant: str | None = None
-    files: dict[str, str]
+    name: str  # prepare_backbone.name
+    source: str  # "embedded", a model on the hub, or the name of a local folder
+    revision: str | None = None  # commit on the hub
+    variant: str | None = None  # "fp16" if 16-bit weights were taken
+    files: dict[str, str]  # path inside the model's folder -> SHA-256, of every file that decides the features
 
     def origin(self) -> dict[str, str | None]:
         """Return name, source and revision, which outputs record about their frozen model."""
@@ -41,12 +33,7 @@ class BackboneManifest(BaseModel):
 
 
 def read_manifest(file: Path) -> BackboneManifest:
-    """Read the manifest of a frozen model.
-
-    Raises:
-        DataError: It is missing or damaged.
-        SystemRefusal: The operating system refused to read it.
-    """
+    """Read the manifest of a frozen model; raise DataError if it is missing or damaged, SystemRefusal if unreadable."""
     try:
         with system_errors.reading(file):
             return BackboneManifest.model_validate_json(file.read_bytes())
@@ -61,11 +48,7 @@ def read_manifest(file: Path) -> BackboneManifest:
 
 
 def read_checked(file: Path, folder: Path) -> BackboneManifest:
-    """Read the manifest of a frozen model and check the files in the model's folder against it.
-
-    Raises:
-        DataError: The manifest is missing or damaged, or a file of the model is missing or differs from it.
-    """
+    """Read the manifest and check the files in the model's folder against it; raise DataError if one differs."""
     manifest = read_manifest(file)
     for name, sha256 in manifest.files.items():
         if not _is_inside(name):
@@ -87,8 +70,7 @@ def read_checked(file: Path, folder: Path) -> BackboneManifest:
 def image_encoder_hashes(folder: Path | None) -> dict[str, str] | None:
     """Return the SHA-256 of each file that decides the image encoder's embeddings; None without an encoder.
 
-    Raises:
-        DataError: The folder has no safetensors weights.
+    Raise DataError if the folder has no safetensors weights.
     """
     if folder is None:
         return None

@@ -79,11 +79,7 @@ class PromptedModel:
         return self.backbone.features(inputs.noisy[image.to(inputs.noisy.device)], timestep, chosen)
 
     def finite_maps(self, inputs: Inputs, timestep: int, image: Tensor, text: Tensor) -> dict[str, Tensor]:
-        """Run `maps`; pairs that overflow the model's 16-bit type are recomputed in float32, without TF32.
-
-        Raises:
-            PipelineError: A map is not finite in float32 either.
-        """
+        """Run `maps`; recompute pairs that overflow 16 bits in float32, and raise PipelineError if they do again."""
         maps = self.maps(inputs, timestep, image, text)
         finite = _finite(maps)  # waits for the GPU once per batch, as copying the row numbers does anyway
         if finite.all():

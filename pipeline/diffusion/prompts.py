@@ -31,24 +31,17 @@ _MOST = int(np.iinfo(np.int16).max)  # a shard's prompt numbers are int16
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of a feature set, numbered from 0.
+    """The prompts of a feature set, numbered from 0."""
 
-    Attributes:
-        texts: Texts of each prompt, whose embeddings are averaged.
-        positive: "label" if the prompt of its label matches an image, or "first".
-        names: The class or word of each prompt, for messages; empty if unknown.
-    """
-
-    texts: list[list[str]]
-    positive: Literal["label", "first"]
-    names: list[str] = field(default_factory=list, compare=False)
+    texts: list[list[str]]  # of each prompt; their embeddings are averaged
+    positive: Literal["label", "first"]  # "label" if the prompt of its label matches an image
+    names: list[str] = field(default_factory=list, compare=False)  # class or word per prompt, for messages; or empty
 
 
 def build(params: ExtractFeatures, class_names: list[str], locate: Callable[[str], Path]) -> PromptSet:
     """Build all prompts that the configuration asks for; `locate` resolves a path of params.yaml (`Config.path`).
 
-    Raises:
-        PipelineError: A file of prompts or words cannot be used, or there are more prompts than int16 can number.
+    Raise PipelineError if a file of prompts or words is unusable, or there are more prompts than int16 can number.
     """
     prompt_set = _prompts(params, class_names, locate)
     if len(prompt_set.texts) > _MOST:

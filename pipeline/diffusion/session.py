@@ -24,13 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class FrozenSession:
-    """A frozen model that has encoded its prompts and found its batch size.
-
-    Attributes:
-        backbone: The frozen model.
-        model: The same, under the prompts.
-        batcher: Batches of passes of the denoiser.
-    """
+    """A frozen model, as `backbone` and, with its prompts encoded, as `model`; `batcher` runs the denoiser's passes."""
 
     def __init__(
         self,
@@ -46,11 +40,8 @@ class FrozenSession:
         """Load the model in a diffusers folder, encode the prompts and find the batch size.
 
         `layers` are those of `backbones.load`, and `image_encoder` is a CLIP image encoder's folder, for image
-        conditioning. `check` is called before each batch and may raise to stop.
-
-        Raises:
-            DataError: A part of the model cannot be loaded.
-            PipelineError: The model cannot tell two prompts apart.
+        conditioning. `check` is called before each batch and may raise to stop. Raise PipelineError if a part cannot be
+        loaded, or the model cannot tell two prompts apart.
         """
         self.backbone = backbones.load(model_dir, layers, device, getattr(torch, settings.dtype))
         self._image_encoder = ImageEncoder(image_encoder, device) if image_encoder else None

@@ -49,19 +49,6 @@ from pipeline.feature_store.schema import (
 from pipeline.feature_store.writer import FeatureSetWriter, write_basis_file
 
 __all__ = [
-    "Basis",
-    "Content",
-    "FeatureSet",
-    "FeatureSetWriter",
-    "Features",
-    "FileEntry",
-    "InvalidFeatureSet",
-    "LayerBasis",
-    "Manifest",
-    "Plan",
-    "positive_matches",
-    "read_basis",
-    "read_basis_file",
-    "read_manifest",
-    "write_basis_file",
-]
+    "Basis", "Content", "FeatureSet", "FeatureSetWriter", "Features", "FileEntry", "InvalidFeatureSet", "LayerBasis",
+    "Manifest", "Plan", "positive_matches", "read_basis", "read_basis_file", "read_manifest", "write_basis_file",
+]  # fmt: skip

@@ -33,15 +33,10 @@ Advance = Callable[[int], object]
 
 
 def write(path: Path, archive: Path, advance: Advance = lambda size: None) -> None:
-    """Export the set in folder `path` to the tar `archive`, atomically, and check every byte on the way.
+    """Export the set in folder `path`, whose name the archive keeps, atomically, and check every byte on the way.
 
-    Args:
-        path: The set's folder, whose name the archive keeps.
-        archive: The tar to write.
-        advance: Called with the number of bytes done since the last call.
-
-    Raises:
-        PipelineError: The set is incomplete, corrupt or has an invalid name, or the archive cannot be written.
+    `advance` is called with the number of bytes done since the last call. Raise PipelineError if the set is incomplete,
+    corrupt or has an invalid name, or the archive cannot be written.
     """
     name = _checked_name(Path(os.path.abspath(path)).name)
     manifest = FeatureSet(path).manifest
@@ -53,20 +48,11 @@ def write(path: Path, archive: Path, advance: Advance = lambda size: None) -> No
 
 
 def read(archive: Path, sets: Path, name: str | None = None, advance: Advance = lambda size: None) -> Path:
-    """Import the set in the tar `archive` into the folder `sets`.
+    """Import the set in the tar `archive` into the folder `sets`, under `name` or its own, and return the set's folder.
 
-    Args:
-        archive: The tar to read.
-        sets: The folder that holds the project's sets.
-        name: The set's name there; the archive's own if None.
-        advance: Called with the size of every file that was unpacked.
-
-    Returns:
-        The set's folder. If the same set is there already, nothing is changed.
-
-    Raises:
-        PipelineError: The archive is damaged or hostile, another set is in its place, or the disk is full. Nothing is
-            left behind then.
+    `advance` is called with the size of every file that was unpacked. If the same set is there already, nothing is
+    changed. Raise PipelineError if the archive is damaged or hostile, another set is in its place, or the disk is full;
+    nothing is left behind then.
     """
     with _opened(archive) as (tar, own_name, manifest):
         target = sets / _checked_name(own_name if name is None else name)

@@ -50,11 +50,7 @@ def incomparable(first: Manifest, second: Manifest) -> str | None:
 
 
 def numbers(first: Path, second: Path) -> list[NumberDifference]:
-    """Compare the features of two sets that are not `incomparable`.
-
-    Raises:
-        FeatureSetError: A set is damaged.
-    """
+    """Compare the features of two sets that are not `incomparable`; raise FeatureSetError if one is damaged."""
     sets = [FeatureSet(first), FeatureSet(second)]
     totals = {(kind, layer): np.zeros(4) for kind in ("denoised", "prompted") for layer in sets[0].layers}
     for start in range(0, len(sets[0]), 1024):

@@ -54,11 +54,7 @@ class Shards:
         return Shards, (self._path, self._manifest)
 
     def open(self, shard: int) -> dict[str, np.ndarray]:
-        """Return the shard's datasets as read-only memory maps, by name.
-
-        Raises:
-            InvalidFeatureSet: The file is missing, truncated, of another set, or not laid out as a shard.
-        """
+        """Return the shard's datasets as read-only memory maps, by name; InvalidFeatureSet if it is not intact."""
         with self._lock:
             if shard in self._maps:
                 self._maps.move_to_end(shard)
@@ -110,8 +106,7 @@ class Shards:
 def opened(file: Path, fingerprint: str, problem: str) -> Iterator[h5py.File]:
     """Yield an open HDF5 file of the set with this fingerprint.
 
-    Raises:
-        InvalidFeatureSet: It is missing, truncated or of another set, or the block failed, which reports `problem`.
+    Raise InvalidFeatureSet if it is missing, truncated or of another set, or if the block fails with `problem`.
     """
     found_problem = "is not a complete HDF5 file"
     try:

@@ -32,10 +32,7 @@ _ROWS = 64  # checked at a time: they fit the processor's cache
 def problems(path: Path, full: bool, advance: Callable[[int], object] = lambda size: None) -> list[PipelineError]:
     """Return every problem of the set in folder `path`, each with what to do; an empty list if it is intact.
 
-    Args:
-        path: The set's folder.
-        full: Read every byte.
-        advance: Called with the size of every shard that has been checked.
+    `full` reads every byte; `advance` is called with the size of every shard that has been checked.
     """
     try:
         features = FeatureSet(path, unchecked=True)

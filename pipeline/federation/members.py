@@ -35,21 +35,13 @@ _NO_ANSWER = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE
 
 @dataclass(frozen=True)
 class Member:
-    """A node that takes part.
+    """A node that takes part."""
 
-    Attributes:
-        node_id: Flower's id of the node, which changes when it restarts.
-        client_id: Which client it is, counted from 0.
-        name: Its name in messages.
-        num_samples: Its training images.
-        agreement: The settings that must agree between nodes, as JSON.
-    """
-
-    node_id: int
-    client_id: int
-    name: str
-    num_samples: int
-    agreement: dict[str, Any] = field(compare=False)
+    node_id: int  # Flower's id of the node, which changes when it restarts
+    client_id: int  # counted from 0
+    name: str  # in messages
+    num_samples: int  # its training images
+    agreement: dict[str, Any] = field(compare=False)  # the settings that must agree between nodes, as JSON
 
     def __str__(self) -> str:
         """Return its name in messages."""
@@ -93,11 +85,8 @@ class Members:
     def wait(self, for_all: bool = False) -> dict[int, Member]:
         """Wait until `min_clients` members that agree are present, and return all that are, by client id.
 
-        Args:
-            for_all: Wait for all clients instead, and settle for `min_clients` after `join_timeout`.
-
-        Raises:
-            PipelineError: Too few joined within `join_timeout`. The message names the rejected ones.
+        `for_all` waits for all clients, but after `join_timeout` `min_clients` are enough. Raise PipelineError, which
+        names the rejected ones, if too few joined by then.
         """
         minimum, seconds = self._params.min_clients, self._params.join_timeout
         deadline = time.monotonic() + seconds
@@ -125,16 +114,10 @@ class Members:
     def ask(
         self, kind: str, content: RecordDict, read: Callable[[RecordDict], T], members: Iterable[Member] | None = None
     ) -> dict[Member, T]:
-        """Send the same message to members and read their answers. Members that fail are logged by name.
+        """Send the same message of type `kind` to members, or to all that are present, and read their answers.
 
-        Args:
-            kind: Flower's message type.
-            content: The message.
-            read: Returns the value of an answer, or raises PipelineError.
-            members: The recipients; None: all that are present.
-
-        Returns:
-            The values by member, ascending by client id, without the members that failed.
+        `read` returns the value of an answer, or raises PipelineError. Return the values by member, ascending by client
+        id, without the members that failed, which are logged by name.
         """
         messages = self.messages(kind, content, members)
         answers, failures = self.exchange(messages, lambda member, reply: read(reply.content))
@@ -145,14 +128,10 @@ class Members:
     def exchange(
         self, messages: list[Message], read: Callable[[Member, Message], T]
     ) -> tuple[dict[Member, T], dict[Member, str]]:
-        """Send messages to members and read their replies.
+        """Send messages to members, at most one to each, and read their replies.
 
-        Args:
-            messages: At most one per member.
-            read: Returns the value of a reply without error, or raises PipelineError.
-
-        Returns:
-            The values by member, and for each other recipient the reason why it has none; ascending by client id.
+        `read` returns the value of a reply without error, or raises PipelineError. Return the values by member, and for
+        each other recipient the reason why it has none; ascending by client id.
         """
         recipients = {message.metadata.dst_node_id for message in messages}
         by_node = {node_id: member for node_id, member in self._joined.items() if node_id in recipients}

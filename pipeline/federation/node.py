@@ -32,19 +32,12 @@ REFUSED = 100
 
 @dataclass(frozen=True)
 class Node:
-    """One client of the federation.
+    """One client of the federation."""
 
-    Attributes:
-        client_id: Which client it is, counted from 0; a key of its random draws.
-        name: Its name in messages.
-        root: Its project folder, with data/, models/ and .pipeline/.
-        device: Where it trains; None: as params.yaml says.
-    """
-
-    client_id: int
-    name: str
-    root: Path
-    device: str | None
+    client_id: int  # counted from 0; a key of its random draws
+    name: str  # in messages
+    root: Path  # its project folder, with data/, models/ and .pipeline/
+    device: str | None  # where it trains; None: as params.yaml says
 
     def __str__(self) -> str:
         """Return its name in messages."""
@@ -52,11 +45,7 @@ class Node:
 
 
 def node_of(context: Context) -> Node:
-    """Return the node that a ClientApp runs on.
-
-    Raises:
-        ConfigError: Its --node-config is incomplete or wrong.
-    """
+    """Return the node that a ClientApp runs on; raise ConfigError if its --node-config is incomplete or wrong."""
     options = context.node_config
     client_id = options.get("client-id", options.get("partition-id"))  # the latter comes from Flower's simulation
     if not isinstance(client_id, int) or client_id < 0:
@@ -74,11 +63,7 @@ def node_of(context: Context) -> Node:
 
 
 def config_of(run_config: Mapping[str, Any], root: Path, device: str | None = None) -> Config:
-    """Return the run's configuration for the project folder `root`.
-
-    Raises:
-        ConfigError: params.yaml or the run's `set` is invalid.
-    """
+    """Return the run's configuration for a project folder; raise ConfigError if params.yaml or `set` is invalid."""
     try:
         assignments = shlex.split(str(run_config.get("set", "")))
     except ValueError as error:
@@ -90,11 +75,7 @@ def config_of(run_config: Mapping[str, Any], root: Path, device: str | None = No
 
 
 def project_of(run_config: Mapping[str, Any]) -> Path:
-    """Return the server's project folder.
-
-    Raises:
-        ConfigError: It does not exist.
-    """
+    """Return the server's project folder; raise ConfigError if it does not exist."""
     root = Path(str(run_config["project"])).expanduser().resolve()
     if not root.is_dir():
         raise ConfigError(f"project folder {root} does not exist on the server. Fix project in --run-config.")
@@ -102,11 +83,7 @@ def project_of(run_config: Mapping[str, Any]) -> Path:
 
 
 def seed_of(run_config: Mapping[str, Any]) -> int:
-    """Return the run's seed.
-
-    Raises:
-        ConfigError: It is not an integer, or negative.
-    """
+    """Return the run's seed; raise ConfigError if it is not an integer, or negative."""
     seed = run_config.get("seed")
     if not isinstance(seed, int) or seed < 0:
         raise ConfigError(f"--run-config seed={seed!r} is invalid. Use an integer, 0 or more.")

@@ -26,16 +26,10 @@ from pipeline.io.system_errors import NO_LOCKS, error_number, reading
 
 
 def plain_dataset(h5: h5py.File, name: str, file: Path) -> h5py.Dataset:
-    """Return a contiguous dataset of numbers in this file; links are rejected before they are followed.
+    """Return the contiguous dataset of numbers at `name` ("/" between groups) of `h5`; its bytes must be in `file`.
 
-    Args:
-        h5: The open file.
-        name: Name of the dataset, with "/" between groups.
-        file: The path of `h5`, which must hold the bytes.
-
-    Raises:
-        KeyError: There is no such dataset.
-        ValueError: It is anything else. The message says what.
+    Links are rejected before they are followed. Raise KeyError if there is no such dataset, ValueError if it is
+    anything else; the message says what.
     """
     for path in itertools.accumulate(name.split("/"), "{}/{}".format):
         link = h5.get(path, getlink=True)
@@ -62,9 +56,7 @@ def plain_dataset(h5: h5py.File, name: str, file: Path) -> h5py.Dataset:
 def open_to_read(file: Path) -> Iterator[h5py.File]:
     """Yield an open HDF5 file; no process can open it for writing during the block.
 
-    Raises:
-        SystemRefusal: The operating system refused, for example because a process has it open for writing.
-        OSError: There is no such file, or it is not a complete HDF5 file.
+    Raise SystemRefusal if the operating system refused, OSError if the file is missing or incomplete.
     """
     with reading(file):
         h5 = None

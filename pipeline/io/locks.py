@@ -28,8 +28,7 @@ class Lock:
     def acquire(self) -> bool:
         """Try to acquire the lock, without waiting, and return whether it is held now.
 
-        Raises:
-            PipelineError: The file system has no locks, or the lock file cannot be opened.
+        Raise PipelineError if the file system has no locks, or the lock file cannot be opened.
         """
         try:
             self._lock.acquire()
@@ -72,11 +71,7 @@ def opened(file: Path) -> Iterator[Lock]:
 
 @contextlib.contextmanager
 def held(file: Path, what: str) -> Iterator[None]:
-    """Hold the lock of `file`, which protects `what`, during the block.
-
-    Raises:
-        PipelineError: Another process holds the lock. The message names both.
-    """
+    """Hold the lock of `file`, which protects `what`; PipelineError, naming both, if another process has it."""
     with opened(file) as lock:
         if not lock.acquire():
             raise PipelineError(f"{what} is being written by {lock.holder()}. Wait until it has ended, or stop it.")

@@ -33,12 +33,9 @@ class ResumableStore:
         self.folder = folder
 
     def save(self, name: str, tensors: Mapping[str, Tensor], meta: Any = None) -> None:
-        """Write a unit, replacing an earlier one of that name.
+        """Write a unit, replacing an earlier one of that name; tensors may share memory and be on any device.
 
-        Args:
-            name: File name of the unit, without its suffix.
-            tensors: Named tensors, on any device. They may share memory.
-            meta: JSON values to keep with them.
+        The name is the file's, without its suffix; `meta` holds JSON values to keep with the tensors.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         # Own copies, because the format refuses tensors that share memory.
@@ -51,8 +48,7 @@ class ResumableStore:
     def load(self, name: str, device: str = "cpu") -> tuple[dict[str, Tensor], Any] | None:
         """Return the tensors of a unit, on `device`, and its metadata; None if it is missing or damaged.
 
-        Raises:
-            SystemRefusal: The operating system refused to read the file. The file is kept.
+        Raise SystemRefusal, and keep the file, if the operating system refused to read it.
         """
         file = self._file(name)
         try:

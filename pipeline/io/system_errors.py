@@ -65,12 +65,8 @@ class SystemRefusal(PipelineError):
 def refusal(error: BaseException, path: Path) -> SystemRefusal | None:
     """Return the error to raise if the operating system refused to read `path`.
 
-    Args:
-        error: The exception from reading. It may have any type: h5py gives some errno only in a RuntimeError's text.
-        path: The file or folder that was read.
-
-    Returns:
-        None if the error concerns the content of the file, or there is no such file.
+    The exception may have any type, because h5py gives some errno only in a RuntimeError's text. Return None if it
+    concerns the content of the file, or there is no such file.
     """
     code = error_number(error)
     if code is not None and (code not in _NOT_REFUSED or _NOT_LOCKED in str(error)):

@@ -32,23 +32,14 @@ _UNKNOWN_TO_GIT = ("not a git repository", "not in the index", "does not exist",
 
 @dataclass(frozen=True)
 class Applied:
-    """Result of a merge.
+    """Result of a merge."""
 
-    Attributes:
-        changes: Dotted key -> (old value, new value); the old value is None if the key was absent.
-        experiments: Dotted key -> value, per experiment; one without keys if the preset asks for none.
-    """
-
-    changes: dict[str, tuple[Any, Any]]
-    experiments: list[dict[str, Any]]
+    changes: dict[str, tuple[Any, Any]]  # dotted key -> (old value, new value); None if the key was absent
+    experiments: list[dict[str, Any]]  # dotted key -> value; one without keys if the preset asks for none
 
 
 def describe(folder: Path) -> dict[str, str]:
-    """Return every preset by name, with the comment in the first line of its file, which describes it.
-
-    Args:
-        folder: The project's `presets`, which need not exist.
-    """
+    """Return every preset by name, with the comment in the first line of its file; `folder` need not exist."""
     first_lines = {name: file.read_text(encoding="utf-8").partition("\n")[0] for name, file in _files(folder).items()}
     return {name: line.removeprefix("#").strip() for name, line in first_lines.items()}
 
@@ -60,15 +51,10 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def apply(name: str, params_file: Path, force: bool = False) -> Applied:
-    """Merge a preset into params.yaml, or change nothing if the result would not be valid.
+    """Merge a preset, by name or path, into params.yaml, or change nothing if the result would not be valid.
 
-    Args:
-        name: The preset's name, or the path of its file.
-        params_file: The project's params.yaml.
-        force: Also overwrite edits that exist nowhere else.
-
-    Raises:
-        ConfigError: There is no such preset, it is not valid, or it would overwrite edits that exist nowhere else.
+    `force` overwrites edits that exist nowhere else. Raise ConfigError if there is no such preset, it is not valid, or
+    it would overwrite such edits.
     """
     config.load(params_file)  # so that an error that is already in the file is not blamed on the preset
     folder = params_file.parent / "presets"

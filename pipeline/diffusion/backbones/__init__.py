@@ -45,33 +45,20 @@ _FAMILIES: dict[str, type[Backbone]] = {
 def load(path: Path, layers: list[str] | str, device: str, dtype: torch.dtype) -> Backbone:
     """Load the model in a diffusers folder with safetensors weights as the family that its denoiser belongs to.
 
-    Args:
-        path: The folder.
-        layers: Names of the layers to read, "auto" for the family's own choice, or "all".
-        device: torch device; "meta" builds the denoiser and the VAE without weights, for counting.
-        dtype: Data type of the denoiser.
-
-    Raises:
-        PipelineError: The model is not supported, has no such layer, or a part cannot be loaded.
+    `layers` are names, "auto" for the family's own choice, or "all"; the denoiser computes in `dtype`. Device "meta"
+    builds the models without weights, for counting. Raise PipelineError if the model is unsupported, has no such
+    layer, or a part cannot be loaded.
     """
     return family(path)(path, layers, device, dtype)
 
 
 def layer_channels(path: Path, layers: list[str] | str) -> dict[str, int]:
-    """Return the number of channels of each layer, from the model's configuration alone.
-
-    Raises:
-        PipelineError: As `load`.
-    """
+    """Return the channels of each layer, from the model's configuration alone; raise PipelineError as `load` does."""
     return family(path).layer_channels(path, layers)
 
 
 def family(path: Path) -> type[Backbone]:
-    """Return the backbone class for a diffusers folder, by its configurations.
-
-    Raises:
-        PipelineError: The model is not supported, or a configuration cannot be read.
-    """
+    """Return the backbone class for a diffusers folder; raise PipelineError if its configurations are not supported."""
     index = _json(path / families.INDEX)
     files = [name for name in families.config_files(index) if (path / name).is_file()]
     return _FAMILIES[
@@ -82,8 +69,7 @@ def family(path: Path) -> type[Backbone]:
 def check_timesteps(path: Path, timesteps: Iterable[int], key: str) -> None:
     """Check that the model's noise schedule has these timesteps, counted from 0; `key` of params.yaml names them.
 
-    Raises:
-        PipelineError: The schedule is shorter; the message names its largest timestep.
+    Raise PipelineError, with the largest timestep, if the schedule is shorter.
     """
     count = _json(path / "scheduler" / "scheduler_config.json").get("num_train_timesteps", _USUAL_TIMESTEPS)
     if beyond := [timestep for timestep in timesteps if timestep >= count]:
@@ -96,8 +82,7 @@ def check_timesteps(path: Path, timesteps: Iterable[int], key: str) -> None:
 def check_image_size(path: Path, image_size: int) -> None:
     """Check that images of this size, in pixels, become latents that the model takes.
 
-    Raises:
-        PipelineError: The images are too small for the VAE, or the latents are not filled by a transformer's patches.
+    Raise PipelineError if they are too small for the VAE, or the latents do not fill a transformer's patches.
     """
     halvings = len(_json(path / "vae" / "config.json").get("block_out_channels", [0])) - 1
     side, denoiser = image_size >> halvings, family(path)

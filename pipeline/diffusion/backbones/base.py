@@ -23,15 +23,10 @@ from pipeline.errors import PipelineError
 
 @dataclass(frozen=True)
 class Conditioning:
-    """K encoded prompts.
+    """K encoded prompts."""
 
-    Attributes:
-        tensors: Inputs of the denoiser, by its own names, each (K, ...) on the device.
-        similarity: float32 (K, E) on the CPU, one embedding per prompt, to measure which prompts are near each other.
-    """
-
-    tensors: dict[str, Tensor]
-    similarity: Tensor
+    tensors: dict[str, Tensor]  # the denoiser's inputs, by its own names, each (K, ...) on the device
+    similarity: Tensor  # float32 (K, E) on the CPU, one embedding per prompt, to measure which prompts are near
 
     def select(self, index: Tensor) -> Self:
         """Return the prompts at `index` (B,), in this order; repeats are allowed."""
@@ -53,11 +48,7 @@ class Backbone:
     """Layer name -> number of channels C_l, in the order asked for."""
 
     def __init__(self, path: Path, layers: list[str] | str, device: str, dtype: torch.dtype) -> None:
-        """Load denoiser and VAE; the denoiser computes in `dtype`.
-
-        Raises:
-            PipelineError: A part cannot be loaded, or the denoiser has no such layer.
-        """
+        """Load denoiser and VAE, the denoiser in `dtype`; raise PipelineError if a part or layer is missing."""
         self.path, self.layers, self.device, self.dtype = path, layers, device, dtype
         self.channels = self.layer_channels(path, layers)
         self._vae_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # XL's VAE overflows float16
@@ -136,11 +127,7 @@ class Backbone:
         return {layer: self._maps.of_layer[layer].float() for layer in self.channels}
 
     def with_image(self, conditioning: Conditioning, embeddings: Tensor) -> Conditioning:
-        """Add an image embedding (B, E) to every token of B prompts, as the authors' code does.
-
-        Raises:
-            PipelineError: The prompts have no token states, or their width differs.
-        """
+        """Add an image embedding (B, E) to every token of B prompts; raise PipelineError if the widths differ."""
         states = conditioning.tensors.get("encoder_hidden_states")
         if states is None or states.shape[-1] != embeddings.shape[-1]:
             width = "no prompt embeddings" if states is None else f"prompt embeddings of {states.shape[-1]} numbers"
@@ -162,9 +149,7 @@ class Backbone:
     def encode_prompts(self, prompts: list[str], sizes: list[int] | None = None) -> Conditioning:
         """Encode texts; the text encoders are loaded for the call and freed after it.
 
-        Args:
-            prompts: All texts.
-            sizes: How many consecutive texts are averaged into each prompt; None makes every text a prompt.
+        `sizes` says how many consecutive texts are averaged into each prompt; None makes every text a prompt.
         """
         raise NotImplementedError
 
@@ -213,11 +198,7 @@ class TokenBackbone(Backbone):
         return known, [f"transformer_blocks.{block}" for block in ends]
 
     def features(self, noisy: Tensor, timestep: int, conditioning: Conditioning) -> dict[str, Tensor]:
-        """Run one pass of the denoiser; see `Backbone.features`.
-
-        Raises:
-            PipelineError: The latents' side is not a multiple of the patch's.
-        """
+        """Run one pass of the denoiser; patches must fill the latents, else PipelineError. See `Backbone.features`."""
         patch = self._model.config.patch_size
         height, width = noisy.shape[-2:]
         if height % patch or width % patch:
@@ -238,11 +219,7 @@ class TokenBackbone(Backbone):
 
 
 def load_part(model_class: Any, path: Path, device: str) -> Any:
-    """Load one model of a pipeline folder in float32; on "meta" without its weights.
-
-    Raises:
-        PipelineError: It is missing, of another class, or has no safetensors weights.
-    """
+    """Load a part of a pipeline in float32, on "meta" without weights; raise PipelineError if it cannot be loaded."""
     try:
         if device == "meta":
             with torch.device("meta"):

@@ -21,11 +21,7 @@ class DiTBackbone(TokenBackbone):
     model_class = DiTTransformer2DModel
 
     def encode_prompts(self, prompts: list[str], sizes: list[int] | None = None) -> Conditioning:
-        """Return class numbers (K,); prompts are compared by the first block's class embeddings.
-
-        Raises:
-            PipelineError: A prompt is not one of the model's classes, or its texts name several.
-        """
+        """Return class numbers (K,); raise PipelineError if a prompt does not name exactly one known class."""
         for prompt in prompts:
             if prompt not in self._classes:
                 raise PipelineError(
