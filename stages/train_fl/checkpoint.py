@@ -24,10 +24,7 @@ class Checkpoint:
         self._store = ResumableStore(folder)
 
     def save(self, progress: Progress, records: dict[str, Any]) -> None:
-        """Write a checkpoint, with the rows so far as JSON, then remove the one before it.
-
-        If it cannot be written (PipelineError), the previous one is kept.
-        """
+        """Write a checkpoint, with the rows so far as JSON, then remove the one before it, which is kept on failure."""
         name = f"round-{progress.number:05d}"
         meta = {
             "round": progress.number,

@@ -50,13 +50,8 @@ def load(
 ) -> FederatedData:
     """Split the data set, apply the long tail, partition it across clients, and place it on its device.
 
-    Args:
-        config: The project's configuration.
-        partition: The name of a `partitions:` entry.
-        seed: Seed of the validation split, the long tail, the partition and the choice of generated images.
-        guidance: The method's guidance; None for methods that need no cached representations.
-        device: The device to train on.
-        client_id: The only client to load; None for all.
+    `seed` decides the validation split, the long tail, the partition and the choice of generated images. `client_id`
+    is the only client to load; None: all. `guidance` is None for methods that need no cached representations.
 
     Raises:
         ConfigError: Settings do not fit the data.
@@ -100,7 +95,7 @@ def load(
         label_counts=counts,
         cell_counts=partitions.label_counts(parts, cells, num_domains * num_classes),
         synthetic_counts=np.stack([np.bincount(images.labels, minlength=num_classes) for images in extra]),
-        held_out=_on_device(held, device),
+        held_out=held_out(held, device),
         dataset=dataset,
         features=features,
         guidance_dim=source.num_dims if source else None,
@@ -108,12 +103,8 @@ def load(
     )
 
 
-def held_out(dataset: PreparedDataset, device: str) -> HeldOut:
-    """Load the test images of a data set."""
-    return _on_device(dataset.load("test"), device)
-
-
-def _on_device(images: Images, device: str) -> HeldOut:
+def held_out(images: Images, device: str) -> HeldOut:
+    """Return images as evaluation data on a device."""
     return HeldOut(*(tensor.to(device) for tensor in _tensors(images)))
 
 
@@ -143,8 +134,8 @@ def _split(dataset: PreparedDataset, train: Images, config: Config, seed: int) -
         return train, np.arange(len(train)), dataset.load("test")
     count = max(1, round(params.validation_fraction * len(train)))
     cells = train.domains * len(dataset.class_names) + train.labels
-    held_out, kept = stratified_split(cells, count, seeding.numpy_generator(seed, "validation split"))
-    return train.take(kept), kept, train.take(held_out)
+    held, kept = stratified_split(cells, count, seeding.numpy_generator(seed, "validation split"))
+    return train.take(kept), kept, train.take(held)
 
 
 def _synthetic(

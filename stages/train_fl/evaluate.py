@@ -74,12 +74,8 @@ def by_client(
 ) -> list[dict[str, float | int | None]]:
     """Compute the global model's accuracy for each client.
 
-    Args:
-        predictor: The global model's.
-        clients: Every client's samples.
-        held_out: Evaluation data.
-        cell_counts: Samples, int64 (num_clients, num_domains * num_classes), cell = domain * num_classes + label.
-        num_classes: K.
+    `cell_counts`: samples per client, int64 (num_clients, num_domains * num_classes), where
+    cell = domain * num_classes + label.
 
     Returns:
         Per client: num_samples; train_accuracy on its own samples; held_out_accuracy, the mean of the held-out

@@ -50,12 +50,7 @@ def open_checked(config: Config, dataset: PreparedDataset) -> FeatureSet:
 
 
 def check_method(features: FeatureSet, method: str, without_labels: bool) -> None:
-    """Check that the set's prompts suit the method.
-
-    Raises:
-        FeatureSetError: Training without labels would see prompts that name the class, or training with labels
-            prompts that name none.
-    """
+    """Raise FeatureSetError unless the prompts name classes if training uses labels, and name none if it does not."""
     names_classes = features.manifest.content.positive == "label"
     if without_labels and names_classes:
         raise FeatureSetError(
@@ -73,10 +68,7 @@ def check_prompts_differ(features: FeatureSet, index: np.ndarray) -> None:
     """Check that features differ between prompts, on a few of the images `index`, int64 (n,), that the run needs.
 
     Extraction rejects prompts that the model cannot tell apart; sets of older versions may contain them, and then
-    every image has equal features under them, which TDCL cannot contrast.
-
-    Raises:
-        FeatureSetError: All images checked have equal features under two of their prompts; names them.
+    every image has equal features under them, which TDCL cannot contrast. FeatureSetError names two such prompts.
     """
     rows = features.read(np.sort(index)[:_IMAGES_CHECKED])
     equal: set[tuple[int, int]] | None = None

@@ -22,14 +22,8 @@ Values = dict[str, float]
 def opened(runtime: Runtime, home: Path, run_name: str, record: RunRecord) -> Iterator[Callable[[], None]]:
     """Yield a function that logs the last round of `record` with every logger that `runtime` enables.
 
-    Args:
-        runtime: Its keys `tensorboard` and `dvclive`.
-        home: The folder for tensorboard/ and dvclive/.
-        run_name: Names the run's folder in them.
-        record: The rounds so far.
-
-    Raises:
-        ConfigError: A logger's library is not installed.
+    The loggers write to tensorboard/<run_name> and dvclive/<run_name> in the folder `home`. A logger whose library is
+    not installed raises ConfigError.
     """
     terminal, others = Terminal(), list[TensorBoard | DVCLive]()
     with contextlib.ExitStack() as stack:

@@ -113,24 +113,13 @@ def build(
     settings: EncoderSettings,
     num_classes: int,
     seed: int,
-    guidance_dim: int | None = None,
-    projection_dim: int | None = None,
-    latent_dim: int | None = None,
-    cosine_scale: float | None = None,
-    simsiam_dim: int | None = None,
+    guidance_dim: int | None = None,  # length of the guidance targets; None for methods without guidance
+    projection_dim: int | None = None,  # length of MOON's projection head (linear, ReLU, linear; the paper: 256)
+    latent_dim: int | None = None,  # length of FedCR's Gaussian bottleneck
+    cosine_scale: float | None = None,  # initial factor of FedNH's cosine classifier; None for a linear classifier
+    simsiam_dim: int | None = None,  # length of SimSiam's projection, whose heads then take the classifier's place
 ) -> FLModel:
-    """Build a model with weights drawn for this seed.
-
-    Args:
-        settings: The encoder.
-        num_classes: Length of the logits.
-        seed: Seed of the initial weights.
-        guidance_dim: Length of the guidance targets; None for methods without guidance.
-        projection_dim: Length of MOON's projection head (linear, ReLU, linear; the paper: 256), None for no head.
-        latent_dim: Length of FedCR's Gaussian bottleneck, None for none.
-        cosine_scale: Initial factor of FedNH's cosine classifier, None for a linear classifier.
-        simsiam_dim: Length of SimSiam's projection, whose heads then take the classifier's place.
-    """
+    """Build a model with weights drawn for this seed."""
     with seeding.scoped_global_torch_seed(seed, "model"):
         encoder = Encoder(settings)
         embedding_dim = encoder.embedding_dim

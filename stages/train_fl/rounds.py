@@ -43,15 +43,11 @@ class Schedule:
 class Progress:
     """The state of a run between two rounds.
 
-    Attributes:
-        number: Rounds done.
-        server: The server's state.
-        clients: The state of every client; empty where clients keep their states themselves (Flower).
-        state_rounds: Where clients keep their states: for each of them, the last round whose update was aggregated, and
-            with it the state that the client continues from; 0 if there is none.
+    Where clients keep their states themselves (Flower), `clients` is empty, and `state_rounds` has for each of them the
+    last round whose update was aggregated, and with it the state that the client continues from; 0 if there is none.
     """
 
-    number: int
+    number: int  # rounds done
     server: ServerState
     clients: list[ClientState]
     state_rounds: list[int] = field(default_factory=list)
@@ -59,33 +55,18 @@ class Progress:
 
 @dataclass(frozen=True)
 class Round:
-    """The outcome of one round.
+    """The outcome of one round."""
 
-    Attributes:
-        progress: The state after it.
-        weights: The global model to report.
-        participants: Client ids, ascending.
-        num_samples: Samples that the participants trained on, counted once per epoch.
-        num_steps: Optimiser steps of all participants.
-        train_metrics: Mean losses over participants, weighted by their samples.
-        bytes_down: Bytes sent to the participants.
-        bytes_up: Bytes that the participants sent back.
-        load_seconds: The part of `train_seconds` spent on gathering and augmenting batches.
-        train_seconds: Seconds of local training.
-        aggregate_seconds: Seconds of the server's update.
-    """
-
-    progress: Progress
-    weights: Weights
-    participants: list[int]
-    num_samples: int
-    num_steps: int
-    train_metrics: Metrics
-    bytes_down: int
-    bytes_up: int
-    load_seconds: float
-    train_seconds: float
-    aggregate_seconds: float
+    progress: Progress  # the state after it
+    weights: Weights  # the global model to report
+    participants: list[int]  # client ids, ascending
+    num_samples: int  # that the participants trained on, counted once per epoch
+    train_metrics: Metrics  # mean losses over participants, weighted by their samples
+    bytes_down: int  # sent to the participants
+    bytes_up: int  # that the participants sent back
+    load_seconds: float  # the part of `train_seconds` spent on gathering and augmenting batches
+    train_seconds: float  # of local training
+    aggregate_seconds: float  # of the server's update
 
     @property
     def number(self) -> int:

@@ -45,6 +45,5 @@ def run(config: Config, method_name: str, partition_name: str, seed: int, overwr
         log.warning("train_fl.clients_per_round exceeds the number of clients: all %d take part", num_clients)
     model, method = job.build(len(data.dataset.class_names), data.guidance_dim, num_clients, device)
     engine = LocalEngine(method, data.clients, job.schedule, device, config.params.runtime.checkpoint_every)
-    evaluator = session.evaluator_of(job, data)
-    session.execute(job, engine, model, evaluator, data, job.settings(data), overwrite)
+    session.execute(job, engine, model, session.evaluator_of(job, data), data, job.settings(data), overwrite)
     return job.path

@@ -1,9 +1,4 @@
-"""One run of a federated method, the same for every engine: resume, train, evaluate, write.
-
-Job       one run of the sweep: a method, a partition and a seed of a project
-Engine    computes the rounds: `engines.local` in this process, `engines.flower` on nodes
-execute   runs a job on an engine and leaves the run's folder; see `records` for its files
-"""
+"""One run of a federated method, the same for every engine: resume, train, evaluate, write."""
 
 import contextlib
 import hashlib
@@ -41,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """One run of the sweep, by the names and settings in params.yaml."""
+    """One run of the sweep: a method, a partition and a seed of a project."""
 
     config: Config
     method_name: str
@@ -96,11 +91,7 @@ class Job:
     ) -> tuple[FLModel, Method]:
         """Build the network, with the initial weights of the job's seed, and the method that trains it.
 
-        Args:
-            num_classes: Classes of the data set.
-            guidance_dim: Length of the guidance targets; None for methods without guidance.
-            num_clients: All clients, N.
-            device: Where to place the network.
+        `guidance_dim` is the length of the guidance targets; None for methods without guidance.
         """
         channels_last = self.config.params.runtime.channels_last
         model = build_model(self.params, self.method, num_classes, guidance_dim, self.seed, channels_last).to(device)
@@ -124,7 +115,7 @@ class Job:
 
 
 class Engine(Protocol):
-    """Computes the rounds of a run."""
+    """Computes the rounds of a run: `engines.local` in this process, `engines.flower` on nodes."""
 
     @property
     def name(self) -> str:
@@ -148,24 +139,15 @@ class Engine(Protocol):
 def execute(
     job: Job,
     engine: Engine,
-    model: FLModel,
+    model: FLModel,  # has the initial weights; is evaluated in and left with the final weights
     evaluator: Evaluator,
-    data: FederatedData | None,
-    settings: dict[str, Any],
-    overwrite: bool = False,
+    data: FederatedData | None,  # None if the clients' data are on nodes
+    settings: dict[str, Any],  # everything that decides the run's results, for config.json
+    overwrite: bool = False,  # replace a finished run of other settings or data
 ) -> None:
-    """Run a job, or resume it from its checkpoint, and write all files of the run.
+    """Run a job, or resume it from its checkpoint, and write all files of the run (see `records`).
 
     The checksums are written last: they mark the run as complete.
-
-    Args:
-        job: The run.
-        engine: Computes its rounds.
-        model: A network with the initial weights; it is evaluated in and left with the final weights.
-        evaluator: Scores every round.
-        data: The clients' data; None if they are on nodes.
-        settings: Everything that decides the run's results, for config.json.
-        overwrite: Replace a finished run of other settings or data.
 
     Raises:
         ConfigError: The folder holds a finished run of other settings or data.
@@ -223,11 +205,7 @@ def _train(
 
 
 def score_round(done: Round, model: FLModel, evaluator: Evaluator) -> dict[str, float]:
-    """Load the global weights of a round into `model` and score it.
-
-    Raises:
-        TrainingDiverged: The held-out loss is not a finite number.
-    """
+    """Load the global weights of a round into `model` and score it; TrainingDiverged if the loss is not finite."""
     model.load_state_dict(done.weights)
     scores = evaluator.scores(model)
     if not math.isfinite(scores["loss"]):
@@ -263,10 +241,8 @@ def _write_results(
 def prepare_torch(runtime: Runtime) -> str:
     """Make torch deterministic, set its number of threads, and return the device to train on.
 
-    On a GPU an operation without a deterministic implementation warns instead of failing.
-
-    Raises:
-        PipelineError: The requested GPU is not available.
+    On a GPU an operation without a deterministic implementation warns instead of failing. If the requested GPU is not
+    available, it raises PipelineError.
     """
     device = devices.resolve(runtime.device)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace

@@ -1,9 +1,4 @@
-"""Federated training from arrays in memory, for notebooks and scripts: no params.yaml and no files.
-
-Samples    images and labels of a client or of the held-out data, with rows of a feature set for guidance
-simulate   train a method over clients on the local engine
-History    the outcome: one row per round, and the final network
-"""
+"""Federated training from arrays in memory, for notebooks and scripts: no params.yaml and no files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,21 +27,11 @@ from stages.train_fl.records import RoundRow, round_row
 from stages.train_fl.rounds import Schedule
 
 DEFAULTS: dict[str, Any] = {
-    "model": "small_cnn",
-    "normalisation": "batch",
-    "precision": "float32",
-    "projection_dim": None,
-    "clients_per_round": 5,
-    "num_rounds": 25,
-    "local_epochs": 5,
-    "batch_size": 64,
-    "learning_rate": 0.01,
-    "learning_rate_decay": 1.0,
-    "momentum": 0.9,
-    "weight_decay": 0.00001,
-    "gradient_clipping": None,
-    "augmentation": "none",
-}
+    "model": "small_cnn", "normalisation": "batch", "precision": "float32", "projection_dim": None,
+    "clients_per_round": 5, "num_rounds": 25, "local_epochs": 5, "batch_size": 64,
+    "learning_rate": 0.01, "learning_rate_decay": 1.0, "momentum": 0.9, "weight_decay": 0.00001,
+    "gradient_clipping": None, "augmentation": "none",
+}  # fmt: skip
 """The settings of `train_fl` that `simulate` accepts, with the values of params.yaml."""
 
 

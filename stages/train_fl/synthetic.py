@@ -15,11 +15,7 @@ from pipeline.errors import DataError
 
 
 def open_checked(path: Path, dataset: PreparedDataset) -> PreparedDataset:
-    """Open the generated images of `dataset`'s classes.
-
-    Raises:
-        DataError: There are none, or they are of other classes or another size than the data set's.
-    """
+    """Open the generated images of `dataset`'s classes; DataError if there are none, or classes or size differ."""
     if not (path / "train.h5").exists():
         raise DataError(
             f"{path} holds no images. Set synthesize.images_per_class above 0 and run `pipeline synthesize`, or set "
@@ -36,14 +32,9 @@ def top_up(
 ) -> np.ndarray:
     """Choose the generated images that a client gets.
 
-    Args:
-        counts: The client's own samples, int64 (num_classes,).
-        labels: Labels of the generated images, int64 (M,).
-        rule: Fill every class up to the client's mean class size (rounded up) or to its largest.
-        rng: Decides which images of a class.
-
-    Returns:
-        Ascending int64 positions in `labels`; none for a client without samples.
+    Every class is filled up to the client's mean class size (rounded up) or to its largest, as `rule` says. `counts`
+    are its own samples, int64 (num_classes,), and `labels` those of the generated images, int64 (M,). Return ascending
+    int64 positions in `labels`; none for a client without samples.
     """
     target = -(-counts.sum() // len(counts)) if rule == "mean" else counts.max()
     by_class = [rng.permutation(np.flatnonzero(labels == label)) for label in range(len(counts))]

@@ -35,18 +35,11 @@ class LocalEngine:
 def run(
     method: Method, start: Progress, clients: list[ClientData], schedule: Schedule, device: str | None = None
 ) -> Iterator[Round]:
-    """Run a method and yield after every round.
+    """Run a method from `start`, which `begin` or an earlier round gave, and yield after every round.
 
-    Args:
-        method: The federated method.
-        start: The state from `begin`, or the progress of an earlier round.
-        clients: Every client's data.
-        schedule: Rounds and sampling. Participants and batches are drawn from generators keyed by (seed, round,
-            client), so they depend neither on the method nor on the order of clients.
-        device: Where to train; None: where the data are.
-
-    Raises:
-        TrainingDiverged: A client's loss is not finite.
+    Participants and batches are drawn from generators keyed by (seed, round, client), so they depend neither on the
+    method nor on the order of clients. Without a `device`, clients train where their data are. A loss that is not
+    finite raises TrainingDiverged.
     """
     server, states = start.server, list(start.clients)
     for number in range(start.number + 1, schedule.num_rounds + 1):
@@ -73,7 +66,6 @@ def run(
             weights=method.reported_weights(server),
             participants=participants,
             num_samples=sum(sizes) * schedule.local_epochs,
-            num_steps=sum(update.num_steps for update in updates),
             train_metrics=rounds.mean_metrics(metrics, sizes),
             bytes_down=bytes_down,
             bytes_up=sum(map(rounds.update_bytes, updates)),

@@ -21,31 +21,10 @@ from stages.train_fl.methods.state import ClientState, ClientUpdate, Metrics, Se
 from stages.train_fl.models import FLModel
 
 __all__ = [
-    "ClientState",
-    "ClientUpdate",
-    "FedAvg",
-    "FedAvgM",
-    "FedCR",
-    "FedDifRC",
-    "FedDyn",
-    "FedNH",
-    "FedNova",
-    "FedProto",
-    "FedProx",
-    "LocalSGD",
-    "Method",
-    "Metrics",
-    "Moon",
-    "Scaffold",
-    "SelfSupervisedFedDifRC",
-    "ServerState",
-    "SimSiam",
-    "Weights",
-    "build",
-    "guidance_of",
-    "method_class",
-    "model_parts",
-]
+    "ClientState", "ClientUpdate", "FedAvg", "FedAvgM", "FedCR", "FedDifRC", "FedDyn", "FedNH", "FedNova", "FedProto",
+    "FedProx", "LocalSGD", "Method", "Metrics", "Moon", "Scaffold", "SelfSupervisedFedDifRC", "ServerState", "SimSiam",
+    "Weights", "build", "guidance_of", "method_class", "model_parts",
+]  # fmt: skip
 
 
 def guidance_of(settings: Section) -> Guidance | None:

@@ -19,19 +19,9 @@ from stages.train_fl.partitions.long_tail import long_tail
 from stages.train_fl.partitions.statistics import heterogeneity, label_counts, left_out
 
 __all__ = [
-    "by_domain",
-    "classes_per_client",
-    "deal",
-    "dirichlet",
-    "dirichlet_balanced",
-    "even_clients_per_domain",
-    "heterogeneity",
-    "iid",
-    "label_counts",
-    "label_skew",
-    "left_out",
-    "long_tail",
-]
+    "by_domain", "classes_per_client", "deal", "dirichlet", "dirichlet_balanced", "even_clients_per_domain",
+    "heterogeneity", "iid", "label_counts", "label_skew", "left_out", "long_tail",
+]  # fmt: skip
 
 
 def deal(
@@ -51,11 +41,9 @@ def deal(
             counts = even_clients_per_domain(num_clients, int(domains.max()) + 1)
         return by_domain(domains, counts, values["samples_fraction"], rng)
     kinds: dict[str, Any] = {
-        "dirichlet": dirichlet,
-        "dirichlet-balanced": dirichlet_balanced,
-        "classes-per-client": classes_per_client,
+        "dirichlet": dirichlet, "dirichlet-balanced": dirichlet_balanced, "classes-per-client": classes_per_client,
         "iid": iid,
-    }
+    }  # fmt: skip
     return kinds[kind](labels, num_clients, **values, rng=rng)
 
 

@@ -19,14 +19,11 @@ def label_counts(parts: list[np.ndarray], labels: np.ndarray, num_classes: int) 
 
 
 def left_out(parts: list[np.ndarray], groups: dict[str, tuple[np.ndarray, list[str]]]) -> list[str]:
-    """Describe classes, domains and samples that no client gets, and clients without samples.
+    """Describe classes, domains and samples that no client gets, and clients without samples, one sentence for each.
 
     Args:
         parts: Positions of the samples, by client.
         groups: "classes" or "domains" -> for every sample its number, int64 (N,), and the names by number.
-
-    Returns:
-        One sentence each for classes, domains and samples that no client gets, and for clients without samples.
     """
     dealt, lines, total = np.concatenate(parts), [], 0
     for kind, (numbers, names) in groups.items():

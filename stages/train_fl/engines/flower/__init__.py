@@ -8,7 +8,7 @@ states         the state of a client between rounds (SCAFFOLD, MOON, FedDyn), on
 participation  which clients took part in which rounds
 privacy        differential privacy with Flower's own mods
 
-Methods do not depend on the engine: a node calls a method's client_update, the server its server_update. Participants,
-batches and random draws have the same keys as in the local engine, and updates are added in the order of clients, so on
-one kind of machine both engines produce the same weights, to the byte.
+A node calls a method's client_update, the server its server_update. Participants, batches and random draws have the
+same keys as in the local engine, and updates are added in the order of clients, so on one kind of machine both engines
+produce the same weights, to the byte.
 """

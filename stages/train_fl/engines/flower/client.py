@@ -51,11 +51,7 @@ def join(message: Message, context: Context) -> RecordDict:
 
 
 def train(message: Message, context: Context) -> RecordDict:
-    """Train for one round.
-
-    Raises:
-        PipelineError: The data are damaged, training diverged, or the client's state cannot be saved.
-    """
+    """Train for one round; PipelineError if data are damaged, training diverges or the state cannot be saved."""
     own = _participant(context)
     request = TrainRequest.read(message.content)
     arrays = dict(message.content.array_records)
@@ -79,8 +75,8 @@ def train(message: Message, context: Context) -> RecordDict:
 def evaluate(message: Message, context: Context) -> RecordDict:
     """Score the global model on the node's own held-out images."""
     own = _participant(context)
-    weights = to_tensors(message.content.array_records["weights"], own.model.state_dict(), own.device)
-    own.model.load_state_dict(weights)
+    arrays = message.content.array_records["weights"]
+    own.model.load_state_dict(to_tensors(arrays, own.model.state_dict(), own.device))
     scores = session.evaluator_of(own.job, own.data).scores(own.model)
     return RecordDict({"scores": MetricRecord({**scores, "num-images": len(own.data.held_out.labels)})})
 

@@ -21,17 +21,11 @@ from stages.train_fl.methods import ClientUpdate, Metrics, Weights
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """The server's request to train.
+    """The server's request to train."""
 
-    Attributes:
-        run_key: Names the run, 16 hexadecimal digits; the node keeps the client's states under it.
-        number: The round, counted from 1.
-        state_round: The last round whose update of this client was aggregated; 0: none.
-    """
-
-    run_key: str
-    number: int
-    state_round: int
+    run_key: str  # names the run, 16 hexadecimal digits; the node keeps the client's states under it
+    number: int  # the round, counted from 1
+    state_round: int  # the last round whose update of this client was aggregated; 0: none
 
     def record(self) -> ConfigRecord:
         """Return it as a record of a message."""
@@ -39,11 +33,7 @@ class TrainRequest:
 
     @staticmethod
     def read(content: RecordDict) -> "TrainRequest":
-        """Read it from a message.
-
-        Raises:
-            DataError: The run key is invalid. It names a folder on the node.
-        """
+        """Read it from a message; DataError if the run key, which names a folder on the node, is invalid."""
         record = content.config_records["request"]
         if not re.fullmatch("[0-9a-f]{16}", str(record["run-key"])):
             raise DataError(f"the server's request has an invalid run key ({record['run-key']!r})")
@@ -77,11 +67,7 @@ class TrainReply:
 
     @staticmethod
     def read(content: RecordDict, like: Weights) -> "TrainReply":
-        """Read it from a message.
-
-        Args:
-            content: The content of the node's reply.
-            like: Tensors with the names, shapes and types that its weights must have.
+        """Read it from a message; `like` has the names, shapes and types that its weights must have.
 
         Raises:
             DataError: It is not a valid reply.
@@ -116,12 +102,7 @@ def to_record(tensors: Weights) -> ArrayRecord:
 
 
 def to_tensors(record: ArrayRecord, like: Weights | None = None, device: str = "cpu") -> Weights:
-    """Convert arrays to named tensors.
-
-    Args:
-        record: The arrays.
-        like: Tensors with the expected names, shapes and types, in the order of the result; None: accept any.
-        device: Where to place the tensors.
+    """Convert arrays to named tensors on `device`, in the order of `like`; if it is None, accept any.
 
     Raises:
         DataError: A name, a shape or a type differs from `like`.

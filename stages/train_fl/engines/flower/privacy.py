@@ -60,13 +60,9 @@ def protect(message: Message, context: Context, call_next: ClientAppCallable) ->
 def gaussian_deviation(sensitivity: float, epsilon: float, delta: float) -> float:
     """Return the least standard deviation s of Gaussian noise that is (epsilon, delta)-private.
 
+    The sensitivity D > 0 is the largest distance between two outcomes, epsilon > 0, and delta is in (0, 1).
     delta(s) = Phi(D / 2s - epsilon s / D) - e^epsilon Phi(-D / 2s - epsilon s / D) falls with s (Balle and Wang, ICML
     2018, theorem 8); s is found by bisection.
-
-    Args:
-        sensitivity: The largest distance D > 0 between two outcomes.
-        epsilon: Above 0.
-        delta: In (0, 1).
     """
     low, high = 1e-9, 1.0
     while gaussian_delta(high, epsilon) > delta:

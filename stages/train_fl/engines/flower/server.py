@@ -35,9 +35,7 @@ log = logging.getLogger(__name__)
 def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
     """Train one method over the nodes, resuming from a checkpoint if there is one.
 
-    Args:
-        grid: Flower's connection to the nodes.
-        run_config: The method, partition, seed, changed settings, and the server's project folder.
+    `run_config` has the method, partition, seed, changed settings, and the server's project folder.
 
     Raises:
         ConfigError: Settings do not fit each other, or the folder holds a finished run of others.
@@ -48,9 +46,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
     job = Job(config, str(run_config["method"]), str(run_config["partition"]), seed_of(run_config))
     job.check()
     device = session.prepare_torch(config.params.runtime)
-    data = None
-    if not job.has_private_data:
-        data = run_data.load(config, job.partition_name, job.seed, job.guidance, device)
+    data = None if job.has_private_data else run_data.load(config, job.partition_name, job.seed, job.guidance, device)
     num_clients = len(data.clients) if data else job.params.num_clients
     members = Members(grid, num_clients, config.params.federation)
     members.wait(for_all=True)  # otherwise the participants would be those that happen to connect first
@@ -60,8 +56,8 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
     settings = _settings(job, data, agreed)
     run_key = provenance.fingerprint(settings)[:16]
     engine = FlowerEngine(job, method, members, num_clients, grid, run_key)
-    evaluator = _evaluator(job, data, members, device)
-    session.execute(job, engine, model, evaluator, data, settings, bool(run_config.get("overwrite")))
+    overwrite = bool(run_config.get("overwrite"))
+    session.execute(job, engine, model, _evaluator(job, data, members, device), data, settings, overwrite)
     done = RecordDict({"request": TrainRequest(run_key, job.params.num_rounds, 0).record()})
     grid.push_messages(members.messages("query.forget", done))
     if engine.participation:
@@ -90,7 +86,7 @@ def _evaluator(job: Job, data: FederatedData | None, members: Members, device: s
                 f"the classes of {folder} (the server's test images) differ from those of the nodes. Prepare the same "
                 "classes, or remove the folder to evaluate on the nodes."
             )
-        return Classification(run_data.held_out(dataset, device))
+        return Classification(run_data.held_out(dataset.load("test"), device))
     return NodeEvaluator(members)
 
 
