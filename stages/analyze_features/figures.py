@@ -74,11 +74,7 @@ def confusion(
 ) -> Figure:
     """Draw the share of each class's images nearest to each prompt, and their margins.
 
-    Args:
-        share: float64 (K, prompts), NaN for pairs that were not compared; see `margins.confusion`.
-        prompts: Their texts.
-        margins: (n_k,) of each of the K classes.
-        class_names: K names.
+    `share`, float64 (K, prompts), is that of `margins.confusion`; `margins` has (n_k,) for each of the K classes.
     """
     figure = Figure(figsize=(10, 4.6), layout=ConstrainedLayoutEngine(wspace=0.06))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)

@@ -75,17 +75,10 @@ def similarities(denoised: np.ndarray, prompted: np.ndarray, positive: np.ndarra
 def confusion(
     nearest: np.ndarray, prompt_class: np.ndarray, labels: np.ndarray, num_classes: int, num_prompts: int
 ) -> np.ndarray:
-    """Return the share of each class's images whose nearest prompt is each prompt.
+    """Return the share of each class's images whose nearest prompt is each prompt: float64 (K, num_prompts).
 
-    Args:
-        nearest: int64 (n,), columns of the nearest prompts.
-        prompt_class: int (n, P), the numbers of each image's prompts.
-        labels: int64 (n,).
-        num_classes: K.
-        num_prompts: Number of prompts of the feature set.
-
-    Returns:
-        float64 (K, num_prompts); NaN if no image of the class has the prompt, the rest of a row sums to 1.
+    `nearest` (n,) are columns of `prompt_class` (n, P), the numbers of each image's prompts. The share is NaN if no
+    image of the class has the prompt; the rest of a row sums to 1.
     """
     counts, compared = np.zeros((2, num_classes, num_prompts))
     np.add.at(counts, (labels, prompt_class[np.arange(len(labels)), nearest]), 1)

@@ -50,17 +50,12 @@ class Scores:
 class ProbeEvaluator:
     """Scores representations of the same images, all by the same splits.
 
-    Attributes:
-        held_out: Number of distinct images that at least one split holds out.
-        effective_images: The number of images, each scored once, that would give the same error (Kish, 1965).
+    `held_out` is the number of distinct images that at least one split holds out; `effective_images` is the number of
+    images, each scored once, that would give the same error (Kish, 1965).
     """
 
     def __init__(self, labels: np.ndarray, params: AnalyzeFeatures) -> None:
-        """Split n images with these labels, int64 (n,).
-
-        Raises:
-            DataError: There are too few images to fit and score a probe.
-        """
+        """Split n images with these labels, int64 (n,); raise DataError if there are too few for a probe."""
         self._labels, self._params = labels, params
         self._num_classes = len(np.unique(labels))
         self._splits = list(self._draw_splits())
@@ -96,9 +91,8 @@ class ProbeEvaluator:
             yield fitted, held_out
 
     def _probe(self, features: np.ndarray, fitted: np.ndarray, held_out: np.ndarray) -> float:
-        return (
-            linear_probe().fit(features[fitted], self._labels[fitted]).score(features[held_out], self._labels[held_out])
-        )
+        probe = linear_probe().fit(features[fitted], self._labels[fitted])
+        return probe.score(features[held_out], self._labels[held_out])
 
     def _cluster(self, features: np.ndarray) -> np.ndarray:
         """Return the cluster of each image, int (n,)."""

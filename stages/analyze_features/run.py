@@ -69,7 +69,9 @@ def run(config: Config) -> Path:
         (folder / name).unlink(missing_ok=True)
     atomic.write_text(folder / "clusters.svg", figures.bars(scores, by_chance))
     _draw(folder, content, rows, columns, similar[FUSED], params)
-    atomic.write_json(folder / "features.json", _summary(scores[FUSED]))
+    # The probe's accuracy is for NDCR, the margin for TDCL; short names keep the metrics table narrow.
+    summary = {"probe": scores[FUSED]["probe_accuracy"], "margin": scores[FUSED]["margin"]}
+    atomic.write_json(folder / "features.json", summary)
     details = {
         "feature_set": {"name": features.path.name, "fingerprint": features.manifest.fingerprint},
         "timestep": content.timestep,
@@ -82,11 +84,6 @@ def run(config: Config) -> Path:
     }
     atomic.write_json(folder / "details.json", details)
     return folder / "details.json"
-
-
-def _summary(fused: dict[str, Any]) -> dict[str, float]:
-    """Return the probe's accuracy, for NDCR, and the margin, for TDCL; short names keep the metrics table narrow."""
-    return {"probe": fused["probe_accuracy"], "margin": fused["margin"]}
 
 
 def _scores(

@@ -26,8 +26,7 @@ def images(rows: int, wanted: int, seed: int) -> np.ndarray:
 def read_shared(file: Path, channels: dict[str, int], ranges: dict[str, list[int]]) -> Basis:
     """Read the basis.h5 of another set, for a set with these channels and columns by layer.
 
-    Raises:
-        FeatureSetError: It is missing, or has other layers, channels or dimensions.
+    Raise FeatureSetError if it is missing, or has other layers, channels or dimensions.
     """
     basis = feature_store.read_basis_file(file, list(channels))
     for layer, (start, stop) in ranges.items():

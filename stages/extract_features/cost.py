@@ -64,15 +64,10 @@ def estimate(config: Config) -> Estimate:
     conditioning = extraction.session.model.conditioning
     vae_flops, pass_flops = count_flops(plan.model_dir, settings.layers, settings.image_size, conditioning)
     return Estimate(
-        images=plan.feature_set.rows,
-        passes_per_image=1 + content.prompts_per_image,
-        shards=plan.feature_set.num_shards,
-        vae_flops=vae_flops,
-        pass_flops=pass_flops,
-        num_bytes=content.row_bytes * plan.feature_set.rows,
-        images_per_second=1 / seconds,
-        device=plan.device,
-    )
+        images=plan.feature_set.rows, passes_per_image=1 + content.prompts_per_image,
+        shards=plan.feature_set.num_shards, vae_flops=vae_flops, pass_flops=pass_flops,
+        num_bytes=content.row_bytes * plan.feature_set.rows, images_per_second=1 / seconds, device=plan.device,
+    )  # fmt: skip
 
 
 def count_flops(path: Path, layers: list[str] | str, image_size: int, conditioning: Conditioning) -> tuple[int, int]:

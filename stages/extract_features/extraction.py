@@ -32,12 +32,7 @@ class HostInput(NamedTuple):
 
 
 class Extraction:
-    """Computes the representations of a data set's images.
-
-    Attributes:
-        session: The frozen model.
-        data: The images.
-    """
+    """Computes the representations of a data set's images, `data`, by the frozen model of `session`."""
 
     def __init__(self, session: FrozenSession, data: Images, settings: ExtractFeatures) -> None:
         """Use a session that was made from the same settings."""
@@ -55,11 +50,8 @@ class Extraction:
     def represent(self, index: np.ndarray, inputs: Inputs, projector: Projector, bar: Any) -> tuple[Features, int]:
         """Compute all representations of the n images at positions `index`, int64 (n,).
 
-        Returns:
-            The features, and how many pairs (image, prompt) were recomputed in float32.
-
-        Raises:
-            PipelineError: A feature exceeds the range of float16.
+        Return them, and how many pairs (image, prompt) were recomputed in float32; raise PipelineError if a feature
+        exceeds the range of float16.
         """
         model, batcher = self.session.model, self.session.batcher
         own = self.session.prompts_of(self.data.labels[index], index)  # (n, P)

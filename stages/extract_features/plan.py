@@ -23,41 +23,23 @@ EXTRACTION_VERSION = 1
 
 @dataclass(frozen=True)
 class ExtractionPlan:
-    """Everything that an extraction reads, resolved to paths and sections.
-
-    Attributes:
-        settings: The section extract_features.
-        runtime: The section runtime.
-        dataset: The prepared data set.
-        prompts: Its prompts.
-        model_dir: The frozen model's folder.
-        image_encoder: The image encoder's folder; None without image conditioning.
-        shared_basis: The basis.h5 to use; None if a basis is to be fitted.
-        feature_set: Content, size and provenance of the set.
-        target: The set's folder.
-        state_dir: Folder of unfinished and cached work.
-        device: torch device.
-    """
+    """Everything that an extraction reads, resolved to paths and sections."""
 
     settings: ExtractFeatures
     runtime: Runtime
     dataset: PreparedDataset
     prompts: PromptSet
     model_dir: Path
-    image_encoder: Path | None
-    shared_basis: Path | None
-    feature_set: Plan
-    target: Path
-    state_dir: Path
+    image_encoder: Path | None  # its folder; None without image conditioning
+    shared_basis: Path | None  # the basis.h5 to use; None if a basis is to be fitted
+    feature_set: Plan  # content, size and provenance of the set
+    target: Path  # the set's folder
+    state_dir: Path  # folder of unfinished and cached work
     device: str
 
 
 def make(config: Config) -> ExtractionPlan:
-    """Plan the feature set that params.yaml describes.
-
-    Raises:
-        PipelineError: The data set or the model is missing or changed, or the settings do not fit them.
-    """
+    """Plan the feature set that params.yaml describes; raise PipelineError as `run` does."""
     settings = config.params.extract_features
     if settings.version != EXTRACTION_VERSION:
         raise ConfigError(
@@ -94,18 +76,11 @@ def make(config: Config) -> ExtractionPlan:
         **provenance.software(),
     }
     return ExtractionPlan(
-        settings=settings,
-        runtime=config.params.runtime,
-        dataset=dataset,
-        prompts=prompt_set,
-        model_dir=config.backbone_dir,
-        image_encoder=encoder,
-        shared_basis=shared,
+        settings=settings, runtime=config.params.runtime, dataset=dataset, prompts=prompt_set,
+        model_dir=config.backbone_dir, image_encoder=encoder, shared_basis=shared,
         feature_set=Plan(content, dataset.rows("train"), settings.rows_per_shard, made_by),
-        target=config.features_dir,
-        state_dir=config.state_dir,
-        device=devices.resolve(config.params.runtime.device),
-    )
+        target=config.features_dir, state_dir=config.state_dir, device=devices.resolve(config.params.runtime.device),
+    )  # fmt: skip
 
 
 def _check_model(settings: ExtractFeatures, model_dir: Path, manifest: BackboneManifest) -> dict[str, int]:

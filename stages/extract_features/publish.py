@@ -24,13 +24,7 @@ def publish(writer: FeatureSetWriter, target: Path, recompute: Callable[[list[in
     """Assemble the set if all its shards are finished and no other process has done so.
 
     `recompute` computes shards again that were damaged after they were written. `overwrite` replaces a finished set of
-    other features.
-
-    Returns:
-        The folder `target`, or that of the unfinished set while shards are missing.
-
-    Raises:
-        PipelineError: There is another finished set, or the disk is full.
+    other features, an error otherwise. Return `target`, or the unfinished set's folder while shards are missing.
     """
     if missing := writer.missing_shards:
         log.info("%d of %d shards are still missing", len(missing), writer.plan.num_shards)
@@ -51,8 +45,7 @@ def publish(writer: FeatureSetWriter, target: Path, recompute: Callable[[list[in
 def is_complete(target: Path, plan: Plan) -> bool:
     """Return whether the set exists and every checksum matches; damage is logged as a warning.
 
-    Raises:
-        SystemRefusal: The operating system refused to read a file, so that it is unknown.
+    Raise SystemRefusal if the system refuses to read a file, so that it is unknown.
     """
     if status(target / "manifest.json") is None:
         return False
@@ -71,12 +64,7 @@ def is_complete(target: Path, plan: Plan) -> bool:
 
 
 def check_replaceable(target: Path, plan: Plan) -> None:
-    """Check that publishing would not replace a finished set of other features, complete or in part.
-
-    Raises:
-        FeatureSetError: It would. The message names what differs.
-        SystemRefusal: The operating system refused to read the manifest.
-    """
+    """Raise FeatureSetError, which names what differs, if publishing would replace a finished set of other features."""
     file = target / "manifest.json"
     try:
         with reading(file):

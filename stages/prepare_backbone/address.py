@@ -19,8 +19,7 @@ def is_path(source: str) -> bool:
 def pinned(source: str, revision: str | None) -> tuple[str, str]:
     """Return the id and the commit that prepare_backbone.source and revision name.
 
-    Raises:
-        ConfigError: They name no model, or no commit; the message gives the commit that a branch or tag is at now.
+    Raise ConfigError if they name no model, or no commit; the message gives the present commit of a branch or tag.
     """
     hub_id, written = _parse(source)
     if written and revision and written != revision and _COMMIT.fullmatch(written):

@@ -19,8 +19,7 @@ class Directory:
     def __init__(self, path: Path, target: Path | None = None) -> None:
         """List the files of the directory and of the folders in it.
 
-        Raises:
-            DataError: It cannot be read, or its files are in `target`, the folder that will be replaced by links.
+        Raise DataError if it cannot be read, or its files are in `target`, the folder that will be replaced by links.
         """
         self.path = path.absolute()
         self.title, self.listed = str(path), True
@@ -44,10 +43,9 @@ class Directory:
         return self.path / name
 
     def fetch(self, names: Sequence[str]) -> dict[str, tuple[Path, str]]:
-        """Return each file's absolute path, links followed, and its SHA-256, 64 hexadecimal digits.
+        """Return each file's absolute path, links followed, and its SHA-256.
 
-        Raises:
-            DataError: A file cannot be read, or is not a complete safetensors file by its header and length.
+        Raise DataError if a file cannot be read, or is not a complete safetensors file by its header and length.
         """
         paths = {name: (self.path / name).resolve() for name in names}
         for path in paths.values():

@@ -37,10 +37,7 @@ class HubModel:
         """List the repository's files, and keep the list in the folder `listings`.
 
         If the hub cannot be reached, use the list of an earlier run, so that the same files are chosen; or else the
-        files of the commit in the cache.
-
-        Raises:
-            DataError: The model or commit does not exist or is not accessible; or neither hub nor cache has it.
+        files of the commit in the cache. Raise DataError if neither hub nor cache has the model, or access is refused.
         """
         self.hub_id, self.revision = hub_id, revision
         self.title = f"{hub_id} at {revision[:12]}"
@@ -70,16 +67,12 @@ class HubModel:
             return self._fetch_checked(name, None)[0]
 
     def fetch(self, names: Sequence[str]) -> dict[str, tuple[Path, str]]:
-        """Download files that the cache lacks, and compare every file with the hub's hash.
+        """Download missing files, compare all with the hub's hashes, and return each one's absolute path and SHA-256.
 
-        Returns:
-            Each file's absolute path in the cache and its SHA-256, 64 hexadecimal digits.
-
-        Raises:
-            DataError: A file cannot be fetched, or arrives with other bytes than the hub lists.
+        Raise DataError if a file cannot be fetched, or arrives with other bytes than the hub lists.
         """
         self._remove_leftovers()
-        missing = [name for name in names if not self._pointer(name).exists()]
+        missing = [name for name in names if not (self._snapshot / name).exists()]
         size = sum(self.sizes[name] for name in missing)
         self._check_room(size)
         if missing:
@@ -119,7 +112,7 @@ class HubModel:
             self.title += " (the part that is in the cache, as the hub cannot be reached)"
 
     def _fetch_checked(self, name: str, bar: "tqdm | None") -> tuple[Path, str]:
-        new = not self._pointer(name).exists()
+        new = not (self._snapshot / name).exists()
         path = self._download(name, bar)
         sha256, agrees = self._compare(name, path)
         if agrees:
@@ -187,9 +180,6 @@ class HubModel:
                 f"{self.title} needs {text.size(size)}, and {_cache()} has {text.size(free)} free. Make room, or set "
                 "HF_HOME to a folder on a larger disk."
             )
-
-    def _pointer(self, name: str) -> Path:
-        return self._snapshot / name
 
     @property
     def _storage(self) -> Path:

@@ -28,12 +28,9 @@ CONVERT = (
 class Source(Protocol):
     """A model's repository on the hub, or its directory."""
 
-    title: str
-    """Name in errors and logs."""
-    sizes: dict[str, int]
-    """Its files, path with "/" between the parts -> bytes."""
-    listed: bool
-    """True if `sizes` has all of its files, False if only those in the cache are known."""
+    title: str  # for errors and logs
+    sizes: dict[str, int]  # its files, path with "/" between the parts -> bytes
+    listed: bool  # whether `sizes` has all of its files; False if only those in the cache are known
 
     def read(self, name: str) -> Path:
         """Return the path of a small file."""
@@ -44,29 +41,18 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Selection:
-    """The files of a model that are loaded.
+    """The files of a model that are loaded."""
 
-    Attributes:
-        family: The class of the denoiser.
-        files: Canonical name -> name in the source.
-        variant: "fp16" if any of the weights are, else None.
-    """
-
-    family: str
-    files: dict[str, str]
-    variant: str | None
+    family: str  # the class of the denoiser
+    files: dict[str, str]  # canonical name -> name in the source
+    variant: str | None  # "fp16" if any of the weights are
 
 
 def select(source: Source, variant: str, prefer_fp16: bool) -> Selection:
-    """Check a model by its configurations and choose its files.
+    """Check a model by its configurations and choose its files, without reading weights.
 
-    Args:
-        source: The model; no weights of it are read.
-        variant: "none" selects full weights, "fp16" half-size ones if a part has them, "auto" either.
-        prefer_fp16: The choice of "auto" if a part has both.
-
-    Raises:
-        DataError: Features cannot be extracted from the model, or it has no weights that can be loaded.
+    `variant` "none" selects full weights, "fp16" half-size ones if a part has them, and "auto" either, by `prefer_fp16`
+    if a part has both. Raise DataError if features cannot be extracted from the model, or no weights can be loaded.
     """
     index = _index(source)
     configs = {families.INDEX: index}

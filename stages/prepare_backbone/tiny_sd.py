@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from pipeline import seeding
@@ -143,9 +144,7 @@ def _train_denoiser(
         latents = torch.cat([pipe.vae.encode(_to_model_range(chunk)).latent_dist.mean for chunk in images.split(500)])
     latents = latents * pipe.vae.config.scaling_factor
     learner = torch.nn.ModuleList([pipe.unet, pipe.text_encoder])
-    averaged = torch.optim.swa_utils.AveragedModel(
-        learner, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema_decay)
-    )
+    averaged = AveragedModel(learner, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
     optimizer, schedule = _optimizer(learner.parameters(), recipe.unet_learning_rate, recipe.unet_steps)
     running = 0.0
     for step in track(range(recipe.unet_steps), "train denoiser", recipe.unet_steps):
@@ -155,8 +154,7 @@ def _train_denoiser(
         noise = torch.randn(latents[batch].shape, generator=generator)
         timesteps = torch.randint(pipe.scheduler.config.num_train_timesteps, (recipe.unet_batch,), generator=generator)
         noisy = pipe.scheduler.add_noise(latents[batch], noise, timesteps)
-        predicted = pipe.unet(noisy, timesteps, prompt_embeds).sample
-        loss = functional.mse_loss(predicted, noise)
+        loss = functional.mse_loss(pipe.unet(noisy, timesteps, prompt_embeds).sample, noise)
         _step(loss, optimizer, schedule, learner.parameters())
         averaged.update_parameters(learner)
         running = loss.item() if step == 0 else 0.99 * running + 0.01 * loss.item()

@@ -58,15 +58,7 @@ class BrokenImageError(Exception):
 
 
 def read_image(path: Path, image_size: int, rows_cut: int = 0) -> np.ndarray:
-    """Read one image file.
-
-    Args:
-        path: The file.
-        image_size: Height and width of the result, pixels.
-        rows_cut: Rows of pixels to remove at the bottom first.
-
-    Returns:
-        uint8 (image_size, image_size, 3).
+    """Read one image file as uint8 (image_size, image_size, 3), without `rows_cut` rows of pixels at its bottom.
 
     Raises:
         BrokenImageError: The file is missing, not an image, damaged, or has more than twice Pillow's limit of pixels.

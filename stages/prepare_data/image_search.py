@@ -50,15 +50,9 @@ class ImageSearch:
         self.outside += count_images(tree)
 
     def of_class(self, *folders: Path) -> list[str]:
-        """List the image files of one class, which are in one or more folders and in folders below.
+        """List the image files in a class's folders and below: paths relative to the root, in the order of ImageFolder.
 
-        Empty folders are allowed: a node of a federation may lack a class.
-
-        Returns:
-            Paths relative to the root, sorted by folder, then name (in NFC), as ImageFolder does.
-
-        Raises:
-            DataError: There are files and none is an image, or a folder cannot be read.
+        Raise DataError if there are files and none is an image; empty folders are allowed, as a node may lack a class.
         """
         passed_over: Counter[str] = Counter()
         found = [path for folder in folders for path in _image_files(str(folder), passed_over, frozenset())]

@@ -39,15 +39,12 @@ def fgvc_aircraft(root: Path, params: PrepareData) -> Source:
     from torchvision.datasets import FGVCAircraft
 
     read = reader("FGVC-Aircraft", root, f"fgvc-aircraft-2013b.tar.gz in {root}")
-    halves = {
-        "train": read(FGVCAircraft, split="trainval", download=True),
-        "test": read(FGVCAircraft, split="test", download=True),
-    }
+    train, test = (read(FGVCAircraft, split=split, download=True) for split in ("trainval", "test"))
     splits = {
         split: _split(root, half._image_files, half._labels, params, _AIRCRAFT_BANNER_ROWS)
-        for split, half in halves.items()
+        for split, half in (("train", train), ("test", test))
     }
-    names = [f"{variant} aircraft" for variant in halves["train"].classes]
+    names = [f"{variant} aircraft" for variant in train.classes]
     return Source(names, splits, "non-commercial research only")
 
 

@@ -50,10 +50,8 @@ class SplitFolders:
 def find_splits(tree: Path) -> SplitFolders | None:
     """Return the splits of a tree, or None if its folders are class folders.
 
-    Validation images are the test split if there is no other, and are left out otherwise.
-
-    Raises:
-        DataError: The tree is ambiguous, training or test images are missing, or a folder cannot be read.
+    Validation images are the test split if there is no other, and are left out otherwise. Raise DataError if the tree
+    is ambiguous, or training or test images are missing.
     """
     folders = subfolders(tree)
     splits = _by_split(folders)

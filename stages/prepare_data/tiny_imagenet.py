@@ -18,9 +18,7 @@ def tiny_imagenet(root: Path, params: PrepareData) -> Source:
 
     Labels count the wnids in sorted order, the order of ImageFolder. A class name is the first of its synonyms in
     words.txt that no other class has. Validation images are the test split; the release's test images have no labels.
-
-    Raises:
-        DataError: A file of the release is missing, or names an unknown class.
+    Raise DataError if a file of the release is missing, or names an unknown class.
     """
     where = "Unpack tiny-imagenet-200.zip and set prepare_data.path to the folder that holds wnids.txt."
     for name in ("wnids.txt", "words.txt", "train", "val/val_annotations.txt", "val/images"):

@@ -185,13 +185,8 @@ class Summary:
     def rows(self) -> list[Row]:
         """One row per method and partition; `std_accuracy` is None for a single seed."""
         return [
-            {
-                "method": method,
-                "partition": partition,
-                "num_seeds": len(values),
-                "mean_accuracy": statistics.fmean(values),
-                "std_accuracy": accuracy.deviation(values),
-            }
+            {"method": method, "partition": partition, "num_seeds": len(values)}
+            | {"mean_accuracy": statistics.fmean(values), "std_accuracy": accuracy.deviation(values)}
             for (method, partition), values in self.accuracies.items()
         ]
 

@@ -196,17 +196,11 @@ def _provenance(results: Results) -> Table:
     rows = []
     for run in results.all_runs:
         made, metrics, data = run.settings.provenance, run.metrics, run.settings.dataset
-        rows.append(
-            [
-                Cell(run.name),
-                *(Cell(f"{100 * metrics[key]:.2f}", metrics[key]) for key in ("mean_last5_accuracy", "best_accuracy")),
-                Cell(_short_commit(made["commit"])),
-                Cell(f"{data.name} {(data.hash or '')[:8]}".rstrip()),
-                Cell((run.settings.features or "none")[:8]),
-                Cell(made["packages"]["torch"]),
-                Cell(_hardware(run)),
-            ]
-        )
+        number, dirty, _ = (made["commit"] or "unknown").partition("-dirty")
+        dataset, features = f"{data.name} {(data.hash or '')[:8]}".rstrip(), (run.settings.features or "none")[:8]
+        reached = [Cell(f"{100 * metrics[key]:.2f}", metrics[key]) for key in ("mean_last5_accuracy", "best_accuracy")]
+        origin = number[:8] + dirty, dataset, features, made["packages"]["torch"], _hardware(run)
+        rows.append([Cell(run.name), *reached, *map(Cell, origin)])
     note = "Origin of every number. Each run's folder has more: config.json, rounds.csv, model.safetensors."
     return Table("provenance", "Provenance", note, header, rows)
 
@@ -214,11 +208,6 @@ def _provenance(results: Results) -> Table:
 def _hardware(run: Run) -> str:
     hardware = run.settings.provenance["hardware"]
     return str(hardware.get("gpu") or f"{hardware['cpu']}, {hardware['cores']} cores")
-
-
-def _short_commit(commit: str | None) -> str:
-    number, dirty, _ = (commit or "unknown").partition("-dirty")
-    return number[:8] + dirty
 
 
 def _by_method(

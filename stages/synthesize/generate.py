@@ -26,8 +26,7 @@ class Generator:
     def __init__(self, path: Path, params: Synthesize, image_size: int, batch_size: int, device: str) -> None:
         """Load a diffusers folder with safetensors weights; images are resized to `image_size`, bicubically.
 
-        Raises:
-            PipelineError: It cannot be loaded, or its noise schedule is too short for the steps.
+        Raise PipelineError if it cannot be loaded, or its noise schedule is too short for the steps.
         """
         for library in (diffusers.utils.logging, transformers.utils.logging):
             library.set_verbosity_error()  # such as diffusers' on float16 on a CPU, which works here
@@ -46,11 +45,7 @@ class Generator:
         self._params, self._image_size, self._batch_size = params, image_size, batch_size
 
     def __call__(self, label: int, class_name: str, count: int) -> np.ndarray:
-        """Generate images 0 to count - 1 of a class: uint8 (count, image_size, image_size, 3).
-
-        Raises:
-            PipelineError: The model gives numbers that are not finite.
-        """
+        """Generate images 0 to count - 1 of a class: uint8 (count, image_size, image_size, 3)."""
         numbers = range(count)
         batches = [numbers[start : start + self._batch_size] for start in range(0, count, self._batch_size)]
         return np.concatenate([self._batch(label, class_name, batch) for batch in batches])

@@ -44,10 +44,8 @@ def run(config: Config) -> Path:
     store = ResumableStore(config.state_dir / "synthesize" / key)
     with locks.held(config.state_dir / "locks" / f"synthesize-{key}", str(target)):
         classes = _generate(config, dataset, store)
-        splits = {
-            "train": _split(classes, slice(0, params.images_per_class)),
-            "test": _split(classes, slice(params.images_per_class, None)),
-        }
+        count = params.images_per_class
+        splits = {"train": _split(classes, slice(0, count)), "test": _split(classes, slice(count, None))}
         backbone = config.params.prepare_backbone.name
         source = Source(dataset.class_names, splits, f"as the terms of {backbone}, which generated the images")
         datasets.write(target, target.name, backbone, source)

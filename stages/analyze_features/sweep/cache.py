@@ -21,17 +21,11 @@ from stages.analyze_features.sweep.recommend import Candidate
 
 @dataclass(frozen=True)
 class SweepResult:
-    """The result of one timestep.
+    """The result of one timestep."""
 
-    Attributes:
-        candidates: The sets of layers that were evaluated.
-        own_layers: The layers that "auto" selects.
-        colours: Layer -> uint8 (p, h, w, 3), maps of p images as colours.
-    """
-
-    candidates: list[Candidate]
-    own_layers: list[str]
-    colours: dict[str, np.ndarray]
+    candidates: list[Candidate]  # the sets of layers that were evaluated
+    own_layers: list[str]  # those that "auto" selects
+    colours: dict[str, np.ndarray]  # layer -> uint8 (p, h, w, 3), maps of p images as colours
 
 
 class SweepCache:
@@ -42,11 +36,7 @@ class SweepCache:
         self.folder, self._store = folder, ResumableStore(folder)
 
     def load(self, timestep: int) -> SweepResult | None:
-        """Return the result of a timestep, or None if it is missing or damaged.
-
-        Raises:
-            SystemRefusal: The operating system refused to read it.
-        """
+        """Return the result of a timestep, or None if it is missing or damaged."""
         unit = self._store.load(f"t-{timestep:05d}")
         if unit is None:
             return None

@@ -31,13 +31,10 @@ Row = dict[str, Any]
 
 @plotting.svg
 def curves(rows: Sequence[Row], recommended: Row, own_layers: Sequence[str], chance: dict[str, float]) -> Figure:
-    """Draw every measure against the timestep (the paper's Fig. 6).
+    """Draw every measure in the rows of the sweep's table against the timestep (the paper's Fig. 6).
 
-    Args:
-        rows: Rows of the sweep's table.
-        recommended: One of them, which is circled; one standard error around its line is shaded.
-        own_layers: The layers that "auto" selects.
-        chance: Chance level by measure, a dotted line.
+    The recommended row is circled, and one standard error around its line is shaded. `own_layers` are those that "auto"
+    selects; the chance level of a measure is a dotted line.
     """
     order = list(dict.fromkeys(row["layers"][0] for row in rows if len(row["layers"]) == 1))
     shades = matplotlib.colormaps["viridis"](np.linspace(0.35, 0.8, len(order)))

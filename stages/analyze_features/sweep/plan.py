@@ -15,49 +15,30 @@ from pipeline.settings.params import ExtractFeatures, Runtime, SweepFeatures
 from stages.analyze_features.probes import ProbeEvaluator
 from stages.analyze_features.sweep.cache import SweepCache, SweepResult
 
+_MEASURED_WITH = {"image_size", "denoise_prompt", "noise_seed", "dtype", "negatives"}  # keys of extract_features
+
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A sweep to be computed, resolved to paths and sections.
-
-    Attributes:
-        params: The section sweep_features.
-        settings: The section extract_features.
-        runtime: The section runtime.
-        model_dir: The frozen model's folder.
-        backbone_manifest: Its manifest.
-        image_encoder: The image encoder's folder; None without image conditioning.
-        device: torch device.
-        data: The training split.
-        index: int64 (n,), the images of the sample; the first `margin_images` also run with their own prompts.
-        margin_images: m.
-        prompt_set: All prompts.
-        prompts_per_image: P.
-        evaluator: Scores representations of the sample.
-        made_of: Everything that decides the numbers, for sweep.json.
-        cache: Results of finished timesteps.
-        done: Timestep -> result, of those that are finished.
-        missing: The other timesteps, ascending.
-    """
+    """A sweep to be computed, resolved to paths and sections."""
 
     params: SweepFeatures
     settings: ExtractFeatures
     runtime: Runtime
     model_dir: Path
     backbone_manifest: Path
-    image_encoder: Path | None
+    image_encoder: Path | None  # its folder; None without image conditioning
     device: str
-
-    data: Images
-    index: np.ndarray
-    margin_images: int
+    data: Images  # the training split
+    index: np.ndarray  # int64 (n,), the images of the sample; the first m also run with their own prompts
+    margin_images: int  # m
     prompt_set: PromptSet
-    prompts_per_image: int
-    evaluator: ProbeEvaluator
-    made_of: dict[str, Any]
+    prompts_per_image: int  # P
+    evaluator: ProbeEvaluator  # of the sample
+    made_of: dict[str, Any]  # everything that decides the numbers, for sweep.json
     cache: SweepCache
-    done: dict[int, SweepResult]
-    missing: list[int]
+    done: dict[int, SweepResult]  # of the finished timesteps
+    missing: list[int]  # the other timesteps, ascending
 
     @property
     def passes(self) -> int:
@@ -76,11 +57,7 @@ class SweepPlan:
 
 
 def make(config: Config) -> SweepPlan:
-    """Plan the sweep that params.yaml describes; nothing is written.
-
-    Raises:
-        PipelineError: The data set or the backbone's manifest is missing or damaged, or the sample is too small.
-    """
+    """Plan the sweep that params.yaml describes; nothing is written. Raise PipelineError as `run` does."""
     params, extraction = config.params.sweep_features, config.params.extract_features
     dataset, backbone = PreparedDataset(config.dataset_dir), frozen_model.read_manifest(config.backbone_manifest)
     data = dataset.load("train")
@@ -96,9 +73,7 @@ def make(config: Config) -> SweepPlan:
         "backbone": backbone.origin(),
         "images": {"sampled": len(index), "held_out": evaluator.held_out, "prompted": margin_images},
         "judged_by": config.params.analyze_features.model_dump(include={"validation_fraction", "splits", "seed"}),
-        "extract_features": extraction.model_dump(
-            include={"image_size", "denoise_prompt", "noise_seed", "dtype", "negatives"}
-        ),
+        "extract_features": extraction.model_dump(include=_MEASURED_WITH),
         "image_conditioning": frozen_model.image_encoder_hashes(encoder),
         "prompts": prompt_set.texts,
         "matching": prompt_set.positive,
@@ -113,24 +88,12 @@ def make(config: Config) -> SweepPlan:
         backbones.check_timesteps(config.backbone_dir, timesteps, "sweep_features.timesteps")
         backbones.check_image_size(config.backbone_dir, extraction.image_size)
     return SweepPlan(
-        params=params,
-        settings=extraction,
-        runtime=config.params.runtime,
-        model_dir=config.backbone_dir,
-        backbone_manifest=config.backbone_manifest,
-        image_encoder=encoder,
-        device=device,
-        data=data,
-        index=index,
-        margin_images=margin_images,
-        prompt_set=prompt_set,
-        prompts_per_image=made_of["prompts_per_image"],
-        evaluator=evaluator,
-        made_of=made_of,
-        cache=cache,
-        done=done,
+        params=params, settings=extraction, runtime=config.params.runtime, model_dir=config.backbone_dir,
+        backbone_manifest=config.backbone_manifest, image_encoder=encoder, device=device, data=data, index=index,
+        margin_images=margin_images, prompt_set=prompt_set, prompts_per_image=made_of["prompts_per_image"],
+        evaluator=evaluator, made_of=made_of, cache=cache, done=done,
         missing=[timestep for timestep in timesteps if timestep not in done],
-    )
+    )  # fmt: skip
 
 
 def _key(runtime: Runtime, device: str, made_of: dict[str, Any], model_files: dict[str, str]) -> str:

@@ -14,11 +14,7 @@ PRESET = "recommended.yaml"
 
 
 def write(target: Path, plan: SweepPlan, swept: dict[int, SweepResult], choice: Choice) -> None:
-    """Replace the folder `target` by the results by timestep, ascending, and the choice.
-
-    Raises:
-        PipelineError: It cannot be written. The previous folder is kept.
-    """
+    """Replace the folder `target` by the results by timestep, ascending, and the choice, unless writing fails."""
     with atomic.replace_folder(target) as folder:
         _write_table(folder, plan, swept, choice)
         atomic.write_text(folder / PRESET, _preset(plan.made_of, choice))

@@ -81,25 +81,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """The recommended candidate, and how many are tied with it.
-
-    Attributes:
-        recommended: The choice.
-        by_probe: The choice by the probe alone.
-        by_prompts: The choice by the prompts alone; None without prompts.
-        candidates: Number of candidates.
-        near_probe: Number of candidates after step 1.
-        near_both: Number of candidates after step 2, of which the smallest is chosen.
-        standard_errors: The distance that was allowed.
-    """
+    """The recommended candidate, the choices by the probe and by the prompts alone, and the numbers of ties."""
 
     recommended: Candidate
     by_probe: Candidate
-    by_prompts: Candidate | None
+    by_prompts: Candidate | None  # None without prompts
     candidates: int
-    near_probe: int
-    near_both: int
-    standard_errors: float
+    near_probe: int  # candidates after step 1
+    near_both: int  # candidates after step 2, of which the smallest is chosen
+    standard_errors: float  # the distance that was allowed
 
     def rows(self) -> dict[str, Any]:
         """Return the choices as rows of the table, and the numbers of candidates."""
@@ -111,9 +101,8 @@ class Choice:
 def sets_to_fuse(accuracy: Mapping[str, float], backbones_own: Sequence[str]) -> list[list[str]]:
     """Return the fusions to score, fewer than all subsets, given the accuracy of each layer, in the model's order.
 
-    Returns:
-        The best two layers, the best three, ... all of them (ties to the earlier layer), and those that "auto"
-        selects; each in the model's order, none twice.
+    They are the best two layers, the best three, ... all of them (ties to the earlier layer), and those that "auto"
+    selects; each in the model's order, none twice.
     """
     ranked = sorted(accuracy, key=lambda layer: -accuracy[layer])
     chosen = [ranked[:count] for count in range(2, len(ranked) + 1)]
@@ -148,12 +137,8 @@ def _smallest(ties: Sequence[Candidate]) -> Candidate:
 def as_preset(choice: Choice, of: str, rests_on: str, share: float, measured: Mapping[str, Any]) -> str:
     """Write the choice as a preset, YAML whose first line describes it.
 
-    Args:
-        choice: The choice.
-        of: Data set and model.
-        rests_on: A sentence on the images that the candidates were scored on.
-        share: Share of the variance that the dimensions explain, 0 to 1.
-        measured: The other keys of extract_features that the choice was measured with, and holds for.
+    `of` names data set and model, `rests_on` is a sentence on the images that were scored, `share` (0 to 1) is that of
+    the variance that the dimensions explain, and `measured` has the other keys that the choice was measured with.
     """
     chosen = choice.recommended
     lines = [

@@ -71,9 +71,8 @@ def _sweep(plan: SweepPlan) -> dict[int, SweepResult]:
     frozen_model.read_checked(plan.backbone_manifest, plan.model_dir)
     found = {}
     with batching.reproducible(plan.device, getattr(torch, plan.settings.dtype)):
-        session = FrozenSession(
-            plan.model_dir, "all", plan.prompt_set, plan.settings, plan.runtime, plan.device, plan.image_encoder
-        )
+        how = plan.settings, plan.runtime, plan.device, plan.image_encoder
+        session = FrozenSession(plan.model_dir, "all", plan.prompt_set, *how)
         sample = Sample(session, plan.params, plan.prompt_set, plan.data, plan.index)
         own = list(backbones.layer_channels(plan.model_dir, "auto"))
         with progress_bar(len(plan.missing) * plan.passes, "sweep", "pass") as bar:

@@ -27,29 +27,16 @@ Maps = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class LayerFeatures:
-    """One layer at one timestep.
+    """One layer at one timestep."""
 
-    Attributes:
-        values: float32 (n, d), the energies of its leading principal components.
-        prompted: float32 (m, P, d), those of the first m images under each of their prompts.
-        explained_variance: Share of the layer's variance that these components explain.
-        colours: uint8 (p, h, w, 3), the first p images' maps on the first three components.
-    """
-
-    values: np.ndarray
-    prompted: np.ndarray
-    explained_variance: float
-    colours: np.ndarray
+    values: np.ndarray  # float32 (n, d), the energies of its leading principal components
+    prompted: np.ndarray  # float32 (m, P, d), those of the first m images under each of their prompts
+    explained_variance: float  # share of the layer's variance that these components explain
+    colours: np.ndarray  # uint8 (p, h, w, 3), the first p images' maps on the first three components
 
 
 class Sample:
-    """A sample of images, as latents on the device, with their noise and prompts.
-
-    Attributes:
-        images: uint8 (n, H, W, 3), the pixels.
-        positive: int64 (m,), the column of the matching prompt of each of the first m images.
-        num_prompts: P.
-    """
+    """A sample of images, as latents on the device, with their noise and prompts."""
 
     def __init__(
         self, session: FrozenSession, params: SweepFeatures, prompt_set: PromptSet, data: Images, index: np.ndarray
@@ -59,21 +46,17 @@ class Sample:
         The session has all layers and these prompts. The first images serve for basis, pictures and margins.
         """
         self._session, self._params = session, params
-        self.images = data.take(index).images
+        self.images = data.take(index).images  # uint8 (n, H, W, 3)
         self._latents, self._embeddings = session.encode(self.images), session.embed(self.images)
         self._noise = session.noise(index).to(self._latents.device)
         with_own_prompts = index[: params.margin_images]
         labels = data.labels[with_own_prompts]
         self._own = session.prompts_of(labels, with_own_prompts)  # (m, P)
-        self.positive = positive_matches(prompt_set.positive, self._own, labels).argmax(1)
-        self.num_prompts = self._own.shape[1]
+        self.positive = positive_matches(prompt_set.positive, self._own, labels).argmax(1)  # (m,), matching columns
+        self.num_prompts = self._own.shape[1]  # P
 
     def represent(self, timestep: int, done: Callable[[int], object]) -> dict[str, LayerFeatures]:
-        """Compute all layers at a timestep; `done` is called with the number of passes of each batch.
-
-        Raises:
-            PipelineError: The maps are not finite, even in float32.
-        """
+        """Compute all layers at a timestep; `done` is called with the number of passes of each batch."""
         model = self._session.model
         inputs = self._session.inputs(self._latents, self._noise, self._embeddings, timestep)
         before = model.redone
@@ -138,10 +121,9 @@ def fewest_dims(basis: LayerBasis, share: float) -> int:
 
 
 def as_colours(maps: Tensor, basis: LayerBasis) -> np.ndarray:
-    """Show the first three components of maps, float32 (m, C, h, w) on the CPU, as red, green and blue.
+    """Show the first three components of maps, float32 (m, C, h, w) on the CPU, as colours, uint8 (m, h, w, 3).
 
-    Returns:
-        uint8 (m, h, w, 3), from the 1st to the 99th percentile of all m; 0 for components that a layer does not have.
+    0 to 255 is the 1st to the 99th percentile of all m; components that a layer does not have are 0.
     """
     vectors = maps.permute(0, 2, 3, 1).numpy() - basis.mean  # (m, h, w, C)
     scores = vectors @ basis.components[:3].T  # (m, h, w, up to 3)

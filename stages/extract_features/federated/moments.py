@@ -10,6 +10,8 @@ from pipeline.diffusion.representation import Moments
 from pipeline.errors import DataError
 from pipeline.feature_store import LayerBasis
 
+_OF_BASIS = ("mean", "components", "explained_variance")
+
 
 def pack_moments(moments: Mapping[str, Moments]) -> RecordDict:
     """Return the moments by layer as the content of a message."""
@@ -19,11 +21,7 @@ def pack_moments(moments: Mapping[str, Moments]) -> RecordDict:
 
 
 def read_moments(content: RecordDict, channels: Mapping[str, int]) -> dict[str, Moments]:
-    """Return the moments of one node's vectors by layer, from its answer and the layers' numbers of channels.
-
-    Raises:
-        DataError: They are invalid or not finite.
-    """
+    """Return the moments of one node's vectors by layer; raise DataError if its answer is invalid or not finite."""
     found = {layer: Moments(width) for layer, width in channels.items()}
     try:
         for layer, width in channels.items():
@@ -46,28 +44,18 @@ def add_moments(parts: Iterable[Mapping[str, Moments]]) -> dict[str, Moments]:
 
 def pack_layers(layers: Mapping[str, LayerBasis]) -> RecordDict:
     """Return the PCA by layer as the content of a message."""
-    parts = ("mean", "components", "explained_variance")
-    arrays = {f"{layer}:{part}": getattr(basis, part) for layer, basis in layers.items() for part in parts}
+    arrays = {f"{layer}:{part}": getattr(basis, part) for layer, basis in layers.items() for part in _OF_BASIS}
     totals = {layer: basis.total_variance for layer, basis in layers.items()}
     return RecordDict({"layers": _record(arrays), "totals": MetricRecord(totals)})  # type: ignore[arg-type]
 
 
 def unpack_layers(content: RecordDict) -> dict[str, LayerBasis]:
     """Read the PCA by layer from the server's message."""
-    arrays, totals = content.array_records["layers"], content.metric_records["totals"]
-
-    def array(layer: str, part: str) -> np.ndarray:
-        return np.array(arrays[f"{layer}:{part}"].numpy())
-
-    return {
-        layer: LayerBasis(
-            mean=array(layer, "mean"),
-            components=array(layer, "components"),
-            explained_variance=array(layer, "explained_variance"),
-            total_variance=float(total),  # type: ignore[arg-type]
-        )
-        for layer, total in totals.items()
-    }
+    arrays, layers = content.array_records["layers"], {}
+    for layer, total in content.metric_records["totals"].items():
+        mean, components, explained = (np.array(arrays[f"{layer}:{part}"].numpy()) for part in _OF_BASIS)
+        layers[layer] = LayerBasis(mean, components, explained, float(total))  # type: ignore[arg-type]
+    return layers
 
 
 def pack_pooled(values: np.ndarray) -> RecordDict:
@@ -78,11 +66,7 @@ def pack_pooled(values: np.ndarray) -> RecordDict:
 
 
 def read_pooled(content: RecordDict, dims: int) -> tuple[int, np.ndarray, np.ndarray]:
-    """Return the number, mean and squared deviations (dims,) of one node's representations.
-
-    Raises:
-        DataError: They are invalid.
-    """
+    """Return number, mean and squared deviations (dims,) of one node's representations, or raise DataError."""
     try:
         mean, squares = (_array(content.array_records["pooled"], key, (dims,)) for key in ("mean", "squares"))
         return _count(content, "images"), mean, squares
