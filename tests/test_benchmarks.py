@@ -42,7 +42,7 @@ def test_reproduction_table_holds_only_runs_of_the_current_settings(benchmark, t
     assert reproduction.put(page, "x", "new") == "before\n<!-- x -->\nnew\n<!-- /x -->\nafter\n"
     with pytest.raises(PipelineError, match="has no marks"):
         reproduction.put(page, "y", "new")
-    with pytest.raises(PipelineError, match="train_fl.num_rounds 1, where params.yaml has 2"):
+    with pytest.raises(PipelineError, match="train_fl.num_rounds 1, but params.yaml has 2"):
         reproduction.make_table(tiny_project.make(tmp_path, train_fl__num_rounds=2, **sweep))
 
 

@@ -41,7 +41,7 @@ def test_experiment_with_another_timestep(tmp_path):
     page = (tmp_path / "report" / "index.html").read_text()
     table = page.partition('id="table-experiments"')[2].partition("</table>")[0]
     cells = re.findall(r"<td[^>]*>\s*([^<]*)", table)
-    assert cells[0] == "here" and cells[3:5] == ["early", "extract_features.timestep = 100"]
+    assert cells[0] == "current" and cells[3:5] == ["early", "extract_features.timestep = 100"]
     assert all(0 <= float(cells[position]) <= 100 for position in (2, 5))
     dvc(tmp_path, "checkout", "--force")  # the report without the table
     dvc(tmp_path, "remote", "add", "--default", "team", str(tmp_path / "remote"))

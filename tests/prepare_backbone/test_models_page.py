@@ -35,7 +35,7 @@ def test_conversion_of_dit_keeps_its_classes(tmp_path, hub):
     assert select(Directory(tmp_path / "converted"), "auto", False).family == "DiTTransformer2DModel"
     backbone = backbones.load(tmp_path / "converted", "auto", "cpu", torch.float32)
     assert backbone.encode_prompts(["goldfish", "Tinca tinca", ""]).tensors["class_labels"].tolist() == [1, 0, 3]
-    with pytest.raises(PipelineError, match="is conditioned on 3 classes, and 'a dog' is none"):
+    with pytest.raises(PipelineError, match="is conditioned on 3 classes, and 'a dog' is not one of their names"):
         backbone.encode_prompts(["a dog"])
     index = tmp_path / "converted" / "model_index.json"
     index.write_text(json.dumps({k: v for k, v in json.loads(index.read_text()).items() if k != "id2label"}))

@@ -135,7 +135,17 @@ def test_rejects_a_run_that_replaced_a_run_of_the_sweep(trained):
     assert refused.exit_code == 1
     assert refused.output.startswith(f"Error: {ours} is not the run that {file} was written for (checksums differ).")
     file.unlink()
-    assert invoke(trained, "report").exit_code == 0
+    refused = invoke(trained, "report")  # otherwise seed 1 would count twice
+    assert refused.exit_code == 1 and "have the same method, partition and seed" in refused.output
+
+
+def test_accepts_another_run_of_the_same_seed_when_its_digest_is_removed(trained):
+    file = trained / "results" / ".sweep" / "fedavg-dir05-s0.sha256"
+    file.write_text(f"{'0' * 64}\n")  # as if the run were another one than DVC knows
+    assert invoke(trained, "report").exit_code == 1
+    file.unlink()
+    accepted = invoke(trained, "report")
+    assert accepted.exit_code == 0, accepted.output
 
 
 def test_printing_tables_writes_no_files(trained):

@@ -14,7 +14,6 @@ import torch
 from pipeline.errors import PipelineError
 from stages.train_fl import rounds, run
 from stages.train_fl.client_data import Batches, ClientData
-from stages.train_fl.engines import local
 from stages.train_fl.placement import choose
 from tests.train_fl import tiny_project
 
@@ -101,7 +100,7 @@ from tests.train_fl import tiny_project
 from pathlib import Path
 from stages.train_fl import run
 from pipeline.io import resumable
-from stages.train_fl.engines import local
+from stages.train_fl import rounds
 
 moment, number = sys.argv[2], int(sys.argv[3])
 calls = 0
@@ -120,7 +119,7 @@ if moment == "saving":
 elif moment == "discarding":
     resumable.ResumableStore.discard = dying(resumable.ResumableStore.discard, number)
 else:
-    local.client_batches = dying(local.client_batches, number)
+    rounds.client_batches = dying(rounds.client_batches, number)
 run(tiny_project.make(Path(sys.argv[1])), "fedavg", "dir", 0)
 """
 
@@ -160,7 +159,7 @@ def test_checkpoint_holds_every_state_of_a_method(tmp_path, caplog, method):
         project = tiny_project.make(tmp_path / name, train_fl__num_rounds=3)
         if name == "resumed":
             with pytest.raises(KeyboardInterrupt):
-                _interrupt_after(project, rounds=2, method=method)
+                _interrupt_after(project, num_rounds=2, method=method)
         with caplog.at_level("INFO"):
             paths.append(run(project, method, "dir", 0))
     assert "resuming after round 2 of 3" in caplog.text
@@ -170,7 +169,7 @@ def test_checkpoint_holds_every_state_of_a_method(tmp_path, caplog, method):
 def test_damaged_checkpoint_is_logged_and_recomputed(undisturbed, tmp_path, caplog):
     project = tiny_project.make(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        _interrupt_after(project, rounds=2)
+        _interrupt_after(project, num_rounds=2)
     (file,) = (project.state_dir / "checkpoints").rglob("round-*.safetensors")
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -181,7 +180,7 @@ def test_damaged_checkpoint_is_logged_and_recomputed(undisturbed, tmp_path, capl
 
 def test_checkpoint_of_other_settings_is_not_used(tmp_path, caplog):
     with pytest.raises(KeyboardInterrupt):
-        _interrupt_after(tiny_project.make(tmp_path), rounds=2)
+        _interrupt_after(tiny_project.make(tmp_path), num_rounds=2)
     with caplog.at_level("INFO"):
         run(tiny_project.make(tmp_path, train_fl__learning_rate=0.02), "fedavg", "dir", 0)
     assert "resuming" not in caplog.text
@@ -257,22 +256,22 @@ def test_long_tail_comes_before_the_partition(tmp_path):
     assert np.sum(counts, 0).tolist() == [16, 8, 4]  # 16 * 0.25^(c/2)
 
 
-def _interrupt_after(project, rounds: int, method: str = "fedavg") -> None:
-    """Ctrl-C in the middle of the round after `rounds`."""
-    original, calls = local.client_batches, 0
+def _interrupt_after(project, num_rounds: int, method: str = "fedavg") -> None:
+    """Press Ctrl-C in the middle of the round after `num_rounds`."""
+    original, calls = rounds.client_batches, 0
 
     def interrupted(*args):
         nonlocal calls
         calls += 1
-        if calls > 2 * rounds:
+        if calls > 2 * num_rounds:
             raise KeyboardInterrupt
         return original(*args)
 
-    local.client_batches = interrupted
+    rounds.client_batches = interrupted
     try:
         run(project, method, "dir", 0)
     finally:
-        local.client_batches = original
+        rounds.client_batches = original
 
 
 def _weights(path: Path):
