@@ -159,10 +159,11 @@ class Members:
         now, ttl = time.monotonic(), self._params.join_timeout
         self._asked = {key: (node, asked) for key, (node, asked) in self._asked.items() if now - asked < ttl}
         waiting = {node for node, _ in self._asked.values()} | {node for node, at in self._retry_at.items() if now < at}
-        unknown = online - self._joined.keys() - waiting
-        for node_id in sorted(unknown):
-            message = Message(RecordDict(), dst_node_id=node_id, message_type=JOIN, ttl=ttl)
-            self._asked |= {key: (node_id, now) for key in self._grid.push_messages([message])}
+        unknown = sorted(online - self._joined.keys() - waiting)
+        if unknown:
+            messages = [Message(RecordDict(), dst_node_id=node, message_type=JOIN, ttl=ttl) for node in unknown]
+            keys = self._grid.push_messages(messages)
+            self._asked |= {key: (node, now) for key, node in zip(keys, unknown, strict=True)}
 
     def _collect(self) -> None:
         """Read the answers to requests to join that have arrived."""

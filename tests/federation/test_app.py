@@ -16,11 +16,11 @@ from tests.train_fl import tiny_project
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 
 
-def test_the_version_is_one():
+def test_versions_are_equal():
     assert PROJECT["project"]["version"] == pipeline.__version__
 
 
-def test_the_bundle_holds_the_code_and_the_settings_and_no_data():
+def test_bundle_has_code_and_settings_but_no_data():
     names = zipfile.ZipFile(io.BytesIO(build_fab_from_disk(REPOSITORY))).namelist()
     code = {
         path.relative_to(REPOSITORY).as_posix()
@@ -31,7 +31,7 @@ def test_the_bundle_holds_the_code_and_the_settings_and_no_data():
     assert set(names) == code | others
 
 
-def test_every_key_of_a_run_is_read():
+def test_every_run_config_key_is_read():
     sources = [
         path.read_text() for top in ("pipeline/federation", "stages") for path in (REPOSITORY / top).rglob("*.py")
     ]
@@ -39,7 +39,7 @@ def test_every_key_of_a_run_is_read():
         assert any(f'"{key}"' in text for text in sources), key
 
 
-def test_a_partition_of_nodes_is_not_for_one_machine(tmp_path):
+def test_partition_over_nodes_is_rejected_by_the_local_engine(tmp_path):
     project = tiny_project.make(tmp_path, partitions={"nodes": {"kind": "nodes"}})
     with pytest.raises(PipelineError, match=r"partitions.nodes is of nodes .* `flwr run`"):
         run(project, "fedavg", "nodes", 0)

@@ -87,7 +87,7 @@ def centralised(projects):
     return result, maps
 
 
-def test_the_basis_is_that_of_all_images_together_and_training_uses_it(projects, monkeypatch, capsys):
+def test_federated_basis_equals_the_pooled_basis_and_training_uses_it(projects, monkeypatch, capsys):
     deploy(projects, monkeypatch).serve()
     file = projects[0].parent / "server" / "data" / "basis.h5"
     expected, maps = centralised(projects)
@@ -118,7 +118,7 @@ def test_the_basis_is_that_of_all_images_together_and_training_uses_it(projects,
     assert "client 2 (n2): trained in 1 of 1 rounds" in capsys.readouterr().out
 
 
-def test_failing_node_is_left_out_by_name(projects, monkeypatch, capsys):
+def test_failing_node_is_skipped_by_name(projects, monkeypatch, capsys):
     federation = deploy(projects, monkeypatch)
     federation.silent.add((8, "query.moments"))
     federation.serve()
@@ -131,7 +131,7 @@ def test_failing_node_is_left_out_by_name(projects, monkeypatch, capsys):
         federation.serve()
 
 
-def test_a_node_with_another_frozen_model_is_rejected_by_name(projects, monkeypatch, capsys):
+def test_node_with_another_frozen_model_is_rejected_by_name(projects, monkeypatch, capsys):
     manifest = projects[1] / "data" / "backbones" / "tiny-sd.json"
     kept = manifest.read_text()
     files = json.loads(kept)["files"]
@@ -143,12 +143,12 @@ def test_a_node_with_another_frozen_model_is_rejected_by_name(projects, monkeypa
     assert "rejected: client 1 (n1): " in said and "unet/config.json differs" in said
 
 
-def test_a_basis_needs_a_file_to_be_kept_in(projects, monkeypatch):
+def test_basis_without_a_file_is_rejected(projects, monkeypatch):
     with pytest.raises(PipelineError, match="extract_features.basis is auto. Set it to a file"):
         deploy(projects, monkeypatch, extract_features__basis="auto").serve()
 
 
-def test_moments_of_parts_are_the_moments_of_the_whole_far_from_zero_too():
+def test_merged_moments_equal_pooled_moments_far_from_zero():
     rng = np.random.default_rng(0)
     maps = torch.from_numpy(rng.normal(1e4, 1, (9, 5, 3, 3)))  # sums of squares would lose eight digits here
     whole = Moments(5)

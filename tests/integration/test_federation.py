@@ -37,7 +37,7 @@ def until(condition, seconds):
         time.sleep(0.1)
 
 
-def test_three_private_folders_train_a_model_although_a_node_is_killed_in_round_2(tmp_path):
+def test_three_nodes_train_a_model_although_one_is_killed_in_round_2(tmp_path):
     projects = make_projects(tmp_path, 30, SMALL)
     server = tmp_path / "server"
     with Loopback(tmp_path, REPOSITORY) as federation:
@@ -70,7 +70,7 @@ def test_three_private_folders_train_a_model_although_a_node_is_killed_in_round_
     assert {path.name for path in (server / "data").rglob("*") if path.is_file()} == {"basis.h5", "basis.json"}
 
 
-def test_tls_with_registered_keys_gives_the_bytes_of_the_local_engine(extracted, tmp_path):
+def test_run_with_tls_and_registered_keys_has_the_bytes_of_the_local_engine(extracted, tmp_path):
     changes = {"train_fl.num_clients": 2, "train_fl.clients_per_round": 2, "train_fl.num_rounds": 2}
     write_params(tmp_path, changes)
     (tmp_path / "data").symlink_to(extracted / "data")

@@ -83,7 +83,7 @@ def outcomes(folder):
 
 
 @pytest.mark.parametrize("method", [*SUPERVISED, "feddifrc-ssl", "simsiam"])
-def test_every_method_ends_in_the_local_engines_bytes(project, tmp_path, monkeypatch, method):
+def test_every_method_has_the_bytes_of_the_local_engine(project, tmp_path, monkeypatch, method):
     changes = {}
     if method == "simsiam":
         changes = {"train_fl.augmentation": "views"}
@@ -115,7 +115,7 @@ def of_round(message):
     return next(iter(message.content.config_records.values()))["number"]
 
 
-def test_a_node_killed_in_mid_round_is_missed_and_the_others_go_on(project, monkeypatch, capsys):
+def test_round_continues_without_a_killed_node(project, monkeypatch, capsys):
     federation = all_take_part(project, monkeypatch, count=4, changes={"federation.min_clients": 2})
 
     def kill(node_id, message):
@@ -137,7 +137,7 @@ def test_a_node_killed_in_mid_round_is_missed_and_the_others_go_on(project, monk
     assert "client 2 (n2): trained in 1 of 2 rounds; round 2: no answer within 3600 s" in said
 
 
-def test_a_node_that_joins_late_takes_part_once_it_has_introduced_itself(project, monkeypatch):
+def test_late_node_takes_part_after_its_introduction(project, monkeypatch):
     federation = all_take_part(
         project, monkeypatch, count=4, changes={"federation.min_clients": 3, "federation.join_timeout": 3.0}
     )
@@ -153,7 +153,7 @@ def test_a_node_that_joins_late_takes_part_once_it_has_introduced_itself(project
 
 
 @pytest.mark.parametrize("method", ["scaffold", "moon", "feddyn"])
-def test_what_a_client_keeps_survives_its_nodes_restart(project, monkeypatch, method):
+def test_client_state_survives_a_restart_of_its_node(project, monkeypatch, method):
     all_take_part(project, monkeypatch, method).serve()
     undisturbed = (result(project, method) / "model.safetensors").read_bytes()
     federation = all_take_part(project, monkeypatch, method)
@@ -168,7 +168,7 @@ def test_what_a_client_keeps_survives_its_nodes_restart(project, monkeypatch, me
     assert (result(project, method) / "model.safetensors").read_bytes() == undisturbed
 
 
-def test_an_answer_that_never_arrives_leaves_no_trace_in_what_its_client_keeps(project, monkeypatch):
+def test_lost_reply_does_not_change_the_client_state(project, monkeypatch):
     federation = all_take_part(project, monkeypatch, "scaffold")
     orders, kept = [], []
 
@@ -190,7 +190,7 @@ def test_an_answer_that_never_arrives_leaves_no_trace_in_what_its_client_keeps(p
     assert not list(project.state_dir.glob("federation/*/*"))
 
 
-def test_a_state_that_is_lost_begins_anew_and_is_said(project, monkeypatch, caplog):
+def test_lost_client_state_is_logged_and_initialised(project, monkeypatch, caplog):
     federation = all_take_part(project, monkeypatch, "scaffold")
 
     def lose(node_id, message):
@@ -204,7 +204,7 @@ def test_a_state_that_is_lost_begins_anew_and_is_said(project, monkeypatch, capl
 
 
 @pytest.mark.parametrize("method", ["scaffold", "fedavgm", "fedproto"])
-def test_a_server_that_was_killed_goes_on_from_its_checkpoint_to_the_same_bytes(project, monkeypatch, method):
+def test_killed_server_resumes_with_identical_results(project, monkeypatch, method):
     all_take_part(project, monkeypatch, method).serve()
     files = ("model.safetensors", "rounds.csv")
     undisturbed = [(result(project, method) / name).read_bytes() for name in files]
@@ -224,7 +224,7 @@ def test_a_server_that_was_killed_goes_on_from_its_checkpoint_to_the_same_bytes(
     assert len(outcomes(result(project, method))) == 12
 
 
-def test_a_round_that_nobody_answers_stops_the_run_and_nothing_is_lost(project, monkeypatch):
+def test_round_without_replies_stops_the_run_which_can_be_resumed(project, monkeypatch):
     federation = all_take_part(project, monkeypatch)
     federation.after = lambda node_id, reply: reply.content.array_records.clear() if (
         reply.metadata.message_type == "train" and federation.log.count((node_id, "train")) == 2
@@ -275,7 +275,7 @@ def no_samples(content):
         (no_samples, "trained on 0 images"),
     ],
 )
-def test_an_answer_that_is_no_update_is_left_out_by_name(project, monkeypatch, change, words):
+def test_invalid_update_is_skipped_by_name(project, monkeypatch, change, words):
     federation = all_take_part(project, monkeypatch, changes={"train_fl.num_rounds": 1})
     federation.after = spoil(change)
     federation.serve()
@@ -310,7 +310,7 @@ def private(tmp_path, project, monkeypatch, method="feddifrc", changes=()):
     return federation
 
 
-def test_nodes_with_their_own_images_train_and_judge_together(tmp_path, project, monkeypatch):
+def test_nodes_with_private_images_train_and_evaluate_together(tmp_path, project, monkeypatch):
     federation = private(tmp_path, project, monkeypatch)
     federation.serve()
     folder = tmp_path / "server" / "results" / "feddifrc-nodes-s0"
@@ -328,9 +328,7 @@ def test_nodes_with_their_own_images_train_and_judge_together(tmp_path, project,
     assert not (tmp_path / "server" / "data").exists()
 
 
-def test_a_foreign_and_a_corrupt_feature_set_are_refused_by_name_and_the_others_go_on(
-    tmp_path, project, monkeypatch, capsys
-):
+def test_nodes_with_foreign_or_damaged_features_are_rejected_by_name(tmp_path, project, monkeypatch, capsys):
     federation = private(
         tmp_path, project, monkeypatch, changes={"federation.min_clients": 1, "federation.join_timeout": 3.0}
     )
@@ -349,7 +347,7 @@ def test_a_foreign_and_a_corrupt_feature_set_are_refused_by_name_and_the_others_
     assert {name for _, name in outcomes(tmp_path / "server" / "results" / "feddifrc-nodes-s0")} == {"n0"}
 
 
-def test_features_on_another_basis_or_frozen_model_do_not_mix(tmp_path, project, monkeypatch, capsys):
+def test_features_of_different_bases_or_models_are_not_mixed(tmp_path, project, monkeypatch, capsys):
     federation = private(
         tmp_path, project, monkeypatch, changes={"federation.min_clients": 2, "federation.join_timeout": 3.0}
     )
@@ -361,7 +359,7 @@ def test_features_on_another_basis_or_frozen_model_do_not_mix(tmp_path, project,
     assert "rejected: client 2 (n2) has {'features.basis_sha256': '1111" in said
 
 
-def test_features_on_a_basis_of_ones_own_are_refused_with_the_way_out(tmp_path, project, monkeypatch):
+def test_features_on_a_private_basis_are_rejected_with_the_remedy(tmp_path, project, monkeypatch):
     changes = {"federation.join_timeout": 0.5}
     federation = deploy(project, monkeypatch, "feddifrc", "nodes", tmp_path / "server", changes, count=1)
     (tmp_path / "server").mkdir()
@@ -379,7 +377,7 @@ def test_features_on_a_basis_of_ones_own_are_refused_with_the_way_out(tmp_path, 
         ({"project": "/nowhere"}, "does not exist"),
     ],
 )
-def test_a_node_that_is_told_wrong_is_refused(project, monkeypatch, told, words):
+def test_wrong_node_config_is_rejected(project, monkeypatch, told, words):
     federation = all_take_part(project, monkeypatch, changes={"federation.join_timeout": 0.5})
     federation.nodes[103] |= told
     with pytest.raises(PipelineError, match=words):
@@ -395,7 +393,7 @@ def test_a_node_that_is_told_wrong_is_refused(project, monkeypatch, told, words)
         ("project", "/nowhere", "does not exist on the server"),
     ],
 )
-def test_a_mistake_in_the_run_config_is_one_line(project, monkeypatch, key, value, words):
+def test_invalid_run_config_is_reported_on_one_line(project, monkeypatch, key, value, words):
     federation = all_take_part(project, monkeypatch)
     federation.run_config[key] = value
     with pytest.raises(PipelineError, match=words):
@@ -447,7 +445,7 @@ def clipped_mean(start, updates, norm):
         "{kind: local, clipping_norm: 0.01, epsilon: 1.0e+9, delta: 0.1}",
     ],
 )
-def test_differential_privacy_clips_each_update_and_weighs_all_alike(project, monkeypatch, privacy):
+def test_differential_privacy_clips_updates_and_weights_them_equally(project, monkeypatch, privacy):
     start, updates = initial(project, monkeypatch), updates_of_one_round(project, monkeypatch)
     protected = {"train_fl.num_rounds": 1, "federation.differential_privacy": f"'{privacy}'", "sweep.seeds": "[0]"}
     federation = all_take_part(
@@ -459,7 +457,7 @@ def test_differential_privacy_clips_each_update_and_weighs_all_alike(project, mo
         torch.testing.assert_close(value.double(), expected[name], atol=2e-6, rtol=0)
 
 
-def test_central_noise_has_the_deviation_that_those_who_answered_need(project, monkeypatch):
+def test_central_noise_is_scaled_to_the_number_of_replies(project, monkeypatch):
     start = initial(project, monkeypatch)
     asked = "'{kind: central, clipping_norm: 1.0e-6, noise_multiplier: 1000.0}'"
     protected = {"train_fl.num_rounds": 1, "federation.differential_privacy": asked}
@@ -478,7 +476,7 @@ def test_central_noise_has_the_deviation_that_those_who_answered_need(project, m
         ("fedavg", {"train_fl.model": "resnet10"}, "train_fl.normalisation to group"),
     ],
 )
-def test_differential_privacy_that_would_not_cover_everything_is_rejected(project, monkeypatch, method, changes, words):
+def test_differential_privacy_must_cover_everything_sent(project, monkeypatch, method, changes, words):
     private = {"federation.differential_privacy": "'{kind: local, clipping_norm: 1.0, epsilon: 1.0, delta: 0.1}'"}
     with pytest.raises(PipelineError, match=words):
         all_take_part(project, monkeypatch, method, changes=private | changes).serve()
@@ -505,7 +503,7 @@ OTHER_FORM = "differ from those of the other clients"
     ],
     ids=["missing", "shape", "losses", "amount"],
 )
-def test_what_a_method_sends_besides_weights_is_checked_too(project, monkeypatch, method, change, words):
+def test_extras_of_a_method_are_checked(project, monkeypatch, method, change, words):
     federation = all_take_part(project, monkeypatch, method, changes={"train_fl.num_rounds": 1})
     federation.after = spoil(change)
     federation.serve()
@@ -514,7 +512,7 @@ def test_what_a_method_sends_besides_weights_is_checked_too(project, monkeypatch
     assert set(found.values()) == {"trained"}
 
 
-def test_bytes_that_are_no_array_are_left_out_by_name(project, monkeypatch):
+def test_unreadable_arrays_are_skipped_by_name(project, monkeypatch):
     def no_array(content):
         array = next(iter(content.array_records["weights"].values()))
         array.data = b"PK"
@@ -526,7 +524,7 @@ def test_bytes_that_are_no_array_are_left_out_by_name(project, monkeypatch):
 
 
 @pytest.mark.parametrize("scores", [{}, {"accuracy": 77.0}, {"loss": float("nan")}, {"num-images": 0}])
-def test_a_judgement_that_cannot_be_is_left_out_by_name(tmp_path, project, monkeypatch, capsys, scores):
+def test_invalid_scores_are_skipped_by_name(tmp_path, project, monkeypatch, capsys, scores):
     federation = private(tmp_path, project, monkeypatch, changes={"train_fl.num_rounds": 1})
 
     def lie(node_id, reply):
@@ -550,7 +548,7 @@ def test_a_judgement_that_cannot_be_is_left_out_by_name(tmp_path, project, monke
         ({"agreement": "[" * 10**5}, "invalid introduction"),
     ],
 )
-def test_an_introduction_that_cannot_be_is_refused(project, monkeypatch, capsys, change, words):
+def test_invalid_introduction_is_rejected(project, monkeypatch, capsys, change, words):
     changes = {"federation.min_clients": 3, "federation.join_timeout": 3.0, "train_fl.num_rounds": 1}
     federation = all_take_part(project, monkeypatch, changes=changes)
     federation.after = lambda node_id, reply: reply.content.config_records["introduction"].update(change) if (
@@ -561,7 +559,7 @@ def test_an_introduction_that_cannot_be_is_refused(project, monkeypatch, capsys,
     assert {name for _, name in outcomes(result(project))} == {"n0", "n2", "n3"}
 
 
-def test_a_start_waits_for_all_and_not_for_the_first_to_come(project, monkeypatch):
+def test_run_starts_after_all_nodes_have_joined(project, monkeypatch):
     federation = all_take_part(project, monkeypatch, changes={"federation.min_clients": 1, "train_fl.num_rounds": 1})
     late, seen = federation.nodes.pop(103), []
 
@@ -576,7 +574,7 @@ def test_a_start_waits_for_all_and_not_for_the_first_to_come(project, monkeypatc
     assert {name for _, name in outcomes(result(project))} == {"n0", "n1", "n2", "n3"}
 
 
-def test_names_are_drawn_as_they_stand(project, monkeypatch):
+def test_node_name_with_special_characters_is_accepted(project, monkeypatch):
     federation = all_take_part(project, monkeypatch, changes={"train_fl.num_rounds": 1})
     federation.nodes[101]["name"] = r"site $\bad$"
     federation.serve()
@@ -584,7 +582,7 @@ def test_names_are_drawn_as_they_stand(project, monkeypatch):
 
 
 @pytest.mark.parametrize(("epsilon", "delta"), [(0.5, 1e-5), (8.0, 1e-3), (10.0, 1e-5), (50.0, 1e-5)])
-def test_local_noise_holds_what_it_promises_for_every_epsilon(epsilon, delta):
+def test_local_noise_is_private_for_every_epsilon(epsilon, delta):
     from scipy.stats import norm
 
     deviation = privacy.gaussian_deviation(2.0, epsilon, delta)
@@ -594,7 +592,7 @@ def test_local_noise_holds_what_it_promises_for_every_epsilon(epsilon, delta):
     assert worst == pytest.approx(delta, rel=1e-3)
 
 
-def test_local_noise_is_in_what_a_node_sends(project, monkeypatch):
+def test_local_noise_is_in_the_update_that_a_node_sends(project, monkeypatch):
     start = initial(project, monkeypatch)
     asked = "'{kind: local, clipping_norm: 1.0e-6, epsilon: 1.0, delta: 0.00001}'"
     protected = {"train_fl.num_rounds": 1, "federation.differential_privacy": asked}
@@ -613,7 +611,7 @@ def test_local_noise_is_in_what_a_node_sends(project, monkeypatch):
         assert deviation == pytest.approx(privacy.gaussian_deviation(2e-6, 1.0, 1e-5), rel=0.05)
 
 
-def test_local_and_flower_runs_do_not_take_each_others_checkpoints(project, monkeypatch):
+def test_engines_do_not_resume_from_each_others_checkpoints(project, monkeypatch):
     federation = all_take_part(project, monkeypatch, "scaffold")
 
     def die(node_id, message):
@@ -633,7 +631,7 @@ def test_local_and_flower_runs_do_not_take_each_others_checkpoints(project, monk
 
 
 @pytest.mark.parametrize(("key", "value", "words"), [("seed", "x", "Use an integer"), ("set", "a='b", "cannot parse")])
-def test_a_run_config_that_cannot_be_read_is_one_line(project, monkeypatch, key, value, words):
+def test_unreadable_run_config_is_reported_on_one_line(project, monkeypatch, key, value, words):
     federation = all_take_part(project, monkeypatch)
     federation.run_config[key] = value
     with pytest.raises(PipelineError, match=words):

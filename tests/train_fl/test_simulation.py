@@ -38,7 +38,7 @@ def test_defaults_are_those_of_params_yaml():
     assert simulation.DEFAULTS == {key: train_fl[key] for key in simulation.DEFAULTS}
 
 
-def test_simulation_has_the_results_of_the_run_on_the_same_clients(tmp_path):
+def test_simulation_has_the_results_of_a_run_with_the_same_clients(tmp_path):
     project = tiny_project.make(tmp_path)
     tiny_project.add_features(project)
     folder = run(project, "feddifrc", "dir", 0)
@@ -56,7 +56,7 @@ def test_simulation_has_the_results_of_the_run_on_the_same_clients(tmp_path):
     assert str(history).splitlines()[0].split()[:3] == ["round", "accuracy", "loss"]
 
 
-def test_a_users_own_method_trains():
+def test_custom_method_trains():
     clients = [samples(12, k) for k in range(3)]
     plain = simulate(FedAvg, clients, samples(9, 9), device="cpu", **SHORT)
     own = simulate(Halved, clients, samples(9, 9), device="cpu", **SHORT)
@@ -81,6 +81,6 @@ def test_float_and_grey_images_are_accepted():
         (Samples(np.zeros((2, 8), np.uint8), [0, 1]), {}, DataError, "images must be"),
     ],
 )
-def test_mistakes_are_named(client, settings, error, words):
+def test_invalid_arguments_are_reported(client, settings, error, words):
     with pytest.raises(error, match=words):
         simulate(FedAvg, [client], samples(6, 1), device="cpu", **settings)
