@@ -165,7 +165,6 @@ def write(path: Path, name: str, source_name: str, source: Source, skip_broken: 
         names = {"class_names": source.class_names, "domain_names": domain_names}
         manifest = Manifest.model_validate(about | names | {"splits": entries, "skipped": skipped})
         atomic.write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
-        sync_to_disk(folder / "manifest.json")
     return path
 
 

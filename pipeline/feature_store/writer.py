@@ -155,7 +155,6 @@ class FeatureSetWriter:
             for name in [*names, *(plot.name for plot in self.path.glob("*.svg"))]:
                 _link_or_copy(self.path / name, incoming / name)
             atomic.write_json(incoming / "manifest.json", manifest.model_dump(mode="json"))
-            atomic.sync_to_disk(incoming / "manifest.json")
         (self.path / PUBLISHED).touch()
 
     def remove_published_siblings(self) -> None:
