@@ -159,9 +159,14 @@ def _read_mapping(file: Path, key: str) -> dict[str, Any]:
         content = config.parse_yaml(text)
         other = config.non_text_keys(text)
     except (OSError, UnicodeDecodeError, YAMLError) as error:
-        raise refusal(error, file) or PipelineError(f"{key} cannot be read ({' '.join(str(error).split())})") from None
+        reason = " ".join(str(error).split())
+        raise refusal(error, file) or PipelineError(
+            f"{key} cannot be read ({reason}). Name a YAML or JSON file that maps class names to prompts."
+        ) from None
     if not isinstance(content, Mapping):
-        raise PipelineError(f"{key} must map class names to prompts")
+        raise PipelineError(
+            f"{key} must map class names to prompts (found a {type(content).__name__}). Write `name: prompt` lines."
+        )
     if other:
         line, written, kind = other[0]
         more = f" (and {len(other) - 1} others in the same way)" if len(other) > 1 else ""

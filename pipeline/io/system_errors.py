@@ -123,7 +123,9 @@ def entries(folder: Path) -> list[Path]:
 def unwritten(path: Path, error: BaseException) -> PipelineError:
     """Return the error to raise if an atomic write of `path` ended in `error`."""
     advice = remedy(error_number(error) or 0)
-    return PipelineError(f"{path} cannot be written ({in_words(error)}). {advice}. What was there before is kept.")
+    return PipelineError(
+        f"{path} cannot be written ({in_words(error)}). {advice}. An earlier version, if there was one, is unchanged."
+    )
 
 
 def in_words(error: BaseException) -> str:

@@ -156,11 +156,11 @@ def _index(source: Source) -> dict[str, Any]:
         config = _json(source, "config.json")
         names = [config.get("_class_name"), *(config.get("architectures") or [])]
         kind = next((name for name in names if name), "model")
-        raise DataError(f"{source.title} is a {kind}, a part of a model and not a pipeline. {families.SUPPORTED}.")
+        raise DataError(f"{source.title} is a {kind}, a part of a model and not a pipeline. {families.SUPPORTED}")
     checkpoints = [name for name in root if name.endswith((".safetensors", ".ckpt", ".gguf"))]
     if checkpoints:
         raise DataError(f"{source.title} holds a model in one file ({checkpoints[0]}). {CONVERT}")
-    raise DataError(f"{source.title} is not a diffusers pipeline: it has no {families.INDEX}. {families.SUPPORTED}.")
+    raise DataError(f"{source.title} is not a diffusers pipeline: it has no {families.INDEX}. {families.SUPPORTED}")
 
 
 def _json(source: Source, name: str) -> dict[str, Any]:

@@ -37,7 +37,9 @@ class Generator:
             self._pipe = StableDiffusionPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True, **unchecked)
         except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise PipelineError(f"{path} cannot be loaded as a Stable Diffusion pipeline ({reason})") from None
+            raise PipelineError(
+                f"{path} cannot be loaded as a Stable Diffusion pipeline ({reason}). Run `pipeline prepare-backbone`."
+            ) from None
         self._pipe.scheduler = DDIMScheduler.from_config(self._pipe.scheduler.config)
         self._check_steps(path.name, params.num_inference_steps)
         self._pipe.set_progress_bar_config(disable=True)

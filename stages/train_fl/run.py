@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.settings.config import Config
 from stages.train_fl import data as run_data
-from stages.train_fl import feature_check, session
+from stages.train_fl import session
 from stages.train_fl.engines.local import LocalEngine
 from stages.train_fl.session import Job
 
@@ -33,17 +33,18 @@ def run(config: Config, method_name: str, partition_name: str, seed: int, overwr
         DataError: The data set is missing or damaged.
         FeatureSetError: The feature set is missing, damaged, or does not fit the data set and the settings.
         TrainingDiverged: A loss is not a finite number.
+        PipelineError: Another process is writing the run, or a file cannot be written.
     """
     job = Job(config, method_name, partition_name, seed)
     job.check()
     device = session.prepare_torch(config.params.runtime)
-    data = run_data.load(config, partition_name, seed, job.guidance, device)
-    if data.features:
-        feature_check.check_method(data.features, method_name, not job.method_class.needs_labels)
+    data = run_data.load(config, method_name, partition_name, seed, device)
     num_clients = len(data.clients)
     if config.params.train_fl.clients_per_round > num_clients:
         log.warning("train_fl.clients_per_round exceeds the number of clients: all %d take part", num_clients)
     model, method = job.build(len(data.dataset.class_names), data.guidance_dim, num_clients, device)
     engine = LocalEngine(method, data.clients, job.schedule, device, config.params.runtime.checkpoint_every)
-    session.execute(job, engine, model, session.evaluator_of(job, data), data, job.settings(data), overwrite)
+    evaluator = session.evaluator_of(method, data.clients, data.held_out)
+    with job.locked():
+        session.execute(job, engine, model, evaluator, data, job.settings(data), overwrite)
     return job.path

@@ -102,5 +102,5 @@ def _json(file: Path) -> dict[str, Any]:
         return content
     except (OSError, ValueError, RecursionError) as error:
         raise system_errors.refusal(error, file) or PipelineError(
-            f"{file} cannot be read ({error}). Run `pipeline prepare-backbone`"
+            f"{file} cannot be read ({error}). Run `pipeline prepare-backbone`."
         ) from None

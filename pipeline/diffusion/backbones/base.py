@@ -227,7 +227,9 @@ def load_part(model_class: Any, path: Path, device: str) -> Any:
         model, loaded = model_class.from_pretrained(path, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PipelineError(f"{path} cannot be loaded as a {model_class.__name__} ({reason})") from None
+        raise PipelineError(
+            f"{path} cannot be loaded as a {model_class.__name__} ({reason}). Run `pipeline prepare-backbone`."
+        ) from None
     if missing := sorted(loaded["missing_keys"]):  # the libraries fill these with random numbers
         raise PipelineError(
             f"the weights in {path} lack {len(missing)} of the tensors of a {model_class.__name__} (the first is "
