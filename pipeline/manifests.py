@@ -1,6 +1,6 @@
 """The JSON files of a run in results/, as typed models: training writes them, the report reads them.
 
-config.json      `RunConfig`     the settings that decide the run, what it was made from, and the software
+config.json      `RunConfig`     the settings that determine the run, what it was made from, and the software
 metrics.json     `RunMetrics`    the main results, which `dvc metrics show` prints
 details.json     `RunDetails`    best accuracy, seconds, bytes
 partition.json   `RunPartition`  which samples and labels each client has; not of nodes with images of their own

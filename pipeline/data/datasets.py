@@ -202,7 +202,10 @@ def _write_splits(
     for split in SPLITS:
         if split not in entries:
             first = skipped[split][0]
-            raise DataError(f"the {split} split has no readable image. The first is {first.path} ({first.reason}).")
+            raise DataError(
+                f"none of the images of the {split} split can be read; the first is {first.path} ({first.reason}). "
+                "Repair or replace them."
+            )
     return entries, skipped
 
 

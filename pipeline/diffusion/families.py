@@ -118,7 +118,7 @@ def _check_unet(title: str, found: Mapping[str, str], config: Mapping[str, Any])
         )
     if kind == "text_time" and "text_encoder" not in found and "text_encoder_2" in found:
         raise PipelineError(
-            f"{title} is a refiner: its UNet needs an aesthetic score and the second text encoder alone. Use the base "
+            f"{title} is a refiner: its UNet needs an aesthetic score and only the second text encoder. Use the base "
             "model, such as stabilityai/stable-diffusion-xl-base-1.0."
         )
 

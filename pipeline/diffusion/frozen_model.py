@@ -25,7 +25,7 @@ class BackboneManifest(BaseModel):
     source: str  # "embedded", a model on the hub, or the name of a local folder
     revision: str | None = None  # commit on the hub
     variant: str | None = None  # "fp16" if 16-bit weights were taken
-    files: dict[str, str]  # path inside the model's folder -> SHA-256, of every file that decides the features
+    files: dict[str, str]  # path inside the model's folder -> SHA-256, of every file that determines the features
 
     def origin(self) -> dict[str, str | None]:
         """Return name, source and revision, which outputs record about their frozen model."""
@@ -68,7 +68,7 @@ def read_checked(file: Path, folder: Path) -> BackboneManifest:
 
 
 def image_encoder_hashes(folder: Path | None) -> dict[str, str] | None:
-    """Return the SHA-256 of each file that decides the image encoder's embeddings; None without an encoder.
+    """Return the SHA-256 of each file that determines the image encoder's embeddings; None without an encoder.
 
     Raise DataError if the folder has no safetensors weights.
     """

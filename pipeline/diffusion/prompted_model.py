@@ -37,7 +37,7 @@ class PromptedModel:
     Attributes:
         conditioning: All prompts, the generic one last.
         generic: The number of the generic prompt.
-        redone: Pairs that `finite_maps` recomputed in float32 so far.
+        recomputed: Pairs that `finite_maps` recomputed in float32 so far.
     """
 
     def __init__(self, backbone: Backbone, prompt_set: PromptSet, generic: str) -> None:
@@ -46,7 +46,7 @@ class PromptedModel:
         self.backbone = backbone
         self.conditioning = backbone.encode_prompts([text for group in texts for text in group], list(map(len, texts)))
         self.generic = len(prompt_set.texts)
-        self.redone = 0
+        self.recomputed = 0
         self._generic_text = generic
         self._lock = threading.Lock()
         distinct_prompts.check(self.conditioning, prompt_set)
@@ -86,10 +86,10 @@ class PromptedModel:
             return maps
         if self.backbone.dtype != torch.float32:
             rows = torch.nonzero(~finite.all(0)).flatten()
-            overflown = torch.stack([image, text], dim=1)[rows.cpu()]  # (r, 2)
-            again = self._in_float32(inputs, timestep, overflown)
+            overflowed = torch.stack([image, text], dim=1)[rows.cpu()]  # (r, 2)
+            again = self._in_float32(inputs, timestep, overflowed)
             with self._lock:
-                self.redone += len(overflown.unique(dim=0))  # the last batch is padded with repeats
+                self.recomputed += len(overflowed.unique(dim=0))  # the last batch is padded with repeats
             return {layer: of_layer.index_copy(0, rows, again[layer]) for layer, of_layer in maps.items()}
         for layer, is_finite in zip(maps, finite.all(1).tolist(), strict=True):
             if not is_finite:
@@ -99,12 +99,12 @@ class PromptedModel:
                 )
         return maps
 
-    def warn_of_redone(self, before: int, passes: int, what: str) -> None:
-        """Log how many passes were recomputed since `redone` was `before`, if any."""
-        if redone := self.redone - before:
+    def warn_if_recomputed(self, before: int, passes: int, what: str) -> None:
+        """Log how many passes were recomputed since `recomputed` was `before`, if any."""
+        if recomputed := self.recomputed - before:
             dtype = str(self.backbone.dtype).removeprefix("torch.")
             log.warning(
-                "%d of %d passes of %s overflowed %s and were recomputed in float32.", redone, passes, what, dtype
+                "%d of %d passes of %s overflowed %s and were recomputed in float32.", recomputed, passes, what, dtype
             )
 
     def _in_float32(self, inputs: Inputs, timestep: int, pairs: Tensor) -> dict[str, Tensor]:

@@ -62,7 +62,7 @@ class FrozenSession:
     @property
     def passes(self) -> int:
         """Number of passes of the denoiser so far; pairs recomputed in float32 count twice."""
-        return self.batcher.computed + self.model.redone
+        return self.batcher.computed + self.model.recomputed
 
     def prompts_of(self, labels: np.ndarray, index: np.ndarray) -> np.ndarray:
         """Return the prompts, int16 (n, P), of images with these labels and positions in the data set, int64 (n,)."""

@@ -169,7 +169,7 @@ class Content(BaseModel, strict=True, extra="forbid"):
         expected = 0
         for name, (start, stop) in layers.items():
             if start != expected or stop <= start:
-                raise ValueError(f"{name} has columns {start} to {stop}, but must start at {expected} and have some")
+                raise ValueError(f"{name} has columns {start} to {stop}, but must start at {expected} and not be empty")
             expected = stop
         return layers
 

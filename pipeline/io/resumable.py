@@ -26,7 +26,7 @@ _SUFFIX = ".safetensors"
 
 
 class ResumableStore:
-    """Units of work in one folder, by name. Key the folder by everything that decides their content."""
+    """Units of work in one folder, by name. Key the folder by everything that determines their content."""
 
     def __init__(self, folder: Path) -> None:
         """Use `folder`, which is created by the first `save`."""

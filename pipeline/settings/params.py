@@ -131,7 +131,9 @@ class SweepFeatures(Section):
     )
     images: int = Field(ge=10, description="at most this many training images, drawn at random")
     basis_images: int = Field(ge=2, description="number of these images used to fit each PCA basis (kept in memory)")
-    margin_images: int = Field(ge=0, description="of these also run with each of their P prompts: P extra passes each")
+    margin_images: int = Field(
+        ge=0, description="number of these images that also run with each of their P prompts (P extra passes per image)"
+    )
     explained_variance: float = Field(gt=0, le=1, description="share of its variance that a layer's PCA must explain")
     max_dims: int = Field(ge=1, description="keep at most this many PCA dimensions per layer")
     standard_errors: float = Field(
@@ -160,7 +162,9 @@ class TrainFL(Section):
     normalisation: Literal["batch", "group"] = Field(
         description="the encoder's layers: BatchNorm, or GroupNorm in its place (small_cnn has none)"
     )
-    precision: Literal["float32", "bfloat16"] = Field(description="of the encoder's arithmetic; bfloat16 by autocast")
+    precision: Literal["float32", "bfloat16"] = Field(
+        description="precision of the encoder's computations; bfloat16 uses autocast"
+    )
     projection_dim: int | None = Field(
         ge=1, description="every method's model gets MOON's projection head of this length before its classifier"
     )
@@ -284,13 +288,13 @@ class ByDomain(Section):
 
     kind: Literal["domain"]
     clients_per_domain: Literal["even"] | list[Annotated[int, Field(ge=0)]] = Field(
-        description="clients of each domain, in the data set's order; even: train_fl.num_clients dealt evenly"
+        description="clients of each domain, in the data set's order; even: train_fl.num_clients assigned evenly"
     )
     samples_fraction: float = Field(gt=0, le=1, description="each client's share of its domain")
 
 
 class Nodes(Section):
-    """Every client's own images: in a federation of nodes (`flwr run`), where nothing is dealt."""
+    """Every client's own images: in a federation of nodes (`flwr run`), where there is nothing to partition."""
 
     kind: Literal["nodes"]
 
@@ -351,8 +355,8 @@ class Runtime(Section):
     num_threads: int | None = Field(ge=1, le=65536, description="train-fl: CPU threads per operation; null: torch's")
     channels_last: bool = Field(description="train-fl: channels-last memory format, faster on CPUs and GPUs")
     checkpoint_every: int = Field(ge=1, description="train-fl: rounds between checkpoints")
-    tensorboard: bool = Field(description="train-fl: every round to tensorboard/<run> as well")
-    dvclive: bool = Field(description="train-fl: every round to dvclive/<run> as well")
+    tensorboard: bool = Field(description="train-fl: also log every round to tensorboard/<run>")
+    dvclive: bool = Field(description="train-fl: also log every round to dvclive/<run>")
 
 
 _AnyPartition = Dirichlet | DirichletBalanced | LabelSkew | ClassesPerClient | IID | ByDomain | Nodes

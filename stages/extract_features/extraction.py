@@ -62,25 +62,25 @@ class Extraction:
         def batch(rows: Tensor) -> Tensor:
             return projector(self.maps(inputs, image[rows], text[rows])).half()
 
-        before = model.redone
+        before = model.recomputed
         table = batcher.table(batch, len(text), lambda done: bar.update(done / (1 + own.shape[1])))
         self._check_fits_float16(table)
-        model.warn_of_redone(before, len(text), "the shard")
+        model.warn_if_recomputed(before, len(text), "the shard")
         values = table.cpu().numpy().reshape(len(index), 1 + own.shape[1], -1)  # (n, 1+P, D)
-        return Features(index, self.data.labels[index], values[:, 0], values[:, 1:], own), model.redone - before
+        return Features(index, self.data.labels[index], values[:, 0], values[:, 1:], own), model.recomputed - before
 
     def fit_basis(self, index: np.ndarray) -> Basis:
         """Fit the PCA of every layer on the denoising maps of these images, and its mean and standard deviation.
 
         It takes two passes per image, because the statistics are of representations on the finished basis.
         """
-        inputs, before = self.clean_inputs(index), self.session.model.redone
+        inputs, before = self.clean_inputs(index), self.session.model.recomputed
         with progress_bar(2 * len(index), "fit basis", "image") as bar:
             dims = dict(zip(self.session.backbone.channels, self._settings.dims, strict=True))
             moments = self.moments(inputs, bar)
             layers = {layer: representation.fit_basis(moments[layer], dims[layer]) for layer in moments}
             values = self.pooled(inputs, layers, bar)
-        self.session.model.warn_of_redone(before, 2 * len(index), "the basis")
+        self.session.model.warn_if_recomputed(before, 2 * len(index), "the basis")
         return Basis(layers, values.mean(0), values.std(0))
 
     def clean_inputs(self, index: np.ndarray) -> Inputs:

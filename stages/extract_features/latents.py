@@ -1,7 +1,7 @@
 """Latents cached for the next extraction, by `runtime.cache_latents`.
 
 A sweep of timesteps or layers then encodes each image once: at Stable Diffusion's size that costs more than a pass.
-The cache changes speed, never results: latents are stored as computed, in float32, under everything that decides them.
+The cache changes speed, never results: latents are stored as computed, in float32, under all that determines them.
 """
 
 import logging

@@ -58,7 +58,7 @@ def is_complete(target: Path, plan: Plan) -> bool:
     except SystemRefusal:
         raise
     except PipelineError as error:
-        log.warning("the set there cannot be used: %s", getattr(error, "problem", error))
+        log.warning("The existing feature set %s cannot be used: %s", target, getattr(error, "problem", error))
         return False
     return True
 
@@ -75,7 +75,8 @@ def check_replaceable(target: Path, plan: Plan) -> None:
         return  # no finished set
     if intact and fingerprint != plan.content.fingerprint:
         wanted = plan.content.model_dump()
-        keys = [*differing_keys(content, wanted), *differing_keys(wanted, content)]  # each lists its second's keys
+        # Each call lists the keys of its second argument.
+        keys = [*differing_keys(content, wanted), *differing_keys(wanted, content)]
         differing = dict.fromkeys(key.partition(".")[0] for key in keys) or ["number format"]  # 1 equals 1.0 and true
         raise FeatureSetError(
             f"{target} holds a finished feature set with another {', '.join(differing)}. Move or delete the folder, "

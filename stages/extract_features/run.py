@@ -123,10 +123,10 @@ class _Run:
             for claim, host in inputs_of:
                 inputs = self._extraction.inputs(host, self._latents(claim.shard, host.images))
                 index = self._index(claim.shard)
-                features, redone = self._extraction.represent(index, inputs, projector, bar)
+                features, recomputed = self._extraction.represent(index, inputs, projector, bar)
                 if writing:
                     writing.result()  # one write at a time bounds the memory, and raises a failed write's error
-                writing = disk.submit(self._write, claim, features, redone)
+                writing = disk.submit(self._write, claim, features, recomputed)
                 images += len(index)
                 if not ahead:
                     writing.result()
@@ -145,16 +145,16 @@ class _Run:
         self._latent_cache.save(shard, latents)
         return latents
 
-    def _write(self, claim: Claim, features: Features, redone: int) -> None:
+    def _write(self, claim: Claim, features: Features, recomputed: int) -> None:
         with claim.held:
-            self._writer.write_shard(claim.shard, features, redone)
+            self._writer.write_shard(claim.shard, features, recomputed)
 
     def _basis(self) -> Basis:
         """Read the basis; the first process fits it, or copies the shared one."""
         with self._writer.lock("basis", check=self._check):
             if not self._writer.has_basis():
                 made = self._make_basis()
-                self._writer.write_basis(made, self._extraction.session.model.redone)
+                self._writer.write_basis(made, self._extraction.session.model.recomputed)
                 for name, share in basis.explained(made).items():
                     dims = len(made.layers[name].components)
                     log.info("basis of %s: %d dims explain %.1f %%", name, dims, 100 * share)
@@ -169,11 +169,11 @@ class _Run:
 
 
 def _latents_dir(plan: ExtractionPlan) -> Path | None:
-    """Return a folder keyed by everything that decides the latents to the last bit; None without the cache."""
+    """Return a folder keyed by everything that determines the latents to the last bit; None without the cache."""
     if not plan.runtime.cache_latents:
         return None
     content = plan.feature_set.content
-    deciding = {
+    determining = {
         "version": content.extraction_version,
         "dataset": content.dataset_hash,
         "vae": {name: sha256 for name, sha256 in content.backbone.items() if name.startswith("vae/")},
@@ -182,4 +182,4 @@ def _latents_dir(plan: ExtractionPlan) -> Path | None:
         "rows_per_shard": plan.feature_set.rows_per_shard,
         "processor": provenance.processor(plan.device),
     }
-    return plan.state_dir / "latents" / provenance.fingerprint(deciding)[:16]
+    return plan.state_dir / "latents" / provenance.fingerprint(determining)[:16]

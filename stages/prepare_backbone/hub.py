@@ -59,7 +59,7 @@ class HubModel:
                 raise refusal from None
             self._unreachable = refusal
             self._list_without_hub(kept)
-            log.info("%s: the hub cannot be reached, the files in its cache are used", hub_id)
+            log.info("%s: the hub cannot be reached; using cached files", hub_id)
 
     def read(self, name: str) -> Path:
         """Return the path of a small file, downloaded if it is not in the cache."""
@@ -123,7 +123,7 @@ class HubModel:
                 "gave. Run again with a network connection to download it again."
             )
         what = "arrived damaged" if new else "is damaged in the cache"
-        log.warning("%s: %s %s: its bytes differ from the hub's. It is downloaded again", self.title, name, what)
+        log.warning("%s: %s %s: its bytes differ from the hub's. Downloading it again", self.title, name, what)
         path = self._download(name, bar, again=True)
         sha256, agrees = self._compare(name, path)
         if agrees:

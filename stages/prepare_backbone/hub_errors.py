@@ -32,10 +32,10 @@ def in_words(error: BaseException, hub_id: str, revision: str | None, name: str 
             return DataError(f"{hub_id} at {revision} has no file {name}. See {page}/tree/{revision}.")
         if isinstance(cause, errors.HfHubHTTPError):
             return _of_status(cause.response.status_code, hub_id, page, name)
-    if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes):
-        problem = f"The cache of the hub lacks {name or 'this model'} of {hub_id}, and HF_HUB_OFFLINE is set"
-        return DataError(f"{problem}. Unset it, or run where the cache has the model.")
     file = f"{name} of {hub_id}" if name else hub_id
+    if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes):
+        problem = f"{file} is not in the hub cache, and HF_HUB_OFFLINE is set"
+        return DataError(f"{problem}. Unset it, or run where the cache has the model.")
     if any("Consistency check failed" in str(cause) for cause in causes):
         return DataError(
             f"{file} arrived with another length than the hub lists, and was removed. Run again; if it repeats, a "

@@ -24,7 +24,7 @@ _LEFTOVERS = frozenset(
 
 
 def is_leftover(name: str) -> bool:
-    """Return whether a name is hidden, or a leftover of a system or program: thumbnails, wastebaskets, caches."""
+    """Return whether a name is hidden, or a leftover of a system or program: thumbnails, trash folders, caches."""
     return name.startswith((".", "~$")) or name.casefold() in _LEFTOVERS
 
 

@@ -29,7 +29,7 @@ class ImageSearch:
     def __init__(self, root: Path) -> None:
         """Start without searching."""
         self.root = root
-        self.passed_over: Counter[str] = Counter()
+        self.skipped: Counter[str] = Counter()
         self.outside = 0  # images beside the class folders
 
     def class_folders(self, tree: Path) -> dict[str, list[Path]]:
@@ -54,27 +54,27 @@ class ImageSearch:
 
         Raise DataError if there are files and none is an image; empty folders are allowed, as a node may lack a class.
         """
-        passed_over: Counter[str] = Counter()
-        found = [path for folder in folders for path in _image_files(str(folder), passed_over, frozenset())]
-        if not found and passed_over:
+        skipped: Counter[str] = Counter()
+        found = [path for folder in folders for path in _image_files(str(folder), skipped, frozenset())]
+        if not found and skipped:
             raise DataError(
                 f"{folders[0]} has no images (names that end in {', '.join(ENDINGS[:5])}, ...), only "
-                f"{_counts(passed_over)}. {_advice(passed_over) or 'Add images, or remove the folder'}."
+                f"{_counts(skipped)}. {_advice(skipped) or 'Add images, or remove the folder'}."
             )
-        self.passed_over += passed_over
+        self.skipped += skipped
         prefix = os.path.join(self.root, "")
         paths = [path.removeprefix(prefix) for path in found]
         return sorted(paths, key=lambda path: (*os.path.split(canonical(path)), path))
 
-    def say_passed_over(self) -> None:
+    def log_skipped(self) -> None:
         """Log how many images are outside class folders, and how many files were skipped, by extension."""
         if self.outside:
-            log.warning("%s: images in no class folder, left out: %d", self.root, self.outside)
-        advice = _advice(self.passed_over)
+            log.warning("%s: %d images outside the class folders were skipped", self.root, self.outside)
+        advice = _advice(self.skipped)
         if advice:
-            log.warning("%s: files passed over: %s. %s.", self.root, _counts(self.passed_over), advice)
-        elif self.passed_over:
-            log.info("%s: files passed over: %s", self.root, _counts(self.passed_over))
+            log.warning("%s: files skipped: %s. %s.", self.root, _counts(self.skipped), advice)
+        elif self.skipped:
+            log.info("%s: files skipped: %s", self.root, _counts(self.skipped))
 
 
 def has_images(folder: Path) -> bool:
@@ -98,7 +98,7 @@ def subfolders(folder: Path) -> list[str]:
     return sorted(names, key=lambda name: (canonical(name), name))
 
 
-def _image_files(directory: str, passed_over: Counter[str], above: frozenset[tuple[int, int]]) -> Iterator[str]:
+def _image_files(directory: str, skipped: Counter[str], above: frozenset[tuple[int, int]]) -> Iterator[str]:
     """Yield image files in and below a folder, following links except into a folder `above` it (device, inode)."""
     entries = _entries(directory)
     try:
@@ -110,11 +110,11 @@ def _image_files(directory: str, passed_over: Counter[str], above: frozenset[tup
         return
     for entry in entries:
         if _is_folder(entry):
-            yield from _image_files(entry.path, passed_over, above | {here})
+            yield from _image_files(entry.path, skipped, above | {here})
         elif entry.name.lower().endswith(ENDINGS):
             yield entry.path
         else:
-            passed_over[ending(entry.name)] += 1
+            skipped[ending(entry.name)] += 1
 
 
 def _entries(directory: str) -> list[os.DirEntry[str]]:
@@ -144,16 +144,16 @@ def _is_directory(ask: Callable[[], bool], path: Path) -> bool:
         return False
 
 
-def _counts(passed_over: Counter[str]) -> str:
+def _counts(skipped: Counter[str]) -> str:
     """Return the most frequent extensions with their numbers: ".heic: 214, no ending: 3"."""
-    ordered = sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))
+    ordered = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
     more = sum(count for _, count in ordered[6:])
     return ", ".join(f"{end}: {count}" for end, count in ordered[:6]) + (f", others: {more}" if more else "")
 
 
-def _advice(passed_over: Counter[str]) -> str:
+def _advice(skipped: Counter[str]) -> str:
     """Return what to do about images that cannot be read; "" if none was skipped."""
-    unread = _UNREAD_IMAGES & passed_over.keys()
+    unread = _UNREAD_IMAGES & skipped.keys()
     if unread & {*HEIF_ENDINGS}:
         return HEIF_ADVICE
     return "Convert the images among them to JPEG or PNG" if unread else ""

@@ -14,14 +14,14 @@ _CLASS_PROMPTS = "extract_features.class_prompts (a file: class name -> text)"
 _NAMED = 5
 
 
-def say_outcome(dataset: PreparedDataset) -> None:
+def log_outcome(dataset: PreparedDataset) -> None:
     """Log the size of the data set, and one line per kind of problem."""
     counts = ", ".join(f"{dataset.rows(split)} {split}" for split in datasets.SPLITS)
     domains = f", {len(dataset.domain_names)} domains" if len(dataset.domain_names) > 1 else ""
     log.info("%s: %s images of %d classes%s", dataset.path, counts, len(dataset.class_names), domains)
-    _say_skipped(dataset)
-    _say_thin_classes(dataset)
-    _say_odd_names(dataset.class_names)
+    _warn_about_skipped(dataset)
+    _warn_about_small_classes(dataset)
+    _warn_about_odd_names(dataset.class_names)
 
 
 def broken_images(root: Path, images: list[Skipped], listing: Path) -> str:
@@ -33,7 +33,7 @@ def broken_images(root: Path, images: list[Skipped], listing: Path) -> str:
     return f"{root}: {number} cannot be read: {named}{more}. {advice}."
 
 
-def _say_skipped(dataset: PreparedDataset) -> None:
+def _warn_about_skipped(dataset: PreparedDataset) -> None:
     skipped = [image for images in dataset.manifest.skipped.values() for image in images]
     if skipped:
         log.warning(
@@ -42,21 +42,21 @@ def _say_skipped(dataset: PreparedDataset) -> None:
         )  # fmt: skip
 
 
-def _say_thin_classes(dataset: PreparedDataset) -> None:
+def _warn_about_small_classes(dataset: PreparedDataset) -> None:
     names = dataset.class_names
     train, test = (datasets.label_counts(dataset.path, split, len(names)) for split in datasets.SPLITS)
     for text, chosen in (
         ("without images", train + test == 0),
         ("with one image", train + test == 1),
-        ("without a test image, so never tested", (train > 1) & (test == 0)),
-        ("without a training image", (train == 0) & (test > 1)),
+        ("without test images", (train > 1) & (test == 0)),
+        ("without training images", (train == 0) & (test > 1)),
     ):
         if chosen.any():
             found = [name for name, is_chosen in zip(names, chosen, strict=True) if is_chosen]
             log.warning("classes %s: %s (%d of %d)", text, some(found), len(found), len(names))
 
 
-def _say_odd_names(names: list[str]) -> None:
+def _warn_about_odd_names(names: list[str]) -> None:
     if found := class_names.without_words(names):
         log.warning(
             "class names that are numbers or ids, which mean nothing in a prompt: %s (%d of %d). Rename the folders, "

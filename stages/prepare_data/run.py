@@ -13,7 +13,7 @@ from pipeline.data.images import Source, stratified_split
 from pipeline.errors import ConfigError, DataError
 from pipeline.io.atomic import write_text
 from pipeline.settings.config import Config
-from stages.prepare_data.remarks import broken_images, say_outcome
+from stages.prepare_data.remarks import broken_images, log_outcome
 from stages.prepare_data.sources import SOURCES
 
 
@@ -40,7 +40,7 @@ def run(config: Config) -> Path:
         write_text(listing, "".join(f"{image.path}\t{image.reason}\n" for image in error.images))
         raise DataError(broken_images(root, error.images, listing)) from None
     listing.unlink(missing_ok=True)  # of an earlier run
-    say_outcome(PreparedDataset(path))
+    log_outcome(PreparedDataset(path))
     return path
 
 

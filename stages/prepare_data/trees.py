@@ -65,9 +65,9 @@ def folder(root: Path, params: PrepareData) -> Source:
     search, tree = ImageSearch(root), unwrapped(root)
     found = _tree(search, tree, params.seed)
     log.info("%s: %s", tree, found.origin)
-    search.say_passed_over()
+    search.log_skipped()
     if not found.has_split_folders:
-        _say_what_classes_hold(tree)
+        _warn_about_nested_folders(tree)
     splits = {split: lazy_split(root, [listing], params) for split, listing in found.splits.items()}
     return Source([_words(name) for name in found.classes], splits, _UNKNOWN_TERMS)
 
@@ -99,10 +99,10 @@ def domain_folder(
     every_class = sorted({name for tree in read.values() for name in tree.classes})
     for domain, tree in read.items():
         missing = some(set(every_class) - set(tree.classes))
-        message = f"{top / domain} lacks class folders that other domains have: {missing}. Add them, empty ones too."
+        message = f"{top / domain} lacks class folders that other domains have: {missing}. Add them; they may be empty."
         require(not missing, message)
-    _say_origins(top, read)
-    search.say_passed_over()
+    _log_origins(top, read)
+    search.log_skipped()
     splits = {
         split: lazy_split(root, [tree.splits[split] for tree in read.values()], params) for split in ("train", "test")
     }
@@ -164,7 +164,7 @@ def _refuse_splits_of_classes(tree: Path) -> None:
         raise DataError(f"{inner} holds splits ({some_folders(splits)}) where a class folder is expected. {advice}.")
 
 
-def _say_what_classes_hold(tree: Path) -> None:
+def _warn_about_nested_folders(tree: Path) -> None:
     """Warn if the class folders look like domains, or like a folder around the classes."""
     classes = subfolders(tree)
     held = [subfolders(tree / name) for name in classes]
@@ -183,7 +183,7 @@ def _say_what_classes_hold(tree: Path) -> None:
         )  # fmt: skip
 
 
-def _say_origins(root: Path, read: dict[str, Tree]) -> None:
+def _log_origins(root: Path, read: dict[str, Tree]) -> None:
     """Log one line per origin of the domains' splits."""
     domains_of: dict[str, list[str]] = {}
     for domain, tree in read.items():

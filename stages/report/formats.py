@@ -18,7 +18,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A titled table whose first column names the rows; `lower_is_better` decides which end a first click sorts up."""
+    """A titled table whose first column names the rows; `lower_is_better` sets which end a first click sorts up."""
 
     name: str
     title: str

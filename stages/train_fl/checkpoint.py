@@ -22,7 +22,7 @@ _STALE_SECONDS = 7 * 24 * 3600
 
 
 class Checkpoint:
-    """The checkpoint of one run, in a folder that is named after everything that decides the run."""
+    """The checkpoint of one run, in a folder that is named after everything that determines the run."""
 
     def __init__(self, folder: Path) -> None:
         """Use `folder`, which the first `save` creates; its name is the run's and a key of 16 hexadecimal digits."""

@@ -50,7 +50,7 @@ def load(
 ) -> FederatedData:
     """Split the data set, apply the long tail, partition it across clients, and place it on its device.
 
-    `seed` decides the validation split, the long tail, the partition and the choice of generated images. `client_id`
+    `seed` determines the validation split, the long tail, the partition and the choice of generated images. `client_id`
     is the only client to load; None: all. Cached representations are loaded for methods with guidance.
 
     Raises:
@@ -70,7 +70,7 @@ def load(
     if params.imbalance_factor < 1:
         kept = partitions.long_tail(train.labels, params.imbalance_factor, seeding.numpy_generator(seed, "long tail"))
         train, index = train.take(kept), index[kept]
-    parts = _deal(config, partition, train, seed, client_id)
+    parts = _assign(config, partition, train, seed, client_id)
     if client_id is None:
         groups = {"classes": (train.labels, dataset.class_names), "domains": (train.domains, dataset.domain_names)}
         for line in partitions.left_out(parts, groups):
@@ -108,7 +108,7 @@ def held_out(images: Images, device: str) -> HeldOut:
     return HeldOut(*(tensor.to(device) for tensor in _tensors(images)))
 
 
-def _deal(config: Config, partition: str, train: Images, seed: int, client_id: int | None) -> list[np.ndarray]:
+def _assign(config: Config, partition: str, train: Images, seed: int, client_id: int | None) -> list[np.ndarray]:
     """Return every client's positions in `train`, or only those of `client_id`."""
     settings = config.settings("partitions", partition)
     if isinstance(settings, Nodes):
@@ -117,13 +117,13 @@ def _deal(config: Config, partition: str, train: Images, seed: int, client_id: i
         return [np.arange(len(train))]
     rng = seeding.numpy_generator(seed, "partition")
     try:
-        parts = partitions.deal(settings, train.labels, train.domains, config.params.train_fl.num_clients, rng)
+        parts = partitions.assign(settings, train.labels, train.domains, config.params.train_fl.num_clients, rng)
     except ConfigError as error:
         raise ConfigError(f"partitions.{partition}: {error}") from None
     if client_id is None:
         return parts
     if client_id >= len(parts):
-        raise ConfigError(f"partitions.{partition} has {len(parts)} clients, there is no client {client_id}")
+        raise ConfigError(f"partitions.{partition} has only {len(parts)} clients, so there is no client {client_id}")
     return [parts[client_id]]
 
 

@@ -190,8 +190,8 @@ def _check_files(features: FeatureSet, config: Config) -> None:
 
 def _other_file(features: FeatureSet, theirs: str, key: str, ours: str) -> FeatureSetError:
     return FeatureSetError(
-        f"{features.path} was extracted with {theirs}, but extract_features.{key} here is {ours}. Name the set's there "
-        f"(it need not be here), {_OR_EXTRACT}"
+        f"{features.path} was extracted with {theirs}, but extract_features.{key} here is {ours}. Set the key "
+        f"to the file that the set was made with (the file need not exist here), {_OR_EXTRACT}"
     )
 
 

@@ -95,7 +95,7 @@ class Job:
         return build(self.params, self.method, self.method_class, *sizes, self.seed, device, channels_last)
 
     def settings(self, data: FederatedData) -> dict[str, Any]:
-        """Return everything that decides the run's results."""
+        """Return everything that determines the run's results."""
         return {
             **self.config.settings_of_run(self.method_name, self.partition_name),
             "seed": self.seed,
@@ -135,10 +135,10 @@ class Engine(Protocol):
 def execute(
     job: Job,
     engine: Engine,
-    model: FLModel,  # has the initial weights; is evaluated in and left with the final weights
+    model: FLModel,  # initial weights on entry, final weights on return; also used to evaluate each round
     evaluator: Evaluator,
     data: FederatedData | None,  # None if the clients' data are on nodes
-    settings: dict[str, Any],  # everything that decides the run's results, for config.json
+    settings: dict[str, Any],  # everything that determines the run's results, for config.json
     overwrite: bool = False,  # replace a finished run of other settings or data
 ) -> None:
     """Run a job, or resume it from its checkpoint, and write all files of the run (see `records`).
@@ -279,7 +279,10 @@ def weights_of(model: FLModel) -> Weights:
 
 
 def _numerics(runtime: Runtime, device: str, engine: Engine) -> dict[str, Any]:
-    """Return what may change the last bits of a result: a checkpoint that promises equal bytes depends on it."""
+    """Return what may change the last bits of a result.
+
+    Checkpoints promise byte-identical results, so they are keyed by it.
+    """
     return {
         "engine": engine.name,
         "device": device,

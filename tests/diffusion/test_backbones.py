@@ -211,7 +211,7 @@ class Counted:
         mask = torch.tensor([[int(text[0]), int(text[1])] for text in prompts])
         return torch.tensor([[float(len(text))] for text in prompts]), mask
 
-    def warn_of_cut(self):
+    def warn_if_truncated(self):
         pass
 
 

@@ -292,10 +292,10 @@ def test_recomputed_pairs_do_not_depend_on_the_rest_of_their_batch(tmp_path, mon
     monkeypatch.setattr(type(backbone), "features", overflowing(type(backbone).features))
     inputs, number = Inputs(noisy, None), torch.arange(20)
     together = model.finite_maps(inputs, 300, number, number % 2)
-    assert model.redone == 20
+    assert model.recomputed == 20
     rows = torch.tensor([7, 19, 3, 3, 3])  # the last ones fill up the batch
     few = model.finite_maps(inputs, 300, rows, rows % 2)
-    assert model.redone == 20 + 3
+    assert model.recomputed == 20 + 3
     assert all(torch.equal(few[layer], together[layer][rows]) for layer in backbone.channels)
 
 

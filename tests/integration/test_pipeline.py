@@ -136,7 +136,7 @@ def test_user_error_is_one_line(project, arguments, message):
 def test_unreachable_hub_is_reported_on_one_line(project):
     result = invoke(project, "prepare-backbone", "--name", "x", "--source", "org/model", "--revision", "a" * 40)
     assert result.exit_code == 1
-    assert "The cache of the hub lacks this model of org/model, and HF_HUB_OFFLINE is set" in result.output
+    assert "org/model is not in the hub cache, and HF_HUB_OFFLINE is set" in result.output
 
 
 COMMANDS = [

@@ -114,7 +114,7 @@ def test_split_without_readable_images_is_reported(prepare, folder):
     for path in (folder / "test").glob("*/*"):
         path.write_bytes(b"")
     result = prepare(source="folder", path=folder, broken_images="skip")
-    assert "the test split has no readable image. The first is test/a/0.png (is empty)" in result.output
+    assert "none of the images of the test split can be read; the first is test/a/0.png (is empty)" in result.output
 
 
 def test_broken_image_outside_the_subset_is_ignored(prepare, folder):

@@ -1,4 +1,4 @@
-"""What is passed over: what systems leave, files of other endings; thin classes; names in either Unicode form."""
+"""What is skipped: what systems leave, files of other endings; thin classes; names in either Unicode form."""
 
 import unicodedata
 
@@ -29,7 +29,7 @@ def test_leftovers_are_neither_classes_nor_images(prepare, tmp_path, name):
     save_plain(root / "a" / name / "1.png" / "thumb.png", (9, 9, 9))
     result = prepare(source="folder", path=root)
     assert result.dataset.hash == expected
-    assert "passed over" not in result.output
+    assert "files skipped" not in result.output
     domains = tree(tmp_path / "domains" / "d", ["a", "b"]).parent
     save_plain(domains / name / "x" / "0.png", (9, 9, 9))
     assert prepare(source="domain-folder", path=domains).dataset.domain_names == ["d"]
@@ -45,11 +45,11 @@ def test_skipped_files_are_counted_by_extension(prepare, tmp_path):
         (root / name).write_bytes(b"x")
     save_plain(root / "loose.png", (1, 2, 3))
     output = prepare(source="folder", path=root).output
-    assert "files passed over: .jxl: 3, .txt: 1, no ending: 1, other endings: 1. Convert" in output
-    assert "images in no class folder, left out: 1" in output
+    assert "files skipped: .jxl: 3, .txt: 1, no ending: 1, other endings: 1. Convert" in output
+    assert "1 images outside the class folders were skipped" in output
     for path in ("train/a/0.png", "test/a/0.png", "1.png", "train/2.png"):
         save_plain(tmp_path / "split" / path, (1, 2, 3))
-    assert "images in no class folder, left out: 2" in prepare(source="folder", path=tmp_path / "split").output
+    assert "2 images outside the class folders were skipped" in prepare(source="folder", path=tmp_path / "split").output
 
 
 def test_class_without_readable_images_is_rejected_with_counts(prepare, tmp_path):
@@ -122,8 +122,8 @@ def test_small_classes_are_reported_on_one_line_per_kind(prepare, tmp_path):
     assert [line for line in lines if line.startswith("classes ")] == [
         "classes without images: none (1 of 5)",
         "classes with one image: lone (1 of 5)",
-        "classes without a test image, so never tested: untested (1 of 5)",
-        "classes without a training image: untrained (1 of 5)",
+        "classes without test images: untested (1 of 5)",
+        "classes without training images: untrained (1 of 5)",
     ]
 
 

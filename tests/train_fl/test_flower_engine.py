@@ -377,7 +377,7 @@ def test_features_on_a_private_basis_are_rejected_with_the_remedy(tmp_path, proj
     [
         ({"client-id": 1}, "has the client-id of n1"),
         ({"client-id": "x"}, "no client-id"),
-        ({"client-id": 9}, "partitions.dir has 4 clients, there is no client 9"),
+        ({"client-id": 9}, "partitions.dir has only 4 clients, so there is no client 9"),
         ({"name": "\x1b[2Jtwo\nlines", "client-id": 9}, r"client 9 \(\\x1b\[2Jtwo lines\)"),
         ({"project": "/nowhere"}, "does not exist"),
     ],

@@ -183,7 +183,7 @@ def test_basis_file_is_compared_if_present(tmp_path):
     theirs = {"basis_images": None, "basis_sha256": hashlib.sha256(b"a basis").hexdigest()}
     tiny_project.add_features(tiny_project.make(tmp_path), **theirs)
     start = f"with a PCA basis from a file (SHA-256 {theirs['basis_sha256'][:12]}), but extract_features.basis here is "
-    assert_rejected(tiny_project.make(tmp_path), f"{start}auto. Name the set's there (it need not be here), or run")
+    assert_rejected(tiny_project.make(tmp_path), f"{start}auto. Set the key to the file that the set was made with")
     project = tiny_project.make(tmp_path, extract_features__basis="shared.h5")
     open_checked(project)
     file.write_bytes(b"another")
@@ -196,7 +196,7 @@ def test_image_encoder_is_compared_if_present(tmp_path):
     theirs = {"model.safetensors": hashlib.sha256(b"weights").hexdigest()}
     tiny_project.add_features(tiny_project.make(tmp_path), image_conditioning=theirs)
     start = "with an image encoder, but extract_features.image_conditioning here is "
-    assert_rejected(tiny_project.make(tmp_path), f"{start}null. Name the set's there (it need not be here), or run")
+    assert_rejected(tiny_project.make(tmp_path), f"{start}null. Set the key to the file that the set was made with")
     project = tiny_project.make(tmp_path, extract_features__image_conditioning="clip")
     open_checked(project)
     (tmp_path / "clip").mkdir()

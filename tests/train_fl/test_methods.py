@@ -25,10 +25,17 @@ from stages.train_fl.methods import (
     method_class,
     scaffold,
 )
-from stages.train_fl.methods.fedavg import FedAvg, weighted_mean
-from stages.train_fl.methods.fedavgm import FedAvgM, server_momentum_step
+from stages.train_fl.methods.arithmetic import (
+    add_proximal_gradient,
+    normaliser,
+    proximal_penalty,
+    server_momentum_step,
+    weighted_mean,
+)
+from stages.train_fl.methods.fedavg import FedAvg
+from stages.train_fl.methods.fedavgm import FedAvgM
 from stages.train_fl.methods.feddyn import FedDyn
-from stages.train_fl.methods.fedprox import FedProx, add_proximal_gradient, proximal_penalty
+from stages.train_fl.methods.fedprox import FedProx
 from stages.train_fl.methods.moon import Moon
 from tests.train_fl.method_fixtures import CLASSES, DIM, GUIDANCE, batches, client, local_sgd, state_of, to_bytes, train
 
@@ -285,10 +292,10 @@ def test_scaffold_server_control_stays_the_mean_of_client_controls():
 
 def test_normaliser_equals_its_closed_forms():
     tau, rho, lr_mu = 7, 0.9, 0.05
-    assert fednova.normaliser(tau, 0.0) == tau
-    assert fednova.normaliser(tau, rho) == pytest.approx((tau - rho * (1 - rho**tau) / (1 - rho)) / (1 - rho))
-    assert fednova.normaliser(tau, 0.0, lr_mu) == pytest.approx((1 - (1 - lr_mu) ** tau) / lr_mu)
-    assert fednova.normaliser(3, rho, lr_mu) == pytest.approx(5.3725)  # the official optimiser says 7.999
+    assert normaliser(tau, 0.0) == tau
+    assert normaliser(tau, rho) == pytest.approx((tau - rho * (1 - rho**tau) / (1 - rho)) / (1 - rho))
+    assert normaliser(tau, 0.0, lr_mu) == pytest.approx((1 - (1 - lr_mu) ** tau) / lr_mu)
+    assert normaliser(3, rho, lr_mu) == pytest.approx(5.3725)  # the official optimiser says 7.999
 
 
 @pytest.mark.parametrize(("momentum", "mu"), [(0.0, 0.0), (0.9, 0.0), (0.0, 0.5), (0.9, 0.5)])
@@ -299,7 +306,7 @@ def test_normaliser_equals_the_distance_of_sgd_under_a_constant_gradient(momentu
         optimizer.zero_grad()
         (w + mu / 2 * w.square()).backward()
         optimizer.step()
-    assert fednova.normaliser(6, momentum, LR * mu) == pytest.approx(-w.item() / LR)
+    assert normaliser(6, momentum, LR * mu) == pytest.approx(-w.item() / LR)
 
 
 def test_normalised_mean_equals_the_paper():
@@ -331,7 +338,7 @@ def test_fednova_does_not_normalise_variances():
 def test_fednova_sends_its_normaliser():
     method = fednova.FedNova(local_sgd(momentum=0.9), fednova.FedNova.Settings(proximal_mu=0.5))
     update, _, _ = method.client_update(state_of(method.local_sgd.model), {}, {}, batches(CLIENTS[1]), LR)
-    assert update.extras["normaliser"].item() == fednova.normaliser(6, 0.9, 0.05)
+    assert update.extras["normaliser"].item() == normaliser(6, 0.9, 0.05)
 
 
 def test_fednova_server_momentum_by_hand():

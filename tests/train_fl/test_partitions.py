@@ -35,7 +35,7 @@ def counts_of(parts, labels=LABELS):
 
 
 @pytest.mark.parametrize(
-    "deal",
+    "assign",
     [
         lambda: dirichlet(LABELS, 10, 0.05, 10, rng()),
         lambda: dirichlet(LABELS, 10, 100.0, 10, rng()),
@@ -46,8 +46,8 @@ def counts_of(parts, labels=LABELS):
         lambda: classes_per_client(LABELS, 10, 2, rng()),
     ],
 )
-def test_every_sample_goes_to_one_client(deal):
-    parts = deal()
+def test_every_sample_goes_to_one_client(assign):
+    parts = assign()
     assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(1000))
     assert all(np.array_equal(part, np.sort(part)) for part in parts)
 
@@ -175,7 +175,8 @@ def test_hopeless_dirichlet_is_rejected_after_few_draws():
     # 14 samples a client, and at alpha 0.05 most clients get a class or none: of 50 about 32 get 10 samples
     labels = np.arange(1437) % 10
     with pytest.raises(
-        PipelineError, match="^100 draws .* 10000 would hardly give one, where each of 50 clients has 10"
+        PipelineError,
+        match="^None of 100 draws .* gave each of 50 clients 10 of 1437 samples, and 10000 draws are unlikely to.",
     ):
         dirichlet(labels, 50, 0.05, 10, rng())
 
@@ -191,8 +192,8 @@ def test_rare_dirichlet_is_drawn_until_it_fits_and_logged(caplog):
             if share.sum() == 0:
                 share = np.array([len(part) < 100 for part in expected], float)
             cuts = (np.cumsum(share / share.sum())[:-1] * 100).astype(int)
-            for part, dealt in zip(expected, np.split(shuffled, cuts), strict=True):
-                part.extend(dealt)
+            for part, assigned in zip(expected, np.split(shuffled, cuts), strict=True):
+                part.extend(assigned)
     assert draws > 100
     for part, of_loop in zip(dirichlet(LABELS, 10, 0.05, 60, rng()), expected, strict=True):
         assert part.tolist() == sorted(of_loop)

@@ -2,7 +2,7 @@
 
 Noising is linear: x_sigma = (1 - sigma) * x_0 + sigma * noise, and the model's input is 1000 * sigma. A timestep t
 therefore means sigma = t / 1000: 300 is three parts noise to seven parts image, less noise than timestep 300 of Stable
-Diffusion 1's schedule. The `shift` decides which sigmas a sampler visits and does not matter here.
+Diffusion 1's schedule. The `shift` determines which sigmas a sampler visits and does not matter here.
 """
 
 from typing import Any

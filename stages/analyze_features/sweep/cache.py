@@ -2,7 +2,7 @@
 
     .pipeline/sweep/<key>/t-00300.safetensors
 
-The key covers everything that decides a timestep's numbers, so changed settings never reuse old results. The list of
+The key covers everything that determines a timestep's numbers, so changed settings never reuse old results. The list of
 timesteps and the rule of the choice are not part of it: the last finished sweep's folder is kept, for more timesteps or
 another rule, and folders of other keys are removed when a sweep finishes.
 """

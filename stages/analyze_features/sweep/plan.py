@@ -35,7 +35,7 @@ class SweepPlan:
     prompt_set: PromptSet
     prompts_per_image: int  # P
     evaluator: ProbeEvaluator  # of the sample
-    made_of: dict[str, Any]  # everything that decides the numbers, for sweep.json
+    made_of: dict[str, Any]  # everything that determines the numbers, for sweep.json
     cache: SweepCache
     done: dict[int, SweepResult]  # of the finished timesteps
     missing: list[int]  # the other timesteps, ascending
@@ -72,7 +72,7 @@ def make(config: Config) -> SweepPlan:
         "dataset": {"name": dataset.name, "hash": dataset.hash},
         "backbone": backbone.origin(),
         "images": {"sampled": len(index), "held_out": evaluator.held_out, "prompted": margin_images},
-        "judged_by": config.params.analyze_features.model_dump(include={"validation_fraction", "splits", "seed"}),
+        "scored_with": config.params.analyze_features.model_dump(include={"validation_fraction", "splits", "seed"}),
         "extract_features": extraction.model_dump(include=_MEASURED_WITH),
         "image_conditioning": frozen_model.image_encoder_hashes(encoder),
         "prompts": prompt_set.texts,
@@ -97,17 +97,17 @@ def make(config: Config) -> SweepPlan:
 
 
 def _key(runtime: Runtime, device: str, made_of: dict[str, Any], model_files: dict[str, str]) -> str:
-    """Hash everything that decides a timestep's numbers to the last bit: not the other timesteps, nor the rule.
+    """Hash everything that determines a timestep's numbers to the last bit: not the other timesteps, nor the rule.
 
     The code counts instead of the commit, because an edited params.yaml makes the commit "-dirty".
     """
     others = {"timesteps", "standard_errors"}
     swept = {key: value for key, value in made_of["sweep_features"].items() if key not in others}
-    deciding = {key: value for key, value in made_of.items() if key != "commit"} | {
+    determining = {key: value for key, value in made_of.items() if key != "commit"} | {
         "sweep_features": swept,
         "code": provenance.code_sha256(),
         "model_files": model_files,
         "device": device,
         "runtime": runtime.model_dump(include={"unet_batch_size", "compile"}),
     }
-    return provenance.fingerprint(deciding)[:16]
+    return provenance.fingerprint(determining)[:16]

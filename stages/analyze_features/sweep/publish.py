@@ -24,7 +24,7 @@ def write(target: Path, plan: SweepPlan, swept: dict[int, SweepResult], choice: 
 def _write_table(folder: Path, plan: SweepPlan, swept: dict[int, SweepResult], choice: Choice) -> None:
     """Write the table as CSV and JSON, and its curves."""
     rows = [candidate.row() for found in swept.values() for candidate in found.candidates]
-    by_chance = chance(plan.data.labels[plan.index], plan.prompts_per_image, plan.made_of["judged_by"]["seed"])
+    by_chance = chance(plan.data.labels[plan.index], plan.prompts_per_image, plan.made_of["scored_with"]["seed"])
     joined = [row | {"layers": "+".join(row["layers"]), "dims": "+".join(map(str, row["dims"]))} for row in rows]
     atomic.write_csv(folder / "sweep.csv", joined)
     content = {"rows": rows, **choice.rows(), "chance": by_chance, "made_of": plan.made_of}
@@ -36,10 +36,10 @@ def _write_table(folder: Path, plan: SweepPlan, swept: dict[int, SweepResult], c
 
 def _preset(made_of: dict[str, Any], choice: Choice) -> str:
     images, share = made_of["images"], made_of["sweep_features"]["explained_variance"]
-    rests_on = f"Of {images['sampled']:,} training images the probe was scored on {images['held_out']:,}"
-    rests_on += f", the prompts on {images['prompted']:,}." if choice.by_prompts else "."
+    evidence = f"Of {images['sampled']:,} training images the probe was scored on {images['held_out']:,}"
+    evidence += f", the prompts on {images['prompted']:,}." if choice.by_prompts else "."
     described = f"{made_of['dataset']['name']} with {made_of['backbone']['name']}"
-    return as_preset(choice, described, rests_on, share, made_of["extract_features"])
+    return as_preset(choice, described, evidence, share, made_of["extract_features"])
 
 
 def _write_maps(folder: Path, plan: SweepPlan, swept: dict[int, SweepResult]) -> None:

@@ -134,16 +134,16 @@ def _smallest(ties: Sequence[Candidate]) -> Candidate:
     return min(ties, key=lambda tie: (len(tie.layers), sum(tie.dims), -tie.probe.value, tie.timestep))
 
 
-def as_preset(choice: Choice, of: str, rests_on: str, share: float, measured: Mapping[str, Any]) -> str:
+def as_preset(choice: Choice, subject: str, evidence: str, share: float, settings: Mapping[str, Any]) -> str:
     """Write the choice as a preset, YAML whose first line describes it.
 
-    `of` names data set and model, `rests_on` is a sentence on the images that were scored, `share` (0 to 1) is that of
-    the variance that the dimensions explain, and `measured` has the other keys that the choice was measured with.
+    `subject` names data set and model, `evidence` is a sentence on the images that were scored, `share` (0 to 1) is
+    that of the variance that the dimensions explain, and `settings` has the other keys that the choice was made with.
     """
     chosen = choice.recommended
     lines = [
-        f"By `pipeline sweep-features` for {of}: {chosen.scores_in_words()}.",
-        f"{rests_on} ± is one standard error; the best of many candidates is biased upwards.",
+        f"By `pipeline sweep-features` for {subject}: {chosen.scores_in_words()}.",
+        f"{evidence} ± is one standard error; the best of many candidates is biased upwards.",
         f"Dims explain {100 * share:g} % of a layer's variance.",
         *in_words(choice)[1:],
     ]
@@ -153,7 +153,7 @@ def as_preset(choice: Choice, of: str, rests_on: str, share: float, measured: Ma
         + f"  timestep: {chosen.timestep}\n"
         + f"  layers: [{', '.join(chosen.layers)}]\n"
         + f"  dims: [{', '.join(map(str, chosen.dims))}]\n"
-        + "".join(f"  {key}: {json.dumps(value)}\n" for key, value in measured.items())
+        + "".join(f"  {key}: {json.dumps(value)}\n" for key, value in settings.items())
     )
 
 

@@ -60,7 +60,7 @@ class Sample:
         """Compute all layers at a timestep; `done` is called with the number of passes of each batch."""
         model = self._session.model
         inputs = self._session.inputs(self._latents, self._noise, self._embeddings, timestep)
-        before = model.redone
+        before = model.recomputed
         everyone = torch.arange(len(self.images))
         passes = self._passes(inputs, timestep, everyone, torch.full_like(everyone, model.generic), done)
         kept = max(self._params.basis_images, self._params.picture_images)
@@ -70,7 +70,7 @@ class Sample:
         projector = Projector(leading, self._session.backbone.device)
         values = torch.cat([projector(first), *(projector(maps) for maps in passes)]).cpu().numpy()  # (n, D)
         prompted = self._prompted(inputs, timestep, projector, values.shape[1], done)
-        model.warn_of_redone(before, len(everyone) + self._own.size, f"timestep {timestep}")
+        model.warn_if_recomputed(before, len(everyone) + self._own.size, f"timestep {timestep}")
         dims = [len(basis.components) for basis in leading.values()]
         return {
             layer: LayerFeatures(

@@ -24,7 +24,8 @@ class Method:
 
     Attributes:
         Settings: Settings of a `methods:` entry; their defaults are the paper's values.
-        needs_labels: Whether training reads labels. If not, the embeddings are evaluated, by k-NN and a linear probe.
+        needs_labels: Whether training reads labels. If not, the embeddings are evaluated, by a linear probe and by
+            k-NN, whose k is the setting `knn_neighbours`.
         needs_augmentation: Whether training compares random views of an image.
         sends_only_weights: Whether clients send their weights and nothing else, and the server takes their mean and
             keeps nothing. Only such methods can run with differential privacy.

@@ -21,8 +21,6 @@ from stages.train_fl.methods.base import Method
 from stages.train_fl.methods.state import ClientState, ClientUpdate, Metrics, ServerState, Weights
 from stages.train_fl.models import FLModel
 
-__all__ = ["FedAvg", "Weighting", "weighted_mean"]
-
 Weighting = Literal["uniform", "samples"]
 
 

@@ -11,11 +11,9 @@ from typing import Literal
 from pydantic import Field
 
 from pipeline.settings.params import MethodSettings
-from stages.train_fl.methods.arithmetic import relax, server_momentum_step
+from stages.train_fl.methods.arithmetic import server_momentum_step
 from stages.train_fl.methods.fedavg import FedAvg
 from stages.train_fl.methods.state import ClientUpdate, Metrics, ServerState
-
-__all__ = ["FedAvgM", "relax", "server_momentum_step"]
 
 
 class FedAvgM(FedAvg):

@@ -30,8 +30,6 @@ from stages.train_fl.methods.arithmetic import normaliser, server_momentum_step,
 from stages.train_fl.methods.fedprox import FedProx
 from stages.train_fl.methods.state import ClientState, ClientUpdate, Metrics, ServerState, Weights
 
-__all__ = ["FedNova", "normalised_mean", "normaliser"]
-
 
 class FedNova(FedProx):
     """FedNova; with `proximal_mu` > 0 its local solver is FedProx's."""

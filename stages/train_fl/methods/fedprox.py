@@ -24,8 +24,6 @@ from stages.train_fl.methods.arithmetic import add_proximal_gradient, proximal_p
 from stages.train_fl.methods.fedavg import FedAvg
 from stages.train_fl.methods.state import ClientState, ClientUpdate, Metrics, Weights
 
-__all__ = ["FedProx", "add_proximal_gradient", "proximal_penalty"]
-
 
 class FedProx(FedAvg):
     """FedAvg with a proximal term in the local objective."""

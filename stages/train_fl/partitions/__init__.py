@@ -2,8 +2,8 @@
 
 Every function takes the `labels` of the samples, int64 (N,), of K classes (or their `domains`, int64 (N,), counted from
 0), the number of clients, and `rng`, the source of all its draws. It returns per client an ascending int64 array of
-positions in `labels`; no sample goes to two clients. It raises ConfigError if its settings do not fit the data. `deal`
-calls the one that a `partitions:` entry names.
+positions in `labels`; no sample goes to two clients. It raises ConfigError if its settings do not fit the data.
+`assign` calls the one that a `partitions:` entry names.
 """
 
 from typing import Any
@@ -19,12 +19,12 @@ from stages.train_fl.partitions.long_tail import long_tail
 from stages.train_fl.partitions.statistics import heterogeneity, label_counts, left_out
 
 __all__ = [
-    "by_domain", "classes_per_client", "deal", "dirichlet", "dirichlet_balanced", "even_clients_per_domain",
+    "assign", "by_domain", "classes_per_client", "dirichlet", "dirichlet_balanced", "even_clients_per_domain",
     "heterogeneity", "iid", "label_counts", "label_skew", "left_out", "long_tail",
 ]  # fmt: skip
 
 
-def deal(
+def assign(
     settings: Section, labels: np.ndarray, domains: np.ndarray, num_clients: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
     """Partition by the kind that `settings`, a `partitions:` entry, names.

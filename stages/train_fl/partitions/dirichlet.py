@@ -36,10 +36,10 @@ def dirichlet(
             f"{len(labels)} samples cannot give each of {num_clients} clients {min_samples}. Lower min_samples or "
             "train_fl.num_clients, or raise prepare_data.train_subset."
         )
-    wanted = f"each of {num_clients} clients has {min_samples} of {len(labels)} samples"
+    wanted = f"each of {num_clients} clients {min_samples} of {len(labels)} samples"
     remedy = "Lower min_samples or train_fl.num_clients, or raise alpha."
     by_class = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    parts = _draw_until(by_class, num_clients, alpha, min_samples, rng, f"{wanted}. {remedy}")
+    parts = _draw_until(by_class, num_clients, alpha, min_samples, rng, wanted, remedy)
     return [np.sort(part) for part in parts]
 
 
@@ -57,18 +57,25 @@ def dirichlet_balanced(
     pools = np.split(rng.permutation(len(labels)), ends[:-1] * len(labels) // num_clients)
     parts = []
     for pool, size in zip(pools, np.diff(ends, prepend=0), strict=True):
-        wanted = f"each of {size} clients has half of a fair share. Lower group_size or raise alpha."
+        wanted, remedy = f"each of {size} clients half of a fair share", "Lower group_size or raise alpha."
         by_class = [pool[labels[pool] == label] for label in np.unique(labels[pool])]
-        parts += _draw_until(by_class, int(size), alpha, int(0.5 * len(pool) / size), rng, wanted)
+        parts += _draw_until(by_class, int(size), alpha, int(0.5 * len(pool) / size), rng, wanted, remedy)
     return [np.sort(part) for part in np.array_split(np.concatenate(parts), num_clients)]
 
 
 def _draw_until(
-    by_class: list[np.ndarray], num_clients: int, alpha: float, min_samples: int, rng: np.random.Generator, wanted: str
+    by_class: list[np.ndarray],
+    num_clients: int,
+    alpha: float,
+    min_samples: int,
+    rng: np.random.Generator,
+    wanted: str,
+    remedy: str,
 ) -> list[np.ndarray]:
     """Draw partitions of samples until every client has `min_samples`, or until none is to be expected.
 
-    Parts are ordered by class. `wanted` ends the error message: the condition, and which settings to change.
+    Parts are ordered by class. `wanted` and `remedy` are for the error: what each client should get, and which settings
+    to change.
     """
     fair_size = sum(map(len, by_class)) / num_clients
     drawn = (_draw(by_class, num_clients, alpha, fair_size, rng) for _ in range(_MAX_DRAWS))
@@ -83,11 +90,11 @@ def _draw_until(
         if draws % _DRAWS_PER_CHECK or draws == _MAX_DRAWS:
             continue
         if (_MAX_DRAWS - draws) * _chance(with_enough, num_clients) < _HOPELESS:
-            more = f", and {_MAX_DRAWS} would hardly give one,"
+            more = f", and {_MAX_DRAWS} draws are unlikely to"
             break
         if draws == _DRAWS_PER_CHECK:
             log.info("partition: none of %d draws fits, trying up to %d", draws, _MAX_DRAWS)
-    raise ConfigError(f"{len(with_enough)} draws with alpha {alpha} gave no partition{more} where {wanted}")
+    raise ConfigError(f"None of {len(with_enough)} draws with alpha {alpha} gave {wanted}{more}. {remedy}")
 
 
 def _chance(with_enough: list[int], num_clients: int) -> float:
@@ -121,5 +128,5 @@ def _draw(
         if share.sum() == 0:  # alpha is so small that only full clients got a share
             share = np.array([len(part) < fair_size for part in parts], float)
         cuts = (np.cumsum(share / share.sum())[:-1] * len(shuffled)).astype(int)
-        parts = [np.concatenate([part, dealt]) for part, dealt in zip(parts, np.split(shuffled, cuts), strict=True)]
+        parts = [np.concatenate([part, more]) for part, more in zip(parts, np.split(shuffled, cuts), strict=True)]
     return parts

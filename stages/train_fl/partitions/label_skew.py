@@ -49,7 +49,7 @@ def classes_per_client(
 ) -> list[np.ndarray]:
     """Give every client k <= K classes (NIID-Bench's "#label = k"): McMahan's pathological split with random classes.
 
-    Client i has class i mod K and k - 1 others drawn without replacement; a class's samples are dealt evenly to the
+    Client i has class i mod K and k - 1 others drawn without replacement; a class's samples are assigned evenly to the
     clients that have it. A class that no client has is not used.
     """
     classes, sizes = np.unique(labels, return_counts=True)
@@ -72,6 +72,6 @@ def _draw(labels: np.ndarray, classes: np.ndarray, quota: np.ndarray, rng: np.ra
     parts: list[list[np.ndarray]] = [[] for _ in quota]
     for column, label in enumerate(classes):
         shuffled = rng.permutation(np.flatnonzero(labels == label))
-        for part, dealt in zip(parts, np.split(shuffled, np.cumsum(quota[:, column])), strict=False):
-            part.append(dealt)
+        for part, assigned in zip(parts, np.split(shuffled, np.cumsum(quota[:, column])), strict=False):
+            part.append(assigned)
     return [np.sort(np.concatenate(part)) for part in parts]

@@ -1,6 +1,6 @@
 """Statistics of a partition's heterogeneity that papers quote, from its label counts.
 
-With p_k the label shares of client k, g those of all dealt samples and w_k = n_k / n: total variation
+With p_k the label shares of client k, g those of all assigned samples and w_k = n_k / n: total variation
 TV_k = 1/2 sum |p_k - g| (Zhao et al.'s "EMD" is 2 TV); the generalised Jensen-Shannon divergence H(g) - sum w_k H(p_k),
 which is the mutual information of client and label; the mean Hellinger distance of two clients; effective classes
 2^H(p_k). Means over clients are unweighted and omit clients without samples; logarithms are to base 2.
@@ -25,13 +25,13 @@ def left_out(parts: list[np.ndarray], groups: dict[str, tuple[np.ndarray, list[s
         parts: Positions of the samples, by client.
         groups: "classes" or "domains" -> for every sample its number, int64 (N,), and the names by number.
     """
-    dealt, lines, total = np.concatenate(parts), [], 0
+    assigned, lines, total = np.concatenate(parts), [], 0
     for kind, (numbers, names) in groups.items():
         total, present = len(numbers), len(np.unique(numbers))
-        if missing := [names[number] for number in np.setdiff1d(numbers, numbers[dealt])]:
+        if missing := [names[number] for number in np.setdiff1d(numbers, numbers[assigned])]:
             lines.append(f"{len(missing)} of {present} {kind} go to no client: {first_few(missing, _MOST_NAMES)}")
-    if len(dealt) < total:
-        lines.append(f"{total - len(dealt)} of {total} samples go to no client")
+    if len(assigned) < total:
+        lines.append(f"{total - len(assigned)} of {total} samples go to no client")
     if empty := [str(client) for client, part in enumerate(parts) if not len(part)]:
         lines.append(f"{len(empty)} of {len(parts)} clients have no samples: {first_few(empty, _MOST_NAMES)}")
     return lines

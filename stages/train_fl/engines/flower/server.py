@@ -73,7 +73,7 @@ def _run(job: Job, grid: Grid, overwrite: bool) -> None:
 
 
 def _settings(job: Job, data: FederatedData | None, agreed: dict[str, Any]) -> dict[str, Any]:
-    """Return everything that decides the run's results."""
+    """Return everything that determines the run's results."""
     private = job.config.params.federation.model_dump(include={"differential_privacy"})
     protected = {"federation": private} if any(private.values()) else {}
     if data:
