@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from pipeline.settings.params import Section, TrainFL
 from stages.train_fl import methods, session
 from stages.train_fl.client_data import ClientData
 from stages.train_fl.data import HeldOut
+from stages.train_fl.engines import workers
 from stages.train_fl.engines.local import LocalEngine
 from stages.train_fl.evaluate import Classification, Evaluator
 from stages.train_fl.guidance import GuidanceSource
@@ -78,6 +79,7 @@ def simulate(
     *,
     seed: int = 0,
     device: str = "auto",
+    num_workers: int | Literal["auto"] = "auto",
     **settings: Any,
 ) -> History:
     """Train a federated method from arrays in memory.
@@ -89,6 +91,8 @@ def simulate(
         held_out: Samples to evaluate on after every round.
         seed: Seed of the initial weights, client sampling and batches.
         device: "auto", "cpu" or "cuda".
+        num_workers: How many clients to train side by side on a CPU, each in a process with one thread; "auto": as many
+            as cores. It does not affect results.
         **settings: Settings of `train_fl` that differ from `DEFAULTS`, for example num_rounds or learning_rate.
 
     Returns:
@@ -113,12 +117,14 @@ def simulate(
     model = session.build_model(params, section, num_classes, dims, seed).to(device)
     optimiser = (params.momentum, params.weight_decay)
     made = methods.build(section, model, *optimiser, len(data), params.gradient_clipping, kind)
-    evaluator: Evaluator = Classification(held)
+    count = workers.resolve(num_workers, device)
+    evaluator: Evaluator = Classification(held, count)
     if not kind.needs_labels:
-        evaluator = Probes(data, held, section.model_dump()["knn_neighbours"])
-    engine = LocalEngine(made, data, Schedule.of(params, seed), device)
+        evaluator = Probes(data, held, section.model_dump()["knn_neighbours"], count)
+    engine = LocalEngine(made, data, Schedule.of(params, seed), device, count)
     start = engine.begin(session.weights_of(model))
-    rows = [round_row(done, session.score_round(done, model, evaluator)) for done in engine.rounds(start)]
+    with workers.single_threaded():
+        rows = [round_row(done, session.score_round(done, model, evaluator)) for done in engine.rounds(start)]
     return History(rows, model)
 
 

@@ -24,6 +24,7 @@ OVERRIDES = {
     "train_fl.local_epochs": 1,
     "train_fl.batch_size": 8,
     "runtime.checkpoint_every": 1,
+    "runtime.workers": 2,
     "partitions": {"iid": {"kind": "iid"}, "dir": {"kind": "dirichlet", "alpha": 0.5, "min_samples": 1}},
 }
 
