@@ -58,7 +58,7 @@ def is_complete(target: Path, plan: Plan) -> bool:
     except SystemRefusal:
         raise
     except PipelineError as error:
-        log.warning("the set there cannot be used: %s", getattr(error, "problem", error))
+        log.warning("the existing set cannot be used: %s", getattr(error, "problem", error))
         return False
     return True
 

@@ -131,7 +131,7 @@ def simulate(
 def _train_fl(settings: dict[str, Any], num_clients: int) -> TrainFL:
     """Check the settings against the types and ranges of params.yaml."""
     if unknown := settings.keys() - DEFAULTS.keys():
-        raise ConfigError(f"unknown setting {min(unknown)}. Known: {', '.join(DEFAULTS)}.")
+        raise ConfigError(f"unknown setting {min(unknown)}. Use one of {', '.join(DEFAULTS)}.")
     unused = {"imbalance_factor": 1.0, "balance_with_synthetic": "none"}  # settings of prepared data sets
     unused |= {"evaluate_on": "test", "validation_fraction": 0.2}
     try:
@@ -151,12 +151,13 @@ def _source(samples: Samples, guidance: Any) -> GuidanceSource:
 def _client(samples: Samples, source: GuidanceSource | None) -> ClientData:
     images, labels = _pixels(samples.images), torch.as_tensor(np.asarray(samples.labels), dtype=torch.int64)
     if labels.ndim != 1 or len(labels) != len(images) or (len(labels) and labels.min() < 0):
-        raise DataError(f"labels must be {len(images)} integers from 0, one per image, not of shape {labels.shape}")
+        problem = f"labels do not fit the images (shape {tuple(labels.shape)})"
+        raise DataError(f"{problem}. Pass {len(images)} integers, 0 or more, one per image.")
     if source is None or samples.features is None:
         return ClientData(images, labels)
     rows = np.asarray(samples.rows, dtype=np.int64)
     if rows.shape != labels.shape:
-        raise DataError(f"rows must be {len(images)} integers, one per image, not of shape {rows.shape}")
+        raise DataError(f"rows do not fit the images (shape {rows.shape}). Pass {len(images)} integers, one per image.")
     if not np.array_equal(samples.features.read(rows).label, labels.numpy()):
         raise DataError("the labels differ from those in the feature set. Check that `rows` are the images' own rows.")
     return ClientData(images, labels, source.read(rows))
@@ -168,12 +169,12 @@ def _pixels(images: Any) -> Tensor:
     if array.ndim == 3:
         array = array[..., None]
     if array.ndim != 4 or array.shape[-1] not in (1, 3):
-        raise DataError(f"images must be (N, H, W), (N, H, W, 1) or (N, H, W, 3), not {array.shape}")
+        raise DataError(f"images have shape {array.shape}. Pass (N, H, W), (N, H, W, 1) or (N, H, W, 3).")
     if np.issubdtype(array.dtype, np.floating):
         if array.size and not (array.min() >= 0 and array.max() <= 1):
-            raise DataError("float images must be from 0 to 1. Divide them by their largest value.")
+            raise DataError("float images are not from 0 to 1. Divide them by their largest value.")
         array = np.round(array * 255).astype(np.uint8)
     if array.dtype != np.uint8:
-        raise DataError(f"images must be uint8 or float, not {array.dtype}")
+        raise DataError(f"images are {array.dtype}. Pass uint8 or float.")
     array = np.broadcast_to(array, (*array.shape[:3], 3)).transpose(0, 3, 1, 2)
     return torch.from_numpy(np.ascontiguousarray(array))

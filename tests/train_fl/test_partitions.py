@@ -175,7 +175,7 @@ def test_hopeless_dirichlet_is_rejected_after_few_draws():
     # 14 samples a client, and at alpha 0.05 most clients get a class or none: of 50 about 32 get 10 samples
     labels = np.arange(1437) % 10
     with pytest.raises(
-        PipelineError, match="^100 draws .* 10000 would hardly give one, where each of 50 clients has 10"
+        PipelineError, match="^100 draws .* 10000 are unlikely to give one, where each of 50 clients has 10"
     ):
         dirichlet(labels, 50, 0.05, 10, rng())
 

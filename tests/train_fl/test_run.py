@@ -130,7 +130,7 @@ KILLS = [("saving", 2, 1), ("discarding", 2, 2), ("training", 6, 2)]
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory) -> dict[str, Path]:
-    """The projects that the killed processes, which run side by side, left."""
+    """Projects left by killed processes, which run at the same time."""
     here = Path(__file__).parent
     environment = {"PYTHONPATH": str(here.parents[1]), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     roots = {moment: tmp_path_factory.mktemp(moment) for moment, _, _ in KILLS}

@@ -76,9 +76,9 @@ def test_float_and_grey_images_are_accepted():
     [
         (samples(6, 0), {"num_round": 3}, ConfigError, "unknown setting num_round"),
         (samples(6, 0), {"learning_rate": -1.0}, ConfigError, "invalid setting learning_rate"),
-        (Samples(np.zeros((4, 8, 8, 3), np.uint8), [0, 1]), {}, DataError, "labels must be 4 integers"),
-        (Samples(np.full((2, 8, 8), 16.0), [0, 1]), {}, DataError, "float images must be from 0 to 1"),
-        (Samples(np.zeros((2, 8), np.uint8), [0, 1]), {}, DataError, "images must be"),
+        (Samples(np.zeros((4, 8, 8, 3), np.uint8), [0, 1]), {}, DataError, "Pass 4 integers"),
+        (Samples(np.full((2, 8, 8), 16.0), [0, 1]), {}, DataError, "float images are not from 0 to 1"),
+        (Samples(np.zeros((2, 8), np.uint8), [0, 1]), {}, DataError, "images have shape"),
     ],
 )
 def test_invalid_arguments_are_reported(client, settings, error, words):

@@ -66,7 +66,7 @@ def dirichlet_balanced(
 def _draw_until(
     by_class: list[np.ndarray], num_clients: int, alpha: float, min_samples: int, rng: np.random.Generator, wanted: str
 ) -> list[np.ndarray]:
-    """Draw partitions of samples until every client has `min_samples`, or until none is to be expected.
+    """Draw partitions of samples until every client has `min_samples`, or until success is unlikely.
 
     Parts are ordered by class. `wanted` ends the error message: the condition, and which settings to change.
     """
@@ -83,7 +83,7 @@ def _draw_until(
         if draws % _DRAWS_PER_CHECK or draws == _MAX_DRAWS:
             continue
         if (_MAX_DRAWS - draws) * _chance(with_enough, num_clients) < _HOPELESS:
-            more = f", and {_MAX_DRAWS} would hardly give one,"
+            more = f", and {_MAX_DRAWS} are unlikely to give one,"
             break
         if draws == _DRAWS_PER_CHECK:
             log.info("partition: none of %d draws fits, trying up to %d", draws, _MAX_DRAWS)
