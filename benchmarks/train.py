@@ -2,7 +2,8 @@
 
 steps       one worker's step of FedAvg on the local engine against a bare PyTorch loop of the same steps with one
             thread (same model, batches, optimiser), and FedDifRC's against FedAvg's, including the lookup of targets
-workers     rounds of the local engine with one worker and with as many as cores
+workers     rounds of the local engine with one worker and with as many as cores; beside them the same clients in
+            threads of one process, each with its own copy of the network
 simulators  rounds of the local engine against Flower's Ray simulation and apple/pfl-research's simulator, all using the
             cores as they do by default; for the job including start-up, and for rounds after the first, with 8 clients
             that all take part, and with 100 small clients of which 10 do; simulators that are not installed are skipped
@@ -17,12 +18,14 @@ processes slow down both. Prints tables, then one JSON line.
 import json
 import multiprocessing
 import os
+import queue
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,7 @@ from pipeline.settings import config, params
 from pipeline.settings.params import Runtime
 from stages.train_fl import methods, rounds, session
 from stages.train_fl.augmentation import to_model_range
-from stages.train_fl.client_data import ClientData
+from stages.train_fl.client_data import Batches, ClientData
 from stages.train_fl.encoders import EncoderName
 from stages.train_fl.engines import local, workers
 from stages.train_fl.guidance import GuidanceSource, GuidanceTargets, prepare
@@ -72,10 +75,15 @@ def main(repeats: int, peers: str, device: str) -> None:
     result["cache"] = _cache_reading()
     if device == "cpu":
         count = result["cores"]
-        click.echo(f"\n{'per round':12}{'1 worker':>12}{f'{count} workers':>12}{'speed-up':>10}")
+        click.echo(
+            f"\n{'per round':12}{'1 worker':>12}{f'{count} workers':>12}{'speed-up':>10}{'threads':>12}{'speed-up':>10}"
+        )
         for encoder, steps in STEPS.items():
             row = result["workers"][encoder] = _workers(encoder, steps, repeats, count)
-            click.echo(f"{encoder:12}{row['one']:>10.3f} s{row['all']:>10.3f} s{row['speed_up']:>9.2f}x")
+            click.echo(
+                f"{encoder:12}{row['one']:>10.3f} s{row['processes']:>10.3f} s{row['processes_speed_up']:>9.2f}x"
+                f"{row['threads']:>10.3f} s{row['threads_speed_up']:>9.2f}x"
+            )
     for name, job in SIMULATED.items():
         result["simulators"][name] = _simulators(name, job, peers)
     result["clients"] = _clients()
@@ -112,18 +120,40 @@ def _steps(encoder: EncoderName, steps: int, repeats: int, device: str) -> dict[
 
 
 def _workers(encoder: EncoderName, steps: int, repeats: int, count: int) -> dict[str, float]:
-    """Return seconds per round of 4 clients per worker, with one and with all workers, and the median speed-up."""
+    """Return seconds per round of 4 clients per worker, and the median speed-up over one worker."""
     num_clients, num_rounds = 4 * count, 2
     job = Job(encoder, num_clients, num_clients, 64 * max(1, steps // 4), num_rounds, 1, 64, 0.01, 0.9)
     clients = [ClientData(*job.client(k)) for k in range(num_clients)]
     method = methods.build(methods.FedAvg.Settings(), job.model(), 0.9, 0.0, num_clients)
     kinds: dict[str, Callable[[], None]] = {
         "one": lambda: _engine(method, clients, job, "cpu", 1),
-        "all": lambda: _engine(method, clients, job, "cpu", count),
+        "processes": lambda: _engine(method, clients, job, "cpu", count),
+        "threads": lambda: _threads(clients, job, count),
     }
     seconds = _alternating(kinds, max(1, repeats // 2), "cpu")
-    speed_up = statistics.median(a / b for a, b in zip(seconds["one"], seconds["all"], strict=True))
-    return {name: statistics.median(values) / num_rounds for name, values in seconds.items()} | {"speed_up": speed_up}
+    speed_up = {
+        f"{kind}_speed_up": statistics.median(a / b for a, b in zip(seconds["one"], seconds[kind], strict=True))
+        for kind in ("processes", "threads")
+    }
+    return {name: statistics.median(values) / num_rounds for name, values in seconds.items()} | speed_up
+
+
+def _threads(clients: list[ClientData], job: Job, count: int) -> None:
+    """Train the job's rounds with a thread per worker, without aggregation."""
+    free = queue.SimpleQueue[Method]()
+    for _ in range(count):
+        free.put(methods.build(methods.FedAvg.Settings(), job.model(), job.momentum, 0.0, len(clients)))
+    weights = job.model().state_dict()
+
+    def train(data: ClientData) -> None:
+        method = free.get()
+        batches = Batches(data, job.local_epochs, job.batch_size, "none", torch.Generator())
+        method.client_update(weights, {}, {}, batches, job.learning_rate)
+        free.put(method)
+
+    with ThreadPoolExecutor(count) as pool:
+        for _ in range(job.num_rounds):
+            list(pool.map(train, clients))
 
 
 def _alternating(kinds: dict[str, Callable[[], None]], repeats: int, device: str) -> dict[str, list[float]]:

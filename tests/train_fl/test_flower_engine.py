@@ -375,6 +375,7 @@ def test_features_on_a_private_basis_are_rejected_with_the_remedy(tmp_path, proj
         ({"client-id": 9}, r"client-id 9 is too high \(partitions.dir has 4 clients\)"),
         ({"name": "\x1b[2Jtwo\nlines", "client-id": 9}, r"client 9 \(\\x1b\[2Jtwo lines\)"),
         ({"project": "/nowhere"}, "does not exist"),
+        ({"threads": 0}, r"threads=0 in --node-config is invalid\. Use an integer, 1 or more"),
     ],
 )
 def test_wrong_node_config_is_rejected(project, monkeypatch, node_config, words):
