@@ -19,12 +19,12 @@ import json
 import multiprocessing
 import os
 import queue
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ from stages.train_fl.models import FLModel
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 PROMPTS = 10
-STEPS: dict[EncoderName, int] = {"small_cnn": 40, "resnet10": 3}  # per measurement: about as long for each network
+STEPS: dict[EncoderName, int] = {"small_cnn": 40, "resnet10": 2}  # per measurement: about as long for each network
 SIMULATED = {
     "8 clients x 256 images, 8 a round": Job("small_cnn", 8, 8, 256, 6, 1, 64, 0.01, 0.9),
     "100 clients x 32 images, 10 a round": Job("small_cnn", 100, 10, 32, 20, 1, 32, 0.01, 0.9),
@@ -120,25 +120,33 @@ def _steps(encoder: EncoderName, steps: int, repeats: int, device: str) -> dict[
 
 
 def _workers(encoder: EncoderName, steps: int, repeats: int, count: int) -> dict[str, float]:
-    """Return seconds per round of 4 clients per worker, and the median speed-up over one worker."""
-    num_clients, num_rounds = 4 * count, 2
+    """Return seconds per round after the first, of 4 clients per worker, and the median speed-up over one worker."""
+    num_clients, num_rounds = 4 * count, 4
     job = Job(encoder, num_clients, num_clients, 64 * max(1, steps // 4), num_rounds, 1, 64, 0.01, 0.9)
     clients = [ClientData(*job.client(k)) for k in range(num_clients)]
     method = methods.build(methods.FedAvg.Settings(), job.model(), 0.9, 0.0, num_clients)
-    kinds: dict[str, Callable[[], None]] = {
-        "one": lambda: _engine(method, clients, job, "cpu", 1),
-        "processes": lambda: _engine(method, clients, job, "cpu", count),
+    kinds: dict[str, Callable[[], Iterator[Any]]] = {
+        "one": lambda: _rounds(method, clients, job, "cpu", 1),
+        "processes": lambda: _rounds(method, clients, job, "cpu", count),
         "threads": lambda: _threads(clients, job, count),
     }
-    seconds = _alternating(kinds, max(1, repeats // 2), "cpu")
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(max(1, repeats // 3)):
+        for name, run in kinds.items():
+            seconds[name].append(seconds_per_round(_marks(run()))["round_seconds"])
     speed_up = {
         f"{kind}_speed_up": statistics.median(a / b for a, b in zip(seconds["one"], seconds[kind], strict=True))
         for kind in ("processes", "threads")
     }
-    return {name: statistics.median(values) / num_rounds for name, values in seconds.items()} | speed_up
+    return {name: statistics.median(values) for name, values in seconds.items()} | speed_up
 
 
-def _threads(clients: list[ClientData], job: Job, count: int) -> None:
+def _marks(done: Iterator[Any]) -> list[float]:
+    """Return the time before the first round and after every round."""
+    return [time.perf_counter(), *(time.perf_counter() for _ in done)]
+
+
+def _threads(clients: list[ClientData], job: Job, count: int) -> Iterator[None]:
     """Train the job's rounds with a thread per worker, without aggregation."""
     free = queue.SimpleQueue[Method]()
     for _ in range(count):
@@ -154,6 +162,7 @@ def _threads(clients: list[ClientData], job: Job, count: int) -> None:
     with ThreadPoolExecutor(count) as pool:
         for _ in range(job.num_rounds):
             list(pool.map(train, clients))
+            yield
 
 
 def _alternating(kinds: dict[str, Callable[[], None]], repeats: int, device: str) -> dict[str, list[float]]:
@@ -183,12 +192,14 @@ def _bare(model: FLModel, data: ClientData, job: Job) -> None:
         optimizer.step()
 
 
-def _engine(method: Method, clients: list[ClientData], job: Job, device: str, num_workers: int = 1) -> None:
+def _engine(method: Method, clients: list[ClientData], job: Job, device: str) -> None:
     """Run the job's rounds on the local engine: sampling, training, aggregation."""
-    list(_rounds(method, clients, job, device, num_workers))
+    list(_rounds(method, clients, job, device, 1))
 
 
-def _rounds(method: Method, clients: list[ClientData], job: Job, device: str, num_workers: int) -> Any:
+def _rounds(
+    method: Method, clients: list[ClientData], job: Job, device: str, num_workers: int
+) -> Iterator[rounds.Round]:
     schedule = rounds.Schedule(
         job.num_rounds, job.clients_per_round, job.local_epochs, job.batch_size, job.learning_rate, 1.0, "none", 0
     )
@@ -248,10 +259,7 @@ def _local_rounds(job: Job) -> dict[str, float]:
     """Run the job on the local engine, in this process and its workers."""
     clients = [ClientData(*job.client(k)) for k in range(job.num_clients)]
     method = methods.build(methods.FedAvg.Settings(), job.model(), job.momentum, 0.0, job.num_clients)
-    marks = [time.perf_counter()]
-    for _ in _rounds(method, clients, job, "cpu", workers.resolve("auto", "cpu")):
-        marks.append(time.perf_counter())
-    return seconds_per_round(marks)
+    return seconds_per_round(_marks(_rounds(method, clients, job, "cpu", workers.resolve("auto", "cpu"))))
 
 
 def _peer(script: str, job: Job, python: str) -> dict[str, Any] | str:
@@ -293,11 +301,10 @@ def _many_clients(num_clients: int) -> dict[str, float]:
     job = Job("small_cnn", num_clients, 10, 32, 20, 1, 32, 0.01, 0.9)
     clients = [ClientData(*job.client(0))] * num_clients
     method = methods.build(methods.Scaffold.Settings(), job.model(), job.momentum, 0.0, num_clients)
-    marks = [time.perf_counter()]
-    for _ in _rounds(method, clients, job, "cpu", 1):
-        marks.append(time.perf_counter())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return seconds_per_round(marks) | {"peak_bytes": peak}
+    times = seconds_per_round(_marks(_rounds(method, clients, job, "cpu", 1)))
+    status = Path("/proc/self/status").read_text()  # getrusage's peak includes the process that started this one
+    peak = re.search(r"^VmHWM: *(\d+) kB", status, re.MULTILINE)
+    return times | {"peak_bytes": int(peak[1]) * 1024 if peak else 0}
 
 
 if __name__ == "__main__":
