@@ -88,7 +88,8 @@ def test_workers_are_distinct_processes_with_one_thread():
     assert not multiprocessing.active_children()
 
 
-def test_tensors_of_every_kind_survive_the_way():
+@pytest.mark.parametrize("memory", [1 << 20, 100, 1])  # all tensors fit into the shared memory, some do, none does
+def test_tensors_of_every_kind_survive_the_way(memory):
     values = {
         "bfloat16": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
         "bool": torch.tensor([[True], [False]]),
@@ -97,7 +98,7 @@ def test_tensors_of_every_kind_survive_the_way():
         "strided": torch.arange(24.0).view(2, 3, 2, 2).to(memory_format=torch.channels_last),
         "view": torch.arange(10.0)[2:4],
     }
-    with workers.opened(2, lambda shared, item: {**shared, "item": item}) as compute:
+    with workers.opened(2, lambda shared, item: {**shared, "item": item}, memory) as compute:
         (result,) = compute(values, [torch.ones(2)])
     assert result.pop("item").tolist() == [1, 1]
     assert all(result[name].dtype == value.dtype and torch.equal(result[name], value) for name, value in values.items())

@@ -60,7 +60,8 @@ def run(
     server, states = start.server, list(start.clients)
     with_data = [client for client, data in enumerate(clients) if len(data)]
     num_workers = max(1, min(num_workers, schedule.clients_per_round, len(with_data)))
-    with workers.opened(num_workers, train) as train_all:
+    model_bytes = rounds.num_bytes(server.weights) + rounds.num_bytes(server.broadcast)
+    with workers.opened(num_workers, train, memory=4 * model_bytes) as train_all:  # a client's update and state
         for number in range(start.number + 1, schedule.num_rounds + 1):
             participants = rounds.sample_clients(with_data, schedule, number)
             started = time.perf_counter()
