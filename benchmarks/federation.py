@@ -43,7 +43,6 @@ def main(rounds: int, clients: int, epochs: int) -> None:
         "train_fl.num_rounds": rounds,
         "train_fl.local_epochs": epochs,
         "federation.min_clients": clients,
-        "runtime.num_threads": 1,  # results depend on the thread count in the last bits, and Ray's processes have one
     }
     engines = {"local engine": _local, "SuperNodes": _nodes, "Ray simulation": _simulation}
     result: dict[str, Any] = {}

@@ -1,24 +1,31 @@
 """Compare the speed of training with other implementations, on one machine in one run.
 
-steps       FedAvg on the local engine against a bare PyTorch loop of the same steps (same model, batches, optimiser),
-            and FedDifRC against FedAvg, per step, including the lookup of targets; with ResNet-10 and the small CNN
-simulators  rounds per hour of the local engine against Flower's Ray simulation and apple/pfl-research's simulator, on
-            the same small FedAvg job: for the job including start-up, and for rounds after the first; simulators
-            that are not installed are skipped
+steps       one worker's step of FedAvg on the local engine against a bare PyTorch loop of the same steps with one
+            thread (same model, batches, optimiser), and FedDifRC's against FedAvg's, including the lookup of targets
+workers     rounds of the local engine with one worker and with as many as cores; beside them the same clients in
+            threads of one process, each with its own copy of the network
+simulators  rounds of the local engine against Flower's Ray simulation and apple/pfl-research's simulator, all using the
+            cores as they do by default; for the job including start-up, and for rounds after the first, with 8 clients
+            that all take part, and with 100 small clients of which 10 do; simulators that are not installed are skipped
+clients     rounds of SCAFFOLD with 10 of 100, 1,000 and 10,000 clients: seconds and memory must not grow
 
 Measurements to compare alternate, and the result is the median of their ratios over the repeats, so that other
-processes slow down both. Prints a table, then one JSON line.
+processes slow down both. Prints tables, then one JSON line.
 
     python benchmarks/train.py --peers /tmp/peers/bin/python
 """
 
 import json
+import multiprocessing
 import os
+import queue
+import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +39,12 @@ from pipeline.data.datasets import PreparedDataset
 from pipeline.errors import PipelineError
 from pipeline.feature_store import FeatureSet
 from pipeline.settings import config, params
-from stages.train_fl import methods, rounds
+from pipeline.settings.params import Runtime
+from stages.train_fl import methods, rounds, session
 from stages.train_fl.augmentation import to_model_range
-from stages.train_fl.client_data import ClientData
+from stages.train_fl.client_data import Batches, ClientData
 from stages.train_fl.encoders import EncoderName
-from stages.train_fl.engines import local
+from stages.train_fl.engines import local, workers
 from stages.train_fl.guidance import GuidanceSource, GuidanceTargets, prepare
 from stages.train_fl.methods import Method
 from stages.train_fl.models import FLModel
@@ -44,40 +52,52 @@ from stages.train_fl.models import FLModel
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 PROMPTS = 10
-ENCODERS: tuple[EncoderName, ...] = ("resnet10", "small_cnn")
+STEPS: dict[EncoderName, int] = {"small_cnn": 40, "resnet10": 2}  # per measurement: about as long for each network
+SIMULATED = {
+    "8 clients x 256 images, 8 a round": Job("small_cnn", 8, 8, 256, 6, 1, 64, 0.01, 0.9),
+    "100 clients x 32 images, 10 a round": Job("small_cnn", 100, 10, 32, 20, 1, 32, 0.01, 0.9),
+}
 
 
 @click.command()
-@click.option("--steps", default=40, show_default=True, help="Training steps per measurement.")
-@click.option("--repeats", default=9, show_default=True, help="Measurements of each kind.")
-@click.option("--rounds", default=6, show_default=True, help="Rounds of the simulators' job.")
-@click.option("--clients", default=8, show_default=True, help="Its clients.")
-@click.option("--samples", default=256, show_default=True, help="Its images per client.")
+@click.option("--repeats", default=7, show_default=True, help="Measurements of each kind.")
 @click.option("--peers", default=sys.executable, help="A Python with the requirements of benchmarks/requirements.txt.")
-@click.option("--threads", type=int, default=None, help="CPU threads per operation; torch's own choice if not given.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
-def main(
-    steps: int, repeats: int, rounds: int, clients: int, samples: int, peers: str, threads: int | None, device: str
-) -> None:
+def main(repeats: int, peers: str, device: str) -> None:
     """Measure and print."""
-    if threads:
-        torch.set_num_threads(threads)
-    result: dict[str, Any] = {"steps": {}, "threads": torch.get_num_threads()}
+    session.prepare_torch(Runtime.model_validate(_runtime() | {"device": device}))
+    result: dict[str, Any] = {"cores": workers.resolve("auto", "cpu"), "steps": {}, "workers": {}, "simulators": {}}
     click.echo(f"{'per step':12}{'bare':>10}{'fedavg':>10}{'feddifrc':>10}{'fedavg/bare':>14}{'feddifrc/fedavg':>17}")
-    for encoder in ENCODERS:
+    for encoder, steps in STEPS.items():
         row = result["steps"][encoder] = _steps(encoder, steps, repeats, device)
         times = "".join(f"{1e3 * row[name]:>7.2f} ms" for name in ("bare", "fedavg", "feddifrc"))
         click.echo(f"{encoder:12}{times}{row['fedavg_over_bare']:>14.3f}{row['feddifrc_over_fedavg']:>17.3f}")
     result["cache"] = _cache_reading()
-    job = Job("small_cnn", clients, samples, rounds, 1, 64, 0.01, 0.9)
-    result["simulators"] = _simulators(job, peers)
+    if device == "cpu":
+        count = result["cores"]
+        click.echo(
+            f"\n{'per round':12}{'1 worker':>12}{f'{count} workers':>12}{'speed-up':>10}{'threads':>12}{'speed-up':>10}"
+        )
+        for encoder, steps in STEPS.items():
+            row = result["workers"][encoder] = _workers(encoder, steps, repeats, count)
+            click.echo(
+                f"{encoder:12}{row['one']:>10.3f} s{row['processes']:>10.3f} s{row['processes_speed_up']:>9.2f}x"
+                f"{row['threads']:>10.3f} s{row['threads_speed_up']:>9.2f}x"
+            )
+    for name, job in SIMULATED.items():
+        result["simulators"][name] = _simulators(name, job, peers)
+    result["clients"] = _clients()
     provenance_of = provenance.describe(device if device != "cpu" else None)
     click.echo(json.dumps(result | {"provenance": provenance_of}))
 
 
+def _runtime() -> dict[str, Any]:
+    return config.load(ROOT / "params.yaml").params.runtime.model_dump()
+
+
 def _steps(encoder: EncoderName, steps: int, repeats: int, device: str) -> dict[str, float]:
     """Return seconds per step of each kind, and the median ratios."""
-    job = Job(encoder, 1, 64 * steps, 1, 1, 64, 0.01, 0.9)
+    job = Job(encoder, 1, 1, 64 * steps, 1, 1, 64, 0.01, 0.9)
     images, labels = job.client(0)
     data = ClientData(images, labels).to(device)
     section = config.load(ROOT / "params.yaml").settings("methods", "feddifrc")
@@ -88,20 +108,76 @@ def _steps(encoder: EncoderName, steps: int, repeats: int, device: str) -> dict[
     bare_model = job.model().to(device)
     kinds: dict[str, Callable[[], None]] = {
         "bare": lambda: _bare(bare_model, data, job),
-        "fedavg": lambda: _engine(fedavg, data, job, device),
-        "feddifrc": lambda: _engine(guidance, guided, job, device),
+        "fedavg": lambda: _engine(fedavg, [data], job, device),
+        "feddifrc": lambda: _engine(guidance, [guided], job, device),
     }
-    for run in kinds.values():
-        run()  # warm up memory, threads and kernels
-    seconds: dict[str, list[float]] = {name: [] for name in kinds}
-    for _ in range(repeats):
-        for name, run in kinds.items():
-            seconds[name].append(_timed(run, device) / steps)
+    seconds = _alternating(kinds, repeats, device)
     ratio = {
         f"{above}_over_{below}": statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
         for above, below in (("fedavg", "bare"), ("feddifrc", "fedavg"))
     }
-    return {name: statistics.median(values) for name, values in seconds.items()} | ratio
+    return {name: statistics.median(values) / steps for name, values in seconds.items()} | ratio
+
+
+def _workers(encoder: EncoderName, steps: int, repeats: int, count: int) -> dict[str, float]:
+    """Return seconds per round after the first, of 4 clients per worker, and the median speed-up over one worker."""
+    num_clients, num_rounds = 4 * count, 4
+    job = Job(encoder, num_clients, num_clients, 64 * max(1, steps // 4), num_rounds, 1, 64, 0.01, 0.9)
+    clients = [ClientData(*job.client(k)) for k in range(num_clients)]
+    method = methods.build(methods.FedAvg.Settings(), job.model(), 0.9, 0.0, num_clients)
+    kinds: dict[str, Callable[[], Iterator[Any]]] = {
+        "one": lambda: _rounds(method, clients, job, "cpu", 1),
+        "processes": lambda: _rounds(method, clients, job, "cpu", count),
+        "threads": lambda: _threads(clients, job, count),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(max(1, repeats // 3)):
+        for name, run in kinds.items():
+            seconds[name].append(seconds_per_round(_marks(run()))["round_seconds"])
+    speed_up = {
+        f"{kind}_speed_up": statistics.median(a / b for a, b in zip(seconds["one"], seconds[kind], strict=True))
+        for kind in ("processes", "threads")
+    }
+    return {name: statistics.median(values) for name, values in seconds.items()} | speed_up
+
+
+def _marks(done: Iterator[Any]) -> list[float]:
+    """Return the time before the first round and after every round."""
+    return [time.perf_counter(), *(time.perf_counter() for _ in done)]
+
+
+def _threads(clients: list[ClientData], job: Job, count: int) -> Iterator[None]:
+    """Train the job's rounds with a thread per worker, without aggregation."""
+    free = queue.SimpleQueue[Method]()
+    for _ in range(count):
+        free.put(methods.build(methods.FedAvg.Settings(), job.model(), job.momentum, 0.0, len(clients)))
+    weights = job.model().state_dict()
+
+    def train(data: ClientData) -> None:
+        method = free.get()
+        batches = Batches(data, job.local_epochs, job.batch_size, "none", torch.Generator())
+        method.client_update(weights, {}, {}, batches, job.learning_rate)
+        free.put(method)
+
+    with ThreadPoolExecutor(count) as pool:
+        for _ in range(job.num_rounds):
+            list(pool.map(train, clients))
+            yield
+
+
+def _alternating(kinds: dict[str, Callable[[], None]], repeats: int, device: str) -> dict[str, list[float]]:
+    """Return the seconds of every kind in every repeat, after one that warms up memory and kernels."""
+    for run in kinds.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(repeats):
+        for name, run in kinds.items():
+            started = time.perf_counter()
+            run()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize(device)
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
 
 
 def _bare(model: FLModel, data: ClientData, job: Job) -> None:
@@ -116,11 +192,20 @@ def _bare(model: FLModel, data: ClientData, job: Job) -> None:
         optimizer.step()
 
 
-def _engine(method: Method, data: ClientData, job: Job, device: str) -> None:
-    """Run a round of the local engine with one client: sampling, training, aggregation."""
-    schedule = rounds.Schedule(1, 1, 1, job.batch_size, job.learning_rate, 1.0, "none", 0)
+def _engine(method: Method, clients: list[ClientData], job: Job, device: str) -> None:
+    """Run the job's rounds on the local engine: sampling, training, aggregation."""
+    list(_rounds(method, clients, job, device, 1))
+
+
+def _rounds(
+    method: Method, clients: list[ClientData], job: Job, device: str, num_workers: int
+) -> Iterator[rounds.Round]:
+    schedule = rounds.Schedule(
+        job.num_rounds, job.clients_per_round, job.local_epochs, job.batch_size, job.learning_rate, 1.0, "none", 0
+    )
     weights = {name: value.to(device) for name, value in job.model().state_dict().items()}
-    list(local.run(method, rounds.begin(method, weights, 1), [data], schedule, device))
+    start = rounds.begin(method, weights, len(clients))
+    return local.run(method, start, clients, schedule, device, num_workers)
 
 
 def _targets(section: params.Guidance, count: int, dims: int, labels: torch.Tensor) -> GuidanceTargets:
@@ -132,14 +217,6 @@ def _targets(section: params.Guidance, count: int, dims: int, labels: torch.Tens
         labels,
     )
     return prepare(cached, section, {"up_blocks.1": [0, dims]}, torch.full((dims,), 0.5), torch.ones(dims))
-
-
-def _timed(run: Callable[[], None], device: str) -> float:
-    started = time.perf_counter()
-    run()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
 
 
 def _cache_reading() -> dict[str, float] | None:
@@ -161,11 +238,11 @@ def _cache_reading() -> dict[str, float] | None:
     return {"seconds_per_image": seconds / rows, "epochs": epochs}
 
 
-def _simulators(job: Job, peers: str) -> dict[str, Any]:
+def _simulators(title: str, job: Job, peers: str) -> dict[str, Any]:
     found: dict[str, Any] = {"local engine": _local_rounds(job)}
     ours = found["local engine"]
     header = f"{'first round':>13}{'later rounds':>14}{'rounds/h':>10}{'job: we are':>13}{'later: we are':>15}"
-    click.echo(f"\n{'':14}{header}")
+    click.echo(f"\n{title}\n{'':14}{header}")
     _print_simulator("local engine", ours, ours)
     for name, script in (("flower (ray)", "train_flower.py"), ("pfl", "train_pfl.py")):
         answer = _peer(script, job, peers)
@@ -179,17 +256,10 @@ def _simulators(job: Job, peers: str) -> dict[str, Any]:
 
 
 def _local_rounds(job: Job) -> dict[str, float]:
-    """Run the job on the local engine, in this process."""
+    """Run the job on the local engine, in this process and its workers."""
     clients = [ClientData(*job.client(k)) for k in range(job.num_clients)]
     method = methods.build(methods.FedAvg.Settings(), job.model(), job.momentum, 0.0, job.num_clients)
-    schedule = rounds.Schedule(
-        job.num_rounds, job.num_clients, job.local_epochs, job.batch_size, job.learning_rate, 1.0, "none", 0
-    )
-    weights = dict(job.model().state_dict())
-    marks = [time.perf_counter()]
-    for _ in local.run(method, rounds.begin(method, weights, job.num_clients), clients, schedule):
-        marks.append(time.perf_counter())
-    return seconds_per_round(marks)
+    return seconds_per_round(_marks(_rounds(method, clients, job, "cpu", workers.resolve("auto", "cpu"))))
 
 
 def _peer(script: str, job: Job, python: str) -> dict[str, Any] | str:
@@ -212,6 +282,29 @@ def _print_simulator(name: str, times: dict[str, float], ours: dict[str, float])
         f"{name:14}{times['first_round_seconds']:>11.2f} s{times['round_seconds']:>12.3f} s{per_hour:>10.0f}"
         f"{job:>12.2f}x{later:>14.2f}x"
     )
+
+
+def _clients() -> dict[int, dict[str, float]]:
+    """Return seconds per round and peak memory of 10 participants, by the number of all clients."""
+    click.echo(f"\n{'clients':>8}{'later rounds':>14}{'peak memory':>13}")
+    found = {}
+    for num_clients in (100, 1000, 10000):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found[num_clients] = row = pool.apply(_many_clients, (num_clients,))
+        click.echo(f"{num_clients:>8}{row['round_seconds']:>12.3f} s{row['peak_bytes'] / 1e6:>10.0f} MB")
+    return found
+
+
+def _many_clients(num_clients: int) -> dict[str, float]:
+    """Run SCAFFOLD, whose clients keep states, on clients that share the same images, so that data do not count."""
+    torch.set_num_threads(1)
+    job = Job("small_cnn", num_clients, 10, 32, 20, 1, 32, 0.01, 0.9)
+    clients = [ClientData(*job.client(0))] * num_clients
+    method = methods.build(methods.Scaffold.Settings(), job.model(), job.momentum, 0.0, num_clients)
+    times = seconds_per_round(_marks(_rounds(method, clients, job, "cpu", 1)))
+    status = Path("/proc/self/status").read_text()  # getrusage's peak includes the process that started this one
+    peak = re.search(r"^VmHWM: *(\d+) kB", status, re.MULTILINE)
+    return times | {"peak_bytes": int(peak[1]) * 1024 if peak else 0}
 
 
 if __name__ == "__main__":

@@ -43,9 +43,9 @@ def _client(job: Job, client_id: int):
 
 
 def serve(grid: Grid, context: Context, job: Job, marks: list[float]) -> None:
-    """Run Flower's FedAvg, timed by its evaluation hook; fail unless every client trained in every round."""
+    """Run Flower's FedAvg, timed by its evaluation hook; fail unless all participants trained in every round."""
     strategy = FedAvg(
-        fraction_train=1.0,
+        fraction_train=job.clients_per_round / job.num_clients,
         fraction_evaluate=0.0,
         min_available_nodes=job.num_clients,
         train_metrics_aggr_fn=lambda contents, _: MetricRecord({"replies": len(contents)}),
@@ -57,8 +57,8 @@ def serve(grid: Grid, context: Context, job: Job, marks: list[float]) -> None:
         evaluate_fn=lambda number, _: marks.append(time.perf_counter()) if number else None,
     )
     replies = [metrics["replies"] for metrics in result.train_metrics_clientapp.values()]
-    if replies != [job.num_clients] * job.num_rounds:
-        raise RuntimeError(f"Clients failed ({replies} replies by round instead of {job.num_clients} in each).")
+    if replies != [job.clients_per_round] * job.num_rounds:
+        raise RuntimeError(f"Clients failed ({replies} replies by round instead of {job.clients_per_round} in each).")
 
 
 def main(job: Job) -> None:

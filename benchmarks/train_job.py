@@ -15,10 +15,11 @@ NUM_CLASSES = 10
 
 @dataclass(frozen=True)
 class Job:
-    """FedAvg with every client in every round, on random 32x32 images; their content does not affect speed."""
+    """FedAvg on random 32x32 images, whose content does not affect speed."""
 
     encoder: EncoderName
     num_clients: int
+    clients_per_round: int
     samples_per_client: int
     num_rounds: int
     local_epochs: int

@@ -80,7 +80,7 @@ def main() -> None:
         NNAlgorithmParams(
             central_num_iterations=job.num_rounds,
             evaluation_frequency=job.num_rounds + 1,
-            train_cohort_size=job.num_clients,
+            train_cohort_size=job.clients_per_round,
             val_cohort_size=0,
         ),
         SimulatedBackend(training_data=data, val_data=data),

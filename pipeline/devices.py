@@ -25,5 +25,7 @@ def resolve(name: str, setting: str = "runtime.device") -> str:
     if name != "cuda" or local_rank is None:
         return name
     if int(local_rank) >= torch.cuda.device_count():
-        raise ConfigError(f"Local rank {local_rank} has no GPU. Launch {torch.cuda.device_count()} processes here.")
+        raise ConfigError(
+            f"Local rank {local_rank} has no GPU. Start at most {torch.cuda.device_count()} processes here."
+        )
     return f"cuda:{local_rank}"

@@ -28,7 +28,7 @@ def check(digests: Path, run: Path) -> None:
     if file.exists() and file.read_text(encoding="utf-8", errors="replace").strip() != found:
         raise DataError(
             f"{run} is not the run that {file} was written for (checksums differ). Train it again or `dvc checkout` "
-            "both, or delete that file to accept the run as it is."
+            "both, or delete that file to accept the run unchanged."
         )
 
 

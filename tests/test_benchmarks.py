@@ -18,8 +18,8 @@ def benchmark(monkeypatch):
 
 def test_train_benchmark_skips_simulators_that_are_not_installed(benchmark, capsys):
     train = benchmark("train")
-    job = benchmark("train_job").Job("small_cnn", 2, 4, 2, 1, 4, 0.01, 0.9)
-    found = train._simulators(job, "/bin/false")
+    job = benchmark("train_job").Job("small_cnn", 2, 2, 4, 2, 1, 4, 0.01, 0.9)
+    found = train._simulators("title", job, "/bin/false")
     assert list(found) == ["local engine"] and found["local engine"]["num_rounds"] == 2
     printed = capsys.readouterr().out
     assert "flower (ray)   skipped: no output" in printed and "requirements.txt" in printed

@@ -24,7 +24,7 @@ TRAIN = ("train-fl", "--method", "fedavg", "--partition", "iid", "--seed", "0")
         (("prepare-data",), "run the command again to start over."),
     ],
 )
-def test_interrupted_command_tells_whether_it_resumes(tmp_path, command, then, number, what, code):
+def test_interrupted_command_says_whether_it_resumes(tmp_path, command, then, number, what, code):
     os.mkfifo(tmp_path / "params.yaml")
     ended = threading.Event()
 

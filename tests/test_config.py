@@ -136,12 +136,12 @@ def test_repositorys_own_file_is_valid(file):
         (
             "  methods: [fedavg,",
             "  methods: [fedavgg,",
-            "sweep.methods names fedavgg, which is not under methods (fedavg,",
+            "sweep.methods names fedavgg, which is not in methods. Use one of fedavg,",
         ),
         (
             "  partitions: [dir005,",
             "  partitions: [dir5,",
-            "sweep.partitions names dir5, which is not under partitions (dir005,",
+            "sweep.partitions names dir5, which is not in partitions. Use one of dir005,",
         ),
     ],
 )
@@ -262,7 +262,7 @@ def test_overrides_replace_the_files_values(file):
         (["--set", "prepare_dat.seed=1"], "command line: prepare_dat is not a known key; did you mean prepare_data?"),
         (["--set", "prepare_data.sed=1"], "command line: prepare_data.sed is not a known key; did you mean seed?"),
         (["--set", "prepare_data=3"], "command line: prepare_data = 3: must be a section with its keys below it"),
-        (["--set", "report.title.x=1"], "Cannot set report.title.x, because title is a value, not a section."),
+        (["--set", "report.title.x=1"], "Cannot set report.title.x (title is a value, not a section). Check the key."),
         (["--set", "methods.new.algorithm=x"], "command line: methods.new.algorithm = 'x': input should be one of"),
     ],
 )
@@ -277,7 +277,7 @@ def test_invalid_command_line_value_is_not_blamed_on_the_file(file, arguments, l
 def test_set_without_a_key_or_a_value(file, assignment):
     result = invoke(file.parent, "prepare-data", "--set", assignment)
     assert result.exit_code == 2
-    assert "is not KEY=VALUE" in result.output
+    assert "is not an assignment" in result.output
 
 
 def test_settings_of_an_unknown_name(file):
@@ -367,8 +367,8 @@ def test_run_with_other_settings_is_rejected_with_both_values_and_the_flags_for_
     with pytest.raises(PipelineError) as refused:
         here.check_settings_of_run(Path("results/x"), run, "fedavg", "dir05")
     assert expected in str(refused.value) and "\x1b" not in str(refused.value)
-    assert flags is None or str(refused.value).endswith(f"or report it as it is with {flags}.")
-    assert ("report it as it is" in str(refused.value)) == ("--set" in str(refused.value))
+    assert flags is None or str(refused.value).endswith(f"or report it unchanged with {flags}.")
+    assert ("report it unchanged" in str(refused.value)) == ("--set" in str(refused.value))
 
 
 @pytest.mark.parametrize("below", ["", "sub/project"])

@@ -37,7 +37,7 @@ def make_source(**changes):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Five images a block."""
+    """Five images per block."""
     monkeypatch.setattr(images, "BLOCK_BYTES", 5 * 3 * SIZE * SIZE)
 
 
@@ -144,8 +144,8 @@ def test_single_domain_is_named_like_the_data_set(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"class_names": ["a", "b"]}, "The train split has a label outside the 2 class names"),
-        ({"domain_names": ["x"]}, "The train split has a domain outside the 1 domain names"),
+        ({"class_names": ["a", "b"]}, "The train split has a label beyond the 2 classes"),
+        ({"domain_names": ["x"]}, "The train split has a domain beyond the 1 domains"),
         ({"class_names": ["a", "b", "b"]}, "have the same name \\('b';"),
         ({"splits": {"train": make_images(3, 0), "test": make_images(0, 0)}}, "The test split has no images"),
         ({"splits": {"train": make_images(3, 0), "test": LARGER}}, "The splits of ours have images of different sizes"),
@@ -160,7 +160,7 @@ def test_inconsistent_source_changes_nothing(path, change, message):
 
 
 class Dying(Images):
-    """Images whose third block never comes: the process is killed."""
+    """Images whose third block kills the process."""
 
     def blocks(self):
         for number, block in enumerate(super().blocks()):

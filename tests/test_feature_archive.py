@@ -94,7 +94,7 @@ def test_flipped_byte_is_found(exported, tmp_path):
     header, content = data.index(shard) - 512, data.index(shard) + len(shard) // 2
     for position, match in (
         (content, "shard-00000.h5 is corrupt"),
-        (header, "is truncated|not a complete tar|Refusing"),
+        (header, "is truncated|not a complete tar|is rejected"),
     ):
         flipped = bytearray(data)
         flipped[position] ^= 1
@@ -107,10 +107,10 @@ def test_member_path_outside_the_folder_is_rejected(exported, tmp_path):
         parts = members(exported)
         parts[1][0].name = name
         rewrite(tmp_path / "evil.tar", parts)
-        refused(tmp_path / "evil.tar", tmp_path, "Refusing to import .*: it has")
+        refused(tmp_path / "evil.tar", tmp_path, "is rejected .it has")
         parts[0][0].name = f"{os.path.dirname(name)}/manifest.json"
         rewrite(tmp_path / "evil.tar", parts)
-        refused(tmp_path / "evil.tar", tmp_path, "is not its first file|Refusing")
+        refused(tmp_path / "evil.tar", tmp_path, "is not its first file|is rejected")
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE])
@@ -126,7 +126,7 @@ def test_extra_duplicate_or_reordered_members_are_rejected(exported, tmp_path):
     parts = members(exported)
     for changed in ([*parts, parts[-1]], [parts[0], *parts[:0:-1]], parts[1:], [parts[0], parts[1], parts[1]]):
         rewrite(tmp_path / "evil.tar", changed)
-        refused(tmp_path / "evil.tar", tmp_path, "Refusing|is not its first file")
+        refused(tmp_path / "evil.tar", tmp_path, "is rejected|is not its first file")
 
 
 def with_manifest(exported, change):
@@ -210,12 +210,12 @@ HEADERS = {
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("headers", HEADERS.values(), ids=HEADERS.keys())
 def test_tar_extensions_are_rejected_by_their_header(exported, tmp_path, headers, first):
-    """`export` writes none of them; tarfile by itself would follow them, recursively or into memory."""
+    """`export` writes none of these; tarfile alone would follow them, recursively or into memory."""
     parts = members(exported)
     rewrite(tmp_path / "head.tar", parts[:1])
     before = b"" if first else (tmp_path / "head.tar").read_bytes()[: 512 + -(-parts[0][0].size // 512) * 512]
     (tmp_path / "evil.tar").write_bytes(before + headers + bytes(1024))
-    refused(tmp_path / "evil.tar", tmp_path, "Refusing to import .*: .* otherwise not a regular file")
+    refused(tmp_path / "evil.tar", tmp_path, "is rejected .* otherwise not a regular file")
 
 
 @pytest.mark.parametrize("kind", [b"x", b"L", b"g", b"0"])
@@ -224,9 +224,7 @@ def test_header_that_claims_all_memory_is_rejected(tmp_path, kind):
     with (tmp_path / "evil.tar").open("wb") as stream:
         stream.write(header("mine/manifest.json", 20 << 30, kind))
         stream.truncate(20 << 30)
-    refused(
-        tmp_path / "evil.tar", tmp_path, "Refusing to import .*: .*(not a regular file|manifest has 21474836480 bytes)"
-    )
+    refused(tmp_path / "evil.tar", tmp_path, "is rejected .*(not a regular file|manifest has 21474836480 bytes)")
 
 
 def test_header_of_a_member_above_eight_gigabytes_is_read(tmp_path):
@@ -309,7 +307,7 @@ def test_second_export_to_one_archive_is_rejected_and_leftovers_are_replaced(exp
     (tmp_path / "mine.tar.tmp").write_bytes(b"left by a killed process" * 10_000)
     archive.write(tmp_path / "sets" / "mine", exported)
     assert exported.read_bytes() == before and not (tmp_path / "mine.tar.tmp").exists()
-    with pytest.raises(PipelineError, match="nowhere/x.tar cannot be written .*Name another place with -o"):
+    with pytest.raises(PipelineError, match="nowhere/x.tar cannot be written .*Choose another path with -o"):
         archive.write(tmp_path / "sets" / "mine", tmp_path / "nowhere" / "x.tar")
 
 

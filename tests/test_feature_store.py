@@ -114,11 +114,11 @@ def test_rows_are_returned_in_the_requested_order(tmp_path):
 
 
 def test_interrupted_set_resumes_to_identical_bytes(tmp_path):
-    write(tmp_path / "a", tmp_path / "whole")
+    write(tmp_path / "a", tmp_path / "complete")
     write(tmp_path / "b", shards=[0])
     assert open_writer(tmp_path / "b").missing_shards == [1, 2]
     write(tmp_path / "b", tmp_path / "resumed")
-    for file in (tmp_path / "whole").iterdir():
+    for file in (tmp_path / "complete").iterdir():
         assert file.read_bytes() == (tmp_path / "resumed" / file.name).read_bytes()
 
 
@@ -405,9 +405,9 @@ def test_swapped_shard_and_invalid_sample_numbers_are_rejected(copied):
     forge(copied, shard=lambda h5, number: h5["index"].__setitem__(slice(None), range(len(h5["index"]))))
     with pytest.raises(PipelineError, match="shard-00001.h5: row 2 holds sample 2, not sample 6"):
         FeatureSet(copied).read(np.array([6]))
-    with pytest.raises(PipelineError, match="holds samples 0 to 9, not -1"):
+    with pytest.raises(PipelineError, match="has no sample -1. Use samples 0 to 9"):
         FeatureSet(copied).read(np.array([-1, 3]))
-    with pytest.raises(PipelineError, match="holds samples 0 to 9, not 10"):
+    with pytest.raises(PipelineError, match="has no sample 10. Use samples 0 to 9"):
         FeatureSet(copied).read(np.array([3, 10, -1]))
 
 
@@ -530,7 +530,7 @@ def test_repr_shows_images_layers_and_backbone(copied, monkeypatch):
     assert (opened.name, opened.layers, opened.class_names) == ("set", ["a", "b"], ["a", "b", "c"])
     assert opened.prompts == [["a"], ["b"], ["c"]]
     assert opened[:4].denoised[:, opened.columns("b")].shape == (4, 3)
-    with pytest.raises(FeatureSetError, match="set has no layer 'c'. Its layers are a, b."):
+    with pytest.raises(FeatureSetError, match="set has no layer 'c'. Use one of a, b."):
         opened.columns("c")
     monkeypatch.chdir(copied)
     assert FeatureSet(".").name == "set"
@@ -539,7 +539,7 @@ def test_repr_shows_images_layers_and_backbone(copied, monkeypatch):
 
 @pytest.mark.parametrize("name", ["nowhere", "~/nowhere"])
 def test_error_distinguishes_a_missing_folder_from_one_without_a_set(tmp_path, name):
-    with pytest.raises(FeatureSetError, match=r"nowhere holds no feature set \(there is no such folder\). Run `pipe"):
+    with pytest.raises(FeatureSetError, match=r"nowhere holds no feature set \(the folder does not exist\). Run `pipe"):
         FeatureSet(name)
     with pytest.raises(FeatureSetError, match=r"holds no feature set \(it has no manifest.json\)"):
         FeatureSet(tmp_path)

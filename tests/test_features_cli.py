@@ -61,7 +61,7 @@ def test_show_describes_a_set_and_a_tar_alike(root):
     run(root, "export", "one", "-o", str(root / "one.tar"))
     assert run(root, "show", str(root / "one.tar")) == card
     assert json.loads(run(root, "show", "one", "--json"))["fingerprint"] == fingerprint
-    assert "Available: one." in run(root, "show", "two", code=1)
+    assert "Available feature sets: one." in run(root, "show", "two", code=1)
 
 
 def test_verify_reports_every_problem_with_a_remedy(root):
@@ -246,7 +246,7 @@ def test_leftovers_of_a_killed_process_are_listed_but_not_verified(root):
     shutil.copytree(sets / "one", sets / "two.old")
     assert run(root, "verify").splitlines() == ["one: complete (add --full to check every byte)"]
     listed = run(root, "list")
-    assert "one: complete" in listed and "big.tmp: is being written, or was when its process was killed" in listed
+    assert "one: complete" in listed and "big.tmp: is being written, or its process was killed" in listed
     assert "two.old: is an earlier two, left when a process that replaced it was killed. Rename it if" in listed
     assert {one["name"] for one in json.loads(run(root, "list", "--json"))} == {"one", "big.tmp", "two.old"}
 
@@ -304,8 +304,10 @@ def test_diff_explains_why_numbers_are_not_compared(root):
 def test_path_that_is_not_a_set_is_rejected(root, monkeypatch):
     run(root, "export", "one", "-o", str(root / "k.tar"))
     monkeypatch.chdir(root)
-    assert "k.tar is a file, not a folder. `pipeline features import k.tar`" in run(root, "verify", "k.tar", code=1)
-    assert "two is not a feature set. Available: one." in run(root, "verify", "two", code=1)
+    assert "k.tar is a file, not a folder. To unpack an exported set, run `pipeline features import k.tar`" in run(
+        root, "verify", "k.tar", code=1
+    )
+    assert "two does not exist. Available feature sets: one." in run(root, "verify", "two", code=1)
     assert "other/two is not a folder" in run(root, "verify", "other/two", code=1)
 
 

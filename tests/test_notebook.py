@@ -27,7 +27,7 @@ def test_notebook_is_committed_without_outputs():
 
 
 def test_notebook_runs(tmp_path):
-    """Execute it by nbclient in a process of its own, with this environment's kernel, and look at what it shows."""
+    """Execute it with nbclient in a separate process with this environment's kernel, and check its output."""
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "IPYTHONDIR": str(tmp_path), "JUPYTER_PREFER_ENV_PATH": "1"}
     command = [
         sys.executable,

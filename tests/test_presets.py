@@ -168,7 +168,7 @@ def test_digits_presets_are_the_cifar10_ones_scaled_down(project):
 
 
 def test_base_sets_every_key_that_its_presets_change():
-    """So that one preset after another leaves nothing of the first behind, and digits nothing of CIFAR-10."""
+    """A second preset replaces all keys of the first, and digits presets all keys of CIFAR-10 presets."""
     folder = REPOSITORY / "presets"
     digits, cifar10 = (config.read_yaml(folder / f"{name}.yaml") for name in ("digits", "cifar10"))
     assert {s: set(keys) for s, keys in digits.items()} == {s: set(keys) for s, keys in cifar10.items()}

@@ -25,7 +25,7 @@ def run_examples(page: str) -> tuple[dict, str]:
 
 @pytest.fixture
 def trained(project, monkeypatch) -> Path:
-    """A project with two finished runs as the working directory; it must have no need of params.yaml."""
+    """A project with two finished runs as the working directory; params.yaml is deleted."""
     for method in ("fedavg", "feddifrc"):
         result = invoke(project, "train-fl", "--method", method, "--partition", "dir05", "--seed", "0")
         assert result.exit_code == 0, result.output

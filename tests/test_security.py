@@ -1,4 +1,4 @@
-"""No code comes with data: what the program's own source may not import, call or ask for."""
+"""Data never contain code: what the program's source must not import or call."""
 
 import ast
 import re
@@ -38,7 +38,7 @@ NAMES_OF_ITS_OWN = {"pipeline/federation/app.py", "stages/train_fl/loggers.py"}
 
 
 def findings(source: str) -> list[str]:
-    """What a module does that it may not, by whatever names it gives to what it imports."""
+    """Return the forbidden uses in a module, under any alias."""
     tree = ast.parse(source)
     names = _imported(tree)
     used = list(names.values())
@@ -56,7 +56,7 @@ def findings(source: str) -> list[str]:
 
 
 def _imported(tree: ast.AST) -> dict[str, str]:
-    """Name here -> what it is, dotted."""
+    """Return local name -> dotted name."""
     names = {}
     for node in ast.walk(tree):
         for alias in node.names if isinstance(node, ast.Import | ast.ImportFrom) else []:
@@ -69,7 +69,7 @@ def _imported(tree: ast.AST) -> dict[str, str]:
 
 
 def _full_name(node: ast.AST, names: dict[str, str]) -> str:
-    """A dotted name as it would be without aliases, "?" before what is not imported; a text stands for itself."""
+    """Return a dotted name with aliases resolved, "?" before names that are not imported; return texts unchanged."""
     if isinstance(node, ast.Attribute):
         return f"{_full_name(node.value, names)}.{node.attr}"
     if isinstance(node, ast.Constant):
@@ -148,6 +148,6 @@ def test_a_hub_model_must_be_pinned_to_a_commit(tmp_path, revision):
     }
     with pytest.raises(
         PipelineError,
-        match="No commit of org/model is given.*revision to a commit, 40 hexadecimal",
+        match=r"org/model needs a commit.*revision to a commit \(40 hexadecimal",
     ):
         prepare_backbone(config.load(write_params(tmp_path, changes)))

@@ -220,12 +220,12 @@ def _folder(params: Path, name: str) -> Path:
         from pipeline.feature_store import listing
 
         if path.is_file():
-            remedy = f"`pipeline features import {path}` unpacks an exported set"
+            remedy = f"To unpack an exported set, run `pipeline features import {path}`"
             raise FeatureSetError(f"{path} is a file, not a folder. {remedy}.")
         if "/" in name:
             raise FeatureSetError(f"{path} is not a folder. Give the folder of a feature set.")
         there = ", ".join(one.name for one in listing.folders(_sets(_config(params)))) or "none"
-        raise FeatureSetError(f"{path} is not a feature set. Available: {there}.")
+        raise FeatureSetError(f"{path} does not exist. Available feature sets: {there}.")
     return path
 
 

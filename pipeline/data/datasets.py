@@ -154,7 +154,7 @@ def write(path: Path, name: str, source_name: str, source: Source, skip_broken: 
     _check_names(source.class_names, "class")
     _check_names(domain_names, "domain")
     if source.splits["train"].image_size != source.splits["test"].image_size:
-        raise DataError(f"The splits of {name} have images of different sizes.")
+        raise DataError(f"The splits of {name} have images of different sizes. Resize them to one size.")
     for split in SPLITS:
         _check_positions(source.splits[split], split, len(source.class_names), len(domain_names))
     with replace_folder(path) as folder:
@@ -202,10 +202,8 @@ def _write_splits(
     for split in SPLITS:
         if split not in entries:
             first = skipped[split][0]
-            raise DataError(
-                f"none of the images of the {split} split can be read; the first is {first.path} ({first.reason}). "
-                "Repair or replace them."
-            )
+            problem = f"The {split} split has no readable image; the first is {first.path} ({first.reason})"
+            raise DataError(f"{problem}. Repair its images.")
     return entries, skipped
 
 
@@ -256,11 +254,11 @@ def _check_names(names: list[str], kind: str) -> None:
 
 def _check_positions(content: Split, split: SplitName, num_classes: int, num_domains: int) -> None:
     if len(content) == 0:
-        raise DataError(f"The {split} split has no images.")
+        raise DataError(f"The {split} split has no images. Add some.")
     if content.labels.min() < 0 or content.labels.max() >= num_classes:
-        raise DataError(f"The {split} split has a label outside the {num_classes} class names.")
+        raise DataError(f"The {split} split has a label beyond the {num_classes} classes. Correct the labels.")
     if content.domains.min() < 0 or content.domains.max() >= num_domains:
-        raise DataError(f"The {split} split has a domain outside the {num_domains} domain names.")
+        raise DataError(f"The {split} split has a domain beyond the {num_domains} domains. Correct the domains.")
 
 
 def _check_space(folder: Path, source: Source) -> None:

@@ -34,7 +34,7 @@ def check(conditioning: Conditioning, prompts: PromptSet) -> None:
             raise PipelineError(_in_words(own, prompts))
     for group in groups:
         warn_once(
-            f"the prompt of {_named(group[0], prompts)} is the same input to the model as "
+            f"The prompt of {_named(group[0], prompts)} gives the model the same input as "
             "extract_features.denoise_prompt. Change one of them."
         )
 
@@ -45,8 +45,8 @@ def _in_words(same: list[int], prompts: PromptSet) -> str:
     what = "classes" if prompts.positive == "label" else "prompts"
     key = "class_prompts" if prompts.positive == "label" else "negative_words"
     return (
-        f"the frozen model cannot tell {len(same)} {what} apart, because their prompts give it the same input: {named}"
-        f"{more}. Give each a text of its own that differs within the text encoder's window (extract_features."
+        f"The frozen model cannot distinguish {len(same)} {what}, because their prompts give it the same input "
+        f"({named}{more}). Give each a text that differs within the text encoder's window (extract_features."
         f"prompt_templates, {key})."
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.errors import PipelineError
 
 INDEX = "model_index.json"
-SUPPORTED = "Supported are Stable Diffusion 1, 2, XL and 3, PixArt and DiT; docs/models.md lists models."
+SUPPORTED = "Use Stable Diffusion 1, 2, XL or 3, PixArt or DiT; docs/models.md lists models."
 
 _CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _T5 = ("T5EncoderModel",)
@@ -75,8 +75,8 @@ def identify(title: str, configs: Configs) -> str:
     class_names = configs[INDEX].get("id2label")
     if name == "DiTTransformer2DModel" and not (isinstance(class_names, dict) and class_names):
         raise PipelineError(
-            f"{title} is a DiT whose {INDEX} has no id2label, the names of its classes, by which it is prompted. Copy "
-            f"id2label from the {INDEX} of the published model, as docs/models.md shows."
+            f"{title} is a DiT without class names for its prompts (id2label in {INDEX}). Copy id2label from the "
+            f"{INDEX} of the published model, as docs/models.md shows."
         )
     _check_vae(title, found, config, configs.get("vae/config.json", {}))
     _check_text(title, found, family)
@@ -91,7 +91,7 @@ def _denoiser_class(title: str, found: Mapping[str, str], configs: Configs) -> s
         pipeline = configs[INDEX].get("_class_name", "pipeline")
         listed = ", ".join(found) or "no parts"
         raise PipelineError(
-            f"{title} has neither a unet nor a transformer in its {INDEX}: it is a {pipeline} with {listed}. "
+            f"{title} has neither a unet nor a transformer in its {INDEX} (it is a {pipeline} with {listed}). "
             f"{SUPPORTED}"
         )
     if name == "Transformer2DModel":  # how PixArt and DiT were saved before diffusers split the class
@@ -99,8 +99,8 @@ def _denoiser_class(title: str, found: Mapping[str, str], configs: Configs) -> s
         name = _NORMS.get(str(norm), f"Transformer2DModel with norm_type {norm}")
     if name not in _FAMILIES:
         pipeline = configs[INDEX].get("_class_name")
-        kind = f" (a {pipeline})" if pipeline else ""
-        raise PipelineError(f"{title}{kind}: features of a {name} cannot be extracted. {SUPPORTED}")
+        kind = f" of a {pipeline}" if pipeline else ""
+        raise PipelineError(f"{title} has an unsupported denoiser ({name}{kind}). {SUPPORTED}")
     return name
 
 
@@ -114,11 +114,11 @@ def _check_unet(title: str, found: Mapping[str, str], config: Mapping[str, Any])
     if wants:
         raise PipelineError(
             f"{title} has a UNet that needs inputs other than an image and a text ({', '.join(wants)}). Use the "
-            f"text-to-image model that it is derived from. {SUPPORTED}"
+            "text-to-image model that it is derived from."
         )
     if kind == "text_time" and "text_encoder" not in found and "text_encoder_2" in found:
         raise PipelineError(
-            f"{title} is a refiner: its UNet needs an aesthetic score and only the second text encoder. Use the base "
+            f"{title} is a refiner (its UNet needs an aesthetic score and only the second text encoder). Use the base "
             "model, such as stabilityai/stable-diffusion-xl-base-1.0."
         )
 
@@ -126,13 +126,13 @@ def _check_unet(title: str, found: Mapping[str, str], config: Mapping[str, Any])
 def _check_vae(title: str, found: Mapping[str, str], config: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
     if found.get("vae") != "AutoencoderKL":
         has = f"a VAE of class {found['vae']}" if "vae" in found else "no VAE"
-        raise PipelineError(f"{title} has {has}, and an AutoencoderKL is needed. {SUPPORTED}")
+        raise PipelineError(f"{title} has {has}, but needs an AutoencoderKL. {SUPPORTED}")
     given, wanted = vae.get("latent_channels"), config.get("in_channels")
     if isinstance(given, int) and isinstance(wanted, int) and given != wanted:
         purpose = f", as a model for {_CHANNELS[wanted]}" if wanted in _CHANNELS else ""
         raise PipelineError(
             f"{title} has a denoiser that takes {wanted} channels{purpose}, but the VAE gives {given}. Use the "
-            f"text-to-image model that it is derived from. {SUPPORTED}"
+            "text-to-image model that it is derived from."
         )
 
 
@@ -142,11 +142,11 @@ def _check_text(title: str, found: Mapping[str, str], family: _Family) -> None:
             continue
         if found.get(part) not in classes:
             has = f"a {part} of class {found[part]}" if part in found else f"no {part}"
-            raise PipelineError(f"{title} has {has}, and a {' or '.join(classes)} is needed. {SUPPORTED}")
+            raise PipelineError(f"{title} has {has}, but needs a {' or '.join(classes)}. {SUPPORTED}")
         tokenizer = part.replace("text_encoder", "tokenizer")
         if found.get(tokenizer) not in _TOKENIZERS:
             has = f"a {tokenizer} of class {found[tokenizer]}" if tokenizer in found else f"no {tokenizer}"
-            raise PipelineError(f"{title} has {has}, and one of {', '.join(_TOKENIZERS)} is needed. {SUPPORTED}")
+            raise PipelineError(f"{title} has {has}, but needs one of {', '.join(_TOKENIZERS)}. {SUPPORTED}")
 
 
 def _check_widths(title: str, name: str, config: Mapping[str, Any], configs: Configs) -> None:
@@ -175,7 +175,7 @@ def _check_widths(title: str, name: str, config: Mapping[str, Any], configs: Con
         if isinstance(wanted, int) and len(known) == len(given) and sum(known) != wanted:
             raise PipelineError(
                 f"{title} has a denoiser with {key} {wanted}, but its text encoders give "
-                f"{' + '.join(map(str, known))}: it needs other inputs than a text. {SUPPORTED}"
+                f"{' + '.join(map(str, known))} (it needs inputs other than a text). {SUPPORTED}"
             )
 
 
@@ -188,6 +188,4 @@ def _check_schedule(title: str, found: Mapping[str, str], name: str, schedule: M
     flow = kind.startswith("FlowMatch") or schedule.get("prediction_type") == "flow_prediction"
     if flow != (name == "SD3Transformer2DModel"):
         trained = "flow matching" if flow else "diffusion"
-        raise PipelineError(
-            f"{title} is a {name} trained by {trained} ({kind}), for which no backbone exists. {SUPPORTED}"
-        )
+        raise PipelineError(f"{title} is a {name} trained by {trained} ({kind}), which is not supported. {SUPPORTED}")

@@ -1,4 +1,4 @@
-"""The frozen model's manifest, which DVC tracks in place of the weights, and checks of the files that it names."""
+"""The frozen model's manifest, which DVC tracks instead of the weights, and checks of the files that it names."""
 
 import re
 from pathlib import Path, PurePosixPath

@@ -8,7 +8,7 @@ from pipeline import seeding
 
 
 def draw(shape: tuple[int, ...], seed: int, index: np.ndarray) -> Tensor:
-    """Draw standard normal noise, float32 (n, C, h, w) on the CPU, for each image from a generator of its own.
+    """Draw standard normal noise, float32 (n, C, h, w) on the CPU, with one generator per image.
 
     The images' positions in the data set, int64 (n,), key the draws: neither batch, order nor device changes them.
     """

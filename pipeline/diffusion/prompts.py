@@ -1,7 +1,7 @@
 """The prompts of each image: one that matches it, and negatives.
 
 - Supervised: a prompt per class, "a photo of a {class}"; the one of the image's class matches. With few classes all
-  others are negatives, in class order; with many, the K nearest by text embedding, the hardest to tell apart.
+  others are negatives, in class order; with many, the K nearest by text embedding, the hardest to distinguish.
 - Self-supervised (labels are not read): "a photo of a similar object" matches every image, and its negatives are
   "a photo of a {word}" for K words drawn per image, by default from Tiny-ImageNet's 200 classes.
 
@@ -159,13 +159,11 @@ def _read_mapping(file: Path, key: str) -> dict[str, Any]:
         content = config.parse_yaml(text)
         other = config.non_text_keys(text)
     except (OSError, UnicodeDecodeError, YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise refusal(error, file) or PipelineError(
-            f"{key} cannot be read ({reason}). Name a YAML or JSON file that maps class names to prompts."
-        ) from None
+        problem = f"{key} cannot be read ({' '.join(str(error).split())})"
+        raise refusal(error, file) or PipelineError(f"{problem}. Set it to a YAML or JSON file.") from None
     if not isinstance(content, Mapping):
         raise PipelineError(
-            f"{key} must map class names to prompts (found a {type(content).__name__}). Write `name: prompt` lines."
+            f"{key} is not a mapping of class names to prompts. Write a line `name: text` for each class."
         )
     if other:
         line, written, kind = other[0]

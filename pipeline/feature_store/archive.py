@@ -127,7 +127,7 @@ def _manifest(tar: tarfile.TarFile, archive: Path) -> tuple[str, Manifest]:
     folder, _, file = member.name.partition("/") if member else ("", "", "")
     if not member or file != "manifest.json" or not _NAME.fullmatch(folder):
         problem = "the manifest is not its first file"
-        raise FeatureSetError(f"{archive} is not a tar of `pipeline features export`: {problem}.")
+        raise FeatureSetError(f"{archive} is not a tar of `pipeline features export` ({problem}). Get it again.")
     if member.size > _LARGEST_MANIFEST:
         raise _rejected(archive, f"its manifest has {member.size} bytes")
     content = tar.extractfile(member)
@@ -149,8 +149,8 @@ def _unpack(
         if member.name != name:
             raise _rejected(archive, f"it has {printable(member.name)} where its manifest names {name}")
         if member.size != entry.bytes:
-            problem = f"{name} has {member.size} bytes (its manifest says {entry.bytes})"
-            raise FeatureSetError(f"{archive}: {problem}. Get it again.")
+            problem = f"{name} has {member.size} bytes, its manifest says {entry.bytes}"
+            raise FeatureSetError(f"{archive} is damaged ({problem}). Get it again.")
         tar.extract(member.replace(name=entry.file, deep=False), incoming, set_attrs=False, filter="data")
         atomic.sync_to_disk(incoming / entry.file)
         advance(entry.bytes)
@@ -171,7 +171,7 @@ def _checked_name(name: str) -> str:
 def _locked(archive: Path) -> Iterator[None]:
     """Hold the lock of the archive's temporary file, which becomes the archive: no lock file is left."""
     if not archive.parent.is_dir():  # the lock would create it, whatever was mistyped
-        raise PipelineError(f"{archive} cannot be written (there is no such folder). Name another place with -o.")
+        raise PipelineError(f"{archive} cannot be written (the folder does not exist). Choose another path with -o.")
     with locks.opened(archive.with_name(f"{archive.name}.tmp")) as lock:
         if not lock.acquire():
             raise PipelineError(f"Another process is writing {archive}. Wait until it has ended, or stop it.")
@@ -205,7 +205,7 @@ class _Hashed:
 
 def _rejected(archive: Path, problem: str) -> FeatureSetError:
     advice = "It was not written by `pipeline features export`. Do not trust its source."
-    return FeatureSetError(f"Refusing to import {archive}: {problem}. {advice}")
+    return FeatureSetError(f"{archive} is rejected ({problem}). {advice}")
 
 
 def _require_same(target: Path, manifest: Manifest) -> None:

@@ -13,7 +13,7 @@ from pipeline.feature_store.writer import PLAN, PUBLISHED, count_finished
 from pipeline.io.system_errors import SystemRefusal, entries, reading, status
 
 _LEFT_OVER = {
-    ".tmp": "is being written, or was when its process was killed. Delete it if none is running.",
+    ".tmp": "is being written, or its process was killed. Delete it if no process is running.",
     ".old": "is an earlier {0}, left when a process that replaced it was killed. Rename it if {0} is gone; otherwise "
     "delete it.",
 }

@@ -107,7 +107,7 @@ class FeatureSet:
             FeatureSetError: The set has no such layer.
         """
         if layer not in self.manifest.content.layers:
-            raise FeatureSetError(f"{self.name} has no layer {layer!r}. Its layers are {', '.join(self.layers)}.")
+            raise FeatureSetError(f"{self.name} has no layer {layer!r}. Use one of {', '.join(self.layers)}.")
         return slice(*self.manifest.content.layers[layer])
 
     def __repr__(self) -> str:
@@ -209,7 +209,7 @@ class FeatureSet:
         """
         index = np.asarray(index, np.int64)
         if len(beyond := index[(index < 0) | (index >= len(self))]):
-            raise FeatureSetError(f"{self.path} holds samples 0 to {len(self) - 1}, not {beyond[0]}.")
+            raise FeatureSetError(f"{self.path} has no sample {beyond[0]}. Use samples 0 to {len(self) - 1}.")
         shard_of = index // self.manifest.rows_per_shard
         for shard in np.unique(shard_of):
             self.shards.check(int(shard))  # before allocating memory for the rows: a manifest may claim any number
@@ -295,7 +295,7 @@ def read_manifest(path: str | Path) -> Manifest:
         with reading(file):
             text = file.read_bytes()
     except OSError:
-        why = "there is no such folder" if status(path) is None else "it has no manifest.json"
+        why = "the folder does not exist" if status(path) is None else "it has no manifest.json"
         remedy = "Run `pipeline extract-features`, or `dvc pull` it"
         raise InvalidFeatureSet(f"{path} holds no feature set ({why})", remedy) from None
     return parse_manifest(text, file)

@@ -251,7 +251,7 @@ class Manifest(BaseModel, strict=True, extra="forbid"):
             raise ValueError("the entry of the basis describes another file")
         for shard, entry in self.shards.items():
             if not 0 <= shard < self.plan.num_shards:
-                raise ValueError(f"there is no shard {shard} among {self.plan.num_shards}")
+                raise ValueError(f"shard {shard} is not one of {self.plan.num_shards}")
             if (entry.file, entry.rows) != (f"{shard_name(shard)}.h5", len(self.plan.shard_rows(shard))):
                 raise ValueError(f"the entry of shard {shard} describes another file")
         return self

@@ -236,4 +236,4 @@ def _one_line(text: str | None) -> str:
 def _check_agreement(member: Member, agreed: dict[str, Any]) -> None:
     if keys := differing_keys(member.agreement, agreed):
         theirs, ours = ({key: at(values, key, None) for key in keys[:3]} for values in (member.agreement, agreed))
-        raise ConfigError(f"{member} has {theirs}, but the others have {ours}. Make them agree to train together.")
+        raise ConfigError(f"{member} has {theirs}, but the others have {ours}. Use the same on all nodes.")

@@ -1,6 +1,6 @@
 """A node's view of a run: which client it is, where its data are, and the settings of the run.
 
---node-config   the node's own settings: client-id, name, project, device
+--node-config   the node's own settings: client-id, name, project, device, threads
 --run-config    the run's: method, partition, seed, set
 params.yaml     everything else, from Flower's app bundle: the same on every node
 """
@@ -38,6 +38,7 @@ class Node:
     name: str  # in messages
     root: Path  # its project folder, with data/, models/ and .pipeline/
     device: str | None  # where it trains; None: as params.yaml says
+    threads: int = 1  # per operation on a CPU
 
     def __str__(self) -> str:
         """Return its name in messages."""
@@ -58,8 +59,11 @@ def node_of(context: Context) -> Node:
     root = Path(str(folder)).expanduser().resolve()
     if not root.is_dir():
         raise ConfigError(f"project folder {root} of client {client_id} does not exist. Fix project in --node-config.")
-    device = options.get("device")
-    return Node(client_id, str(options.get("name", f"node {client_id}")), root, str(device) if device else None)
+    device, threads = options.get("device"), options.get("threads", 1)
+    if not isinstance(threads, int) or threads < 1:
+        raise ConfigError(f"threads={threads!r} in --node-config is invalid. Use an integer, 1 or more.")
+    name = str(options.get("name", f"node {client_id}"))
+    return Node(client_id, name, root, str(device) if device else None, threads)
 
 
 def config_of(run_config: Mapping[str, Any], root: Path, device: str | None = None) -> Config:

@@ -34,7 +34,7 @@ def plain_dataset(h5: h5py.File, name: str, file: Path) -> h5py.Dataset:
     for path in itertools.accumulate(name.split("/"), "{}/{}".format):
         link = h5.get(path, getlink=True)
         if link is None:
-            raise KeyError(f"there is no {path}")
+            raise KeyError(f"{path} is missing")
         if not isinstance(link, h5py.HardLink):
             raise ValueError(f"{path} is a link to another place")
     dataset = h5[name]

@@ -1,4 +1,4 @@
-"""Errors of the operating system, which tell nothing about a file's content, and what to do about each.
+"""Errors of the operating system, which do not concern a file's content, and what to do about each.
 
 A file that is open for writing elsewhere, a missing permission or a full descriptor table stops a read before any byte
 was compared. Every reader asks `refusal` first and calls a file damaged only if this returns None.
@@ -26,8 +26,8 @@ _SET_NO_LOCKS = "The file system has no file locks. Set the environment variable
 _REMEDIES = (
     dict.fromkeys(
         (errno.EAGAIN, errno.EWOULDBLOCK, errno.EBUSY, errno.ETXTBSY, errno.EDEADLK),
-        "Another process, for example a notebook, has it open for writing. Close it there and run again; nothing is "
-        "known to be damaged",
+        "Another process, for example a notebook, has it open for writing. Close it there and run again. The file is "
+        "not known to be damaged",
     )
     | dict.fromkeys(
         (errno.EMFILE, errno.ENFILE), "Raise the limit on open files, for example with `ulimit -n 4096`, and run again"
@@ -42,8 +42,8 @@ _REMEDIES = (
     | {errno.EROFS: "Mount the file system for writing, or use another, and run again", errno.ENOLCK: _SET_NO_LOCKS}
 )
 _UNMARK = (
-    "A process has it open, or was killed while it wrote. Close it there; if none runs, get a copy with `dvc pull`, or "
-    "remove the mark with `h5clear -s FILE`"
+    "A process has it open, or was killed while it wrote. Close it there. If no such process runs, get a copy with "
+    "`dvc pull`, or remove the mark with `h5clear -s FILE`"
 )
 _NUMBER = re.compile(r"\b(?:errno = |os error |code: )(\d+)")
 """The errno in the text of an error of HDF5 or safetensors."""

@@ -75,7 +75,7 @@ class Config:
 
     @property
     def backbone_manifest(self) -> Path:
-        """The description of the frozen model, which DVC tracks in place of the weights."""
+        """The description of the frozen model, which DVC tracks instead of the weights."""
         return self.root / "data" / "backbones" / f"{self.params.prepare_backbone.name}.json"
 
     @property
@@ -147,7 +147,7 @@ class Config:
         """Check the run in `folder`, whose config.json holds `found`, against the present settings.
 
         Raises:
-            ConfigError: A setting differs; the message gives both values, and the flags to report the run as it is.
+            ConfigError: A setting differs; the message gives both values, and the flags to report the run unchanged.
         """
         wanted = self.settings_of_run(method, partition)
         if not (differing := differing_keys(found, wanted)):
@@ -161,7 +161,7 @@ class Config:
             differences.append(f"{key} {_as_typed(theirs)}, but params.yaml has {_as_typed(here)}")
             if inner and theirs is not ...:
                 flags.append(f"--set {shlex.quote(f'{key}={_as_typed(theirs)}')}")
-        as_is = f", or report it as it is with {' '.join(flags)}" if len(flags) == len(differing) else ""
+        as_is = f", or report it unchanged with {' '.join(flags)}" if len(flags) == len(differing) else ""
         raise ConfigError(
             f"{folder} was trained with {'; '.join(differences)}. Retrain it (for example with `dvc repro`){as_is}."
         )
@@ -251,7 +251,7 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not (key and equals):
-            raise ConfigError(f"{assignment!r} is not KEY=VALUE.")
+            raise ConfigError(f"{assignment!r} is not an assignment. Write KEY=VALUE.")
         overrides[key] = parse_value(key, text)
     return overrides
 
@@ -340,7 +340,7 @@ def _set(values: dict[str, Any], dotted_key: str, value: Any) -> None:
     for parent in parents:
         section = values.get(parent, {})
         if not isinstance(section, dict):
-            raise ConfigError(f"Cannot set {dotted_key}, because {parent} is a value, not a section.")
+            raise ConfigError(f"Cannot set {dotted_key} ({parent} is a value, not a section). Check the key.")
         values[parent] = dict(section)  # a YAML alias may share the section with others
         values = values[parent]
     values[key] = value
@@ -352,7 +352,8 @@ def _check_sweep(params: Params, where: Callable[[str], str]) -> None:
         known, key = getattr(params, section), f"sweep.{section}"
         if unknown := [name for name in getattr(params.sweep, section) if name not in known]:
             available = ", ".join(known)
-            raise ConfigError(f"{where(key)}: {key} names {unknown[0]}, which is not under {section} ({available})")
+            problem = f"{key} names {unknown[0]}, which is not in {section}"
+            raise ConfigError(f"{where(key)}: {problem}. Use one of {available}.")
 
 
 def _check_names_of_runs(params: Params, where: Callable[[str], str]) -> None:

@@ -352,7 +352,9 @@ class Runtime(Section):
     compile: bool = Field(description="compile the frozen model (torch.compile): minutes once, faster passes on a GPU")
     cache_latents: bool = Field(description="cache the images' latents under .pipeline/ for the next extraction")
     synthesize_batch_size: int = Field(ge=1, description="synthesize: images generated at a time")
-    num_threads: int | None = Field(ge=1, le=65536, description="train-fl: CPU threads per operation; null: torch's")
+    workers: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
+        description="train-fl: clients trained side by side on a CPU, in processes of one thread; auto: one per core"
+    )
     channels_last: bool = Field(description="train-fl: channels-last memory format, faster on CPUs and GPUs")
     checkpoint_every: int = Field(ge=1, description="train-fl: rounds between checkpoints")
     tensorboard: bool = Field(description="train-fl: also log every round to tensorboard/<run>")

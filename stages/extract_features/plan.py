@@ -88,7 +88,7 @@ def _check_model(settings: ExtractFeatures, model_dir: Path, manifest: BackboneM
     channels = backbones.layer_channels(model_dir, settings.layers)
     if len(settings.dims) != len(channels):
         raise ConfigError(
-            f"extract_features.dims = {settings.dims} must have one entry for each of layers = {list(channels)}."
+            f"extract_features.dims = {settings.dims} does not fit layers = {list(channels)}. Set one number per layer."
         )
     backbones.check_timesteps(model_dir, [settings.timestep], "extract_features.timestep")
     backbones.check_image_size(model_dir, settings.image_size)

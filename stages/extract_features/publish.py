@@ -58,7 +58,7 @@ def is_complete(target: Path, plan: Plan) -> bool:
     except SystemRefusal:
         raise
     except PipelineError as error:
-        log.warning("The existing feature set %s cannot be used: %s", target, getattr(error, "problem", error))
+        log.warning("the existing feature set %s cannot be used: %s", target, getattr(error, "problem", error))
         return False
     return True
 

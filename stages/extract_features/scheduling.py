@@ -40,7 +40,9 @@ def order_of_shards(num_shards: int, shard_range: str | None, rank: int, world_s
     if shard_range is not None:
         parts = re.fullmatch(r"(\d+):(\d+)", shard_range)
         if not parts or not int(parts[1]) < int(parts[2]) <= num_shards:
-            raise ConfigError(f"--shard-range {shard_range}: must be A:B with 0 <= A < B <= {num_shards} shards.")
+            raise ConfigError(
+                f"--shard-range {shard_range} is invalid. Use A:B with 0 <= A < B <= {num_shards} shards."
+            )
         shards = shards[int(parts[1]) : int(parts[2])]
     return sorted(shards, key=lambda shard: ((shard - rank) % world_size != 0, shard))
 

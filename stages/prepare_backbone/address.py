@@ -24,8 +24,8 @@ def pinned(source: str, revision: str | None) -> tuple[str, str]:
     hub_id, written = _parse(source)
     if written and revision and written != revision and _COMMIT.fullmatch(written):
         raise ConfigError(
-            f"prepare_backbone.source names the commit {written}, and prepare_backbone.revision is {revision}. Remove "
-            "one of them."
+            f"prepare_backbone.source and revision give different commits ({written} and {revision}). Remove one of "
+            "them."
         )
     chosen = written if written and _COMMIT.fullmatch(written) else revision or written
     if chosen and _COMMIT.fullmatch(chosen):
@@ -33,10 +33,10 @@ def pinned(source: str, revision: str | None) -> tuple[str, str]:
     from stages.prepare_backbone import hub
 
     commit = hub.commit_of(hub_id, chosen)
-    now = f"{chosen or 'main'} is at {commit} now" if commit else "The page of the model on the hub lists them"
+    now = f"{chosen or 'main'} is now at {commit}" if commit else "The model's page on the hub lists commits"
     raise ConfigError(
-        f"No commit of {hub_id} is given, and a branch or tag can move. Set prepare_backbone.revision to a commit, 40 "
-        f"hexadecimal digits. {now}."
+        f"{hub_id} needs a commit, because branches and tags can move. Set prepare_backbone.revision to a commit (40 "
+        f"hexadecimal digits). {now}."
     )
 
 
@@ -57,8 +57,8 @@ def _parse(source: str) -> tuple[str, str | None]:
     if uri is None or uri.type != "model" or not _ID.fullmatch(uri.id) or (uri.path_in_repo and "://" not in address):
         problem = "is neither embedded, nor a directory, nor a hub id. Check the path, or write organisation/model."
         if written.endswith((".safetensors", ".ckpt", ".gguf")):
-            problem = f"is a model in one file. {CONVERT}"
+            problem = f"is a single-file model. {CONVERT}"
         elif "://" in written:
-            problem = "is not a model's page on the Hugging Face hub. Download the model, and give its directory."
+            problem = "is not the page of a model on the Hugging Face hub. Download the model, and set its directory."
         raise ConfigError(f"prepare_backbone.source = {written!r} {problem}")
     return uri.id, uri.revision

@@ -29,7 +29,8 @@ class Directory:
             files = [file for file in [*top, *inner] if file.is_file()]
             self.sizes = {file.relative_to(self.path).as_posix(): file.stat().st_size for file in files}
         except OSError as error:
-            raise system_errors.refusal(error, path) or DataError(f"{path} cannot be read ({error}).") from None
+            problem = f"{path} cannot be read ({error.strerror})"
+            raise system_errors.refusal(error, path) or DataError(f"{problem}. Check the path.") from None
         if target is None or target.is_symlink():
             return
         if any(file.resolve().is_relative_to(target.resolve()) for file in files):
@@ -58,7 +59,7 @@ def _check_header(path: Path) -> None:
     with system_errors.reading(path):
         start = path.read_bytes()[: len(_LFS_POINTER)] if path.stat().st_size < 1024 else b""
     if start == _LFS_POINTER:
-        raise DataError(f"{path} is a pointer of git-lfs, not the weights. Run `git lfs pull` in its repository.")
+        raise DataError(f"{path} is a git-lfs pointer, not the weights. Run `git lfs pull` in its repository.")
     try:
         with safe_open(path, "pt"):
             pass
@@ -72,4 +73,5 @@ def _sha256(path: Path) -> str:
     try:
         return provenance.file_sha256(path)
     except OSError as error:
-        raise system_errors.refusal(error, path) or DataError(f"{path} cannot be read ({error.strerror}).") from None
+        problem = f"{path} cannot be read ({error.strerror})"
+        raise system_errors.refusal(error, path) or DataError(f"{problem}. Get the complete model.") from None

@@ -109,7 +109,7 @@ class HubModel:
             self.listed = False
             files = [file for file in self._snapshot.rglob("*") if file.is_file()]
             self.sizes = {file.relative_to(self._snapshot).as_posix(): file.stat().st_size for file in files}
-            self.title += " (the part that is in the cache, as the hub cannot be reached)"
+            self.title += " (files in the cache, because the hub cannot be reached)"
 
     def _fetch_checked(self, name: str, bar: "tqdm | None") -> tuple[Path, str]:
         new = not (self._snapshot / name).exists()
@@ -119,11 +119,11 @@ class HubModel:
             return path, sha256
         if self._unreachable:
             raise DataError(
-                f"{self.title}: {name} is damaged in the cache, because its bytes differ from the hash that the hub "
-                "gave. Run again with a network connection to download it again."
+                f"{name} of {self.title} is damaged in the cache (its hash differs from the hub's). Run again with a "
+                "network connection to download it again."
             )
         what = "arrived damaged" if new else "is damaged in the cache"
-        log.warning("%s: %s %s: its bytes differ from the hub's. Downloading it again", self.title, name, what)
+        log.warning("%s of %s %s (its hash differs from the hub's). Downloading it again", name, self.title, what)
         path = self._download(name, bar, again=True)
         sha256, agrees = self._compare(name, path)
         if agrees:
@@ -131,8 +131,8 @@ class HubModel:
         path.resolve().unlink(missing_ok=True)  # so that no other tool finds it in the cache
         path.unlink(missing_ok=True)
         raise DataError(
-            f"{self.title}: the bytes of {name} differ from the hash that the hub lists, so the file was removed from "
-            "the cache. Run again; if it repeats, a proxy or the disk changes the file."
+            f"{name} of {self.title} differs from the hash that the hub lists, so it was removed from the cache. Run "
+            "again. If the error repeats, a proxy or the disk changes the file."
         )
 
     def _download(self, name: str, bar: "tqdm | None", again: bool = False) -> Path:

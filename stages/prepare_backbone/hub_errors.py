@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pipeline.errors import DataError
 from pipeline.io import system_errors
 
-_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, with a token of an account that has access"
+_LOG_IN = "log in with `hf auth login` or set HF_TOKEN, using a token of an account with access"
 
 
 def in_words(error: BaseException, hub_id: str, revision: str | None, name: str | None = None) -> DataError:
@@ -19,8 +19,8 @@ def in_words(error: BaseException, hub_id: str, revision: str | None, name: str 
         if isinstance(cause, errors.GatedRepoError):
             if cause.response.status_code == 403:
                 return DataError(
-                    f"{hub_id} is gated, and the account of the token in use has no access. Ask for it at {page}, then "
-                    f"run again; or {_LOG_IN}."
+                    f"{hub_id} is gated, and the account of your token has no access. Request access at {page} and run "
+                    f"again, or {_LOG_IN}."
                 )
             return DataError(f"{hub_id} is gated. Accept its terms at {page}, then {_LOG_IN}.")
         if isinstance(cause, errors.RepositoryNotFoundError):
@@ -38,7 +38,7 @@ def in_words(error: BaseException, hub_id: str, revision: str | None, name: str 
         return DataError(f"{problem}. Unset it, or run where the cache has the model.")
     if any("Consistency check failed" in str(cause) for cause in causes):
         return DataError(
-            f"{file} arrived with another length than the hub lists, and was removed. Run again; if it repeats, a "
+            f"{file} differs in length from the file on the hub, so it was removed. Run again. If the error repeats, a "
             "proxy changes the file."
         )
     if (number := system_errors.error_number(error)) and not is_unreachable(error):
@@ -71,11 +71,11 @@ def _of_status(status: int, hub_id: str, page: str, name: str | None) -> DataErr
     file = f"{name} of {hub_id}" if name else hub_id
     if status == 429:
         return DataError(
-            f"The hub limits how many requests it answers (429, at {file}). Wait some minutes and run again; a token "
-            "raises the limit: log in with `hf auth login`, or set HF_TOKEN."
+            f"The hub limits the number of requests (429, at {file}). Wait a few minutes and run again. To raise the "
+            "limit, log in with `hf auth login`, or set HF_TOKEN."
         )
     if status >= 500:
-        return DataError(f"The hub is busy or down ({status}, at {file}). Wait some minutes and run again.")
+        return DataError(f"The hub is busy or down ({status}, at {file}). Wait a few minutes and run again.")
     if status in (401, 403):
         return DataError(f"The hub refuses access ({status}, at {file}). See {page}; {_LOG_IN}.")
     return DataError(f"The hub refuses the request ({status}, at {file}). Check the id and the revision at {page}.")

@@ -38,7 +38,9 @@ def run(config: Config, train: bool = False) -> Path:
     """
     params = config.params.prepare_backbone
     if train and params.source != "embedded":
-        raise ConfigError(f"--train makes tiny-sd. Use it with prepare_backbone.source: embedded, not {params.source}")
+        raise ConfigError(
+            f"--train requires prepare_backbone.source: embedded (it is {params.source}). Set it, or omit --train."
+        )
     target, directory = config.backbone_dir, config.path(params.source)
     if params.source == "embedded":
         found = {"name": params.name, "source": "embedded", "revision": None} | _embedded(target, train)
@@ -49,8 +51,8 @@ def run(config: Config, train: bool = False) -> Path:
         if address.is_path(params.source):
             places = " and ".join(str(place) for place in config.places(params.source))
             raise ConfigError(
-                f"prepare_backbone.source = {params.source!r}: there is no such directory (looked for {places}). Check "
-                "the path, or write organisation/model for a model on the hub."
+                f"prepare_backbone.source = {params.source!r} does not exist (looked for {places}). Check the path, or "
+                "write organisation/model for a model on the hub."
             )
         from stages.prepare_backbone.hub import HubModel
 

@@ -20,8 +20,8 @@ _MODELS = ("unet", "transformer", "vae", *_TEXT)
 _PARTS = (*_MODELS, "scheduler", *(part.replace("text_encoder", "tokenizer") for part in _TEXT))
 _SMALL = (".json", ".txt", ".model")
 CONVERT = (
-    "Convert it with save_pretrained of diffusers as docs/models.md shows, and set prepare_backbone.source to the "
-    "directory that this writes."
+    "Convert it with save_pretrained of diffusers as docs/models.md shows, and set prepare_backbone.source to the new "
+    "directory."
 )
 
 
@@ -74,7 +74,7 @@ def select(source: Source, variant: str, prefer_fp16: bool) -> Selection:
     if not source.listed and variants and any(".fp16" not in name for name in weights):
         raise DataError(
             f"{source.title} has full weights of some parts and fp16 weights of others, and the hub's list of files is "
-            "not known. Run once with a network connection."
+            "not available. Run once with a network connection."
         )
     if variant == "fp16" and not variants:
         raise DataError(f"{source.title} has no fp16 files. Set prepare_backbone.variant to auto or none.")
@@ -99,19 +99,19 @@ def _weight_set(source: Source, part: str, stem: str, infix: str, names: Collect
 
     If a part has both, diffusers prefers shards and transformers a single file. A shard 1 of 1 counts as a single file.
     """
-    whole = f"{part}/{stem}.safetensors"
+    canonical = f"{part}/{stem}.safetensors"
     plain = f"{part}/{stem}{infix}.safetensors"
-    single = {whole: plain} if plain in names else {}
+    single = {canonical: plain} if plain in names else {}
     shards: dict[str, str] = {}
     for index in (f"{part}/{stem}.safetensors.index{infix}.json", f"{part}/{stem}{infix}.safetensors.index.json"):
         if index in names and not shards:
             listed = _json(source, index).get("weight_map")
             wanted = {f"{part}/{shard}" for shard in listed.values()} if isinstance(listed, dict) else set()
             if wanted and wanted <= set(names):
-                shards = {name: name for name in sorted(wanted)} | {f"{whole}.index.json": index}
+                shards = {name: name for name in sorted(wanted)} | {f"{canonical}.index.json": index}
     spellings = (f"{stem}{infix}-00001-of-00001", f"{stem}-00001-of-00001{infix}")
     only_shard = [f"{part}/{name}.safetensors" for name in spellings]
-    only = next(({whole: name} for name in only_shard if name in names), {})
+    only = next(({canonical: name} for name in only_shard if name in names), {})
     return (single or shards or only) if stem == "model" else (shards or single or only)
 
 
@@ -124,7 +124,7 @@ def _why_no_weights(part: str, names: Iterable[str]) -> str:
         return f"has {part} only as {', '.join(safe)}, which cannot be loaded. Save it in full or fp16 precision."
     other = [file for file in files if file.endswith((".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx"))]
     if other:
-        return f"has no .safetensors weights in {part}/, but {', '.join(other)}, which may hold code. {CONVERT}"
+        return f"has no .safetensors weights in {part}/, but {', '.join(other)}, which may contain code. {CONVERT}"
     return f"has no .safetensors weights in {part}/. Get the complete model."
 
 
@@ -149,18 +149,18 @@ def _index(source: Source) -> dict[str, Any]:
     root = [name for name in source.sizes if "/" not in name]
     if any("lora" in name.lower() or name.startswith("adapter_") for name in root):
         raise DataError(
-            f"{source.title} holds only LoRA weights, which change another model. Fuse them into that model as "
-            "docs/models.md shows, and set prepare_backbone.source to the directory that this writes."
+            f"{source.title} holds only LoRA weights. Fuse them into their base model as docs/models.md shows, and set "
+            "prepare_backbone.source to the new directory."
         )
     if "config.json" in root:
         config = _json(source, "config.json")
         names = [config.get("_class_name"), *(config.get("architectures") or [])]
         kind = next((name for name in names if name), "model")
-        raise DataError(f"{source.title} is a {kind}, a part of a model and not a pipeline. {families.SUPPORTED}")
+        raise DataError(f"{source.title} is only part of a model (a {kind}), not a pipeline. {families.SUPPORTED}")
     checkpoints = [name for name in root if name.endswith((".safetensors", ".ckpt", ".gguf"))]
     if checkpoints:
-        raise DataError(f"{source.title} holds a model in one file ({checkpoints[0]}). {CONVERT}")
-    raise DataError(f"{source.title} is not a diffusers pipeline: it has no {families.INDEX}. {families.SUPPORTED}")
+        raise DataError(f"{source.title} holds a single-file model ({checkpoints[0]}). {CONVERT}")
+    raise DataError(f"{source.title} is not a diffusers pipeline (it has no {families.INDEX}). {families.SUPPORTED}")
 
 
 def _json(source: Source, name: str) -> dict[str, Any]:
@@ -169,10 +169,11 @@ def _json(source: Source, name: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise system_errors.refusal(error, path) or DataError(
-            f"{source.title}: {name} cannot be read as JSON ({error})."
+            f"{name} of {source.title} is not JSON ({error}). Get the complete model."
         ) from None
     if not isinstance(content, dict):
-        raise DataError(f"{source.title}: {name} holds a {type(content).__name__}, not a JSON object.")
+        problem = f"{name} of {source.title} is not a JSON object (it holds a {type(content).__name__})"
+        raise DataError(f"{problem}. Get the complete model.")
     return content
 
 

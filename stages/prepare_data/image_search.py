@@ -41,7 +41,7 @@ class ImageSearch:
         for name in subfolders(tree):
             folders.setdefault(canonical(name), []).append(tree / name)
         if not folders:
-            raise DataError(f"{tree} has no folders. It must be a tree of <class>/<image>.")
+            raise DataError(f"{tree} has no folders. Set prepare_data.path to a tree of <class>/<image>.")
         self.count_outside(tree)
         return folders
 

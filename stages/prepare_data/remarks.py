@@ -60,10 +60,10 @@ def _warn_about_odd_names(names: list[str]) -> None:
     if found := class_names.without_words(names):
         log.warning(
             "class names that are numbers or ids, which mean nothing in a prompt: %s (%d of %d). Rename the folders, "
-            "or give words by %s", some(found), len(found), len(names), _CLASS_PROMPTS,
+            "or set %s", some(found), len(found), len(names), _CLASS_PROMPTS,
         )  # fmt: skip
     if found := class_names.differing_in_case(names):
         log.warning(
-            "class names that differ only in upper and lower case stay separate classes, but many text encoders read "
-            "them as one: %s. Merge the folders, or tell them apart by %s", some(found), _CLASS_PROMPTS,
+            "class names that differ only in upper and lower case are separate classes, but many text encoders read "
+            "them as one: %s. Merge the folders, or set %s", some(found), _CLASS_PROMPTS,
         )  # fmt: skip

@@ -30,7 +30,10 @@ def tiny_imagenet(root: Path, params: PrepareData) -> Source:
     test = []
     for line in lines(root / "val" / "val_annotations.txt"):
         file, wnid, *_ = line.split("\t") + [""]
-        require(wnid in label_of, f"{root / 'val' / 'val_annotations.txt'}: {wnid!r} of {file} is not in wnids.txt.")
+        require(
+            wnid in label_of,
+            f"{root / 'val' / 'val_annotations.txt'} names {wnid!r}, which wnids.txt lacks. Get the release again.",
+        )
         test.append((f"val/images/{file}", label_of[wnid]))
     splits = {
         split: lazy_split(root, [Listing([path for path, _ in rows], np.array([label for _, label in rows]))], params)
@@ -43,7 +46,7 @@ def _synset_names(root: Path, wnids: list[str]) -> list[str]:
     """Return one name per wnid, in their order, all different."""
     synonyms_of = dict(line.split("\t", 1) for line in lines(root / "words.txt") if "\t" in line)
     missing = [wnid for wnid in wnids if wnid not in synonyms_of]
-    require(not missing, f"{root / 'words.txt'} has no words for {', '.join(missing[:3])}.")
+    require(not missing, f"{root / 'words.txt'} has no words for {', '.join(missing[:3])}. Get the release again.")
     synonyms = [[word.strip() for word in synonyms_of[wnid].split(",")] for wnid in wnids]
     shared = {word for own in synonyms for word in own if sum(word in other for other in synonyms) > 1}
     return [

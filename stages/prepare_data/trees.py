@@ -92,7 +92,7 @@ def domain_folder(
     )
     search, top = ImageSearch(root), unwrapped_domains(root)
     folders = subfolders(top)
-    require(bool(folders), f"{top} has no folders. It must be a tree of {layout}.")
+    require(bool(folders), f"{top} has no folders. Set prepare_data.path to a tree of {layout}.")
     domains = [utf8(canonical(name)) for name in folders]
     named = zip(folders, domains, strict=True)
     read = {name: _tree(search, unwrapped(top / name), params.seed, domain) for name, domain in named}
@@ -117,7 +117,7 @@ def digits_five(root: Path, params: PrepareData) -> Source:
     """
     source = domain_folder(root, params, lambda digit: f"number {digit}", "that of its domains' data sets")
     expected = [f"number {digit}" for digit in range(10)]
-    require(source.class_names == expected, f"{root}: the class folders of every domain must be 0 to 9.")
+    require(source.class_names == expected, f"{root} has class folders other than 0 to 9. Rename or remove them.")
     return source
 
 
@@ -133,7 +133,7 @@ def _tree(search: ImageSearch, tree: Path, seed: int, *stream: str) -> Tree:
         return Tree(classes, {"train": train, "test": test}, found.described(tree), True)
     _refuse_splits_of_classes(tree)
     classes, everything = _listing(search, tree)
-    require(bool(everything.paths), f"{tree} has no images in its class folders ({some(classes)}).")
+    require(bool(everything.paths), f"{tree} has no images in its class folders ({some(classes)}). Add images.")
     test_rows = max(1, round(_TEST_FRACTION * len(everything.labels)))
     rng = seeding.numpy_generator(seed, "train/test split", *stream)
     in_test, in_train = stratified_split(everything.labels, test_rows, rng)
@@ -212,7 +212,7 @@ def lines(file: Path) -> list[str]:
     try:
         return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise refusal(error, file) or DataError(f"{file} cannot be read ({error})") from None
+        raise refusal(error, file) or DataError(f"{file} cannot be read ({error}). Get it again.") from None
 
 
 def require(condition: bool, message: str) -> None:

@@ -37,9 +37,8 @@ class Generator:
             self._pipe = StableDiffusionPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True, **unchecked)
         except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise PipelineError(
-                f"{path} cannot be loaded as a Stable Diffusion pipeline ({reason}). Run `pipeline prepare-backbone`."
-            ) from None
+            problem = f"{path} cannot be loaded as a Stable Diffusion pipeline ({reason})"
+            raise PipelineError(f"{problem}. Set prepare_backbone to a Stable Diffusion model.") from None
         self._pipe.scheduler = DDIMScheduler.from_config(self._pipe.scheduler.config)
         self._check_steps(path.name, params.num_inference_steps)
         self._pipe.set_progress_bar_config(disable=True)
@@ -89,7 +88,7 @@ class Generator:
             dtype = self._params.dtype
             remedy = "Check its weights" if dtype == "float32" else "Set synthesize.dtype to float32"
             raise PipelineError(
-                f"the frozen model gives images of {class_name!r} that are not finite in {dtype}. {remedy}."
+                f"The frozen model gives images of {class_name!r} that are not finite in {dtype}. {remedy}."
             )
 
     def _resize(self, image: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from stages.train_fl.augmentation import Augmentation, augment, to_model_range
+from stages.train_fl.augmentation import Augmentation, augment, draw, to_model_range
 from stages.train_fl.guidance import GuidanceRows, GuidanceTargets
 
 
@@ -58,7 +58,8 @@ class Batches:
     """The batches of one local training: every sample once per epoch, in a new random order.
 
     The last batch of an epoch may be smaller, down to a single image. Augmentation changes only the images: the cached
-    representations are those of the unaugmented image. Order and augmentation are drawn from `generator`, on the CPU.
+    representations are those of the unaugmented image. Order and augmentation are drawn from `generator`, on the CPU,
+    an epoch ahead, so that a device gets an epoch's random numbers in one transfer.
     """
 
     data: ClientData
@@ -72,12 +73,14 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches; `loading` sums the host's seconds spent on them."""
-        stored_on = self.data.labels.device
-        for _ in range(self.epochs if len(self.data) else 0):
-            order = torch.randperm(len(self.data), generator=self.generator).to(stored_on)
-            for index in order.split(self.batch_size):
+        data = self.data
+        for _ in range(self.epochs if len(data) else 0):
+            order = torch.randperm(len(data), generator=self.generator)
+            drawn = torch.cat([self._draw(len(index)) for index in order.split(self.batch_size)])
+            order, drawn = order.to(data.labels.device), drawn.to(self.device or data.labels.device)
+            for index, numbers in zip(order.split(self.batch_size), drawn.split(self.batch_size), strict=True):
                 started = time.perf_counter()
-                batch = self._gather(index)
+                batch = self._gather(index, numbers)
                 self.loading.seconds += time.perf_counter() - started
                 yield batch
 
@@ -87,10 +90,16 @@ class Batches:
         for images, labels in zip(data.images.split(self.batch_size), data.labels.split(self.batch_size), strict=True):
             yield to_model_range(images.to(device)), labels.to(device)
 
-    def _gather(self, index: Tensor) -> Batch:
+    def _draw(self, count: int) -> Tensor:
+        """Draw the numbers of a batch's views: float (count, num_views, numbers per view)."""
+        size = self.data.images.shape[-1]
+        views = [draw(count, size, self.augmentation, self.generator) for _ in range(self.num_views)]
+        return torch.stack(views, 1)
+
+    def _gather(self, index: Tensor, drawn: Tensor) -> Batch:
         data, device = self.data, self.device or self.data.labels.device
         images = data.images[index].to(device, non_blocking=True)
-        views = [augment(images, self.augmentation, self.generator) for _ in range(self.num_views)]
+        views = [augment(images, self.augmentation, drawn[:, view]) for view in range(self.num_views)]
         return Batch(
             views[0],
             data.labels[index].to(device, non_blocking=True),

@@ -113,7 +113,9 @@ def _assign(config: Config, partition: str, train: Images, seed: int, client_id:
     settings = config.settings("partitions", partition)
     if isinstance(settings, Nodes):
         if client_id is None:
-            raise ConfigError(f"partitions.{partition} is of nodes with their own images. Run it by `flwr run`.")
+            raise ConfigError(
+                f"partitions.{partition} needs a federation (nodes have their own images). Use `flwr run`."
+            )
         return [np.arange(len(train))]
     rng = seeding.numpy_generator(seed, "partition")
     try:
@@ -123,7 +125,8 @@ def _assign(config: Config, partition: str, train: Images, seed: int, client_id:
     if client_id is None:
         return parts
     if client_id >= len(parts):
-        raise ConfigError(f"partitions.{partition} has only {len(parts)} clients, so there is no client {client_id}")
+        problem = f"client-id {client_id} is too high (partitions.{partition} has {len(parts)} clients)"
+        raise ConfigError(f"{problem}. Use a lower one.")
     return [parts[client_id]]
 
 
@@ -149,7 +152,7 @@ def _synthetic(
         return [nothing] * len(counts), None
     if guided:
         raise ConfigError(
-            "generated images have no cached representations, which methods with guidance need. Set "
+            "Generated images have no cached representations, which methods with guidance need. Set "
             "train_fl.balance_with_synthetic to none."
         )
     generated = synthetic.open_checked(config.synthetic_dir, dataset)

@@ -85,9 +85,10 @@ def _group_norm(channels: int) -> nn.Module:
 
 def _small_cnn(norm_layer: NormLayer) -> nn.Module:
     """Build three convolutions with ReLU and pooling, and a linear embedding: 0.2 million parameters."""
+    # Pooling before ReLU gives the same values and gradients as after it, on a quarter of the numbers.
     return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(3, 16, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(),
         nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4),
         nn.Flatten(), nn.Linear(64 * 4 * 4, 144),
     )  # fmt: skip

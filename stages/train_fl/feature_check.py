@@ -75,7 +75,7 @@ def check_method(features: FeatureSet, index: np.ndarray, guidance: Guidance, ne
 def _check_prompts_differ(features: FeatureSet, index: np.ndarray) -> None:
     """Check that features differ between prompts, on a few of the images `index`, int64 (n,), that the run needs.
 
-    Extraction rejects prompts that the model cannot tell apart; sets of older versions may contain them, and then
+    Extraction rejects prompts that the model cannot distinguish; sets of older versions may contain them, and then
     every image has equal features under them, which TDCL cannot contrast. FeatureSetError names two such prompts.
     """
     rows = features.read(np.sort(index)[:_IMAGES_CHECKED])
@@ -89,7 +89,7 @@ def _check_prompts_differ(features: FeatureSet, index: np.ndarray) -> None:
         texts = " and ".join(repr(features.manifest.content.prompts[number][0][:80]) for number in min(equal))
         raise FeatureSetError(
             f"{features.path} has equal features under the prompts {texts}, so TDCL has nothing to contrast. Extract "
-            "again with prompts that the model can tell apart, or set tdcl_weight to 0."
+            "again with prompts that the model can distinguish, or set tdcl_weight to 0."
         )
 
 

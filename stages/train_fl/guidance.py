@@ -92,7 +92,9 @@ def columns(settings: Guidance, layers: Mapping[str, Sequence[int]]) -> list[int
     unknown = [name for name in names if name not in layers]
     if unknown or not names:
         named = ", ".join(unknown) or "no layer"
-        raise ConfigError(f"guidance.layers names {named}; the feature set has {', '.join(layers)}. Use these, or all.")
+        raise ConfigError(
+            f"guidance.layers names {named}, but the feature set has {', '.join(layers)}. Use these, or all."
+        )
     return [column for name in dict.fromkeys(names) for column in range(*layers[name])]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from pipeline.settings.config import Config
 from stages.train_fl import data as run_data
 from stages.train_fl import session
+from stages.train_fl.engines import workers
 from stages.train_fl.engines.local import LocalEngine
 from stages.train_fl.session import Job
 
@@ -43,8 +44,10 @@ def run(config: Config, method_name: str, partition_name: str, seed: int, overwr
     if config.params.train_fl.clients_per_round > num_clients:
         log.warning("train_fl.clients_per_round exceeds the number of clients: all %d take part", num_clients)
     model, method = job.build(len(data.dataset.class_names), data.guidance_dim, num_clients, device)
-    engine = LocalEngine(method, data.clients, job.schedule, device, config.params.runtime.checkpoint_every)
-    evaluator = session.evaluator_of(method, data.clients, data.held_out)
+    runtime = config.params.runtime
+    num_workers = workers.resolve(runtime.workers, device)
+    engine = LocalEngine(method, data.clients, job.schedule, device, num_workers, runtime.checkpoint_every)
+    evaluator = session.evaluator_of(method, data.clients, data.held_out, num_workers)
     with job.locked():
         session.execute(job, engine, model, evaluator, data, job.settings(data), overwrite)
     return job.path

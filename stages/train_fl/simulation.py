@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from pipeline.settings.params import Guidance, Section, TrainFL
 from stages.train_fl import feature_check, methods, session
 from stages.train_fl.client_data import ClientData
 from stages.train_fl.data import HeldOut
+from stages.train_fl.engines import workers
 from stages.train_fl.engines.local import LocalEngine
 from stages.train_fl.guidance import GuidanceSource
 from stages.train_fl.methods import Method
@@ -76,6 +77,7 @@ def simulate(
     *,
     seed: int = 0,
     device: str = "auto",
+    num_workers: int | Literal["auto"] = "auto",
     **settings: Any,
 ) -> History:
     """Train a federated method from arrays in memory.
@@ -87,6 +89,8 @@ def simulate(
         held_out: Samples to evaluate on after every round.
         seed: Seed of the initial weights, client sampling and batches.
         device: "auto", "cpu" or "cuda".
+        num_workers: How many clients to train side by side on a CPU, each in a process with one thread; "auto": as many
+            as cores. It does not affect results.
         **settings: Settings of `train_fl` that differ from `DEFAULTS`, for example num_rounds or learning_rate.
 
     Returns:
@@ -110,10 +114,12 @@ def simulate(
     held = HeldOut(test.images, test.labels, torch.zeros_like(test.labels))
     num_classes = 1 + max(int(own.labels.max()) for own in [*data, test] if len(own))
     model, made = session.build(params, section, kind, num_classes, guided[0][1], len(data), seed, device)
-    evaluator = session.evaluator_of(made, data, held)
-    engine = LocalEngine(made, data, Schedule.of(params, seed), device)
+    count = workers.resolve(num_workers, device)
+    evaluator = session.evaluator_of(made, data, held, count)
+    engine = LocalEngine(made, data, Schedule.of(params, seed), device, count)
     start = engine.begin(session.weights_of(model))
-    rows = [round_row(done, session.score_round(done, model, evaluator)) for done in engine.rounds(start)]
+    with workers.single_threaded():
+        rows = [round_row(done, session.score_round(done, model, evaluator)) for done in engine.rounds(start)]
     return History(rows, model)
 
 
@@ -129,7 +135,7 @@ def _method(method: Any) -> tuple[Section, type[Method]]:
 def _train_fl(settings: dict[str, Any], num_clients: int) -> TrainFL:
     """Check the settings against the types and ranges of params.yaml."""
     if unknown := settings.keys() - DEFAULTS.keys():
-        raise ConfigError(f"unknown setting {min(unknown)}. Known: {', '.join(DEFAULTS)}.")
+        raise ConfigError(f"unknown setting {min(unknown)}. Use one of {', '.join(DEFAULTS)}.")
     unused = {"imbalance_factor": 1.0, "balance_with_synthetic": "none"}  # settings of prepared data sets
     unused |= {"evaluate_on": "test", "validation_fraction": 0.2}
     try:
@@ -161,10 +167,8 @@ def _integers(name: str, values: Any, count: int) -> np.ndarray:
     """Return `count` integers from 0 as int64."""
     array = np.asarray(values)
     if array.shape != (count,) or (count and (array.dtype.kind not in "iu" or array.min() < 0)):
-        raise DataError(
-            f"{name} must be {count} integers from 0, one per image, not {array.dtype} of shape {array.shape}. Convert "
-            "them."
-        )
+        problem = f"{name} do not fit the images ({array.dtype} of shape {array.shape})"
+        raise DataError(f"{problem}. Pass {count} integers, 0 or more, one per image.")
     return array.astype(np.int64)
 
 
@@ -174,12 +178,12 @@ def _pixels(images: Any) -> Tensor:
     if array.ndim == 3:
         array = array[..., None]
     if array.ndim != 4 or array.shape[-1] not in (1, 3):
-        raise DataError(f"images must be (N, H, W), (N, H, W, 1) or (N, H, W, 3), not {array.shape}")
+        raise DataError(f"images have shape {array.shape}. Pass (N, H, W), (N, H, W, 1) or (N, H, W, 3).")
     if np.issubdtype(array.dtype, np.floating):
         if array.size and not (array.min() >= 0 and array.max() <= 1):
-            raise DataError("float images must be from 0 to 1. Divide them by their largest value.")
+            raise DataError("float images are not from 0 to 1. Divide them by their largest value.")
         array = np.round(array * 255).astype(np.uint8)
     if array.dtype != np.uint8:
-        raise DataError(f"images must be uint8 or float, not {array.dtype}")
+        raise DataError(f"images are {array.dtype}. Pass uint8 or float.")
     array = np.broadcast_to(array, (*array.shape[:3], 3)).transpose(0, 3, 1, 2)
     return torch.from_numpy(np.array(array, order="C"))

@@ -1,4 +1,4 @@
-"""Pictures: what they say, and that they stay readable with many layers, classes and odd names."""
+"""Figures: their text, and that they remain readable with many layers, classes and unusual names."""
 
 import re
 
@@ -18,17 +18,17 @@ def texts(svg):
 
 
 def legend(svg):
-    """The legend's entries: matplotlib draws it last but for the panels' own texts."""
+    """Return the legend's entries; matplotlib draws them after all texts except those of the panels."""
     return re.findall(r"<text[^>]*>([^<]*)</text>", svg[svg.index('id="legend_1"') :])
 
 
 def height(svg):
-    """In points, 72 an inch."""
+    """Return the height in points, 72 per inch."""
     return float(re.search(r'height="([\d.]+)pt"', svg)[1])
 
 
 def sweep(layers, own, timesteps=(50, 100, 200, 300, 500, 700, 999)):
-    """A row for each layer alone, the best two, ... all of them and the backbone's own, with made-up numbers."""
+    """Rows with made-up numbers: each layer alone, the best two, ... all of them, and the backbone's default."""
     rows = []
     for timestep in timesteps:
         rng = np.random.default_rng(timestep)
@@ -123,10 +123,10 @@ def test_odd_class_names_appear_in_the_tsne_legend_and_a_row_has_three_panels():
 
 def test_pairs_that_were_never_compared_are_not_shown_as_never_nearest():
     prompts, margins = ["a photo of a cat", "a photo of a car"], [np.array([0.1, 0.2]), np.array([])]
-    whole, part = np.array([[0.5, 0.5], [0.0, 1.0]]), np.array([[1.0, np.nan], [0.0, 1.0]])
+    complete, part = np.array([[0.5, 0.5], [0.0, 1.0]]), np.array([[1.0, np.nan], [0.0, 1.0]])
     drawn = figures.confusion(part, prompts, margins, ["_cat", "car"])
     assert "never compared" in texts(drawn) and "_cat" in texts(drawn)
-    assert "never compared" not in texts(figures.confusion(whole, prompts, margins, ["_cat", "car"]))
+    assert "never compared" not in texts(figures.confusion(complete, prompts, margins, ["_cat", "car"]))
     assert "nearest prompt: a photo of a ..." in texts(drawn) and {"cat", "car"} <= set(texts(drawn))
 
 
@@ -145,7 +145,7 @@ def test_prompts_are_cut_between_words(prompts, shared, names):
 
 
 def test_signs_match_the_preceding_timestep():
-    """The first channel runs against the one before, the second with it, the third is not there."""
+    """The first channel has the opposite sign, the second the same sign, and the third is missing."""
     first = np.array([[[[0, 10, 0], [200, 90, 0]]]], np.uint8)  # (1, 1, 2, 3)
     second = np.array([[[[250, 20, 0], [5, 40, 0]]]], np.uint8)
     third = np.array([[[[240, 9, 0], [2, 3, 0]]]], np.uint8)

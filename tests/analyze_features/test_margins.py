@@ -1,4 +1,4 @@
-"""Margins of matching prompts by hand, in two dimensions."""
+"""Margins of matching prompts in two dimensions, computed by hand."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ AXIS, SLANTED, UPRIGHT = [1.0, 0.0], [3.0, 4.0], [0.0, 2.0]
 
 @pytest.fixture
 def similar():
-    """Two images seen along the first axis; the first one's matching prompt is the nearest, the second one's is not."""
+    """Two images along the first axis: the matching prompt is nearest for the first, but not for the second."""
     denoised = np.array([AXIS, AXIS], np.float16)
     prompted = np.array([[SLANTED, AXIS, UPRIGHT], [AXIS, UPRIGHT, SLANTED]], np.float16)
     return margins.similarities(denoised, prompted, np.array([1, 2]))

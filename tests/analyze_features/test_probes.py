@@ -1,4 +1,4 @@
-"""Probe and clusters by numbers derived on paper."""
+"""Probe and clusters, compared with numbers derived by hand."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def test_clusters_across_the_classes_by_hand():
 
 
 def test_the_probe_is_scored_on_images_that_it_was_not_fitted_on():
-    """Random labels: fitted and judged on the same 40 images, 60 dimensions would give 100 %."""
+    """With random labels, a probe fitted and scored on the same 40 images with 60 dimensions would reach 100 %."""
     rng = np.random.default_rng(0)
     labels = np.arange(40) % 2
     accuracy = ProbeEvaluator(labels, settings(splits=10)).scores(rng.normal(size=(40, 60))).probe_accuracy
@@ -54,24 +54,24 @@ def test_the_standard_error_of_a_share_by_hand():
 
 
 def test_the_probes_error_is_based_on_the_effective_number_of_images():
-    """Ten splits hold out 10 of 40 images each: all are judged, some more often, which is worth less than 40 once."""
+    """Ten splits hold out 10 of 40 images each. Repeated images count less than new ones."""
     rng = np.random.default_rng(0)
     labels = np.arange(40) % 2
-    judge = ProbeEvaluator(labels, settings(splits=10))
-    assert 30 < judge.held_out <= 40
-    assert 10 < judge.effective_images < judge.held_out
+    evaluator = ProbeEvaluator(labels, settings(splits=10))
+    assert 30 < evaluator.held_out <= 40
+    assert 10 < evaluator.effective_images < evaluator.held_out
     assert (
         ProbeEvaluator(labels, settings(splits=1)).held_out
         == ProbeEvaluator(labels, settings(splits=1)).effective_images
         == 10
     )
-    scores = judge.scores(rng.normal(size=(40, 3)))
+    scores = evaluator.scores(rng.normal(size=(40, 3)))
     share = scores.probe_accuracy
-    assert scores.probe_error == pytest.approx((share * (1 - share) / judge.effective_images) ** 0.5, abs=1e-6)
+    assert scores.probe_error == pytest.approx((share * (1 - share) / evaluator.effective_images) ** 0.5, abs=1e-6)
 
 
 def test_chance():
-    """Two clusters of two among two classes of two: pure with probability 1 / 3, else a majority of one in each."""
+    """Two clusters, two classes of two images each: pure with probability 1 / 3, otherwise mixed evenly."""
     few = chance(np.array([0, 1, 0, 1]), 4, 0)
     assert few["probe_accuracy"] == 0.5 and few["matching_nearest"] == 0.25 and few["ari"] == 0
     assert 0.5 < few["purity"] < 0.9 and few["nmi"] == pytest.approx(2 * few["purity"] - 1, abs=1e-5)
@@ -84,8 +84,8 @@ def test_scores_do_not_depend_on_the_scale_of_a_dimension():
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 3
     features = rng.normal(size=(60, 4)) + labels[:, None]
-    judge = ProbeEvaluator(labels, settings())
-    assert judge.scores(features) == judge.scores(features * [1, 1e4, 1e-4, 7] + 3)
+    evaluator = ProbeEvaluator(labels, settings())
+    assert evaluator.scores(features) == evaluator.scores(features * [1, 1e4, 1e-4, 7] + 3)
 
 
 def test_too_few_images_are_rejected():

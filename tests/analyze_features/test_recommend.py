@@ -1,4 +1,4 @@
-"""The rule of the recommendation, and its description, on a table made by hand."""
+"""The recommendation rule and its description, on a hand-made table."""
 
 from ruamel.yaml import YAML
 
@@ -7,7 +7,7 @@ from stages.analyze_features.sweep.recommend import Candidate, Choice, as_preset
 
 
 def candidate(timestep, dims, accuracy, nearest=None, error=0.01):
-    """One with as many layers as `dims`; `nearest` in percent, where its prompts were looked at, with `error` too."""
+    """A candidate with as many layers as `dims`; `nearest` in percent with its `error`, if it has prompts."""
     layers = [f"up_blocks.{number}" for number in range(len(dims))]
     margins = {} if nearest is None else {"margin": 0.1, "matching_nearest": nearest / 100, "nearest_error": error}
     return Candidate(timestep, layers, dims, Scores(accuracy, error, 0.5, 0.5, 0.5), margins)
@@ -103,11 +103,11 @@ PRESET = {"extract_features": {"timestep": 200, "layers": ["up_blocks.0", "up_bl
 
 
 def test_the_preset_holds_the_choice_and_describes_its_basis():
-    text = as_preset(choose([TWO_LAYERS, BEST], 0.3), "digits with tiny-sd", "Of 100 images 80 were judged.", 0.95, {})
+    text = as_preset(choose([TWO_LAYERS, BEST], 0.3), "digits with tiny-sd", "80 of 100 images were scored.", 0.95, {})
     assert YAML(typ="safe").load(text) == PRESET
     assert text.splitlines()[:5] == [
         "# By `pipeline sweep-features` for digits with tiny-sd: linear probe 89.70 ± 1.00 %.",
-        "# Of 100 images 80 were judged. ± is one standard error; the best of many candidates is biased upwards.",
+        "# 80 of 100 images were scored. ± is one standard error; the best of many candidates is biased upwards.",
         "# Dims explain 95 % of a layer's variance.",
         "# 2 of 2 candidates are within 0.3 standard errors of the best probe",
         "# 2 candidates are tied; chose the fewest layers, then the fewest dimensions.",

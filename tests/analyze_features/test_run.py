@@ -1,4 +1,4 @@
-"""The stage on a small real project: what it writes, twice the same, and how it refuses."""
+"""The stage on a small real project: its output, its reproducibility, and its errors."""
 
 import json
 import subprocess
@@ -39,13 +39,13 @@ def test_missing_features_name_the_command_to_run(project):
     invoked = invoke(project, "analyze-features", "--set", "extract_features.timestep=1")
     assert invoked.exit_code == 1
     assert (
-        "digits-tiny-sd-t1 holds no feature set (there is no such folder). Run `pipeline extract-features`"
+        "digits-tiny-sd-t1 holds no feature set (the folder does not exist). Run `pipeline extract-features`"
         in invoked.output
     )
 
 
 def test_the_stage_imports_without_diffusers():
-    """So that whoever pulled a feature set can look at it at once."""
+    """Someone who only pulled a feature set can then analyse it."""
     code = "import sys, stages.analyze_features; assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -1,4 +1,4 @@
-"""A sample before a tiny real model: one pass an image and timestep, and the numbers of a loop of single passes."""
+"""A sample run through a tiny real model: one pass per image and timestep, equal to a loop of single passes."""
 
 import json
 
@@ -38,7 +38,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """With tiny-sd, to which prompts make a difference."""
+    """Digits with tiny-sd, whose features depend on the prompt."""
     return project(tmp_path_factory.mktemp("digits") / "p", negatives=1)
 
 
@@ -53,7 +53,7 @@ def sample(root, index, **changes):
 
 @pytest.fixture(scope="module")
 def swept(root):
-    """A sweep by the command: its output, and the images of every encoding (timestep None) and every pass."""
+    """Run the sweep command; return its output, and the images of every encoding (timestep None) and every pass."""
     seen = []
     denoise, encode = Backbone.features, Backbone.encode_images
 
@@ -137,7 +137,7 @@ def test_representations_equal_those_of_single_passes(digits):
 
 
 def images_prompts(config, backbone, image):
-    """The image's own prompt, and the one whose text embedding is nearest to it (`negatives` is 1)."""
+    """Return the image's own prompt, and the one with the nearest text embedding (`negatives` is 1)."""
     dataset = PreparedDataset(config.dataset_dir)
     texts = [f"a photo of a {name}" for name in dataset.class_names]
     embeddings = backbone.encode_prompts(texts).similarity.numpy()
@@ -153,21 +153,23 @@ def test_without_margin_images_there_are_no_prompted_passes_or_margins(root):
     assert sum(passes) == 12
     assert found[LAYERS[0]].prompted.shape[:2] == (0, 2)
     config = configuration.load(root / "params.yaml")
-    judge = ProbeEvaluator(np.arange(12) % 2, config.params.analyze_features)
-    judged = score_layers(judge, few.positive, 300, found, LAYERS)
-    assert [candidate.margins for candidate in judged] == [{}] * len(judged)
+    evaluator = ProbeEvaluator(np.arange(12) % 2, config.params.analyze_features)
+    candidates = score_layers(evaluator, few.positive, 300, found, LAYERS)
+    assert [candidate.margins for candidate in candidates] == [{}] * len(candidates)
 
 
 def test_the_margin_is_that_of_the_images_own_prompts(root):
-    """By loops, from what the sample holds: `positive` names the matching prompt."""
+    """Compare with loops over the sample; `positive` names the matching prompt."""
     index = np.arange(12)
     few = sample(root, index)
     assert few.positive.tolist() == [0] * 5  # few negatives: the matching prompt comes first
     found = few.represent(300, lambda done: None)
     config = configuration.load(root / "params.yaml")
     labels = PreparedDataset(config.dataset_dir).load("train").labels[index]
-    judged = score_layers(ProbeEvaluator(labels, config.params.analyze_features), few.positive, 300, found, LAYERS[1:])
-    (fused,) = [candidate for candidate in judged if candidate.layers == LAYERS[1:]]
+    candidates = score_layers(
+        ProbeEvaluator(labels, config.params.analyze_features), few.positive, 300, found, LAYERS[1:]
+    )
+    (fused,) = [candidate for candidate in candidates if candidate.layers == LAYERS[1:]]
 
     def cosine(a, b):
         return a @ b / np.linalg.norm(a) / np.linalg.norm(b)

@@ -1,4 +1,4 @@
-"""A sweep goes on from the timesteps that one before has done, to the bytes of one from scratch; no stale ones."""
+"""A sweep reuses finished timesteps, gives the bytes of a sweep from scratch, and uses no stale results."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ SWEEP = ("sweep-features", "--timesteps", "[100, 200, 300, 400]")
 
 
 def project(root, made=None):
-    """A small project at `root`, on the data and the model of another one."""
+    """A small project at `root` that uses the data and model of another one."""
     root.mkdir()
     program.write_settings(root)
     for folder in ("data", "models") if made else ():
@@ -40,7 +40,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed_once(undisturbed, tmp_path_factory):
-    """Another, whose sweep was killed after the first of its timesteps."""
+    """A project whose sweep was killed after its first timestep."""
     root = project(tmp_path_factory.mktemp("killed") / "project", undisturbed)
     command = program.start(root, *SWEEP)
     while command.process.is_alive() and not list(root.glob(".pipeline/sweep/*/t-*.safetensors")):
@@ -53,7 +53,7 @@ def killed_once(undisturbed, tmp_path_factory):
 
 @pytest.fixture
 def killed(undisturbed, killed_once, tmp_path):
-    """A copy of that, and the folder of what is kept."""
+    """A copy of the killed project, and the folder of its cached results."""
     root = project(tmp_path / "project", undisturbed)
     shutil.copytree(killed_once / ".pipeline", root / ".pipeline")
     (kept,) = (root / ".pipeline" / "sweep").iterdir()
@@ -76,7 +76,7 @@ def test_a_killed_sweep_resumes_with_identical_bytes(undisturbed, killed):
 
 
 def test_another_rule_after_a_finished_sweep_needs_no_model(undisturbed, tmp_path):
-    """Nor does an edited params.yaml, which makes a clean commit a dirty one, take the finished timesteps away."""
+    """Finished timesteps remain usable after params.yaml was edited, which makes a clean commit dirty."""
     scratch, again = (project(tmp_path / name, undisturbed) for name in ("scratch", "again"))
     rule = (*SWEEP, "--standard-errors", "3.5")
     program.succeed(scratch, *rule)

@@ -1,4 +1,4 @@
-"""Each family of models: its layers bit for bit against the whole denoiser, its noise and its prompts by hand."""
+"""Each model family: layers equal those of the full denoiser bit for bit; noise and prompts by hand."""
 
 import shutil
 
@@ -30,7 +30,7 @@ class _Done(Exception):
 
 
 def oracle(path, layers, noisy, timestep, conditioning):
-    """The untouched denoiser; its forward is left by an exception once the last layer has run."""
+    """Return maps of the unmodified denoiser; an exception ends its forward pass after the last layer."""
     backbone = backbones.load(path, layers, "cpu", torch.float32)
     denoiser = backbone.model_class.from_pretrained(path / backbone.component).eval()
     denoiser.to(memory_format=torch.channels_last)
@@ -291,5 +291,5 @@ def test_wrong_layers_and_models_are_rejected(models, tmp_path):
     with pytest.raises(PipelineError, match="'a dog' is not one of their names"):
         backbones.load(models["dit"], "auto", "cpu", torch.float32).encode_prompts(["a dog"])
     (tmp_path / "model_index.json").write_text('{"transformer": ["diffusers", "FluxTransformer2DModel"]}')
-    with pytest.raises(PipelineError, match="features of a FluxTransformer2DModel cannot"):
+    with pytest.raises(PipelineError, match="has an unsupported denoiser .FluxTransformer2DModel"):
         backbones.family(tmp_path)

@@ -1,4 +1,4 @@
-"""Prompts that the frozen model cannot tell apart are refused, whatever makes them equal."""
+"""Prompts that the frozen model cannot distinguish are rejected, regardless of the cause."""
 
 import re
 
@@ -29,7 +29,7 @@ def prompted(path, texts, generic="", names=None, positive="label", dtype=torch.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
 def test_texts_that_differ_only_past_the_window_are_rejected(models, name, dtype):
-    with pytest.raises(PipelineError, match=r"cannot tell 2 classes apart.*'cat' .*'dog' "):
+    with pytest.raises(PipelineError, match=r"cannot distinguish 2 classes.*'cat' .*'dog' "):
         prompted(models[name], [[LONG + "cat"], ["a bird"], [LONG + "dog"]], names=["cat", "bird", "dog"], dtype=dtype)
 
 
@@ -42,7 +42,7 @@ def test_short_texts_of_one_letter_are_distinguished(models, name, dtype):
 def test_equal_texts_in_different_batches_are_found(models):
     texts = [[f"text {number}"] for number in range(70)]
     texts[66] = texts[3]
-    with pytest.raises(PipelineError, match=r"cannot tell 2 classes apart.*'class 3' \('text 3'\), 'class 66'"):
+    with pytest.raises(PipelineError, match=r"cannot distinguish 2 classes.*'class 3' \('text 3'\), 'class 66'"):
         prompted(models["sd"], texts)
 
 
@@ -53,7 +53,7 @@ def test_equal_averages_are_found_and_other_orders_are_equal(models):
 
 
 def test_many_equal_classes_are_counted_in_one_line(models):
-    with pytest.raises(PipelineError, match="cannot tell 10 classes apart.* and 7 more") as error:
+    with pytest.raises(PipelineError, match="cannot distinguish 10 classes.* and 7 more") as error:
         prompted(models["sd"], [["a photo of a digit"]] * 10)
     assert "\n" not in str(error.value)
 
@@ -64,7 +64,7 @@ def test_two_classes_with_the_same_class_of_the_model_are_rejected(models):
 
 
 def test_a_negative_that_equals_the_positive_prompt_is_rejected(models):
-    with pytest.raises(PipelineError, match="cannot tell 2 prompts apart.*negative_words"):
+    with pytest.raises(PipelineError, match="cannot distinguish 2 prompts.*negative_words"):
         prompted(models["sd"], [["a thing"], ["a"], ["a thing"]], positive="first")
 
 
@@ -72,7 +72,7 @@ def test_a_class_with_the_generic_prompt_is_a_warning(models, caplog):
     text.warn_once.cache_clear()
     prompted(models["sd"], [["a cat"], ["a photo"]], generic="a photo")
     assert [message for message in caplog.messages if "denoise_prompt" in message]
-    assert re.search("'class 1' .* is the same input to the model as extract_features.denoise_prompt", caplog.text)
+    assert re.search("'class 1' .* gives the model the same input as extract_features.denoise_prompt", caplog.text)
 
 
 def test_rounding_differences_count_as_equal_and_larger_ones_do_not():

@@ -1,4 +1,4 @@
-"""Which prompts an image is shown with."""
+"""The prompts of each image."""
 
 import json
 
@@ -35,7 +35,7 @@ def test_a_file_overrides_classes(tmp_path, write):
         ("cow: moo", "names 'cow', which is not a class of the data set"),
         ("dog: 3", "'dog' needs a text or a list of texts, not 3"),
         ("dog: []", "'dog' needs a text or a list"),
-        ("[dog]", "must map class names to prompts"),
+        ("[dog]", "is not a mapping of class names to prompts"),
         ("dog: [", "cannot be read"),
         ("dog: no\n# numbers\n007: a photo", 'line 3: YAML reads the key 007 as a number. Quote it: "007".'),
         (

@@ -1,4 +1,4 @@
-"""Small projects around a backbone of one's choice."""
+"""Small projects with a given backbone."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def project(root: Path, images: int = 40, source: Path | None = None, **changes)
 
 
 def extract(root: Path, *arguments: str):
-    """Runs extract-features in this process; returns the set's folder."""
+    """Run extract-features in this process and return the set's folder."""
     result = invoke(root, "extract-features", *arguments)
     assert result.exit_code == 0, result.output
     return Path(result.output.splitlines()[-1])

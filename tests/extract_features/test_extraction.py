@@ -1,4 +1,4 @@
-"""Whole extractions of a few digits: equal bytes however they are run, and as a loop of single passes has them."""
+"""Complete extractions of a few digits: equal bytes however they run, and equal to a loop of single passes."""
 
 import json
 import os
@@ -314,9 +314,9 @@ def overflowing(features):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["--image-size", "40"], "image_size = 40: pixart takes multiples of 16. Set one of them"),
-        (["--image-size", "8"], "image_size = 8: pixart takes multiples of 16. Set one of them"),
-        (["--timestep", "999", "--dims", "[8]"], "dims = [8] must have one entry for each of layers"),
+        (["--image-size", "40"], "image_size = 40 does not fit pixart. Set a multiple of 16"),
+        (["--image-size", "8"], "image_size = 8 does not fit pixart. Set a multiple of 16"),
+        (["--timestep", "999", "--dims", "[8]"], "dims = [8] does not fit layers"),
     ],
 )
 def test_settings_that_do_not_fit_the_model_are_rejected_before_it_is_loaded(transformer, settings, message):

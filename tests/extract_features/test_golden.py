@@ -1,6 +1,6 @@
-"""Golden features: whoever changes the computation must raise EXTRACTION_VERSION, or caches would lie.
+"""Golden features: a change of the computation must raise EXTRACTION_VERSION, or caches would be wrong.
 
-`python -m tests.extract_features.test_golden` writes the file anew, for a new version. The tolerance, 0.3 % of a
+`python -m tests.extract_features.test_golden` rewrites the file for a new version. The tolerance, 0.3 % of a
 component and of the layer's largest, is that of another processor's float32 and of float16 storage, well below what
 any change of image scaling, noise, timestep, prompts, layers, basis or pooling does.
 """
@@ -16,7 +16,7 @@ from stages.extract_features.plan import EXTRACTION_VERSION
 from tests.extract_features.fixtures import extract, project
 
 GOLDEN = Path(__file__).parent / "golden.json"
-IMAGE_SIZE = 40  # is not what images are stored at, and gives latents whose side is no multiple of 8
+IMAGE_SIZE = 40  # differs from the stored size, and gives latents whose side is not a multiple of 8
 COLUMNS = [0, 1, 5, 20, 63, 64, 65, 80, 111, 112, 113, 130, 143]  # of 64 + 48 + 32
 
 

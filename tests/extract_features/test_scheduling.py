@@ -1,4 +1,4 @@
-"""Who takes which shard."""
+"""Which process computes which shard."""
 
 import contextlib
 
@@ -16,7 +16,7 @@ def test_own_shards_first_then_the_others():
 
 @pytest.mark.parametrize("text", ["", "1", "2:2", "3:2", "0:6", "-1:2", "a:b"])
 def test_invalid_shard_ranges_are_rejected(text):
-    with pytest.raises(PipelineError, match=r"must be A:B with 0 <= A < B <= 5 shards"):
+    with pytest.raises(PipelineError, match=r"Use A:B with 0 <= A < B <= 5 shards"):
         order_of_shards(5, text, 0, 1)
 
 

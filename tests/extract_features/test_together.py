@@ -1,4 +1,4 @@
-"""Several processes on one set: none waits while it holds what another waits for, and one puts the set together."""
+"""Several processes on one set: no deadlocks, and one process assembles the set."""
 
 import json
 import threading
@@ -38,7 +38,7 @@ def test_a_process_that_waits_holds_one_shard(tmp_path, ahead):
 
 
 def test_opposite_orders_do_not_wait_for_each_other(tmp_path):
-    """Each begins with the shard that the other has last: holding one while waiting for the next would never end."""
+    """Each starts with the other's last shard: holding one while waiting for the next would deadlock."""
     write(tmp_path, shards=())
     begun, written = threading.Barrier(2, timeout=5), []
 
@@ -135,7 +135,7 @@ def test_a_published_set_is_removed_from_staging_only_when_unused(tmp_path):
 
 
 def test_publishing_keeps_the_unfinished_work_of_other_sets(tmp_path):
-    """Two sets side by side in one project: what is finished is cleared away, what is being made is not."""
+    """Two sets in one project: finished staging folders are removed, unfinished ones are kept."""
     root = project(tmp_path / "p", images=20, rows_per_shard=10)
     extract(root)
     unfinished = extract(root, "--timestep", "100", "--shard-range", "0:1")

@@ -31,7 +31,7 @@ SD_BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear
 
 
 def save(path, seed=0, **parts):
-    """Builds each part with seeded weights and writes the directory; returns its path."""
+    """Build each part with seeded weights, write the directory, and return its path."""
     index = {"_class_name": "Pipeline", "_diffusers_version": "0.42.1", **parts.pop("extra", {})}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

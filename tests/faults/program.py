@@ -49,7 +49,7 @@ SETTINGS: dict[str, Any] = {
     "sweep.partitions": ["iid"],
     "sweep.methods": ["feddifrc"],
     "runtime.checkpoint_every": 1,
-    "runtime.num_threads": 1,
+    "runtime.workers": 2,
 }
 EXTRACT = ("extract-features",)
 TRAIN = ("train-fl", "--method", "feddifrc", "--partition", "iid", "--seed", "0")

@@ -209,7 +209,7 @@ OUTSIDE = {
 @pytest.mark.parametrize("kind", OUTSIDE)
 def test_manifest_that_names_outside_files_or_is_newer_is_rejected(made, project, trial, kind):
     name, change, command, says = OUTSIDE[kind]
-    with trial("manifest of a newer format, or leading outside") as tried:
+    with trial("manifest of a newer format, or with paths outside the folder") as tried:
         good = (project / name).read_bytes()
         change(project / name)
         before = program.contents(project)
@@ -221,7 +221,7 @@ def test_manifest_that_names_outside_files_or_is_newer_is_rejected(made, project
 
 @pytest.mark.parametrize("link", ["/dev/zero", "/dev/full", "/etc/hostname", "nowhere", "shard-00001.h5", "."])
 def test_link_in_place_of_a_shard_is_rejected(made, project, trial, link):
-    with trial("link in place of a file") as tried:
+    with trial("link instead of a file") as tried:
         shard = project / SET / "shard-00001.h5"
         shard.unlink()
         shard.symlink_to(link)
@@ -259,7 +259,7 @@ def test_features_of_another_data_set_are_rejected(project, trial):
 
 
 def test_file_in_place_of_a_folder_and_the_reverse_are_rejected(project, trial):
-    with trial("file and folder mistaken for each other"):
+    with trial("file instead of a folder, folder instead of a file"):
         shutil.rmtree(project / "results")
         (project / "results").write_text("")
         line = program.refuse(project, *TRAIN, says=["results"])

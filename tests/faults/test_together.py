@@ -30,7 +30,7 @@ def stopped_while_holding(project, command, *arguments):
 
 def test_second_extraction_waits_for_the_first(made, project, trial):
     begin(project, "extract-features")
-    with trial("two at once into one place") as tried:
+    with trial("two commands with one output") as tried:
         first = stopped_while_holding(project, EXTRACT)
         second = program.start(project, *EXTRACT, log=project.parent / "second.log")
         until(lambda: "Waiting for it" in second.output, second)
@@ -55,7 +55,7 @@ def test_lock_of_a_dead_process_is_free(made, project, trial):
 
 def test_second_training_or_generation_is_refused(made, project, trial):
     for name, command in (("train-fl", TRAIN), ("synthesize", SYNTHESIZE)):
-        with trial("two at once into one place") as tried:
+        with trial("two commands with one output") as tried:
             begin(project, name)
             first = stopped_while_holding(project, command)
             line = program.refuse(

@@ -1,4 +1,4 @@
-"""Flower's Grid without a network: the app itself answers in this process; every message is bytes on its way.
+"""Flower's Grid without a network: the app itself answers in this process; every message is sent as bytes.
 
 What runs is the app that runs on real nodes, called as Flower calls it; only SuperLink and SuperNodes are left out.
 """
@@ -36,7 +36,7 @@ class InProcess(Grid):
         server_app(self, Context(1, 1, {}, RecordDict(), self.run_config))
 
     def restart(self, node_id, new_id):
-        """A SuperNode that comes back: a new id, and nothing left of its context."""
+        """Restart a SuperNode: it gets a new id and an empty context."""
         self.nodes[new_id] = self.nodes.pop(node_id)
 
     def set_run(self, run):

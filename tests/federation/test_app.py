@@ -1,4 +1,4 @@
-"""What `flwr run` sends to the nodes, and what it may be told."""
+"""What `flwr run` sends to the nodes, and which settings it accepts."""
 
 import io
 import tomllib
@@ -41,5 +41,5 @@ def test_every_run_config_key_is_read():
 
 def test_partition_over_nodes_is_rejected_by_the_local_engine(tmp_path):
     project = tiny_project.make(tmp_path, partitions={"nodes": {"kind": "nodes"}})
-    with pytest.raises(PipelineError, match=r"partitions.nodes is of nodes .* `flwr run`"):
+    with pytest.raises(PipelineError, match=r"partitions.nodes needs a federation .* `flwr run`"):
         run(project, "fedavg", "nodes", 0)

@@ -1,4 +1,4 @@
-"""Federated PCA: the basis of all nodes' images, to 1e-10 that of the images together, which never were together."""
+"""Federated PCA: the basis of all nodes' images equals that of the pooled images to 1e-10."""
 
 import json
 
@@ -34,7 +34,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def projects(tmp_path_factory):
-    """Three nodes' folders: images of their own, the frozen model, no basis; and the server's, empty."""
+    """Folders of three nodes with images and the frozen model but no basis, and an empty folder of the server."""
     root = tmp_path_factory.mktemp("federation")
     (root / "server").mkdir()
     made = []
@@ -52,17 +52,17 @@ def projects(tmp_path_factory):
 def deploy(projects, monkeypatch, task="basis", **changes):
     monkeypatch.setattr(node, "PARAMS", projects[0] / "params.yaml")
     values = " ".join(f"{key.replace('__', '.')}={value}" for key, value in changes.items())
-    told = {
+    run_config = {
         "task": task, "method": "feddifrc", "partition": "nodes", "seed": 0, "clients": "", "set": values,
         "project": str(projects[0].parent / "server"),
     }  # fmt: skip
     return InProcess(
-        told, {7 + k: {"client-id": k, "name": f"n{k}", "project": str(p)} for k, p in enumerate(projects)}
+        run_config, {7 + k: {"client-id": k, "name": f"n{k}", "project": str(p)} for k, p in enumerate(projects)}
     )
 
 
 def centralised(projects):
-    """The PCA, and mean and deviation on it, of the same images in one place, one vector set, by NumPy."""
+    """PCA of the pooled images by NumPy, and mean and deviation of their projections."""
     vectors, maps = {}, []
     for project in projects:
         made = config.load(project / "params.yaml", {"extract_features.basis": "auto"})
@@ -151,8 +151,8 @@ def test_basis_without_a_file_is_rejected(projects, monkeypatch):
 def test_merged_moments_equal_pooled_moments_far_from_zero():
     rng = np.random.default_rng(0)
     maps = torch.from_numpy(rng.normal(1e4, 1, (9, 5, 3, 3)))  # sums of squares would lose eight digits here
-    whole = Moments(5)
-    whole.update(maps)
+    pooled = Moments(5)
+    pooled.update(maps)
     parts = []
     for part in maps.split([4, 2, 3]):
         own = Moments(5)
@@ -160,7 +160,7 @@ def test_merged_moments_equal_pooled_moments_far_from_zero():
         parts.append(moments.read_moments(moments.pack_moments({"up_blocks.1": own}), {"up_blocks.1": 5}))
     total = moments.add_moments(parts)["up_blocks.1"]
     assert total.count == 81
-    found, expected = fit_basis(total, 5), fit_basis(whole, 5)
+    found, expected = fit_basis(total, 5), fit_basis(pooled, 5)
     np.testing.assert_allclose(found.explained_variance, expected.explained_variance, rtol=1e-10)
     np.testing.assert_allclose(found.components, expected.components, atol=1e-10)
 

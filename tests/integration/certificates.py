@@ -1,4 +1,4 @@
-"""What docs/federation.md makes by openssl and ssh-keygen: a CA, the server's certificate, a node's pair of keys."""
+"""What docs/federation.md creates with openssl and ssh-keygen: a CA, a server certificate, a node's key pair."""
 
 import datetime
 import ipaddress
@@ -24,7 +24,7 @@ def write_certificates(folder):
 
 
 def write_keys(folder, name):
-    """A node's private key, and its public one beside it, ending in .pub."""
+    """Create a node's private key, and its public key beside it with the suffix .pub."""
     folder.mkdir(parents=True, exist_ok=True)
     key = ec.generate_private_key(ec.SECP384R1())
     private, public = folder / name, folder / f"{name}.pub"

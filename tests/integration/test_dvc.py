@@ -51,7 +51,7 @@ def environment(root: Path) -> dict[str, str]:
 
 
 def dvc(root: Path, *arguments: str, **more: str) -> str:
-    """A DVC command with more of an environment; it must succeed."""
+    """Run a DVC command with additional environment variables; it must succeed."""
     env = environment(root) | more
     done = subprocess.run(command(*arguments), cwd=root, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -19,7 +19,7 @@ from tests.integration.test_dvc import BIN, SWEEP, dvc, ran
 
 
 def make(root, changes):
-    """A committed project under git and DVC in which nothing has run."""
+    """A committed project under git and DVC, before any stage has run."""
     copy_tracked(root)
     write_params(root, changes)
     (root / ".venv").mkdir()
@@ -71,7 +71,7 @@ WORDS = {
 
 @pytest.fixture(scope="module")
 def with_files(tmp_path_factory, extracted):
-    """A project whose keys name files that stand in its folder, tracked by nobody."""
+    """A project whose keys name untracked files in its folder."""
     root = tmp_path_factory.mktemp("files")
     folder = {"prepare_data.name": "photos", "prepare_data.source": "folder", "prepare_data.train_subset": None}
     changes = folder | {"prepare_backbone.name": "own", "extract_features.image_size": 32}
@@ -94,7 +94,7 @@ def with_files(tmp_path_factory, extracted):
 
 
 def content_of(root, name):
-    """What an experiment's feature set was made of."""
+    """The inputs of an experiment's feature set."""
     refs = git(root, "for-each-ref", "--format=%(refname)", "refs/exps").split()
     (ref,) = (ref for ref in refs if ref.endswith(f"/{name}"))
     git(root, "checkout", "--quiet", ref, "--", "dvc.lock")

@@ -1,4 +1,4 @@
-"""Both stages through the command line, and what happens when they are stopped or given the wrong things."""
+"""Both stages through the command line, also when they are interrupted or get invalid input."""
 
 import csv
 import json
@@ -76,7 +76,7 @@ def spawn(root, *arguments):
 
 def test_killed_extraction_resumes_with_identical_bytes(extracted, tmp_path):
     changes = {"extract_features.rows_per_shard": 10}  # 12 shards
-    for name in ("whole", "killed"):
+    for name in ("complete", "killed"):
         root = tmp_path / name
         root.mkdir()
         write_params(root, changes)
@@ -84,9 +84,9 @@ def test_killed_extraction_resumes_with_identical_bytes(extracted, tmp_path):
         (root / "data").mkdir()
         for part in ("datasets", "backbones"):
             (root / "data" / part).symlink_to(extracted / "data" / part)
-    whole = spawn(tmp_path / "whole", "extract-features")
-    whole.communicate()
-    assert whole.returncode == 0
+    complete = spawn(tmp_path / "complete", "extract-features")
+    complete.communicate()
+    assert complete.returncode == 0
 
     process = spawn(tmp_path / "killed", "extract-features")
     staging = tmp_path / "killed" / ".pipeline" / "staging"
@@ -103,7 +103,7 @@ def test_killed_extraction_resumes_with_identical_bytes(extracted, tmp_path):
     done = int(re.search(r"resuming: (\d+) of 12 shards are done", log)[1])
     assert done >= 2
     assert f"{120 - 10 * done} images" in log  # only the missing ones were computed
-    sets = [tmp_path / name / "data" / "features" / "digits-tiny-sd-t300" for name in ("whole", "killed")]
+    sets = [tmp_path / name / "data" / "features" / "digits-tiny-sd-t300" for name in ("complete", "killed")]
     assert sorted(file.name for file in sets[0].iterdir()) == sorted(file.name for file in sets[1].iterdir())
     for file in sets[0].iterdir():
         assert file.read_bytes() == (sets[1] / file.name).read_bytes(), file.name
@@ -118,10 +118,10 @@ def test_killed_extraction_resumes_with_identical_bytes(extracted, tmp_path):
         (("extract-features", "--version", "99"), "this program computes version"),
         (
             (*RUN, "feddifrc", "--set", "extract_features.timestep=7"),
-            "holds no feature set (there is no such folder). Run `pipeline extract",
+            "holds no feature set (the folder does not exist). Run `pipeline extract",
         ),
         (("prepare-data", "--source", "folder", "--path", "nowhere"), "nowhere is not a folder"),
-        (("prepare-backbone", "--source", "org/model"), "No commit of org/model is given"),
+        (("prepare-backbone", "--source", "org/model"), "org/model needs a commit"),
         (("prepare-backbone", "--source", "some where"), "is neither embedded, nor a directory, nor a hub id"),
         (("report", "--set", "sweep.seeds=[7]"), "is missing. Run `pipeline train-fl --method fedavg"),
     ],
@@ -158,7 +158,7 @@ def test_help_has_an_example(command, project):
     assert "Example" in result.output and f"\n    pipeline {command}" in result.output
 
 
-def test_interrupt_tells_what_is_kept(project):
+def test_interrupt_message_says_what_is_kept(project):
     process = spawn(project, *RUN, "fedavg", "--num-rounds", "5000")
     rounds = project / "results" / "fedavg-dir05-s0" / "rounds.csv"
     while process.poll() is None and not rounds.exists():
@@ -174,10 +174,10 @@ def test_complete_set_with_a_flipped_byte_is_recomputed(extracted, tmp_path):
     (tmp_path / "models").symlink_to(extracted / "models")
     shutil.copytree(extracted / "data", tmp_path / "data")
     shard = tmp_path / "data" / "features" / "digits-tiny-sd-t300" / "shard-00001.h5"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    original = shard.read_bytes()
+    shard.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
     again = spawn(tmp_path, "extract-features")
     _, log = again.communicate()
     assert again.returncode == 0
     assert "shard-00001.h5 is corrupt" in log
-    assert shard.read_bytes() == whole
+    assert shard.read_bytes() == original

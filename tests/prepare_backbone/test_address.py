@@ -13,7 +13,7 @@ from tests.conftest import write_params
 def test_directory_path_is_recognised(tmp_path, monkeypatch, source):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     write_params(tmp_path, {"prepare_backbone.source": source})
-    with pytest.raises(PipelineError, match="there is no such directory") as error:
+    with pytest.raises(PipelineError, match="does not exist") as error:
         prepare_backbone.run(config.load(tmp_path / "params.yaml"))
     place = str(tmp_path / "home" / "sd") if source[0] in "~$" else source.removeprefix("./").rstrip("/")
     assert place in str(error.value)

@@ -1,4 +1,4 @@
-"""Runs prepare-data as a user does, in a project of its own."""
+"""Run prepare-data as a user does, in a separate project."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Broken images among good ones: stop and name all, or skip and list them; and equal inputs, equal bytes."""
+"""Broken images among good ones: prepare-data names all, or skips and lists them; equal inputs give equal bytes."""
 
 import json
 import os
@@ -114,7 +114,7 @@ def test_split_without_readable_images_is_reported(prepare, folder):
     for path in (folder / "test").glob("*/*"):
         path.write_bytes(b"")
     result = prepare(source="folder", path=folder, broken_images="skip")
-    assert "none of the images of the test split can be read; the first is test/a/0.png (is empty)" in result.output
+    assert "The test split has no readable image; the first is test/a/0.png (is empty)" in result.output
 
 
 def test_broken_image_outside_the_subset_is_ignored(prepare, folder):

@@ -1,4 +1,4 @@
-"""What is skipped: what systems leave, files of other endings; thin classes; names in either Unicode form."""
+"""Ignored files of operating systems and with other endings; small classes; names in both Unicode forms."""
 
 import unicodedata
 

@@ -1,4 +1,4 @@
-"""Which folders are splits, in the spellings that people use, and which trees can be read in two ways."""
+"""Which folder names are recognised as splits, and which trees are ambiguous."""
 
 import pytest
 

@@ -53,7 +53,7 @@ def test_reports_runs_trained_with_overrides_when_given_the_flags_in_the_error_m
     assert invoke(trained, *TRAIN, *flags).exit_code == 0
     result = invoke(trained, "report")
     assert result.exit_code == 1
-    named = shlex.split(result.output.partition("report it as it is with ")[2].strip().removesuffix("."))
+    named = shlex.split(result.output.partition("report it unchanged with ")[2].strip().removesuffix("."))
     assert "partitions.dir05.alpha=2.0" in named and "train_fl.model=resnet10" in named
     assert invoke(trained, "report", *named).exit_code == 0
 

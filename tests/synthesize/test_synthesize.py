@@ -1,4 +1,4 @@
-"""Generated images: what is drawn, resuming, and clients balanced with them."""
+"""Generated images: their content, resuming, and balancing clients with them."""
 
 import json
 
@@ -20,7 +20,7 @@ GENERATE = {"synthesize.images_per_class": 2, "synthesize.num_inference_steps": 
 
 @pytest.fixture(scope="module")
 def project(extracted, tmp_path_factory):
-    """A project of its own with the data and the model of `extracted`."""
+    """A separate project with the data and model of `extracted`."""
     root = tmp_path_factory.mktemp("synthesize")
     write_params(root, GENERATE)
     (root / "models").symlink_to(extracted / "models")
@@ -60,7 +60,7 @@ def test_an_image_depends_on_neither_batch_nor_count(generated, project):
 
 
 def test_a_killed_generation_resumes_without_repeating_a_class(generated, project, monkeypatch):
-    whole = generated.load("train").images
+    expected = generated.load("train").images
     made = []
     original = Generator.__call__
 
@@ -75,7 +75,7 @@ def test_a_killed_generation_resumes_without_repeating_a_class(generated, projec
         synthesize.run(load(project))
     resumed = PreparedDataset(synthesize.run(load(project)))
     assert made == [*range(8), 7, 8, 9]
-    assert np.array_equal(resumed.load("train").images, whole)
+    assert np.array_equal(resumed.load("train").images, expected)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

@@ -29,7 +29,7 @@ SUPERVISED = (
 
 @pytest.fixture(autouse=True)
 def fresh_nodes():
-    """Every node is a process of its own in a real federation: nothing is kept between messages."""
+    """In a real federation every node is a separate process, which keeps nothing between messages."""
     client._build.cache_clear()
     yield
     client._build.cache_clear()
@@ -40,7 +40,7 @@ def deploy(project, monkeypatch, method="fedavg", partition="dir", server=None, 
     values = {key: value for key, value in tiny_project.OVERRIDES.items() if not isinstance(value, dict | list)}
     values |= {"federation.min_clients": count, "federation.join_timeout": 20.0, **dict(changes)}
     monkeypatch.setattr(node, "PARAMS", project.root / "params.yaml")
-    told = {
+    run_config = {
         "task": "train",
         "method": method,
         "partition": partition,
@@ -52,12 +52,12 @@ def deploy(project, monkeypatch, method="fedavg", partition="dir", server=None, 
     nodes = {
         100 + k: {"client-id": k, "name": f"n{k}", "project": str(project.root), **node_config} for k in range(count)
     }
-    return InProcess(told, nodes)
+    return InProcess(run_config, nodes)
 
 
 @pytest.fixture
 def project(tmp_path):
-    """A project whose params.yaml has the tiny partitions, too, as a federation's has what its nodes need."""
+    """A project whose params.yaml also has the tiny partitions, as the nodes of a federation need them."""
     made = tiny_project.make(tmp_path, partitions=tiny_project.OVERRIDES["partitions"] | {"nodes": {"kind": "nodes"}})
     write_partitions(tmp_path, made)
     tiny_project.add_features(made)
@@ -187,7 +187,7 @@ def test_lost_reply_does_not_change_the_client_state(project, monkeypatch):
     federation.serve()
     assert [(order["number"], order["state-round"]) for order in orders] == [(1, 0), (2, 1), (3, 1)]
     assert outcomes(result(project, "scaffold"))[2, "n1"].startswith("invalid reply")
-    # round 2's is there still: nothing says before round 4 that it is not wanted; at the end all go
+    # the state of round 2 still exists: it is not known to be unused before round 4; at the end all are removed
     assert kept == [f"round-0000{k}.safetensors" for k in (1, 2, 3)]
     assert not list(project.state_dir.glob("federation/*/*"))
 
@@ -288,14 +288,14 @@ def test_invalid_update_is_skipped_by_name(project, monkeypatch, change, words):
 
 
 def own_project(root, name, **overrides):
-    """A node's own folder: its own images and, if the server's settings want it, features."""
+    """A node's folder with its images and, if the server's settings require them, features."""
     (root / name).mkdir()
     made = tiny_project.make(root / name, **overrides)
     return made
 
 
 def private(tmp_path, project, monkeypatch, method="feddifrc", changes=()):
-    """Three nodes with images and features of their own on a common basis; the server has neither."""
+    """Three nodes with their own images and features on a common basis; the server has neither."""
     settings = {
         "extract_features.basis": "data/basis.h5",
         "train_fl.num_clients": 3,
@@ -373,18 +373,19 @@ def test_features_on_a_private_basis_are_rejected_with_the_remedy(tmp_path, proj
 
 
 @pytest.mark.parametrize(
-    ("told", "words"),
+    ("node_config", "words"),
     [
         ({"client-id": 1}, "has the client-id of n1"),
         ({"client-id": "x"}, "no client-id"),
-        ({"client-id": 9}, "partitions.dir has only 4 clients, so there is no client 9"),
+        ({"client-id": 9}, r"client-id 9 is too high \(partitions.dir has 4 clients\)"),
         ({"name": "\x1b[2Jtwo\nlines", "client-id": 9}, r"client 9 \(\\x1b\[2Jtwo lines\)"),
         ({"project": "/nowhere"}, "does not exist"),
+        ({"threads": 0}, r"threads=0 in --node-config is invalid\. Use an integer, 1 or more"),
     ],
 )
-def test_wrong_node_config_is_rejected(project, monkeypatch, told, words):
+def test_wrong_node_config_is_rejected(project, monkeypatch, node_config, words):
     federation = all_take_part(project, monkeypatch, changes={"federation.join_timeout": 0.5})
-    federation.nodes[103] |= told
+    federation.nodes[103] |= node_config
     with pytest.raises(PipelineError, match=words):
         federation.serve()
 
@@ -394,7 +395,7 @@ def test_wrong_node_config_is_rejected(project, monkeypatch, told, words):
     [
         ("task", "tarin", "Use one of train, basis"),
         ("method", "fedagv", "params.yaml has no methods.fedagv"),
-        ("set", "train_fl.num_rounds", "is not KEY=VALUE"),
+        ("set", "train_fl.num_rounds", "is not an assignment"),
         ("project", "/nowhere", "does not exist on the server"),
     ],
 )
@@ -410,7 +411,7 @@ def state(project, method="fedavg"):
 
 
 def initial(project, monkeypatch):
-    """The weights that all start from."""
+    """The initial weights."""
     federation = all_take_part(project, monkeypatch)
     participant = client._build(node.Node(0, "n0", project.root, None), tuple(sorted(federation.run_config.items())))
     client._build.cache_clear()
@@ -418,7 +419,7 @@ def initial(project, monkeypatch):
 
 
 def updates_of_one_round(project, monkeypatch):
-    """Per client its weights after round 1, as it sends them in the clear."""
+    """Each client's weights after round 1, as sent without noise."""
     federation, sent = all_take_part(project, monkeypatch, changes={"train_fl.num_rounds": 1}), {}
 
     def listen(node_id, reply):
@@ -488,7 +489,7 @@ def test_differential_privacy_must_cover_everything_sent(project, monkeypatch, m
 
 
 def first(content, change):
-    """Changes the first of the arrays that a method sends besides weights."""
+    """Change the first array that a method sends besides weights."""
     extras = content.array_records["extras"]
     name = next(iter(extras))
     extras[name] = type(extras[name])(change(np.array(extras[name].numpy())))

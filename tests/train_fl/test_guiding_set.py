@@ -225,7 +225,7 @@ def test_different_layers_and_dims_are_reported(tmp_path):
 def test_missing_layer_of_a_method_is_reported(tmp_path):
     project = tiny_project.make(tmp_path, **{"methods.feddifrc__layers": ["up_blocks.2"]}, **ROUND)
     tiny_project.add_features(project)
-    error_of_training(project, "guidance.layers names up_blocks.2; the feature set has up_blocks.1")
+    error_of_training(project, "guidance.layers names up_blocks.2, but the feature set has up_blocks.1")
 
 
 def test_another_frozen_model_is_reported_and_an_absent_one_accepted(project):

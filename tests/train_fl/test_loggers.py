@@ -1,4 +1,4 @@
-"""Loggers get every round once, also over a resumed run, and nobody needs their libraries who does not ask for them."""
+"""Loggers get every round once, also in a resumed run, and their libraries are needed only if requested."""
 
 import os
 import pty
@@ -64,7 +64,7 @@ def test_a_missing_library_is_one_line(tmp_path, monkeypatch):
         run(tiny_project.make(tmp_path, runtime__dvclive=True), "fedavg", "iid", 0)
 
 
-def test_a_terminal_gets_a_line_a_round(tmp_path):
+def test_a_terminal_gets_a_line_per_round(tmp_path):
     code = (
         "from pathlib import Path; from tests.train_fl import tiny_project; from stages.train_fl import run; "
         f"run(tiny_project.make(Path({str(tmp_path)!r})), 'fedavg', 'iid', 0)"

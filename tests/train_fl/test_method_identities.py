@@ -27,7 +27,7 @@ def guidance(**changes):
 
 
 def create(method, clients=3, **settings):
-    """A method whose settings are the given ones over its defaults, unchecked: an infinite temperature is possible."""
+    """Return a method with these settings over its defaults, not validated, so that a temperature can be infinite."""
     values = method.Settings().model_dump() | settings
     return method(local_sgd(), method.Settings.model_construct(**values), clients)
 

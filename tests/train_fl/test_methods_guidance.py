@@ -76,7 +76,7 @@ def test_unused_representation_becomes_empty():
 
 
 def test_unknown_layers_are_reported():
-    with pytest.raises(PipelineError, match=r"names up_blocks.9; the feature set has up_blocks.1, "):
+    with pytest.raises(PipelineError, match=r"names up_blocks.9, but the feature set has up_blocks.1, "):
         columns(section(layers=["up_blocks.1", "up_blocks.9"]), LAYERS)
     with pytest.raises(PipelineError, match="names no layer"):
         columns(section(layers=[]), LAYERS)

@@ -22,7 +22,7 @@ ENTRY = {"algorithm": "half-step", "share": 0.25}
 
 @pytest.fixture
 def half_step():
-    """FedAvg whose server moves by a share of the way to the mean, registered for one test."""
+    """FedAvg whose server moves part of the way to the mean; registered for one test."""
 
     class HalfStep(FedAvg):
         class Settings(MethodSettings):

@@ -1,4 +1,4 @@
-"""Training without labels: the loss by hand, labels that do not matter, the probes."""
+"""Training without labels: the loss by hand, independence of labels, the probes."""
 
 import json
 import math

@@ -24,6 +24,7 @@ OVERRIDES = {
     "train_fl.local_epochs": 1,
     "train_fl.batch_size": 8,
     "runtime.checkpoint_every": 1,
+    "runtime.workers": 2,
     "partitions": {"iid": {"kind": "iid"}, "dir": {"kind": "dirichlet", "alpha": 0.5, "min_samples": 1}},
 }
 
@@ -36,7 +37,7 @@ def images(count: int, seed: int) -> Images:
 
 
 def make(root: Path, **overrides) -> config.Config:
-    """A project in `root`; keys are dotted with `__` in place of the dot."""
+    """A project in `root`; dots in keys are written as `__`."""
     repository = Path(__file__).parents[2]
     (root / "params.yaml").write_text((repository / "params.yaml").read_text())
     (root / "words.txt").write_text("sun\nmoon\n")
@@ -49,7 +50,7 @@ def make(root: Path, **overrides) -> config.Config:
 
 
 def content(project: config.Config) -> Content:
-    """What a set extracted with the project's settings says of itself; its layers are made up."""
+    """The manifest content of a set with the project's settings and made-up layers."""
     params, dataset = project.params.extract_features, datasets.PreparedDataset(project.dataset_dir)
     made = prompts.build(params, dataset.class_names, project.path)
     return Content(
@@ -71,7 +72,7 @@ def add_features(project: config.Config, same: tuple[int, ...] = (), settings: d
     """Random representations of the training images under one prompt per class, the image's own among them.
 
     The prompts `same` give equal representations. `changes` replace values of the set's content, and `settings`
-    those it states to be made with; None states none, as older versions did.
+    those in its provenance; None omits them, as older versions did.
     """
     train = datasets.PreparedDataset(project.dataset_dir).load("train")
     stated = Content(**content(project).model_dump() | changes)

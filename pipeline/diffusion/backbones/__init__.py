@@ -89,8 +89,8 @@ def check_image_size(path: Path, image_size: int) -> None:
     patch = _json(path / denoiser.component / "config.json").get("patch_size", 1)
     if side == 0 or side % patch:
         raise PipelineError(
-            f"extract_features.image_size = {image_size}: {path.name} takes multiples of {patch << halvings}. Set one "
-            "of them."
+            f"extract_features.image_size = {image_size} does not fit {path.name}. Set a multiple of "
+            f"{patch << halvings}."
         )
 
 

@@ -77,7 +77,7 @@ class Backbone:
             if layer not in known:
                 raise PipelineError(
                     f"extract_features.layers names {layer}, but {path.name} has {next(iter(known))} "
-                    f"to {next(reversed(known))}. Set some of these."
+                    f"to {next(reversed(known))}. Use these layers."
                 )
         return {layer: known[layer] for layer in wanted}
 
@@ -227,12 +227,11 @@ def load_part(model_class: Any, path: Path, device: str) -> Any:
         model, loaded = model_class.from_pretrained(path, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PipelineError(
-            f"{path} cannot be loaded as a {model_class.__name__} ({reason}). Run `pipeline prepare-backbone`."
-        ) from None
+        problem = f"{path} cannot be loaded as a {model_class.__name__} ({reason})"
+        raise PipelineError(f"{problem}. Get the complete model.") from None
     if missing := sorted(loaded["missing_keys"]):  # the libraries fill these with random numbers
         raise PipelineError(
-            f"the weights in {path} lack {len(missing)} of the tensors of a {model_class.__name__} (the first is "
+            f"The weights in {path} lack {len(missing)} of the tensors of a {model_class.__name__} (the first is "
             f"{missing[0]}). Get the complete model."
         )
     return model

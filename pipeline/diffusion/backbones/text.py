@@ -184,6 +184,5 @@ def _tokenizer(tokenizer_class, path: Path):
     try:
         return tokenizer_class.from_pretrained(path)
     except (OSError, ValueError, TypeError, ImportError) as error:
-        raise PipelineError(
-            f"{path} cannot be loaded as a {tokenizer_class.__name__} ({error}). Run `pipeline prepare-backbone`."
-        ) from None
+        problem = f"{path} cannot be loaded as a {tokenizer_class.__name__} ({error})"
+        raise PipelineError(f"{problem}. Get the complete model.") from None

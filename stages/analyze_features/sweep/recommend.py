@@ -13,12 +13,12 @@ The rule is lexicographic and treats statistically equal candidates as ties. Thi
 2. Of these, keep those whose share of images with the matching prompt nearest is within that distance of the best.
 3. Of these, the fewest layers win, then the fewest dimensions, then the higher accuracy, then the smaller timestep.
 
-The error is that of the best candidate (`probes.py`). Candidates share their images, so the rule errs on the side of
-calling two equal. The probe comes first because training confirmed it (docs/choosing-features.md).
+The error is that of the best candidate (`probes.py`). Candidates share their images, so the rule treats some
+that differ as tied. The probe comes first because training confirmed it (docs/choosing-features.md).
 The choices of either criterion alone are reported as well. Without prompts (`margin_images: 0`) step 2 keeps all.
 
 The number of dimensions is not searched: it is the smallest that explains the requested share of a layer's variance.
-The best of many candidates is biased upwards by chance, so its accuracy is no estimate of the final one; use the test
+The best of many candidates is biased upwards by chance, so its accuracy does not estimate the final one; use the test
 split for that.
 """
 

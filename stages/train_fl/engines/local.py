@@ -1,4 +1,4 @@
-"""The local engine: one process, one device, clients in turn, weights passed by reference."""
+"""The local engine: all clients on this machine, in turn on a GPU and side by side on the cores of a CPU."""
 
 import time
 from collections.abc import Iterator
@@ -8,7 +8,8 @@ import torch
 
 from stages.train_fl import rounds
 from stages.train_fl.client_data import ClientData
-from stages.train_fl.methods import ClientUpdate, Method, Metrics, Weights
+from stages.train_fl.engines import workers
+from stages.train_fl.methods import ClientState, ClientUpdate, Method, Metrics, Weights
 from stages.train_fl.rounds import Progress, Round, Schedule
 
 
@@ -20,6 +21,7 @@ class LocalEngine:
     clients: list[ClientData]
     schedule: Schedule
     device: str
+    num_workers: int = 1  # from `workers.resolve`
     checkpoint_every: int = 1
     name: str = "local"
 
@@ -29,47 +31,73 @@ class LocalEngine:
 
     def rounds(self, start: Progress) -> Iterator[Round]:
         """Run all rounds after `start`."""
-        return run(self.method, start, self.clients, self.schedule, self.device)
+        return run(self.method, start, self.clients, self.schedule, self.device, self.num_workers)
 
 
 def run(
-    method: Method, start: Progress, clients: list[ClientData], schedule: Schedule, device: str | None = None
+    method: Method,
+    start: Progress,
+    clients: list[ClientData],
+    schedule: Schedule,
+    device: str | None = None,
+    num_workers: int = 1,
 ) -> Iterator[Round]:
     """Run a method from `start`, which `begin` or an earlier round gave, and yield after every round.
 
-    Participants and batches are drawn from generators keyed by (seed, round, client), so they depend neither on the
-    method nor on the order of clients. Without a `device`, clients train where their data are. A loss that is not
-    finite raises TrainingDiverged.
+    Participants and batches are drawn from generators keyed by (seed, round, client), and updates are aggregated in the
+    order of clients, so results depend neither on the method's draws nor on the number of workers. Without a `device`,
+    clients train where their data are. A loss that is not finite raises TrainingDiverged.
     """
+
+    def train(shared: tuple[int, Weights, Weights], item: tuple[int, ClientState]) -> _Trained:
+        """Run one client's update in round `number`."""
+        (number, weights, broadcast), (client, state) = shared, item
+        batches = rounds.client_batches(clients[client], schedule, number, client, device)
+        learning_rate = schedule.learning_rate_of(number)
+        update, state, metrics = method.client_update(weights, broadcast, state, batches, learning_rate)
+        return _Trained(update, state, metrics, batches.loading.seconds)
+
     server, states = start.server, list(start.clients)
-    for number in range(start.number + 1, schedule.num_rounds + 1):
-        participants = rounds.sample_clients([c for c, data in enumerate(clients) if len(data)], schedule, number)
-        started = time.perf_counter()
-        load_seconds, updates, metrics = 0.0, list[ClientUpdate](), list[Metrics]()
-        for client in participants:
-            batches = rounds.client_batches(clients[client], schedule, number, client, device)
-            update, states[client], client_metrics = method.client_update(
-                server.weights, server.broadcast, states[client], batches, schedule.learning_rate_of(number)
+    with_data = [client for client, data in enumerate(clients) if len(data)]
+    num_workers = max(1, min(num_workers, schedule.clients_per_round, len(with_data)))
+    model_bytes = rounds.num_bytes(server.weights) + rounds.num_bytes(server.broadcast)
+    with workers.opened(num_workers, train, memory=4 * model_bytes) as train_all:  # a client's update and state
+        for number in range(start.number + 1, schedule.num_rounds + 1):
+            participants = rounds.sample_clients(with_data, schedule, number)
+            started = time.perf_counter()
+            largest_first = sorted(participants, key=lambda client: -len(clients[client]))  # so that all end together
+            items = [(client, states[client]) for client in largest_first]
+            results = train_all((number, server.weights, server.broadcast), items)
+            trained = dict(sorted(zip(largest_first, results, strict=True)))
+            for client, result in trained.items():
+                rounds.check_finite(result.metrics, client, number)
+                states[client] = result.state
+            training_seconds = time.perf_counter() - started
+            updates = [result.update for result in trained.values()]
+            bytes_down = len(participants) * (rounds.num_bytes(server.weights) + rounds.num_bytes(server.broadcast))
+            server, _ = method.server_update(server, updates)
+            if device is not None and device.startswith("cuda"):
+                torch.cuda.synchronize(device)  # so that the seconds are those of the work
+            sizes = [update.num_samples for update in updates]
+            yield Round(
+                progress=Progress(number, server, list(states)),
+                weights=method.reported_weights(server),
+                participants=participants,
+                num_samples=sum(sizes) * schedule.local_epochs,
+                train_metrics=rounds.mean_metrics([result.metrics for result in trained.values()], sizes),
+                bytes_down=bytes_down,
+                bytes_up=sum(map(rounds.update_bytes, updates)),
+                load_seconds=sum(result.load_seconds for result in results) / num_workers,
+                train_seconds=training_seconds,
+                aggregate_seconds=time.perf_counter() - started - training_seconds,
             )
-            rounds.check_finite(client_metrics, client, number)
-            load_seconds += batches.loading.seconds
-            updates.append(update)
-            metrics.append(client_metrics)
-        trained = time.perf_counter()
-        bytes_down = len(participants) * (rounds.num_bytes(server.weights) + rounds.num_bytes(server.broadcast))
-        server, _ = method.server_update(server, updates)
-        if device is not None and device.startswith("cuda"):
-            torch.cuda.synchronize(device)  # so that the seconds are those of the work
-        sizes = [update.num_samples for update in updates]
-        yield Round(
-            progress=Progress(number, server, list(states)),
-            weights=method.reported_weights(server),
-            participants=participants,
-            num_samples=sum(sizes) * schedule.local_epochs,
-            train_metrics=rounds.mean_metrics(metrics, sizes),
-            bytes_down=bytes_down,
-            bytes_up=sum(map(rounds.update_bytes, updates)),
-            load_seconds=load_seconds,
-            train_seconds=trained - started,
-            aggregate_seconds=time.perf_counter() - trained,
-        )
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What a client's update gave."""
+
+    update: ClientUpdate
+    state: ClientState
+    metrics: Metrics
+    load_seconds: float

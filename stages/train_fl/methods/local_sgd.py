@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.sgd import sgd
 
 from stages.train_fl.client_data import Batch, Batches
 from stages.train_fl.guidance import GuidanceTargets
@@ -53,26 +54,28 @@ class LocalSGD:
     ) -> tuple[ClientUpdate, Metrics]:
         """Train from `weights`; return the update and the mean of each term of the loss over samples."""
         model = self.model
-        model.load_state_dict(weights)
+        state = model.state_dict()  # views of the parameters and buffers
+        for name, value in state.items():
+            value.copy_(weights[name])  # load_state_dict takes as long as half a step of a small network
         model.train()
         parameters: list[Tensor] = [value for value in model.parameters() if value.requires_grad]
-        # Fused SGD takes one pass over the parameters: a third of the default's time on a CPU.
-        sgd = torch.optim.SGD(parameters, learning_rate, self.momentum, weight_decay=self.weight_decay, fused=True)
+        buffers: list[Tensor | None] = [None] * len(parameters)
         sums: dict[str, Tensor] = {}
         num_seen = num_steps = 0
         for batch in batches:
             terms = self._terms(objective, batch)
-            sgd.zero_grad(set_to_none=True)
+            for parameter in parameters:
+                parameter.grad = None
             functools.reduce(torch.add, terms.values()).backward()
             if correction:
                 correction(parameters, _gradients(parameters))
             if self.gradient_clipping is not None:
                 nn.utils.clip_grad_norm_(parameters, self.gradient_clipping)
-            sgd.step()
+            self._step(parameters, buffers, learning_rate)
             _accumulate(sums, terms, len(batch.labels))
             num_seen += len(batch.labels)
             num_steps += 1
-        trained = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        trained = {name: value.clone() for name, value in state.items()}
         # One transfer for all terms: no step waits for the device.
         values = torch.stack(list(sums.values())).tolist() if sums else []
         means = {name: value / num_seen for name, value in zip(sums, values, strict=True)}
@@ -95,6 +98,31 @@ class LocalSGD:
             sums.append(one_hot.T @ values)
             counts.append(one_hot.sum(0))
         return torch.stack(sums).sum(0), torch.stack(counts).sum(0)
+
+    def _step(self, parameters: list[Tensor], buffers: list[Tensor | None], learning_rate: float) -> None:
+        """Take a step of SGD on the parameters that have a gradient, and update their momentum buffers.
+
+        Fused SGD takes one pass over the parameters: a third of the default's time on a CPU. torch.optim.SGD would call
+        the same function, but imports torch's compiler first, which takes as long as the rest of a run's start.
+        """
+        reached = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
+        first = [i for i in reached if buffers[i] is None]
+        for chosen in (first, [i for i in reached if buffers[i] is not None]):
+            own_buffers = [buffers[i] for i in chosen]
+            sgd(
+                [parameters[i] for i in chosen],
+                [gradient for i in chosen if (gradient := parameters[i].grad) is not None],
+                own_buffers,
+                fused=True,
+                lr=learning_rate,
+                momentum=self.momentum,
+                weight_decay=self.weight_decay,
+                dampening=0,
+                nesterov=False,
+                maximize=False,
+            )
+            for i, buffer in zip(chosen, own_buffers, strict=True):
+                buffers[i] = buffer
 
     def _terms(self, objective: Objective, batch: Batch) -> dict[str, Tensor]:
         embeddings, terms = objective(self.model, batch)

@@ -72,7 +72,7 @@ def _draw_until(
     wanted: str,
     remedy: str,
 ) -> list[np.ndarray]:
-    """Draw partitions of samples until every client has `min_samples`, or until none is to be expected.
+    """Draw partitions of samples until every client has `min_samples`, or until success is unlikely.
 
     Parts are ordered by class. `wanted` and `remedy` are for the error: what each client should get, and which settings
     to change.

@@ -105,7 +105,7 @@ def _build(node: Node, run_items: tuple[tuple[str, object], ...]) -> Participant
         raise ConfigError(
             f"client-id {node.client_id} is too high (train_fl.num_clients is {num_clients}). Use a lower one."
         )
-    device = session.prepare_torch(config.params.runtime)
+    device = session.prepare_torch(config.params.runtime, node.threads)
     data = run_data.load(config, job.method_name, job.partition_name, job.seed, device, node.client_id)
     if not len(data.clients[0]):
         raise DataError(f"{config.dataset_dir} has no images for client {node.client_id}")

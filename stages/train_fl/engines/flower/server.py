@@ -22,6 +22,7 @@ from pipeline.federation.node import config_of, project_of, seed_of
 from stages.train_fl import data as run_data
 from stages.train_fl import session
 from stages.train_fl.data import FederatedData
+from stages.train_fl.engines import workers
 from stages.train_fl.engines.flower import privacy
 from stages.train_fl.engines.flower.messages import TrainRequest, to_record
 from stages.train_fl.engines.flower.strategy import FlowerEngine
@@ -84,8 +85,9 @@ def _settings(job: Job, data: FederatedData | None, agreed: dict[str, Any]) -> d
 
 def _evaluator(job: Job, method: Method, data: FederatedData | None, members: Members, device: str) -> Evaluator:
     """Evaluate on the data set, on the server's own test images, or on the nodes."""
+    num_threads = workers.resolve(job.config.params.runtime.workers, device)
     if data:
-        return session.evaluator_of(method, data.clients, data.held_out)
+        return session.evaluator_of(method, data.clients, data.held_out, num_threads)
     folder = job.config.dataset_dir
     if folder.exists() and method.needs_labels:
         dataset = PreparedDataset(folder)
@@ -94,7 +96,7 @@ def _evaluator(job: Job, method: Method, data: FederatedData | None, members: Me
                 f"the classes of {folder} (the server's test images) differ from those of the nodes. Prepare the same "
                 "classes, or remove the folder to evaluate on the nodes."
             )
-        return Classification(run_data.held_out(dataset.load("test"), device))
+        return Classification(run_data.held_out(dataset.load("test"), device), num_threads)
     return NodeEvaluator(members)
 
 

@@ -1,0 +1,245 @@
+"""Worker processes that train the clients of a round side by side on a CPU, with one thread each.
+
+Processes, because Python's interpreter lock limits threads (docs/speed.md has the measurement). Forked, as PyTorch's
+DataLoader forks its own: a worker shares the clients' data and the method, which a notebook may define, with its parent
+without a copy or pickling, and starts within milliseconds. With one thread each, workers do not wait for one another
+inside an operation, and results do not depend on their number.
+"""
+
+import contextlib
+import io
+import itertools
+import mmap
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import ConfigError, PipelineError
+
+Map = Callable[[Any, Sequence[Any]], list[Any]]
+"""(shared, items) -> [function(shared, item) for item in items]"""
+
+
+def resolve(workers: int | Literal["auto"], device: str) -> int:
+    """Return the number of workers for `runtime.workers`, which is one if the device is not the CPU.
+
+    "auto" is the number of cores that this process may use, or one where processes cannot fork safely: outside of
+    Linux, and in a daemonic process. Raise ConfigError if more are requested there.
+    """
+    can_fork = sys.platform == "linux" and not multiprocessing.current_process().daemon
+    if device != "cpu" or workers == 1 or (workers == "auto" and not can_fork):
+        return 1
+    if not can_fork:
+        raise ConfigError(f"runtime.workers is {workers}, but this system allows only one. Set it to auto.")
+    if workers == "auto":
+        from joblib import cpu_count  # respects affinity and the limits of containers
+
+        return int(cpu_count())
+    return workers
+
+
+@contextlib.contextmanager
+def single_threaded() -> Iterator[None]:
+    """Compute with one thread per operation inside the block, so that results do not depend on the number of cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def opened(count: int, function: Callable[[Any, Any], Any], memory: int = 2**24) -> Iterator[Map]:
+    """Start workers that compute `function`, and stop them at the end of the block.
+
+    Args:
+        count: The number of workers; one is this process itself.
+        function: (shared, item) -> result. A worker has it, and everything it refers to, as it is now; what it changes
+            stays in the worker.
+        memory: Bytes that each worker shares with this process, for the tensors of a message; more go through a pipe.
+
+    Yields:
+        A `Map`: it starts items in their order, one per worker at a time, and returns results in the same order. It
+        raises an item's exception, and PipelineError if a worker dies; the workers cannot be used afterwards.
+    """
+    if count == 1:
+        yield lambda shared, items: [function(shared, item) for item in items]
+        return
+    workers: list[_Worker] = []
+    try:
+        for _ in range(count):
+            workers.append(_Worker(function, memory))
+        yield lambda shared, items: _map(workers, shared, items)
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+def _map(workers: list["_Worker"], shared: Any, items: Sequence[Any]) -> list[Any]:
+    results: list[Any] = [None] * len(items)
+    waiting = iter(enumerate(items))
+    running: dict[Any, tuple[_Worker, int]] = {}
+    for worker, (index, item) in zip(workers, waiting, strict=False):
+        worker.send((True, shared, item))
+        running[worker.link] = worker, index
+    while running:
+        for link in connection.wait(list(running)):
+            worker, index = running.pop(link)
+            results[index] = worker.receive()
+            for following, item in waiting:
+                worker.send((False, None, item))
+                running[link] = worker, following
+                break
+    return results
+
+
+class _Worker:
+    """A worker process, seen from its parent: a request is sent, then its result is received."""
+
+    def __init__(self, function: Callable[[Any, Any], Any], memory: int) -> None:
+        context = multiprocessing.get_context("fork")
+        self.link, there = context.Pipe()
+        self._memory = mmap.mmap(-1, memory)  # shared with the worker, and not limited by the size of /dev/shm
+        self._process = context.Process(target=_serve, args=(there, self._memory, function), daemon=True)
+        with warnings.catch_warnings():
+            # From Python 3.12 on, fork warns if other threads run (progress bar, logger). Workers use none of their
+            # locks.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._process.start()
+        there.close()
+
+    def send(self, value: Any) -> None:
+        with self._reporting_death():
+            _send(self.link, self._memory, value)
+
+    def receive(self) -> Any:
+        with self._reporting_death():
+            result = _receive(self.link, self._memory)
+        if isinstance(result, _Failure):
+            raise result.error
+        return result
+
+    def stop(self) -> None:
+        self.link.close()
+        self._process.terminate()
+        self._process.join()
+
+    @contextlib.contextmanager
+    def _reporting_death(self) -> Iterator[None]:
+        """Turn the error of a closed pipe into one that says how the worker died."""
+        try:
+            yield
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self._process.join()
+            code = self._process.exitcode or 0
+            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            raise PipelineError(
+                f"a training worker died ({how}). If the machine ran out of memory, set runtime.workers to a lower "
+                "number."
+            ) from None
+
+
+@dataclass(frozen=True)
+class _Failure:
+    error: Exception
+
+
+def _serve(link: Connection, memory: mmap.mmap, function: Callable[[Any, Any], Any]) -> None:
+    """Run a worker: compute requests until the parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    shared = None
+    while True:
+        is_first, value, item = _receive(link, memory)
+        if is_first:
+            shared = value
+        _send(link, memory, _attempt(function, shared, item))
+
+
+def _exit_with_parent() -> None:
+    """End this process if its parent is killed, at once, so that no lock or memory of the run is held."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _attempt(function: Callable[[Any, Any], Any], shared: Any, item: Any) -> Any:
+    try:
+        return function(shared, item)
+    except Exception as error:
+        text = traceback.format_exc()
+        try:
+            error = pickle.loads(pickle.dumps(error))  # noqa: S301 (it may lack what its class needs)
+        except Exception:
+            error = RuntimeError(str(error))
+        if not isinstance(error, PipelineError):
+            error.add_note(text)
+        return _Failure(error)
+
+
+def _send(link: Connection, memory: mmap.mmap, value: Any) -> None:
+    """Send a value, its tensors through `memory` as far as they fit.
+
+    (PyTorch's own pickling of tensors is slow, and its sharing fills /dev/shm, which containers keep small.)
+    """
+    sizes: list[int] = []
+
+    def place(buffer: pickle.PickleBuffer) -> bool:
+        """Write a tensor's bytes to the memory; True if they must stay in the message instead."""
+        raw, start = buffer.raw(), sum(sizes)
+        if start + raw.nbytes > len(memory):
+            return True
+        memory[start : start + raw.nbytes] = raw
+        sizes.append(raw.nbytes)
+        return False
+
+    stream = io.BytesIO()
+    _Pickler(stream, protocol=pickle.HIGHEST_PROTOCOL, buffer_callback=place).dump(value)
+    link.send((sizes, stream.getvalue()))
+
+
+def _receive(link: Connection, memory: mmap.mmap) -> Any:
+    """Receive what `_send` sent; tensors are copies, which the caller owns."""
+    sizes, message = link.recv()
+    with memoryview(memory) as view:
+        ends = itertools.accumulate(sizes)
+        buffers = [bytearray(view[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+    return pickle.loads(message, buffers=buffers)  # noqa: S301 (the other end of the pipe is our own process)
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, value: Any) -> Any:
+        """Reduce a tensor to its bytes, in the order in which they lie in memory if that is dense."""
+        if not isinstance(value, Tensor):
+            return NotImplemented
+        value = value.detach()
+        is_channels_last = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
+        flat = (value.permute(0, 2, 3, 1) if is_channels_last else value).contiguous().view(-1).view(torch.uint8)
+        return _tensor, (pickle.PickleBuffer(flat.numpy()), value.dtype, value.shape, is_channels_last)
+
+
+def _tensor(buffer: Any, dtype: torch.dtype, shape: torch.Size, is_channels_last: bool) -> Tensor:
+    if not shape.numel():
+        return torch.empty(shape, dtype=dtype)
+    flat = torch.frombuffer(buffer, dtype=dtype)
+    if not is_channels_last:
+        return flat.view(shape)
+    n, c, h, w = shape
+    return flat.view(n, h, w, c).permute(0, 3, 1, 2)

@@ -1,0 +1,176 @@
+"""Clients trained side by side in worker processes: equal bytes for any number of workers, errors, and their end."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.errors import ConfigError, PipelineError, TrainingDiverged
+from pipeline.settings import params
+from stages.train_fl import methods, models, rounds, run
+from stages.train_fl.encoders import EncoderSettings
+from stages.train_fl.engines import local, workers
+from tests.train_fl import tiny_project
+from tests.train_fl.method_fixtures import DIM, client, state_of
+
+CLIENTS = [client(size, seed) for seed, size in enumerate((5, 16, 9, 12))]
+
+
+def train(settings, num_workers: int) -> list[rounds.Round]:
+    """Run three rounds of three of the four clients, with the network that the method needs."""
+    guidance_dim = DIM if methods.guidance_of(settings) else None
+    parts = methods.model_parts(settings)
+    model = models.build(EncoderSettings("small_cnn", "batch", "float32", True), 3, 0, guidance_dim, **parts)
+    method = methods.build(settings, model, 0.9, 0.01, len(CLIENTS))
+    augmentation = "views" if methods.method_class(settings).needs_augmentation else "none"
+    schedule = rounds.Schedule(3, 3, 1, 8, 0.05, 1.0, augmentation, 0)
+    start = rounds.begin(method, state_of(model), len(CLIENTS))
+    return list(local.run(method, start, CLIENTS, schedule, "cpu", num_workers))
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("algorithm", list(params.METHODS))
+def test_number_of_workers_changes_no_byte(algorithm):
+    settings = params.METHODS[algorithm]()
+    alone = train(settings, 1)
+    for num_workers in (2, 4):
+        for one, several in zip(alone, train(settings, num_workers), strict=True):
+            assert one.train_metrics == several.train_metrics and one.participants == several.participants
+            assert (one.bytes_up, one.bytes_down, one.num_samples) == (
+                several.bytes_up,
+                several.bytes_down,
+                several.num_samples,
+            )
+            assert same(one.weights, several.weights)
+            for part in ("weights", "broadcast", "private"):
+                assert same(getattr(one.progress.server, part), getattr(several.progress.server, part))
+            assert all(map(same, one.progress.clients, several.progress.clients))
+
+
+@pytest.mark.parametrize("method", ["fedavg", "simsiam"])
+def test_number_of_workers_changes_no_byte_of_a_run(tmp_path, method):
+    files = {}
+    for num_workers in (1, 3):
+        (tmp_path / str(num_workers)).mkdir()
+        project = tiny_project.make(
+            tmp_path / str(num_workers),
+            runtime__workers=num_workers,
+            train_fl__clients_per_round=4,
+            train_fl__num_rounds=2,
+            train_fl__augmentation="views",
+        )
+        path = run(project, method, "dir", 0)
+        names = ("rounds.csv", "clients.csv", "metrics.json", "model.safetensors", "config.json")
+        files[num_workers] = [(path / name).read_bytes() for name in names]
+    assert files[1] == files[3]
+
+
+def test_workers_are_distinct_processes_with_one_thread():
+    def report(shared, item):
+        time.sleep(0.05)
+        return shared, item, os.getpid(), torch.get_num_threads()
+
+    with workers.opened(2, report) as compute:
+        results = compute("first", [3, 1, 2]) + compute("second", [5])
+    assert [result[:2] for result in results] == [("first", 3), ("first", 1), ("first", 2), ("second", 5)]
+    pids = {result[2] for result in results}
+    assert len(pids) == 2 and os.getpid() not in pids
+    assert {result[3] for result in results} == {1}
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("memory", [1 << 20, 100, 1])  # all tensors fit into the shared memory, some do, none does
+def test_tensors_of_every_kind_survive_the_way(memory):
+    values = {
+        "bfloat16": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
+        "bool": torch.tensor([[True], [False]]),
+        "scalar": torch.tensor(7),
+        "empty": torch.empty(0, 3),
+        "strided": torch.arange(24.0).view(2, 3, 2, 2).to(memory_format=torch.channels_last),
+        "view": torch.arange(10.0)[2:4],
+    }
+    with workers.opened(2, lambda shared, item: {**shared, "item": item}, memory) as compute:
+        (result,) = compute(values, [torch.ones(2)])
+    assert result.pop("item").tolist() == [1, 1]
+    assert all(result[name].dtype == value.dtype and torch.equal(result[name], value) for name, value in values.items())
+    result["view"] += 1  # received tensors are writable
+
+
+class OfTwo(Exception):  # cannot be pickled: its class needs two arguments
+    def __init__(self, first, second):
+        super().__init__(first + second)
+
+
+@pytest.mark.parametrize(
+    "error, kind", [(TrainingDiverged("of client 3"), TrainingDiverged), (OfTwo("of client", " 3"), RuntimeError)]
+)
+def test_error_of_a_worker_is_raised_here(error, kind):
+    def fail(shared, item):
+        raise error
+
+    with pytest.raises(kind, match="of client 3"), workers.opened(2, fail) as compute:
+        compute(None, [1, 2, 3])
+    assert not multiprocessing.active_children()
+
+
+def test_killed_worker_is_one_line():
+    def die(shared, item):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    wanted = r"a training worker died \(killed by SIGKILL\)\. .*set runtime.workers to a lower number"
+    with pytest.raises(PipelineError, match=wanted), workers.opened(2, die) as compute:
+        compute(None, [1])
+
+
+ORPHANS = """
+import os, sys, time
+from stages.train_fl.engines import workers
+
+def work(shared, item):
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+with workers.opened(2, work) as compute:
+    compute(None, [1, 2])
+"""
+
+
+def test_workers_end_at_once_if_their_parent_is_killed():
+    command = [sys.executable, "-c", ORPHANS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as parent:
+        assert parent.stdout
+        pids = [int(parent.stdout.readline()) for _ in range(2)]
+        parent.kill()
+        assert parent.stdout.read() == ""  # the end of file comes when the last process that writes to it ends
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline, "a worker outlived its parent"
+        time.sleep(0.01)
+
+
+def test_auto_is_a_worker_per_core_that_the_process_may_use():
+    cores = os.sched_getaffinity(0)
+    assert workers.resolve("auto", "cpu") == len(cores)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        assert workers.resolve("auto", "cpu") == 1
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert workers.resolve(3, "cpu") == 3
+    assert workers.resolve("auto", "cuda:0") == workers.resolve(8, "cuda:0") == 1
+
+
+def test_system_without_fork_trains_in_turn(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert workers.resolve("auto", "cpu") == 1
+    with pytest.raises(ConfigError, match="runtime.workers is 2, but this system allows only one. Set it to auto"):
+        workers.resolve(2, "cpu")
