@@ -226,7 +226,7 @@ def test_disk_that_fills_up_while_writing_is_reported(path):
     try:
         with pytest.raises(
             PipelineError,
-            match=r"ours cannot be written \(File too large\)\. Make room .* is kept",
+            match=r"ours cannot be written \(File too large\)\. Make room .* is unchanged",
         ):
             write(path, "ours", "made", make_source(splits={"train": make_images(2000, 0), "test": make_images(4, 1)}))
     finally:
