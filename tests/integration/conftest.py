@@ -1,4 +1,4 @@
-"""A `pipeline` that starts in milliseconds, for tests in which DVC starts it many times."""
+"""A `pipeline` that starts in milliseconds, for tests in which DVC starts it many times; one thread for federations."""
 
 import subprocess
 import sys
@@ -28,3 +28,9 @@ def quick_bin() -> Iterator[Path]:
         forked.write_program(folder, address)
         yield folder
         server.communicate()
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Use one thread for nodes and local engine: the number of threads changes last bits."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
