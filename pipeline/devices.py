@@ -5,17 +5,22 @@ import os
 from pipeline.errors import ConfigError
 
 
-def resolve(name: str) -> str:
-    """Return the torch device for `runtime.device`; "auto" is a GPU if there is one, else "cpu".
+def resolve(name: str, setting: str = "runtime.device") -> str:
+    """Return the torch device of a setting; "auto" is a GPU if there is one, else "cpu".
 
-    A process of accelerate or torchrun uses the GPU of its local rank. Raise ConfigError if the GPU is not available.
+    A process of accelerate or torchrun uses the GPU of its local rank. Raise ConfigError, which names the setting, if
+    there is no such device.
     """
     import torch
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"{setting} = {name} is no device. Use auto, cpu or cuda.") from None
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"runtime.device = {name}: this machine has no usable CUDA GPU. Use auto or cpu.")
+        raise ConfigError(f"{setting} = {name}: this machine has no usable CUDA GPU. Use auto or cpu.")
     local_rank = os.environ.get("LOCAL_RANK")
     if name != "cuda" or local_rank is None:
         return name

@@ -3,7 +3,7 @@
 config.json      `RunConfig`     the settings that decide the run, what it was made from, and the software
 metrics.json     `RunMetrics`    the main results, which `dvc metrics show` prints
 details.json     `RunDetails`    best accuracy, seconds, bytes
-partition.json   `RunPartition`  which samples and labels each client has
+partition.json   `RunPartition`  which samples and labels each client has; not of nodes with images of their own
 """
 
 from pathlib import Path
@@ -38,6 +38,7 @@ class RunConfig(_Manifest):
     dataset: DatasetReference
     features: str | None = None  # fingerprint of the feature set
     synthetic: str | None = None  # hash of the generated images
+    agreed: dict[str, Any] = {}  # what nodes with images of their own have in common
     provenance: dict[str, Any] = {}
 
 
@@ -77,7 +78,7 @@ M = TypeVar("M", bound=_Manifest)
 def read(file: Path, model: type[M]) -> M:
     """Read a manifest of class `model` from a JSON file.
 
-    Raise FileNotFoundError if there is none, DataError if it has another content, SystemRefusal if it is unreadable.
+    Raise FileNotFoundError if there is none, DataError if its content is invalid, SystemRefusal if it is unreadable.
     """
     with reading(file):
         text = file.read_bytes()

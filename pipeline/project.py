@@ -4,6 +4,7 @@ The repository is itself a project: its files exist once, at its top level. A wh
 `pipeline/template` (see setup.py, which imports this module, so it may import nothing that a build lacks).
 """
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def create(folder: Path) -> None:
     if existing := [name for name in FILES if os.path.lexists(folder / name)]:
         raise ConfigError(f"{folder} already has {', '.join(existing)}. Choose another folder, or move them away.")
     in_git = any((parent / ".git").exists() for parent in (folder.resolve(), *folder.resolve().parents))
-    written = []
+    files = [folder / name for name in FILES]
+    new_folders = {parent for file in files for parent in file.parents if not parent.exists()}
     try:
         for name in FILES:
             content = (source() / name).read_bytes()
@@ -41,8 +43,11 @@ def create(folder: Path) -> None:
                 content = content.replace(b"[core]\n", b"[core]\n    no_scm = true\n")
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             atomic.write_bytes(folder / name, content)
-            written.append(folder / name)
     except BaseException:
-        for file in written:
-            file.unlink(missing_ok=True)
+        for file in files:
+            with contextlib.suppress(OSError):
+                file.unlink()
+        for parent in sorted(new_folders, reverse=True):  # the inner ones first
+            with contextlib.suppress(OSError):
+                parent.rmdir()
         raise

@@ -54,20 +54,24 @@ def software() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """Return the commit of the running code, with "-dirty" if files were changed since; None outside git.
+    """Return the commit of the running code, with "-dirty" if files were changed since; None if git does not track it.
 
-    Raise SystemRefusal if git cannot be started now, for example because too many files are open. Checkpoints are named
-    after the commit, so returning None would lose one.
+    An installed package may lie in a repository of something else. Raise SystemRefusal if git cannot be started now,
+    for example because too many files are open.
     """
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    file = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(file.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (FileNotFoundError, PermissionError, subprocess.TimeoutExpired):  # git is not installed or does not run
+        git("ls-files", "--error-unmatch", file.name)
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
+    except (FileNotFoundError, PermissionError, subprocess.SubprocessError):  # no git, no repository, not tracked
         return None
     except OSError as error:
-        raise refusal(error, here) or error from None
-    return answer.stdout.strip() or None
+        raise refusal(error, file.parent) or error from None
 
 
 def code_sha256() -> str:
@@ -101,9 +105,10 @@ def write_checksums(folder: Path) -> None:
 
 
 def changed_file(folder: Path, names: Iterable[str]) -> str | None:
-    """Return the first of these files in `folder` that differs from SHA256SUMS there; itself if it lacks one.
+    """Return the first of these files in `folder` that differs from SHA256SUMS there.
 
-    Raise FileNotFoundError if SHA256SUMS or one of the files is missing.
+    Return SHA256SUMS itself if it does not list one of them. Raise FileNotFoundError if SHA256SUMS or one of the files
+    is missing.
     """
     lines = (folder / CHECKSUMS).read_text(encoding="utf-8", errors="replace").splitlines()
     expected = {name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}

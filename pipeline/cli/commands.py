@@ -1,8 +1,7 @@
 """The command line: one command per stage.
 
-This is the only module that imports stages, and it does so inside the commands, so that --help answers at once. Every
-key of a stage's section in params.yaml is a flag of its command, generated from the types of the settings; a flag
-overrides the key for one run.
+Stages are imported inside the commands, so that --help answers at once. Every key of a stage's section in params.yaml
+is a flag of its command, generated from the types of the settings; a flag overrides the key for one run.
 
 Exit codes:
     0: Success.

@@ -109,7 +109,7 @@ class Members:
         """Address `content` to each of `members`, or to all that are present; `kind` is Flower's message type."""
         recipients = self.present().values() if members is None else members
         ttl = self._params.round_timeout
-        return [Message(content, dst_node_id=own.node_id, message_type=kind, ttl=ttl) for own in recipients]
+        return [Message(content, dst_node_id=member.node_id, message_type=kind, ttl=ttl) for member in recipients]
 
     def ask(
         self, kind: str, content: RecordDict, read: Callable[[RecordDict], T], members: Iterable[Member] | None = None
@@ -158,12 +158,14 @@ class Members:
         """Ask every connected node that has neither joined nor been asked already."""
         now, ttl = time.monotonic(), self._params.join_timeout
         self._asked = {key: (node, asked) for key, (node, asked) in self._asked.items() if now - asked < ttl}
-        waiting = {node for node, _ in self._asked.values()} | {node for node, at in self._retry_at.items() if now < at}
+        not_yet = {node for node, retry_at in self._retry_at.items() if now < retry_at}
+        waiting = not_yet | {node for node, _ in self._asked.values()}
         unknown = sorted(online - self._joined.keys() - waiting)
         if unknown:
             messages = [Message(RecordDict(), dst_node_id=node, message_type=JOIN, ttl=ttl) for node in unknown]
-            keys = self._grid.push_messages(messages)
-            self._asked |= {key: (node, now) for key, node in zip(keys, unknown, strict=True)}
+            stored = set(filter(None, self._grid.push_messages(messages)))  # other messages have "" or no id in it
+            asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+            self._asked |= {key: (node, now) for key, node in asked.items() if key in stored}
 
     def _collect(self) -> None:
         """Read the answers to requests to join that have arrived."""

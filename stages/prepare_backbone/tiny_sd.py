@@ -51,7 +51,7 @@ class Recipe:
 def train(output: Path, recipe: Recipe | None = None) -> None:
     """Train tiny-sd and write it to `output` as a diffusers pipeline directory with float16 safetensors weights.
 
-    The default recipe makes the shipped weights, in half an hour on two CPU cores.
+    The default recipe makes the shipped weights, in about 40 minutes on two CPU cores.
     """
     recipe = recipe or Recipe()
     rng = seeding.numpy_generator(recipe.seed, "tiny-sd", "corpus")

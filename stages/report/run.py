@@ -90,6 +90,11 @@ def _read(config: Config, method: str, partition: str, seed: int) -> Run:
         ) from None
     run_digests.check(config.sweep_dir, folder)
     config.check_settings_of_run(folder, found.settings.model_dump(), method, partition)
+    if not found.clients:
+        raise DataError(
+            f"{folder} was trained on nodes with images of their own, which the report cannot show. Remove it from "
+            "sweep in params.yaml; `read_runs` in Python reads it."
+        )
     return found
 
 

@@ -25,7 +25,8 @@ from pipeline.errors import DataError
 from pipeline.io.system_errors import reading
 from pipeline.manifests import RunConfig
 
-_FILES = ("config.json", "partition.json", "rounds.csv", "clients.csv", "metrics.json", "details.json")
+_FILES = ("config.json", "rounds.csv", "metrics.json", "details.json")
+_OF_CLIENTS = ("partition.json", "clients.csv")  # only optional if the clients were nodes with images of their own
 _OPTIONAL_FILES = ("timing.csv", "partition.svg", "model.safetensors")  # not read, and checked only if present
 
 Row = dict[str, Any]
@@ -34,6 +35,8 @@ Row = dict[str, Any]
 @dataclass(frozen=True, repr=False)
 class Run:
     """A finished run, as its folder holds it.
+
+    If the clients were nodes with images of their own, `clients`, `label_counts` and `heterogeneity` are empty.
 
     Attributes:
         name: Name of the folder.
@@ -93,7 +96,8 @@ class Run:
     def __repr__(self) -> str:
         """Name, accuracy, and numbers of rounds and clients."""
         reached = f"{100 * self.metrics['mean_last5_accuracy']:.2f} %, {accuracy.rounds_in_words(len(self.rounds))}"
-        return f"Run({self.name}: accuracy {reached}; {len(self.rounds)} rounds, {len(self.clients)} clients)"
+        clients = f", {len(self.clients)} clients" if self.clients else ""
+        return f"Run({self.name}: accuracy {reached}; {len(self.rounds)} rounds{clients})"
 
 
 def read_run(folder: str | Path) -> Run:
@@ -132,19 +136,28 @@ def read_runs(folder: str | Path, pattern: str = "*") -> list[Run]:
 
 def load(folder: Path) -> Run:
     """Read a run as `read_run` does, but raise FileNotFoundError if a file is missing."""
-    present = [name for name in _OPTIONAL_FILES if (folder / name).exists()]
+    present = [name for name in (*_OF_CLIENTS, *_OPTIONAL_FILES) if (folder / name).exists()]
     if changed := provenance.changed_file(folder, [*_FILES, *present]):
-        raise DataError(f"{folder / changed} does not match its checksum. Train it again, or `dvc checkout` it.")
-    partition = manifests.read(folder / "partition.json", manifests.RunPartition)
+        is_list = changed == provenance.CHECKSUMS
+        problem = "does not list all files of the run" if is_list else "does not match its checksum"
+        raise DataError(f"{folder / changed} {problem}. Train it again, or `dvc checkout` it.")
+    settings = manifests.read(folder / "config.json", RunConfig)
+    if settings.partition.get("kind") == "nodes":
+        nothing: dict[str, Any] = {"label_counts": [], "synthetic_counts": [], "heterogeneity": {}, "clients": []}
+        partition = manifests.RunPartition(class_names=settings.agreed.get("class_names", []), **nothing)
+        clients = []
+    else:
+        partition = manifests.read(folder / "partition.json", manifests.RunPartition)
+        clients = _rows(folder / "clients.csv", {"held_out_accuracy"})
     metrics = manifests.read(folder / "metrics.json", manifests.RunMetrics).model_dump(exclude_none=True)
     return Run(
         name=folder.name,
-        settings=manifests.read(folder / "config.json", RunConfig),
+        settings=settings,
         metrics=metrics | manifests.read(folder / "details.json", manifests.RunDetails).model_dump(),
         rounds=_rows(folder / "rounds.csv", {"accuracy", "loss"}),
-        clients=_rows(folder / "clients.csv", {"held_out_accuracy"}),
+        clients=clients,
         class_names=partition.class_names,
-        label_counts=np.array(partition.label_counts),
+        label_counts=np.array(partition.label_counts, np.int64),
         heterogeneity=partition.heterogeneity,
     )
 

@@ -5,22 +5,27 @@ one of the two complete. Optimisers are created in each round and random draws a
 needed to resume with identical results.
 """
 
+import contextlib
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from pipeline.io import atomic
 from pipeline.io.resumable import ResumableStore
 from stages.train_fl.methods import ServerState
 from stages.train_fl.rounds import Progress
+
+_STALE_SECONDS = 7 * 24 * 3600
 
 
 class Checkpoint:
     """The checkpoint of one run, in a folder that is named after everything that decides the run."""
 
     def __init__(self, folder: Path) -> None:
-        """Use `folder`, which the first `save` creates."""
+        """Use `folder`, which the first `save` creates; its name is the run's and a key of 16 hexadecimal digits."""
         self._store = ResumableStore(folder)
 
     def save(self, progress: Progress, records: dict[str, Any]) -> None:
@@ -46,8 +51,16 @@ class Checkpoint:
         return None
 
     def remove(self) -> None:
-        """Remove the checkpoint, because the run is finished."""
+        """Remove the checkpoint, because the run is finished, and those of its other keys that are a week old.
+
+        Newer ones may belong to a run of that name in a copy of the project, for example a DVC experiment.
+        """
+        folder = self._store.folder
         self._store.remove()
+        for other in folder.parent.glob(f"{folder.name[:-16]}{'[0-9a-f]' * 16}"):
+            with contextlib.suppress(OSError):
+                if time.time() - other.stat().st_mtime > _STALE_SECONDS:
+                    atomic.remove(other)
 
 
 def _flatten(progress: Progress) -> dict[str, Tensor]:

@@ -12,8 +12,8 @@ from pipeline.data.datasets import Images, PreparedDataset, stratified_split
 from pipeline.errors import ConfigError
 from pipeline.feature_store import FeatureSet
 from pipeline.settings.config import Config
-from pipeline.settings.params import Guidance, Nodes
-from stages.train_fl import feature_check, partitions, placement, synthetic
+from pipeline.settings.params import Nodes
+from stages.train_fl import feature_check, methods, partitions, placement, synthetic
 from stages.train_fl.client_data import ClientData
 from stages.train_fl.guidance import GuidanceOnDisk, GuidanceSource
 
@@ -46,19 +46,20 @@ class FederatedData:
 
 
 def load(
-    config: Config, partition: str, seed: int, guidance: Guidance | None, device: str, client_id: int | None = None
+    config: Config, method: str, partition: str, seed: int, device: str, client_id: int | None = None
 ) -> FederatedData:
     """Split the data set, apply the long tail, partition it across clients, and place it on its device.
 
     `seed` decides the validation split, the long tail, the partition and the choice of generated images. `client_id`
-    is the only client to load; None: all. `guidance` is None for methods that need no cached representations.
+    is the only client to load; None: all. Cached representations are loaded for methods with guidance.
 
     Raises:
         ConfigError: Settings do not fit the data.
         DataError: The data set is missing or damaged.
         FeatureSetError: The feature set is missing or damaged, or does not fit.
     """
-    params = config.params.train_fl
+    params, settings = config.params.train_fl, config.settings("methods", method)
+    guidance = methods.guidance_of(settings)
     dataset = PreparedDataset(config.dataset_dir)
     features = feature_check.open_checked(config, dataset) if guidance else None
     source = GuidanceSource(features, guidance) if features and guidance else None
@@ -74,11 +75,10 @@ def load(
         groups = {"classes": (train.labels, dataset.class_names), "domains": (train.domains, dataset.domain_names)}
         for line in partitions.left_out(parts, groups):
             log.warning("partitions.%s: %s", partition, line)
-    if features:
+    if features and guidance:
         needed = np.concatenate([index[part] for part in parts])
         features.require(needed)
-        if guidance and guidance.tdcl_weight:
-            feature_check.check_prompts_differ(features, needed)
+        feature_check.check_method(features, needed, guidance, methods.method_class(settings).needs_labels, method)
     counts = partitions.label_counts(parts, train.labels, len(dataset.class_names))
     extra, synthetic_hash = _synthetic(config, dataset, bool(source), counts, seed, client_id or 0)
     image_bytes = counts.sum() * train.images[0].nbytes + sum(images.images.nbytes for images in extra)

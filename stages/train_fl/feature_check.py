@@ -18,6 +18,7 @@ from pipeline.diffusion import frozen_model, prompts
 from pipeline.errors import FeatureSetError
 from pipeline.feature_store import FeatureSet
 from pipeline.settings.config import Config
+from pipeline.settings.params import Guidance
 
 _IMAGES_CHECKED = 16
 _OR_EXTRACT = "or run `pipeline extract-features --overwrite`."
@@ -49,22 +50,29 @@ def open_checked(config: Config, dataset: PreparedDataset) -> FeatureSet:
     return features
 
 
-def check_method(features: FeatureSet, method: str, without_labels: bool) -> None:
-    """Raise FeatureSetError unless the prompts name classes if training uses labels, and name none if it does not."""
+def check_method(features: FeatureSet, index: np.ndarray, guidance: Guidance, needs_labels: bool, method: str) -> None:
+    """Check that a set can guide a method, whose name is `method`, on the images `index`, int64 (n,).
+
+    Raises:
+        FeatureSetError: The prompts name classes and training uses no labels, or the reverse; or TDCL has nothing to
+            contrast.
+    """
     names_classes = features.manifest.content.positive == "label"
-    if without_labels and names_classes:
+    if names_classes and not needs_labels:
         raise FeatureSetError(
             f"{features.path} was extracted with prompts that name each image's class, which training without labels "
             f"({method}) must not see. Set extract_features.prompts to self-supervised and extract."
         )
-    if not without_labels and not names_classes:
+    if needs_labels and not names_classes:
         raise FeatureSetError(
             f"{features.path} was extracted with self-supervised prompts, which name no class, but {method} trains "
             "with labels and is guided by the class's prompt. Set extract_features.prompts to class and extract."
         )
+    if guidance.tdcl_weight:
+        _check_prompts_differ(features, index)
 
 
-def check_prompts_differ(features: FeatureSet, index: np.ndarray) -> None:
+def _check_prompts_differ(features: FeatureSet, index: np.ndarray) -> None:
     """Check that features differ between prompts, on a few of the images `index`, int64 (n,), that the run needs.
 
     Extraction rejects prompts that the model cannot distinguish; sets of older versions may contain them, and then

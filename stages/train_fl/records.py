@@ -11,6 +11,7 @@ metrics.json       final accuracy and the mean of the last five rounds; with sev
 config.json        the resolved settings, the hashes of data set and features, software and hardware
 SHA256SUMS         the checksums of all these, written last: a run that has them is complete
 
+Runs over nodes with images of their own have no clients.csv, partition.json and partition.svg.
 `pipeline.manifests` has the JSON files as typed models.
 """
 
@@ -114,9 +115,9 @@ def check_replaceable(path: Path, settings: dict[str, Any]) -> None:
 
 
 def start(path: Path) -> None:
-    """Create the folder, and remove the files that mark a run as finished."""
+    """Create the folder, and remove the files of a finished run, first the one that marks it as finished."""
     path.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.json", "config.json", "clients.csv", "details.json", "model.safetensors", "SHA256SUMS"):
+    for name in ("SHA256SUMS", "metrics.json", "config.json", "clients.csv", "details.json", "model.safetensors"):
         (path / name).unlink(missing_ok=True)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.settings.config import Config
 from stages.train_fl import data as run_data
-from stages.train_fl import feature_check, session
+from stages.train_fl import session
 from stages.train_fl.engines import workers
 from stages.train_fl.engines.local import LocalEngine
 from stages.train_fl.session import Job
@@ -34,13 +34,12 @@ def run(config: Config, method_name: str, partition_name: str, seed: int, overwr
         DataError: The data set is missing or damaged.
         FeatureSetError: The feature set is missing, damaged, or does not fit the data set and the settings.
         TrainingDiverged: A loss is not a finite number.
+        PipelineError: Another process is writing the run, or a file cannot be written.
     """
     job = Job(config, method_name, partition_name, seed)
     job.check()
     device = session.prepare_torch(config.params.runtime)
-    data = run_data.load(config, partition_name, seed, job.guidance, device)
-    if data.features:
-        feature_check.check_method(data.features, method_name, not job.method_class.needs_labels)
+    data = run_data.load(config, method_name, partition_name, seed, device)
     num_clients = len(data.clients)
     if config.params.train_fl.clients_per_round > num_clients:
         log.warning("train_fl.clients_per_round exceeds the number of clients: all %d take part", num_clients)
@@ -48,6 +47,7 @@ def run(config: Config, method_name: str, partition_name: str, seed: int, overwr
     runtime = config.params.runtime
     num_workers = workers.resolve(runtime.workers, device)
     engine = LocalEngine(method, data.clients, job.schedule, device, num_workers, runtime.checkpoint_every)
-    evaluator = session.evaluator_of(job, data, num_workers)
-    session.execute(job, engine, model, evaluator, data, job.settings(data), overwrite)
+    evaluator = session.evaluator_of(method, data.clients, data.held_out, num_workers)
+    with job.locked():
+        session.execute(job, engine, model, evaluator, data, job.settings(data), overwrite)
     return job.path

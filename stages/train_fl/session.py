@@ -15,14 +15,15 @@ from typing import Any, Protocol
 import torch
 
 from pipeline import accuracy, devices, provenance, run_digests
-from pipeline.errors import ConfigError, TrainingDiverged
+from pipeline.errors import TrainingDiverged
 from pipeline.io import atomic, locks
 from pipeline.progress import progress_bar
 from pipeline.settings.config import Config
 from pipeline.settings.params import Guidance, Nodes, Runtime, Section, TrainFL
 from stages.train_fl import evaluate, loggers, methods, models, records
 from stages.train_fl.checkpoint import Checkpoint
-from stages.train_fl.data import FederatedData
+from stages.train_fl.client_data import ClientData
+from stages.train_fl.data import FederatedData, HeldOut
 from stages.train_fl.encoders import EncoderSettings
 from stages.train_fl.evaluate import Classification, Evaluator
 from stages.train_fl.methods import Method, Weights
@@ -80,11 +81,7 @@ class Job:
 
     def check(self) -> None:
         """Raise ConfigError if the settings do not suit the method."""
-        if self.method_class.needs_augmentation and self.params.augmentation == "none":
-            raise ConfigError(
-                f"methods.{self.method_name} compares two views of each image, but train_fl.augmentation is none. "
-                "Set it to views (or crop)."
-            )
+        methods.check(self.method_class, self.method, self.params.augmentation, f"methods.{self.method_name}")
 
     def build(
         self, num_classes: int, guidance_dim: int | None, num_clients: int, device: str
@@ -93,10 +90,9 @@ class Job:
 
         `guidance_dim` is the length of the guidance targets; None for methods without guidance.
         """
+        sizes = num_classes, guidance_dim, num_clients
         channels_last = self.config.params.runtime.channels_last
-        model = build_model(self.params, self.method, num_classes, guidance_dim, self.seed, channels_last).to(device)
-        optimiser = (self.params.momentum, self.params.weight_decay)
-        return model, methods.build(self.method, model, *optimiser, num_clients, self.params.gradient_clipping)
+        return build(self.params, self.method, self.method_class, *sizes, self.seed, device, channels_last)
 
     def settings(self, data: FederatedData) -> dict[str, Any]:
         """Return everything that decides the run's results."""
@@ -147,31 +143,30 @@ def execute(
 ) -> None:
     """Run a job, or resume it from its checkpoint, and write all files of the run (see `records`).
 
-    The checksums are written last: they mark the run as complete.
+    The caller holds the job's lock. The checksums are written last: they mark the run as complete.
 
     Raises:
         ConfigError: The folder holds a finished run of other settings or data.
         TrainingDiverged: A loss is not a finite number.
-        PipelineError: Another process is writing the run, or a file cannot be written.
+        PipelineError: A file cannot be written.
     """
-    with job.locked():
-        if not overwrite:
-            records.check_replaceable(job.path, settings)
-        device = str(next(model.parameters()).device)
-        key = provenance.fingerprint(settings | _numerics(job.config.params.runtime, device, engine))[:16]
-        checkpoint = Checkpoint(job.config.state_dir / "checkpoints" / f"{job.path.name}-{key}")
-        start, rows = checkpoint.load(engine.device) or (engine.begin(weights_of(model)), None)
-        records.start(job.path)  # removes a finished run, so everything that may be rejected comes before
-        if data:
-            records.write_partition(job.path, data)
-        record = RunRecord(job.path, rows)
-        _train(job, engine, start, model, evaluator, record, checkpoint)
-        _write_results(job, model, evaluator, data, record)
-        atomic.write_json(job.path / "config.json", settings | {"provenance": _provenance(device)})
-        provenance.write_checksums(job.path)
-        if job.config.sweep_is_as_written and job.path in job.config.runs_of_sweep:
-            run_digests.record(job.config.sweep_dir, job.path)
-        checkpoint.remove()
+    if not overwrite:
+        records.check_replaceable(job.path, settings)
+    device = str(next(model.parameters()).device)
+    key = provenance.fingerprint(settings | _numerics(job.config.params.runtime, device, engine))[:16]
+    checkpoint = Checkpoint(job.config.state_dir / "checkpoints" / f"{job.path.name}-{key}")
+    start, rows = checkpoint.load(engine.device) or (engine.begin(weights_of(model)), None)
+    records.start(job.path)  # removes a finished run, so everything that may be rejected comes before
+    if data:
+        records.write_partition(job.path, data)
+    record = RunRecord(job.path, rows)
+    _train(job, engine, start, model, evaluator, record, checkpoint)
+    _write_results(job, model, evaluator, data, record)
+    atomic.write_json(job.path / "config.json", settings | {"provenance": _provenance(device)})
+    provenance.write_checksums(job.path)
+    if job.config.sweep_is_as_written and job.path in job.config.runs_of_sweep:
+        run_digests.record(job.config.sweep_dir, job.path)
+    checkpoint.remove()
 
 
 def _train(
@@ -256,19 +251,30 @@ def prepare_torch(runtime: Runtime, num_threads: int = 1) -> str:
     return device
 
 
-def build_model(
-    params: TrainFL, method: Section, num_classes: int, guidance_dim: int | None, seed: int, channels_last: bool = True
-) -> FLModel:
-    """Build a network with the parts that a method needs, on the CPU, with the initial weights of `seed`."""
+def build(
+    params: TrainFL,
+    settings: Section,
+    kind: type[Method],
+    num_classes: int,
+    guidance_dim: int | None,
+    num_clients: int,
+    seed: int,
+    device: str,
+    channels_last: bool = True,
+) -> tuple[FLModel, Method]:
+    """Build a network with the parts that a method needs and the initial weights of `seed`, and the method."""
     encoder = EncoderSettings(params.model, params.normalisation, params.precision, channels_last)
-    return models.build(encoder, num_classes, seed, guidance_dim, params.projection_dim, **methods.model_parts(method))
+    parts = kind.model_parts(settings)
+    model = models.build(encoder, num_classes, seed, guidance_dim, params.projection_dim, **parts).to(device)
+    optimiser = (params.momentum, params.weight_decay)
+    return model, methods.build(settings, model, *optimiser, num_clients, params.gradient_clipping, kind)
 
 
-def evaluator_of(job: Job, data: FederatedData, num_threads: int = 1) -> Evaluator:
+def evaluator_of(method: Method, clients: list[ClientData], held_out: HeldOut, num_threads: int = 1) -> Evaluator:
     """Return the classifier's evaluator; for training without labels that of a k-NN classifier and a linear probe."""
-    if job.method_class.needs_labels:
-        return Classification(data.held_out, num_threads)
-    return Probes(data.clients, data.held_out, job.method.model_dump()["knn_neighbours"], num_threads)
+    if method.needs_labels:
+        return Classification(held_out, num_threads)
+    return Probes(clients, held_out, method.settings.knn_neighbours, num_threads)
 
 
 def weights_of(model: FLModel) -> Weights:
@@ -283,7 +289,7 @@ def _numerics(runtime: Runtime, device: str, engine: Engine) -> dict[str, Any]:
         "device": device,
         "channels_last": runtime.channels_last,
         "torch": torch.__version__,
-        "code": provenance.git_commit() or provenance.code_sha256(),
+        "code": provenance.code_sha256(),  # not the commit, which an edit of params.yaml changes
     }
 
 

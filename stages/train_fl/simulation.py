@@ -13,17 +13,15 @@ from torch import Tensor
 from pipeline import devices
 from pipeline.errors import ConfigError, DataError
 from pipeline.feature_store import FeatureSet
-from pipeline.settings.params import Section, TrainFL
-from stages.train_fl import methods, session
+from pipeline.settings.params import Guidance, Section, TrainFL
+from stages.train_fl import feature_check, methods, session
 from stages.train_fl.client_data import ClientData
 from stages.train_fl.data import HeldOut
 from stages.train_fl.engines import workers
 from stages.train_fl.engines.local import LocalEngine
-from stages.train_fl.evaluate import Classification, Evaluator
 from stages.train_fl.guidance import GuidanceSource
 from stages.train_fl.methods import Method
 from stages.train_fl.models import FLModel
-from stages.train_fl.probes import Probes
 from stages.train_fl.records import RoundRow, round_row
 from stages.train_fl.rounds import Schedule
 
@@ -100,32 +98,38 @@ def simulate(
 
     Raises:
         ConfigError: A setting is unknown or invalid, or a method with guidance gets clients without features.
-        DataError: Images, labels and rows do not fit each other.
+        DataError: There are no images, or images, labels and rows do not fit each other.
+        FeatureSetError: A client's feature set is damaged, lacks its rows, or does not suit the method.
         TrainingDiverged: A loss is not a finite number.
     """
-    params, device = _train_fl(settings, len(clients)), devices.resolve(device)
-    section, kind = (
-        (method, methods.method_class(method)) if isinstance(method, Section) else (method.Settings(), method)
-    )
+    params, device = _train_fl(settings, len(clients)), devices.resolve(device, "device")
+    section, kind = _method(method)
+    methods.check(kind, section, params.augmentation, kind.__name__)
     guidance = methods.guidance_of(section)
-    sources = [_source(own, guidance) if guidance else None for own in clients]
-    data = [_client(own, source).to(device) for own, source in zip(clients, sources, strict=True)]
-    test = _client(held_out, None).to(device)
+    guided = [_client(own, guidance, kind) for own in clients]
+    data, test = [own.to(device) for own, _ in guided], _client(held_out, None, kind)[0].to(device)
+    for name, count in (("clients have", sum(map(len, data))), ("held_out has", len(test))):
+        if not count:
+            raise DataError(f"{name} no images. Pass at least one.")
     held = HeldOut(test.images, test.labels, torch.zeros_like(test.labels))
     num_classes = 1 + max(int(own.labels.max()) for own in [*data, test] if len(own))
-    dims = next((source.num_dims for source in sources if source), None)
-    model = session.build_model(params, section, num_classes, dims, seed).to(device)
-    optimiser = (params.momentum, params.weight_decay)
-    made = methods.build(section, model, *optimiser, len(data), params.gradient_clipping, kind)
+    model, made = session.build(params, section, kind, num_classes, guided[0][1], len(data), seed, device)
     count = workers.resolve(num_workers, device)
-    evaluator: Evaluator = Classification(held, count)
-    if not kind.needs_labels:
-        evaluator = Probes(data, held, section.model_dump()["knn_neighbours"], count)
+    evaluator = session.evaluator_of(made, data, held, count)
     engine = LocalEngine(made, data, Schedule.of(params, seed), device, count)
     start = engine.begin(session.weights_of(model))
     with workers.single_threaded():
         rows = [round_row(done, session.score_round(done, model, evaluator)) for done in engine.rounds(start)]
     return History(rows, model)
+
+
+def _method(method: Any) -> tuple[Section, type[Method]]:
+    """Return the settings and the class of a method that is given as either."""
+    if isinstance(method, Section):
+        return method, methods.method_class(method)
+    if isinstance(method, type) and issubclass(method, Method) and hasattr(method, "Settings"):
+        return method.Settings(), method
+    raise ConfigError(f"{method!r} is no method. Pass a class such as FedAvg, or settings such as FedAvg.Settings().")
 
 
 def _train_fl(settings: dict[str, Any], num_clients: int) -> TrainFL:
@@ -142,25 +146,32 @@ def _train_fl(settings: dict[str, Any], num_clients: int) -> TrainFL:
         raise ConfigError(f"invalid setting {where} ({problem['msg']}). Choose another value.") from None
 
 
-def _source(samples: Samples, guidance: Any) -> GuidanceSource:
-    if samples.features is None or samples.rows is None:
+def _client(samples: Samples, guidance: Guidance | None, kind: type[Method]) -> tuple[ClientData, int | None]:
+    """Return a client's data and the length of its guidance targets; without guidance None."""
+    images = _pixels(samples.images)
+    labels = _integers("labels", samples.labels, len(images))
+    if guidance is None:
+        return ClientData(images, torch.from_numpy(labels)), None
+    features = samples.features
+    if features is None or samples.rows is None:
         raise ConfigError("the method has guidance, but a client has no features. Pass Samples(..., features, rows).")
-    return GuidanceSource(samples.features, guidance)
-
-
-def _client(samples: Samples, source: GuidanceSource | None) -> ClientData:
-    images, labels = _pixels(samples.images), torch.as_tensor(np.asarray(samples.labels), dtype=torch.int64)
-    if labels.ndim != 1 or len(labels) != len(images) or (len(labels) and labels.min() < 0):
-        problem = f"labels do not fit the images (shape {tuple(labels.shape)})"
-        raise DataError(f"{problem}. Pass {len(images)} integers, 0 or more, one per image.")
-    if source is None or samples.features is None:
-        return ClientData(images, labels)
-    rows = np.asarray(samples.rows, dtype=np.int64)
-    if rows.shape != labels.shape:
-        raise DataError(f"rows do not fit the images (shape {rows.shape}). Pass {len(images)} integers, one per image.")
-    if not np.array_equal(samples.features.read(rows).label, labels.numpy()):
+    rows = _integers("rows", samples.rows, len(images))
+    if not np.array_equal(features.read(rows).label, labels):
         raise DataError("the labels differ from those in the feature set. Check that `rows` are the images' own rows.")
-    return ClientData(images, labels, source.read(rows))
+    feature_check.check_method(features, rows, guidance, kind.needs_labels, kind.__name__)
+    source = GuidanceSource(features, guidance)
+    return ClientData(images, torch.from_numpy(labels), source.read(rows)), source.num_dims
+
+
+def _integers(name: str, values: Any, count: int) -> np.ndarray:
+    """Return `count` integers from 0 as int64."""
+    array = np.asarray(values)
+    if array.shape != (count,) or (count and (array.dtype.kind not in "iu" or array.min() < 0)):
+        raise DataError(
+            f"{name} must be {count} integers from 0, one per image, not {array.dtype} of shape {array.shape}. Convert "
+            "them."
+        )
+    return array.astype(np.int64)
 
 
 def _pixels(images: Any) -> Tensor:
@@ -177,4 +188,4 @@ def _pixels(images: Any) -> Tensor:
     if array.dtype != np.uint8:
         raise DataError(f"images are {array.dtype}. Pass uint8 or float.")
     array = np.broadcast_to(array, (*array.shape[:3], 3)).transpose(0, 3, 1, 2)
-    return torch.from_numpy(np.ascontiguousarray(array))
+    return torch.from_numpy(np.array(array, order="C"))

@@ -195,6 +195,12 @@ def test_batch_size_does_not_change_numbers_and_few_images_are_enough(root):
         np.testing.assert_allclose(one[layer].values, other[layer].values, rtol=1e-3, atol=1e-4)
 
 
+def test_more_pictures_than_basis_images_are_drawn(root):
+    changes = {"sweep_features.basis_images": 2, "sweep_features.picture_images": 7, "runtime.unet_batch_size": 3}
+    found = sample(root, np.arange(8), **changes).represent(300, lambda done: None)
+    assert {len(layer.colours) for layer in found.values()} == {7}
+
+
 def test_dims_are_capped(root):
     found = sample(root, np.arange(6), **{"sweep_features.max_dims": 2}).represent(300, lambda done: None)
     assert [layer.values.shape for layer in found.values()] == [(6, 2)] * 4

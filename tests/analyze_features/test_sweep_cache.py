@@ -14,6 +14,7 @@ from stages.analyze_features.probes import Scores
 from stages.analyze_features.sweep import plan
 from stages.analyze_features.sweep.cache import SweepCache, SweepResult
 from stages.analyze_features.sweep.recommend import Candidate
+from tests.conftest import REPOSITORY
 from tests.faults import program
 
 SWEEP = ("sweep-features", "--timesteps", "[100, 200, 300, 400]")
@@ -83,10 +84,13 @@ def test_another_rule_after_a_finished_sweep_needs_no_model(undisturbed, tmp_pat
     (again / "models").unlink()
     program.succeed(again, *rule)
     assert outputs(again) == outputs(scratch) != outputs(undisturbed)
-    for command in ("init", "commit"):
-        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        how = ["--allow-empty", "--message=all"] if command == "commit" else []
-        subprocess.run(["git", *identity, command, "--quiet", *how], cwd=again, check=True)
+    package = REPOSITORY / "pipeline"
+    for command in (
+        ["init", "--quiet"],
+        [f"--work-tree={package}", "add", f"{package}/provenance.py"],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--message=all"],
+    ):
+        subprocess.run(["git", *command], cwd=again, check=True)
     of_a_commit = program.Conditions(environment={"GIT_DIR": str(again / ".git")})
     program.succeed(again, *rule, under=of_a_commit)
     assert json.loads(outputs(again)["sweep.json"])["made_of"]["commit"]

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import project
+from pipeline.errors import PipelineError
+from pipeline.io import atomic
 from tests.conftest import REPOSITORY, invoke
 from tests.integration.project import git
 
@@ -111,6 +113,20 @@ def test_installed_wheel_runs_a_project_outside_the_repository(environment, tmp_
         environment / "python", "-m", "dvc", "repro", cwd=root, PATH=activated, DVC_SITE_CACHE_DIR=str(tmp_path)
     )
     assert "up to date" in again
+
+
+def test_init_leaves_nothing_if_it_fails(tmp_path, monkeypatch):
+    write_bytes = atomic.write_bytes
+
+    def full_disk(path, content):
+        if path.name == "fl_curves.json":
+            raise PipelineError("No space left on device")
+        write_bytes(path, content)
+
+    monkeypatch.setattr(atomic, "write_bytes", full_disk)
+    with pytest.raises(PipelineError):
+        project.create(tmp_path / "new" / "project")
+    assert not list(tmp_path.iterdir())
 
 
 def test_init_refuses_to_overwrite(tmp_path):

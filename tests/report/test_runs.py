@@ -1,5 +1,6 @@
 """Finished runs as Python objects, without params.yaml."""
 
+import json
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from pipeline.errors import DataError
 from stages.report import read_run, read_runs, summary
+from tests.conftest import invoke
 from tests.report.grid import reseal, write_grid
 
 
@@ -67,6 +69,44 @@ def test_unfinished_runs_are_skipped_and_named_when_read(results):
     (results / "fedavg-iid-s0" / "SHA256SUMS").unlink()
     assert "fedavg-iid-s0" not in [run.name for run in read_runs(results)] and len(read_runs(results)) == 7
     with pytest.raises(DataError, match="fedavg-iid-s0 holds no finished run .*SHA256SUMS is missing"):
+        read_run(results / "fedavg-iid-s0")
+
+
+def test_checksums_that_lack_a_file_are_named_as_such(results):
+    file = results / "fedavg-iid-s0" / "SHA256SUMS"
+    file.write_text("".join(line for line in file.read_text().splitlines(True) if "details" not in line))
+    with pytest.raises(DataError, match="SHA256SUMS does not list all files of the run. Train it again"):
+        read_run(file.parent)
+
+
+def as_if_over_nodes(folder):
+    """Make a run one whose clients have images of their own."""
+    (folder / "partition.json").unlink()
+    (folder / "clients.csv").unlink()
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"partition": {"name": "iid", "kind": "nodes"}, "agreed": {"class_names": ["a", "b"]}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    reseal(folder)
+
+
+def test_runs_over_nodes_with_their_own_images_have_no_clients(results):
+    as_if_over_nodes(results / "fedavg-iid-s0")
+    run = next(run for run in read_runs(results) if run.name == "fedavg-iid-s0")
+    assert (run.class_names, run.clients, run.label_counts.size, run.heterogeneity) == (["a", "b"], [], 0, {})
+    assert repr(run).endswith("; 3 rounds)") and len(summary([run]).rows) == 1
+
+
+def test_report_refuses_runs_over_nodes_with_their_own_images(tmp_path):
+    root = write_grid(tmp_path, ["fedavg"], ["iid"], [0], num_rounds=3)
+    as_if_over_nodes(root / "results" / "fedavg-iid-s0")
+    said = invoke(root, "report", "--set", "partitions.iid={kind: nodes}")
+    assert said.exit_code == 1 and "images of their own, which the report cannot show. Remove it" in said.output
+
+
+@pytest.mark.parametrize("name", ["partition.json", "clients.csv"])
+def test_other_runs_need_the_files_of_their_clients(results, name):
+    (results / "fedavg-iid-s0" / name).unlink()
+    with pytest.raises(DataError, match=f"holds no finished run .*{name} is missing"):
         read_run(results / "fedavg-iid-s0")
 
 

@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 
 from pipeline.errors import PipelineError
 from pipeline.federation import node
+from stages.report import read_runs, summary
 from stages.train_fl.engines.flower import client, privacy
 from stages.train_fl.evaluate import Classification
 from stages.train_fl.run import run
+from stages.train_fl.session import Job
 from tests.federation.in_process import InProcess
 from tests.train_fl import tiny_project
 
@@ -326,6 +328,9 @@ def test_nodes_with_private_images_train_and_evaluate_together(tmp_path, project
     assert float(rows(folder / "rounds.csv")[-1]["accuracy"]) == pytest.approx(accuracy, abs=1e-12)
     assert json.loads((folder / "metrics.json").read_text())["final_accuracy"] == pytest.approx(accuracy, abs=1e-12)
     assert not (tmp_path / "server" / "data").exists()
+    (found,) = read_runs(folder.parent)
+    assert (found.class_names, found.clients, found.label_counts.size) == (tiny_project.CLASSES, [], 0)
+    assert "2 rounds)" in repr(found) and summary([found]).rows[0]["num_seeds"] == 1
 
 
 def test_nodes_with_foreign_or_damaged_features_are_rejected_by_name(tmp_path, project, monkeypatch, capsys):
@@ -573,6 +578,27 @@ def test_run_starts_after_all_nodes_have_joined(project, monkeypatch):
     federation.get_node_ids = ids
     federation.serve()
     assert {name for _, name in outcomes(result(project))} == {"n0", "n1", "n2", "n3"}
+
+
+def test_nodes_whose_requests_were_not_stored_are_asked_again(project, monkeypatch):
+    federation = all_take_part(project, monkeypatch, changes={"train_fl.num_rounds": 1})
+    push, calls = federation.push_messages, []
+
+    def lossy(messages):
+        """Omit the id of one request, and give "" for another."""
+        calls.append(messages)
+        return push(messages) if len(calls) > 1 else ["", *push(messages[2:])]
+
+    federation.push_messages = lossy
+    federation.serve()
+    assert {name for _, name in outcomes(result(project))} == {"n0", "n1", "n2", "n3"}
+
+
+def test_run_that_is_being_written_asks_no_nodes(project, monkeypatch):
+    federation = all_take_part(project, monkeypatch)
+    with Job(project, "fedavg", "dir", 0).locked(), pytest.raises(PipelineError, match="is being written by process"):
+        federation.serve()
+    assert federation.log == []
 
 
 def test_node_name_with_special_characters_is_accepted(project, monkeypatch):

@@ -163,7 +163,7 @@ def test_every_method_entry_of_params_yaml_trains():
     assert {entry.algorithm for entry in entries.values()} == set(params.METHODS)
     for entry in entries.values():
         guidance_dim = 6 if methods.guidance_of(entry) else None
-        model = models.build(SMALL_CNN, 3, 0, guidance_dim, **methods.model_parts(entry))
+        model = models.build(SMALL_CNN, 3, 0, guidance_dim, **methods.method_class(entry).model_parts(entry))
         method = methods.build(entry, model, 0.9, 0.0, 3)
         server = method.init_server(state_of(model))
         update, _, _ = method.client_update(server.weights, server.broadcast, {}, batches(client(8, 0)), 0.1)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline import provenance
 from pipeline.errors import PipelineError
 from stages.train_fl import rounds, run
+from stages.train_fl.checkpoint import Checkpoint
 from stages.train_fl.client_data import Batches, ClientData
 from stages.train_fl.placement import choose
 from tests.train_fl import tiny_project
@@ -192,6 +195,27 @@ def test_checkpoint_of_other_settings_is_not_used(tmp_path, caplog):
     with caplog.at_level("INFO"):
         run(tiny_project.make(tmp_path, train_fl__learning_rate=0.02), "fedavg", "dir", 0)
     assert "resuming" not in caplog.text
+
+
+def test_checkpoint_outlives_a_commit(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(provenance, "git_commit", lambda: "a")
+    with pytest.raises(KeyboardInterrupt):
+        _interrupt_after(tiny_project.make(tmp_path), num_rounds=2)
+    monkeypatch.setattr(provenance, "git_commit", lambda: "b")
+    with caplog.at_level("INFO"):
+        run(tiny_project.make(tmp_path), "fedavg", "dir", 0)
+    assert "resuming after round 2 of 4" in caplog.text
+
+
+def test_finished_run_removes_old_checkpoints_of_its_other_keys(tmp_path):
+    folder = tiny_project.make(tmp_path).state_dir / "checkpoints"
+    old, new, other = (folder / f"{name}-{key * 16}" for name, key in (("r-s0", "a"), ("r-s0", "b"), ("r-s01", "a")))
+    for made in (old, new, other):
+        made.mkdir(parents=True)
+    for made in (old, other):
+        os.utime(made, (0, 0))
+    Checkpoint(folder / f"r-s0-{'c' * 16}").remove()
+    assert sorted(folder.iterdir()) == [new, other]
 
 
 def test_partition_that_does_not_fit_is_reported(tmp_path):

@@ -6,10 +6,11 @@ import torch
 from ruamel.yaml import YAML
 
 from pipeline.data.datasets import PreparedDataset
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, FeatureSetError
 from pipeline.feature_store import FeatureSet
 from stages.train_fl import Samples, run, simulate, simulation
-from stages.train_fl.methods.fedavg import FedAvg
+from stages.train_fl.methods import FedAvg, FedDifRC, Method, SelfSupervisedFedDifRC, SimSiam
+from stages.train_fl.models import GaussianBottleneck
 from tests.conftest import REPOSITORY
 from tests.train_fl import tiny_project
 from tests.train_fl.test_run import rows
@@ -31,6 +32,20 @@ class Halved(FedAvg):
             name: torch.lerp(value.float(), new.weights[name].float(), 0.5) for name, value in state.weights.items()
         }
         return type(new)(mixed), metrics
+
+
+class Narrow(FedAvg):
+    """A method with another network."""
+
+    @classmethod
+    def model_parts(cls, settings):
+        return {"latent_dim": 7}
+
+
+class WithoutLabels(FedAvg):
+    """A method without labels, whose evaluation is not configured."""
+
+    needs_labels = False
 
 
 def test_defaults_are_those_of_params_yaml():
@@ -64,6 +79,11 @@ def test_custom_method_trains():
     assert own.rows[0]["train_cross_entropy"] == plain.rows[0]["train_cross_entropy"]
 
 
+def test_custom_method_has_the_network_that_it_needs():
+    history = simulate(Narrow, [samples(12, 0)], samples(9, 9), device="cpu", **SHORT)
+    assert isinstance(history.model.bottleneck, GaussianBottleneck) and history.model.embedding_dim == 7
+
+
 def test_float_and_grey_images_are_accepted():
     grey = np.random.default_rng(0).random((6, 8, 8))
     pixels = simulation._pixels(grey)
@@ -76,11 +96,55 @@ def test_float_and_grey_images_are_accepted():
     [
         (samples(6, 0), {"num_round": 3}, ConfigError, "unknown setting num_round"),
         (samples(6, 0), {"learning_rate": -1.0}, ConfigError, "invalid setting learning_rate"),
-        (Samples(np.zeros((4, 8, 8, 3), np.uint8), [0, 1]), {}, DataError, "Pass 4 integers"),
+        (Samples(np.zeros((4, 8, 8, 3), np.uint8), [0, 1]), {}, DataError, "labels must be 4 integers"),
         (Samples(np.full((2, 8, 8), 16.0), [0, 1]), {}, DataError, "float images are not from 0 to 1"),
         (Samples(np.zeros((2, 8), np.uint8), [0, 1]), {}, DataError, "images have shape"),
+        (Samples(np.zeros((2, 8, 8), np.uint8), [0.0, 1.9]), {}, DataError, "labels must be 2 integers from 0"),
+        (Samples(np.zeros((2, 8, 8), np.uint8), None), {}, DataError, "labels must be 2 integers from 0"),
+        (samples(0, 0), {}, DataError, "^clients have no images"),
+        (samples(6, 0), {"device": "gpu"}, ConfigError, "^device = gpu is no device"),
     ],
 )
 def test_invalid_arguments_are_reported(client, settings, error, words):
     with pytest.raises(error, match=words):
-        simulate(FedAvg, [client], samples(6, 1), device="cpu", **settings)
+        simulate(FedAvg, [client], samples(6, 1), **{"device": "cpu", **settings})
+
+
+def test_held_out_needs_images():
+    with pytest.raises(DataError, match="^held_out has no images"):
+        simulate(FedAvg, [samples(6, 0)], samples(0, 1), device="cpu")
+
+
+def test_device_that_is_not_there_is_named_by_the_argument(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="^device = cuda: this machine has no usable CUDA GPU"):
+        simulate(FedAvg, [samples(6, 0)], samples(6, 1), device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (Method, "is no method. Pass a class such as FedAvg"),
+        (SimSiam, "^SimSiam compares two views of each image, but train_fl.augmentation is none"),
+        (WithoutLabels, "^WithoutLabels trains without labels, but has no setting knn_neighbours"),
+    ],
+)
+def test_methods_that_cannot_be_trained_are_reported(method, words):
+    with pytest.raises(ConfigError, match=words):
+        simulate(method, [samples(6, 0)], samples(6, 1), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("method", "same", "words"),
+    [
+        (SelfSupervisedFedDifRC, (), r"training without labels \(SelfSupervisedFedDifRC\) must not see"),
+        (FedDifRC, (0, 2), "has equal features under the prompts"),
+    ],
+)
+def test_features_that_do_not_suit_the_method_are_reported(tmp_path, method, same, words):
+    project = tiny_project.make(tmp_path)
+    tiny_project.add_features(project, same)
+    train, rows = tiny_project.images(48, 0), np.arange(12)
+    client = Samples(train.images[rows], train.labels[rows], FeatureSet(project.features_dir), rows)
+    with pytest.raises(FeatureSetError, match=words):
+        simulate(method, [client], samples(9, 1), device="cpu", **SHORT)

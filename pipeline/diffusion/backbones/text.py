@@ -38,7 +38,7 @@ class ClipEncoder:
     def __init__(self, path: Path, number: str, device: str, projected: bool) -> None:
         """Load text encoder `number` ("" or "_2") of a diffusers folder.
 
-        With `projected`, as Stable Diffusion XL and 3 use CLIP, return the states of the last layer but one and the
+        With `projected`, as Stable Diffusion XL and 3 use CLIP, return the states of the second-to-last layer and the
         embedding after the projection, if there is one; otherwise the last layer's.
         """
         part = path / f"text_encoder{number}"
@@ -100,7 +100,7 @@ class Tokens:
                     self._cut.append((prompt, every[self._length - 1 : -1]))  # the last token ends every text
         return tokens
 
-    def warn_of_cut(self) -> None:
+    def warn_if_truncated(self) -> None:
         """Log how many prompts were cut, and the part that the first one lost."""
         if not self._cut:
             return
@@ -147,7 +147,7 @@ def encode(
             for name, values in pending.items():
                 done.setdefault(name, []).append(_average(values[group]))
         pending = {name: values[complete:] for name, values in pending.items()} if complete < count else {}
-    encoder.tokens.warn_of_cut()
+    encoder.tokens.warn_if_truncated()
     return {name: torch.stack(groups) for name, groups in done.items()}
 
 

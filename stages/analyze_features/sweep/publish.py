@@ -19,8 +19,6 @@ def write(target: Path, plan: SweepPlan, swept: dict[int, SweepResult], choice: 
         _write_table(folder, plan, swept, choice)
         atomic.write_text(folder / PRESET, _preset(plan.made_of, choice))
         _write_maps(folder, plan, swept)
-        for file in folder.iterdir():
-            atomic.sync_to_disk(file)
 
 
 def _write_table(folder: Path, plan: SweepPlan, swept: dict[int, SweepResult], choice: Choice) -> None:

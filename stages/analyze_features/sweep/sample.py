@@ -2,8 +2,9 @@
 
 Per timestep, each image has one pass with the generic prompt, and the first `margin_images` have one more with each of
 their own prompts. Latents, prompts and noise are those of extract-features. Maps can only be pooled on a PCA basis,
-which is fitted on maps: those of the first `basis_images` images are held in memory until then (4 MB per image for
-Stable Diffusion at 224 pixels), and the others are pooled as they are computed. No pair (image, prompt) runs twice.
+which is fitted on maps: those of the first images, for the basis and the pictures, are held in memory until then (4 MB
+per image for Stable Diffusion at 224 pixels), and the others are pooled as they are computed. No pair (image, prompt)
+runs twice.
 """
 
 from collections.abc import Callable, Iterator
@@ -62,7 +63,8 @@ class Sample:
         before = model.redone
         everyone = torch.arange(len(self.images))
         passes = self._passes(inputs, timestep, everyone, torch.full_like(everyone, model.generic), done)
-        first = _first(passes, min(self._params.basis_images, len(everyone)))
+        kept = max(self._params.basis_images, self._params.picture_images)
+        first = _first(passes, min(kept, len(everyone)))
         full = {layer: self._fit(maps[: self._params.basis_images]) for layer, maps in first.items()}
         leading = {layer: self._leading(basis) for layer, basis in full.items()}
         projector = Projector(leading, self._session.backbone.device)

@@ -53,7 +53,6 @@ def basis(message: Message, context: Context) -> RecordDict:
     with atomic.replace_file(file) as received:
         received.write_bytes(np.array(message.content.array_records["file"]["basis.h5"].numpy()).tobytes())
         feature_store.read_basis_file(received, list(job.feature_set.content.layers))
-        atomic.sync_to_disk(received)
     return RecordDict({"kept": MetricRecord({"bytes": file.stat().st_size})})
 
 

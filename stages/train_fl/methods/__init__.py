@@ -1,7 +1,6 @@
 """The federated methods, one file per paper. Importing a method's file registers it; `build` creates one."""
 
-from typing import Any
-
+from pipeline.errors import ConfigError
 from pipeline.settings.params import Guidance, Section
 from stages.train_fl.methods.base import Method, method_class
 from stages.train_fl.methods.fedavg import FedAvg
@@ -23,7 +22,7 @@ from stages.train_fl.models import FLModel
 __all__ = [
     "ClientState", "ClientUpdate", "FedAvg", "FedAvgM", "FedCR", "FedDifRC", "FedDyn", "FedNH", "FedNova", "FedProto",
     "FedProx", "LocalSGD", "Method", "Metrics", "Moon", "Scaffold", "SelfSupervisedFedDifRC", "ServerState", "SimSiam",
-    "Weights", "build", "guidance_of", "method_class", "model_parts",
+    "Weights", "build", "check", "guidance_of", "method_class",
 ]  # fmt: skip
 
 
@@ -32,9 +31,17 @@ def guidance_of(settings: Section) -> Guidance | None:
     return settings if isinstance(settings, Guidance) else getattr(settings, "guidance", None)
 
 
-def model_parts(settings: Section) -> dict[str, Any]:
-    """Return the parts that an entry's method needs in its model, as arguments of `models.build`."""
-    return method_class(settings).model_parts(settings)
+def check(kind: type[Method], settings: Section, augmentation: str, name: str) -> None:
+    """Raise ConfigError, which calls the method `name`, if its settings or the augmentation do not suit its class."""
+    if kind.needs_augmentation and augmentation == "none":
+        raise ConfigError(
+            f"{name} compares two views of each image, but train_fl.augmentation is none. Set it to views (or crop)."
+        )
+    if not kind.needs_labels and not hasattr(settings, "knn_neighbours"):
+        raise ConfigError(
+            f"{name} trains without labels, but has no setting knn_neighbours for the k-NN classifier that evaluates "
+            "it. Add it to its class's Settings, as SimSiam does."
+        )
 
 
 def build(
@@ -50,7 +57,7 @@ def build(
 
     Args:
         settings: The entry's settings.
-        model: The network to train, with the entry's `model_parts`.
+        model: The network to train, with the `model_parts` of the method.
         momentum: Momentum of local SGD.
         weight_decay: L2 penalty of local SGD.
         num_clients: N, the number of all clients.

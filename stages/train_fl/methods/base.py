@@ -27,7 +27,7 @@ class Method:
         needs_labels: Whether training reads labels. If not, the embeddings are evaluated, by k-NN and a linear probe.
         needs_augmentation: Whether training compares random views of an image.
         sends_only_weights: Whether clients send their weights and nothing else, and the server takes their mean and
-            keeps nothing. Only such methods can run with differential privacy or secure aggregation.
+            keeps nothing. Only such methods can run with differential privacy.
     """
 
     Settings: ClassVar[type[Section]]

@@ -10,7 +10,7 @@ from pipeline.errors import ConfigError, DataError, FeatureSetError
 from pipeline.federation import members
 from pipeline.federation.node import Node, config_of, node_of, seed_of
 from stages.train_fl import data as run_data
-from stages.train_fl import feature_check, rounds, session
+from stages.train_fl import rounds, session
 from stages.train_fl.data import FederatedData
 from stages.train_fl.engines.flower.messages import TrainReply, TrainRequest, to_tensors
 from stages.train_fl.engines.flower.states import States
@@ -77,7 +77,7 @@ def evaluate(message: Message, context: Context) -> RecordDict:
     own = _participant(context)
     arrays = message.content.array_records["weights"]
     own.model.load_state_dict(to_tensors(arrays, own.model.state_dict(), own.device))
-    scores = session.evaluator_of(own.job, own.data).scores(own.model)
+    scores = session.evaluator_of(own.method, own.data.clients, own.data.held_out).scores(own.model)
     return RecordDict({"scores": MetricRecord({**scores, "num-images": len(own.data.held_out.labels)})})
 
 
@@ -106,9 +106,7 @@ def _build(node: Node, run_items: tuple[tuple[str, object], ...]) -> Participant
             f"client-id {node.client_id} is too high (train_fl.num_clients is {num_clients}). Use a lower one."
         )
     device = session.prepare_torch(config.params.runtime, node.threads)
-    data = run_data.load(config, job.partition_name, job.seed, job.guidance, device, node.client_id)
-    if data.features:
-        feature_check.check_method(data.features, job.method_name, not job.method_class.needs_labels)
+    data = run_data.load(config, job.method_name, job.partition_name, job.seed, device, node.client_id)
     if not len(data.clients[0]):
         raise DataError(f"{config.dataset_dir} has no images for client {node.client_id}")
     model, method = job.build(len(data.dataset.class_names), data.guidance_dim, num_clients, device)

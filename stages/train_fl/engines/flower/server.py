@@ -1,9 +1,9 @@
 """The server's part: a run whose clients are nodes, as `run.py` for the local engine.
 
 It leaves the same files in results/<method>-<partition>-s<seed>, and participation.csv. If the partition divides one
-data set, the server has the data too and evaluates as the local engine does. If every node has its own images, the
-server evaluates on its own test images if it has any, and otherwise asks the nodes. A checkpoint is written after every
-round.
+data set, the server has the data too and evaluates as the local engine does. If every node has its own images, no file
+describes the partition or single clients; the server evaluates on its own test images if it has any, and otherwise asks
+the nodes. A checkpoint is written after every round.
 """
 
 import logging
@@ -27,6 +27,7 @@ from stages.train_fl.engines.flower import privacy
 from stages.train_fl.engines.flower.messages import TrainRequest, to_record
 from stages.train_fl.engines.flower.strategy import FlowerEngine
 from stages.train_fl.evaluate import Classification, Evaluator, Predictor
+from stages.train_fl.methods import Method
 from stages.train_fl.models import FLModel
 from stages.train_fl.session import Job
 
@@ -41,13 +42,21 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: Settings do not fit each other, or the folder holds a finished run of others.
         TrainingDiverged: A loss is not a finite number.
-        PipelineError: Too few nodes joined or replied.
+        PipelineError: Another process is writing the run, or too few nodes joined or replied.
     """
     config = config_of(run_config, project_of(run_config))
     job = Job(config, str(run_config["method"]), str(run_config["partition"]), seed_of(run_config))
     job.check()
+    with job.locked():  # before nodes load their data
+        _run(job, grid, bool(run_config.get("overwrite")))
+
+
+def _run(job: Job, grid: Grid, overwrite: bool) -> None:
+    """Wait for the nodes, and train."""
+    config = job.config
     device = session.prepare_torch(config.params.runtime)
-    data = None if job.has_private_data else run_data.load(config, job.partition_name, job.seed, job.guidance, device)
+    names = job.method_name, job.partition_name
+    data = None if job.has_private_data else run_data.load(config, *names, job.seed, device)
     num_clients = len(data.clients) if data else job.params.num_clients
     members = Members(grid, num_clients, config.params.federation)
     members.wait(for_all=True)  # otherwise the participants would be those that happen to connect first
@@ -57,8 +66,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
     settings = _settings(job, data, agreed)
     run_key = provenance.fingerprint(settings)[:16]
     engine = FlowerEngine(job, method, members, num_clients, grid, run_key)
-    overwrite = bool(run_config.get("overwrite"))
-    session.execute(job, engine, model, _evaluator(job, data, members, device), data, settings, overwrite)
+    session.execute(job, engine, model, _evaluator(job, method, data, members, device), data, settings, overwrite)
     done = RecordDict({"request": TrainRequest(run_key, job.params.num_rounds, 0).record()})
     grid.push_messages(members.messages("query.forget", done))
     if engine.participation:
@@ -75,13 +83,13 @@ def _settings(job: Job, data: FederatedData | None, agreed: dict[str, Any]) -> d
     return {**own, "seed": job.seed, "agreed": agreed, **protected}
 
 
-def _evaluator(job: Job, data: FederatedData | None, members: Members, device: str) -> Evaluator:
+def _evaluator(job: Job, method: Method, data: FederatedData | None, members: Members, device: str) -> Evaluator:
     """Evaluate on the data set, on the server's own test images, or on the nodes."""
     num_threads = workers.resolve(job.config.params.runtime.workers, device)
     if data:
-        return session.evaluator_of(job, data, num_threads)
+        return session.evaluator_of(method, data.clients, data.held_out, num_threads)
     folder = job.config.dataset_dir
-    if folder.exists() and job.method_class.needs_labels:
+    if folder.exists() and method.needs_labels:
         dataset = PreparedDataset(folder)
         if dataset.class_names != members.agreed["class_names"]:
             raise DataError(

@@ -87,7 +87,7 @@ class MethodStrategy(Strategy):
         return [message for message, _ in accepted.values()], rejected
 
     def _misfit(self, reply: TrainReply) -> str:
-        """Return why the method cannot use a reply, tried on a copy of the server's state; "" if it can."""
+        """Return why the method cannot use a reply, by a trial whose result is dropped; "" if it can."""
         before = self.progress.server
         try:
             after, _ = self._method.server_update(before, [reply.update])
