@@ -21,8 +21,8 @@ $(STAMP): requirements.lock pyproject.toml
 repro: $(STAMP)  ## Run the whole pipeline: data, features, training, report
 	$(BIN)/dvc repro
 
-test: $(STAMP)  ## Run the tests in parallel, on up to eight cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder
+test: $(STAMP)  ## Run the tests in parallel, in up to eight processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadscope --no-loadscope-reorder
 
 test-faults: $(STAMP)  ## Run the long fault and fuzz tests (about 15 minutes) and print a table
 	HYPOTHESIS_PROFILE=large OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" tests/faults tests/fuzz

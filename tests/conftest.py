@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from filelock import FileLock
 from ruamel.yaml import YAML
 
 import stages.train_fl.methods  # noqa: F401  registers the methods' settings
@@ -44,6 +45,36 @@ def write_params(root: Path, changes: Mapping[str, Any]) -> Path:
     return root / "params.yaml"
 
 
+LONG = (
+    "integration/test_federation.py",
+    "integration/test_federation_tls.py",
+    "integration/test_team.py",
+    "integration/test_dvc.py",
+    "integration/test_experiments.py",
+    "integration/test_installed_wheel.py",
+    "train_fl/test_flower_engine.py",
+    "faults/",
+    "extract_features/test_extraction.py",
+    "test_notebook.py",
+)
+"""Modules that take long, longest first; tests of short ones then fill the end of a parallel run."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the modules that take long; a module's tests stay together."""
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.relative_to(REPOSITORY / "tests").as_posix()
+        return next((number for number, long in enumerate(LONG) if name.startswith(long)), len(LONG))
+
+    items.sort(key=place)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Use one worker more than there are cores: some tests wait for servers."""
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 7) + 1
+
+
 Pipeline = Callable[..., Result]
 
 
@@ -52,15 +83,31 @@ def invoke(root: Path, *arguments: str) -> Result:
     return CliRunner().invoke(main, ["--params", str(root / "params.yaml"), *arguments], catch_exceptions=False)
 
 
-@pytest.fixture(scope="session")
-def extracted(tmp_path_factory) -> Path:
-    """Make a small project with data, backbone and features; tests share it and must not modify it."""
-    root = tmp_path_factory.mktemp("extracted")
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """Return a folder that `make` fills once for all workers of a parallel run; tests must not modify it."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder, mark = base / name, base / f"{name}.made"
+    with FileLock(base / f"{name}.lock"):
+        if not mark.exists():
+            folder.mkdir(exist_ok=True)
+            make(folder)
+            mark.touch()
+    return folder
+
+
+def _extract(root: Path) -> None:
     write_params(root, {})
     for command in ("prepare-data", "prepare-backbone", "extract-features"):
         result = invoke(root, command)
         assert result.exit_code == 0, result.output
-    return root
+
+
+@pytest.fixture(scope="session")
+def extracted(tmp_path_factory) -> Path:
+    """Make a small project with data, backbone and features; tests share it and must not modify it."""
+    return made_once(tmp_path_factory, "extracted", _extract)
 
 
 @pytest.fixture

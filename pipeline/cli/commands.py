@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline import __version__, project
+from pipeline import __version__, project, threads
 from pipeline.cli.features import features
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.io.system_errors import in_words, remedy
@@ -140,6 +140,7 @@ def main(ctx: click.Context, params: Path, quiet: bool) -> None:
       pipeline train-fl --method feddifrc --partition dir005 --seed 0
       pipeline report
     """
+    threads.sleep_while_waiting()
     ctx.obj = params
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", force=True)
     for library in ("httpx", "httpx2", "matplotlib", "PIL"):  # their warnings mean nothing to users

@@ -3,6 +3,8 @@
 The file is read as YAML 1.2, as DVC reads it; by the 1.1 rules of PyYAML, `1e-4` would be text.
 """
 
+import copy
+import functools
 import itertools
 import json
 import os
@@ -308,13 +310,11 @@ def parse_yaml(text: str) -> Any:
     Raises:
         YAMLError: It is not valid, is nested too deeply, defines an anchor twice, or has an impossible date or number.
     """
-    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml import YAMLError
     from ruamel.yaml.error import ReusedAnchorWarning
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", ReusedAnchorWarning)
-            return YAML(typ="safe", pure=True).load(text)
+        return copy.deepcopy(_parsed(text))
     except YAMLError:
         raise
     except ReusedAnchorWarning as warning:
@@ -323,6 +323,17 @@ def parse_yaml(text: str) -> Any:
         raise YAMLError("it is nested too deeply") from None
     except Exception as error:  # impossible dates and numbers raise many types
         raise YAMLError(f"a value cannot be read ({error or type(error).__name__})") from None
+
+
+@functools.lru_cache(64)
+def _parsed(text: str) -> Any:
+    """Parse a text once: a node of a federation reads the same settings for every message."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import ReusedAnchorWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ReusedAnchorWarning)
+        return YAML(typ="safe", pure=True).load(text)
 
 
 def non_text_keys(text: str) -> list[tuple[int, str, str]]:

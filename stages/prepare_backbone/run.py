@@ -78,7 +78,10 @@ def _embedded(target: Path, train: bool) -> dict[str, Any]:
 
             tiny_sd.train(folder)
         else:
-            shutil.copytree(_EMBEDDED, folder, copy_function=shutil.copyfile, dirs_exist_ok=True)
+            for file in filter(Path.is_file, _EMBEDDED.rglob("*")):  # copytree's error does not say that a disk is full
+                copy = folder / file.relative_to(_EMBEDDED)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
         files = select(Directory(folder), "auto", prefer_fp16=False).files
         hashes = {name: provenance.file_sha256(folder / name) for name in files}
         for name in files:

@@ -96,7 +96,7 @@ def test_manifest_records_the_settings_that_made_the_set(digits):
 
 def test_threads_and_batch_sizes_do_not_change_a_byte(digits, unextracted):
     settings = ("--set", "runtime.unet_batch_size=48", "--set", "runtime.cache_latents=true")
-    process = launch(unextracted, *settings, OMP_NUM_THREADS="3")
+    process = launch(unextracted, *settings, OMP_NUM_THREADS="2")
     _, log = process.communicate()
     assert process.returncode == 0, log
     assert contents(unextracted / SET) == contents(digits / SET)

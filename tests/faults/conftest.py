@@ -1,14 +1,16 @@
 """A small project in which every stage has run, copies of it to damage, and the table of faults tried."""
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import made_once
 from tests.faults import program
 
 SEED = int(os.environ.get("FAULTS_SEED", "0"))
@@ -80,15 +82,22 @@ class Made:
 @pytest.fixture(scope="session")
 def made(tmp_path_factory) -> Made:
     """A project in which every stage has run; shared by all tests, so never change it."""
-    root = tmp_path_factory.mktemp("made") / "project"
+    folder = made_once(tmp_path_factory, "made", _run_every_stage)
+    commands = json.loads((folder / "commands.json").read_text())
+    return Made(folder / "project", {name: program.Undisturbed(**measured) for name, measured in commands.items()})
+
+
+def _run_every_stage(folder: Path) -> None:
+    """Make the project, and commands.json with the measurements."""
+    root = folder / "project"
     root.mkdir()
     program.write_settings(root)
     program.succeed(root, "--version")  # starts the fork server
     commands = {}
     for arguments in (("prepare-data",), ("prepare-backbone",), program.EXTRACT, program.SWEEP, program.SYNTHESIZE,
                       program.TRAIN, ("report",)):  # fmt: skip
-        commands[arguments[0]] = program.undisturbed(root, *arguments)
-    return Made(root, commands)
+        commands[arguments[0]] = asdict(program.undisturbed(root, *arguments))
+    (folder / "commands.json").write_text(json.dumps(commands))
 
 
 @pytest.fixture

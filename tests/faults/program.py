@@ -17,18 +17,21 @@ from typing import Any
 from tests.conftest import write_params
 
 STAGES = ("prepare_data", "prepare_backbone", "extract_features", "synthesize", "train_fl", "report")
+LIBRARIES = [
+    "pipeline.cli.commands",
+    "sklearn.datasets",
+    "sklearn.manifold",
+    "matplotlib.figure",
+    "matplotlib.style",
+    "matplotlib.backends.backend_svg",
+    "h5py",
+    "stages.synthesize.generate",
+    "stages.analyze_features.sweep.run",
+    *(f"stages.{name}" for name in STAGES),
+]
+"""Modules that commands import."""
 _FORKED = multiprocessing.get_context("forkserver")
-_FORKED.set_forkserver_preload(
-    [
-        "pipeline.cli.commands",
-        "sklearn.datasets",
-        "sklearn.manifold",
-        "matplotlib.figure",
-        "matplotlib.backends.backend_svg",
-        "h5py",
-    ]
-    + ["stages.synthesize.generate", "stages.analyze_features.sweep.run", *(f"stages.{name}" for name in STAGES)]
-)
+_FORKED.set_forkserver_preload(LIBRARIES)
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GIT_DIR": os.devnull}
 """The environment of every command. No commit is found, so bytes are equal whatever is committed meanwhile."""
 TIMEOUT = 120  # seconds after which a command counts as hanging

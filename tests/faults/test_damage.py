@@ -39,7 +39,7 @@ SOME_DAMAGE = ["flipped", *(pytest.param(name, marks=pytest.mark.faults) for nam
 READ = {
     "images": (f"{DATA}/train.h5", EXTRACT, ["digits/train.h5", "`pipeline prepare-data`"], [PREPARE]),
     "test-images": (f"{DATA}/test.h5", TRAIN, ["digits/test.h5", "`pipeline prepare-data`"], [PREPARE]),
-    "data-manifest": (f"{DATA}/manifest.json", TRAIN, ["digits", "run `pipeline "], [PREPARE]),
+    "data-manifest": (f"{DATA}/manifest.json", TRAIN, [f"{DATA}", "repare", "`pipeline "], [PREPARE]),
     "weights": (WEIGHTS, EXTRACT, ["unet/diffusion_pytorch_model.safetensors", "`pipeline prepare-backbone`"],
         [BACKBONE]),
     "model-index": ("models/tiny-sd/model_index.json", EXTRACT, ["model_index.json", "prepare-backbone`"], [BACKBONE]),
@@ -60,7 +60,7 @@ READ = {
     "run-weights": (f"{RUN}/model.safetensors", REPORT, [f"{RUN}/model.safetensors", "Train it again"], [TRAIN_AGAIN]),
     "partition": (f"{RUN}/partition.json", REPORT, [f"{RUN}", "Train it again"], [TRAIN_AGAIN]),
     "checksums": (f"{RUN}/SHA256SUMS", REPORT, [f"{RUN}", "Train it again"], [TRAIN_AGAIN]),
-    "run-of-sweep": (f"results/.sweep/{RUN.name}.sha256", REPORT, [f"{RUN}", "train it again"], [TRAIN_AGAIN]),
+    "run-of-sweep": (f"results/.sweep/{RUN.name}.sha256", REPORT, [f"{RUN}", "Train it again"], [TRAIN_AGAIN]),
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ What runs is the app that runs on real nodes, called as Flower calls it; only Su
 """
 
 import itertools
+from unittest import mock
 
 from flwr.app import Context, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -11,6 +12,7 @@ from flwr.proto.message_pb2 import Message as Bytes
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
+from pipeline.federation import members
 from pipeline.federation.app import client_app, server_app
 
 
@@ -31,9 +33,10 @@ class InProcess(Grid):
         self._contexts, self._replies, self._numbers = {}, {}, itertools.count(1)
 
     def serve(self):
-        """A run, as `flwr run` starts it."""
+        """A run, as `flwr run` starts it; nodes answer at once, so the server looks for answers often."""
         TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
-        server_app(self, Context(1, 1, {}, RecordDict(), self.run_config))
+        with mock.patch.object(members, "_POLL_SECONDS", 0.01):
+            server_app(self, Context(1, 1, {}, RecordDict(), self.run_config))
 
     def restart(self, node_id, new_id):
         """Restart a SuperNode: it gets a new id and an empty context."""

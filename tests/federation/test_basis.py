@@ -136,7 +136,7 @@ def test_node_with_another_frozen_model_is_rejected_by_name(projects, monkeypatc
     kept = manifest.read_text()
     files = json.loads(kept)["files"]
     manifest.write_text(kept.replace(files["unet/config.json"], "0" * 64))
-    federation = deploy(projects, monkeypatch, federation__join_timeout=3.0)
+    federation = deploy(projects, monkeypatch, federation__join_timeout=1.0)
     federation.serve()
     manifest.write_text(kept)
     said = capsys.readouterr().out

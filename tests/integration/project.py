@@ -7,6 +7,16 @@ from pathlib import Path
 from pipeline import project
 from tests.conftest import REPOSITORY
 
+QUICK = {
+    "prepare_data.train_subset": 60,
+    "extract_features.negatives": 1,
+    "extract_features.basis_images": 20,
+    "analyze_features.splits": 1,
+    "analyze_features.tsne_images": 20,
+    "analyze_features.perplexity": 5.0,
+}
+"""Settings under which the stages take little longer than their processes' start."""
+
 
 def copy_tracked(into: Path) -> None:
     """Copy the files that a clone has for DVC, without params.yaml."""

@@ -14,20 +14,20 @@ from ruamel.yaml import YAML
 
 from pipeline.data.datasets import PreparedDataset
 from tests.conftest import write_params
-from tests.integration.project import copy_tracked
+from tests.integration.project import QUICK, copy_tracked
 
 BIN = Path(sys.executable).parent
-SWEEP = {"sweep.methods": ["fedavg", "feddifrc"], "sweep.partitions": ["dir05"], "sweep.seeds": [0]}
+SWEEP = QUICK | {"sweep.methods": ["fedavg", "feddifrc"], "sweep.partitions": ["dir05"], "sweep.seeds": [0]}
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
+def root(tmp_path_factory, quick_bin) -> Path:
     """A project under DVC, without git, that has been run once; its venv is not activated, as after `make repro`."""
     root = tmp_path_factory.mktemp("dvc project")
     copy_tracked(root)
     write_params(root, SWEEP)
     (root / ".venv").mkdir()
-    (root / ".venv" / "bin").symlink_to(BIN)
+    (root / ".venv" / "bin").symlink_to(quick_bin)
     config = root / ".dvc" / "config"
     config.write_text(config.read_text().replace("[core]\n", "[core]\n    no_scm = true\n"))
     dvc(root, "repro", "extract-features")
@@ -56,6 +56,11 @@ def dvc(root: Path, *arguments: str, **more: str) -> str:
     done = subprocess.run(command(*arguments), cwd=root, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def pipeline(root: Path, *arguments: str) -> None:
+    """A command by hand; it must succeed."""
+    subprocess.run([root / ".venv" / "bin" / "pipeline", *arguments], cwd=root, check=True, capture_output=True)
 
 
 def ran(output: str) -> set[str]:
@@ -97,8 +102,7 @@ def test_report_depends_on_the_runs_of_the_sweep(root):
     write_params(root, SWEEP)
     dvc(root, "repro")
     assert locked() == 2
-    by_hand = ["pipeline", "train-fl", "--method", "fedprox", "--partition", "dir05", "--seed", "0"]
-    subprocess.run([str(BIN / by_hand[0]), *by_hand[1:]], cwd=root, check=True, capture_output=True)
+    pipeline(root, "train-fl", "--method", "fedprox", "--partition", "dir05", "--seed", "0")
     assert "up to date" in dvc(root, "status")
     write_params(root, SWEEP | {"sweep.methods": ["fedavg"]})
     assert ran(dvc(root, "repro")) == {"report"}
@@ -109,8 +113,7 @@ def test_report_depends_on_the_runs_of_the_sweep(root):
 
 
 def test_training_depends_on_generated_images(root):
-    prepare = [str(BIN / "pipeline"), "--quiet", "prepare-backbone"]
-    subprocess.run(prepare, cwd=root, check=True, capture_output=True)  # another test removed the weights
+    pipeline(root, "--quiet", "prepare-backbone")  # another test removed the weights
     changes = SWEEP | {"sweep.methods": ["fedavg"], "train_fl.balance_with_synthetic": "mean"}
     for count in (1, 2):
         generation = {"synthesize.images_per_class": count, "synthesize.num_inference_steps": 1}
@@ -131,9 +134,10 @@ def test_extraction_killed_under_dvc_resumes_on_the_next_repro(root):
         command("repro", "extract-features"), cwd=root, env=environment(root), capture_output=True, text=True
     )
     assert done.returncode != 0 and "Run `pipeline prepare-backbone`" in done.stderr
-    prepare = [str(BIN / "pipeline"), "--quiet", "prepare-backbone"]
-    subprocess.run(prepare, cwd=root, check=True, capture_output=True)
+    pipeline(root, "--quiet", "prepare-backbone")
 
+    (root / ".venv" / "bin").unlink()
+    (root / ".venv" / "bin").symlink_to(BIN)  # the installed program, whose process the signal reaches
     process = subprocess.Popen(
         command("repro", "extract-features"),
         cwd=root, env=environment(root), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,

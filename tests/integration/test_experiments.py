@@ -18,19 +18,19 @@ from tests.integration.project import copy_tracked, git
 from tests.integration.test_dvc import BIN, SWEEP, dvc, ran
 
 
-def make(root, changes):
+def make(root, bin_folder, changes):
     """A committed project under git and DVC, before any stage has run."""
     copy_tracked(root)
     write_params(root, changes)
     (root / ".venv").mkdir()
-    (root / ".venv" / "bin").symlink_to(BIN)
+    (root / ".venv" / "bin").symlink_to(bin_folder)
     git(root, "init", "--quiet")
     git(root, "add", "--all")
     git(root, "commit", "--quiet", "--message", "start")
 
 
-def test_experiment_with_another_timestep(tmp_path):
-    make(tmp_path, SWEEP | {"sweep.methods": ["feddifrc"]})
+def test_experiment_with_another_timestep(tmp_path, quick_bin):
+    make(tmp_path, quick_bin, SWEEP | {"sweep.methods": ["feddifrc"]})
     dvc(tmp_path, "repro")
     git(tmp_path, "add", "--all")
     git(tmp_path, "commit", "--quiet", "--message", "run")
@@ -70,12 +70,12 @@ WORDS = {
 
 
 @pytest.fixture(scope="module")
-def with_files(tmp_path_factory, extracted):
+def with_files(tmp_path_factory, extracted, quick_bin):
     """A project whose keys name untracked files in its folder."""
     root = tmp_path_factory.mktemp("files")
     folder = {"prepare_data.name": "photos", "prepare_data.source": "folder", "prepare_data.train_subset": None}
     changes = folder | {"prepare_backbone.name": "own", "extract_features.image_size": 32}
-    make(root, changes | {f"{key}": value for key, value in FILES.items()})
+    make(root, quick_bin, changes | {f"{key}": value for key, value in FILES.items()})
     mine = root / "mine"
     rng = np.random.default_rng(0)
     for split, count in (("train", 6), ("test", 2)):

@@ -1,4 +1,4 @@
-"""Real SuperLinks and SuperNodes on loopback: from private folders to a model, with a killed node; TLS and keys."""
+"""A real SuperLink and SuperNodes on loopback: from private folders to a model, with a killed node."""
 
 import csv
 import json
@@ -8,12 +8,12 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from examples.federation.demo import NAMES, REPOSITORY, SETTINGS, make_projects, pipeline
+from examples.federation import demo
+from examples.federation.demo import NAMES, REPOSITORY, SETTINGS, make_projects
 from examples.federation.loopback import Loopback
-from tests.conftest import SMALL as SMALL_PROJECT
-from tests.conftest import write_params
-from tests.integration.certificates import write_certificates, write_keys
+from tests.conftest import invoke
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = SETTINGS | {
     "extract_features.basis_images": 20,
     "extract_features.negatives": 1,
@@ -37,7 +37,13 @@ def until(condition, seconds):
         time.sleep(0.1)
 
 
-def test_three_nodes_train_a_model_although_one_is_killed_in_round_2(tmp_path):
+def in_this_process(project, *words):
+    result = invoke(project, *words)
+    assert result.exit_code == 0, result.output
+
+
+def test_three_nodes_train_a_model_although_one_is_killed_in_round_2(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "pipeline", in_this_process)  # the nodes' own processes start later
     projects = make_projects(tmp_path, 30, SMALL)
     server = tmp_path / "server"
     with Loopback(tmp_path, REPOSITORY) as federation:
@@ -48,7 +54,7 @@ def test_three_nodes_train_a_model_although_one_is_killed_in_round_2(tmp_path):
         shared = (server / "data" / "basis.h5").read_bytes()
         assert [(project / "data" / "basis.h5").read_bytes() for project in projects] == [shared] * 3
         for project in projects:
-            pipeline(project, "--quiet", "extract-features")
+            in_this_process(project, "--quiet", "extract-features")
         trained = federation.run(SMALL | {"federation.round_timeout": 30.0}, seed=3)
         results = server / "results" / "feddifrc-nodes-s3"
         until(lambda: len(rows(results / "rounds.csv")) == 1, 300)
@@ -68,33 +74,3 @@ def test_three_nodes_train_a_model_although_one_is_killed_in_round_2(tmp_path):
     assert 0 <= json.loads((results / "metrics.json").read_text())["final_accuracy"] <= 1
     # no image or feature has left its folder
     assert {path.name for path in (server / "data").rglob("*") if path.is_file()} == {"basis.h5", "basis.json"}
-
-
-def test_run_with_tls_and_registered_keys_has_the_bytes_of_the_local_engine(extracted, tmp_path):
-    changes = {"train_fl.num_clients": 2, "train_fl.clients_per_round": 2, "train_fl.num_rounds": 2}
-    write_params(tmp_path, changes)
-    (tmp_path / "data").symlink_to(extracted / "data")
-    pipeline(tmp_path, "--quiet", "train-fl", "--method", "scaffold", "--partition", "dir05", "--seed", "0")
-    local = (tmp_path / "results" / "scaffold-dir05-s0" / "model.safetensors").read_bytes()
-    certificates = write_certificates(tmp_path / "certificates")
-    (tmp_path / "server").mkdir()
-    (tmp_path / "server" / "data").symlink_to(extracted / "data")
-    scalars = {key: value for key, value in SMALL_PROJECT.items() if not isinstance(value, list)}
-    small = scalars | changes | {"federation.min_clients": 2}
-    with Loopback(tmp_path, REPOSITORY, certificates, authenticate=True) as federation:
-        for client in range(3):
-            private, public = write_keys(tmp_path / "keys", f"node-{client}")
-            if client < 2:  # the third is not registered
-                federation.register(public)
-            federation.start_node(client, tmp_path, "--auth-supernode-private-key", str(private), name=f"n{client}")
-        run = federation.run(small, method="scaffold", partition="dir05")
-        assert federation.wait(run, 300) == "finished:completed", federation.log(run)
-    results = tmp_path / "server" / "results" / "scaffold-dir05-s0"
-    assert {row["name"] for row in rows(results / "participation.csv")} == {"n0", "n1"}
-    assert (results / "model.safetensors").read_bytes() == local
-
-
-@pytest.fixture(autouse=True)
-def two_threads(monkeypatch):
-    """Use one thread for nodes and local engine: the number of threads changes last bits."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")

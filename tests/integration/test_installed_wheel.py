@@ -18,15 +18,16 @@ from tests.integration.project import git
 
 SMALL = {
     "prepare_data.train_subset": 60,
-    "extract_features.basis_images": 30,
-    "analyze_features.images": 40,
+    "extract_features.negatives": 1,
+    "extract_features.basis_images": 20,
+    "analyze_features.splits": 1,
     "analyze_features.tsne_images": 20,
     "analyze_features.perplexity": 5.0,
     "train_fl.num_clients": 2,
     "train_fl.clients_per_round": 2,
     "train_fl.num_rounds": 1,
     "train_fl.local_epochs": 1,
-    "sweep.methods": "[fedavg, feddifrc]",
+    "sweep.methods": "[feddifrc]",
     "sweep.partitions": "[iid]",
     "sweep.seeds": "[0]",
 }

@@ -17,14 +17,12 @@ import pytest
 from pipeline import project as project_template
 from pipeline.feature_store import FeatureSet
 from tests.conftest import REPOSITORY, invoke, write_params
-from tests.integration.project import copy_tracked
+from tests.integration.project import QUICK, copy_tracked
 
 BIN = Path(sys.executable).parent
 SET = Path("data") / "features" / "digits-tiny-sd-t300"
 GIT = {f"GIT_{who}_{what}": "member@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-SMALL = {
-    "prepare_data.train_subset": 60,
-    "extract_features.basis_images": 20,
+SMALL = QUICK | {
     "extract_features.rows_per_shard": 25,
     "train_fl.num_rounds": 1,
     "sweep.methods": ["feddifrc"],
@@ -49,9 +47,10 @@ yaml.dump(content, open(file, "w"))
 
 @dataclass(frozen=True)
 class Team:
-    """The team's folder, with its repository, storage and members' homes."""
+    """The team's folder, with its repository, storage and members' homes, and where its `pipeline` is."""
 
     root: Path
+    bin_folder: Path
     outputs: dict[Path, str] = field(default_factory=dict)
 
     def member(self, name: str) -> Path:
@@ -64,7 +63,7 @@ class Team:
         """Run a script, which must succeed, and return its output."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "GIT_", "AWS_"))}
         own = {"DVC_SITE_CACHE_DIR": str(self.root / "site"), "DVC_NO_ANALYTICS": "1", "GIT_CONFIG_GLOBAL": os.devnull}
-        path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+        path = os.pathsep.join([str(self.bin_folder), str(BIN), os.environ["PATH"]])
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", script], cwd=home, text=True, capture_output=True,
             env=inherited | own | GIT | {"PATH": path} | environment,
@@ -114,13 +113,13 @@ def project_files(into: Path) -> None:
     write_params(into, SMALL)
 
 
-PASSES_PER_SET = 60 * 11  # 60 images, each with "" and ten prompts; those of the basis are not counted
+PASSES_PER_SET = 60 * 3  # 60 images, each with "", its prompt and one other; those of the basis are not counted
 
 
 @pytest.fixture(scope="module")
-def team(tmp_path_factory) -> Team:
+def team(tmp_path_factory, quick_bin) -> Team:
     """The team's repository and storage, after A has extracted and pushed."""
-    team = Team(tmp_path_factory.mktemp("team"))
+    team = Team(tmp_path_factory.mktemp("team"), quick_bin)
     (team.root / "edit.py").write_text(EDIT)
     first = team.member("first")
     project_files(first)

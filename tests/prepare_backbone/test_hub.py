@@ -1,5 +1,6 @@
 """Models from a hub on loopback: what is fetched, rejected and kept."""
 
+import errno
 import json
 import os
 import shutil
@@ -191,6 +192,16 @@ def test_invalid_directory_keeps_the_previous_model(tmp_path, content, message):
     with pytest.raises(PipelineError, match=message):
         prepare(tmp_path, source="other", revision=None)
     assert (tmp_path / "models" / "m" / UNET).read_bytes() == (SHIPPED / UNET).read_bytes()
+
+
+def test_full_disk_is_named_when_the_shipped_model_is_copied(tmp_path, monkeypatch):
+    def fail(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", fail)
+    with pytest.raises(PipelineError, match=r"m cannot be written \(No space left on device\). Make room on the disk"):
+        prepare(tmp_path, source="embedded", revision=None)
+    assert not list((tmp_path / "models").iterdir())
 
 
 def test_broken_connection_is_retried(tmp_path, hub, model):

@@ -141,7 +141,7 @@ def test_round_continues_without_a_killed_node(project, monkeypatch, capsys):
 
 def test_late_node_takes_part_after_its_introduction(project, monkeypatch):
     federation = all_take_part(
-        project, monkeypatch, count=4, changes={"federation.min_clients": 3, "federation.join_timeout": 3.0}
+        project, monkeypatch, count=4, changes={"federation.min_clients": 3, "federation.join_timeout": 1.0}
     )
     late = federation.nodes.pop(103)
 
@@ -335,7 +335,7 @@ def test_nodes_with_private_images_train_and_evaluate_together(tmp_path, project
 
 def test_nodes_with_foreign_or_damaged_features_are_rejected_by_name(tmp_path, project, monkeypatch, capsys):
     federation = private(
-        tmp_path, project, monkeypatch, changes={"federation.min_clients": 1, "federation.join_timeout": 3.0}
+        tmp_path, project, monkeypatch, changes={"federation.min_clients": 1, "federation.join_timeout": 1.0}
     )
     manifest = next((tmp_path / "node1" / "data" / "features").glob("*/manifest.json"))
     manifest.write_text(manifest.read_text().replace('"timestep": 300', '"timestep": 200'))
@@ -354,7 +354,7 @@ def test_nodes_with_foreign_or_damaged_features_are_rejected_by_name(tmp_path, p
 
 def test_features_of_different_bases_or_models_are_not_mixed(tmp_path, project, monkeypatch, capsys):
     federation = private(
-        tmp_path, project, monkeypatch, changes={"federation.min_clients": 2, "federation.join_timeout": 3.0}
+        tmp_path, project, monkeypatch, changes={"federation.min_clients": 2, "federation.join_timeout": 1.0}
     )
     other = tiny_project.make(tmp_path / "node2", extract_features__basis="data/basis.h5")
     shutil.rmtree(other.features_dir)
@@ -555,7 +555,7 @@ def test_invalid_scores_are_skipped_by_name(tmp_path, project, monkeypatch, caps
     ],
 )
 def test_invalid_introduction_is_rejected(project, monkeypatch, capsys, change, words):
-    changes = {"federation.min_clients": 3, "federation.join_timeout": 3.0, "train_fl.num_rounds": 1}
+    changes = {"federation.min_clients": 3, "federation.join_timeout": 1.0, "train_fl.num_rounds": 1}
     federation = all_take_part(project, monkeypatch, changes=changes)
     federation.after = lambda node_id, reply: reply.content.config_records["introduction"].update(change) if (
         node_id == 101 and reply.metadata.message_type == "query.join"

@@ -187,7 +187,7 @@ def test_basis_file_is_compared_if_present(tmp_path):
     project = tiny_project.make(tmp_path, extract_features__basis="shared.h5")
     open_checked(project)
     file.write_bytes(b"another")
-    assert_rejected(project, f"{start}shared.h5 (SHA-256 {hashlib.sha256(b'another').hexdigest()[:12]}). Name")
+    assert_rejected(project, f"{start}shared.h5 (SHA-256 {hashlib.sha256(b'another').hexdigest()[:12]}). Set the key")
     file.unlink()
     open_checked(project)
 
@@ -203,7 +203,7 @@ def test_image_encoder_is_compared_if_present(tmp_path):
     (tmp_path / "clip" / "model.safetensors").write_bytes(b"weights")
     open_checked(project)
     (tmp_path / "clip" / "model.safetensors").write_bytes(b"others")
-    assert_rejected(project, f"{start}{tmp_path / 'clip'}, whose files differ. Name")
+    assert_rejected(project, f"{start}{tmp_path / 'clip'}, whose files differ. Set the key")
     tiny_project.add_features(tiny_project.make(tmp_path), timestep=300)
     assert_rejected(
         project, "with image_conditioning null, but extract_features here has image_conditioning 'clip'. Give params"

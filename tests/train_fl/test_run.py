@@ -98,14 +98,14 @@ def test_equal_seeds_give_equal_bytes_and_leave_no_checkpoint(undisturbed, tmp_p
 # the process kills itself: after the file of a checkpoint has been written and before it replaces anything; after it
 # replaced it and before the previous one is removed; or in the middle of the round after a checkpoint
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys
 from tests.train_fl import tiny_project
 from pathlib import Path
 from stages.train_fl import run
 from pipeline.io import resumable
 from stages.train_fl import rounds
+import matplotlib.backends.backend_svg, matplotlib.figure  # once, for all children
 
-moment, number = sys.argv[2], int(sys.argv[3])
 calls = 0
 
 def dying(function, when):
@@ -117,13 +117,20 @@ def dying(function, when):
         return function(*args, **kwargs)
     return call
 
-if moment == "saving":
-    resumable.save_file = dying(resumable.save_file, number)
-elif moment == "discarding":
-    resumable.ResumableStore.discard = dying(resumable.ResumableStore.discard, number)
-else:
-    rounds.client_batches = dying(rounds.client_batches, number)
-run(tiny_project.make(Path(sys.argv[1]), runtime__workers=1), "fedavg", "dir", 0)
+def die(root, moment, number):
+    if moment == "saving":
+        resumable.save_file = dying(resumable.save_file, number)
+    elif moment == "discarding":
+        resumable.ResumableStore.discard = dying(resumable.ResumableStore.discard, number)
+    else:
+        rounds.client_batches = dying(rounds.client_batches, number)
+    run(tiny_project.make(Path(root), runtime__workers=1), "fedavg", "dir", 0)
+
+for root, moment, number in json.loads(sys.argv[1]):
+    if not (child := os.fork()):
+        die(root, moment, number)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
@@ -133,15 +140,15 @@ KILLS = [("saving", 2, 1), ("discarding", 2, 2), ("training", 6, 2)]
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory) -> dict[str, Path]:
-    """Projects left by killed processes, which run at the same time."""
+    """Projects left by killed processes, which are forked from one that has imported the libraries."""
     here = Path(__file__).parent
     environment = {"PYTHONPATH": str(here.parents[1]), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     roots = {moment: tmp_path_factory.mktemp(moment) for moment, _, _ in KILLS}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", KILLED, str(roots[moment]), moment, str(number)], env=environment)
-        for moment, number, _ in KILLS
-    ]
-    assert [process.wait() for process in processes] == [-signal.SIGKILL] * len(KILLS)
+    kills = json.dumps([(str(roots[moment]), moment, number) for moment, number, _ in KILLS])
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, kills], env=environment, check=True, stdout=subprocess.PIPE, text=True
+    )
+    assert list(map(int, done.stdout.split())) == [-signal.SIGKILL] * len(KILLS)
     return roots
 
 
