@@ -25,7 +25,7 @@ CLIENTS = [client(size, seed) for seed, size in enumerate((5, 16, 9, 12))]
 def train(settings, num_workers: int) -> list[rounds.Round]:
     """Run three rounds of three of the four clients, with the network that the method needs."""
     guidance_dim = DIM if methods.guidance_of(settings) else None
-    parts = methods.model_parts(settings)
+    parts = methods.method_class(settings).model_parts(settings)
     model = models.build(EncoderSettings("small_cnn", "batch", "float32", True), 3, 0, guidance_dim, **parts)
     method = methods.build(settings, model, 0.9, 0.01, len(CLIENTS))
     augmentation = "views" if methods.method_class(settings).needs_augmentation else "none"
