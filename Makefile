@@ -2,10 +2,11 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+JOBS ?= 2
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-faults lint format docs lock audit gallery federation-demo clean
+.PHONY: help setup repro sweep test test-faults lint format docs lock audit gallery federation-demo clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +20,12 @@ $(STAMP): requirements.lock pyproject.toml
 	touch $@
 
 repro: $(STAMP)  ## Run the whole pipeline: data, features, training, report
+	$(BIN)/dvc repro
+
+sweep: $(STAMP)  ## Run the whole pipeline with JOBS (2) training runs at a time
+	$(BIN)/dvc repro extract-features synthesize
+	changed=$$($(BIN)/dvc status train-fl) && echo "$$changed" | grep -o '^train-fl@[^:]*' | \
+	  xargs -P $(JOBS) -I RUN $(BIN)/dvc --wait-for-lock repro --single-item RUN
 	$(BIN)/dvc repro
 
 test: $(STAMP)  ## Run the tests in parallel, in up to eight processes
