@@ -60,7 +60,7 @@ def node_of(context: Context) -> Node:
     if not root.is_dir():
         raise ConfigError(f"project folder {root} of client {client_id} does not exist. Fix project in --node-config.")
     device, threads = options.get("device"), options.get("threads", 1)
-    if not isinstance(threads, int) or threads < 1:
+    if type(threads) is not int or threads < 1:
         raise ConfigError(f"threads={threads!r} in --node-config is invalid. Use an integer, 1 or more.")
     name = str(options.get("name", f"node {client_id}"))
     return Node(client_id, name, root, str(device) if device else None, threads)

@@ -1,4 +1,4 @@
-"""Random augmentation of batches of training images on the device, by numbers that a generator on the CPU draws ahead.
+"""Random augmentation of batches of training images on the device, using random numbers drawn ahead on the CPU.
 
 "crop" shifts the zero-padded image by up to an eighth of its side, as is usual on CIFAR; "crop-flip" also mirrors half
 of the images. "views" is for self-supervised learning (Chen et al., SimCLR, ICML 2020): a crop of a fifth to all of the
@@ -20,8 +20,8 @@ def to_model_range(images: Tensor) -> Tensor:
 
 
 def draw(n: int, size: int, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
-    """Draw the random numbers of one view of each of n images of side `size`: float (n, numbers per image)."""
-    if augmentation == "views":
+    """Draw the random numbers of one view of each of n images of height `size`: float (n, numbers per image)."""
+    if augmentation == "views":  # crop and mirror, then colour
         return torch.cat([torch.rand((4, n), generator=generator), torch.rand((3, n), generator=generator)]).T
     if augmentation == "none":
         return torch.empty(n, 0)

@@ -92,7 +92,7 @@ class Batches:
 
     def _draw(self, count: int) -> Tensor:
         """Draw the numbers of a batch's views: float (count, num_views, numbers per view)."""
-        size = self.data.images.shape[-1]
+        size = self.data.images.shape[-2]
         views = [draw(count, size, self.augmentation, self.generator) for _ in range(self.num_views)]
         return torch.stack(views, 1)
 

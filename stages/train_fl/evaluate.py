@@ -75,7 +75,8 @@ def in_threads(function: Callable[[Any], Any], items: Sequence[Any], num_threads
     """Return [function(item) for item in items], computed in threads."""
     if num_threads == 1 or len(items) == 1:
         return [function(item) for item in items]
-    with ThreadPoolExecutor(num_threads) as pool:
+    # torch gives a new thread all cores until it is told the number.
+    with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return list(pool.map(function, items))
 
 

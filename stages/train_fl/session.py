@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -128,7 +128,7 @@ class Engine(Protocol):
     def begin(self, weights: Weights) -> Progress:
         """Return the state before the first round, with these initial weights."""
 
-    def rounds(self, start: Progress) -> Iterator[Round]:
+    def rounds(self, start: Progress) -> Generator[Round, None, None]:
         """Run all rounds after `start`."""
 
 
@@ -186,9 +186,10 @@ def _train(
     with (
         loggers.opened(job.config.params.runtime, job.config.home, job.path.name, record) as log_last_round,
         progress_bar(num_rounds, job.path.name, "round") as bar,
+        contextlib.closing(engine.rounds(start)) as rounds,  # ends its processes after an error here, too
     ):
         bar.update(start.number)
-        for done in engine.rounds(start):
+        for done in rounds:
             started = time.perf_counter()
             scores = score_round(done, model, evaluator)
             record.add(done, scores, time.perf_counter() - started)

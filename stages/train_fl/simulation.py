@@ -1,5 +1,6 @@
 """Federated training from arrays in memory, for notebooks and scripts: no params.yaml and no files."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -118,8 +119,8 @@ def simulate(
     evaluator = session.evaluator_of(made, data, held, count)
     engine = LocalEngine(made, data, Schedule.of(params, seed), device, count)
     start = engine.begin(session.weights_of(model))
-    with workers.single_threaded():
-        rows = [round_row(done, session.score_round(done, model, evaluator)) for done in engine.rounds(start)]
+    with workers.single_threaded(), contextlib.closing(engine.rounds(start)) as rounds:
+        rows = [round_row(done, session.score_round(done, model, evaluator)) for done in rounds]
     return History(rows, model)
 
 

@@ -171,6 +171,7 @@ def test_checkpoint_holds_every_state_of_a_method(tmp_path, caplog, method):
         if name == "resumed":
             with pytest.raises(KeyboardInterrupt):
                 _interrupt_after(project, num_rounds=2, method=method)
+            project = tiny_project.make(tmp_path / name, train_fl__num_rounds=3, runtime__workers=1)
         with caplog.at_level("INFO"):
             paths.append(run(project, method, "dir", 0))
     assert "resuming after round 2 of 3" in caplog.text

@@ -1,5 +1,6 @@
 """Clients trained side by side in worker processes: equal bytes for any number of workers, errors, and their end."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -12,13 +13,17 @@ import pytest
 import torch
 
 from pipeline.errors import ConfigError, PipelineError, TrainingDiverged
+from pipeline.feature_store.schema import InvalidFeatureSet
+from pipeline.io.system_errors import SystemRefusal
 from pipeline.settings import params
 from stages.train_fl import methods, models, rounds, run
+from stages.train_fl.client_data import Batches, ClientData
 from stages.train_fl.encoders import EncoderSettings
 from stages.train_fl.engines import local, workers
 from tests.train_fl import tiny_project
 from tests.train_fl.method_fixtures import DIM, client, state_of
 
+REPOSITORY = Path(__file__).parents[2]
 CLIENTS = [client(size, seed) for seed, size in enumerate((5, 16, 9, 12))]
 
 
@@ -39,7 +44,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 
 @pytest.mark.parametrize("algorithm", list(params.METHODS))
-def test_number_of_workers_changes_no_byte(algorithm):
+def test_results_are_identical_for_any_number_of_workers(algorithm):
     settings = params.METHODS[algorithm]()
     alone = train(settings, 1)
     for num_workers in (2, 4):
@@ -57,7 +62,7 @@ def test_number_of_workers_changes_no_byte(algorithm):
 
 
 @pytest.mark.parametrize("method", ["fedavg", "simsiam"])
-def test_number_of_workers_changes_no_byte_of_a_run(tmp_path, method):
+def test_files_of_a_run_are_identical_for_any_number_of_workers(tmp_path, method):
     files = {}
     for num_workers in (1, 3):
         (tmp_path / str(num_workers)).mkdir()
@@ -89,7 +94,7 @@ def test_workers_are_distinct_processes_with_one_thread():
 
 
 @pytest.mark.parametrize("memory", [1 << 20, 100, 1])  # all tensors fit into the shared memory, some do, none does
-def test_tensors_of_every_kind_survive_the_way(memory):
+def test_tensors_of_every_kind_survive_the_transfer(memory):
     values = {
         "bfloat16": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
         "bool": torch.tensor([[True], [False]]),
@@ -97,11 +102,13 @@ def test_tensors_of_every_kind_survive_the_way(memory):
         "empty": torch.empty(0, 3),
         "strided": torch.arange(24.0).view(2, 3, 2, 2).to(memory_format=torch.channels_last),
         "view": torch.arange(10.0)[2:4],
+        "transposed": torch.arange(6.0).view(2, 3).T,
     }
     with workers.opened(2, lambda shared, item: {**shared, "item": item}, memory) as compute:
         (result,) = compute(values, [torch.ones(2)])
     assert result.pop("item").tolist() == [1, 1]
     assert all(result[name].dtype == value.dtype and torch.equal(result[name], value) for name, value in values.items())
+    assert result["strided"].is_contiguous(memory_format=torch.channels_last)
     result["view"] += 1  # received tensors are writable
 
 
@@ -111,22 +118,94 @@ class OfTwo(Exception):  # cannot be pickled: its class needs two arguments
 
 
 @pytest.mark.parametrize(
-    "error, kind", [(TrainingDiverged("of client 3"), TrainingDiverged), (OfTwo("of client", " 3"), RuntimeError)]
+    "error, kind, text",
+    [
+        (TrainingDiverged("of client 3"), TrainingDiverged, "of client 3"),
+        (InvalidFeatureSet("a shard is damaged", "Get it again"), InvalidFeatureSet, None),
+        (SystemRefusal(Path("train.h5"), "too many open files", "Close some"), SystemRefusal, None),
+        (OfTwo("of client", " 3"), RuntimeError, "OfTwo in a training worker"),
+        (ValueError("of client 3"), ValueError, "of client 3"),
+    ],
+    ids=lambda value: getattr(value, "__name__", type(value).__name__),
 )
-def test_error_of_a_worker_is_raised_here(error, kind):
+def test_error_of_a_worker_is_raised_here(error, kind, text):
     def fail(shared, item):
         raise error
 
-    with pytest.raises(kind, match="of client 3"), workers.opened(2, fail) as compute:
+    with pytest.raises(kind) as raised, workers.opened(2, fail) as compute:
         compute(None, [1, 2, 3])
+    assert type(raised.value) is kind and str(raised.value) == (text or str(error))
+    assert vars(raised.value).keys() >= vars(error).keys() or kind is RuntimeError
     assert not multiprocessing.active_children()
+
+
+def test_result_that_cannot_be_sent_is_named():
+    with pytest.raises(AttributeError, match="Can't pickle"), workers.opened(2, lambda *_: lambda: None) as compute:
+        compute(None, [1])
+
+
+def test_worker_that_cannot_be_started_is_one_line(monkeypatch):
+    def refuse():
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", refuse)
+    wanted = r"training worker 1 of 2 cannot be started \(.*\)\. Set runtime.workers to a lower number"
+    with pytest.raises(PipelineError, match=wanted), workers.opened(2, lambda *_: None):
+        pass
+
+
+def test_workers_can_be_stopped_at_once():
+    for _ in range(10):
+        with workers.opened(2, lambda *_: None):
+            pass
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_during_a_round_ends_the_command_and_its_workers(tmp_path, number):
+    tiny_project.make(tmp_path)
+    command = [sys.executable, "-c", ROUND, str(tmp_path), str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=60, start_new_session=True)
+    assert done.returncode == 128 + number and "Traceback" not in done.stderr
+    assert not [line for line in processes() if str(tmp_path) in line]
+
+
+ROUND = """
+import os, signal, sys
+from pathlib import Path
+from stages.train_fl import methods, rounds
+from pipeline.cli.commands import main
+
+root, number = Path(sys.argv[1]), int(sys.argv[2])
+original = rounds.client_batches
+parent = os.getpid()
+
+def batches(*args):  # in a worker
+    os.killpg(os.getpgid(parent), number) if number == signal.SIGINT else os.kill(parent, number)
+    signal.pause()
+
+rounds.client_batches = batches
+names = {"prepare_data.name": "tiny", "prepare_data.image_size": 8}
+sets = [word for name, value in names.items() for word in ("--set", f"{name}={value}")]
+os.chdir(root)
+main(["train-fl", "--method", "fedavg", "--partition", "iid", "--seed", "0", "--set", "runtime.workers=2", *sets])
+"""
+
+
+def processes() -> list[str]:
+    """The command lines of all processes."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(file.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return found
 
 
 def test_killed_worker_is_one_line():
     def die(shared, item):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    wanted = r"a training worker died \(killed by SIGKILL\)\. .*set runtime.workers to a lower number"
+    wanted = r"a training worker died \(killed by SIGKILL\)\. If memory ran out, set runtime.workers to a lower number"
     with pytest.raises(PipelineError, match=wanted), workers.opened(2, die) as compute:
         compute(None, [1])
 
@@ -146,11 +225,10 @@ with workers.opened(2, work) as compute:
 
 def test_workers_end_at_once_if_their_parent_is_killed():
     command = [sys.executable, "-c", ORPHANS]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as parent:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as parent:
         assert parent.stdout
         pids = [int(parent.stdout.readline()) for _ in range(2)]
         parent.kill()
-        assert parent.stdout.read() == ""  # the end of file comes when the last process that writes to it ends
     deadline = time.monotonic() + 5
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline, "a worker outlived its parent"
@@ -172,5 +250,13 @@ def test_auto_is_a_worker_per_core_that_the_process_may_use():
 def test_system_without_fork_trains_in_turn(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     assert workers.resolve("auto", "cpu") == 1
-    with pytest.raises(ConfigError, match="runtime.workers is 2, but this system allows only one. Set it to auto"):
+    with pytest.raises(ConfigError, match="runtime.workers is 2, but this process can start none. Set it to auto"):
         workers.resolve(2, "cpu")
+
+
+def test_images_need_not_be_square():
+    images = torch.randint(256, (6, 3, 8, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    data = ClientData(images, torch.zeros(6, dtype=torch.int64))
+    for augmentation in ("crop", "crop-flip", "views"):
+        (batch,) = Batches(data, 1, 6, augmentation, torch.Generator().manual_seed(0))
+        assert batch.images.shape == (6, 3, 8, 32)

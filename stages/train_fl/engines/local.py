@@ -1,11 +1,12 @@
 """The local engine: all clients on this machine, in turn on a GPU and side by side on the cores of a CPU."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
 
+from pipeline import seeding
 from stages.train_fl import rounds
 from stages.train_fl.client_data import ClientData
 from stages.train_fl.engines import workers
@@ -29,7 +30,7 @@ class LocalEngine:
         """Return the state before the first round, with these initial weights."""
         return rounds.begin(self.method, weights, len(self.clients))
 
-    def rounds(self, start: Progress) -> Iterator[Round]:
+    def rounds(self, start: Progress) -> Generator[Round, None, None]:
         """Run all rounds after `start`."""
         return run(self.method, start, self.clients, self.schedule, self.device, self.num_workers)
 
@@ -41,12 +42,12 @@ def run(
     schedule: Schedule,
     device: str | None = None,
     num_workers: int = 1,
-) -> Iterator[Round]:
+) -> Generator[Round, None, None]:
     """Run a method from `start`, which `begin` or an earlier round gave, and yield after every round.
 
     Participants and batches are drawn from generators keyed by (seed, round, client), and updates are aggregated in the
-    order of clients, so results depend neither on the method's draws nor on the number of workers. Without a `device`,
-    clients train where their data are. A loss that is not finite raises TrainingDiverged.
+    order of clients, so results do not depend on the number of workers. Without a `device`, clients train where their
+    data are. A loss that is not finite raises TrainingDiverged.
     """
 
     def train(shared: tuple[int, Weights, Weights], item: tuple[int, ClientState]) -> _Trained:
@@ -54,7 +55,8 @@ def run(
         (number, weights, broadcast), (client, state) = shared, item
         batches = rounds.client_batches(clients[client], schedule, number, client, device)
         learning_rate = schedule.learning_rate_of(number)
-        update, state, metrics = method.client_update(weights, broadcast, state, batches, learning_rate)
+        with seeding.scoped_global_torch_seed(schedule.seed, "client", number, client):  # for methods that draw from it
+            update, state, metrics = method.client_update(weights, broadcast, state, batches, learning_rate)
         return _Trained(update, state, metrics, batches.loading.seconds)
 
     server, states = start.server, list(start.clients)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.io.system_errors import in_words
 
 Map = Callable[[Any, Sequence[Any]], list[Any]]
 """(shared, items) -> [function(shared, item) for item in items]"""
@@ -43,7 +44,7 @@ def resolve(workers: int | Literal["auto"], device: str) -> int:
     if device != "cpu" or workers == 1 or (workers == "auto" and not can_fork):
         return 1
     if not can_fork:
-        raise ConfigError(f"runtime.workers is {workers}, but this system allows only one. Set it to auto.")
+        raise ConfigError(f"runtime.workers is {workers}, but this process can start none. Set it to auto.")
     if workers == "auto":
         from joblib import cpu_count  # respects affinity and the limits of containers
 
@@ -81,8 +82,12 @@ def opened(count: int, function: Callable[[Any, Any], Any], memory: int = 2**24)
         return
     workers: list[_Worker] = []
     try:
-        for _ in range(count):
-            workers.append(_Worker(function, memory))
+        for number in range(1, count + 1):
+            try:
+                workers.append(_Worker(function, memory, [worker.link for worker in workers]))
+            except OSError as error:
+                problem = f"training worker {number} of {count} cannot be started ({in_words(error)})"
+                raise PipelineError(f"{problem}. Set runtime.workers to a lower number.") from None
         yield lambda shared, items: _map(workers, shared, items)
     finally:
         for worker in workers:
@@ -110,17 +115,19 @@ def _map(workers: list["_Worker"], shared: Any, items: Sequence[Any]) -> list[An
 class _Worker:
     """A worker process, seen from its parent: a request is sent, then its result is received."""
 
-    def __init__(self, function: Callable[[Any, Any], Any], memory: int) -> None:
+    def __init__(self, function: Callable[[Any, Any], Any], memory: int, other_links: list[Connection]) -> None:
         context = multiprocessing.get_context("fork")
-        self.link, there = context.Pipe()
+        self.link, child_link = context.Pipe()
         self._memory = mmap.mmap(-1, memory)  # shared with the worker, and not limited by the size of /dev/shm
-        self._process = context.Process(target=_serve, args=(there, self._memory, function), daemon=True)
-        with warnings.catch_warnings():
-            # From Python 3.12 on, fork warns if other threads run (progress bar, logger). Workers use none of their
-            # locks.
+        inherited = [*other_links, self.link]
+        arguments = child_link, inherited, self._memory, function
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        with warnings.catch_warnings(), _signals_held():
+            # From Python 3.12 on, fork warns if other threads run, as those of a progress bar or a logger. Neither
+            # training nor sending results uses their locks.
             warnings.simplefilter("ignore", DeprecationWarning)
             self._process.start()
-        there.close()
+        child_link.close()
 
     def send(self, value: Any) -> None:
         with self._reporting_death():
@@ -135,8 +142,10 @@ class _Worker:
 
     def stop(self) -> None:
         self.link.close()
-        self._process.terminate()
+        self._process.kill()  # a worker has nothing to clean up, and may have no signal handlers yet
         self._process.join()
+        self._process.close()
+        self._memory.close()
 
     @contextlib.contextmanager
     def _reporting_death(self) -> Iterator[None]:
@@ -144,13 +153,11 @@ class _Worker:
         try:
             yield
         except (EOFError, BrokenPipeError, ConnectionResetError):
-            self._process.join()
+            self._process.join(timeout=1)
             code = self._process.exitcode or 0
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            raise PipelineError(
-                f"a training worker died ({how}). If the machine ran out of memory, set runtime.workers to a lower "
-                "number."
-            ) from None
+            advice = "If memory ran out, set runtime.workers to a lower number." if code < 0 else "Run it again."
+            raise PipelineError(f"a training worker died ({how}). {advice}") from None
 
 
 @dataclass(frozen=True)
@@ -158,10 +165,25 @@ class _Failure:
     error: Exception
 
 
-def _serve(link: Connection, memory: mmap.mmap, function: Callable[[Any, Any], Any]) -> None:
-    """Run a worker: compute requests until the parent ends."""
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Deliver Ctrl-C and SIGTERM only after the block: Python loses their exceptions while it forks."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _serve(
+    link: Connection, inherited: list[Connection], memory: mmap.mmap, function: Callable[[Any, Any], Any]
+) -> None:
+    """Run a worker: compute requests until it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    for other in inherited:
+        other.close()
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     shared = None
@@ -169,7 +191,13 @@ def _serve(link: Connection, memory: mmap.mmap, function: Callable[[Any, Any], A
         is_first, value, item = _receive(link, memory)
         if is_first:
             shared = value
-        _send(link, memory, _attempt(function, shared, item))
+        try:
+            _send(link, memory, function(shared, item))
+        except Exception as error:
+            _send(link, memory, _failure(error))
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
+                stream.flush()
 
 
 def _exit_with_parent() -> None:
@@ -180,18 +208,16 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _attempt(function: Callable[[Any, Any], Any], shared: Any, item: Any) -> Any:
-    try:
-        return function(shared, item)
-    except Exception as error:
+def _failure(error: Exception) -> _Failure:
+    """Return an error in a form that can be sent; one that is not meant for users says where it was raised."""
+    if not isinstance(error, PipelineError):
         text = traceback.format_exc()
         try:
-            error = pickle.loads(pickle.dumps(error))  # noqa: S301 (it may lack what its class needs)
+            pickle.loads(pickle.dumps(error))  # noqa: S301 (our own bytes)
         except Exception:
-            error = RuntimeError(str(error))
-        if not isinstance(error, PipelineError):
-            error.add_note(text)
-        return _Failure(error)
+            error = RuntimeError(f"{type(error).__name__} in a training worker")
+        error.add_note(text)
+    return _Failure(error)
 
 
 def _send(link: Connection, memory: mmap.mmap, value: Any) -> None:
@@ -226,13 +252,22 @@ def _receive(link: Connection, memory: mmap.mmap) -> Any:
 
 class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
-        """Reduce a tensor to its bytes, in the order in which they lie in memory if that is dense."""
-        if not isinstance(value, Tensor):
+        """Reduce a tensor to its bytes, and an error to its state."""
+        if isinstance(value, PipelineError):  # without __init__, which may take other arguments than `args`
+            return _error, (type(value), value.args, vars(value))
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
             return NotImplemented
-        value = value.detach()
+        value = value.detach().resolve_conj().resolve_neg()
         is_channels_last = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
         flat = (value.permute(0, 2, 3, 1) if is_channels_last else value).contiguous().view(-1).view(torch.uint8)
         return _tensor, (pickle.PickleBuffer(flat.numpy()), value.dtype, value.shape, is_channels_last)
+
+
+def _error(kind: type[PipelineError], args: tuple[Any, ...], state: dict[str, Any]) -> PipelineError:
+    error = kind.__new__(kind)
+    error.args = args
+    vars(error).update(state)
+    return error
 
 
 def _tensor(buffer: Any, dtype: torch.dtype, shape: torch.Size, is_channels_last: bool) -> Tensor:

@@ -55,6 +55,8 @@ class LocalSGD:
         """Train from `weights`; return the update and the mean of each term of the loss over samples."""
         model = self.model
         state = model.state_dict()  # views of the parameters and buffers
+        if {name: value.shape for name, value in state.items()} != {k: v.shape for k, v in weights.items()}:
+            model.load_state_dict(weights)  # raises, with all differences
         for name, value in state.items():
             value.copy_(weights[name])  # load_state_dict takes as long as half a step of a small network
         model.train()

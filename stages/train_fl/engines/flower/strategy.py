@@ -7,7 +7,7 @@ an invalid update are skipped and logged by name. If no client succeeds, the run
 
 import collections
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -147,7 +147,7 @@ class FlowerEngine:
         on_cpu = {name: value.cpu() for name, value in weights.items()}
         return Progress(0, self._method.init_server(on_cpu), [], [0] * self._num_clients)
 
-    def rounds(self, start: Progress) -> Iterator[Round]:
+    def rounds(self, start: Progress) -> Generator[Round, None, None]:
         """Run all rounds after `start`; PipelineError if too few nodes are present or none sent a valid update."""
         job, method = self._job, self._method
         params, schedule = job.config.params.federation, job.schedule
