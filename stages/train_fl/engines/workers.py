@@ -141,9 +141,9 @@ class _Worker:
         return result
 
     def stop(self) -> None:
-        self.link.close()
         self._process.kill()  # a worker has nothing to clean up, and may have no signal handlers yet
         self._process.join()
+        self.link.close()
         self._process.close()
         self._memory.close()
 
