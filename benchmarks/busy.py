@@ -35,12 +35,12 @@ from pipeline.sigterm import Terminated, on_sigterm
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
-    "prepare_data.train_subset": 700,
-    "extract_features.basis_images": 200,
-    "sweep_features.timesteps": "[100, 300]",
+    "prepare_data.train_subset": 400,
+    "extract_features.basis_images": 100,
+    "sweep_features.timesteps": "[100]",
     "sweep_features.images": 300,
     "sweep_features.basis_images": 100,
-    "sweep_features.margin_images": 100,
+    "sweep_features.margin_images": 50,
     "synthesize.images_per_class": 2,
     "train_fl.num_rounds": 10,
     "sweep.methods": "[feddifrc]",
