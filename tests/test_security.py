@@ -36,6 +36,9 @@ COMPUTED = "importlib.import_module of a computed name"
 # Modules whose names come from closed lists.
 NAMES_OF_ITS_OWN = {"pipeline/federation/app.py", "stages/train_fl/loggers.py"}
 
+# Pickles what a process and the workers that it forked say to each other; it never reads a file.
+BETWEEN_OWN_PROCESSES = "stages/train_fl/engines/workers.py"
+
 
 def findings(source: str) -> list[str]:
     """Return the forbidden uses in a module, under any alias."""
@@ -101,8 +104,11 @@ def _call(node: ast.Call, names: dict[str, str]) -> list[str]:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(ROOT).as_posix())
 def test_no_file_loads_code_or_unpacks_archives(file):
-    allowed = [COMPUTED] if file.relative_to(ROOT).as_posix() in NAMES_OF_ITS_OWN else []
-    assert findings(file.read_text(encoding="utf-8")) == allowed
+    name = file.relative_to(ROOT).as_posix()
+    found = findings(file.read_text(encoding="utf-8"))
+    if name == BETWEEN_OWN_PROCESSES:
+        found = [use for use in found if not re.fullmatch(r"pickle(\.\w+)?", use)]
+    assert found == ([COMPUTED] if name in NAMES_OF_ITS_OWN else [])
 
 
 @pytest.mark.parametrize(
