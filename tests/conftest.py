@@ -1,6 +1,9 @@
 """Small real projects: the repository's own params.yaml, scaled down to run in seconds."""
 
+import atexit
 import os
+import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +18,11 @@ import stages.train_fl.methods  # noqa: F401  registers the methods' settings
 from pipeline.cli.commands import main
 
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-")  # read when huggingface_hub is imported
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests of downloads start their own server
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a background job, whose children would ignore Ctrl-C, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.settings import params
 from tests.conftest import REPOSITORY, invoke
 
 
@@ -26,6 +27,7 @@ def run_examples(page: str) -> tuple[dict, str]:
 @pytest.fixture
 def trained(project, monkeypatch) -> Path:
     """A project with two finished runs as the working directory; params.yaml is deleted."""
+    monkeypatch.setattr(params, "METHODS", dict(params.METHODS))  # the guide defines a method
     for method in ("fedavg", "feddifrc"):
         result = invoke(project, "train-fl", "--method", method, "--partition", "dir05", "--seed", "0")
         assert result.exit_code == 0, result.output

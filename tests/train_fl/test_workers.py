@@ -180,7 +180,11 @@ root, number = Path(sys.argv[1]), int(sys.argv[2])
 original = rounds.client_batches
 parent = os.getpid()
 
-def batches(*args):  # in a worker
+def batches(*args):  # in a worker; the first one sends the signal
+    try:
+        (root / "sent").touch(exist_ok=False)
+    except FileExistsError:
+        signal.pause()
     os.killpg(os.getpgid(parent), number) if number == signal.SIGINT else os.kill(parent, number)
     signal.pause()
 
