@@ -60,7 +60,7 @@ SIMULATED = {
 
 
 @click.command()
-@click.option("--repeats", default=7, show_default=True, help="Measurements of each kind.")
+@click.option("--repeats", default=5, show_default=True, help="Measurements of each kind.")
 @click.option("--peers", default=sys.executable, help="A Python with the requirements of benchmarks/requirements.txt.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 def main(repeats: int, peers: str, device: str) -> None:
@@ -303,7 +303,7 @@ def _many_clients(num_clients: int) -> dict[str, float]:
     method = methods.build(methods.Scaffold.Settings(), job.model(), job.momentum, 0.0, num_clients)
     times = seconds_per_round(_marks(_rounds(method, clients, job, "cpu", 1)))
     status = Path("/proc/self/status").read_text()  # getrusage's peak includes the process that started this one
-    peak = re.search(r"^VmHWM: *(\d+) kB", status, re.MULTILINE)
+    peak = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
     return times | {"peak_bytes": int(peak[1]) * 1024 if peak else 0}
 
 
