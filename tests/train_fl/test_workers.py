@@ -154,6 +154,13 @@ def test_worker_that_cannot_be_started_is_one_line(monkeypatch):
         pass
 
 
+def test_worker_whose_parent_lets_go_of_it_ends_without_a_traceback(capfd):
+    worker = workers._Worker(lambda *_: None, 1, [])
+    worker.link.close()
+    worker._process.join(10)
+    assert worker._process.exitcode == 0 and capfd.readouterr() == ("", "")
+
+
 def test_workers_can_be_stopped_at_once():
     for _ in range(10):
         with workers.opened(2, lambda *_: None):

@@ -188,7 +188,10 @@ def _serve(
     torch.set_num_threads(1)
     shared = None
     while True:
-        is_first, value, item = _receive(link, memory)
+        try:
+            is_first, value, item = _receive(link, memory)
+        except EOFError:  # the parent was interrupted while it started this worker
+            return
         if is_first:
             shared = value
         try:
