@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from pipeline import threads
 from pipeline.errors import PipelineError
 
 log = logging.getLogger(__name__)
@@ -174,12 +175,8 @@ def _largest_batch(compute: Callable[[Tensor], Any], device: str) -> int:
 def reproducible(device: str, dtype: torch.dtype) -> Iterator[None]:
     """Compute reproducibly: one thread per batch on the CPU; fixed algorithms, and no TF32 in float32, on a GPU."""
     if device == "cpu":
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with threads.single():
             yield
-        finally:
-            torch.set_num_threads(threads)
     else:
         tf32 = dtype != torch.float32
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32):

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from tabulate import tabulate
 from torch import Tensor
 
-from pipeline import devices
+from pipeline import devices, threads
 from pipeline.errors import ConfigError, DataError
 from pipeline.feature_store import FeatureSet
 from pipeline.settings.params import Guidance, Section, TrainFL
@@ -119,7 +119,7 @@ def simulate(
     evaluator = session.evaluator_of(made, data, held, count)
     engine = LocalEngine(made, data, Schedule.of(params, seed), device, count)
     start = engine.begin(session.weights_of(model))
-    with workers.single_threaded(), contextlib.closing(engine.rounds(start)) as rounds:
+    with threads.single(), contextlib.closing(engine.rounds(start)) as rounds:
         rows = [round_row(done, session.score_round(done, model, evaluator)) for done in rounds]
     return History(rows, model)
 

@@ -14,15 +14,9 @@ from pipeline import project
 from pipeline.errors import PipelineError
 from pipeline.io import atomic
 from tests.conftest import REPOSITORY, invoke
-from tests.integration.project import git
+from tests.integration.project import QUICK, git
 
-SMALL = {
-    "prepare_data.train_subset": 60,
-    "extract_features.negatives": 1,
-    "extract_features.basis_images": 20,
-    "analyze_features.splits": 1,
-    "analyze_features.tsne_images": 20,
-    "analyze_features.perplexity": 5.0,
+SMALL = QUICK | {
     "train_fl.num_clients": 2,
     "train_fl.clients_per_round": 2,
     "train_fl.num_rounds": 1,

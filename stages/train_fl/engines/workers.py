@@ -53,17 +53,6 @@ def resolve(workers: int | Literal["auto"], device: str) -> int:
 
 
 @contextlib.contextmanager
-def single_threaded() -> Iterator[None]:
-    """Compute with one thread per operation inside the block, so that results do not depend on the number of cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
 def opened(count: int, function: Callable[[Any, Any], Any], memory: int = 2**24) -> Iterator[Map]:
     """Start workers that compute `function`, and stop them at the end of the block.
 
