@@ -18,7 +18,7 @@ def resolve(name: str, setting: str = "runtime.device") -> str:
     try:
         torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"{setting} = {name} is no device. Use auto, cpu or cuda.") from None
+        raise ConfigError(f"{setting} = {name} is not a device. Use auto, cpu or cuda.") from None
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"{setting} = {name}: this machine has no usable CUDA GPU. Use auto or cpu.")
     local_rank = os.environ.get("LOCAL_RANK")

@@ -4,6 +4,7 @@ Between rounds a run is a `Progress`, and every random draw is keyed by (seed, r
 after any round and resume from its Progress with identical results.
 """
 
+import contextlib
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -83,6 +84,14 @@ def client_batches(data: ClientData, schedule: Schedule, number: int, client: in
     """Return the batches of one client in one round, the same under every engine."""
     generator = seeding.torch_generator(schedule.seed, "batches", number, client)
     return Batches(data, schedule.local_epochs, schedule.batch_size, schedule.augmentation, generator, device)
+
+
+def client_seed(schedule: Schedule, number: int, client: int) -> contextlib.AbstractContextManager[None]:
+    """Seed torch's global generator for a client's update in one round, the same under every engine.
+
+    The package's own methods do not draw from it; a method defined elsewhere may.
+    """
+    return seeding.scoped_global_torch_seed(schedule.seed, "client", number, client)
 
 
 def sample_clients(with_data: list[int], schedule: Schedule, number: int) -> list[int]:

@@ -130,7 +130,9 @@ def _method(method: Any) -> tuple[Section, type[Method]]:
         return method, methods.method_class(method)
     if isinstance(method, type) and issubclass(method, Method) and hasattr(method, "Settings"):
         return method.Settings(), method
-    raise ConfigError(f"{method!r} is no method. Pass a class such as FedAvg, or settings such as FedAvg.Settings().")
+    raise ConfigError(
+        f"{method!r} is not a method. Pass a class such as FedAvg, or settings such as FedAvg.Settings()."
+    )
 
 
 def _train_fl(settings: dict[str, Any], num_clients: int) -> TrainFL:

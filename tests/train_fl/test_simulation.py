@@ -102,7 +102,7 @@ def test_float_and_grey_images_are_accepted():
         (Samples(np.zeros((2, 8, 8), np.uint8), [0.0, 1.9]), {}, DataError, "labels do not fit the images"),
         (Samples(np.zeros((2, 8, 8), np.uint8), None), {}, DataError, "labels do not fit the images"),
         (samples(0, 0), {}, DataError, "^clients have no images"),
-        (samples(6, 0), {"device": "gpu"}, ConfigError, "^device = gpu is no device"),
+        (samples(6, 0), {"device": "gpu"}, ConfigError, "^device = gpu is not a device"),
     ],
 )
 def test_invalid_arguments_are_reported(client, settings, error, words):
@@ -124,7 +124,7 @@ def test_device_that_is_not_there_is_named_by_the_argument(monkeypatch):
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        (Method, "is no method. Pass a class such as FedAvg"),
+        (Method, "is not a method. Pass a class such as FedAvg"),
         (SimSiam, "^SimSiam compares two views of each image, but train_fl.augmentation is none"),
         (WithoutLabels, "^WithoutLabels trains without labels, but has no setting knn_neighbours"),
     ],

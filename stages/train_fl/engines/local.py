@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline import seeding
 from stages.train_fl import rounds
 from stages.train_fl.client_data import ClientData
 from stages.train_fl.engines import workers
@@ -55,7 +54,7 @@ def run(
         (number, weights, broadcast), (client, state) = shared, item
         batches = rounds.client_batches(clients[client], schedule, number, client, device)
         learning_rate = schedule.learning_rate_of(number)
-        with seeding.scoped_global_torch_seed(schedule.seed, "client", number, client):  # for methods that draw from it
+        with rounds.client_seed(schedule, number, client):
             update, state, metrics = method.client_update(weights, broadcast, state, batches, learning_rate)
         return _Trained(update, state, metrics, batches.loading.seconds)
 

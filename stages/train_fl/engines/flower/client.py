@@ -65,7 +65,8 @@ def train(message: Message, context: Context) -> RecordDict:
     if state is None:
         state = own.method.init_client(weights)
     learning_rate = schedule.learning_rate_of(request.number)
-    update, state, losses = own.method.client_update(weights, broadcast, state, batches, learning_rate)
+    with rounds.client_seed(schedule, request.number, client):
+        update, state, losses = own.method.client_update(weights, broadcast, state, batches, learning_rate)
     rounds.check_finite(losses, client, request.number)
     states.save(request.number, state)
     seconds = batches.loading.seconds, time.perf_counter() - started
