@@ -6,7 +6,7 @@ JOBS ?= 2
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro sweep test test-faults lint format docs lock audit gallery federation-demo clean
+.PHONY: help setup repro sweep test test-faults gpu-check lint format docs lock audit gallery federation-demo clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test: $(STAMP)  ## Run the tests in parallel, in up to eight processes
 
 test-faults: $(STAMP)  ## Run the long fault and fuzz tests (about 15 minutes) and print a table
 	HYPOTHESIS_PROFILE=large OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" tests/faults tests/fuzz
+
+gpu-check:  ## Check and measure both stages on this machine's GPU (about 5 minutes; no installation needed)
+	PYTHONPATH=. $(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu_check.py
 
 lint: $(STAMP)  ## Check format, style and types
 	$(BIN)/ruff format --check .

@@ -82,18 +82,18 @@ def main(
         rows = []
         for count in classes:
             names = [f"a photo of a handwritten number {n}" for n in range(count)]
-            rows.append(_measure(Job(path, params, runtime, data, names, device), baseline_images))
-        peak = _matrix_peak(device, dtype)
+            rows.append(measure(Job(path, params, runtime, data, names, device), baseline_images))
+        peak = matrix_peak(device, dtype)
     _print_table(rows, peak)
     setting = {"model": real_size or backbone.name, "image_size": image_size, "dtype": dtype, "compile": compiled}
     result = {"setting": setting, "rows": rows, "matrix_peak_tflops": peak / 1e12}
     click.echo(json.dumps(result | {"provenance": provenance.describe(device)}))
 
 
-def _measure(job: Job, baseline_images: int) -> dict:
+def measure(job: Job, baseline_images: int) -> dict:
     """Measure both implementations with this many prompts, and return a row of the table."""
     with batching.reproducible(job.device, getattr(torch, job.params.dtype)):
-        row, projector, ours = _measure_ours(job)
+        row, projector, found = _measure_ours(job)
     if baseline_images:
         count = min(baseline_images, len(job.data))
         baseline = DiffusersAlone(job, projector)
@@ -101,7 +101,7 @@ def _measure(job: Job, baseline_images: int) -> dict:
         seconds, theirs = _timed(job.device, lambda: np.stack([baseline.represent(n) for n in range(count)]))
         row["baseline_images_per_second"] = count / seconds
         row["ratio"] = row["images_per_second"] / row["baseline_images_per_second"]
-        row["relative_difference"] = float(np.linalg.norm(ours[:count] - theirs) / np.linalg.norm(theirs))
+        row["relative_difference"] = float(np.linalg.norm(found[:count] - theirs) / np.linalg.norm(theirs))
     return row
 
 
@@ -112,12 +112,12 @@ def _measure_ours(job: Job) -> tuple[dict, Projector, np.ndarray]:
     session = FrozenSession(job.path, job.params.layers, prompt_set, job.params, job.runtime, job.device)
     extraction = Extraction(session, job.data, job.params)
     projector = Projector(extraction.fit_basis(np.arange(min(len(job.data), 16))).layers, job.device)
-    _ours(extraction, projector, min(len(job.data), session.batcher.parallel_rows))
+    ours(extraction, projector, min(len(job.data), session.batcher.parallel_rows))
     _wait(job.device)
     ready = time.perf_counter() - started
     if job.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(job.device)
-    seconds, ours = _timed(job.device, lambda: _ours(extraction, projector, len(job.data)))
+    seconds, found = _timed(job.device, lambda: ours(extraction, projector, len(job.data)))
     passes = 1 + len(job.prompts)
     vae, one_pass = count_flops(job.path, job.params.layers, job.params.image_size, session.model.conditioning)
     rate, flops = len(job.data) / seconds, vae + passes * one_pass
@@ -130,10 +130,10 @@ def _measure_ours(job: Job) -> tuple[dict, Projector, np.ndarray]:
         "flops_per_second": rate * flops,
         "peak_memory_bytes": _peak_memory(job.device),
     }
-    return row, projector, ours
+    return row, projector, found
 
 
-def _ours(extraction: Extraction, projector: Projector, count: int) -> np.ndarray:
+def ours(extraction: Extraction, projector: Projector, count: int) -> np.ndarray:
     """Return float32 (count, 1 + prompts, D)."""
     index = np.arange(count)
     host = extraction.host_input(index)
@@ -187,10 +187,11 @@ class DiffusersAlone:
         self.maps[layer] = output
 
 
-def _matrix_peak(device: str, dtype: str) -> float:
+def matrix_peak(device: str, dtype: str) -> float:
     """Return the FLOP/s of a large matrix product in this type, the best of five."""
     side = 8192 if device.startswith("cuda") else 1024
-    left, right = (torch.ones(side, side, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    # Random numbers: a GPU multiplies ones faster.
+    left, right = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2))
     left @ right
     return max(2 * side**3 / _timed(device, lambda: left @ right)[0] for _ in range(5))
 

@@ -1,8 +1,12 @@
 """The device to compute on."""
 
 import os
+from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor, device
 
 
 def resolve(name: str, setting: str = "runtime.device") -> str:
@@ -24,8 +28,18 @@ def resolve(name: str, setting: str = "runtime.device") -> str:
     local_rank = os.environ.get("LOCAL_RANK")
     if name != "cuda" or local_rank is None:
         return name
+    if torch.cuda.device_count() == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):
+        local_rank = "0"  # as under Slurm, each process sees only its own GPU
     if int(local_rank) >= torch.cuda.device_count():
         raise ConfigError(
             f"Local rank {local_rank} has no GPU. Start at most {torch.cuda.device_count()} processes here."
         )
+    torch.cuda.set_device(int(local_rank))  # otherwise some calls open a context on the first GPU, too
     return f"cuda:{local_rank}"
+
+
+def send(values: "Tensor", target: "device") -> "Tensor":
+    """Copy a tensor to a device, without waiting for it where the copy goes from the host to a GPU."""
+    if target.type != "cuda" or values.is_cuda:
+        return values.to(target)
+    return values.pin_memory().to(target, non_blocking=True)  # only from pinned memory does a copy not wait

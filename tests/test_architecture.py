@@ -46,6 +46,7 @@ LAYERS = {
         ["losses", "encoders", "models", "augmentation", "partitions", "synthetic", "placement"],
         ["guidance"],
         ["client_data"],
+        ["graphs"],
         ["methods"],
         ["feature_check", "data"],
         ["rounds", "evaluate", "probes"],

@@ -1,6 +1,8 @@
-"""Fixed-shape batches sized to fit memory, with results that do not depend on the batch size.
+"""Fixed-shape batches sized to fit memory.
 
 - On a GPU, batches run one after the other, as large as memory allows; a batch that does not fit is halved and retried.
+  The batch size decides which kernels run: the same bytes need the same GPU and batch size, other results differ by
+  rounding.
 - On the CPU, small batches run in parallel, each on one thread. Results then depend neither on the number of threads
   nor (measured, for batches of 16 and more) on the other rows of a batch: features are identical to the byte for any
   number of cores and processes.
@@ -155,18 +157,25 @@ def workers_for(device: str, positions: int) -> int:
 
 
 def _largest_batch(compute: Callable[[Tensor], Any], device: str) -> int:
-    """Find the power of two up to 512 that fills 4/5 of a GPU's free memory, by measuring two small batches."""
+    """Find the power of two up to 512 that fills 4/5 of a GPU's free memory, by measuring two small batches.
+
+    A pass is measured while the maps of another are held, as they are by those who read maps batch by batch.
+    """
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     free -= torch.cuda.memory_allocated(device)
     peaks = []
-    for size in (4, 8):
+    for size in (8, 16):
+        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        compute(torch.zeros(size, dtype=torch.int64))
+        index = torch.zeros(size, dtype=torch.int64)
+        held = compute(index)
+        compute(index)
         torch.cuda.synchronize(device)
         peaks.append(torch.cuda.max_memory_allocated(device) - before)
+        del held
     torch.cuda.empty_cache()
-    per_row = max(1, (peaks[1] - peaks[0]) / 4)
+    per_row = max(1, (peaks[1] - peaks[0]) / 8)
     fitting = int(0.8 * free / per_row)
     return 1 << (min(max(fitting, 1), _LARGEST).bit_length() - 1)
 

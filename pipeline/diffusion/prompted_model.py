@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline import devices
 from pipeline.diffusion import batching, distinct_prompts, prompts
 from pipeline.diffusion.backbones import Backbone
 from pipeline.diffusion.batching import Batcher
@@ -73,10 +74,10 @@ class PromptedModel:
         """
         chosen = self.conditioning.select(text)
         if inputs.embeddings is not None:
-            of_pair = inputs.embeddings[image.to(inputs.embeddings.device)]  # (B, E)
-            generic = (text == self.generic).to(of_pair.device)
+            of_pair = inputs.embeddings[devices.send(image, inputs.embeddings.device)]  # (B, E)
+            generic = devices.send(text == self.generic, of_pair.device)
             chosen = self.backbone.with_image(chosen, torch.where(generic[:, None], 0, of_pair))
-        return self.backbone.features(inputs.noisy[image.to(inputs.noisy.device)], timestep, chosen)
+        return self.backbone.features(inputs.noisy[devices.send(image, inputs.noisy.device)], timestep, chosen)
 
     def finite_maps(self, inputs: Inputs, timestep: int, image: Tensor, text: Tensor) -> dict[str, Tensor]:
         """Run `maps`; recompute pairs that overflow 16 bits in float32, and raise PipelineError if they do again."""

@@ -36,12 +36,14 @@ class FrozenSession:
         device: str,
         image_encoder: Path | None = None,
         check: Callable[[], None] = lambda: None,
+        agree: Callable[[Callable[[], int]], int] = lambda measure: measure(),
     ) -> None:
         """Load the model in a diffusers folder, encode the prompts and find the batch size.
 
         `layers` are those of `backbones.load`, and `image_encoder` is a CLIP image encoder's folder, for image
-        conditioning. `check` is called before each batch and may raise to stop. Raise PipelineError if a part cannot be
-        loaded, or the model cannot tell two prompts apart.
+        conditioning. `check` is called before each batch and may raise to stop. `agree` gets a function that measures
+        the batch size and returns the one to use, for processes that share their work. Raise PipelineError if a part
+        cannot be loaded, or the model cannot tell two prompts apart.
         """
         self.backbone = backbones.load(model_dir, layers, device, getattr(torch, settings.dtype))
         self._image_encoder = ImageEncoder(image_encoder, device) if image_encoder else None
@@ -49,7 +51,7 @@ class FrozenSession:
         self._settings = settings
         self._latent_shape = self.backbone.latent_shape(settings.image_size)
         positions = self._latent_shape[1] * self._latent_shape[2]
-        size = batching.batch_size(runtime.unet_batch_size, device, positions, self._blank_pass)
+        size = agree(lambda: batching.batch_size(runtime.unet_batch_size, device, positions, self._blank_pass))
         workers = batching.workers_for(device, positions)
         self.batcher = Batcher(size, workers, check)
         # Activations of the VAE grow with the pixels: 32 images of 256 x 256 at most on a GPU.

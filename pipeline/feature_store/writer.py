@@ -7,6 +7,7 @@ published.
 """
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -136,6 +137,18 @@ class FeatureSetWriter:
                     time.sleep(0.1)
                     held = lock.acquire()
             yield held
+
+    def agree_on_batch(self, measure: Callable[[], int], check: Callable[[], None] = lambda: None) -> int:
+        """Return the batch size that the first process of this set measured, so that all use the same kernels."""
+        file = self.path / "batch.json"
+        with self.lock("batch", check=check):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                found = json.loads(file.read_bytes())
+                if found["hardware"] == self._hardware:
+                    return int(found["batch_size"])
+            size = measure()
+            atomic.write_json(file, {"batch_size": size, "hardware": self._hardware})
+            return size
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:

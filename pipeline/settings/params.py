@@ -162,8 +162,9 @@ class TrainFL(Section):
     normalisation: Literal["batch", "group"] = Field(
         description="the encoder's layers: BatchNorm, or GroupNorm in its place (small_cnn has none)"
     )
-    precision: Literal["float32", "bfloat16"] = Field(
-        description="precision of the encoder's computations; bfloat16 uses autocast"
+    precision: Literal["float32", "tf32", "bfloat16"] = Field(
+        description="precision of the encoder's computations: float32; tf32, faster on a GPU with about three decimal "
+        "digits in products, and float32 on a CPU; bfloat16, by autocast"
     )
     projection_dim: int | None = Field(
         ge=1, description="every method's model gets MOON's projection head of this length before its classifier"
@@ -342,7 +343,7 @@ class Report(Section):
 
 
 class Runtime(Section):
-    """Settings of speed, which change results by rounding at most; DVC does not track this section."""
+    """Settings of speed, which change results by rounding or not at all; DVC does not track this section."""
 
     device: str = Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
     unet_batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=65536)] = Field(
@@ -353,8 +354,10 @@ class Runtime(Section):
     cache_latents: bool = Field(description="cache the images' latents under .pipeline/ for the next extraction")
     synthesize_batch_size: int = Field(ge=1, description="synthesize: images generated at a time")
     workers: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
-        description="train-fl: clients trained side by side on a CPU, in processes of one thread; auto: one per core"
+        description="train-fl: clients trained side by side; on a CPU in processes of one thread, auto: one per core; "
+        "on a GPU in streams, auto: 4"
     )
+    cuda_graphs: bool = Field(True, description="train-fl: replay training steps on a GPU as CUDA graphs")
     channels_last: bool = Field(description="train-fl: channels-last memory format, faster on CPUs and GPUs")
     checkpoint_every: int = Field(ge=1, description="train-fl: rounds between checkpoints")
     tensorboard: bool = Field(description="train-fl: also log every round to tensorboard/<run>")

@@ -79,11 +79,15 @@ def run(config: Config, shard_range: str | None = None, overwrite: bool = False)
         return publish.publish(writer, plan.target, compute, overwrite)
 
 
-def load(plan: ExtractionPlan, check: Callable[[], None] = lambda: None) -> Extraction:
-    """Load the frozen models for an extraction; `check` is called before each batch and may raise to stop."""
+def load(
+    plan: ExtractionPlan,
+    check: Callable[[], None] = lambda: None,
+    agree: Callable[[Callable[[], int]], int] = lambda measure: measure(),
+) -> Extraction:
+    """Load the frozen models for an extraction; see `FrozenSession` for `check` and `agree`."""
     settings = plan.settings
     frozen = plan.model_dir, settings.layers, plan.prompts, settings, plan.runtime, plan.device, plan.image_encoder
-    session = FrozenSession(*frozen, check)
+    session = FrozenSession(*frozen, check, agree)
     return Extraction(session, plan.dataset.load("train"), plan.settings)
 
 
@@ -92,11 +96,11 @@ class _Run:
 
     def __init__(self, plan: ExtractionPlan, writer: FeatureSetWriter, check: Callable[[], None]) -> None:
         self._plan, self._writer, self._check = plan, writer, check
-        self._extraction = load(plan, check)
+        self._extraction = load(plan, check, self._agree_on_batch)
         self._latent_cache = LatentCache(_latents_dir(plan))
 
     def compute(self, shards: list[int]) -> None:
-        """Compute the basis, then the shards: free ones first, then those that other processes did not finish."""
+        """Compute the basis, then the shards: this rank's, other free ones, and those that others did not finish."""
         projector = Projector(self._basis().layers, self._plan.device)
         missing = [shard for shard in shards if not self._writer.has_shard(shard)]
         if len(missing) < len(shards):
@@ -104,17 +108,21 @@ class _Run:
         session, shard_rows = self._extraction.session, self._plan.feature_set.shard_rows
         started, images, before = time.perf_counter(), 0, session.passes
         with progress_bar(sum(len(shard_rows(shard)) for shard in missing), "extract", "image") as bar:
-            for wait in (False, True):
-                claims = scheduling.claim_missing(self._writer, missing, wait, self._check)
-                images += self._shards(claims, projector, bar, ahead=not wait)
+            # Only of its own shards does a process claim one ahead: the last free shards are for those that are idle.
+            rank, world_size = scheduling.rank_and_world_size()
+            own = [shard for shard in missing if shard % world_size == rank]
+            for some, wait, ahead in ((own, False, True), (missing, False, False), (missing, True, False)):
+                claims = scheduling.claim_missing(self._writer, some, wait, self._check)
+                images += self._shards(claims, projector, bar, ahead)
         seconds, passes = time.perf_counter() - started, session.passes - before
         log.info("%d images, %d passes in %.1f s: %.1f images/s", images, passes, seconds, images / seconds)
 
     def _shards(self, claims: Iterator[Claim], projector: Projector, bar: Any, ahead: bool) -> int:
         """Compute the claimed shards, and return the number of their images.
 
-        With `ahead`, the next shard's images are read and the last shard's file is written meanwhile. Not so when
-        locks are waited for: processes that hold one shard while they wait for another could wait for each other.
+        With `ahead`, the next shard is claimed and its images are read, and the last shard's file is written meanwhile.
+        Not so when locks are waited for: processes that hold one shard while they wait for another could wait for each
+        other.
         """
         images = 0
         writing: Future[None] | None = None
@@ -133,6 +141,11 @@ class _Run:
             if writing:
                 writing.result()
         return images
+
+    def _agree_on_batch(self, measure: Callable[[], int]) -> int:
+        if self._plan.device == "cpu" or self._plan.runtime.unet_batch_size != "auto":
+            return measure()
+        return self._writer.agree_on_batch(measure, self._check)
 
     def _index(self, shard: int) -> np.ndarray:
         return np.array(self._plan.feature_set.shard_rows(shard))
@@ -182,4 +195,6 @@ def _latents_dir(plan: ExtractionPlan) -> Path | None:
         "rows_per_shard": plan.feature_set.rows_per_shard,
         "processor": provenance.processor(plan.device),
     }
+    if plan.device != "cpu":  # where the batch size and the compiler decide which kernels run
+        determining |= {"batch": plan.runtime.unet_batch_size, "compile": plan.runtime.compile}
     return plan.state_dir / "latents" / provenance.fingerprint(determining)[:16]

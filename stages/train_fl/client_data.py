@@ -5,12 +5,13 @@ augmented on the device, without a DataLoader and worker processes.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from pipeline import devices
 from stages.train_fl.augmentation import Augmentation, augment, draw, to_model_range
 from stages.train_fl.guidance import GuidanceRows, GuidanceTargets
 
@@ -26,6 +27,35 @@ class Batch:
     labels: Tensor
     guidance: GuidanceTargets | None = None
     second_view: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """A batch on the device before augmentation; `Batches.augmented` makes its `Batch`.
+
+    Images uint8 (B, 3, H, W), labels int64 (B,), the random numbers of its views, float (B, num_views, numbers per
+    view), and guidance targets for methods that use them.
+    """
+
+    images: Tensor
+    labels: Tensor
+    numbers: Tensor
+    guidance: GuidanceTargets | None = None
+
+    def __len__(self) -> int:
+        """Return the number of samples, B."""
+        return len(self.labels)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in a fixed order."""
+        targets = vars(self.guidance).values() if self.guidance else ()
+        return [self.images, self.labels, self.numbers, *targets]
+
+    def like(self, tensors: Sequence[Tensor]) -> "RawBatch":
+        """Return a batch of these tensors, which are in the order of `tensors`."""
+        images, labels, numbers, *targets = tensors
+        return RawBatch(images, labels, numbers, GuidanceTargets(*targets) if targets else None)
 
 
 @dataclass(frozen=True)
@@ -72,21 +102,40 @@ class Batches:
     loading: Stopwatch = field(default_factory=Stopwatch)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches; `loading` sums the host's seconds spent on them."""
+        """Yield the augmented batches."""
+        return map(self.augmented, self.raw())
+
+    def raw(self) -> Iterator[RawBatch]:
+        """Yield the batches before augmentation; `loading` sums the host's seconds spent on them."""
         data = self.data
         for _ in range(self.epochs if len(data) else 0):
             order = torch.randperm(len(data), generator=self.generator)
-            drawn = torch.cat([self._draw(len(index)) for index in order.split(self.batch_size)])
-            order, drawn = order.to(data.labels.device), drawn.to(self.device or data.labels.device)
-            for index, numbers in zip(order.split(self.batch_size), drawn.split(self.batch_size), strict=True):
+            numbers = torch.cat([self._draw(len(index)) for index in order.split(self.batch_size)])
+            order, numbers = devices.send(order, data.labels.device), devices.send(numbers, self.target_device)
+            for index, own in zip(order.split(self.batch_size), numbers.split(self.batch_size), strict=True):
                 started = time.perf_counter()
-                batch = self._gather(index, numbers)
+                batch = self._gather(index, own)
                 self.loading.seconds += time.perf_counter() - started
                 yield batch
 
+    def augmented(self, raw: RawBatch) -> Batch:
+        """Make the views of a batch that `raw` yielded."""
+        views = [augment(raw.images, self.augmentation, raw.numbers[:, view]) for view in range(self.num_views)]
+        return Batch(views[0], raw.labels, raw.guidance, views[1] if self.num_views == 2 else None)
+
+    @property
+    def num_full(self) -> int:
+        """The number of batches of the full size in all epochs."""
+        return self.epochs * (len(self.data) // self.batch_size)
+
+    @property
+    def target_device(self) -> torch.device:
+        """The device of the batches."""
+        return torch.device(self.device) if self.device else self.data.labels.device
+
     def samples(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield every sample once, in order and without augmentation: images float (B, 3, H, W), labels int64 (B,)."""
-        data, device = self.data, self.device or self.data.labels.device
+        data, device = self.data, self.target_device
         for images, labels in zip(data.images.split(self.batch_size), data.labels.split(self.batch_size), strict=True):
             yield to_model_range(images.to(device)), labels.to(device)
 
@@ -96,13 +145,11 @@ class Batches:
         views = [draw(count, size, self.augmentation, self.generator) for _ in range(self.num_views)]
         return torch.stack(views, 1)
 
-    def _gather(self, index: Tensor, drawn: Tensor) -> Batch:
-        data, device = self.data, self.device or self.data.labels.device
-        images = data.images[index].to(device, non_blocking=True)
-        views = [augment(images, self.augmentation, drawn[:, view]) for view in range(self.num_views)]
-        return Batch(
-            views[0],
-            data.labels[index].to(device, non_blocking=True),
+    def _gather(self, index: Tensor, numbers: Tensor) -> RawBatch:
+        data, device = self.data, self.target_device
+        return RawBatch(
+            devices.send(data.images[index], device),
+            devices.send(data.labels[index], device),
+            numbers,
             data.guidance.select(index).to(device) if data.guidance is not None else None,
-            views[1] if self.num_views == 2 else None,
         )

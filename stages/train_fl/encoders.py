@@ -29,7 +29,7 @@ class EncoderSettings:
 
     name: EncoderName
     normalisation: Literal["batch", "group"]
-    precision: Literal["float32", "bfloat16"]
+    precision: Literal["float32", "tf32", "bfloat16"]
     channels_last: bool
 
 
@@ -79,6 +79,20 @@ class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
     """Of maps (B, C, H, W)."""
 
 
+class _AveragePool(nn.Module):
+    """Average pooling to a square; where the sides divide, by the ordinary one: only its gradient is deterministic."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self._side = side
+
+    def forward(self, maps: Tensor) -> Tensor:
+        height, width = maps.shape[-2:]
+        if height == width and height % self._side == 0:
+            return functional.avg_pool2d(maps, height // self._side)
+        return functional.adaptive_avg_pool2d(maps, self._side)
+
+
 def _group_norm(channels: int) -> nn.Module:
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
@@ -89,7 +103,7 @@ def _small_cnn(norm_layer: NormLayer) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(),
         nn.Conv2d(16, 32, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(),
-        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4),
+        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), _AveragePool(4),
         nn.Flatten(), nn.Linear(64 * 4 * 4, 144),
     )  # fmt: skip
 

@@ -68,7 +68,7 @@ def in_batches(
         return function(to_model_range(batch.to(device)))
 
     batches = images.split(_CPU_BATCH if device.type == "cpu" else _BATCH)
-    return torch.cat(in_threads(of, batches, num_threads))
+    return torch.cat(in_threads(of, batches, num_threads if device.type == "cpu" else 1))
 
 
 def in_threads(function: Callable[[Any], Any], items: Sequence[Any], num_threads: int) -> list[Any]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline import devices
 from pipeline.errors import ConfigError
 from pipeline.feature_store import FeatureSet
 from pipeline.settings.params import Guidance
@@ -37,7 +38,7 @@ class GuidanceTargets:
 
     def to(self, device: str | torch.device) -> "GuidanceTargets":
         """Copy the rows to a device."""
-        return GuidanceTargets(*(value.to(device, non_blocking=True) for value in vars(self).values()))
+        return GuidanceTargets(*(devices.send(value, torch.device(device)) for value in vars(self).values()))
 
 
 class GuidanceSource:

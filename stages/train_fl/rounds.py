@@ -65,7 +65,7 @@ class Round:
     train_metrics: Metrics  # mean losses over participants, weighted by their samples
     bytes_down: int  # sent to the participants
     bytes_up: int  # that the participants sent back
-    load_seconds: float  # the part of `train_seconds` spent on gathering and augmenting batches
+    load_seconds: float  # the part of `train_seconds` that gathering batches took
     train_seconds: float  # of local training
     aggregate_seconds: float  # of the server's update
 

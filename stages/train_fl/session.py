@@ -91,8 +91,9 @@ class Job:
         `guidance_dim` is the length of the guidance targets; None for methods without guidance.
         """
         sizes = num_classes, guidance_dim, num_clients
-        channels_last = self.config.params.runtime.channels_last
-        return build(self.params, self.method, self.method_class, *sizes, self.seed, device, channels_last)
+        runtime = self.config.params.runtime
+        settings = self.params, self.method, self.method_class
+        return build(*settings, *sizes, self.seed, device, runtime.channels_last, runtime.cuda_graphs)
 
     def settings(self, data: FederatedData) -> dict[str, Any]:
         """Return everything that determines the run's results."""
@@ -262,13 +263,21 @@ def build(
     seed: int,
     device: str,
     channels_last: bool = True,
+    cuda_graphs: bool = True,
 ) -> tuple[FLModel, Method]:
-    """Build a network with the parts that a method needs and the initial weights of `seed`, and the method."""
+    """Build a network with the parts that a method needs and the initial weights of `seed`, and the method.
+
+    On a GPU, it also sets the precision of products for the whole process.
+    """
+    if device.startswith("cuda"):
+        # torch's own default is TF32 for convolutions and float32 for matrix products.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = params.precision == "tf32"
     encoder = EncoderSettings(params.model, params.normalisation, params.precision, channels_last)
     parts = kind.model_parts(settings)
     model = models.build(encoder, num_classes, seed, guidance_dim, params.projection_dim, **parts).to(device)
     optimiser = (params.momentum, params.weight_decay)
-    return model, methods.build(settings, model, *optimiser, num_clients, params.gradient_clipping, kind)
+    clipping = params.gradient_clipping
+    return model, methods.build(settings, model, *optimiser, num_clients, clipping, kind, cuda_graphs)
 
 
 def evaluator_of(method: Method, clients: list[ClientData], held_out: HeldOut, num_threads: int = 1) -> Evaluator:
@@ -288,7 +297,12 @@ def _numerics(runtime: Runtime, device: str, engine: Engine) -> dict[str, Any]:
 
     Checkpoints promise byte-identical results, so they are keyed by it.
     """
-    return {
+    numerics: dict[str, Any] = {}
+    if device.startswith("cuda"):
+        versions = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        numerics = versions | {"gpu": provenance.processor(device)}
+        device = "cuda"  # which of several equal GPUs does not matter
+    return numerics | {
         "engine": engine.name,
         "device": device,
         "channels_last": runtime.channels_last,

@@ -255,7 +255,7 @@ def test_auto_is_a_worker_per_core_that_the_process_may_use():
     finally:
         os.sched_setaffinity(0, cores)
     assert workers.resolve(3, "cpu") == 3
-    assert workers.resolve("auto", "cuda:0") == workers.resolve(8, "cuda:0") == 1
+    assert (workers.resolve("auto", "cuda:0"), workers.resolve(8, "cuda:0")) == (4, 8)
 
 
 def test_system_without_fork_trains_in_turn(monkeypatch):

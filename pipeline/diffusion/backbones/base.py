@@ -18,6 +18,8 @@ from diffusers import AutoencoderKL, DDIMScheduler
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline import devices
+from pipeline.diffusion import channels_last
 from pipeline.errors import PipelineError
 
 
@@ -30,7 +32,7 @@ class Conditioning:
 
     def select(self, index: Tensor) -> Self:
         """Return the prompts at `index` (B,), in this order; repeats are allowed."""
-        selected = {name: tensor[index.to(tensor.device)] for name, tensor in self.tensors.items()}
+        selected = {name: tensor[devices.send(index, tensor.device)] for name, tensor in self.tensors.items()}
         return type(self)(selected, self.similarity[index.to(self.similarity.device)])
 
     def to(self, device: str) -> Self:
@@ -61,6 +63,9 @@ class Backbone:
         self._drop_tail()
         self._model.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
         self._vae.to(device, self._vae_dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+        if device.startswith("cuda"):
+            channels_last.adapt(self._model)
+            channels_last.adapt(self._vae)
 
     @classmethod
     def layer_channels(cls, path: Path, layers: list[str] | str) -> dict[str, int]:
@@ -124,7 +129,8 @@ class Backbone:
         """
         self._maps.of_layer = {}
         self._denoise(noisy.to(self.dtype, memory_format=torch.channels_last), timestep, conditioning.tensors)
-        return {layer: self._maps.of_layer[layer].float() for layer in self.channels}
+        of_layer, self._maps.of_layer = self._maps.of_layer, {}  # so that the 16-bit maps are freed
+        return {layer: of_layer.pop(layer).float() for layer in self.channels}
 
     def with_image(self, conditioning: Conditioning, embeddings: Tensor) -> Conditioning:
         """Add an image embedding (B, E) to every token of B prompts; raise PipelineError if the widths differ."""

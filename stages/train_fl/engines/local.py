@@ -1,5 +1,8 @@
-"""The local engine: all clients on this machine, in turn on a GPU and side by side on the cores of a CPU."""
+"""The local engine: all clients on this machine, side by side on the cores of a CPU or the streams of a GPU."""
 
+import contextlib
+import copy
+import functools
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -49,20 +52,29 @@ def run(
     data are. A loss that is not finite raises TrainingDiverged.
     """
 
-    def train(shared: tuple[int, Weights, Weights], item: tuple[int, ClientState]) -> _Trained:
+    def train(own: Method, shared: tuple[int, Weights, Weights], item: tuple[int, ClientState]) -> _Trained:
         """Run one client's update in round `number`."""
         (number, weights, broadcast), (client, state) = shared, item
         batches = rounds.client_batches(clients[client], schedule, number, client, device)
         learning_rate = schedule.learning_rate_of(number)
-        with rounds.client_seed(schedule, number, client):
-            update, state, metrics = method.client_update(weights, broadcast, state, batches, learning_rate)
+        with rounds.client_seed(schedule, number, client) if seeded else contextlib.nullcontext():
+            update, state, metrics = own.client_update(weights, broadcast, state, batches, learning_rate)
         return _Trained(update, state, metrics, batches.loading.seconds)
 
     server, states = start.server, list(start.clients)
     with_data = [client for client, data in enumerate(clients) if len(data)]
     num_workers = max(1, min(num_workers, schedule.clients_per_round, len(with_data)))
-    model_bytes = rounds.num_bytes(server.weights) + rounds.num_bytes(server.broadcast)
-    with workers.opened(num_workers, train, memory=4 * model_bytes) as train_all:  # a client's update and state
+    if device is not None and device.startswith("cuda"):
+        # Several threads would draw from the global generator in any order, so others than these train one by one.
+        seeded = not method.capturable
+        copies = [method, *(copy.deepcopy(method) for _ in range(num_workers - 1))] if not seeded else [method]
+        opened = workers.on_streams([functools.partial(train, own) for own in copies], device)
+    else:
+        seeded = True
+        model_bytes = rounds.num_bytes(server.weights) + rounds.num_bytes(server.broadcast)
+        memory = 4 * model_bytes  # a client's update and state
+        opened = workers.opened(num_workers, functools.partial(train, method), memory)
+    with opened as train_all:
         for number in range(start.number + 1, schedule.num_rounds + 1):
             participants = rounds.sample_clients(with_data, schedule, number)
             started = time.perf_counter()

@@ -13,12 +13,14 @@ import mmap
 import multiprocessing
 import os
 import pickle
+import queue
 import signal
 import sys
 import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -33,13 +35,18 @@ from pipeline.io.system_errors import in_words
 Map = Callable[[Any, Sequence[Any]], list[Any]]
 """(shared, items) -> [function(shared, item) for item in items]"""
 
+_STREAMS = 4
+
 
 def resolve(workers: int | Literal["auto"], device: str) -> int:
-    """Return the number of workers for `runtime.workers`, which is one if the device is not the CPU.
+    """Return the number of workers for `runtime.workers`.
 
-    "auto" is the number of cores that this process may use, or one where processes cannot fork safely: outside of
-    Linux, and in a daemonic process. Raise ConfigError if more are requested there.
+    On the CPU, "auto" is the number of cores that this process may use, or one where processes cannot fork safely:
+    outside of Linux, and in a daemonic process. Raise ConfigError if more are requested there. On a GPU it is the
+    number of streams, of which four fill it with small networks.
     """
+    if device.startswith("cuda"):
+        return _STREAMS if workers == "auto" else workers
     can_fork = sys.platform == "linux" and not multiprocessing.current_process().daemon
     if device != "cpu" or workers == 1 or (workers == "auto" and not can_fork):
         return 1
@@ -81,6 +88,38 @@ def opened(count: int, function: Callable[[Any, Any], Any], memory: int = 2**24)
     finally:
         for worker in workers:
             worker.stop()
+
+
+@contextlib.contextmanager
+def on_streams(functions: Sequence[Callable[[Any, Any], Any]], device: str) -> Iterator[Map]:
+    """Compute items side by side on one GPU: every function in a thread and a stream of its own.
+
+    Threads are enough here: they only queue work for the GPU. The functions must compute the same and share no tensor
+    that they change. Yields a `Map` that raises the first item's exception.
+    """
+    free: queue.SimpleQueue[tuple[Callable[[Any, Any], Any], torch.cuda.Stream]] = queue.SimpleQueue()
+    for function in functions:
+        free.put((function, torch.cuda.Stream(device)))
+
+    def compute(shared: Any, item: Any, caller: torch.cuda.Stream) -> Any:
+        function, stream = free.get()
+        try:
+            # What the caller has queued comes first: it wrote `shared`, and may still read this stream's old results.
+            stream.wait_stream(caller)
+            with torch.cuda.stream(stream):
+                result = function(shared, item)
+            stream.synchronize()
+            return result
+        finally:
+            free.put((function, stream))
+
+    with ThreadPoolExecutor(len(functions), "stream", torch.set_num_threads, (1,)) as pool:
+
+        def map_items(shared: Any, items: Sequence[Any]) -> list[Any]:
+            caller = torch.cuda.current_stream(device)
+            return [done.result() for done in [pool.submit(compute, shared, item, caller) for item in items]]
+
+        yield map_items
 
 
 def _map(workers: list["_Worker"], shared: Any, items: Sequence[Any]) -> list[Any]:

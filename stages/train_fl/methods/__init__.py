@@ -2,6 +2,7 @@
 
 from pipeline.errors import ConfigError
 from pipeline.settings.params import Guidance, Section
+from stages.train_fl.graphs import Graphs
 from stages.train_fl.methods.base import Method, method_class
 from stages.train_fl.methods.fedavg import FedAvg
 from stages.train_fl.methods.fedavgm import FedAvgM
@@ -52,6 +53,7 @@ def build(
     num_clients: int,
     gradient_clipping: float | None = None,
     kind: type[Method] | None = None,
+    use_graphs: bool = True,
 ) -> Method:
     """Create the method of a `methods:` entry.
 
@@ -63,7 +65,10 @@ def build(
         num_clients: N, the number of all clients.
         gradient_clipping: Largest norm of a step's gradient; None for no limit.
         kind: The class to create, if it is not the one that registered the type of `settings`.
+        use_graphs: On a GPU, replay training steps as CUDA graphs, if the method is `capturable`.
     """
+    kind = kind or method_class(settings)
     loss = GuidanceLoss(guidance) if (guidance := guidance_of(settings)) else None
-    local_sgd = LocalSGD(model, momentum, weight_decay, loss, gradient_clipping)
-    return (kind or method_class(settings))(local_sgd, settings, num_clients)
+    graphs = Graphs() if use_graphs and kind.capturable else None
+    local_sgd = LocalSGD(model, momentum, weight_decay, loss, gradient_clipping, graphs)
+    return kind(local_sgd, settings, num_clients)

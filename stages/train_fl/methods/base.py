@@ -29,19 +29,25 @@ class Method:
         needs_augmentation: Whether training compares random views of an image.
         sends_only_weights: Whether clients send their weights and nothing else, and the server takes their mean and
             keeps nothing. Only such methods can run with differential privacy.
+        capturable: Whether a training step only queues work on a GPU: it reads no value back, copies nothing from the
+            host and draws no random numbers. Such steps are replayed as CUDA graphs (`graphs`), and clients of a round
+            train side by side on one GPU.
     """
 
     Settings: ClassVar[type[Section]]
     needs_labels: ClassVar[bool] = True
     needs_augmentation: ClassVar[bool] = False
     sends_only_weights: ClassVar[bool] = False
+    capturable: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         """Register a method that has settings of its own; raise ConfigError if another has the same `algorithm`."""
         if "Settings" not in vars(cls):
             return
-        if "sends_only_weights" not in vars(cls):
-            cls.sends_only_weights = False  # never inherited: a subclass may send more than the class it derives from
+        # Never inherited: a subclass may send or do more than the class it derives from.
+        for name in ("sends_only_weights", "capturable"):
+            if name not in vars(cls):
+                setattr(cls, name, False)
         algorithm = cls.Settings.model_fields["algorithm"].default
         registered = params.METHODS.get(algorithm)
         # A class of the same name and module is a redefinition, as when a notebook cell runs again.

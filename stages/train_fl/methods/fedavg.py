@@ -33,6 +33,7 @@ class FedAvg(Method):
         algorithm: Literal["fedavg"] = "fedavg"
 
     sends_only_weights = True
+    capturable = True
 
     def client_update(
         self, weights: Weights, broadcast: Weights, state: ClientState, batches: Batches, learning_rate: float

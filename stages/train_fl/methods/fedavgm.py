@@ -26,6 +26,8 @@ class FedAvgM(FedAvg):
         server_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of the server's step; 0 is FedAvg")
         server_learning_rate: float = Field(1.0, gt=0, description="the server's step")
 
+    capturable = True
+
     def server_update(self, state: ServerState, updates: list[ClientUpdate]) -> tuple[ServerState, Metrics]:
         """Step towards the participants' mean with momentum."""
         average = self._average(updates, "samples")

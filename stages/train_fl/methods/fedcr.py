@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline import seeding
+from pipeline import devices, seeding
 from pipeline.settings.params import MethodSettings
 from stages.train_fl import losses
 from stages.train_fl.client_data import Batch, Batches
@@ -83,7 +83,7 @@ class FedCR(FedAvg):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         mean, std = _distribution(model, batch.images)
         num_draws = self.settings.num_draws
-        draws = torch.randn((num_draws, *mean.shape), generator=noise).to(mean.device)
+        draws = devices.send(torch.randn((num_draws, *mean.shape), generator=noise), mean.device)
         logits = model.classifier((mean + std * draws).flatten(0, 1))  # (L*B, K)
         entropy = functional.cross_entropy(logits, batch.labels.repeat(num_draws))
         divergence = losses.gaussian_kl(prior["mean"][batch.labels], prior["std"][batch.labels], mean, std)

@@ -27,6 +27,7 @@ class FedDifRC(FedAvg):
         algorithm: Literal["feddifrc"] = "feddifrc"
 
     sends_only_weights = True
+    capturable = True
 
 
 class GuidanceLoss:

@@ -35,6 +35,8 @@ class FedDyn(FedAvg):
         algorithm: Literal["feddyn"] = "feddyn"
         alpha: float = Field(0.01, ge=0, description="weight of the dynamic regulariser; 0 switches it off")
 
+    capturable = True
+
     def client_update(
         self, weights: Weights, broadcast: Weights, state: ClientState, batches: Batches, learning_rate: float
     ) -> tuple[ClientUpdate, ClientState, Metrics]:

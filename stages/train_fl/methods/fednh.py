@@ -38,6 +38,8 @@ class FedNH(FedAvg):
             "uniform", description="mean over participants: uniform (authors' code) or samples"
         )
 
+    capturable = True
+
     @classmethod
     def model_parts(cls, settings: Any) -> dict[str, Any]:
         """Replace the classifier by one on cosines."""

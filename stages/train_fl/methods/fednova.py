@@ -41,6 +41,8 @@ class FedNova(FedProx):
         proximal_mu: float = Field(0.0, ge=0, description="FedProx's term in the local objective; 0 is plain SGD")
         server_momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the server's step")
 
+    capturable = True
+
     def client_update(
         self, weights: Weights, broadcast: Weights, state: ClientState, batches: Batches, learning_rate: float
     ) -> tuple[ClientUpdate, ClientState, Metrics]:

@@ -37,6 +37,8 @@ class FedProto(FedAvg):
         algorithm: Literal["fedproto"] = "fedproto"
         prototype_weight: float = Field(1.0, ge=0, description="weight of the distance to the class's global prototype")
 
+    capturable = True
+
     def init_server(self, weights: Weights) -> ServerState:
         """Broadcast prototypes, float (K, D), and which of them are known, bool (K,): none yet."""
         model, device = self.local_sgd.model, next(iter(weights.values())).device

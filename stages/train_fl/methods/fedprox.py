@@ -35,6 +35,7 @@ class FedProx(FedAvg):
         proximal_mu: float = Field(0.01, ge=0, description="weight of the squared distance to the global weights")
 
     sends_only_weights = True
+    capturable = True
 
     def client_update(
         self, weights: Weights, broadcast: Weights, state: ClientState, batches: Batches, learning_rate: float

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.sgd import sgd
 
-from stages.train_fl.client_data import Batch, Batches
+from stages.train_fl.client_data import Batch, Batches, RawBatch
+from stages.train_fl.graphs import FEWEST_STEPS, Graphs, capturable_stream
 from stages.train_fl.guidance import GuidanceTargets
 from stages.train_fl.methods.state import ClientUpdate, Metrics, Weights
 from stages.train_fl.models import FLModel
@@ -38,6 +39,7 @@ class LocalSGD:
     weight_decay: float
     guidance: Guide | None = None
     gradient_clipping: float | None = None
+    graphs: Graphs | None = None  # to replay steps on a GPU
 
     @functools.cached_property
     def parameter_names(self) -> tuple[str, ...]:
@@ -53,6 +55,22 @@ class LocalSGD:
         correction: Correction | None = None,
     ) -> tuple[ClientUpdate, Metrics]:
         """Train from `weights`; return the update and the mean of each term of the loss over samples."""
+        device = batches.target_device
+        if self.graphs is None or device.type != "cuda" or batches.num_full < FEWEST_STEPS:
+            return self._train(weights, batches, learning_rate, objective, correction, lambda step: step)
+        with capturable_stream(device):
+            replayed = functools.partial(self.graphs.runner, batch_size=batches.batch_size)
+            return self._train(weights, batches, learning_rate, objective, correction, replayed)
+
+    def _train(
+        self,
+        weights: Weights,
+        batches: Batches,
+        learning_rate: float,
+        objective: Objective,
+        correction: Correction | None,
+        wrap: Callable[[Callable[[RawBatch], None]], Callable[[RawBatch], None]],
+    ) -> tuple[ClientUpdate, Metrics]:
         model = self.model
         state = model.state_dict()  # views of the parameters and buffers
         if {name: value.shape for name, value in state.items()} != {k: v.shape for k, v in weights.items()}:
@@ -63,9 +81,9 @@ class LocalSGD:
         parameters: list[Tensor] = [value for value in model.parameters() if value.requires_grad]
         buffers: list[Tensor | None] = [None] * len(parameters)
         sums: dict[str, Tensor] = {}
-        num_seen = num_steps = 0
-        for batch in batches:
-            terms = self._terms(objective, batch)
+
+        def step(raw: RawBatch) -> None:
+            terms = self._terms(objective, batches.augmented(raw))
             for parameter in parameters:
                 parameter.grad = None
             functools.reduce(torch.add, terms.values()).backward()
@@ -74,8 +92,13 @@ class LocalSGD:
             if self.gradient_clipping is not None:
                 nn.utils.clip_grad_norm_(parameters, self.gradient_clipping)
             self._step(parameters, buffers, learning_rate)
-            _accumulate(sums, terms, len(batch.labels))
-            num_seen += len(batch.labels)
+            _accumulate(sums, terms, len(raw))
+
+        run = wrap(step)
+        num_seen = num_steps = 0
+        for raw in batches.raw():
+            run(raw)
+            num_seen += len(raw)
             num_steps += 1
         trained = {name: value.clone() for name, value in state.items()}
         # One transfer for all terms: no step waits for the device.

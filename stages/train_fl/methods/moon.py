@@ -40,6 +40,7 @@ class Moon(FedAvg):
         temperature: float = Field(0.5, gt=0, description="its temperature (T)")
 
     sends_only_weights = True
+    capturable = True
 
     def __init__(self, local_sgd: LocalSGD, settings: Section | None = None, num_clients: int = 1) -> None:
         """Copy the network twice, for the global and the previous model."""

@@ -43,6 +43,8 @@ class Scaffold(FedAvg):
         server_learning_rate: float = Field(1.0, gt=0, description="the server's step towards the participants' mean")
         weighting: Weighting = Field("uniform", description="the mean over participants: uniform (paper) or by samples")
 
+    capturable = True
+
     def init_server(self, weights: Weights) -> ServerState:
         """Broadcast the server's control variate c, zero."""
         return ServerState(weights, broadcast=self._zeros(weights))

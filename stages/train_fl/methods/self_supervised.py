@@ -40,6 +40,7 @@ class SelfSupervisedFedDifRC(FedAvg):
 
     needs_labels = False
     sends_only_weights = True
+    capturable = True
 
     def __init__(self, local_sgd: LocalSGD, settings: Section | None = None, num_clients: int = 1) -> None:
         """Create the method; raise ConfigError if both losses are disabled."""
@@ -70,6 +71,7 @@ class SimSiam(FedAvg):
     needs_labels = False
     needs_augmentation = True
     sends_only_weights = True
+    capturable = True
 
     @classmethod
     def model_parts(cls, settings: Any) -> dict[str, Any]:
