@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from pipeline import seeding
 from pipeline.progress import track
-from stages.prepare_backbone import corpus
+from stages.prepare_backbone import rendered_digits as corpus
 
 log = logging.getLogger(__name__)
 

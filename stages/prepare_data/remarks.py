@@ -5,8 +5,8 @@ from pathlib import Path
 
 from pipeline.data import class_names, datasets
 from pipeline.data.datasets import PreparedDataset
+from pipeline.data.file_names import some
 from pipeline.data.images import Skipped
-from stages.prepare_data.file_names import some
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from typing import Self
 import numpy as np
 from PIL import Image
 
+from pipeline.data.decode import BrokenImageError, read_image, resize
 from pipeline.data.images import Block, Skipped, images_per_block
 from pipeline.progress import progress_bar
-from stages.prepare_data.decode import BrokenImageError, read_image, resize
 
 _MAX_IMAGES_PER_TASK = 64
 
