@@ -94,8 +94,9 @@ def main(
     results.mkdir(parents=True, exist_ok=True)
     machine = Machine(devices.resolve(device), compiled, graph)
     halves(images, output, seed, limit)
-    public = corpus.read(output / "public", 32)
-    private = corpus.read(output / "private", 32)  # of its train/ only
+    broken = output / "broken-images.txt"
+    public = corpus.read(output / "public", 32, broken)
+    private = corpus.read(output / "private", 32, broken)  # of its train/ only
     found: dict[str, Any] = {"seconds": {"read": round(time.monotonic() - started, 1)}}
     found |= {"images": {"public": len(public.images), "private": len(private.images)}}
     settings = GuideTraining.model_validate(
@@ -222,7 +223,7 @@ def losses(trainer: Trainer, images: Corpus, machine: Machine, count: int) -> di
 
 def save(trainer: Trainer, folder: Path, results: Path) -> None:
     """Write the float16 weights to a folder, and as parts of an archive."""
-    trainer.pipe.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
+    trainer.save(folder)
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as archive:
         archive.add(folder, folder.name)

@@ -1,7 +1,8 @@
 """The content of params.yaml: one section per stage, and the type, range and meaning of every key.
 
-Only methods and guidance have defaults, the values of their papers. Every other key must be in params.yaml, so that all
-settings of a run are in one place. The command line generates its flags and their help from these descriptions.
+Only methods and guidance, and the training of a guide, have defaults: the values of their papers, and those that suit
+most images. Every other key must be in params.yaml, so that all settings of a run are in one place. The command line
+generates its flags and their help from these descriptions.
 """
 
 from typing import Annotated, Any, Literal, get_args
@@ -100,8 +101,11 @@ class PrepareBackbone(Section):
         description="weights to use if a model has both full and fp16 ones: none is full, fp16 is half the size; "
         "auto is fp16 from the hub if extract_features.dtype has 16 bits, else full; or the only ones that exist"
     )
-    corpus: str | None = Field(None, description="train only: folder of public images, as <class>/<image>")
-    training: GuideTraining = Field(GuideTraining.model_validate({}), description="train only: how")
+    corpus: str | None = Field(
+        min_length=1,
+        description="train only: folder of public images, as <class>/<image>; an absolute path, or one in the project",
+    )
+    training: GuideTraining = Field(description="train only: the model and its training; {} for the defaults")
 
 
 class ExtractFeatures(Section):
@@ -227,6 +231,10 @@ class TrainFL(Section):
     balance_with_synthetic: Literal["none", "mean", "largest"] = Field(
         description="add images of the synthesize stage to every client's classes, up to the client's mean or largest "
         "class size"
+    )
+    allow_seen_images: bool = Field(
+        description="allow guidance by a backbone that was trained on images of the data set; it is an advantage that "
+        "a fair comparison does not have"
     )
     evaluate_on: Literal["test", "validation"] = Field(
         description="validation holds out a part of the training set: use it for every choice"

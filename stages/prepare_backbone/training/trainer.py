@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 _KL_WEIGHT = 1e-5  # of an image's KL divergence, next to the mean squared error per pixel in [-1, 1]
 _ENCODE_BATCH = 250
-_CHECKPOINT_SECONDS = 300.0
+CHECKPOINT_SECONDS = 300.0
 _PICTURES = 10  # of samples, over the denoiser's training
 _SHARE_OF_MEMORY = 0.5  # of a GPU's free memory, which images or latents may fill
 
@@ -72,7 +73,7 @@ class Trainer:
         settings: GuideTraining,
         machine: Machine,
         store: ResumableStore | None = None,
-        checkpoint_seconds: float = _CHECKPOINT_SECONDS,
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
     ) -> None:
         """Draw the first weights.
 
@@ -181,6 +182,10 @@ class Trainer:
 
         self._run(learner, picture)
         draw(pipe, self.captions)
+
+    def save(self, folder: Path) -> None:
+        """Write the model as a diffusers pipeline directory, float16 safetensors; it then stays in float16."""
+        self.pipe.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
 
     def _learner(
         self,
