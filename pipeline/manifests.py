@@ -38,6 +38,7 @@ class RunConfig(_Manifest):
     dataset: DatasetReference
     features: str | None = None  # fingerprint of the feature set
     synthetic: str | None = None  # hash of the generated images
+    seen_images: int = 0  # of the data set, on which the backbone was trained that guided the run
     agreed: dict[str, Any] = {}  # what nodes with images of their own have in common
     provenance: dict[str, Any] = {}
 

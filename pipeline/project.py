@@ -13,7 +13,7 @@ from pipeline.errors import ConfigError
 TEMPLATE = "template"
 FILES = (
     "params.yaml", "dvc.yaml", ".dvc/config", ".dvc/.gitignore", ".dvc/plots/fl_curves.json",
-    ".dvcignore", ".gitignore", "data/README.md", "data/synthetic/none",
+    ".dvcignore", ".gitignore", "data/README.md", "data/synthetic/none", "data/corpus/none",
 )  # fmt: skip
 """What a project consists of before any stage has run."""
 

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from pipeline.settings.config import Config
 
 
+_DOT = "__"  # of a key, in the name of a flag's variable
+
+
 class StageCommand(click.Command):
     """A command whose flags are the keys of one section of params.yaml; its function receives the checked `config`."""
 
@@ -41,14 +44,20 @@ class StageCommand(click.Command):
 
     @functools.cached_property
     def _flags(self) -> list[click.Option]:
-        from pipeline.settings.error_messages import allowed
+        from pipeline.settings.error_messages import allowed, inner_sections
         from pipeline.settings.params import Params, Section
 
         model = Params.model_fields[self._section].annotation
         assert isinstance(model, type) and issubclass(model, Section)
+        inner = inner_sections(model)
+        fields = {name: field for name, field in model.model_fields.items() if name not in inner}
+        for section, models in inner.items():
+            fields |= {f"{section}.{name}": field for found in models for name, field in found.model_fields.items()}
         flags = []
-        for name, field in model.model_fields.items():
-            names, text = [f"--{name.replace('_', '-')}", f"key_{name}"], f"{field.description}.  [{allowed(field)}]"
+        for key, field in fields.items():
+            names = [f"--{key.replace('_', '-').replace('.', '-')}", f"key_{key.replace('.', _DOT)}"]
+            default = "" if field.is_required() else f"; default {'null' if field.default is None else field.default}"
+            text = f"{field.description}.  [{allowed(field)}{default}]"
             flags.append(click.Option(names, metavar="VALUE", help=text))
         return flags
 
@@ -74,7 +83,7 @@ class StageCommand(click.Command):
         overrides = {}
         for name in [name for name in ctx.params if name.startswith("key_")]:
             if (text := ctx.params.pop(name)) is not None:
-                key = f"{self._section}.{name.removeprefix('key_')}"
+                key = f"{self._section}.{name.removeprefix('key_').replace(_DOT, '.')}"
                 overrides[key] = config.parse_value(key, text)
         try:
             overrides |= config.parse_overrides(ctx.params.pop("assignments"))

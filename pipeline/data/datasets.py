@@ -3,7 +3,8 @@
 A prepared data set is a folder:
 
     manifest.json   name, source, licence, class and domain names, image size; rows and hash per split; broken images
-    train.h5        images uint8 (N, H, W, 3), labels and domains int64 (N,), in the order of the image index
+    train.h5        images uint8 (N, H, W, 3), labels and domains int64 (N,), in the order of the image index; and, of
+                    images from files, `files` uint64 (N,), the hashes of these (see `image_hashes`)
     test.h5         the same for the standard test split
 
 Labels are positions in `class_names` and domains in `domain_names`; most data sets have one domain, named like the data
@@ -125,6 +126,18 @@ class PreparedDataset:
             raise DataError(f"{file} does not hold the {split} images of its manifest. {_PREPARE_AGAIN}")
         return replace(on_disk, images=mapped)
 
+    def file_hashes(self, split: SplitName) -> np.ndarray | None:
+        """Return the hashes of the images' files, uint64 (N,); None if they have none, or an older version prepared it.
+
+        The split's own hash does not cover them, because the features do not depend on them.
+        """
+        file = self.path / f"{split}.h5"
+        with open_to_read(file) as h5:
+            if "files" not in h5:
+                return None
+            plain_dataset(h5, "files", file)
+            return h5["files"][()]
+
     def _matches_manifest(self, split: SplitName, content: Images) -> bool:
         entry, size = self.manifest.splits[split], self.image_size
         expected = {"images": (entry.rows, size, size, 3), "labels": (entry.rows,), "domains": (entry.rows,)}
@@ -151,8 +164,8 @@ def write(path: Path, name: str, source_name: str, source: Source, skip_broken: 
             differ, another process writes the same data set, or the disk is full; the previous data set is kept.
     """
     domain_names = source.domain_names or [name]
-    _check_names(source.class_names, "class")
-    _check_names(domain_names, "domain")
+    check_names(source.class_names, "class")
+    check_names(domain_names, "domain")
     if source.splits["train"].image_size != source.splits["test"].image_size:
         raise DataError(f"The splits of {name} have images of different sizes. Resize them to one size.")
     for split in SPLITS:
@@ -210,6 +223,7 @@ def _write_splits(
 def _write_split(file: Path, content: Split) -> tuple[SplitEntry | None, list[Skipped]]:
     """Write a split block by block, without the skipped images; None if no image is left."""
     digest, kept, skipped, size = hashlib.sha256(), [np.empty(0, np.int64)], [], content.image_size
+    files: list[np.ndarray] = []
     written = 0
     with h5py.File(file, "w") as h5:
         images = h5.create_dataset("images", (len(content), size, size, 3), np.uint8)
@@ -219,6 +233,8 @@ def _write_split(file: Path, content: Split) -> tuple[SplitEntry | None, list[Sk
             written += len(block.rows)
             kept.append(block.rows)
             skipped += block.skipped
+            if block.files is not None:
+                files.append(block.files)
     if written == 0:
         return None, skipped
     if written < len(content):
@@ -228,6 +244,8 @@ def _write_split(file: Path, content: Split) -> tuple[SplitEntry | None, list[Sk
     with h5py.File(file, "a") as h5:
         h5.create_dataset("labels", data=labels.astype("<i8", copy=False))
         h5.create_dataset("domains", data=domains.astype("<i8", copy=False))
+        if files:
+            h5.create_dataset("files", data=np.concatenate(files).astype("<u8", copy=False))
     sync_to_disk(file)
     return SplitEntry(rows=written, sha256=_finish(digest, labels, domains)), skipped
 
@@ -245,7 +263,8 @@ def _keep_first_images(file: Path, count: int) -> None:
     shorter.replace(file)
 
 
-def _check_names(names: list[str], kind: str) -> None:
+def check_names(names: list[str], kind: str) -> None:
+    """Raise DataError if two classes or domains, which `kind` says, have one name."""
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         detail = f'{twice[0]!r}; "_" reads as a space'

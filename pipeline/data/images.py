@@ -2,10 +2,15 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 
+from pipeline.errors import DataError
+from pipeline.io.atomic import write_text
+
+_NAMED = 5  # broken images in an error
 BLOCK_BYTES = 16 * 2**20
 """Images are read, hashed and written in blocks of about this size."""
 
@@ -19,11 +24,15 @@ class Skipped:
 
 
 class Block(NamedTuple):
-    """Consecutive images of a split: rows int64 (b,), positions in the split; images uint8 (b, H, W, 3)."""
+    """Consecutive images of a split: rows int64 (b,), positions in the split; images uint8 (b, H, W, 3).
+
+    `files` are the hashes of their files, uint64 (b,); None for images that come from no files.
+    """
 
     rows: np.ndarray
     images: np.ndarray
     skipped: list[Skipped]
+    files: np.ndarray | None = None
 
 
 class Split(Protocol):
@@ -96,6 +105,16 @@ class Source:
     splits: Mapping[str, Split]
     licence: str
     domain_names: list[str] | None = None  # None: one domain, named as the data set
+
+
+def refuse_broken(root: Path, images: list[Skipped], listing: Path, advice: str) -> DataError:
+    """Write the list of a source's broken images to a file, and return the error that names the first of them."""
+    listing.parent.mkdir(parents=True, exist_ok=True)
+    write_text(listing, "".join(f"{image.path}\t{image.reason}\n" for image in images))
+    named = ", ".join(f"{image.path} ({image.reason})" for image in images[:_NAMED])
+    more = f" and {len(images) - _NAMED} more, all listed in {listing}" if len(images) > _NAMED else ""
+    number = f"{len(images)} images" if len(images) > 1 else "an image"
+    return DataError(f"{root}: {number} cannot be read: {named}{more}. {advice}.")
 
 
 def images_per_block(image_size: int) -> int:

@@ -2,8 +2,9 @@
 
 import re
 from pathlib import Path, PurePosixPath
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, StringConstraints, ValidationError
 
 from pipeline import provenance
 from pipeline.errors import DataError
@@ -16,6 +17,45 @@ _VARIANT = re.compile(r"\.(fp16|bf16|non_ema)[.-]")
 """Other precisions or training states of the same weights, which are not loaded, have this in their names."""
 
 
+TRAINING = "guide_training.json"
+"""The file in a model's folder that says what it was trained on, if `prepare-backbone` trained it."""
+
+
+class TrainingRecord(BaseModel):
+    """What a backbone was trained on and how: the content of its `TRAINING` file.
+
+    Attributes:
+        corpus: Name of the folder of images.
+        corpus_sha256: Hash of the images' pixels, their classes and the class names.
+        images: Number of images per class name.
+        settings: prepare_backbone.training.
+        losses: The last losses of the autoencoder and the denoiser.
+        hashes: "files" and "pixels": those of every image, as `pipeline.data.image_hashes` makes them, sorted.
+        weights: File in the model's folder -> SHA-256.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    corpus: str
+    corpus_sha256: str
+    images: dict[str, int]
+    settings: dict[str, JsonValue]
+    losses: dict[str, float]
+    hashes: dict[str, list[Annotated[str, StringConstraints(pattern="^[0-9a-f]{16}$")]]]
+    weights: dict[str, str]
+
+
+def read_training(file: Path) -> TrainingRecord:
+    """Read a `TRAINING` file; raise DataError if it is missing or damaged, SystemRefusal if unreadable."""
+    try:
+        with system_errors.reading(file):
+            return TrainingRecord.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise DataError(
+            f"{file} does not say what the model was trained on ({_reason(error)}). Get the complete model."
+        ) from None
+
+
 class BackboneManifest(BaseModel):
     """The content of data/backbones/<name>.json."""
 
@@ -26,6 +66,7 @@ class BackboneManifest(BaseModel):
     revision: str | None = None  # commit on the hub
     variant: str | None = None  # "fp16" if 16-bit weights were taken
     files: dict[str, str]  # path inside the model's folder -> SHA-256, of every file that determines the features
+    training: TrainingRecord | None = None  # of a model that `prepare-backbone` trained
 
     def origin(self) -> dict[str, str | None]:
         """Return name, source and revision, which outputs record about their frozen model."""
@@ -42,9 +83,7 @@ def read_manifest(file: Path) -> BackboneManifest:
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror}). {_PREPARE}.") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        reason = printable(f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()[:_LONGEST_REASON])
-        raise DataError(f"{file} is not the manifest of a frozen model ({reason}). {_PREPARE}.") from None
+        raise DataError(f"{file} is not the manifest of a frozen model ({_reason(error)}). {_PREPARE}.") from None
 
 
 def read_checked(file: Path, folder: Path) -> BackboneManifest:
@@ -83,6 +122,13 @@ def image_encoder_hashes(folder: Path | None) -> dict[str, str] | None:
             "the folder of a CLIPVisionModelWithProjection that has them."
         )
     return {file.name: provenance.file_sha256(file) for file in files}
+
+
+def _reason(error: OSError | ValidationError) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or "it cannot be read"
+    first = error.errors()[0]
+    return printable(f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()[:_LONGEST_REASON])
 
 
 def _is_inside(name: str) -> bool:

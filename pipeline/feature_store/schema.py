@@ -110,6 +110,7 @@ class _Backbone(TypedDict, total=False):
 class _Provenance(TypedDict, total=False):
     dataset: str
     backbone: _Backbone
+    seen_images: Annotated[int, Field(ge=0, lt=2**63)]
     settings: dict[str, JsonValue]
     feddifrc: str
     commit: str | None
@@ -120,8 +121,9 @@ class _Provenance(TypedDict, total=False):
 
 Provenance = Annotated[dict[str, Any], GetPydanticSchema(lambda _, handler: handler(_Provenance))]
 """The origin of a set: its data set; the backbone's name, source, revision, and variant if its weights are fp16; the
-`extract_features` settings; the versions of the program, Python and the packages; every processor or GPU. It is not
-part of the fingerprint. Sets made by earlier versions have no settings."""
+`extract_features` settings; the versions of the program, Python and the packages; every processor or GPU. `seen_images`
+is the number of the data set's images that the backbone was trained on, if `prepare-backbone` trained it. Nothing of
+this is part of the fingerprint. Sets made by earlier versions have no settings."""
 
 
 class Content(BaseModel, strict=True, extra="forbid"):

@@ -20,9 +20,12 @@ from pydantic.fields import FieldInfo
 
 from pipeline.errors import ConfigError
 from pipeline.io.system_errors import reading
-from pipeline.settings.error_messages import explain, models_of
+from pipeline.settings.error_messages import explain, inner_sections, models_of
 from pipeline.settings.params import METHODS, Params, Section
 from pipeline.text import printable
+
+NO_CORPUS = "data/corpus/none"
+"""prepare_backbone.corpus of a project that trains no guide: a file that is in git."""
 
 _NUMBERS = dict.fromkeys(("int", "float"), "a number")
 _YAML_KINDS = _NUMBERS | {"bool": "true or false", "null": "an empty value", "timestamp": "a date"}
@@ -69,6 +72,15 @@ class Config:
     def dataset_dir(self) -> Path:
         """The prepared data set."""
         return self.root / "data" / "datasets" / self.params.prepare_data.name
+
+    @property
+    def corpus(self) -> Path | None:
+        """The folder of images that a guide is trained on; None if prepare_backbone.corpus names none.
+
+        DVC's prepare-backbone depends on it; data/corpus/none is in git, so without a corpus there is nothing to watch.
+        """
+        written = self.params.prepare_backbone.corpus
+        return None if written is None or written == NO_CORPUS else self.path(written)
 
     @property
     def backbone_dir(self) -> Path:
@@ -141,7 +153,8 @@ class Config:
         return {
             "method": {"name": method, **self.settings("methods", method).model_dump()},
             "partition": {"name": partition, **self.settings("partitions", partition).model_dump()},
-            "train_fl": self.params.train_fl.model_dump(),
+            # Whether a run may be guided by a model that saw its images decides nothing about its results.
+            "train_fl": self.params.train_fl.model_dump(exclude={"allow_seen_images"}),
             "dataset": {"name": self.params.prepare_data.name},
         }
 
@@ -262,7 +275,9 @@ def _fields(dotted_key: str) -> list[FieldInfo]:
     """Return the declarations of a key: none if it is unknown, several if methods share its name."""
     section, _, rest = dotted_key.partition(".")
     name = rest.rpartition(".")[2]
-    return [model.model_fields[name] for model in models_of(section) if name in model.model_fields]
+    models = models_of(section)
+    inner = [found for model in models for sections in inner_sections(model).values() for found in sections]
+    return [model.model_fields[name] for model in [*models, *inner] if name in model.model_fields]
 
 
 def _accepts(field: FieldInfo, value: Any) -> bool:

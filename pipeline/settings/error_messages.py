@@ -120,11 +120,18 @@ def _hint(unknown: str, allowed: list[str]) -> str:
 def _allowed_keys(section: list[str | int], values: Mapping[str, Any]) -> list[str]:
     if not section:
         return list(Params.model_fields)
-    name = str(section[1]) if len(section) > 1 else None
-    models = models_of(str(section[0]), name, values)
-    for part in section[2:]:  # a section inside a method's: guidance
-        models = [inner for model in models for inner in _sections(model.model_fields[str(part)].annotation)]
+    first, *inner = map(str, section)
+    name = inner.pop(0) if first in _NAMED and inner else None
+    models = models_of(first, name, values)
+    for part in inner:  # a section inside a section: a method's guidance
+        models = [found for model in models for found in _sections(model.model_fields[part].annotation)]
     return sorted({name for model in models for name in model.model_fields})
+
+
+def inner_sections(model: type[Section]) -> dict[str, list[type[Section]]]:
+    """Return the sections that a section's keys can have as values, by key: those of a method's `guidance`."""
+    found = {name: _sections(field.annotation) for name, field in model.model_fields.items()}
+    return {name: sections for name, sections in found.items() if sections}
 
 
 def _sections(annotation: Any) -> list[type[Section]]:

@@ -1,7 +1,8 @@
 """The content of params.yaml: one section per stage, and the type, range and meaning of every key.
 
-Only methods and guidance have defaults, the values of their papers. Every other key must be in params.yaml, so that all
-settings of a run are in one place. The command line generates its flags and their help from these descriptions.
+Only methods and guidance, and the training of a guide, have defaults: the values of their papers, and those that suit
+most images. Every other key must be in params.yaml, so that all settings of a run are in one place. The command line
+generates its flags and their help from these descriptions.
 """
 
 from typing import Annotated, Any, Literal, get_args
@@ -53,20 +54,58 @@ class PrepareData(Section):
     seed: int = Field(ge=0, description="seed of the subset, and of the test split if the source has none")
 
 
+class GuideTraining(Section):
+    """The training of a guide on images of one's own, if prepare_backbone.source is train."""
+
+    size: Literal["nano", "small", "base"] = Field(
+        "small", description="parameters of the model: about 2, 8 or 40 million"
+    )
+    image_size: int = Field(
+        32, ge=8, le=256, multiple_of=8, description="images are resized to this height and width, pixels"
+    )
+    caption: str = Field(
+        "a photo of a {class_name}",
+        pattern=r"\{class_name\}",
+        description="caption of every image; {class_name} is replaced by the name of its folder",
+    )
+    batch_size: int = Field(512, ge=1, le=65536, description="images per step")
+    autoencoder_steps: int = Field(3000, ge=1, description="steps of the autoencoder")
+    denoiser_steps: int = Field(20000, ge=1, description="steps of the denoiser and the text encoder, after it")
+    autoencoder_learning_rate: float | None = Field(
+        None, gt=0, description="AdamW's largest rate; null: what suits the size"
+    )
+    denoiser_learning_rate: float | None = Field(
+        None, gt=0, description="AdamW's largest rate; null: what suits the size"
+    )
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the average of the weights, which is the result")
+    empty_caption_rate: float = Field(
+        0.1, ge=0, lt=1, description="share of images that are shown without a caption, for guided sampling"
+    )
+    flips: bool = Field(
+        False, description="also train on mirrored images: for photographs, not for digits, text or X-rays"
+    )
+    seed: int = Field(0, ge=0, description="seed of the weights and of everything that is drawn")
+
+
 class PrepareBackbone(Section):
     """The frozen diffusion model -> models/<name> and data/backbones/<name>.json."""
 
     name: Name = Field(description="names models/<name>")
     source: str = Field(
         min_length=1,
-        description="embedded (tiny-sd), a directory in diffusers format, or a model of the Hugging Face hub: its id, "
-        "such as org/model, its page's URL, or org/model@commit",
+        description="embedded (tiny-sd), train (a model trained on corpus), a directory in diffusers format, or a "
+        "model of the Hugging Face hub: its id, such as org/model, its page's URL, or org/model@commit",
     )
     revision: str | None = Field(description="hub only: the commit, 40 hexadecimal digits; null with any other source")
     variant: Literal["auto", "fp16", "none"] = Field(
         description="weights to use if a model has both full and fp16 ones: none is full, fp16 is half the size; "
         "auto is fp16 from the hub if extract_features.dtype has 16 bits, else full; or the only ones that exist"
     )
+    corpus: str | None = Field(
+        min_length=1,
+        description="train only: folder of public images, as <class>/<image>; an absolute path, or one in the project",
+    )
+    training: GuideTraining = Field(description="train only: the model and its training; {} for the defaults")
 
 
 class ExtractFeatures(Section):
@@ -193,6 +232,10 @@ class TrainFL(Section):
     balance_with_synthetic: Literal["none", "mean", "largest"] = Field(
         description="add images of the synthesize stage to every client's classes, up to the client's mean or largest "
         "class size"
+    )
+    allow_seen_images: bool = Field(
+        description="allow guidance by a backbone that was trained on images of the data set; it is an advantage that "
+        "a fair comparison does not have"
     )
     evaluate_on: Literal["test", "validation"] = Field(
         description="validation holds out a part of the training set: use it for every choice"

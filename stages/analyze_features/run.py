@@ -29,7 +29,7 @@ from pipeline.io import atomic
 from pipeline.progress import track
 from pipeline.settings.config import Config
 from pipeline.settings.params import AnalyzeFeatures
-from stages.analyze_features import figures, margins, tsne
+from stages.analyze_features import margins, tsne
 from stages.analyze_features.margins import Similarities
 from stages.analyze_features.probes import ProbeEvaluator, chance
 
@@ -45,6 +45,8 @@ def run(config: Config) -> Path:
     Raises:
         PipelineError: The set is missing or damaged, or has too few images or prompts.
     """
+    from stages.analyze_features import figures  # needs matplotlib, the other modules do not
+
     params = config.params.analyze_features
     features = FeatureSet(config.features_dir)
     content = features.manifest.content
@@ -108,6 +110,8 @@ def _draw(
     similar: Similarities,
     params: AnalyzeFeatures,
 ) -> None:
+    from stages.analyze_features import figures
+
     shown = tsne.choose(len(rows.label), params)
     embedded = {name: tsne.embed(rows.denoised[shown, part], params) for name, part in columns.items()}
     share = margins.confusion(

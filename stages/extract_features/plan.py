@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline import devices, provenance
 from pipeline.data.datasets import PreparedDataset
-from pipeline.diffusion import backbones, frozen_model, prompts, representation
+from pipeline.diffusion import backbones, frozen_model, prompts, representation, seen_images
 from pipeline.diffusion.frozen_model import BackboneManifest
 from pipeline.diffusion.prompts import PromptSet
 from pipeline.errors import ConfigError
@@ -72,6 +72,7 @@ def make(config: Config) -> ExtractionPlan:
     made_by = {
         "dataset": dataset.name,
         "backbone": manifest.origin() | ({"variant": manifest.variant} if manifest.variant else {}),
+        **_seen_images(dataset, manifest),
         "settings": settings.model_dump(mode="json"),
         **provenance.software(),
     }
@@ -81,6 +82,18 @@ def make(config: Config) -> ExtractionPlan:
         feature_set=Plan(content, dataset.rows("train"), settings.rows_per_shard, made_by),
         target=config.features_dir, state_dir=config.state_dir, device=devices.resolve(config.params.runtime.device),
     )  # fmt: skip
+
+
+def _seen_images(dataset: PreparedDataset, manifest: BackboneManifest) -> dict[str, int]:
+    """Return the number of the data set's images that the backbone was trained on, if its manifest says on which."""
+    if manifest.training is None:
+        return {}
+    if seen := seen_images.count(dataset, manifest.training):
+        log.warning(
+            "%s was trained on %d of the images of %s (its corpus is %s). train-fl refuses features of images that the "
+            "backbone has seen: see docs/guide.md", manifest.name, seen, dataset.path, manifest.training.corpus,
+        )  # fmt: skip
+    return {"seen_images": seen}
 
 
 def _check_model(settings: ExtractFeatures, model_dir: Path, manifest: BackboneManifest) -> dict[str, int]:

@@ -2,24 +2,31 @@
 
 Neither git nor DVC tracks the weights: a team shares features, and training from those needs no weights. DVC tracks the
 manifest, with the hash of every file that affects the features. The directory holds links, to the hub's cache or to the
-directory that params.yaml names, and is replaced only when the new model is complete.
+directory that params.yaml names, or a guide that was trained here, and is replaced only when the new model is complete.
+
+address.py, hub.py, directory.py, selection.py   models of others
+training/                                        guides that are trained here
+tiny_sd.py, rendered_digits.py                   the training of tiny-sd and its images
 """
 
 import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline import provenance
+from pipeline import devices, provenance
 from pipeline.diffusion import frozen_model
-from pipeline.diffusion.frozen_model import BackboneManifest
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.diffusion.frozen_model import TRAINING, BackboneManifest, TrainingRecord
+from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.io import atomic
 from pipeline.settings.config import Config
 from stages.prepare_backbone import address
 from stages.prepare_backbone.directory import Directory
 from stages.prepare_backbone.selection import Source, select
+
+if TYPE_CHECKING:
+    from stages.prepare_backbone.training.trainer import Machine
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +50,9 @@ def run(config: Config, train: bool = False) -> Path:
         )
     target, directory = config.backbone_dir, config.path(params.source)
     if params.source == "embedded":
-        found = {"name": params.name, "source": "embedded", "revision": None} | _embedded(target, train)
+        found = {"name": params.name, "source": "embedded", "revision": None} | _embedded(config, train)
+    elif params.source == "train":
+        found = {"name": params.name, "source": "train", "revision": None} | _trained(config)
     elif directory.is_dir():
         found = {"name": params.name, "source": directory.name, "revision": None}
         found |= _linked(Directory(directory, target), target, params.variant, prefer_fp16=False)
@@ -63,45 +72,122 @@ def run(config: Config, train: bool = False) -> Path:
         found |= _linked(model, target, params.variant, prefer_fp16=half)
     if found["revision"] is None and params.revision is not None:
         log.warning("prepare_backbone.revision is not used: it is for models from the hub")
+    if params.source != "train" and config.corpus is not None:
+        log.warning("prepare_backbone.corpus is not used: it is for source: train")
     _warn_about_changes(config, found)
     config.backbone_manifest.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write_json(config.backbone_manifest, BackboneManifest(**found).model_dump())
+    manifest = BackboneManifest(**found)
+    absent = set() if manifest.training else {"training"}
+    atomic.write_json(config.backbone_manifest, manifest.model_dump(mode="json", exclude=absent))
     log.info("%s: %d files", target, len(found["files"]))
     return config.backbone_manifest
 
 
-def _embedded(target: Path, train: bool) -> dict[str, Any]:
+def _embedded(config: Config, train: bool) -> dict[str, Any]:
     """Copy tiny-sd, so that the model does not depend on the program's installation, or train it."""
-    with atomic.replace_folder(target) as folder:
-        if train:
-            from stages.prepare_backbone import tiny_sd
+    target = config.backbone_dir
+    if train:
+        from stages.prepare_backbone import tiny_sd
 
-            tiny_sd.train(folder)
-        else:
-            for file in filter(Path.is_file, _EMBEDDED.rglob("*")):  # copytree's error does not say that a disk is full
-                copy = folder / file.relative_to(_EMBEDDED)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, copy)
-        files = select(Directory(folder), "auto", prefer_fp16=False).files
-        hashes = {name: provenance.file_sha256(folder / name) for name in files}
-        for name in files:
-            atomic.sync_to_disk(folder / name)
+        with (
+            tiny_sd.trained(_machine(config), config.state_dir, _pictures(config)) as trainer,
+            atomic.replace_folder(target) as folder,
+        ):
+            trainer.save(folder)
+            hashes = _hashes_on_disk(folder)
+        return {"variant": None, "files": hashes}
+    with atomic.replace_folder(target) as folder:
+        for file in filter(Path.is_file, _EMBEDDED.rglob("*")):  # copytree's error does not say that a disk is full
+            copy = folder / file.relative_to(_EMBEDDED)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+        hashes = _hashes_on_disk(folder)
     return {"variant": None, "files": hashes}
+
+
+def _trained(config: Config) -> dict[str, Any]:
+    """Train a guide on the corpus, unless models/<name> holds the one of these images and settings already."""
+    from stages.prepare_backbone.training import corpus
+    from stages.prepare_backbone.training.run import trained
+
+    params, target = config.params.prepare_backbone, config.backbone_dir
+    root = config.corpus
+    if root is None:
+        raise ConfigError(
+            f"prepare_backbone.source: train requires prepare_backbone.corpus (it is {params.corpus}). Set it to a "
+            "folder of images, as <class>/<image>."
+        )
+    machine = _machine(config)
+    listing = config.state_dir / f"broken-images-{params.name}-corpus.txt"
+    images = corpus.read(root, params.training.image_size, listing)
+    settings = params.training.model_dump(mode="json")
+    if (record := _complete(target, images.sha256, settings)) is not None:
+        log.info("%s is complete already; to train it again, delete the folder", target)
+        return {"variant": None, "files": record.weights, "training": record}
+    log.info("%s: %d images of %d classes", root, len(images.images), len(images.class_names))
+    with (
+        trained(images, params.training, machine, config.state_dir, _pictures(config)) as trainer,
+        atomic.replace_folder(target) as folder,
+    ):
+        trainer.save(folder)
+        record = TrainingRecord(
+            corpus=root.name,
+            corpus_sha256=images.sha256,
+            images=images.images_per_class(),
+            settings=settings,
+            losses=trainer.losses,
+            hashes=images.hashes(),
+            weights=_hashes_on_disk(folder),
+        )
+        atomic.write_json(folder / TRAINING, record.model_dump(mode="json"))
+    return {"variant": None, "files": record.weights, "training": record}
+
+
+def _complete(target: Path, corpus_sha256: str, settings: dict[str, Any]) -> TrainingRecord | None:
+    """Return the record of the guide in a folder if it was made from these and is intact; else None."""
+    try:
+        record = frozen_model.read_training(target / TRAINING)
+        intact = all(provenance.file_sha256(target / name) == sha256 for name, sha256 in record.weights.items())
+    except (DataError, FileNotFoundError):
+        return None
+    return record if intact and (record.corpus_sha256, record.settings) == (corpus_sha256, settings) else None
+
+
+def _machine(config: Config) -> "Machine":
+    from stages.prepare_backbone.training.trainer import Machine
+
+    runtime = config.params.runtime
+    return Machine(devices.resolve(runtime.device), runtime.compile)
+
+
+def _pictures(config: Config) -> Path:
+    """Return the file of samples, outside the model's folder."""
+    return config.root / "analysis" / f"{config.params.prepare_backbone.name}-samples.png"
+
+
+def _hashes_on_disk(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of a model that is loaded, when all are on the disk."""
+    files = select(Directory(folder), "auto", prefer_fp16=False).files
+    for name in files:
+        atomic.sync_to_disk(folder / name)
+    return {name: provenance.file_sha256(folder / name) for name in files}
 
 
 def _linked(source: Source, target: Path, variant: str, prefer_fp16: bool) -> dict[str, Any]:
     """Make a folder of absolute links to the files that are loaded, under their canonical names."""
     selection = select(source, variant, prefer_fp16)
-    found = source.fetch(list(selection.files.values()))
+    record = frozen_model.read_training(source.read(TRAINING)) if TRAINING in source.sizes else None
+    files = selection.files | ({TRAINING: TRAINING} if record else {})
+    found = source.fetch(list(files.values()))
     with atomic.replace_folder(target) as folder:
-        for canonical, name in selection.files.items():
+        for canonical, name in files.items():
             link = folder / canonical
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(found[name][0])
     target.with_name(f".{target.name}.source").unlink(missing_ok=True)  # of versions that downloaded into models/
     log.info("%s: %s, weights: %s", source.title, selection.family, selection.variant or "full")
     hashes = {canonical: found[name][1] for canonical, name in selection.files.items()}
-    return {"variant": selection.variant, "files": hashes}
+    return {"variant": selection.variant, "files": hashes, "training": record}
 
 
 def _warn_about_changes(config: Config, found: Mapping[str, Any]) -> None:

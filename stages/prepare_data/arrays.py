@@ -14,10 +14,10 @@ import numpy as np
 
 from pipeline import seeding
 from pipeline.data.images import Source, stratified_split
+from pipeline.data.lazy_images import ImageArrays, LazyImages
 from pipeline.errors import DataError
 from pipeline.io.system_errors import SystemRefusal, refusal
 from pipeline.settings.params import PrepareData
-from stages.prepare_data.lazy_images import ImageArrays, LazyImages
 
 _DIGITS_TEST_FRACTION = 0.2
 _DIGITS_SPLIT_SEED = 0  # fixed: every user has the same digits test set

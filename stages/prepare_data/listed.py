@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.images import Source
+from pipeline.data.lazy_images import ImageFiles, LazyImages
 from pipeline.settings.params import PrepareData
 from stages.prepare_data.arrays import reader
-from stages.prepare_data.lazy_images import ImageFiles, LazyImages
 
 _AIRCRAFT_BANNER_ROWS = 20  # a copyright notice, which the release asks to remove
 

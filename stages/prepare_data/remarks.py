@@ -1,17 +1,14 @@
 """Log remarks on a prepared data set: skipped images, small classes, unusual class names."""
 
 import logging
-from pathlib import Path
 
 from pipeline.data import class_names, datasets
 from pipeline.data.datasets import PreparedDataset
-from pipeline.data.images import Skipped
-from stages.prepare_data.file_names import some
+from pipeline.data.file_names import some
 
 log = logging.getLogger(__name__)
 
 _CLASS_PROMPTS = "extract_features.class_prompts (a file: class name -> text)"
-_NAMED = 5
 
 
 def log_outcome(dataset: PreparedDataset) -> None:
@@ -22,15 +19,6 @@ def log_outcome(dataset: PreparedDataset) -> None:
     _warn_about_skipped(dataset)
     _warn_about_small_classes(dataset)
     _warn_about_odd_names(dataset.class_names)
-
-
-def broken_images(root: Path, images: list[Skipped], listing: Path) -> str:
-    """Return the error that names the first broken images of a source, and the file that lists all."""
-    named = ", ".join(f"{image.path} ({image.reason})" for image in images[:_NAMED])
-    more = f" and {len(images) - _NAMED} more, all listed in {listing}" if len(images) > _NAMED else ""
-    number = f"{len(images)} images" if len(images) > 1 else "an image"
-    advice = "Repair or remove them, or set prepare_data.broken_images: skip"
-    return f"{root}: {number} cannot be read: {named}{more}. {advice}."
 
 
 def _warn_about_skipped(dataset: PreparedDataset) -> None:

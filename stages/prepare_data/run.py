@@ -9,11 +9,10 @@ import numpy as np
 from pipeline import seeding
 from pipeline.data import datasets
 from pipeline.data.datasets import BrokenImages, PreparedDataset
-from pipeline.data.images import Source, stratified_split
-from pipeline.errors import ConfigError, DataError
-from pipeline.io.atomic import write_text
+from pipeline.data.images import Source, refuse_broken, stratified_split
+from pipeline.errors import ConfigError
 from pipeline.settings.config import Config
-from stages.prepare_data.remarks import broken_images, log_outcome
+from stages.prepare_data.remarks import log_outcome
 from stages.prepare_data.sources import SOURCES
 
 
@@ -36,9 +35,8 @@ def run(config: Config) -> Path:
             skip = params.broken_images == "skip"
             path = datasets.write(config.dataset_dir, params.name, params.source, source, skip)
     except BrokenImages as error:
-        listing.parent.mkdir(parents=True, exist_ok=True)
-        write_text(listing, "".join(f"{image.path}\t{image.reason}\n" for image in error.images))
-        raise DataError(broken_images(root, error.images, listing)) from None
+        advice = "Repair or remove them, or set prepare_data.broken_images: skip"
+        raise refuse_broken(root, error.images, listing, advice) from None
     listing.unlink(missing_ok=True)  # of an earlier run
     log_outcome(PreparedDataset(path))
     return path

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.data.image_folder import Listing
+from pipeline.data.image_search import ImageSearch
 from pipeline.data.images import Source
 from pipeline.settings.params import PrepareData
-from stages.prepare_data.image_search import ImageSearch
-from stages.prepare_data.trees import Listing, lazy_split, lines, require
+from stages.prepare_data.trees import lazy_split, lines, require
 
 
 def tiny_imagenet(root: Path, params: PrepareData) -> Source:

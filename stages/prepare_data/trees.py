@@ -1,9 +1,4 @@
-"""Data sets that are trees of image files: ImageFolder layout, with or without domains.
-
-A class is a folder and its name is the class name, with "_" read as a space. Labels count the class folders in the
-order of their names (in NFC), as torchvision's ImageFolder does. Hidden files, leftovers of systems and files without
-an image's extension are skipped. Folders within a class folder are searched too, except links to a folder above.
-"""
+"""Data sets that are trees of class folders (see `pipeline.data.image_folder`), with or without domains."""
 
 import logging
 from collections.abc import Callable
@@ -13,31 +8,21 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import seeding
+from pipeline.data import image_folder
+from pipeline.data.file_names import canonical, some, some_folders, utf8
+from pipeline.data.image_folder import Listing, list_classes
+from pipeline.data.image_search import ImageSearch, count_images, is_folder, subfolders
 from pipeline.data.images import Source, stratified_split
+from pipeline.data.lazy_images import ImageFiles, LazyImages
+from pipeline.data.split_folders import find_splits, is_split_tree, unwrapped, unwrapped_domains
 from pipeline.errors import DataError
 from pipeline.io.system_errors import refusal
 from pipeline.settings.params import PrepareData
-from stages.prepare_data.file_names import canonical, some, some_folders, utf8
-from stages.prepare_data.image_search import ImageSearch, count_images, is_folder, subfolders
-from stages.prepare_data.lazy_images import ImageFiles, LazyImages
-from stages.prepare_data.split_folders import find_splits, is_split_tree, unwrapped, unwrapped_domains
 
 log = logging.getLogger(__name__)
 
 _TEST_FRACTION = 0.2
 _UNKNOWN_TERMS = "unknown: see the folder's own terms"
-
-
-@dataclass(frozen=True)
-class Listing:
-    """Image files relative to the data set's root, and their labels, int64 (N,)."""
-
-    paths: list[str]
-    labels: np.ndarray
-
-    def take(self, index: np.ndarray) -> "Listing":
-        """Return the files at these positions."""
-        return Listing([self.paths[position] for position in index], self.labels[index])
 
 
 @dataclass(frozen=True)
@@ -69,7 +54,7 @@ def folder(root: Path, params: PrepareData) -> Source:
     if not found.has_split_folders:
         _warn_about_nested_folders(tree)
     splits = {split: lazy_split(root, [listing], params) for split, listing in found.splits.items()}
-    return Source([_words(name) for name in found.classes], splits, _UNKNOWN_TERMS)
+    return Source([image_folder.class_name(name) for name in found.classes], splits, _UNKNOWN_TERMS)
 
 
 def domain_folder(
@@ -106,7 +91,7 @@ def domain_folder(
     splits = {
         split: lazy_split(root, [tree.splits[split] for tree in read.values()], params) for split in ("train", "test")
     }
-    names = [(class_name or _words)(name) for name in every_class]
+    names = [(class_name or image_folder.class_name)(name) for name in every_class]
     return Source(names, splits, licence, domains)
 
 
@@ -125,31 +110,20 @@ def _tree(search: ImageSearch, tree: Path, seed: int, *stream: str) -> Tree:
     """List one tree; `stream` names the generator that draws a test split."""
     if found := find_splits(tree):
         search.count_outside(tree)
-        classes, train = _listing(search, found.train)
-        test_classes, test = _listing(search, found.test)
+        classes, train = list_classes(search, found.train)
+        test_classes, test = list_classes(search, found.test)
         differing = some(set(classes) ^ set(test_classes))
         message = f"{tree}: {found.train.name} and {found.test.name} differ in their class folders: {differing}. "
         require(not differing, message + "Add the missing ones (they may be empty), or use one spelling.")
         return Tree(classes, {"train": train, "test": test}, found.described(tree), True)
     _refuse_splits_of_classes(tree)
-    classes, everything = _listing(search, tree)
+    classes, everything = list_classes(search, tree)
     require(bool(everything.paths), f"{tree} has no images in its class folders ({some(classes)}). Add images.")
     test_rows = max(1, round(_TEST_FRACTION * len(everything.labels)))
     rng = seeding.numpy_generator(seed, "train/test split", *stream)
     in_test, in_train = stratified_split(everything.labels, test_rows, rng)
     drawn = {"train": everything.take(in_train), "test": everything.take(in_test)}
     return Tree(classes, drawn, "no split folders; one image in five, stratified by class, is the test split", False)
-
-
-def _listing(search: ImageSearch, tree: Path) -> tuple[list[str], Listing]:
-    """Return the names of the classes, sorted, and their images in the order of class and path."""
-    paths, labels = [], []
-    folders = search.class_folders(tree)
-    for label, same_class in enumerate(folders.values()):
-        found = search.of_class(*same_class)
-        paths += found
-        labels += [label] * len(found)
-    return list(folders), Listing(paths, np.array(labels, np.int64))
 
 
 def _refuse_splits_of_classes(tree: Path) -> None:
@@ -200,11 +174,6 @@ def lazy_split(root: Path, listings: list[Listing], params: PrepareData) -> Lazy
     labels = np.concatenate([listing.labels for listing in listings])
     domains = np.repeat(np.arange(len(listings)), [len(listing.labels) for listing in listings])
     return LazyImages.of(ImageFiles(root, paths, params.image_size), labels, domains)
-
-
-def _words(folder_name: str) -> str:
-    """Return the class name of a folder with this canonical name."""
-    return utf8(folder_name).replace("_", " ").strip() or folder_name
 
 
 def lines(file: Path) -> list[str]:

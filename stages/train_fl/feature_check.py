@@ -30,9 +30,11 @@ def open_checked(config: Config, dataset: PreparedDataset) -> FeatureSet:
     """Open the feature set that params.yaml names; shards may be missing.
 
     Raises:
-        FeatureSetError: There is none, or it was made from another data set or model, or with other settings.
+        FeatureSetError: There is none; it was made from another data set or model, or with other settings; or by a
+            backbone that was trained on images of the data set, and the settings do not allow it.
     """
     features = FeatureSet(config.features_dir, partial=True)
+    _check_unseen(features, config.params.train_fl.allow_seen_images)
     _check_data(features, dataset)
     different = _different_settings(features, config)
     if "prompts" not in different:
@@ -90,6 +92,20 @@ def _check_prompts_differ(features: FeatureSet, index: np.ndarray) -> None:
         raise FeatureSetError(
             f"{features.path} has equal features under the prompts {texts}, so TDCL has nothing to contrast. Extract "
             "again with prompts that the model can distinguish, or set tdcl_weight to 0."
+        )
+
+
+def seen_images(features: FeatureSet) -> int:
+    """Return how many of the data set's images the set's backbone was trained on, as far as is known."""
+    return features.manifest.provenance.get("seen_images", 0)
+
+
+def _check_unseen(features: FeatureSet, allowed: bool) -> None:
+    if (seen := seen_images(features)) and not allowed:
+        raise FeatureSetError(
+            f"{features.path} was extracted by a backbone that was trained on {seen} of the data set's images, which "
+            "gives guided methods an advantage. Train it on other images (prepare_backbone.corpus), or set "
+            "train_fl.allow_seen_images to true and say so with the results."
         )
 
 

@@ -20,7 +20,7 @@ from pipeline.io import atomic, locks
 from pipeline.progress import progress_bar
 from pipeline.settings.config import Config
 from pipeline.settings.params import Guidance, Nodes, Runtime, Section, TrainFL
-from stages.train_fl import evaluate, loggers, methods, models, records
+from stages.train_fl import evaluate, feature_check, loggers, methods, models, records
 from stages.train_fl.checkpoint import Checkpoint
 from stages.train_fl.client_data import ClientData
 from stages.train_fl.data import FederatedData, HeldOut
@@ -103,6 +103,7 @@ class Job:
             "dataset": {"name": data.dataset.name, "hash": data.dataset.hash},
             "features": data.features.manifest.fingerprint if data.features else None,
             "synthetic": data.synthetic_hash,
+            **({"seen_images": seen} if data.features and (seen := feature_check.seen_images(data.features)) else {}),
         }
 
     def locked(self) -> contextlib.AbstractContextManager[None]:

@@ -9,7 +9,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
 from pipeline import seeding
-from stages.prepare_backbone import corpus, tiny_sd
+from stages.prepare_backbone import rendered_digits as corpus
+from stages.prepare_backbone import tiny_sd
 
 SHIPPED = Path(tiny_sd.__file__).parent / "tiny-sd"
 SHORT = tiny_sd.Recipe(corpus_images=40, vae_steps=2, vae_batch=4, unet_steps=2, unet_batch=4)

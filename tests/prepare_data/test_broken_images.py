@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from pipeline.data import images
-from stages.prepare_data import lazy_images
+from pipeline.data import images, lazy_images
 from tests.prepare_data.image_files import colours, save_plain
 
 BROKEN = {"train/a/05.png": "is empty", "train/b/00.png": "is not of a known image format", "test/a/1.png": "truncated"}

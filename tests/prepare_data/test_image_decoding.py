@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from pipeline.data.decode import BrokenImageError, read_image
+from pipeline.data.image_search import ImageSearch, has_images, subfolders
 from pipeline.io.system_errors import SystemRefusal
-from stages.prepare_data.decode import BrokenImageError, read_image
-from stages.prepare_data.image_search import ImageSearch, has_images, subfolders
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # as the stage does
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from pipeline.data.class_names import differing_in_case, without_words
-from stages.prepare_data.file_names import is_leftover
+from pipeline.data.file_names import is_leftover
 from tests.prepare_data.image_files import colours, save_plain
 
 

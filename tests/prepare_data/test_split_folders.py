@@ -104,7 +104,7 @@ def test_domains_may_spell_their_splits_differently(prepare, tmp_path):
         ("folder", {"train": "train", "val": "test", "dev": "test"}, "two folders for one split, validation: dev, val"),
         ("folder", {"train": "train", "test": "test", ".": "test"}, "(test, train) beside other folders with images"),
         ("folder", {"test": "test", "val": "test"}, "none with class folders for the train split"),
-        ("folder", {"train": "train"}, "in/train, of which one image in five becomes the test split"),
+        ("folder", {"train": "train"}, "in/train, whose folders are then the classes"),
         ("folder", {"a/train": "train", "a/test": "test", "b/train": "train"}, "If a is a domain, set prepare_data"),
         ("domain-folder", {"train": "train", "test": "test"}, "holds splits (test, train), not domains"),
     ],

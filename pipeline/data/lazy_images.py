@@ -15,9 +15,9 @@ from typing import Self
 import numpy as np
 from PIL import Image
 
+from pipeline.data.decode import BrokenImageError, read_hashed, resize
 from pipeline.data.images import Block, Skipped, images_per_block
 from pipeline.progress import progress_bar
-from stages.prepare_data.decode import BrokenImageError, read_image, resize
 
 _MAX_IMAGES_PER_TASK = 64
 
@@ -31,9 +31,9 @@ class ImageFiles:
     image_size: int
     rows_cut: int = 0  # rows of pixels to remove at the bottom of every image
 
-    def read(self, position: int) -> np.ndarray:
-        """Return an image, uint8 (H, W, 3), or raise BrokenImageError."""
-        return read_image(self.root / self.paths[position], self.image_size, self.rows_cut)
+    def read(self, position: int) -> tuple[np.ndarray, int]:
+        """Return an image, uint8 (H, W, 3), and its file's hash, or raise BrokenImageError."""
+        return read_hashed(self.root / self.paths[position], self.image_size, self.rows_cut)
 
     def name(self, position: int) -> str:
         """Return the path relative to the root, in NFC; bytes that are not UTF-8 are escaped."""
@@ -47,10 +47,10 @@ class ImageArrays:
     images: np.ndarray
     image_size: int
 
-    def read(self, position: int) -> np.ndarray:
-        """Return an image, uint8 (H, W, 3)."""
+    def read(self, position: int) -> tuple[np.ndarray, None]:
+        """Return an image, uint8 (H, W, 3), which has no file."""
         image = np.asarray(resize(Image.fromarray(self.images[position]), self.image_size))
-        return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
+        return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image, None
 
     def name(self, position: int) -> str:
         """Return the image's position, for messages."""
@@ -96,16 +96,19 @@ class LazyImages:
                 bar.update(len(rows))
 
     def _read_block(self, rows: range) -> Block:
-        images, read, skipped = [], [], []
+        images, files, read, skipped = [], [], [], []
         for row in rows:
             position = int(self.positions[row])
             try:
-                images.append(self.reader.read(position))
+                image, file = self.reader.read(position)
+                images.append(image)
+                files.append(file)
                 read.append(row)
             except BrokenImageError as error:
                 skipped.append(Skipped(self.reader.name(position), str(error)))
         pixels = np.stack(images) if images else np.empty((0, self.image_size, self.image_size, 3), np.uint8)
-        return Block(np.array(read, np.int64), pixels, skipped)
+        hashes = np.array(files, np.uint64) if isinstance(self.reader, ImageFiles) else None
+        return Block(np.array(read, np.int64), pixels, skipped, hashes)
 
 
 def _in_order(work: Callable[[range], Block], items: Iterable[range]) -> Iterator[Block]:

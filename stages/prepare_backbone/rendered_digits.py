@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 IMAGE_SIZE = 32
-CAPTION = "a photo of a handwritten number {digit}"
+CLASS_NAMES = [f"handwritten number {digit}" for digit in range(10)]
 
 _CANVAS = 48  # glyphs are drawn and bent on a larger canvas, then reduced
 _FONTS = (

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
+from pipeline.data import image_hashes
 from pipeline.io.system_errors import refusal
 
 try:
@@ -58,7 +59,14 @@ class BrokenImageError(Exception):
 
 
 def read_image(path: Path, image_size: int, rows_cut: int = 0) -> np.ndarray:
+    """Read one image file; see `read_hashed`."""
+    return read_hashed(path, image_size, rows_cut)[0]
+
+
+def read_hashed(path: Path, image_size: int, rows_cut: int = 0) -> tuple[np.ndarray, int]:
     """Read one image file as uint8 (image_size, image_size, 3), without `rows_cut` rows of pixels at its bottom.
+
+    Return it, and the hash of the file's bytes (see `image_hashes`).
 
     Raises:
         BrokenImageError: The file is missing, not an image, damaged, or has more than twice Pillow's limit of pixels.
@@ -75,7 +83,8 @@ def read_image(path: Path, image_size: int, rows_cut: int = 0) -> np.ndarray:
             rgb = _to_rgb(image)
         if rgb.height <= rows_cut:
             raise BrokenImageError(f"is only {rgb.height} pixels high")
-        return np.asarray(resize(rgb.crop((0, 0, rgb.width, rgb.height - rows_cut)), image_size))
+        cut = rgb.crop((0, 0, rgb.width, rgb.height - rows_cut))
+        return np.asarray(resize(cut, image_size)), image_hashes.of_bytes(content)
     except BrokenImageError:
         raise
     except Image.UnidentifiedImageError:

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.data.file_names import canonical, some_folders
+from pipeline.data.image_search import count_images, has_images, subfolders
 from pipeline.errors import DataError
-from stages.prepare_data.file_names import canonical, some_folders
-from stages.prepare_data.image_search import count_images, has_images, subfolders
 
 _SPELLINGS = {
     "train": ("train", "training", "trn", "trainval"),
@@ -47,11 +47,11 @@ class SplitFolders:
         return text
 
 
-def find_splits(tree: Path) -> SplitFolders | None:
+def find_splits(tree: Path, setting: str = "prepare_data.path") -> SplitFolders | None:
     """Return the splits of a tree, or None if its folders are class folders.
 
     Validation images are the test split if there is no other, and are left out otherwise. Raise DataError if the tree
-    is ambiguous, or training or test images are missing.
+    is ambiguous, or training or test images are missing; errors name the `setting` of params.yaml that gave it.
     """
     folders = subfolders(tree)
     splits = _by_split(folders)
@@ -69,7 +69,7 @@ def find_splits(tree: Path) -> SplitFolders | None:
             f"({some_folders(with_images)}). If the former are splits, move the others elsewhere; if they are classes, "
             "put their images directly into them."
         )
-    return _chosen(tree, splits, others)
+    return _chosen(tree, splits, others, setting)
 
 
 def _check_no_lettered_splits(tree: Path, folders: list[str]) -> None:
@@ -111,7 +111,7 @@ def _unwrapped(tree: Path, is_wanted: Callable[[Path], bool]) -> Path:
     return tree
 
 
-def _chosen(tree: Path, splits: dict[str, list[str]], others: list[str]) -> SplitFolders:
+def _chosen(tree: Path, splits: dict[str, list[str]], others: list[str], setting: str) -> SplitFolders:
     folder_of: dict[str, Path] = {}
     unlabelled = []
     for split, names in splits.items():
@@ -129,7 +129,7 @@ def _chosen(tree: Path, splits: dict[str, list[str]], others: list[str]) -> Spli
         missing = "train" if train is None else "test"
         what = "Images without class folders" if unlabelled else "Found"
         found = f"{what}: {some_folders(unlabelled or _names(splits))}"
-        instead = f", or set prepare_data.path to {train}, of which one image in five becomes the test split"
+        instead = f", or set {setting} to {train}, whose folders are then the classes"
         raise DataError(
             f"{tree} has split folders, but none with class folders for the {missing} split. {found}. Arrange it as "
             f"{missing}/<class>/<image>{instead if train else ''}."

@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from pipeline.data.decode import ENDINGS, HEIF_ADVICE, HEIF_ENDINGS
+from pipeline.data.file_names import canonical, ending, is_leftover
 from pipeline.errors import DataError, PipelineError
 from pipeline.io.system_errors import refusal
-from stages.prepare_data.decode import ENDINGS, HEIF_ADVICE, HEIF_ENDINGS
-from stages.prepare_data.file_names import canonical, ending, is_leftover
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +26,9 @@ _UNREAD_IMAGES = frozenset(
 class ImageSearch:
     """The image files under `root`, class by class, and the number of skipped files by extension."""
 
-    def __init__(self, root: Path) -> None:
-        """Start without searching."""
-        self.root = root
+    def __init__(self, root: Path, setting: str = "prepare_data.path") -> None:
+        """Start without searching; errors name the `setting` of params.yaml that gave the root."""
+        self.root, self._setting = root, setting
         self.skipped: Counter[str] = Counter()
         self.outside = 0  # images beside the class folders
 
@@ -41,7 +41,7 @@ class ImageSearch:
         for name in subfolders(tree):
             folders.setdefault(canonical(name), []).append(tree / name)
         if not folders:
-            raise DataError(f"{tree} has no folders. Set prepare_data.path to a tree of <class>/<image>.")
+            raise DataError(f"{tree} has no folders. Set {self._setting} to a tree of <class>/<image>.")
         self.count_outside(tree)
         return folders
 
