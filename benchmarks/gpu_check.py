@@ -21,6 +21,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -147,7 +148,7 @@ def check_families(check: Check) -> None:
     """Compare the features of tiny models with the CPU's in float32."""
     check.say(f"{'relative error':15}{'float32':>10}{'bfloat16':>10}{'float16':>10}")
     with tempfile.TemporaryDirectory() as folder:
-        for name, path in _tiny_models(Path(folder)).items():
+        for name, path in _tiny_models(Path(folder), check.small).items():
             reference, basis = _features(name, path, "cpu", "float32", None)
             errors = {}
             for dtype in _LARGEST_ERROR:
@@ -159,9 +160,11 @@ def check_families(check: Check) -> None:
             check.say(f"{name:15}" + "".join(f"{error:>10.1e}" for error in errors.values()) + verdict)
 
 
-def _tiny_models(folder: Path) -> dict[str, Path]:
+def _tiny_models(folder: Path, small: bool) -> dict[str, Path]:
     from tests.extract_features import tiny_models
 
+    if small:
+        return {"tiny-sd": extract.TINY_SD, "dit": tiny_models.dit(folder / "dit")}
     return {"tiny-sd": extract.TINY_SD} | {name: make(folder / name) for name, make in tiny_models.FAMILIES.items()}
 
 
@@ -202,17 +205,17 @@ def _random_images(count: int, side: int) -> Images:
 
 def check_batches(check: Check) -> None:
     """Compare tiny-sd's features between batches of 64 and of 256 pairs."""
-    data, texts = _random_images(256, 32), ["a photo of a cat", "a photo of a dog"]
-    for dtype in ("float32", "bfloat16"):
+    data, texts = _random_images(80 if check.small else 256, 32), ["a photo of a cat", "a photo of a dog"]
+    for dtype in ("float32",) if check.small else ("float32", "bfloat16"):
         settings = _settings(dtype=dtype, dims=[16, 16, 16])
         found, basis = [], None
         with batching.reproducible(check.device, getattr(torch, dtype)):
-            for size in (64, 64, 256):
+            for size in (16, 16, 64) if check.small else (64, 64, 256):
                 prompts = PromptSet([[text] for text in texts], "label")
                 runtime = _runtime(check.device, unet_batch_size=size)
                 made = FrozenSession(extract.TINY_SD, "auto", prompts, settings, runtime, check.device)
                 extraction = Extraction(made, data, settings)
-                basis = basis or extraction.fit_basis(np.arange(100))
+                basis = basis or extraction.fit_basis(np.arange(40))
                 found.append(extract.ours(extraction, Projector(basis.layers, check.device), len(data)))
         again, other = (float((one == found[0]).mean()) for one in found[1:])
         error = float(np.linalg.norm(found[2] - found[0]) / np.linalg.norm(found[0]))
@@ -230,9 +233,9 @@ def check_resume(check: Check) -> None:
     """Kill an extraction by the command line after its first shards, resume it, and compare every file."""
     with tempfile.TemporaryDirectory() as folder:
         sets = {}
+        _prepare_project(Path(folder) / "prepared", check)
         for name in ("undisturbed", "killed"):
-            root = Path(folder) / name
-            _project(root, check)
+            root = shutil.copytree(Path(folder) / "prepared", Path(folder) / name)
             if name == "killed":
                 done = _killed_after_shards(root, 2)
                 check.numbers["killed_after_shards"] = done
@@ -247,7 +250,7 @@ def check_resume(check: Check) -> None:
     check.say(f"killed after {done} of {len(names) - 1} shards and resumed: {len(names)} files, {verdict}")
 
 
-def _project(root: Path, check: Check) -> None:
+def _prepare_project(root: Path, check: Check) -> None:
     yaml = YAML()
     settings = yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     settings["prepare_data"]["train_subset"] = 200 if check.small else None
@@ -292,9 +295,9 @@ def check_methods(check: Check) -> None:
     """Run two rounds of every method on the CPU and on the GPU, there eagerly and with graphs in four streams."""
     check.say(f"{'relative change of weights':28}{'GPU - CPU':>10}{'graphs - eager':>16}")
     for name in params.METHODS:
-        reference = _one_round(name, "cpu", False)
-        eager = _one_round(name, check.device, False)
-        graphs = _one_round(name, check.device, True)
+        reference = _two_rounds(name, "cpu", False, check.small)
+        eager = _two_rounds(name, check.device, False, check.small)
+        graphs = _two_rounds(name, check.device, True, check.small)
         errors = _distance(eager, reference), _distance(graphs, eager)
         check.numbers[name] = {"cpu": errors[0], "graphs": errors[1]}
         # SimSiam's BatchNorm over a small batch amplifies rounding.
@@ -303,13 +306,13 @@ def check_methods(check: Check) -> None:
         check.say(f"{name:28}{errors[0]:>10.1e}{exact:>16}{wrong}")
 
 
-def _one_round(algorithm: str, device: str, with_graphs: bool) -> dict[str, Tensor]:
+def _two_rounds(algorithm: str, device: str, with_graphs: bool, small: bool) -> dict[str, Tensor]:
     """Return the change of the global weights in two rounds of four clients, on the CPU."""
     method, _ = _method(algorithm, "small_cnn", "float32", device, with_graphs)
     augmentation = "views" if method.needs_augmentation else "crop-flip"
     guided = method.local_sgd.guidance is not None
-    clients = [_random_client(size, guided, 144).to(device) for size in (70, 128, 100, 256)]
-    schedule = rounds.Schedule(2, 4, 3, 16, 0.001, 1.0, augmentation, 0)
+    clients = [_random_client(size, guided, 144).to(device) for size in ((8, 20) if small else (70, 128, 100, 256))]
+    schedule = rounds.Schedule(2, len(clients), 1 if small else 3, 16, 0.001, 1.0, augmentation, 0)
     start = rounds.begin(method, session.weights_of(method.local_sgd.model), len(clients))
     before = {key: value.cpu() for key, value in start.server.weights.items()}
     done = list(local.run(method, start, clients, schedule, device, 4 if with_graphs else 1))[-1]
@@ -410,7 +413,7 @@ def check_extraction(check: Check) -> None:
 
 def check_training(check: Check) -> None:
     """Measure stage 2: a step of ResNet-10 with batches of 64, and rounds of the paper's protocol on random images."""
-    steps = 4 if check.small else 150
+    steps = 1 if check.small else 150
     check.say(f"{'ms per step':20}{'bare':>8}{'eager':>8}{'graph':>8}")
     for precision in PRECISIONS[:1] if check.small else PRECISIONS:
         for algorithm in ("fedavg", "feddifrc"):
@@ -430,7 +433,7 @@ def check_training(check: Check) -> None:
         sizes = (64, 1, 2) if check.small else (5000, 10, 3)
         name = f"{algorithm} {precision} {streams}"
         with check.peak(f"{name} bytes"):
-            seconds = found[name] = _seconds_per_round(check, algorithm, "resnet10", precision, streams, 5, *sizes)
+            seconds = found[name] = _seconds_per_round(check, algorithm, _encoder(check), precision, streams, 5, *sizes)
         memory = check.numbers.get(f"{name} bytes", 0) / 1e9
         check.say(
             f"{algorithm:9} {precision:9} {streams} stream(s): {seconds:.2f} s a round, 50 rounds in "
@@ -440,15 +443,16 @@ def check_training(check: Check) -> None:
 
 def _steps(check: Check, algorithm: str, precision: str, steps: int) -> dict[str, float]:
     """Return the seconds per step of a bare PyTorch loop, and of local SGD without and with graphs."""
-    kinds = {}
+    kinds, encoder = {}, _encoder(check)
     for name, with_graphs in (("eager", False), ("graph", True)):
-        method, _ = _method(algorithm, "resnet10", precision, check.device, with_graphs)
-        data = _random_client(64 * steps, method.local_sgd.guidance is not None, 512).to(check.device)
+        method, _ = _method(algorithm, encoder, precision, check.device, with_graphs)
+        data = _random_client(64 * steps, method.local_sgd.guidance is not None, method.local_sgd.model.embedding_dim)
+        data = data.to(check.device)
         weights = session.weights_of(method.local_sgd.model)
         kinds[name] = lambda method=method, data=data, weights=weights: method.client_update(
             weights, {}, {}, Batches(data, 1, 64, "crop-flip", torch.Generator(), check.device), 0.01
         )
-    bare_model = _method("fedavg", "resnet10", precision, check.device, False)[0].local_sgd.model
+    bare_model = _method("fedavg", encoder, precision, check.device, False)[0].local_sgd.model
     bare_data = _random_client(64 * steps, False, 512).to(check.device)
     kinds = {"bare": lambda: _bare(bare_model, bare_data), **kinds}
     for run in kinds.values():
@@ -457,6 +461,10 @@ def _steps(check: Check, algorithm: str, precision: str, steps: int) -> dict[str
         name: statistics.median(check.seconds(run) for _ in range(1 if check.small else 3)) / steps
         for name, run in kinds.items()
     }
+
+
+def _encoder(check: Check) -> str:
+    return "small_cnn" if check.small else "resnet10"
 
 
 def _bare(model: FLModel, data: ClientData) -> None:

@@ -1,8 +1,10 @@
 """The benchmarks run, at sizes too small to measure anything."""
 
 import importlib
+import json
 
 import pytest
+from click.testing import CliRunner
 
 from pipeline.errors import PipelineError
 from stages.train_fl import run
@@ -51,6 +53,18 @@ def test_every_table_preset_has_a_place_on_the_reproduction_page():
     for name in (file.stem for file in (REPOSITORY / "presets").glob("*-*.yaml")):
         assert f"`{name}`" in page
         assert name.endswith("timesteps") or f"<!-- {name} -->" in page
+
+
+def test_gpu_check_runs_on_a_cpu(benchmark, tmp_path):
+    gpu_check = benchmark("gpu_check")
+    output = tmp_path / "gpu.txt"
+    only = [f"--only={name}" for name in gpu_check.CHECKS if name != "resume"]  # the only one that starts processes
+    done = CliRunner().invoke(gpu_check.main, ["--device=cpu", f"--output={output}", *only])
+    assert done.exit_code == 0, done.output
+    text = output.read_text()
+    *_, numbers = text.splitlines()
+    assert list(json.loads(numbers)) == [name for name in gpu_check.CHECKS if name != "resume"]
+    assert "WRONG" not in text and "FAILED" not in text
 
 
 @pytest.mark.parametrize("file", sorted((REPOSITORY / "benchmarks").glob("*.py")), ids=lambda file: file.stem)

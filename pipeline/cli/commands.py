@@ -112,9 +112,12 @@ class _Main(click.Group):
             then = _AFTER_INTERRUPT.get(ctx.invoked_subcommand or "", "run the command again to start over")
             click.echo(f"{what}: {then}.", err=True)
             raise click.exceptions.Exit(code) from None
-        except MemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # torch's, of a GPU
+                raise
+            where = "memory" if isinstance(error, MemoryError) else "GPU memory"
             advice = "Completed work is kept; free some memory or lower a batch size, and run again."
-            raise click.ClickException(f"Out of memory. {advice}") from None
+            raise click.ClickException(f"Out of {where}. {advice}") from None
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of the output is gone; click exits silently
                 raise

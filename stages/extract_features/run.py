@@ -109,8 +109,7 @@ class _Run:
         started, images, before = time.perf_counter(), 0, session.passes
         with progress_bar(sum(len(shard_rows(shard)) for shard in missing), "extract", "image") as bar:
             # Only of its own shards does a process claim one ahead: the last free shards are for those that are idle.
-            rank, world_size = scheduling.rank_and_world_size()
-            own = [shard for shard in missing if shard % world_size == rank]
+            own = scheduling.own_shards(missing, *scheduling.rank_and_world_size())
             for some, wait, ahead in ((own, False, True), (missing, False, False), (missing, True, False)):
                 claims = scheduling.claim_missing(self._writer, some, wait, self._check)
                 images += self._shards(claims, projector, bar, ahead)

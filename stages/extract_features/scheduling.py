@@ -47,6 +47,11 @@ def order_of_shards(num_shards: int, shard_range: str | None, rank: int, world_s
     return sorted(shards, key=lambda shard: ((shard - rank) % world_size != 0, shard))
 
 
+def own_shards(shards: list[int], rank: int, world_size: int) -> list[int]:
+    """Return the shards that this rank computes first. Only of these may it claim one ahead."""
+    return [shard for shard in shards if shard % world_size == rank]
+
+
 def claim_missing(
     writer: FeatureSetWriter, shards: list[int], wait: bool, check: Callable[[], None]
 ) -> Iterator[Claim]:

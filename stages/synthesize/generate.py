@@ -6,6 +6,7 @@ a CPU generator keyed by (seed, c, k), so an image depends neither on the number
 batch.
 """
 
+import logging
 from pathlib import Path
 
 import diffusers
@@ -18,6 +19,8 @@ from PIL import Image
 from pipeline import seeding
 from pipeline.errors import PipelineError
 from pipeline.settings.params import Synthesize
+
+log = logging.getLogger(__name__)
 
 
 class Generator:
@@ -47,9 +50,29 @@ class Generator:
 
     def __call__(self, label: int, class_name: str, count: int) -> np.ndarray:
         """Generate images 0 to count - 1 of a class: uint8 (count, image_size, image_size, 3)."""
-        numbers = range(count)
-        batches = [numbers[start : start + self._batch_size] for start in range(0, count, self._batch_size)]
-        return np.concatenate([self._batch(label, class_name, batch) for batch in batches])
+        parts: list[np.ndarray] = []
+        start = 0
+        while start < count:
+            numbers = range(start, min(start + self._batch_size, count))
+            if (images := self._fitting(label, class_name, numbers)) is not None:
+                parts.append(images)
+                start = numbers.stop
+        return np.concatenate(parts)
+
+    def _fitting(self, label: int, class_name: str, numbers: range) -> np.ndarray | None:
+        """Generate images; None if they do not fit into memory together, after halving the batches to come."""
+        try:
+            return self._batch(label, class_name, numbers)
+        except torch.OutOfMemoryError:
+            if len(numbers) == 1:
+                raise PipelineError(
+                    "Not even one image at a time fits into memory. Use a device with more memory, or set "
+                    "synthesize.dtype to float16."
+                ) from None
+        self._batch_size = len(numbers) // 2  # outside the handler, which would hold the batch's tensors
+        torch.cuda.empty_cache()
+        log.warning("Out of memory with batches of %d images; continuing with %d.", len(numbers), self._batch_size)
+        return None
 
     def _check_steps(self, name: str, steps: int) -> None:
         schedule = self._pipe.scheduler

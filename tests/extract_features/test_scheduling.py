@@ -5,7 +5,7 @@ import contextlib
 import pytest
 
 from pipeline.errors import PipelineError
-from stages.extract_features.scheduling import Claim, order_of_shards, prepare
+from stages.extract_features.scheduling import Claim, order_of_shards, own_shards, prepare
 
 
 def test_own_shards_first_then_the_others():
@@ -26,3 +26,10 @@ def test_each_claim_comes_with_its_prepared_input():
         (4, -4), (7, -7), (9, -9)
     ]  # fmt: skip
     assert list(prepare(iter([]), lambda shard: shard, ahead=True)) == []
+
+
+@pytest.mark.parametrize(("shards", "world_size"), [(13, 16), (13, 4), (40, 8)])
+def test_shards_are_divided_before_any_is_claimed_twice_over(shards, world_size):
+    own = [own_shards(list(range(shards)), rank, world_size) for rank in range(world_size)]
+    assert sorted(sum(own, [])) == list(range(shards))
+    assert max(map(len, own)) - min(map(len, own)) <= 1

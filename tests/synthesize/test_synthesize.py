@@ -124,3 +124,30 @@ def test_guided_methods_and_missing_images_are_rejected(project):
     synthesize.run(none)
     with pytest.raises(PipelineError, match="Set synthesize.images_per_class above 0"):
         train(none, "fedavg", "dir05", 0)
+
+
+def test_out_of_memory_halves_the_batch_and_gives_the_same_images(project, monkeypatch, caplog):
+    made = load(project, synthesize__num_inference_steps=2)
+
+    def generate(batch_size: int, fitting: int) -> np.ndarray:
+        generator = Generator(made.backbone_dir, made.params.synthesize, 32, batch_size, "cpu")
+        whole = Generator._batch
+
+        def batch(self, label, class_name, numbers):
+            if len(numbers) > fitting:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return whole(self, label, class_name, numbers)
+
+        monkeypatch.setattr(Generator, "_batch", batch)
+        try:
+            return generator(0, "a", 5)
+        finally:
+            monkeypatch.setattr(Generator, "_batch", whole)
+
+    assert np.array_equal(generate(4, 1), generate(1, 1))
+    assert [record.message for record in caplog.records] == [
+        "Out of memory with batches of 4 images; continuing with 2.",
+        "Out of memory with batches of 2 images; continuing with 1.",
+    ]
+    with pytest.raises(PipelineError, match="Not even one image at a time fits into memory"):
+        generate(4, 0)

@@ -75,3 +75,12 @@ def test_a_configuration_without_registered_methods_names_the_import(monkeypatch
     monkeypatch.setattr(config, "METHODS", {})
     with pytest.raises(ConfigError, match="Import stages.train_fl.methods"):
         config.load(PARAMS_YAML)
+
+
+def test_graphs_are_not_inherited_either(half_step):
+    model = tiny_model()
+    assert FedAvg.capturable and methods.build(FedAvg.Settings(), model, 0.9, 0.0, 1).local_sgd.graphs is not None
+    assert not half_step.capturable
+    mine = methods.build(config.load(PARAMS_YAML, {"methods.mine": ENTRY}).params.methods["mine"], model, 0.9, 0.0, 1)
+    assert mine.local_sgd.graphs is None
+    assert methods.build(FedAvg.Settings(), model, 0.9, 0.0, 1, use_graphs=False).local_sgd.graphs is None

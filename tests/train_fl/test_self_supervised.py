@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
 
 from pipeline.data import datasets
 from pipeline.errors import PipelineError
@@ -14,7 +16,7 @@ from stages.train_fl import run
 from stages.train_fl.client_data import ClientData
 from stages.train_fl.data import HeldOut
 from stages.train_fl.methods.self_supervised import simsiam_loss
-from stages.train_fl.probes import Probes
+from stages.train_fl.probes import Probes, vote_shares
 from tests.train_fl import tiny_project
 
 ROUND = {"train_fl__num_rounds": 1, "train_fl__augmentation": "views"}
@@ -84,3 +86,16 @@ def test_probes_classify_separable_embeddings():
     predict, accuracies = probes.final(Identity())
     assert accuracies == {"linear_probe_accuracy": 1.0, "knn_accuracy": 1.0}
     assert np.array_equal(predict(images).numpy(), labels.numpy())
+
+
+def test_vote_shares_are_those_of_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    train, queries = (nn.functional.normalize(torch.randn(n, 5, generator=generator), dim=1) for n in (40, 12))
+    queries[0] = train[3]  # at distance 0, it alone votes
+    train[3], queries[0] = torch.eye(5)[0], torch.eye(5)[0]
+    labels = torch.randint(3, (40,), generator=generator)
+    knn = KNeighborsClassifier(7, metric="cosine", weights="distance").fit(train.double().numpy(), labels)
+    votes = nn.functional.one_hot(labels).double()
+    found = vote_shares(train.double(), votes, queries.double(), 7)
+    assert np.allclose(found, knn.predict_proba(queries.double().numpy()), atol=1e-6)
+    assert found[0, labels[3]] == 1

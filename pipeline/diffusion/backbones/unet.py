@@ -50,13 +50,16 @@ class UNetBackbone(Backbone):
 
     def _denoise(self, noisy: Tensor, timestep: int, conditioning: dict[str, Tensor]) -> None:
         states, pooled = conditioning["encoder_hidden_states"], conditioning.get("text_embeds")
+        step = torch.full((), timestep, dtype=torch.int64, device=noisy.device)  # diffusers would wait for the GPU
         added = {"text_embeds": pooled, "time_ids": self._time_ids(noisy)} if self._is_xl else None
-        self._model(noisy, timestep, encoder_hidden_states=states, added_cond_kwargs=added, return_dict=False)
+        self._model(noisy, step, encoder_hidden_states=states, added_cond_kwargs=added, return_dict=False)
 
     def _time_ids(self, noisy: Tensor) -> Tensor:
         """Return XL's micro-conditioning (B, 6): original size, crop corner, target size; nothing is cropped."""
         side = noisy.shape[-1] * 2 ** (len(self._vae.config.block_out_channels) - 1)
-        return noisy.new_tensor([side, side, 0, 0, side, side]).expand(len(noisy), -1)
+        ids = noisy.new_full((1, 6), side)
+        ids[:, 2:4] = 0
+        return ids.expand(len(noisy), -1)
 
     def _drop_tail(self) -> None:
         last = max(int(layer.split(".")[1]) for layer in self.channels)
