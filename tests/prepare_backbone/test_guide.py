@@ -15,7 +15,8 @@ from safetensors import safe_open
 
 from pipeline.data.datasets import PreparedDataset
 from pipeline.diffusion import frozen_model
-from pipeline.errors import ConfigError, TrainingDiverged
+from pipeline.errors import ConfigError, FeatureSetError, TrainingDiverged
+from pipeline.feature_store import FeatureSet
 from pipeline.io.resumable import ResumableStore
 from pipeline.settings.params import GuideTraining
 from stages.prepare_backbone.training import corpus as corpora
@@ -23,6 +24,8 @@ from stages.prepare_backbone.training import learner
 from stages.prepare_backbone.training.architecture import SIZES, build, build_tokenizer
 from stages.prepare_backbone.training.corpus import Corpus
 from stages.prepare_backbone.training.trainer import Machine, Trainer
+from stages.train_fl import Samples, simulate
+from stages.train_fl.methods import FedDifRC
 from tests.conftest import invoke, write_params
 from tests.faults import program
 from tests.prepare_backbone.guides import QUICK, TINY, settings, write_corpus
@@ -191,6 +194,7 @@ def test_interrupted_training_resumes_to_the_same_weights(tmp_path, monkeypatch)
     monkeypatch.setitem(SIZES, "nano", TINY)
     whole = Trainer(random_corpus(), quick(), CPU)
     whole.train()
+    (tmp_path / "autoencoder.safetensors").write_bytes(b"damaged")  # counts as missing, with a warning
     steps = []
     advance = learner.Learner.advance
     monkeypatch.setattr(learner.Learner, "advance", lambda self: (steps.append(self.name), advance(self)))
@@ -266,6 +270,16 @@ def test_guide_is_loaded_as_any_other_model_and_its_copy_keeps_the_record(guided
     assert manifests[0]["files"] == manifests[1]["files"]
 
 
+@pytest.mark.parametrize("damage", [b"", b"{}", b"\xff" * 40])
+def test_damaged_record_of_a_copy_is_one_error(guided, tmp_path, damage):
+    shutil.copytree(guided / "models" / "mine", tmp_path / "copy")
+    (tmp_path / "copy" / "guide_training.json").write_bytes(damage)
+    write_params(tmp_path, {"prepare_backbone.source": str(tmp_path / "copy"), "prepare_backbone.name": "copy"})
+    result = invoke(tmp_path, "prepare-backbone")
+    assert result.exit_code == 1 and result.output.count("\n") == 1
+    assert "guide_training.json does not say what the model was trained on" in result.output
+
+
 def test_finished_guide_is_not_trained_again(guided, tmp_path):
     shutil.copytree(guided, tmp_path / "p", dirs_exist_ok=True)
     root = tmp_path / "p"
@@ -316,6 +330,11 @@ def test_images_that_the_guide_has_seen_are_counted(guided, tmp_path, size, enco
     if encode:
         return
     before = program.contents(tmp_path)
+    images = PreparedDataset(tmp_path / "data" / "datasets" / "pets").load("train")
+    features = FeatureSet(tmp_path / "data" / "features" / "pets-mine-t300")
+    samples = Samples(images.images, images.labels, features, np.arange(len(images)))
+    with pytest.raises(FeatureSetError, match="trained on 6 of the data set's images"):
+        simulate(FedDifRC, [samples], samples, num_rounds=1)
     result = invoke(tmp_path, *TRAIN)
     assert result.exit_code == 1 and result.output.count("\n") == 1
     assert "trained on 6 of the data set's images" in result.output
