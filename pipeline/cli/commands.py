@@ -126,9 +126,9 @@ class _Main(click.Group):
 
 
 _AFTER_INTERRUPT = dict.fromkeys(
-    ("extract-features", "sweep-features", "synthesize", "train-fl", "preset"),
+    ("prepare-backbone", "extract-features", "sweep-features", "synthesize", "train-fl", "preset"),
     "completed work is kept; run the command again to resume",
-) | {"prepare-backbone": "completed downloads are kept; run the command again to resume"}
+)
 
 
 def _terminate() -> None:
@@ -196,7 +196,7 @@ def prepare_data(config: "Config") -> None:
 
 
 @main.command("prepare-backbone", cls=StageCommand, section="prepare_backbone")
-@click.option("--train", is_flag=True, help="Train tiny-sd instead of using its shipped weights (40 minutes).")
+@click.option("--train", is_flag=True, help="Train tiny-sd instead of using its shipped weights: 40 minutes on a CPU.")
 def prepare_backbone(config: "Config", train: bool) -> None:
     """Prepare the frozen diffusion model -> models/<name>.
 
@@ -204,6 +204,7 @@ def prepare_backbone(config: "Config", train: bool) -> None:
     Examples:
       pipeline prepare-backbone
       pipeline prepare-backbone --train
+      pipeline prepare-backbone --name mine --source train --corpus ~/public-x-rays --training-image-size 64
       pipeline prepare-backbone --name sd15 --source stable-diffusion-v1-5/stable-diffusion-v1-5 --revision COMMIT
     """
     from stages import prepare_backbone as stage

@@ -393,7 +393,9 @@ class Runtime(Section):
         description="(image, prompt) pairs per batch of the frozen model; auto fills a GPU's memory; 16 to 64 on "
         "the CPU, where batches are computed side by side"
     )
-    compile: bool = Field(description="compile the frozen model (torch.compile): minutes once, faster passes on a GPU")
+    compile: bool = Field(
+        description="compile the diffusion model (torch.compile): minutes once, faster passes on a GPU"
+    )
     cache_latents: bool = Field(description="cache the images' latents under .pipeline/ for the next extraction")
     synthesize_batch_size: int = Field(ge=1, description="synthesize: images generated at a time")
     workers: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
@@ -403,6 +405,9 @@ class Runtime(Section):
     cuda_graphs: bool = Field(True, description="train-fl: replay training steps on a GPU as CUDA graphs")
     channels_last: bool = Field(description="train-fl: channels-last memory format, faster on CPUs and GPUs")
     checkpoint_every: int = Field(ge=1, description="train-fl: rounds between checkpoints")
+    guide_checkpoint_minutes: float = Field(
+        ge=0, description="prepare-backbone, source train: minutes between checkpoints"
+    )
     tensorboard: bool = Field(description="train-fl: also log every round to tensorboard/<run>")
     dvclive: bool = Field(description="train-fl: also log every round to dvclive/<run>")
 

@@ -11,7 +11,7 @@ tiny_sd.py, rendered_digits.py                   the training of tiny-sd and its
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +21,13 @@ from pipeline.diffusion.frozen_model import TRAINING, BackboneManifest, Training
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.io import atomic
 from pipeline.settings.config import Config
+from pipeline.settings.params import GuideTraining
 from stages.prepare_backbone import address
 from stages.prepare_backbone.directory import Directory
 from stages.prepare_backbone.selection import Source, select
 
 if TYPE_CHECKING:
-    from stages.prepare_backbone.training.trainer import Machine
+    from stages.prepare_backbone.training.corpus import Corpus
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +40,11 @@ def run(config: Config, train: bool = False) -> Path:
     With `train`, tiny-sd is trained again instead of copying its shipped weights.
 
     Raises:
-        ConfigError: The settings contradict each other, or name no model or commit.
+        ConfigError: The settings contradict each other, or name no model or commit; or a caption is too long.
         DataError: The source does not exist, cannot be downloaded, differs from the hub's hashes, or is not a
-            supported model.
+            supported model; or the corpus is missing, or has broken images or one class only.
+        TrainingDiverged: A loss is not a finite number.
+        PipelineError: Out of memory, or a file cannot be written.
     """
     params = config.params.prepare_backbone
     if train and params.source != "embedded":
@@ -52,7 +55,7 @@ def run(config: Config, train: bool = False) -> Path:
     if params.source == "embedded":
         found = {"name": params.name, "source": "embedded", "revision": None} | _embedded(config, train)
     elif params.source == "train":
-        found = {"name": params.name, "source": "train", "revision": None} | _trained(config)
+        found = {"name": params.name, "source": "train", "revision": None} | _guide(config)
     elif directory.is_dir():
         found = {"name": params.name, "source": directory.name, "revision": None}
         found |= _linked(Directory(directory, target), target, params.variant, prefer_fp16=False)
@@ -85,18 +88,14 @@ def run(config: Config, train: bool = False) -> Path:
 
 def _embedded(config: Config, train: bool) -> dict[str, Any]:
     """Copy tiny-sd, so that the model does not depend on the program's installation, or train it."""
-    target = config.backbone_dir
     if train:
         from stages.prepare_backbone import tiny_sd
 
-        with (
-            tiny_sd.trained(_machine(config), config.state_dir, _pictures(config)) as trainer,
-            atomic.replace_folder(target) as folder,
-        ):
-            trainer.save(folder)
-            hashes = _hashes_on_disk(folder)
-        return {"variant": None, "files": hashes}
-    with atomic.replace_folder(target) as folder:
+        return {
+            "variant": None,
+            "files": _trained(config, tiny_sd.images(), tiny_sd.RECIPE, lambda folder, losses: None),
+        }
+    with atomic.replace_folder(config.backbone_dir) as folder:
         for file in filter(Path.is_file, _EMBEDDED.rglob("*")):  # copytree's error does not say that a disk is full
             copy = folder / file.relative_to(_EMBEDDED)
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -105,42 +104,57 @@ def _embedded(config: Config, train: bool) -> dict[str, Any]:
     return {"variant": None, "files": hashes}
 
 
-def _trained(config: Config) -> dict[str, Any]:
+def _guide(config: Config) -> dict[str, Any]:
     """Train a guide on the corpus, unless models/<name> holds the one of these images and settings already."""
     from stages.prepare_backbone.training import corpus
-    from stages.prepare_backbone.training.run import trained
 
-    params, target = config.params.prepare_backbone, config.backbone_dir
-    root = config.corpus
+    params, target, root = config.params.prepare_backbone, config.backbone_dir, config.corpus
     if root is None:
         raise ConfigError(
             f"prepare_backbone.source: train requires prepare_backbone.corpus (it is {params.corpus}). Set it to a "
             "folder of images, as <class>/<image>."
         )
-    machine = _machine(config)
+    if root.is_relative_to(config.home / "data" / "raw"):
+        log.warning("%s: DVC ignores data/raw, so it does not notice new images. Move them to data/corpus/", root)
     listing = config.state_dir / f"broken-images-{params.name}-corpus.txt"
     images = corpus.read(root, params.training.image_size, listing)
     settings = params.training.model_dump(mode="json")
-    if (record := _complete(target, images.sha256, settings)) is not None:
-        log.info("%s is complete already; to train it again, delete the folder", target)
+    if record := _complete(target, images.sha256, settings):
+        log.info("%s is complete already. To train it again, delete the folder", target)
         return {"variant": None, "files": record.weights, "training": record}
     log.info("%s: %d images of %d classes", root, len(images.images), len(images.class_names))
+    about: dict[str, Any] = {"corpus": root.name, "corpus_sha256": images.sha256, "images": images.images_per_class()}
+    about |= {"settings": settings, "hashes": images.hashes()}
+
+    def describe(folder: Path, found: Mapping[str, Any]) -> None:
+        atomic.write_json(folder / TRAINING, TrainingRecord(**about, **found).model_dump(mode="json"))
+
+    files = _trained(config, images, params.training, describe)
+    return {"variant": None, "files": files, "training": frozen_model.read_training(target / TRAINING)}
+
+
+def _trained(
+    config: Config, images: "Corpus", settings: GuideTraining, describe: Callable[[Path, dict[str, Any]], None]
+) -> dict[str, str]:
+    """Train a guide, or resume, and write it to models/<name>; return the SHA-256 of each file that is loaded.
+
+    `describe` is called with the folder, and losses and weights of its `TrainingRecord`, before it is in its place.
+    """
+    from stages.prepare_backbone.training.run import trained
+    from stages.prepare_backbone.training.trainer import Machine
+
+    runtime, name = config.params.runtime, config.params.prepare_backbone.name
+    machine = Machine(devices.resolve(runtime.device), runtime.compile)
+    pictures = config.root / "analysis" / f"{name}-samples.png"  # outside the model's folder
+    seconds = 60 * runtime.guide_checkpoint_minutes
     with (
-        trained(images, params.training, machine, config.state_dir, _pictures(config)) as trainer,
-        atomic.replace_folder(target) as folder,
+        trained(images, settings, machine, config.state_dir, pictures, seconds) as trainer,
+        atomic.replace_folder(config.backbone_dir) as folder,
     ):
         trainer.save(folder)
-        record = TrainingRecord(
-            corpus=root.name,
-            corpus_sha256=images.sha256,
-            images=images.images_per_class(),
-            settings=settings,
-            losses=trainer.losses,
-            hashes=images.hashes(),
-            weights=_hashes_on_disk(folder),
-        )
-        atomic.write_json(folder / TRAINING, record.model_dump(mode="json"))
-    return {"variant": None, "files": record.weights, "training": record}
+        hashes = _hashes_on_disk(folder)
+        describe(folder, {"losses": trainer.losses, "weights": hashes})
+    return hashes
 
 
 def _complete(target: Path, corpus_sha256: str, settings: dict[str, Any]) -> TrainingRecord | None:
@@ -151,18 +165,6 @@ def _complete(target: Path, corpus_sha256: str, settings: dict[str, Any]) -> Tra
     except (DataError, FileNotFoundError):
         return None
     return record if intact and (record.corpus_sha256, record.settings) == (corpus_sha256, settings) else None
-
-
-def _machine(config: Config) -> "Machine":
-    from stages.prepare_backbone.training.trainer import Machine
-
-    runtime = config.params.runtime
-    return Machine(devices.resolve(runtime.device), runtime.compile)
-
-
-def _pictures(config: Config) -> Path:
-    """Return the file of samples, outside the model's folder."""
-    return config.root / "analysis" / f"{config.params.prepare_backbone.name}-samples.png"
 
 
 def _hashes_on_disk(folder: Path) -> dict[str, str]:

@@ -34,7 +34,7 @@ def open_checked(config: Config, dataset: PreparedDataset) -> FeatureSet:
             backbone that was trained on images of the data set, and the settings do not allow it.
     """
     features = FeatureSet(config.features_dir, partial=True)
-    _check_unseen(features, config.params.train_fl.allow_seen_images)
+    check_unseen(features, config.params.train_fl.allow_seen_images)
     _check_data(features, dataset)
     different = _different_settings(features, config)
     if "prompts" not in different:
@@ -100,7 +100,8 @@ def seen_images(features: FeatureSet) -> int:
     return features.manifest.provenance.get("seen_images", 0)
 
 
-def _check_unseen(features: FeatureSet, allowed: bool) -> None:
+def check_unseen(features: FeatureSet, allowed: bool) -> None:
+    """Raise FeatureSetError if the set's backbone was trained on images of the data set, unless that is allowed."""
     if (seen := seen_images(features)) and not allowed:
         raise FeatureSetError(
             f"{features.path} was extracted by a backbone that was trained on {seen} of the data set's images, which "

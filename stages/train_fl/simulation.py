@@ -30,7 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "model": "small_cnn", "normalisation": "batch", "precision": "float32", "projection_dim": None,
     "clients_per_round": 5, "num_rounds": 25, "local_epochs": 5, "batch_size": 64,
     "learning_rate": 0.01, "learning_rate_decay": 1.0, "momentum": 0.9, "weight_decay": 0.00001,
-    "gradient_clipping": None, "augmentation": "none",
+    "gradient_clipping": None, "augmentation": "none", "allow_seen_images": False,
 }  # fmt: skip
 """The settings of `train_fl` that `simulate` accepts, with the values of params.yaml."""
 
@@ -100,14 +100,15 @@ def simulate(
     Raises:
         ConfigError: A setting is unknown or invalid, or a method with guidance gets clients without features.
         DataError: There are no images, or images, labels and rows do not fit each other.
-        FeatureSetError: A client's feature set is damaged, lacks its rows, or does not suit the method.
+        FeatureSetError: A client's feature set is damaged, lacks its rows, does not suit the method, or is of images that the
+            backbone was trained on.
         TrainingDiverged: A loss is not a finite number.
     """
     params, device = _train_fl(settings, len(clients)), devices.resolve(device, "device")
     section, kind = _method(method)
     methods.check(kind, section, params.augmentation, kind.__name__)
     guidance = methods.guidance_of(section)
-    guided = [_client(own, guidance, kind) for own in clients]
+    guided = [_client(own, guidance, kind, params.allow_seen_images) for own in clients]
     data, test = [own.to(device) for own, _ in guided], _client(held_out, None, kind)[0].to(device)
     for name, count in (("clients have", sum(map(len, data))), ("held_out has", len(test))):
         if not count:
@@ -149,7 +150,9 @@ def _train_fl(settings: dict[str, Any], num_clients: int) -> TrainFL:
         raise ConfigError(f"invalid setting {where} ({problem['msg']}). Choose another value.") from None
 
 
-def _client(samples: Samples, guidance: Guidance | None, kind: type[Method]) -> tuple[ClientData, int | None]:
+def _client(
+    samples: Samples, guidance: Guidance | None, kind: type[Method], allow_seen_images: bool = False
+) -> tuple[ClientData, int | None]:
     """Return a client's data and the length of its guidance targets; without guidance None."""
     images = _pixels(samples.images)
     labels = _integers("labels", samples.labels, len(images))
@@ -158,6 +161,7 @@ def _client(samples: Samples, guidance: Guidance | None, kind: type[Method]) -> 
     features = samples.features
     if features is None or samples.rows is None:
         raise ConfigError("the method has guidance, but a client has no features. Pass Samples(..., features, rows).")
+    feature_check.check_unseen(features, allow_seen_images)
     rows = _integers("rows", samples.rows, len(images))
     if not np.array_equal(features.read(rows).label, labels):
         raise DataError("the labels differ from those in the feature set. Check that `rows` are the images' own rows.")

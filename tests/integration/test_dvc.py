@@ -15,6 +15,8 @@ from ruamel.yaml import YAML
 from pipeline.data.datasets import PreparedDataset
 from tests.conftest import write_params
 from tests.integration.project import QUICK, copy_tracked
+from tests.prepare_backbone import guides
+from tests.prepare_backbone.guides import write_corpus
 
 BIN = Path(sys.executable).parent
 SWEEP = QUICK | {"sweep.methods": ["fedavg", "feddifrc"], "sweep.partitions": ["dir05"], "sweep.seeds": [0]}
@@ -125,6 +127,22 @@ def test_training_depends_on_generated_images(root):
         assert (root / "data" / "synthetic" / rule).read_text() == f"digits-synthetic {generated.hash}\n"
     write_params(root, changes | {"train_fl.balance_with_synthetic": "none"})
     assert ran(dvc(root, "repro", "train-fl")) == set()  # known, and no generated images are made for it
+
+
+def test_a_guide_depends_on_its_corpus(root):
+    corpus = write_corpus(root / "data" / "corpus" / "mine")
+    guide = guides.settings(corpus) | {"prepare_backbone.corpus": "data/corpus/mine"}
+    write_params(root, SWEEP | guide)
+    assert ran(dvc(root, "repro", "prepare-backbone")) == {"prepare-backbone"}
+    assert ran(dvc(root, "repro", "prepare-backbone")) == set()
+    write_corpus(corpus, per_class=4)
+    assert ran(dvc(root, "repro", "prepare-backbone")) == {"prepare-backbone"}
+    manifest = json.loads((root / "data" / "backbones" / "mine.json").read_text())
+    assert manifest["training"]["images"] == {"blue box": 4, "red ball": 4}
+    write_params(root, SWEEP | guide | {"prepare_backbone.training": guides.QUICK | {"seed": 1}})
+    assert ran(dvc(root, "repro", "prepare-backbone")) == {"prepare-backbone"}
+    write_params(root, SWEEP)
+    assert ran(dvc(root, "repro", "prepare-backbone")) == set()  # without a corpus, it is in DVC's cache
 
 
 def test_extraction_killed_under_dvc_resumes_on_the_next_repro(root):

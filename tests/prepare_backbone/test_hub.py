@@ -285,5 +285,5 @@ def test_ctrl_c_stops_at_once_and_leaves_no_partial_file(tmp_path, hub, model):
     finally:
         process.kill()
     assert time.monotonic() - started < 2 and process.returncode == 130
-    assert "of these" in errors and "completed downloads are kept" in errors and "Traceback" not in errors
+    assert "of these" in errors and "completed work is kept" in errors and "Traceback" not in errors
     assert not list((tmp_path / "cache").glob("*/blobs/*.incomplete"))

@@ -8,11 +8,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+import diffusers
+import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from pipeline.errors import ConfigError
 from pipeline.text import printable
+
+for _library in (diffusers.utils.logging, transformers.utils.logging):  # their notes and bars tell users nothing
+    _library.set_verbosity_error()
+    _library.disable_progress_bar()
 
 TEXT_LENGTH = 32
 """Tokens of a text, with those that mark its start and end."""

@@ -14,7 +14,7 @@ from pipeline.io.resumable import ResumableStore
 from pipeline.settings.params import GuideTraining
 from stages.prepare_backbone.training import samples
 from stages.prepare_backbone.training.corpus import Corpus
-from stages.prepare_backbone.training.trainer import CHECKPOINT_SECONDS, Machine, Trainer
+from stages.prepare_backbone.training.trainer import Machine, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def trained(
     machine: Machine,
     state_dir: Path,
     pictures: Path,
-    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    checkpoint_seconds: float,
 ) -> Iterator[Trainer]:
     """Train a guide and yield it; its checkpoint is removed at the end of the block, unless there is an error.
 

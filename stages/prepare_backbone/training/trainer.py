@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 
 _KL_WEIGHT = 1e-5  # of an image's KL divergence, next to the mean squared error per pixel in [-1, 1]
 _ENCODE_BATCH = 250
-CHECKPOINT_SECONDS = 300.0
 _PICTURES = 10  # of samples, over the denoiser's training
 _SHARE_OF_MEMORY = 0.5  # of a GPU's free memory, which images or latents may fill
 
@@ -73,12 +72,12 @@ class Trainer:
         settings: GuideTraining,
         machine: Machine,
         store: ResumableStore | None = None,
-        checkpoint_seconds: float = CHECKPOINT_SECONDS,
+        checkpoint_seconds: float = 0.0,
     ) -> None:
         """Draw the first weights.
 
-        Checkpoints are kept in `store`, whose folder is keyed by everything that determines them; None: none. Raise
-        ConfigError if a caption is too long.
+        Checkpoints are kept in `store`, at least `checkpoint_seconds` apart; its folder is keyed by everything that
+        determines them. Without a store, there are none. Raise ConfigError if a caption is too long.
         """
         self.captions = [settings.caption.replace("{class_name}", name) for name in corpus.class_names]
         with seeding.scoped_global_torch_seed(settings.seed, "guide", "weights"):
