@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 
 import stages.train_fl.methods  # noqa: F401  registers the methods' settings
 from pipeline.cli.commands import main
+from tests.integration import forked
 
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-")  # read when huggingface_hub is imported
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
@@ -75,6 +76,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((number for number, long in enumerate(LONG) if name.startswith(long)), len(LONG))
 
     items.sort(key=place)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the server of quick programs, which all workers share; it imports nothing before a test uses it."""
+    if forked.ADDRESS not in os.environ:
+        config.add_cleanup(forked.start())
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -15,21 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import write_params
+from tests.integration.forked import LIBRARIES
 
-STAGES = ("prepare_data", "prepare_backbone", "extract_features", "synthesize", "train_fl", "report")
-LIBRARIES = [
-    "pipeline.cli.commands",
-    "sklearn.datasets",
-    "sklearn.manifold",
-    "matplotlib.figure",
-    "matplotlib.style",
-    "matplotlib.backends.backend_svg",
-    "h5py",
-    "stages.synthesize.generate",
-    "stages.analyze_features.sweep.run",
-    *(f"stages.{name}" for name in STAGES),
-]
-"""Modules that commands import."""
 _FORKED = multiprocessing.get_context("forkserver")
 _FORKED.set_forkserver_preload(LIBRARIES)
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GIT_DIR": os.devnull}
