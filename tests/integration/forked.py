@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
+import pkgutil
 import select
 import signal
 import socket
@@ -24,15 +25,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any, NoReturn
 
 ADDRESS = "FORKED_ADDRESS"
 """The environment variable that names the address of a server to the workers of a parallel run."""
 
-STAGES = ("prepare_data", "prepare_backbone", "extract_features", "synthesize", "train_fl", "report")
-LIBRARIES = [
+_STAGES = ("prepare_data", "prepare_backbone", "extract_features", "synthesize", "train_fl", "report")
+_LIBRARIES = [
     "pipeline.cli.commands",
     "sklearn.datasets",
     "sklearn.manifold",
@@ -42,10 +44,8 @@ LIBRARIES = [
     "h5py",
     "stages.synthesize.generate",
     "stages.analyze_features.sweep.run",
-    *(f"stages.{name}" for name in STAGES),
-]
-"""Modules that commands of `pipeline` import."""
-_OF_OTHERS = [
+    *(f"stages.{name}" for name in _STAGES),
+    "tests.faults.program",
     "dvc.cli.parser",
     "dvc.repo.reproduce",
     "dvc.repo.experiments.executor.local",
@@ -54,6 +54,7 @@ _OF_OTHERS = [
     "flwr.superlink.cli",
     "flwr.supernode.cli",
 ]
+"""Modules that the programs import."""
 _FORK = multiprocessing.get_context("fork")
 _PROGRAM = """#!{python} -IS
 import json, os, signal, socket, sys
@@ -61,9 +62,10 @@ import json, os, signal, socket, sys
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
 socket.send_fds(server, [b"!"], [0, 1, 2])
-server.sendall(json.dumps([sys.argv, os.getcwd(), dict(os.environ)]).encode())
+server.sendall(json.dumps([None, [sys.argv, {site!r}], os.getcwd(), dict(os.environ)]).encode())
 server.shutdown(socket.SHUT_WR)
-code = int(server.recv(16) or 1)
+server.recv(4)
+code = int(server.recv(16))
 if code < 0:
     signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
@@ -93,12 +95,58 @@ def start() -> Callable[[], None]:
     return end
 
 
-def write_programs(folder: Path, *names: str) -> None:
-    """Write executables of these names, which must be console scripts of installed packages."""
+def write_programs(folder: Path, *names: str, site: Path | None = None) -> None:
+    """Write executables of these names.
+
+    Args:
+        folder: Where to write them.
+        names: Console scripts of installed packages.
+        site: Folder of another installation of the project, which they run instead of this repository.
+    """
     for name in names:
         file = folder / name
-        file.write_text(_PROGRAM.format(python=sys.executable, address=os.environ[ADDRESS]))
+        text = _PROGRAM.format(python=sys.executable, address=os.environ[ADDRESS], site=site and str(site))
+        file.unlink(missing_ok=True)  # it may be a link
+        file.write_text(text)
         file.chmod(0o755)
+
+
+class Process:
+    """A function called in a process of the server."""
+
+    def __init__(
+        self, function: str, arguments: Sequence[Any], folder: Path, environment: Mapping[str, str], log: Path
+    ):
+        """Start it.
+
+        Args:
+            function: `module:name`.
+            arguments: Its arguments, of JSON's types.
+            folder: Where the process runs.
+            environment: All environment variables.
+            log: The file for its standard output and error.
+        """
+        self._server = socket.socket(socket.AF_UNIX)
+        self._server.connect(os.environ[ADDRESS])
+        with open(os.devnull) as nothing, log.open("wb") as output:
+            socket.send_fds(self._server, [b"!"], [nothing.fileno(), output.fileno(), output.fileno()])
+        self._server.sendall(json.dumps([function, arguments, str(folder), dict(environment)]).encode())
+        self._server.shutdown(socket.SHUT_WR)
+        self.pid = int.from_bytes(self._server.recv(4), "big")
+        self._code: int | None = None
+
+    def end(self, seconds: float) -> int | None:
+        """Wait for its end; return the exit code, minus the number of a signal, or None if it still runs."""
+        if self._code is None and select.select([self._server], [], [], seconds)[0]:
+            with self._server:
+                self._code = int(self._server.recv(16))
+        return self._code
+
+    def is_alive(self) -> bool:
+        return self.end(0) is None
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
 
 
 def _serve(address: str) -> None:
@@ -129,37 +177,45 @@ def _serve(address: str) -> None:
                 _import()
                 running[connection] = _FORK.Process(target=_run, args=(connection,))
                 running[connection].start()
+                connection.send(running[connection].pid.to_bytes(4, "big"))
                 events.register(connection, 0)  # of which only the hang-up is reported
     for process in running.values():
         process.kill()
 
 
 def _import() -> None:
-    if LIBRARIES[0] not in sys.modules:
-        for module in (*LIBRARIES, *_OF_OTHERS):
+    if _LIBRARIES[0] not in sys.modules:
+        for module in _LIBRARIES:
             importlib.import_module(module)
         assert threading.active_count() == 1
         gc.freeze()  # so that the children's garbage collections are short
 
 
 def _run(connection: socket.socket) -> None:
-    """Run the program that a client asks for, in this process."""
+    """Run the function or program that a client asks for, in this process."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with connection:
         files = socket.recv_fds(connection, 1, 3)[1]
-        sys.argv, folder, environment = json.loads(b"".join(iter(lambda: connection.recv(65536), b"")))
+        function, arguments, folder, environment = json.loads(b"".join(iter(lambda: connection.recv(65536), b"")))
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    name = Path(sys.argv[0]).name
-    sys.path[0] = str(Path(sys.executable).parent)  # as for an installed program
+    if function:
+        pkgutil.resolve_name(function)(*arguments)
+    else:
+        _run_program(*arguments)
+
+
+def _run_program(arguments: list[str], site: str | None) -> NoReturn:
+    sys.argv, name = arguments, Path(arguments[0]).name
+    sys.path[0] = site or str(Path(sys.executable).parent)  # as for an installed program
     sys.modules["__main__"].__package__ = None  # or click calls the program `python -m`
-    if name.startswith("flwr"):  # which imports the project from the app that Flower sends
+    if site or name.startswith("flwr"):  # Flower's programs import the project from the app that it sends
         for module in [module for module in sys.modules if module.split(".")[0] in ("pipeline", "stages", "tests")]:
             del sys.modules[module]
     (program,) = importlib.metadata.entry_points(group="console_scripts", name=name)

@@ -4,7 +4,6 @@ import subprocess
 
 import pytest
 
-from examples.federation.demo import REPOSITORY
 from examples.federation.loopback import Loopback
 from tests.conftest import SMALL, write_params
 from tests.integration.certificates import write_certificates, write_keys
@@ -13,7 +12,7 @@ from tests.integration.test_federation import rows
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_run_with_tls_and_registered_keys_has_the_bytes_of_the_local_engine(extracted, tmp_path, quick_bin):
+def test_run_with_tls_and_registered_keys_has_the_bytes_of_the_local_engine(extracted, tmp_path, app, quick_bin):
     changes = {"train_fl.num_clients": 2, "train_fl.clients_per_round": 2, "train_fl.num_rounds": 2}
     write_params(tmp_path, changes)
     (tmp_path / "data").symlink_to(extracted / "data")
@@ -25,7 +24,7 @@ def test_run_with_tls_and_registered_keys_has_the_bytes_of_the_local_engine(extr
     (tmp_path / "server" / "data").symlink_to(extracted / "data")
     scalars = {key: value for key, value in SMALL.items() if not isinstance(value, list)}
     small = scalars | changes | {"federation.min_clients": 2}
-    with Loopback(tmp_path, REPOSITORY, certificates, authenticate=True, programs=quick_bin) as federation:
+    with Loopback(tmp_path, app, certificates, authenticate=True, programs=quick_bin) as federation:
         for client in range(3):
             private, public = write_keys(tmp_path / "keys", f"node-{client}")
             if client < 2:  # the third is not registered
