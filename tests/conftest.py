@@ -1,6 +1,9 @@
 """Small real projects: the repository's own params.yaml, scaled down to run in seconds."""
 
 import atexit
+import functools
+import io
+import json
 import os
 import shutil
 import signal
@@ -16,6 +19,7 @@ from ruamel.yaml import YAML
 
 import stages.train_fl.methods  # noqa: F401  registers the methods' settings
 from pipeline.cli.commands import main
+from tests.integration import forked
 
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-")  # read when huggingface_hub is imported
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
@@ -42,27 +46,36 @@ SMALL = {
 
 def write_params(root: Path, changes: Mapping[str, Any]) -> Path:
     """Write the repository's params.yaml, overridden by SMALL and `changes` (dotted keys), into `root`."""
-    yaml = YAML()
+    (root / "params.yaml").write_text(_params(json.dumps({**SMALL, **changes})), encoding="utf-8")
+    return root / "params.yaml"
+
+
+@functools.cache
+def _params(changes: str) -> str:
+    yaml, stream = YAML(), io.StringIO()
     params = yaml.load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
-    for dotted, value in {**SMALL, **changes}.items():
+    for dotted, value in json.loads(changes).items():
         section, key = dotted.split(".")
         params[section][key] = value
-    with (root / "params.yaml").open("w", encoding="utf-8") as stream:
-        yaml.dump(params, stream)
-    return root / "params.yaml"
+    yaml.dump(params, stream)
+    return stream.getvalue()
 
 
 LONG = (
     "integration/test_federation.py",
     "integration/test_federation_tls.py",
-    "integration/test_team.py",
-    "integration/test_dvc.py",
     "integration/test_experiments.py",
-    "integration/test_installed_wheel.py",
+    "integration/test_dvc.py",
+    "integration/test_team.py",
+    "extract_features/test_extraction.py",
     "train_fl/test_flower_engine.py",
     "faults/",
-    "extract_features/test_extraction.py",
     "test_notebook.py",
+    "integration/",
+    "analyze_features/test_sweep_cache.py",
+    "test_dtypes.py",
+    "train_fl/",
+    "report/",
 )
 """Modules that take long, longest first; tests of short ones then fill the end of a parallel run."""
 
@@ -75,6 +88,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((number for number, long in enumerate(LONG) if name.startswith(long)), len(LONG))
 
     items.sort(key=place)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the server of quick programs, which all workers share; it imports nothing before a test uses it."""
+    if forked.ADDRESS not in os.environ:
+        config.add_cleanup(forked.start())
 
 
 def pytest_xdist_auto_num_workers() -> int:

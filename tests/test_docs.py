@@ -26,6 +26,9 @@ def page_id(page: Path) -> str:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
+    """The site that SITE_DIR names, which continuous integration has built from these files, or a new one."""
+    if "SITE_DIR" in os.environ:
+        return Path(os.environ["SITE_DIR"])
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}

@@ -51,7 +51,7 @@ def test_a_command_runs(root, command, dtype, capfd):
 def test_the_benchmark_of_extraction_runs(monkeypatch, dtype):
     monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
     benchmark = importlib.import_module("extract")
-    sizes = ["--images", "2", "--baseline-images", "1", "--classes", "1"]
+    sizes = ["--images", "2", "--baseline-images", "1", "--classes", "1", "--image-size", "16"]
     result = CliRunner().invoke(benchmark.main, [*sizes, "--dtype", dtype], catch_exceptions=False)
     found = json.loads(result.output.splitlines()[-1])
     assert found["setting"]["dtype"] == dtype and found["rows"][0]["flops_per_image"] > 0

@@ -4,8 +4,10 @@ For the demo, the tests and the benchmark. All files are in one folder: Flower's
 process under logs/. All processes are terminated at the end.
 """
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -32,6 +34,7 @@ class Loopback:
         certificates: Path | None = None,
         authenticate: bool = False,
         simulated_nodes: int = 0,
+        programs: Path | None = None,
     ) -> None:
         """Configure the federation; `with` starts it.
 
@@ -41,9 +44,11 @@ class Loopback:
             certificates: Folder of ca.crt, server.pem and server.key for TLS; None: no TLS.
             authenticate: Accept only nodes whose public key is registered.
             simulated_nodes: Number of nodes that Ray simulates instead of SuperNodes (needs flwr[simulation]).
+            programs: Folder of programs of Flower to prefer to the installed ones.
         """
         self.folder, self._app, self._certificates, self._authenticate = folder, app, certificates, authenticate
         self._simulated_nodes = simulated_nodes
+        self._path = [str(path) for path in (programs, Path(sys.executable).parent) if path]
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._port = free_port()
 
@@ -130,11 +135,13 @@ class Loopback:
             PipelineError: It takes longer than `seconds`.
         """
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
+        while (left := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._flwr("log", str(run_id), _CONNECTION, "--stream", timeout=left)  # ends when the run does
             status = self.status(run_id)
             if status.startswith("finished"):
                 return status
-            time.sleep(10 * _POLL_SECONDS)  # each query starts a process, as heavy as a node's
+            time.sleep(_POLL_SECONDS)
         raise PipelineError(f"the run has not ended within {seconds:g} s. See the logs in {self.folder / 'logs'}.")
 
     def status(self, run_id: int) -> str:
@@ -166,7 +173,7 @@ class Loopback:
     def _start(self, name: str, program: str, *words: str, cwd: Path | None = None) -> None:
         with (self.folder / "logs" / f"{name}.log").open("ab") as log:
             self._processes[name] = subprocess.Popen(
-                [_program(program), *words],
+                [self._program(program), *words],
                 cwd=cwd or self.folder,
                 env=self._environment(),
                 stdout=log,
@@ -174,16 +181,24 @@ class Loopback:
                 start_new_session=True,
             )
 
-    def _flwr(self, *words: str) -> str:
+    def _flwr(self, *words: str, timeout: float | None = None) -> str:
         done = subprocess.run(
-            [_program("flwr"), *words], env=self._environment(), cwd=self.folder, capture_output=True, text=True
+            [self._program("flwr"), *words],
+            cwd=self.folder,
+            env=self._environment(),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
         )
         return done.stdout + done.stderr
 
     def _environment(self) -> dict[str, str]:
         quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        path = os.pathsep.join([*self._path, os.environ.get("PATH", "")])
         return {**os.environ, **quiet, "FLWR_HOME": str(self.folder / "flwr"), "PATH": path}
+
+    def _program(self, name: str) -> str:
+        return shutil.which(name, path=os.pathsep.join(self._path)) or name
 
     def _write_connection(self) -> None:
         security = f'root-certificates = "{self._certificate("ca.crt")}"' if self._certificates else "insecure = true"
@@ -214,7 +229,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _program(name: str) -> str:
-    return str(Path(sys.executable).parent / name)

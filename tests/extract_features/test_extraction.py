@@ -26,6 +26,7 @@ from stages.extract_features.cost import count_flops
 from tests.conftest import invoke
 from tests.extract_features import tiny_models
 from tests.extract_features.fixtures import extract, project
+from tests.faults import program
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -131,13 +132,12 @@ def test_the_set_is_assembled_when_all_shard_ranges_are_done(digits, unextracted
 
 
 def test_sigterm_stops_between_batches_and_the_next_run_resumes(digits, unextracted):
-    process = launch(unextracted, OMP_NUM_THREADS="1")
-    while process.poll() is None and not list(unextracted.glob(".pipeline/staging/*/shard-00001.json")):
+    command = program.start(unextracted, "extract-features", log=unextracted / "log")
+    while command.process.is_alive() and not list(unextracted.glob(".pipeline/staging/*/shard-00001.json")):
         time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
-    _, log = process.communicate()
-    assert process.returncode == 143, log
-    assert "Stopped by SIGTERM: completed work is kept" in log and "Traceback" not in log
+    os.kill(command.process.pid, signal.SIGTERM)
+    assert command.end() == 143, command.output
+    assert "Stopped by SIGTERM: completed work is kept" in command.output and "Traceback" not in command.output
     assert not list(unextracted.glob(".pipeline/staging/*/*.tmp"))
     extract(unextracted)
     assert contents(unextracted / SET) == contents(digits / SET)

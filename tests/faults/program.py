@@ -1,10 +1,9 @@
 """Run the program in separate processes that can be killed and denied resources.
 
 Every command runs `pipeline`'s own entry point in a real process. The processes are forked from one that has imported
-the libraries already (the standard library's fork server), so that a start takes milliseconds instead of seconds.
+the libraries already (tests/integration/forked.py), so that a start takes milliseconds instead of seconds.
 """
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -15,23 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import write_params
+from tests.integration.forked import Process
 
-STAGES = ("prepare_data", "prepare_backbone", "extract_features", "synthesize", "train_fl", "report")
-LIBRARIES = [
-    "pipeline.cli.commands",
-    "sklearn.datasets",
-    "sklearn.manifold",
-    "matplotlib.figure",
-    "matplotlib.style",
-    "matplotlib.backends.backend_svg",
-    "h5py",
-    "stages.synthesize.generate",
-    "stages.analyze_features.sweep.run",
-    *(f"stages.{name}" for name in STAGES),
-]
-"""Modules that commands import."""
-_FORKED = multiprocessing.get_context("forkserver")
-_FORKED.set_forkserver_preload(LIBRARIES)
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GIT_DIR": os.devnull}
 """The environment of every command. No commit is found, so bytes are equal whatever is committed meanwhile."""
 TIMEOUT = 120  # seconds after which a command counts as hanging
@@ -67,7 +51,7 @@ RUN = Path("results/feddifrc-iid-s0")
 class Command:
     """A running command."""
 
-    process: Any
+    process: Process
     log: Path
 
     @property
@@ -77,11 +61,11 @@ class Command:
 
     def end(self) -> int:
         """Wait for its end and return its exit code, negative for a signal."""
-        self.process.join(TIMEOUT)
-        if self.process.exitcode is None:
+        code = self.process.end(TIMEOUT)
+        if code is None:
             self.process.kill()
             raise AssertionError(f"hangs: {self.output}")
-        return self.process.exitcode
+        return code
 
 
 @dataclass(frozen=True)
@@ -105,10 +89,9 @@ class Undisturbed:
 def start(root: Path, *arguments: str, log: Path | None = None, under: Conditions = Conditions()) -> Command:
     """Start a command in the project at `root`; its output goes to a file outside it."""
     log = log or root.parent / f"{root.name}.log"
-    log.touch()
-    process = _FORKED.Process(target=_child, args=(root, arguments, log, under))
-    process.start()
-    return Command(process, log)
+    how = (arguments, under.uid, under.dies_at, under.counts_in and str(under.counts_in))
+    environment = {**os.environ, **ENVIRONMENT, **under.environment}
+    return Command(Process(f"{__name__}:run_here", how, root, environment, log), log)
 
 
 def run(root: Path, *arguments: str, **how: Any) -> tuple[int, str]:
@@ -164,26 +147,22 @@ def write_settings(root: Path, **changes: Any) -> None:
     write_params(root, {**SETTINGS, **{key.replace("__", "."): value for key, value in changes.items()}})
 
 
-def _child(root: Path, arguments: tuple[str, ...], log: Path, under: Conditions) -> None:
-    os.environ.update({**ENVIRONMENT, **under.environment})
-    os.chdir(root)
-    handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o666)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    if under.uid is not None:
+def run_here(arguments: list[str], uid: int | None, dies_at: int | None, counts_in: str | None) -> None:
+    """Run a command in this process, under the Conditions of these names."""
+    if uid is not None:
         os.setgroups([])
-        os.setgid(under.uid)
-        os.setuid(under.uid)
+        os.setgid(uid)
+        os.setuid(uid)
     from pipeline.cli.commands import main
 
-    if under.dies_at is None and under.counts_in is None:
-        main(list(arguments), prog_name="pipeline")
-    operations = _Operations(under.dies_at)
+    if dies_at is None and counts_in is None:
+        main(arguments, prog_name="pipeline")
+    operations = _Operations(dies_at)
     try:
-        main(list(arguments), prog_name="pipeline")
+        main(arguments, prog_name="pipeline")
     finally:
-        if under.counts_in:
-            under.counts_in.write_text(str(operations.count))
+        if counts_in:
+            Path(counts_in).write_text(str(operations.count))
 
 
 class _Operations:

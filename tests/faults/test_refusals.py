@@ -369,7 +369,7 @@ def test_mark_of_a_killed_writer_is_not_called_damage(tmp_path):
             pass
 
 
-MANY = 2000
+MANY = 500
 
 
 def read_all(folder):
@@ -380,7 +380,7 @@ def read_all(folder):
     return np.array_equal(rows, order), len(os.listdir("/dev/fd")), verification.problems(folder, full=True)
 
 
-def test_two_thousand_shards_need_few_file_descriptors(tmp_path, monkeypatch):
+def test_five_hundred_shards_need_few_file_descriptors(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "ROWS", MANY)
     monkeypatch.setattr(store, "PER_SHARD", 1)
     writer = store.write(tmp_path / "staging", shards=[])

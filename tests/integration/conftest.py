@@ -1,9 +1,7 @@
-"""A `pipeline` that starts in milliseconds, for tests in which DVC starts it many times; one thread for federations."""
+"""Programs that start in milliseconds, for tests in which DVC and Flower start them many times."""
 
-import subprocess
-import sys
+import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,19 +13,21 @@ from tests.integration import forked
 
 @pytest.fixture(scope="session")
 def quick_bin() -> Iterator[Path]:
-    """The folder of this `pipeline`."""
-    with tempfile.TemporaryDirectory(prefix="bin-") as name:  # the address of a socket must be short
-        folder = Path(name)
-        address = folder / "address"
-        server = subprocess.Popen(
-            [sys.executable, "-m", "tests.integration.forked", str(address)], cwd=REPOSITORY, stdin=subprocess.PIPE
-        )
-        while not address.exists():
-            assert server.poll() is None
-            time.sleep(0.01)
-        forked.write_program(folder, address)
-        yield folder
-        server.communicate()
+    """The folder of these programs."""
+    with tempfile.TemporaryDirectory(prefix="bin-") as name:
+        forked.write_programs(Path(name), "pipeline", "dvc", "flwr", "flwr-clientapp", "flwr-serverapp")
+        yield Path(name)
+
+
+@pytest.fixture
+def app(tmp_path) -> Path:
+    """A copy of the files that Flower bundles, without the rest of the repository, which takes long to search."""
+    folder = tmp_path / "app"
+    for name in ("pipeline", "stages"):
+        shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "params.yaml"):
+        shutil.copy(REPOSITORY / name, folder)
+    return folder
 
 
 @pytest.fixture

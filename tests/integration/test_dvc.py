@@ -42,10 +42,6 @@ def root(tmp_path_factory, quick_bin) -> Path:
 TRAINING = {"train-fl@fedavg-dir05-0", "train-fl@feddifrc-dir05-0"}
 
 
-def command(*arguments: str) -> list[str]:
-    return [str(BIN / "dvc"), *arguments]
-
-
 def environment(root: Path) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("DVC_")}
     kept["PATH"] = os.pathsep.join(p for p in kept["PATH"].split(os.pathsep) if Path(p) != BIN)
@@ -54,8 +50,9 @@ def environment(root: Path) -> dict[str, str]:
 
 def dvc(root: Path, *arguments: str, **more: str) -> str:
     """Run a DVC command with additional environment variables; it must succeed."""
+    program = shutil.which("dvc", path=os.pathsep.join([str(root / ".venv" / "bin"), str(BIN)]))
     env = environment(root) | more
-    done = subprocess.run(command(*arguments), cwd=root, env=env, capture_output=True, text=True)
+    done = subprocess.run([program, *arguments], cwd=root, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -148,18 +145,14 @@ def test_a_guide_depends_on_its_corpus(root):
 def test_extraction_killed_under_dvc_resumes_on_the_next_repro(root):
     write_params(root, {**SWEEP, "extract_features.timestep": 200, "extract_features.rows_per_shard": 10})
     shutil.rmtree(root / "models", ignore_errors=True)  # not DVC's: the extraction says how to make them again
-    done = subprocess.run(
-        command("repro", "extract-features"), cwd=root, env=environment(root), capture_output=True, text=True
-    )
+    installed = dict(args=[BIN / "dvc", "repro", "extract-features"], cwd=root, env=environment(root))
+    done = subprocess.run(**installed, capture_output=True, text=True)
     assert done.returncode != 0 and "Run `pipeline prepare-backbone`" in done.stderr
     pipeline(root, "--quiet", "prepare-backbone")
 
-    (root / ".venv" / "bin").unlink()
-    (root / ".venv" / "bin").symlink_to(BIN)  # the installed program, whose process the signal reaches
     process = subprocess.Popen(
-        command("repro", "extract-features"),
-        cwd=root, env=environment(root), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+        **installed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     staging = root / ".pipeline" / "staging"
     while process.poll() is None and not list(staging.glob("*-10/shard-00002.h5")):
         time.sleep(0.01)

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from examples.federation import demo
-from examples.federation.demo import NAMES, REPOSITORY, SETTINGS, make_projects
+from examples.federation.demo import NAMES, SETTINGS, make_projects
 from examples.federation.loopback import Loopback
 from tests.conftest import invoke
 
@@ -42,11 +42,11 @@ def in_this_process(project, *words):
     assert result.exit_code == 0, result.output
 
 
-def test_three_nodes_train_a_model_although_one_is_killed_in_round_2(tmp_path, monkeypatch):
+def test_three_nodes_train_a_model_although_one_is_killed_in_round_2(tmp_path, app, quick_bin, monkeypatch):
     monkeypatch.setattr(demo, "pipeline", in_this_process)  # the nodes' own processes start later
     projects = make_projects(tmp_path, 30, SMALL)
     server = tmp_path / "server"
-    with Loopback(tmp_path, REPOSITORY) as federation:
+    with Loopback(tmp_path, app, programs=quick_bin) as federation:
         for client, (name, project) in enumerate(zip(NAMES, projects, strict=True)):
             federation.start_node(client, project, name=name)
         made = federation.run(SMALL | {"federation.min_clients": 3}, task="basis")

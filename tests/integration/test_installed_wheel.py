@@ -14,6 +14,7 @@ from pipeline import project
 from pipeline.errors import PipelineError
 from pipeline.io import atomic
 from tests.conftest import REPOSITORY, invoke
+from tests.integration import forked
 from tests.integration.project import QUICK, git
 
 SMALL = QUICK | {
@@ -96,8 +97,11 @@ def test_installed_wheel_runs_a_project_outside_the_repository(environment, tmp_
     text = "".join(f"{section}:\n{''.join(lines)}" for section, lines in sections.items())
     (root / "presets" / "small.yaml").write_text("# Small enough for a test.\nbase: digits\n" + text)
     assert "cifar10-table" in run(pipeline, "preset", cwd=root)
+    # From here on `pipeline` is forked, so that the stages start quickly; it still runs the wheel's code.
+    forked.write_programs(environment, "pipeline", site=Path(where).parents[1])
     # Not activated: PATH lacks the environment, and `preset --run` has to find it.
-    said = run(pipeline, "preset", "small", "--run", cwd=root, DVC_NO_ANALYTICS="1", DVC_SITE_CACHE_DIR=str(tmp_path))
+    command = ("-m", "pipeline", "preset", "small", "--run")
+    said = run(environment / "python", *command, cwd=root, DVC_NO_ANALYTICS="1", DVC_SITE_CACHE_DIR=str(tmp_path))
     assert "train-fl@feddifrc-iid-0" in said
     assert (root / "report" / "index.html").is_file()
     run(pipeline, "train-fl", "--method", "fedprox", "--partition", "iid", "--seed", "1", cwd=root)

@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -16,6 +14,7 @@ from safetensors import safe_open
 
 from pipeline.feature_store import FeatureSet, verification
 from tests.conftest import invoke, write_params
+from tests.faults import program
 
 RUN = ("train-fl", "--partition", "dir05", "--seed", "0", "--method")
 
@@ -69,13 +68,8 @@ def test_the_prompt_reaches_the_features(extracted):
     assert distance.min() > 0
 
 
-def spawn(root, *arguments):
-    command = [sys.executable, "-m", "pipeline", "--params", str(root / "params.yaml"), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def test_killed_extraction_resumes_with_identical_bytes(extracted, tmp_path):
-    changes = {"extract_features.rows_per_shard": 10}  # 12 shards
+    changes = {"extract_features.rows_per_shard": 10, "extract_features.negatives": 1}  # 12 shards
     for name in ("complete", "killed"):
         root = tmp_path / name
         root.mkdir()
@@ -84,22 +78,17 @@ def test_killed_extraction_resumes_with_identical_bytes(extracted, tmp_path):
         (root / "data").mkdir()
         for part in ("datasets", "backbones"):
             (root / "data" / part).symlink_to(extracted / "data" / part)
-    complete = spawn(tmp_path / "complete", "extract-features")
-    complete.communicate()
-    assert complete.returncode == 0
+    program.succeed(tmp_path / "complete", "extract-features")
 
-    process = spawn(tmp_path / "killed", "extract-features")
+    command = program.start(tmp_path / "killed", "extract-features")
     staging = tmp_path / "killed" / ".pipeline" / "staging"
-    while process.poll() is None and len(list(staging.glob("*/shard-*.h5"))) < 3:
+    while command.process.is_alive() and len(list(staging.glob("*/shard-*.h5"))) < 3:
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    command.process.kill()
+    assert command.end() == -signal.SIGKILL
     assert not (tmp_path / "killed" / "data" / "features").exists()
 
-    again = spawn(tmp_path / "killed", "extract-features")
-    _, log = again.communicate()
-    assert again.returncode == 0, log
+    log = program.succeed(tmp_path / "killed", "extract-features")
     done = int(re.search(r"resuming: (\d+) of 12 shards are done", log)[1])
     assert done >= 2
     assert f"{120 - 10 * done} images" in log  # only the missing ones were computed
@@ -158,15 +147,14 @@ def test_help_has_an_example(command, project):
     assert "Example" in result.output and f"\n    pipeline {command}" in result.output
 
 
-def test_interrupt_message_says_what_is_kept(project):
-    process = spawn(project, *RUN, "fedavg", "--num-rounds", "5000")
+def test_interrupt_message_says_what_is_kept(project, tmp_path):
+    command = program.start(project, *RUN, "fedavg", "--num-rounds", "5000", log=tmp_path / "log")
     rounds = project / "results" / "fedavg-dir05-s0" / "rounds.csv"
-    while process.poll() is None and not rounds.exists():
+    while command.process.is_alive() and not rounds.exists():
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, log = process.communicate()
-    assert process.returncode == 130
-    assert log.strip().splitlines()[-1].startswith("Interrupted: completed work is kept")
+    os.kill(command.process.pid, signal.SIGINT)
+    assert command.end() == 130
+    assert command.output.strip().splitlines()[-1].startswith("Interrupted: completed work is kept")
 
 
 def test_complete_set_with_a_flipped_byte_is_recomputed(extracted, tmp_path):
@@ -176,8 +164,6 @@ def test_complete_set_with_a_flipped_byte_is_recomputed(extracted, tmp_path):
     shard = tmp_path / "data" / "features" / "digits-tiny-sd-t300" / "shard-00001.h5"
     original = shard.read_bytes()
     shard.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
-    again = spawn(tmp_path, "extract-features")
-    _, log = again.communicate()
-    assert again.returncode == 0
+    log = program.succeed(tmp_path, "extract-features", log=tmp_path / "log")
     assert "shard-00001.h5 is corrupt" in log
     assert shard.read_bytes() == original

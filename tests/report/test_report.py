@@ -15,11 +15,18 @@ from tests.report.grid import reseal
 TRAIN = ("train-fl", "--partition", "dir05", "--method", "fedavg", "--seed", "0", "--seed", "1")
 
 
+@pytest.fixture(scope="module")
+def trained_once(extracted, tmp_path_factory):
+    root = tmp_path_factory.mktemp("trained")
+    write_params(root, {"sweep.methods": ["fedavg"], "sweep.seeds": [0, 1]})
+    (root / "data").symlink_to(extracted / "data")
+    assert invoke(root, *TRAIN).exit_code == 0
+    return root
+
+
 @pytest.fixture
-def trained(project):
-    write_params(project, {"sweep.methods": ["fedavg"], "sweep.seeds": [0, 1]})
-    assert invoke(project, *TRAIN).exit_code == 0
-    return project
+def trained(trained_once, tmp_path):
+    return shutil.copytree(trained_once, tmp_path / "project", symlinks=True)
 
 
 def test_summary_holds_mean_and_sample_deviation_over_seeds(trained):

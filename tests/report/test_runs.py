@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -12,11 +13,15 @@ from tests.conftest import invoke
 from tests.report.grid import reseal, write_grid
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    root = write_grid(tmp_path_factory.mktemp("grid"), ["fedavg", "fedprox"], ["dir05", "iid"], [0, 1], num_rounds=3)
+    return root / "results"
+
+
 @pytest.fixture
-def results(tmp_path):
-    write_grid(tmp_path, ["fedavg", "fedprox"], ["dir05", "iid"], [0, 1], num_rounds=3)
-    (tmp_path / "params.yaml").unlink()
-    return tmp_path / "results"
+def results(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "results")
 
 
 def test_run_has_the_numbers_of_its_files(results):

@@ -67,7 +67,7 @@ def project(tmp_path):
 def write_partitions(root, made):
     from ruamel.yaml import YAML
 
-    yaml = YAML()
+    yaml = YAML(typ="safe")
     values = yaml.load((root / "params.yaml").read_text())
     values["partitions"] = {name: part.model_dump() for name, part in made.params.partitions.items()}
     values["sweep"]["partitions"] = ["dir"]

@@ -1,0 +1,44 @@
+"""Forked programs behave as installed ones: output, exit codes and signals, and none outlives who started it."""
+
+import os
+import select
+import signal
+import subprocess
+
+import pytest
+
+from tests.integration.forked import Process
+
+
+def test_output_and_exit_code_are_those_of_the_program(quick_bin, tmp_path):
+    done = subprocess.run([quick_bin / "pipeline", "report"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("Error: ") and "params.yaml" in done.stderr
+    done = subprocess.run([quick_bin / "pipeline", "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("Usage: pipeline [OPTIONS]") and done.stderr == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_exit_code_tells_the_signal(tmp_path, number):
+    process = Process("signal:pause", [], tmp_path, os.environ, tmp_path / "log")
+    assert process.is_alive()
+    os.kill(process.pid, number)
+    assert process.end(60) == -number and not process.is_alive()
+
+
+def test_function_runs_in_its_folder_and_environment_with_its_log(tmp_path):
+    process = Process("os:system", ["pwd; echo $A"], tmp_path, {"A": "b"}, tmp_path / "log")
+    assert process.end(60) == 0
+    assert (tmp_path / "log").read_text().split() == [str(tmp_path), "b"]
+
+
+def test_process_ends_if_its_program_is_killed(quick_bin, tmp_path):
+    os.mkfifo(tmp_path / "params.yaml")  # which it reads until the end
+    reading, writing = os.pipe()
+    program = subprocess.Popen([quick_bin / "pipeline", "report"], cwd=tmp_path, stdout=writing, stderr=writing)
+    os.close(writing)
+    with open(tmp_path / "params.yaml", "wb"):  # after the process has opened it
+        program.kill()
+        assert program.wait() == -signal.SIGKILL
+        assert select.select([reading], [], [], 60)[0] and os.read(reading, 1) == b""  # nobody has the other end
+    os.close(reading)
