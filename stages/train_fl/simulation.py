@@ -100,8 +100,8 @@ def simulate(
     Raises:
         ConfigError: A setting is unknown or invalid, or a method with guidance gets clients without features.
         DataError: There are no images, or images, labels and rows do not fit each other.
-        FeatureSetError: A client's feature set is damaged, lacks its rows, does not suit the method, or is of images that the
-            backbone was trained on.
+        FeatureSetError: A client's feature set is damaged, lacks its rows, does not suit the method, or is of images
+            that the backbone was trained on.
         TrainingDiverged: A loss is not a finite number.
     """
     params, device = _train_fl(settings, len(clients)), devices.resolve(device, "device")
