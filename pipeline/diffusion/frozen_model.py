@@ -26,7 +26,7 @@ class TrainingRecord(BaseModel):
 
     Attributes:
         corpus: Name of the folder of images.
-        corpus_sha256: Hash of the images' pixels, their classes and the class names.
+        corpus_sha256: Hash of the images' pixels and files, their classes and the class names.
         images: Number of images per class name.
         settings: prepare_backbone.training.
         losses: The last losses of the autoencoder and the denoiser.

@@ -35,9 +35,9 @@ class Corpus:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """SHA-256 of pixels, classes and names."""
+        """SHA-256 of pixels, files, classes and names."""
         digest = hashlib.sha256("\n".join(self.class_names).encode())
-        for values in (self.labels.astype("<i8"), self.images):
+        for values in (self.labels.astype("<i8"), self.files.astype("<u8"), self.images):
             digest.update(np.ascontiguousarray(values).data)
         return digest.hexdigest()
 
