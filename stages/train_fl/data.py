@@ -82,6 +82,7 @@ def load(
     counts = partitions.label_counts(parts, train.labels, len(dataset.class_names))
     extra, synthetic_hash = _synthetic(config, dataset, bool(source), counts, seed, client_id or 0)
     image_bytes = counts.sum() * train.images[0].nbytes + sum(images.images.nbytes for images in extra)
+    image_bytes += held.images.nbytes  # which are always on the device
     where = placement.place(image_bytes, counts.sum() * source.bytes_per_sample() if source else 0, device)
     clients = [
         _client(train.take(part), images, source, index[part], where).to(device if where == "device" else "cpu")
