@@ -12,11 +12,16 @@ from typing import Any
 from pipeline.errors import PipelineError
 
 INDEX = "model_index.json"
-SUPPORTED = "Use Stable Diffusion 1, 2, XL or 3, PixArt or DiT; docs/models.md lists models."
+SUPPORTED = "Use Stable Diffusion 1, 2, XL or 3, FLUX.1, Sana, PixArt or DiT; docs/models.md lists models."
 
 _CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _T5 = ("T5EncoderModel",)
-_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast")
+_GEMMA = ("Gemma2Model",)
+_TOKENIZERS = (
+    "CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast", "GemmaTokenizer", "GemmaTokenizerFast",
+)  # fmt: skip
+_FLOW = ("SD3Transformer2DModel", "FluxTransformer2DModel", "SanaTransformer2DModel")
+"""Denoisers trained by flow matching."""
 _NORMS = {"ada_norm_single": "PixArtTransformer2DModel", "ada_norm_zero": "DiTTransformer2DModel"}
 _CHANNELS = {5: "depth to image", 7: "upscaling", 8: "image editing or depth", 9: "inpainting"}
 """The purpose of a UNet's additional input channels, in published models."""
@@ -31,6 +36,9 @@ class _Family:
     encoders: Mapping[str, tuple[str, ...]]
     """Text encoder -> the classes that are supported."""
     optional: tuple[str, ...] = ()
+    vae: str = "AutoencoderKL"
+    packed: int = 1
+    """How many of a latent's positions become the channels of one token before the denoiser."""
 
 
 _FAMILIES = {
@@ -40,6 +48,8 @@ _FAMILIES = {
     "SD3Transformer2DModel": _Family(
         "transformer", {"text_encoder": _CLIP, "text_encoder_2": _CLIP, "text_encoder_3": _T5}, ("text_encoder_3",)
     ),
+    "FluxTransformer2DModel": _Family("transformer", {"text_encoder": _CLIP, "text_encoder_2": _T5}, packed=4),
+    "SanaTransformer2DModel": _Family("transformer", {"text_encoder": _GEMMA}, vae="AutoencoderDC"),
 }
 _XL = _Family("unet", {"text_encoder": _CLIP, "text_encoder_2": _CLIP})
 
@@ -78,7 +88,12 @@ def identify(title: str, configs: Configs) -> str:
             f"{title} is a DiT without class names for its prompts (id2label in {INDEX}). Copy id2label from the "
             f"{INDEX} of the published model, as docs/models.md shows."
         )
-    _check_vae(title, found, config, configs.get("vae/config.json", {}))
+    if name == "SanaTransformer2DModel" and config.get("guidance_embeds"):
+        raise PipelineError(
+            f"{title} is a Sana that was distilled for few steps (guidance_embeds). Use the model that it is derived "
+            "from, such as Efficient-Large-Model/Sana_600M_512px_diffusers."
+        )
+    _check_vae(title, found, family, config, configs.get("vae/config.json", {}))
     _check_text(title, found, family)
     _check_widths(title, name, config, configs)
     _check_schedule(title, found, name, configs.get("scheduler/scheduler_config.json"))
@@ -123,11 +138,14 @@ def _check_unet(title: str, found: Mapping[str, str], config: Mapping[str, Any])
         )
 
 
-def _check_vae(title: str, found: Mapping[str, str], config: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
-    if found.get("vae") != "AutoencoderKL":
+def _check_vae(
+    title: str, found: Mapping[str, str], family: _Family, config: Mapping[str, Any], vae: Mapping[str, Any]
+) -> None:
+    if found.get("vae") != family.vae:
         has = f"a VAE of class {found['vae']}" if "vae" in found else "no VAE"
-        raise PipelineError(f"{title} has {has}, but needs an AutoencoderKL. {SUPPORTED}")
+        raise PipelineError(f"{title} has {has}, but needs an {family.vae}. {SUPPORTED}")
     given, wanted = vae.get("latent_channels"), config.get("in_channels")
+    given = given * family.packed if isinstance(given, int) else given
     if isinstance(given, int) and isinstance(wanted, int) and given != wanted:
         purpose = f", as a model for {_CHANNELS[wanted]}" if wanted in _CHANNELS else ""
         raise PipelineError(
@@ -169,6 +187,11 @@ def _check_widths(title: str, name: str, config: Mapping[str, Any], configs: Con
     elif name == "SD3Transformer2DModel":
         pooled = [width(part, "projection_dim") for part in ("text_encoder", "text_encoder_2")]
         pairs.append(("pooled_projection_dim", pooled))
+    elif name == "FluxTransformer2DModel":
+        pairs.append(("pooled_projection_dim", [width("text_encoder", "hidden_size")]))
+        pairs.append(("joint_attention_dim", [width("text_encoder_2", "d_model")]))
+    elif name == "SanaTransformer2DModel":
+        pairs.append(("caption_channels", [width("text_encoder", "hidden_size")]))
     for key, given in pairs:
         wanted = config.get(key)
         known = [number for number in given if isinstance(number, int)]
@@ -186,6 +209,6 @@ def _check_schedule(title: str, found: Mapping[str, str], name: str, schedule: M
         )
     kind = str(schedule.get("_class_name") or found.get("scheduler"))
     flow = kind.startswith("FlowMatch") or schedule.get("prediction_type") == "flow_prediction"
-    if flow != (name == "SD3Transformer2DModel"):
+    if flow != (name in _FLOW):
         trained = "flow matching" if flow else "diffusion"
         raise PipelineError(f"{title} is a {name} trained by {trained} ({kind}), which is not supported. {SUPPORTED}")

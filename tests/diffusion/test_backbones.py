@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines import DiffusionPipeline
+from diffusers.pipelines import DiffusionPipeline, FluxPipeline, SanaPipeline
 from safetensors.torch import load_file, save_file
 
 from pipeline.diffusion import backbones
@@ -78,18 +78,21 @@ def test_xl_without_its_tail_gives_identical_maps(models, latents, last):
 
 
 @pytest.mark.parametrize("latents", [32, 28, 14])
-@pytest.mark.parametrize("name", ["pixart", "dit", "sd3"])
+@pytest.mark.parametrize("name", ["pixart", "dit", "sd3", "sana", "flux", "flux single"])
 def test_transformer_without_its_tail_gives_identical_maps(models, name, latents):
-    layers = ["transformer_blocks.1", "transformer_blocks.3"]
+    layers = {
+        "flux": ["transformer_blocks.0", "transformer_blocks.2"],
+        "flux single": ["transformer_blocks.1", "single_transformer_blocks.1"],
+    }.get(name, ["transformer_blocks.1", "transformer_blocks.3"])
+    name = name.split()[0]
     backbone = backbones.load(models[name], layers, "cpu", torch.float32)
     conditioning = backbone.encode_prompts(PROMPTS.get(name, TEXTS)[:2])
-    noisy = torch.randn(
-        2, backbone._model.config.in_channels, latents, latents, generator=torch.Generator().manual_seed(0)
-    )
+    channels = backbone._vae.config.latent_channels
+    noisy = torch.randn(2, channels, latents, latents, generator=torch.Generator().manual_seed(0))
     expected = oracle(models[name], layers, noisy, 300, conditioning)
     for layer, maps in backbone.features(noisy, 300, conditioning).items():
         tokens = expected[layer]
-        side = latents // 2
+        side = latents if name == "sana" else latents // 2
         assert maps.shape == (2, 24, side, side)
         for row, column in [(0, 0), (0, side - 1), (side - 1, 0), (3, 5)]:
             assert torch.equal(maps[:, :, row, column], tokens[:, row * side + column])
@@ -100,6 +103,7 @@ def test_layers_and_channels_are_read_from_the_configuration(models, name):
     expected = {
         "sd": {"up_blocks.1": 24, "up_blocks.2": 16, "up_blocks.3": 16},
         "sdxl": {"up_blocks.0": 32, "up_blocks.1": 24, "up_blocks.2": 16},
+        "flux": {"transformer_blocks.1": 24, "transformer_blocks.2": 24, "single_transformer_blocks.0": 24},
     }.get(name, {f"transformer_blocks.{block}": 24 for block in (1, 2, 3)})  # ends of 2, 3 and 4 of 6 blocks
     assert backbones.layer_channels(models[name], "auto") == expected
     backbone = backbones.load(models[name], "auto", "cpu", torch.float32)
@@ -116,9 +120,8 @@ def test_prompts_change_the_features(models, name):
     backbone = backbones.load(models[name], "auto", "cpu", torch.float32)
     conditioning = backbone.encode_prompts(PROMPTS.get(name, TEXTS))
     assert conditioning.similarity.shape[0] == 3
-    noisy = torch.randn(1, backbone._model.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(0)).expand(
-        3, -1, -1, -1
-    )
+    channels = backbone._vae.config.latent_channels
+    noisy = torch.randn(1, channels, 8, 8, generator=torch.Generator().manual_seed(0)).expand(3, -1, -1, -1)
     for maps in backbone.features(noisy, 300, conditioning).values():
         assert not torch.allclose(maps[0], maps[1], atol=1e-6)
         assert not torch.allclose(maps[1], maps[2], atol=1e-6)
@@ -145,8 +148,9 @@ def test_v_prediction_gives_the_same_maps_as_epsilon_prediction(tmp_path):
     assert torch.equal(*found)
 
 
-def test_flow_matching_mixes_linearly(models):
-    backbone = backbones.load(models["sd3"], "auto", "cpu", torch.float32)
+@pytest.mark.parametrize("name", ["sd3", "flux", "sana"])
+def test_flow_matching_mixes_linearly(models, name):
+    backbone = backbones.load(models[name], "auto", "cpu", torch.float32)
     latents, noise = torch.full((1, 16, 2, 2), 2.0), torch.full((1, 16, 2, 2), -1.0)
     assert backbone.add_noise(latents, noise, 300).unique().item() == pytest.approx(0.7 * 2 - 0.3)
     schedule = FlowMatchEulerDiscreteScheduler(shift=1.0)  # unshifted, its 300 is the same mixture
@@ -290,6 +294,45 @@ def test_wrong_layers_and_models_are_rejected(models, tmp_path):
         backbone.features(torch.zeros(1, 16, 7, 7), 300, backbone.encode_prompts(["a"]))
     with pytest.raises(PipelineError, match="'a dog' is not one of their names"):
         backbones.load(models["dit"], "auto", "cpu", torch.float32).encode_prompts(["a dog"])
-    (tmp_path / "model_index.json").write_text('{"transformer": ["diffusers", "FluxTransformer2DModel"]}')
-    with pytest.raises(PipelineError, match="has an unsupported denoiser .FluxTransformer2DModel"):
+    (tmp_path / "model_index.json").write_text('{"transformer": ["diffusers", "QwenImageTransformer2DModel"]}')
+    with pytest.raises(PipelineError, match="has an unsupported denoiser .QwenImageTransformer2DModel"):
         backbones.family(tmp_path)
+
+
+def inputs_of(model, run):
+    """Return the tensors of the first call of a model during `run`, by argument; the first one is "first"."""
+    seen = {}
+
+    def keep(module, args, kwargs):
+        if not seen:
+            seen.update({name: value for name, value in kwargs.items() if torch.is_tensor(value)})
+            seen["first"] = args[0] if args else seen.pop("hidden_states")
+
+    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
+    run()
+    handle.remove()
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")  # of Sana's scheduler
+@pytest.mark.parametrize("name", ["flux", "schnell", "sana"])
+def test_transformer_gets_the_inputs_that_the_published_pipeline_gives_it(models, tmp_path, name):
+    path = tiny_models.flux(tmp_path / "m", guidance=False) if name == "schnell" else models[name]
+    kind = SanaPipeline if name == "sana" else FluxPipeline
+    side = 64  # pixels
+    own = {"complex_human_instruction": None, "guidance_scale": 1.0, "use_resolution_binning": False}
+    own = own if name == "sana" else {"max_sequence_length": 256 if name == "schnell" else 512}
+    pipe = kind.from_pretrained(path)
+    pipe.set_progress_bar_config(disable=True)
+    backbone = backbones.load(path, "auto", "cpu", torch.float32)
+    channels, height, width = backbone.latent_shape(side)
+    noisy = torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0))
+    latents = noisy if name == "sana" else kind._pack_latents(noisy, 1, channels, height, width)
+    size = {"height": side, "width": side, "num_inference_steps": 1, "latents": latents, "output_type": "latent"}
+    wanted = inputs_of(pipe.transformer, lambda: pipe("a photo of a cat", **size, **own))
+    timestep = round(wanted["timestep"].item() * (1 if name == "sana" else 1000))
+    conditioning = backbone.encode_prompts(["a photo of a cat"])
+    found = inputs_of(backbone._model, lambda: backbone.features(noisy, timestep, conditioning))
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert torch.allclose(found[key].float(), value.float(), atol=1e-5), key

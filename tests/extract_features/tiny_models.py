@@ -4,14 +4,17 @@ import json
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DDIMScheduler,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
     PixArtTransformer2DModel,
     PNDMScheduler,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
@@ -22,6 +25,9 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -189,4 +195,78 @@ def sd3(path, t5=True):
     )
 
 
-FAMILIES = {"sd": sd, "sdxl": sdxl, "pixart": pixart, "dit": dit, "sd3": sd3}
+def flux(path, guidance=True, **config):
+    return save(
+        path,
+        transformer=lambda: FluxTransformer2DModel(
+            **{"in_channels": 64, **config},
+            num_layers=3,
+            num_single_layers=3,
+            attention_head_dim=12,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            pooled_projection_dim=16,
+            guidance_embeds=guidance,
+            axes_dims_rope=(4, 4, 4),
+        ),  # fmt: skip
+        vae=lambda: vae(16, shift_factor=0.1159, scaling_factor=0.3611, use_quant_conv=False),
+        text_encoder=clip_text,
+        text_encoder_2=lambda: t5_text(24),
+        tokenizer=clip_tokenizer,
+        tokenizer_2=t5_tokenizer,
+        scheduler=lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def gemma_tokenizer():
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"abcdefghijklmnopqrstuvwxyz0123456789"]
+    return GemmaTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
+
+
+def gemma_text(width=16):
+    return Gemma2Model(
+        Gemma2Config(
+            vocab_size=64, hidden_size=width, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=8, max_position_embeddings=512,
+        )
+    )  # fmt: skip
+
+
+def sana(path, **config):
+    return save(
+        path,
+        transformer=lambda: SanaTransformer2DModel(
+            in_channels=8,
+            out_channels=8,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            num_layers=6,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=12,
+            cross_attention_dim=24,
+            caption_channels=16,
+            sample_size=8,
+            **config,
+        ),  # fmt: skip
+        vae=lambda: AutoencoderDC(
+            latent_channels=8,
+            attention_head_dim=4,
+            encoder_block_types="ResBlock",
+            decoder_block_types="ResBlock",
+            encoder_block_out_channels=(8, 8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8, 8),
+            encoder_layers_per_block=(1,) * 4,
+            decoder_layers_per_block=(1,) * 4,
+            encoder_qkv_multiscales=((),) * 4,
+            decoder_qkv_multiscales=((),) * 4,
+            scaling_factor=0.41407,
+        ),  # fmt: skip
+        text_encoder=gemma_text,
+        tokenizer=gemma_tokenizer,
+        scheduler=lambda: DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    )
+
+
+FAMILIES = {"sd": sd, "sdxl": sdxl, "pixart": pixart, "dit": dit, "sd3": sd3, "flux": flux, "sana": sana}

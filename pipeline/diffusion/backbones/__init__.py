@@ -5,7 +5,9 @@ unet.py      Stable Diffusion 1.x, 2.x and XL, and any other text-conditioned UN
 pixart.py    PixArt: a transformer with cross-attention to T5
 dit.py       DiT: a transformer conditioned on ImageNet's classes
 sd3.py       Stable Diffusion 3: a joint text and image transformer, flow matching
-text.py      CLIP and T5 text encoders
+flux.py      FLUX.1: the same with packed latents
+sana.py      Sana: linear attention, latents of a 32nd of the image's side, flow matching
+text.py      CLIP, T5 and Gemma text encoders
 """
 
 import json
@@ -18,9 +20,11 @@ import torch
 import transformers
 
 from pipeline.diffusion import families
-from pipeline.diffusion.backbones.base import Backbone, Conditioning
+from pipeline.diffusion.backbones.base import Backbone, Conditioning, vae_halvings
 from pipeline.diffusion.backbones.dit import DiTBackbone
+from pipeline.diffusion.backbones.flux import FluxBackbone
 from pipeline.diffusion.backbones.pixart import PixArtBackbone
+from pipeline.diffusion.backbones.sana import SanaBackbone
 from pipeline.diffusion.backbones.sd3 import StableDiffusion3Backbone
 from pipeline.diffusion.backbones.unet import UNetBackbone
 from pipeline.errors import PipelineError
@@ -39,6 +43,8 @@ _FAMILIES: dict[str, type[Backbone]] = {
     "PixArtTransformer2DModel": PixArtBackbone,
     "DiTTransformer2DModel": DiTBackbone,
     "SD3Transformer2DModel": StableDiffusion3Backbone,
+    "FluxTransformer2DModel": FluxBackbone,
+    "SanaTransformer2DModel": SanaBackbone,
 }
 
 
@@ -84,9 +90,9 @@ def check_image_size(path: Path, image_size: int) -> None:
 
     Raise PipelineError if they are too small for the VAE, or the latents do not fill a transformer's patches.
     """
-    halvings = len(_json(path / "vae" / "config.json").get("block_out_channels", [0])) - 1
+    halvings = vae_halvings(_json(path / "vae" / "config.json"))
     side, denoiser = image_size >> halvings, family(path)
-    patch = _json(path / denoiser.component / "config.json").get("patch_size", 1)
+    patch = denoiser.patch_size(_json(path / denoiser.component / "config.json"))
     if side == 0 or side % patch:
         raise PipelineError(
             f"extract_features.image_size = {image_size} does not fit {path.name}. Set a multiple of "

@@ -7,7 +7,7 @@ noise or velocity, because only its inner maps are read. Nothing past the last r
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -46,6 +46,7 @@ class Backbone:
     component: ClassVar[str]
     """The denoiser's folder."""
     model_class: ClassVar[Any]
+    vae_class: ClassVar[Any] = AutoencoderKL
     channels: dict[str, int]
     """Layer name -> number of channels C_l, in the order asked for."""
 
@@ -55,7 +56,7 @@ class Backbone:
         self.channels = self.layer_channels(path, layers)
         self._vae_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # XL's VAE overflows float16
         self._model = load_part(self.model_class, path / self.component, device)
-        self._vae = load_part(AutoencoderKL, path / "vae", device)
+        self._vae = load_part(self.vae_class, path / "vae", device)
         self._vae.decoder = nn.Identity()  # never used: its memory is better spent on batches
         self._maps = threading.local()  # batches may be computed side by side
         for layer in self.channels:
@@ -86,9 +87,14 @@ class Backbone:
                 )
         return {layer: known[layer] for layer in wanted}
 
+    @classmethod
+    def patch_size(cls, config: dict[str, Any]) -> int:
+        """Return the side of the patches of latents that become tokens, from the denoiser's configuration."""
+        return config.get("patch_size", 1)
+
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """Return the shape (C, h, w) of the latent of an image."""
-        side = image_size >> (len(self._vae.config.block_out_channels) - 1)
+        side = image_size >> vae_halvings(self._vae.config)
         return self._vae.config.latent_channels, side, side
 
     @torch.inference_mode()
@@ -107,8 +113,8 @@ class Backbone:
             pixels = functional.interpolate(pixels, (image_size, image_size), mode="bicubic", antialias=True)
             pixels = pixels.clamp(-1, 1)
         pixels = pixels.to(self._vae_dtype, memory_format=torch.channels_last)
-        mean = self._vae.encode(pixels).latent_dist.mean.float()
-        return (mean - (self._vae.config.shift_factor or 0)) * self._vae.config.scaling_factor
+        mean = self._encode(pixels).float()
+        return (mean - (self._vae.config.get("shift_factor") or 0)) * self._vae.config.scaling_factor
 
     def add_noise(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
         """Return sqrt(alpha_bar_t) * latents + sqrt(1 - alpha_bar_t) * noise (Ho et al., NeurIPS 2020, eq. 4)."""
@@ -164,6 +170,10 @@ class Backbone:
         """Return all layers with their channels, in order, and the names of those that "auto" selects."""
         raise NotImplementedError
 
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """Return the mean of the VAE's posterior of pixels (B, 3, H, W) in [-1, 1]."""
+        return self._vae.encode(pixels).latent_dist.mean
+
     def _denoise(self, noisy: Tensor, timestep: int, conditioning: dict[str, Tensor]) -> None:
         """Call the denoiser."""
         raise NotImplementedError
@@ -198,14 +208,18 @@ class TokenBackbone(Backbone):
     @classmethod
     def _known_layers(cls, config: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
         """Return the blocks; "auto" is the last of the first third, half and two thirds: the paper names none."""
-        depth, channels = config["num_layers"], config["num_attention_heads"] * config["attention_head_dim"]
-        ends = sorted({max(0, round(depth * share) - 1) for share in (1 / 3, 1 / 2, 2 / 3)})
-        known = {f"transformer_blocks.{block}": channels for block in range(depth)}
-        return known, [f"transformer_blocks.{block}" for block in ends]
+        blocks, channels = cls._blocks(config), config["num_attention_heads"] * config["attention_head_dim"]
+        ends = sorted({max(0, round(len(blocks) * share) - 1) for share in (1 / 3, 1 / 2, 2 / 3)})
+        return dict.fromkeys(blocks, channels), [blocks[end] for end in ends]
+
+    @classmethod
+    def _blocks(cls, config: dict[str, Any]) -> list[str]:
+        """Return the names of all blocks in order."""
+        return [f"transformer_blocks.{block}" for block in range(config["num_layers"])]
 
     def features(self, noisy: Tensor, timestep: int, conditioning: Conditioning) -> dict[str, Tensor]:
         """Run one pass of the denoiser; patches must fill the latents, else PipelineError. See `Backbone.features`."""
-        patch = self._model.config.patch_size
+        patch = self.patch_size(self._model.config)
         height, width = noisy.shape[-2:]
         if height % patch or width % patch:
             raise PipelineError(
@@ -222,6 +236,21 @@ class TokenBackbone(Backbone):
         """Cut off later blocks: a transformer's forward does not depend on how many there are."""
         last = max(int(layer.split(".")[1]) for layer in self.channels)
         self._model.transformer_blocks = self._model.transformer_blocks[: last + 1]
+
+
+class FlowTokenBackbone(TokenBackbone):
+    """A transformer trained by flow matching (Lipman et al., ICLR 2023), whose noising is linear."""
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
+        """Return (1 - sigma) * latents + sigma * noise, sigma = timestep / the length of the schedule."""
+        schedule = DDIMScheduler.load_config(self.path / "scheduler")
+        sigma = timestep / schedule.get("num_train_timesteps", 1000)
+        return (1 - sigma) * latents + sigma * noise
+
+
+def vae_halvings(config: Mapping[str, Any]) -> int:
+    """Return how many times a VAE of this configuration halves the side of an image."""
+    return len(config.get("block_out_channels") or config.get("encoder_block_out_channels") or [0]) - 1
 
 
 def load_part(model_class: Any, path: Path, device: str) -> Any:

@@ -9,7 +9,7 @@ from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
 from pipeline.diffusion.backbones.base import Conditioning, TokenBackbone
-from pipeline.diffusion.backbones.text import T5Encoder, encode
+from pipeline.diffusion.backbones.text import T5Encoder, encode, masked_mean
 
 _TEXT_LENGTH = 120  # PixArt-alpha's; Sigma was trained with up to 300, which short prompts do not need
 
@@ -26,7 +26,7 @@ class PixArtBackbone(TokenBackbone):
         return Conditioning(tensors, tensors.pop("similarity").cpu())
 
     def _tensors(self, states: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (B, E)
+        mean = masked_mean(states, mask)
         return {"encoder_hidden_states": states.to(self.dtype), "encoder_attention_mask": mask, "similarity": mean}
 
     def _denoise(self, noisy: Tensor, timestep: int, conditioning: dict[str, Tensor]) -> None:

@@ -8,17 +8,17 @@ Diffusion 1's schedule. The `shift` determines which sigmas a sampler visits and
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import SD3Transformer2DModel
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.diffusion.backbones.base import Conditioning, TokenBackbone
+from pipeline.diffusion.backbones.base import Conditioning, FlowTokenBackbone
 from pipeline.diffusion.backbones.text import ClipEncoder, T5Encoder, clip_tensors, encode
 
 _T5_LENGTH = 256
 
 
-class StableDiffusion3Backbone(TokenBackbone):
+class StableDiffusion3Backbone(FlowTokenBackbone):
     """An SD3Transformer2DModel with two CLIP text encoders and, where the directory has it, T5."""
 
     model_class = SD3Transformer2DModel
@@ -41,12 +41,6 @@ class StableDiffusion3Backbone(TokenBackbone):
         states = torch.cat([functional.pad(clip, (0, width - clip.shape[-1])), t5], dim=1)
         tensors = {"encoder_hidden_states": states, "pooled_projections": joined["pooled"]}
         return Conditioning(tensors, joined["similarity"].cpu())
-
-    def add_noise(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
-        """Return (1 - sigma) * latents + sigma * noise, sigma = timestep / 1000."""
-        schedule = FlowMatchEulerDiscreteScheduler.load_config(self.path / "scheduler")
-        sigma = timestep / schedule["num_train_timesteps"]
-        return (1 - sigma) * latents + sigma * noise
 
     def _denoise(self, noisy: Tensor, timestep: int, conditioning: dict[str, Tensor]) -> None:
         timesteps = torch.full((len(noisy),), timestep, device=noisy.device)

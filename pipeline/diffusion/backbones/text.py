@@ -12,7 +12,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Gemma2Model,
+    GemmaTokenizer,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from pipeline.diffusion.backbones.base import load_part
 from pipeline.errors import PipelineError
@@ -75,6 +83,27 @@ class T5Encoder:
         tokens = self.tokens(prompts)
         mask = tokens.attention_mask.to(self._device)
         out = self._encoder(tokens.input_ids.to(self._device), attention_mask=mask if self._masked else None)
+        return out.last_hidden_state.float(), mask
+
+
+class GemmaEncoder:
+    """Gemma, as Sana uses it; its second tensor is the mask of tokens, int64 (B, T)."""
+
+    def __init__(self, path: Path, length: int, device: str, dtype: torch.dtype) -> None:
+        """Load the text encoder of a diffusers folder; prompts are padded on the right, or cut, to `length` tokens."""
+        part = path / "text_encoder"
+        tokenizer = _tokenizer(GemmaTokenizer, path / "tokenizer")
+        tokenizer.padding_side = "right"
+        self.tokens = Tokens(tokenizer, length, part.name)
+        computing = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # float16 overflows Gemma
+        self._encoder = load_part(Gemma2Model, part, device).to(device, computing).eval()
+        self._device = device
+
+    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """See `TextEncoder`."""
+        tokens = self.tokens(prompts)
+        mask = tokens.attention_mask.to(self._device)
+        out = self._encoder(tokens.input_ids.to(self._device), attention_mask=mask)
         return out.last_hidden_state.float(), mask
 
 
@@ -154,6 +183,11 @@ def encode(
 def clip_tensors(dtype: torch.dtype) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
     """Return `tensors` of `encode` for CLIP: states and pooled are rounded to `dtype` before they are averaged."""
     return lambda states, pooled: {"states": states.to(dtype), "pooled": pooled.to(dtype), "similarity": pooled.float()}
+
+
+def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean (B, E) of token states (B, T, E) over the tokens that the mask (B, T) keeps."""
+    return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
 def _average(group: Tensor) -> Tensor:
