@@ -10,13 +10,16 @@ import sys
 import time
 
 import pytest
+import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
+from pipeline.diffusion import backbones
 from pipeline.errors import PipelineError
 from pipeline.settings import config
 from stages.prepare_backbone import run
 from tests.conftest import REPOSITORY, write_params
+from tests.extract_features import tiny_models
 from tests.prepare_backbone.hub_server import COMMIT, digests
 from tests.prepare_backbone.test_tiny_sd import SHIPPED
 
@@ -245,6 +248,41 @@ def test_unet_with_other_inputs_is_rejected(tmp_path, hub, model, part, changes,
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(PipelineError, match=message):
         prepare(tmp_path)
+    assert hub.weights() == []
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [("flux", ["transformer_blocks.1", "single_transformer_blocks.0"]), ("sana", ["transformer_blocks.3"])],
+)
+def test_newer_families_come_from_the_hub_and_are_loaded(tmp_path, hub, family, layers):
+    published = tiny_models.FAMILIES[family](hub.root / "org" / family)
+    manifest, folder = prepare(tmp_path, f"org/{family}")
+    parts = {file.parent.name for file in published.rglob("*.safetensors")}
+    assert {name.split("/")[0] for name in manifest["files"] if name.endswith(".safetensors")} == parts
+    backbone = backbones.load(folder, layers, "cpu", torch.float32)
+    conditioning = backbone.encode_prompts(["a cat"])
+    noisy = torch.zeros(1, *backbone.latent_shape(64))
+    assert list(backbone.features(noisy, 300, conditioning)) == layers
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("flux", {"in_channels": 128}, "takes 128 channels, but the VAE gives 64"),  # Control: the image beside it
+        ("flux", {"joint_attention_dim": 32}, "joint_attention_dim 32, but its text encoders give 24"),
+        ("flux", {"pooled_projection_dim": 32}, "pooled_projection_dim 32, but its text encoders give 16"),
+        ("sana", {"guidance_embeds": True}, "a Sana that was distilled for few steps"),
+        ("sana", {"caption_channels": 32}, "caption_channels 32, but its text encoders give 16"),
+        ("sana", {"in_channels": 16}, "takes 16 channels, but the VAE gives 8"),
+    ],
+)
+def test_transformer_with_other_inputs_is_rejected(tmp_path, hub, family, changes, message):
+    published = tiny_models.FAMILIES[family](hub.root / "org" / family)
+    file = published / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(PipelineError, match=message):
+        prepare(tmp_path, f"org/{family}")
     assert hub.weights() == []
 
 
