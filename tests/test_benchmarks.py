@@ -1,7 +1,9 @@
 """The benchmarks run, at sizes too small to measure anything."""
 
 import importlib
+import io
 import json
+import tarfile
 
 import pytest
 from click.testing import CliRunner
@@ -9,6 +11,7 @@ from click.testing import CliRunner
 from pipeline.errors import PipelineError
 from stages.train_fl import run
 from tests.conftest import REPOSITORY
+from tests.prepare_backbone.guides import write_corpus
 from tests.train_fl import tiny_project
 
 
@@ -46,6 +49,25 @@ def test_reproduction_table_holds_only_runs_of_the_current_settings(benchmark, t
         reproduction.put(page, "y", "new")
     with pytest.raises(PipelineError, match="train_fl.num_rounds 1, but params.yaml has 2"):
         reproduction.make_table(tiny_project.make(tmp_path, train_fl__num_rounds=2, **sweep))
+
+
+def test_guide_benchmark_trains_on_one_half_and_measures_on_the_other(benchmark, tmp_path):
+    for split in ("train", "test"):
+        write_corpus(tmp_path / "cifar10" / split, 8, seed=ord(split[1]))
+    words = [str(tmp_path / "cifar10"), str(tmp_path / "out"), "--results", str(tmp_path / "results"), "--size", "nano",
+             "--minutes", "0.01", "--batch-size", "4", "--device", "cpu", "--timesteps", "100"]  # fmt: skip
+    result = CliRunner().invoke(benchmark("cifar_guide").main, words, catch_exceptions=False)
+    found = json.loads((tmp_path / "results" / "result.json").read_text())
+    assert result.output.splitlines()[-1] == json.dumps(found)
+    assert found["images"] == {"public": 8, "private": 8} and found["denoiser"]["steps"] >= 1
+    halves = [
+        {file.read_bytes() for file in (tmp_path / "out" / name).rglob("*.png")} for name in ("public", "private")
+    ]
+    assert not halves[0] & halves[1] and len(halves[1]) == 8 + 16  # half of the training images, all test images
+    assert set(found["private"]) == {"100"} and 0 <= found["private"]["100"]["probe"] <= 1
+    archive = b"".join(part.read_bytes() for part in sorted((tmp_path / "results").glob("weights.tar.*")))
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        assert "model/unet/diffusion_pytorch_model.safetensors" in tar.getnames()
 
 
 def test_every_table_preset_has_a_place_on_the_reproduction_page():
