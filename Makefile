@@ -6,7 +6,7 @@ JOBS ?= 2
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro sweep test test-faults gpu-check lint format docs lock audit gallery federation-demo clean
+.PHONY: help setup repro test test-faults gpu-check lint format docs lock audit gallery federation-demo clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,13 +19,11 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint requirements.lock --editable '.[dev]'
 	touch $@
 
-repro: $(STAMP)  ## Run the whole pipeline: data, features, training, report
-	$(BIN)/dvc repro
-
-sweep: $(STAMP)  ## Run the whole pipeline with JOBS (2) training runs at a time
+repro: $(STAMP)  ## Run the whole pipeline: data, features, JOBS (2) training runs at a time, report
 	$(BIN)/dvc repro extract-features synthesize
-	changed=$$($(BIN)/dvc status train-fl) && echo "$$changed" | grep -o '^train-fl@[^:]*' | \
-	  xargs -P $(JOBS) -I RUN $(BIN)/dvc --wait-for-lock repro --single-item RUN
+	cores=$$($(PYTHON) -c 'import os; print(max(1, os.cpu_count() // $(JOBS)))') && \
+	  changed=$$($(BIN)/dvc status train-fl) && echo "$$changed" | grep -o '^train-fl@[^:]*' | \
+	  LOKY_MAX_CPU_COUNT=$$cores xargs -P $(JOBS) -I RUN $(BIN)/dvc --wait-for-lock repro --single-item RUN
 	$(BIN)/dvc repro
 
 test: $(STAMP)  ## Run the tests in parallel, in up to eight processes

@@ -402,7 +402,7 @@ class Runtime(Section):
         description="train-fl: clients trained side by side; on a CPU in processes of one thread, auto: one per core; "
         "on a GPU in streams, auto: 4"
     )
-    cuda_graphs: bool = Field(True, description="train-fl: replay training steps on a GPU as CUDA graphs")
+    cuda_graphs: bool = Field(description="train-fl: replay training steps on a GPU as CUDA graphs")
     channels_last: bool = Field(description="train-fl: channels-last memory format, faster on CPUs and GPUs")
     checkpoint_every: int = Field(ge=1, description="train-fl: rounds between checkpoints")
     guide_checkpoint_minutes: float = Field(
