@@ -26,9 +26,15 @@ def resolve(name: str, setting: str = "runtime.device") -> str:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"{setting} = {name}: this machine has no usable CUDA GPU. Use auto or cpu.")
     local_rank = os.environ.get("LOCAL_RANK")
-    if name != "cuda" or local_rank is None:
+    if name.startswith("cuda:"):
+        local_rank = name.removeprefix("cuda:")
+        if int(local_rank) >= torch.cuda.device_count():
+            raise ConfigError(
+                f"{setting} = {name}: this machine has {torch.cuda.device_count()} GPUs. Use a lower one."
+            )
+    elif name != "cuda" or local_rank is None:
         return name
-    if torch.cuda.device_count() == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):
+    elif torch.cuda.device_count() == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):
         local_rank = "0"  # as under Slurm, each process sees only its own GPU
     if int(local_rank) >= torch.cuda.device_count():
         raise ConfigError(

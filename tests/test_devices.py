@@ -30,7 +30,9 @@ def test_a_process_uses_the_gpu_of_its_rank(machine):
     chosen = machine(4, 2)
     assert devices.resolve("auto") == devices.resolve("cuda") == "cuda:2"
     assert chosen == [2, 2]  # so that no context is opened on the first GPU
-    assert devices.resolve("cuda:1") == "cuda:1"
+    assert devices.resolve("cuda:1") == "cuda:1" and chosen[-1] == 1
+    with pytest.raises(ConfigError, match="runtime.device = cuda:4: this machine has 4 GPUs"):
+        devices.resolve("cuda:4")
 
 
 def test_more_processes_than_gpus_are_rejected(machine):

@@ -584,3 +584,14 @@ def test_row_bytes_match_the_size_of_a_shard(original):
     with h5py.File(original / "shard-00000.h5") as h5:
         stored = sum(h5[name].nbytes for name in h5)
     assert content().row_bytes * PER_SHARD == stored == PER_SHARD * (2 * D * (1 + P) + 2 * P + 8 + 8 + 4)
+
+
+def test_processes_of_a_set_agree_on_the_first_batch_size_of_their_hardware(tmp_path):
+    first, second = open_writer(tmp_path), open_writer(tmp_path)
+    assert first.agree_on_batch(lambda: 256) == 256
+    assert second.agree_on_batch(lambda: pytest.fail("measured again")) == 256
+    second._hardware = "another GPU"
+    assert second.agree_on_batch(lambda: 64) == 64
+    assert first.agree_on_batch(lambda: pytest.fail("forgotten")) == 256
+    (first.path / "batch.json").write_text('{"a processor": "many"}')
+    assert first.agree_on_batch(lambda: 32) == 32  # unusable: measured again

@@ -116,7 +116,8 @@ class _Main(click.Group):
             if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # torch's, of a GPU
                 raise
             where = "memory" if isinstance(error, MemoryError) else "GPU memory"
-            advice = "Completed work is kept; free some memory or lower a batch size, and run again."
+            smaller = "a batch size" if isinstance(error, MemoryError) else "a batch size or runtime.workers"
+            advice = f"Completed work is kept; free some memory or lower {smaller}, and run again."
             raise click.ClickException(f"Out of {where}. {advice}") from None
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of the output is gone; click exits silently

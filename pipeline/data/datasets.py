@@ -129,14 +129,22 @@ class PreparedDataset:
     def file_hashes(self, split: SplitName) -> np.ndarray | None:
         """Return the hashes of the images' files, uint64 (N,); None if they have none, or an older version prepared it.
 
-        The split's own hash does not cover them, because the features do not depend on them.
+        The split's own hash does not cover them, because the features do not depend on them. Raise DataError if they
+        are not one number per image, or the file is damaged.
         """
         file = self.path / f"{split}.h5"
-        with open_to_read(file) as h5:
-            if "files" not in h5:
-                return None
-            plain_dataset(h5, "files", file)
-            return h5["files"][()]
+        try:
+            with open_to_read(file) as h5:
+                if "files" not in h5:
+                    return None
+                plain_dataset(h5, "files", file)
+                hashes = h5["files"][()]
+        except (OSError, KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
+            check_not_written(file)
+            raise DataError(f"{file} is truncated or corrupt ({in_words(error)}). {_PREPARE_AGAIN}") from None
+        if hashes.dtype != np.uint64 or hashes.shape != (self.rows(split),):
+            raise DataError(f"{file} does not hold one file hash per image. {_PREPARE_AGAIN}")
+        return hashes
 
     def _matches_manifest(self, split: SplitName, content: Images) -> bool:
         entry, size = self.manifest.splits[split], self.image_size

@@ -187,6 +187,10 @@ def reproducible(device: str, dtype: torch.dtype) -> Iterator[None]:
         with threads.single():
             yield
     else:
-        tf32 = dtype != torch.float32
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32):
-            yield
+        tf32, products = dtype != torch.float32, torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = False  # a training in this process may have allowed it
+        try:
+            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32):
+                yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = products

@@ -1,10 +1,11 @@
 """Keep a network's maps in the channels-last layout on a GPU, where its convolutions compute.
 
 torch's GroupNorm computes only in the other layout: it copies its input there, and the next convolution copies it back.
-The same happens behind every transformer block. These copies are almost half of a pass of Stable Diffusion in bfloat16
-(docs/speed.md). `adapt` replaces both by code that reads and writes channels-last maps.
+The same happens behind every transformer block. Without these copies, stage 1 with Stable Diffusion 2.1 in bfloat16 is
+1.37 times as fast (docs/gpu.md). `adapt` replaces both by code that reads and writes channels-last maps.
 """
 
+import contextlib
 import functools
 from typing import Any, Self
 
@@ -63,7 +64,9 @@ def group_norm(maps: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps:
     grid = (-(-channels // _CHANNELS), chunks, samples)
     sums = torch.empty(2, samples, chunks, channels, device=maps.device)
     tile = {"chunk": chunk, "block_rows": _ROWS, "block_channels": _CHANNELS}
-    kernels.sums[grid](maps, sums, positions, channels, samples, **tile)
+    on_device = torch.cuda.device(maps.device) if maps.is_cuda else contextlib.nullcontext()  # Triton uses the current
+    with on_device:
+        kernels.sums[grid](maps, sums, positions, channels, samples, **tile)
     first, second = sums.sum(2)  # (B, C): of the differences from the first position, and of their squares
     means = maps[:, :, 0, 0].float() + first / positions
     squares = second - first.square() / positions
@@ -74,7 +77,8 @@ def group_norm(maps: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps:
     scale = (weight.float().view(num_groups, -1) * (variance + eps).rsqrt()).contiguous()  # (B, G, C / G)
     shift = (bias.float().view(num_groups, -1) - mean * scale).contiguous()
     normalised = torch.empty_like(maps)  # keeps the layout
-    kernels.scale[grid](maps, normalised, scale, shift, positions, channels, **tile)
+    with on_device:
+        kernels.scale[grid](maps, normalised, scale, shift, positions, channels, **tile)
     return normalised
 
 

@@ -139,16 +139,17 @@ class FeatureSetWriter:
             yield held
 
     def agree_on_batch(self, measure: Callable[[], int], check: Callable[[], None] = lambda: None) -> int:
-        """Return the batch size that the first process of this set measured, so that all use the same kernels."""
+        """Return the batch size that the set's first process on this kind of GPU measured, so that kernels agree."""
         file = self.path / "batch.json"
         with self.lock("batch", check=check):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            sizes: dict[str, int] = {}
+            with contextlib.suppress(OSError, ValueError):
                 found = json.loads(file.read_bytes())
-                if found["hardware"] == self._hardware:
-                    return int(found["batch_size"])
-            size = measure()
-            atomic.write_json(file, {"batch_size": size, "hardware": self._hardware})
-            return size
+                sizes = {str(name): size for name, size in dict(found).items() if isinstance(size, int) and size > 0}
+            if self._hardware not in sizes:
+                sizes[self._hardware] = measure()
+                atomic.write_json(file, sizes)
+            return sizes[self._hardware]
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:

@@ -101,9 +101,10 @@ class PrepareBackbone(Section):
         description="weights to use if a model has both full and fp16 ones: none is full, fp16 is half the size; "
         "auto is fp16 from the hub if extract_features.dtype has 16 bits, else full; or the only ones that exist"
     )
-    corpus: str | None = Field(
+    corpus: str = Field(
         min_length=1,
-        description="train only: folder of public images, as <class>/<image>; an absolute path, or one in the project",
+        description="train only, else data/corpus/none: folder of public images, as <class>/<image>; an absolute path, "
+        "or one in the project",
     )
     training: GuideTraining = Field(description="train only: the model and its training; {} for the defaults")
 

@@ -15,7 +15,9 @@ import torch
 from pipeline import devices, provenance
 from pipeline.data import datasets
 from pipeline.data.datasets import Images, PreparedDataset, Source
-from pipeline.diffusion import frozen_model
+from pipeline.diffusion import frozen_model, seen_images
+from pipeline.diffusion.frozen_model import TrainingRecord
+from pipeline.errors import ConfigError
 from pipeline.io import atomic, locks
 from pipeline.io.resumable import ResumableStore
 from pipeline.progress import track
@@ -28,6 +30,7 @@ def run(config: Config) -> Path:
     """Generate images of the prepared data set's classes, and return their folder.
 
     Raises:
+        ConfigError: The model was trained on images of the data set.
         PipelineError: The data set or the model is missing or changed.
     """
     params, target = config.params.synthesize, config.synthetic_dir
@@ -38,7 +41,10 @@ def run(config: Config) -> Path:
         _write_names(config, "no generated images")
         return target
     dataset = PreparedDataset(config.dataset_dir)
-    weights = frozen_model.read_checked(config.backbone_manifest, config.backbone_dir).files
+    backbone_manifest = frozen_model.read_checked(config.backbone_manifest, config.backbone_dir)
+    if backbone_manifest.training and not config.params.train_fl.allow_seen_images:
+        _refuse_seen_images(dataset, backbone_manifest.name, backbone_manifest.training)
+    weights = backbone_manifest.files
     content = {"params": params.model_dump(), "weights": weights, "classes": dataset.class_names}
     key = provenance.fingerprint(content | {"image_size": dataset.image_size})[:16]
     store = ResumableStore(config.state_dir / "synthesize" / key)
@@ -53,6 +59,15 @@ def run(config: Config) -> Path:
         store.remove()
     log.info("%s: %d images of each of %d classes", target, params.images_per_class, len(classes))
     return target
+
+
+def _refuse_seen_images(dataset: PreparedDataset, name: str, training: TrainingRecord) -> None:
+    """Raise ConfigError if the model was trained on images of the data set, which it may have memorised."""
+    if seen := seen_images.count(dataset, training):
+        raise ConfigError(
+            f"{name} was trained on {seen} of the images of {dataset.path}, and may generate them again. Train it on "
+            "other images, or set train_fl.allow_seen_images to true and say so with the results."
+        )
 
 
 def _write_names(config: Config, text: str) -> None:

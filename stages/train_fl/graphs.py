@@ -27,23 +27,6 @@ _capturing = threading.Lock()
 
 
 @contextlib.contextmanager
-def capturable_stream(device: torch.device) -> Iterator[None]:
-    """Run the block on a stream that can be captured: the current one, unless it is the default stream.
-
-    Work queued before and after the block is ordered with it.
-    """
-    outer = torch.cuda.current_stream(device)
-    if outer != torch.cuda.default_stream(device):
-        yield
-        return
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(outer)
-    with torch.cuda.stream(stream):
-        yield
-    outer.wait_stream(stream)
-
-
-@contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
     was_enabled = gc.isenabled()
     gc.disable()
@@ -60,10 +43,27 @@ class Graphs:
     def __init__(self) -> None:
         """Start without a graph."""
         self._last: torch.cuda.CUDAGraph | None = None  # kept, because the pool lives as long as one of its graphs
+        self._stream: torch.cuda.Stream | None = None  # always the same, because memory is reused only within a stream
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return new graphs: a copied network has tensors of its own."""
         return type(self)()
+
+    @contextlib.contextmanager
+    def capturable_stream(self, device: torch.device) -> Iterator[None]:
+        """Run the block on a stream that can be captured: the current one, unless it is the default stream.
+
+        Work queued before and after the block is ordered with it.
+        """
+        outer = torch.cuda.current_stream(device)
+        if outer != torch.cuda.default_stream(device):
+            yield
+            return
+        self._stream = self._stream or torch.cuda.Stream(device)
+        self._stream.wait_stream(outer)
+        with torch.cuda.stream(self._stream):
+            yield
+        outer.wait_stream(self._stream)
 
     def capture(self, step: Callable[[RawBatch], None], example: RawBatch) -> Callable[[RawBatch], None]:
         """Capture `step` without running it, and return a function that runs it on a batch of the example's shapes."""
@@ -81,7 +81,8 @@ class Graphs:
             except RuntimeError as error:
                 reason = str(error).strip().splitlines()[0]
                 problem = f"a training step cannot be captured as a CUDA graph ({reason})"
-                raise PipelineError(f"{problem}. Set runtime.cuda_graphs to false.") from error
+                remedy = "Set runtime.cuda_graphs to false, or capturable = False in the method's class"
+                raise PipelineError(f"{problem}. {remedy}.") from error
             finally:
                 with contextlib.suppress(RuntimeError):  # of a capture that failed
                     graph.capture_end()

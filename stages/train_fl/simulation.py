@@ -90,8 +90,8 @@ def simulate(
         held_out: Samples to evaluate on after every round.
         seed: Seed of the initial weights, client sampling and batches.
         device: "auto", "cpu" or "cuda".
-        num_workers: How many clients to train side by side on a CPU, each in a process with one thread; "auto": as many
-            as cores. It does not affect results.
+        num_workers: How many clients to train side by side, on a CPU each in a process with one thread, on a GPU each
+            in a stream; "auto": as many as cores, or four. It does not affect results.
         **settings: Settings of `train_fl` that differ from `DEFAULTS`, for example num_rounds or learning_rate.
 
     Returns:

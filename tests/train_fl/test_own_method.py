@@ -84,3 +84,8 @@ def test_graphs_are_not_inherited_either(half_step):
     mine = methods.build(config.load(PARAMS_YAML, {"methods.mine": ENTRY}).params.methods["mine"], model, 0.9, 0.0, 1)
     assert mine.local_sgd.graphs is None
     assert methods.build(FedAvg.Settings(), model, 0.9, 0.0, 1, use_graphs=False).local_sgd.graphs is None
+
+    class WithoutSettings(FedAvg):
+        """Trains in another way."""
+
+    assert not WithoutSettings.capturable and not WithoutSettings.sends_only_weights

@@ -271,3 +271,52 @@ def test_images_need_not_be_square():
     for augmentation in ("crop", "crop-flip", "views"):
         (batch,) = Batches(data, 1, 6, augmentation, torch.Generator().manual_seed(0))
         assert batch.images.shape == (6, 3, 8, 32)
+
+
+class _Stream:
+    """A stream of a GPU that is not there: work on it is done when it is queued."""
+
+    def wait_stream(self, other):
+        pass
+
+    def synchronize(self):
+        pass
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: _Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+
+
+def test_streams_give_results_in_order_and_each_function_runs_once_at_a_time(streams):
+    running = [0, 0]
+
+    def function(own):
+        def compute(shared, item):
+            running[own] += 1
+            assert running[own] == 1
+            time.sleep(0.01 * (3 - item % 3))
+            running[own] -= 1
+            return shared * item
+
+        return compute
+
+    with workers.on_streams([function(0), function(1)], "cuda") as compute:
+        assert compute(10, range(6)) == [0, 10, 20, 30, 40, 50]
+        assert compute(2, [4]) == [8]
+
+
+def test_an_error_in_a_stream_is_raised_and_no_further_item_starts(streams):
+    started = []
+
+    def compute(shared, item):
+        started.append(item)
+        if item == 1:
+            raise TrainingDiverged("the loss of item 1")
+        time.sleep(0.05)
+
+    with pytest.raises(TrainingDiverged, match="of item 1"), workers.on_streams([compute], "cuda") as compute_all:
+        compute_all(None, range(20))
+    assert len(started) <= 3

@@ -68,9 +68,9 @@ class T5Encoder:
     """T5; its second tensor is the mask of tokens, int64 (B, T): 1 for a token, 0 for padding."""
 
     def __init__(self, path: Path, number: str, length: int, device: str, dtype: torch.dtype, masked: bool) -> None:
-        """Load text encoder `number` ("" or "_3") of a diffusers folder; prompts are padded or cut to `length` tokens.
+        """Load text encoder `number` ("", "_2" or "_3") of a diffusers folder; prompts are padded or cut to `length`.
 
-        With `masked`, attention ignores the padding (PixArt: yes, Stable Diffusion 3: no).
+        With `masked`, attention ignores the padding (PixArt: yes, Stable Diffusion 3 and FLUX.1: no).
         """
         part = path / f"text_encoder{number}"
         self.tokens = Tokens(_tokenizer(T5Tokenizer, path / f"tokenizer{number}"), length, part.name)
@@ -126,7 +126,8 @@ class Tokens:
             if used == self._length:  # full: either it just fits, or it was cut
                 every = self._tokenizer(prompt, truncation=False, verbose=False).input_ids
                 if len(every) > self._length:
-                    self._cut.append((prompt, every[self._length - 1 : -1]))  # the last token ends every text
+                    ends = every[-1] == self._tokenizer.eos_token_id  # as every text of CLIP and T5, but not of Gemma
+                    self._cut.append((prompt, every[self._length - 1 : -1] if ends else every[self._length :]))
         return tokens
 
     def warn_if_truncated(self) -> None:

@@ -212,7 +212,8 @@ def out_of_memory(error: BaseException, batch_size: int) -> PipelineError | None
     """Return the error to raise if `error` says that a step does not fit into memory."""
     if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
         return None
+    remedy = f"Set it to {batch_size // 2}, or choose" if batch_size > 1 else "Choose"
     return PipelineError(
-        f"A step does not fit into memory (prepare_backbone.training.batch_size is {batch_size}). Set it to "
-        f"{max(1, batch_size // 2)}, or choose a smaller size or image_size."
+        f"A step does not fit into memory (prepare_backbone.training.batch_size is {batch_size}). {remedy} a smaller "
+        "size or image_size."
     )

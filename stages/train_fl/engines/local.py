@@ -68,6 +68,7 @@ def run(
         # Several threads would draw from the global generator in any order, so others than these train one by one.
         seeded = not method.capturable
         copies = [method, *(copy.deepcopy(method) for _ in range(num_workers - 1))] if not seeded else [method]
+        num_workers = len(copies)
         opened = workers.on_streams([functools.partial(train, own) for own in copies], device)
     else:
         seeded = True

@@ -1,4 +1,6 @@
-"""Worker processes that train the clients of a round side by side on a CPU, with one thread each.
+"""Workers that train the clients of a round side by side: processes on a CPU, streams on a GPU (`on_streams`).
+
+On a CPU, every worker has one thread.
 
 Processes, because Python's interpreter lock limits threads (docs/speed.md has the measurement). Forked, as PyTorch's
 DataLoader forks its own: a worker shares the clients' data and the method, which a notebook may define, with its parent
@@ -119,7 +121,10 @@ def on_streams(functions: Sequence[Callable[[Any, Any], Any]], device: str) -> I
             caller = torch.cuda.current_stream(device)
             return [done.result() for done in [pool.submit(compute, shared, item, caller) for item in items]]
 
-        yield map_items
+        try:
+            yield map_items
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, only the clients in training are waited for
 
 
 def _map(workers: list["_Worker"], shared: Any, items: Sequence[Any]) -> list[Any]:

@@ -42,12 +42,12 @@ class Method:
 
     def __init_subclass__(cls) -> None:
         """Register a method that has settings of its own; raise ConfigError if another has the same `algorithm`."""
-        if "Settings" not in vars(cls):
-            return
         # Never inherited: a subclass may send or do more than the class it derives from.
         for name in ("sends_only_weights", "capturable"):
             if name not in vars(cls):
                 setattr(cls, name, False)
+        if "Settings" not in vars(cls):
+            return
         algorithm = cls.Settings.model_fields["algorithm"].default
         registered = params.METHODS.get(algorithm)
         # A class of the same name and module is a redefinition, as when a notebook cell runs again.

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.optim.sgd import sgd
 
 from stages.train_fl.client_data import Batch, Batches, RawBatch
-from stages.train_fl.graphs import FEWEST_STEPS, Graphs, capturable_stream
+from stages.train_fl.graphs import FEWEST_STEPS, Graphs
 from stages.train_fl.guidance import GuidanceTargets
 from stages.train_fl.methods.state import ClientUpdate, Metrics, Weights
 from stages.train_fl.models import FLModel
@@ -58,7 +58,7 @@ class LocalSGD:
         device = batches.target_device
         if self.graphs is None or device.type != "cuda" or batches.num_full < FEWEST_STEPS:
             return self._train(weights, batches, learning_rate, objective, correction, lambda step: step)
-        with capturable_stream(device):
+        with self.graphs.capturable_stream(device):
             replayed = functools.partial(self.graphs.runner, batch_size=batches.batch_size)
             return self._train(weights, batches, learning_rate, objective, correction, replayed)
 
