@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -339,12 +340,36 @@ def test_images_that_the_guide_has_seen_are_counted(guided, tmp_path, size, enco
     assert result.exit_code == 1 and result.output.count("\n") == 1
     assert "trained on 6 of the data set's images" in result.output
     assert "allow_seen_images to true" in result.output
+    result = invoke(tmp_path, "synthesize", "--images-per-class", "1")
+    assert result.exit_code == 1 and result.output.count("\n") == 1
+    assert "mine was trained on 6 of the images of" in result.output and "may generate them again" in result.output
     assert program.contents(tmp_path) == before  # refused before any work
     assert invoke(tmp_path, "train-fl", "--method", "fedavg", *TRAIN[3:]).exit_code == 0  # which is not guided
     assert invoke(tmp_path, *TRAIN, "--allow-seen-images", "true").exit_code == 0
     runs = [json.loads((tmp_path / "results" / f"{name}-iid-s0" / "config.json").read_text())
             for name in ("feddifrc", "fedavg")]  # fmt: skip
     assert [run.get("seen_images") for run in runs] == [6, None]
+
+
+@pytest.mark.parametrize(
+    ("hashes", "message"),
+    [
+        (np.zeros(3, np.uint64), "does not hold one file hash per image"),
+        (np.zeros(20), "does not hold one file hash per image"),
+        (None, "is truncated or corrupt"),  # chunked, so that reading it may run a filter
+    ],
+)
+def test_damaged_file_hashes_are_one_error(guided, tmp_path, hashes, message):
+    prepared(guided, tmp_path, 0, 16)
+    with h5py.File(tmp_path / "data" / "datasets" / "pets" / "train.h5", "r+") as h5:
+        del h5["files"]
+        if hashes is None:
+            h5.create_dataset("files", data=np.zeros(len(h5["labels"]), np.uint64), chunks=(2,), compression="gzip")
+        else:
+            h5["files"] = hashes
+    result = invoke(tmp_path, "extract-features", "--timestep", "100")
+    assert result.exit_code == 1 and result.output.count("\n") == 1, result.output
+    assert message in result.output
 
 
 def test_new_images_are_welcome(guided, tmp_path):
