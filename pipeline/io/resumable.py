@@ -4,10 +4,12 @@ A unit is named tensors and JSON metadata in one safetensors file, with a checks
 and checked when it is loaded; a damaged unit counts as missing, with a warning, and is computed again.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from pipeline.io.system_errors import entries, reading
 log = logging.getLogger(__name__)
 
 _SUFFIX = ".safetensors"
+_STALE_SECONDS = 7 * 24 * 3600
 
 
 class ResumableStore:
@@ -79,6 +82,16 @@ class ResumableStore:
     def remove(self) -> None:
         """Remove the folder: its work is finished."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def remove_stale(self) -> None:
+        """Remove the week-old folders whose name differs from this one's only in its last 16 digits, the key.
+
+        Newer ones may belong to the same work in a copy of the project, for example a DVC experiment.
+        """
+        for other in self.folder.parent.glob(f"{self.folder.name[:-16]}{'[0-9a-f]' * 16}"):
+            with contextlib.suppress(OSError):
+                if time.time() - other.stat().st_mtime > _STALE_SECONDS:
+                    atomic.remove(other)
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}{_SUFFIX}"

@@ -5,20 +5,15 @@ one of the two complete. Optimisers are created in each round and random draws a
 needed to resume with identical results.
 """
 
-import contextlib
-import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from pipeline.io import atomic
 from pipeline.io.resumable import ResumableStore
 from stages.train_fl.methods import ServerState
 from stages.train_fl.rounds import Progress
-
-_STALE_SECONDS = 7 * 24 * 3600
 
 
 class Checkpoint:
@@ -51,16 +46,9 @@ class Checkpoint:
         return None
 
     def remove(self) -> None:
-        """Remove the checkpoint, because the run is finished, and those of its other keys that are a week old.
-
-        Newer ones may belong to a run of that name in a copy of the project, for example a DVC experiment.
-        """
-        folder = self._store.folder
+        """Remove the checkpoint, because the run is finished, and those of its other keys that are a week old."""
         self._store.remove()
-        for other in folder.parent.glob(f"{folder.name[:-16]}{'[0-9a-f]' * 16}"):
-            with contextlib.suppress(OSError):
-                if time.time() - other.stat().st_mtime > _STALE_SECONDS:
-                    atomic.remove(other)
+        self._store.remove_stale()
 
 
 def _flatten(progress: Progress) -> dict[str, Tensor]:

@@ -68,3 +68,4 @@ def trained(
         trainer.train(draw)
         yield trainer
         store.remove()
+        store.remove_stale()
