@@ -1,5 +1,6 @@
 """Progress with speed and time left: a bar on stderr if it is a terminal, else a log line every minute."""
 
+import functools
 import io
 import logging
 import sys
@@ -31,15 +32,23 @@ def progress_bar(total: int, description: str, unit: str) -> "tqdm":
     if on_terminal:
         return tqdm(**options, dynamic_ncols=True)
 
+    # Without maxinterval, tqdm's thread draws after ten seconds without a step.
+    pace = {"mininterval": _SECONDS_PER_LINE, "maxinterval": _SECONDS_PER_LINE}
+    return _lines()(**options, **pace, file=io.StringIO(), leave=False)
+
+
+@functools.cache
+def _lines() -> "type[tqdm]":
+    """Return the class of bars that log lines: one class, because tqdm keeps a thread for each class for ever."""
+    from tqdm import tqdm
+
     class Lines(tqdm):
         def display(self, msg: str | None = None, pos: int | None = None) -> bool:
             if msg is None and 0 < self.n < self.total:  # the message that clears a line at the end is ""
                 log.info("%s", self)
             return True
 
-    # Without maxinterval, tqdm's thread draws after ten seconds without a step.
-    pace = {"mininterval": _SECONDS_PER_LINE, "maxinterval": _SECONDS_PER_LINE}
-    return Lines(**options, **pace, file=io.StringIO(), leave=False)
+    return Lines
 
 
 def track(items: Iterable[T], description: str, total: int, unit: str = "step") -> Iterator[T]:

@@ -1,11 +1,13 @@
 """Progress in a log instead of a terminal."""
 
 import logging
+import threading
 import time
 
 import pytest
 
 from pipeline import progress
+from pipeline.progress import progress_bar
 
 
 def test_log_gets_a_line_per_interval(caplog, monkeypatch):
@@ -29,3 +31,12 @@ def test_short_work_logs_nothing(caplog):
         bar.update()
         raise ValueError
     assert not caplog.messages
+
+
+def test_bars_share_one_thread():
+    with progress_bar(2, "first", "step"):
+        before = threading.active_count()
+        for _ in range(5):
+            with progress_bar(2, "another", "step"):
+                pass
+        assert threading.active_count() == before
