@@ -511,21 +511,23 @@ CHECKS: dict[str, Callable[[Check], None]] = {
 }
 
 
-@click.command(help=__doc__)
-@click.option("--device", default="cuda", show_default=True)
+@click.command(help=__doc__.replace("\n\n", "\n\n\b\n"))
+@click.option("--device", default="cuda", show_default=True, help="cuda, cuda:N, or cpu to test the checks.")
 @click.option("--only", type=click.Choice(list(CHECKS)), multiple=True, help="Run only this check; repeatable.")
 @click.option(
     "--output", type=click.Path(path_type=Path), help="Default: benchmarks/results/gpu-<name>.txt, if all checks run."
 )
 def main(device: str, only: tuple[str, ...], output: Path | None) -> None:
     """Run the checks and write the table."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise click.BadParameter(f"{device} is not a device. Use cuda, cuda:N or cpu.", param_hint="--device")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise click.ClickException(
             "This machine has no usable CUDA GPU. Use --device cpu to test the checks themselves."
         )
     session.prepare_torch(_runtime(device), 1 if device == "cpu" else os.cpu_count() or 1)
     name = re.sub(r"[^a-z0-9]+", "-", provenance.processor(device).lower()).strip("-")
-    if not only:
+    if not only and device != "cpu":
         output = output or ROOT / "benchmarks" / "results" / f"gpu-{name}.txt"
     text, numbers, failed = [], {}, []
     for title in only or CHECKS:
@@ -548,7 +550,7 @@ def main(device: str, only: tuple[str, ...], output: Path | None) -> None:
             output.write_text("\n".join([*text[1:], "", json.dumps(numbers), ""]), encoding="utf-8")
         if check.is_cuda:
             torch.cuda.empty_cache()
-    click.echo(f"\nwritten to {output}" if output else "\nnot written to a file: some checks were chosen by --only")
+    click.echo(f"\nwritten to {output}" if output else "\nnot written to a file: see --output")
     if failed:
         raise click.ClickException(f"{', '.join(failed)} failed. The table says why.")
 

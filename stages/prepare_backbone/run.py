@@ -52,6 +52,13 @@ def run(config: Config, train: bool = False) -> Path:
             f"--train requires prepare_backbone.source: embedded (it is {params.source}). Set it, or omit --train."
         )
     target, directory = config.backbone_dir, config.path(params.source)
+    if params.source != "train":
+        _check_replaceable(target)
+    if directory.is_file():
+        raise ConfigError(
+            f"{directory} is a file. Set prepare_backbone.source to the model's directory, which contains "
+            "model_index.json."
+        )
     if params.source == "embedded":
         found = {"name": params.name, "source": "embedded", "revision": None} | _embedded(config, train)
     elif params.source == "train":
@@ -86,6 +93,15 @@ def run(config: Config, train: bool = False) -> Path:
     return config.backbone_manifest
 
 
+def _check_replaceable(target: Path) -> None:
+    """Raise ConfigError if another model would replace a trained guide."""
+    if (target / TRAINING).is_file() and not (target / TRAINING).is_symlink():
+        raise ConfigError(
+            f"{target} holds a guide that was trained here, whose weights may exist nowhere else. Set another "
+            "prepare_backbone.name, or move the folder away."
+        )
+
+
 def _embedded(config: Config, train: bool) -> dict[str, Any]:
     """Copy tiny-sd, so that the model does not depend on the program's installation, or train it."""
     if train:
@@ -113,6 +129,10 @@ def _guide(config: Config) -> dict[str, Any]:
         raise ConfigError(
             f"prepare_backbone.source: train requires prepare_backbone.corpus (it is {params.corpus}). Set it to a "
             "folder of images, as <class>/<image>."
+        )
+    if params.name == "tiny-sd":
+        raise ConfigError(
+            "prepare_backbone.name is tiny-sd, but source: train makes another model. Set another name for it."
         )
     if root.is_relative_to(config.home / "data" / "raw"):
         log.warning("%s: DVC ignores data/raw, so it does not notice new images. Move them to data/corpus/", root)

@@ -68,6 +68,13 @@ def as_text(config: Config, form: str, with_experiments: bool = False) -> str:
 def read_sweep(config: Config) -> Results:
     """Read and check every run that the sweep in params.yaml lists; raise PipelineError as `run` does."""
     sweep = config.params.sweep
+    missing = [path.name for path in config.runs_of_sweep if not path.exists()]
+    if len(missing) > 1:
+        raise DataError(
+            f"{len(missing)} of the {len(config.runs_of_sweep)} runs of the sweep are missing ({missing[0]}, ...). Run "
+            "`dvc repro`, or report fewer runs, for example with --set sweep.partitions='[dir05]' --set "
+            "sweep.seeds='[0]'."
+        )
     groups = {
         (partition, method): [_read(config, method, partition, seed) for seed in sweep.seeds]
         for partition in sweep.partitions

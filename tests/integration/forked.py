@@ -146,7 +146,8 @@ class Process:
         return self.end(0) is None
 
     def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.kill(self.pid, signal.SIGKILL)
 
 
 def _serve(address: str) -> None:

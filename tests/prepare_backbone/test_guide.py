@@ -491,3 +491,18 @@ def test_memory_is_checked_before_images_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(corpora.os, "sysconf", lambda name: 100)  # 10,000 bytes
     with pytest.raises(corpora.PipelineError, match="6 images of 40 pixels need .* GB of memory"):
         corpora.read(tmp_path / "c", 40, tmp_path / "broken.txt")
+
+
+def test_trained_guide_is_not_replaced_by_another_model(guided, tmp_path):
+    shutil.copytree(guided / "models", tmp_path / "models")
+    before = program.contents(tmp_path / "models")
+    write_params(tmp_path, {"prepare_backbone.name": "mine"})  # the flag for the source was forgotten
+    result = invoke(tmp_path, "prepare-backbone")
+    assert result.exit_code == 1 and "holds a guide that was trained here" in result.output
+    assert program.contents(tmp_path / "models") == before
+
+
+def test_guide_needs_a_name_of_its_own(guided, tmp_path):
+    write_params(tmp_path, settings(guided / "corpus") | {"prepare_backbone.name": "tiny-sd"})
+    result = invoke(tmp_path, "prepare-backbone")
+    assert result.exit_code == 1 and "Set another name for it" in result.output
