@@ -112,7 +112,10 @@ def test_killed_extraction_resumes_with_identical_bytes(extracted, tmp_path):
         (("prepare-data", "--source", "folder", "--path", "nowhere"), "nowhere is not a folder"),
         (("prepare-backbone", "--source", "org/model"), "org/model needs a commit"),
         (("prepare-backbone", "--source", "some where"), "is neither embedded, nor a directory, nor a hub id"),
-        (("report", "--set", "sweep.seeds=[7]"), "of the 2 runs of the sweep are missing (fedavg-dir05-s7, ...). Run `dvc repro`"),
+        (
+            ("report", "--set", "sweep.seeds=[7]"),
+            "of the 2 runs of the sweep are missing (fedavg-dir05-s7, ...). Run `dvc repro`",
+        ),
     ],
 )
 def test_user_error_is_one_line(project, arguments, message):
