@@ -33,6 +33,7 @@ from pipeline.io import atomic
 from pipeline.io.atomic import replace_folder, sync_to_disk
 from pipeline.io.hdf5 import check_not_written, open_to_read, plain_dataset
 from pipeline.io.system_errors import in_words, reading
+from pipeline.text import printable
 
 __all__ = ["Images", "Manifest", "PreparedDataset", "Source", "stratified_split", "write"]
 
@@ -197,7 +198,7 @@ def _read_manifest(file: Path) -> Manifest:
         raise DataError(f"{file} is missing. Run `pipeline prepare-data`, or `dvc pull`.") from None
     except ValidationError as error:
         detail = error.errors()[0]
-        problem = ": ".join(filter(None, [".".join(map(str, detail["loc"])), detail["msg"]]))
+        problem = printable(": ".join(filter(None, [".".join(map(str, detail["loc"])), detail["msg"]])))
         raise DataError(f"{file} is not the manifest of a data set ({problem}). {_PREPARE_AGAIN}") from None
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror}). {_PREPARE_AGAIN}") from None
