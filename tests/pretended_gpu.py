@@ -43,6 +43,9 @@ class Traffic(TorchDispatchMode):
 def pretended(monkeypatch, *modules: nn.Module) -> Iterator[Traffic]:
     """Move the modules to the GPU that is not there, and count the traffic of the block."""
     traffic = Traffic()
+    # torch starts its engine at the first gradient. It must not find the GPU that is not there: with a thread for it,
+    # the process could not fork training workers any more.
+    torch.zeros(1, requires_grad=True).sum().backward()
 
     def backward(loss: Tensor) -> None:
         assert loss.is_cuda and loss.dim() == 0 and loss.requires_grad
