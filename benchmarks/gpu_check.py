@@ -18,6 +18,7 @@ training    stage 2: ResNet-10, a step eager and as a graph against a bare loop,
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -184,14 +185,18 @@ def _features(name: str, path: Path, device: str, dtype: str, basis: Any) -> tup
         return extract.ours(extraction, Projector(basis.layers, device), count), basis
 
 
+@functools.cache
+def _section(name: str) -> dict[str, Any]:
+    """Return a section of the repository's params.yaml."""
+    return YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))[name]
+
+
 def _settings(**changes: Any) -> ExtractFeatures:
-    sections = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    return ExtractFeatures(**sections["extract_features"] | changes)
+    return ExtractFeatures(**_section("extract_features") | changes)
 
 
 def _runtime(device: str, **changes: Any) -> Runtime:
-    sections = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    return Runtime(**sections["runtime"] | {"device": device} | changes)
+    return Runtime(**_section("runtime") | {"device": device} | changes)
 
 
 def _random_images(count: int, side: int) -> Images:
@@ -327,8 +332,7 @@ def _distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
 
 def _method(algorithm: str, encoder: str, precision: str, device: str, with_graphs: bool) -> tuple[Method, TrainFL]:
     settings = params.METHODS[algorithm]()
-    sections = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    train = TrainFL(**sections["train_fl"] | {"model": encoder, "precision": precision})
+    train = TrainFL(**_section("train_fl") | {"model": encoder, "precision": precision})
     guidance_dim = (144 if encoder == "small_cnn" else 512) if methods.guidance_of(settings) else None
     kind = methods.method_class(settings)
     _, made = session.build(train, settings, kind, _CLASSES, guidance_dim, 10, 0, device, cuda_graphs=with_graphs)
@@ -352,7 +356,7 @@ def _unit(values: Tensor) -> Tensor:
 def check_syncs(check: Check) -> None:
     """Count the waits of a client's update for the device: those of each step, and those of the whole update."""
     if not check.is_cuda:
-        check.say("skipped: there is no GPU")
+        check.say("skipped: only a GPU has waits to count")
         return
     for name in params.METHODS:
         found = {epochs: _syncs(name, check.device, epochs) for epochs in (1, 3)}

@@ -25,23 +25,20 @@ def resolve(name: str, setting: str = "runtime.device") -> str:
         raise ConfigError(f"{setting} = {name} is not a device. Use auto, cpu or cuda.") from None
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"{setting} = {name}: this machine has no usable CUDA GPU. Use auto or cpu.")
-    local_rank = os.environ.get("LOCAL_RANK")
+    count, local_rank = torch.cuda.device_count(), os.environ.get("LOCAL_RANK")
     if name.startswith("cuda:"):
-        local_rank = name.removeprefix("cuda:")
-        if int(local_rank) >= torch.cuda.device_count():
-            raise ConfigError(
-                f"{setting} = {name}: this machine has {torch.cuda.device_count()} GPUs. Use a lower one."
-            )
-    elif name != "cuda" or local_rank is None:
+        index = int(name.removeprefix("cuda:"))
+        if index >= count:
+            raise ConfigError(f"{setting} = {name}: this machine has {count} GPUs. Use a lower one.")
+    elif name == "cuda" and local_rank is not None:
+        sees_only_its_own = count == 1 and os.environ.get("CUDA_VISIBLE_DEVICES")  # as under Slurm
+        index = 0 if sees_only_its_own else int(local_rank)
+        if index >= count:
+            raise ConfigError(f"Local rank {index} has no GPU. Start at most {count} processes here.")
+    else:
         return name
-    elif torch.cuda.device_count() == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):
-        local_rank = "0"  # as under Slurm, each process sees only its own GPU
-    if int(local_rank) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"Local rank {local_rank} has no GPU. Start at most {torch.cuda.device_count()} processes here."
-        )
-    torch.cuda.set_device(int(local_rank))  # otherwise some calls open a context on the first GPU, too
-    return f"cuda:{local_rank}"
+    torch.cuda.set_device(index)  # otherwise some calls open a context on the first GPU, too
+    return f"cuda:{index}"
 
 
 def send(values: "Tensor", target: "device") -> "Tensor":

@@ -37,6 +37,19 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
+@contextlib.contextmanager
+def _recording(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+    """Capture the block; after an error in it, the stream can be used again."""
+    graph.capture_begin(pool, capture_error_mode="thread_local")
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # which says again that the capture failed
+            graph.capture_end()
+        raise
+    graph.capture_end()
+
+
 class Graphs:
     """The graphs of one network's trainings, one after the other, in one pool of memory."""
 
@@ -73,9 +86,9 @@ class Graphs:
         # would end the capture: neither the last one nor, by the garbage collector, those of an earlier run.
         with _capturing, _no_garbage_collection():
             pool = self._last.pool() if self._last else None
-            graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
-                step(example.like(inputs))
+                with _recording(graph, pool):
+                    step(example.like(inputs))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -83,9 +96,6 @@ class Graphs:
                 problem = f"a training step cannot be captured as a CUDA graph ({reason})"
                 remedy = "Set runtime.cuda_graphs to false, or capturable = False in the method's class"
                 raise PipelineError(f"{problem}. {remedy}.") from error
-            finally:
-                with contextlib.suppress(RuntimeError):  # of a capture that failed
-                    graph.capture_end()
             self._last = graph
 
         def replay(batch: RawBatch) -> None:

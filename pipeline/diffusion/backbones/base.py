@@ -170,6 +170,10 @@ class Backbone:
         """Return all layers with their channels, in order, and the names of those that "auto" selects."""
         raise NotImplementedError
 
+    def _image_side(self, noisy: Tensor) -> int:
+        """Return the side, in pixels, of the images of these latents (B, C, h, w)."""
+        return noisy.shape[-1] << vae_halvings(self._vae.config)
+
     def _encode(self, pixels: Tensor) -> Tensor:
         """Return the mean of the VAE's posterior of pixels (B, 3, H, W) in [-1, 1]."""
         return self._vae.encode(pixels).latent_dist.mean

@@ -33,7 +33,7 @@ class PixArtBackbone(TokenBackbone):
         batch = len(noisy)
         added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self._model.use_additional_conditions:
-            side = noisy.shape[-1] * 2 ** (len(self._vae.config.block_out_channels) - 1)
+            side = self._image_side(noisy)
             added = {"resolution": noisy.new_full((batch, 2), side), "aspect_ratio": noisy.new_ones((batch, 1))}
         timesteps = torch.full((batch,), timestep, device=noisy.device)
         self._model(noisy, timestep=timesteps, added_cond_kwargs=added, return_dict=False, **conditioning)

@@ -56,7 +56,7 @@ class UNetBackbone(Backbone):
 
     def _time_ids(self, noisy: Tensor) -> Tensor:
         """Return XL's micro-conditioning (B, 6): original size, crop corner, target size; nothing is cropped."""
-        side = noisy.shape[-1] * 2 ** (len(self._vae.config.block_out_channels) - 1)
+        side = self._image_side(noisy)
         ids = noisy.new_full((1, 6), side)
         ids[:, 2:4] = 0
         return ids.expand(len(noisy), -1)

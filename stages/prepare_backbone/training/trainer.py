@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from pipeline import seeding
+from pipeline import devices, seeding
 from pipeline.io.resumable import ResumableStore
 from pipeline.progress import progress_bar
 from pipeline.settings.params import GuideTraining
@@ -128,7 +128,7 @@ class Trainer:
         views = [False, True] if self.settings.flips else [False]
         latents = torch.stack([self._means(images, mirrored) for mirrored in views])
         fits = self._machine.holds(latents.nbytes)
-        return latents.to(self._machine.device) if fits else latents.pin_memory()
+        return latents.to(self._machine.device) if fits else latents
 
     def train_denoiser(
         self,
@@ -288,9 +288,7 @@ def _draw(count: int, batch_size: int, generator: Generator) -> Tensor:
 
 def _take(values: Tensor, index: Tensor, device: torch.device) -> Tensor:
     """Return rows of a tensor on the device, wherever the tensor is."""
-    if values.device == index.device:
-        return values[index]
-    return values[index.to(values.device)].to(device, non_blocking=True)
+    return devices.send(values[index.to(values.device)], torch.device(device))
 
 
 def _to_model_range(images: Tensor) -> Tensor:
