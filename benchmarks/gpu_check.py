@@ -9,7 +9,7 @@ batches     the same features with two batch sizes
 resume      an extraction that is killed and resumed against one that is not, byte by byte
 methods     two rounds of every method: GPU against CPU, and steps replayed as CUDA graphs against eager ones
 syncs       how often a training step waits for the device, by method
-extraction  stage 1 with Stable Diffusion 2.1 at full size, random weights, against plain calls of diffusers
+extraction  stage 1 with Stable Diffusion 2.1 at full size, random weights, eager and compiled, against plain diffusers
 training    stage 2: ResNet-10, a step eager and as a graph against a bare loop, and the paper's CIFAR-10 protocol
 
     make gpu-check
@@ -299,22 +299,23 @@ _PROMPTS, _CLASSES = 10, 10
 def check_methods(check: Check) -> None:
     """Run two rounds of every method on the CPU and on the GPU, there eagerly and with graphs in four streams."""
     check.say(f"{'relative change of weights':28}{'GPU - CPU':>10}{'graphs - eager':>16}")
-    for name in params.METHODS:
-        reference = _two_rounds(name, "cpu", False, check.small)
-        eager = _two_rounds(name, check.device, False, check.small)
-        graphs = _two_rounds(name, check.device, True, check.small)
+    for name, augmentation in [*dict.fromkeys(params.METHODS, "crop-flip").items(), ("fedavg", "none")]:
+        reference = _two_rounds(name, augmentation, "cpu", False, check.small)
+        eager = _two_rounds(name, augmentation, check.device, False, check.small)
+        graphs = _two_rounds(name, augmentation, check.device, True, check.small)
         errors = _distance(eager, reference), _distance(graphs, eager)
-        check.numbers[name] = {"cpu": errors[0], "graphs": errors[1]}
+        title = name if augmentation != "none" else f"{name}, not augmented"
+        check.numbers[title] = {"cpu": errors[0], "graphs": errors[1]}
         # SimSiam's BatchNorm over a small batch amplifies rounding.
         wrong = "   WRONG" if not errors[0] <= (0.1 if name == "simsiam" else 1e-2) or errors[1] else ""
         exact = "same bytes" if errors[1] == 0 else f"{errors[1]:.1e}"
-        check.say(f"{name:28}{errors[0]:>10.1e}{exact:>16}{wrong}")
+        check.say(f"{title:28}{errors[0]:>10.1e}{exact:>16}{wrong}")
 
 
-def _two_rounds(algorithm: str, device: str, with_graphs: bool, small: bool) -> dict[str, Tensor]:
+def _two_rounds(algorithm: str, augmentation: str, device: str, with_graphs: bool, small: bool) -> dict[str, Tensor]:
     """Return the change of the global weights in two rounds of four clients, on the CPU."""
     method, _ = _method(algorithm, "small_cnn", "float32", device, with_graphs)
-    augmentation = "views" if method.needs_augmentation else "crop-flip"
+    augmentation = "views" if method.needs_augmentation else augmentation
     guided = method.local_sgd.guidance is not None
     clients = [_random_client(size, guided, 144).to(device) for size in ((8, 20) if small else (70, 128, 100, 256))]
     schedule = rounds.Schedule(2, len(clients), 1 if small else 3, 16, 0.001, 1.0, augmentation, 0)
@@ -394,21 +395,30 @@ def check_extraction(check: Check) -> None:
     settings = _settings(image_size=side, dtype=dtype)
     data = _random_images(count, side)
     names = [f"a photo of a {number}" for number in range(2 if check.small else 10)]
+    peak = extract.matrix_peak(check.device, dtype)
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         path = extract.TINY_SD if check.small else stable_diffusion.save("sd21", Path(folder) / "sd21")
         check.say(f"weights written in {time.perf_counter() - started:.0f} s")
-        job = extract.Job(path, settings, _runtime(check.device), data, names, check.device)
-        row = extract.measure(job, baseline)
-    peak = extract.matrix_peak(check.device, dtype)
-    check.numbers |= row | {"peak_share": row["flops_per_second"] / peak, "model": path.name}
-    check.say(f"ready after {row['seconds_until_ready']:.1f} s, batches of {row['batch']}")
-    check.say(f"{row['images_per_second']:.1f} images/s, {1 + len(names)} passes each")
-    check.say(f"{row['flops_per_second'] / 1e12:.0f} TFLOP/s, {row['flops_per_second'] / peak:.0%} of the matrix peak")
-    check.say(f"peak memory {row['peak_memory_bytes'] / 1e9:.1f} GB")
+        rows = {}
+        for name in ("eager",) if check.small else ("eager", "compiled"):
+            runtime = _runtime(check.device, compile=name == "compiled")
+            rows[name] = extract.measure(extract.Job(path, settings, runtime, data, names, check.device), baseline)
+            _say_extraction(check, name, rows[name], peak)
+            if check.is_cuda:
+                torch.cuda.empty_cache()
+    check.numbers |= rows | {"matrix_peak": peak, "model": path.name}
+
+
+def _say_extraction(check: Check, name: str, row: dict[str, Any], peak: float) -> None:
+    row["peak_share"] = row["flops_per_second"] / peak
+    check.say(f"{name}: ready after {row['seconds_until_ready']:.1f} s, batches of {row['batch']}")
+    check.say(f"  {row['images_per_second']:.1f} images/s, {row['passes']} passes each")
+    check.say(f"  {row['flops_per_second'] / 1e12:.0f} TFLOP/s, {row['peak_share']:.0%} of the matrix peak")
+    check.say(f"  peak memory {row['peak_memory_bytes'] / 1e9:.1f} GB")
     check.say(
-        f"diffusers, one image and prompt at a time in float32: {row['baseline_images_per_second']:.2f} images/s; ours "
-        f"is {row['ratio']:.0f} times as fast (relative difference {row['relative_difference']:.1e})"
+        f"  diffusers, one image and prompt at a time in float32: {row['baseline_images_per_second']:.2f} images/s; "
+        f"ours is {row['ratio']:.0f} times as fast (relative difference {row['relative_difference']:.1e})"
     )
 
 
