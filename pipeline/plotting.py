@@ -13,8 +13,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ParamSpec
 
+import numpy as np
+
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 P = ParamSpec("P")
 
@@ -34,6 +38,7 @@ _STYLE: Any = {
     **{f"{part}.color": INK for part in ("text", "xtick", "ytick", "grid")},
     **{f"axes.{part}": INK for part in ("labelcolor", "edgecolor")},
 }
+_MOST_CELLS = 200  # of a heat map, along each side
 _TAG = re.compile("<[^<>]*>")
 _COLOURS = (
     "<style>:root { color: #1d2330; background: #fff } "
@@ -79,6 +84,25 @@ def _drawing(style: Any) -> Iterator[None]:
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(style)
         yield
+
+
+def heat_map(axes: "Axes", values: np.ndarray) -> tuple["AxesImage", str]:
+    """Draw a matrix in shades of blue from 0; a large one in blocks of cells, each in the shade of their mean.
+
+    Returns the image and a description of the blocks, which is empty if every cell has its own.
+    """
+    rows, columns = (-(-count // _MOST_CELLS) for count in values.shape)
+    if (rows, columns) == (1, 1):
+        return axes.imshow(values, cmap="Blues", aspect="auto", vmin=0), ""
+    starts = [np.arange(0, count, step) for count, step in zip(values.shape, (rows, columns), strict=True)]
+    sums = np.add.reduceat(np.add.reduceat(values, starts[0], 0), starts[1], 1)
+    heights, widths = (np.diff(own, append=count) for own, count in zip(starts, values.shape, strict=True))
+    extent = (-0.5, columns * len(widths) - 0.5, rows * len(heights) - 0.5, -0.5)
+    # "none" stores one pixel for each cell, where others store those of the screen.
+    style: Any = {"cmap": "Blues", "aspect": "auto", "vmin": 0, "interpolation": "none", "extent": extent}
+    image = axes.imshow(sums / np.outer(heights, widths), **style)
+    axes.set(xlim=(-0.5, values.shape[1] - 0.5), ylim=(values.shape[0] - 0.5, -0.5))
+    return image, f"mean of blocks of {rows} x {columns}"
 
 
 def inline(text: str, number: int) -> str:

@@ -18,6 +18,8 @@ from stages.report.results import TIME_PARTS, Results
 _COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #8C613C #7A7A7A #B2A800 #6A3D9A".split()
 _DASHES = ("solid", "dashed", "dotted")  # as CSS and matplotlib both call them
 _MAX_CLASS_NAME = 14  # characters
+MOST_POINTS = 300  # clients drawn as points; more are summarised
+_MOST_DOTS = 3000  # of clients and classes
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,20 @@ def _stacked(results: Results, partition: str, method: str, quantity: str) -> np
 
 @plotting.svg
 def client_spread(results: Results, partition: str) -> Figure:
-    """Draw the clients' accuracies for every method, first seed: a point per client, and a bar at their mean."""
+    """Draw the clients' accuracies for every method, first seed: a point per client, and a bar at their mean.
+
+    More than `MOST_POINTS` clients are drawn as lines from the 5th to the 95th percentile and between the quartiles.
+    """
     figure, axes = _axes(height=0.7 + 0.32 * len(results.methods))
     for row, (method, pen) in enumerate(pens(results.methods).items()):
         accuracy = 100 * results.runs[partition, method][0].client_accuracy
         accuracy = accuracy[np.isfinite(accuracy)]
-        axes.plot(accuracy, np.full(len(accuracy), row), "o", color=pen.colour, alpha=0.5, ms=6, mew=0)
+        if len(accuracy) <= MOST_POINTS:
+            axes.plot(accuracy, np.full(len(accuracy), row), "o", color=pen.colour, alpha=0.5, ms=6, mew=0)
+        else:
+            for ends, width in (((5, 95), 2), ((25, 75), 7)):
+                ends_at = np.percentile(accuracy, ends)
+                axes.plot(ends_at, [row, row], color=pen.colour, alpha=0.5, lw=width, solid_capstyle="butt")
         if len(accuracy):
             axes.plot(2 * [accuracy.mean()], [row - 0.35, row + 0.35], color=pen.colour, lw=2.5)
     axes.set_xlim(-2, 102)
@@ -104,12 +114,19 @@ def time_split(results: Results) -> Figure:
 
 @plotting.svg
 def clients_by_class(results: Results, partition: str, most: int) -> Figure:
-    """Draw the samples per client and class as dots, first seed; a dot of `most` samples fills its cell."""
+    """Draw the samples per client and class as dots, first seed; a dot of `most` samples fills its cell.
+
+    Where there are too many dots, draw a heat map.
+    """
     run = results.first_run(partition)
     counts = run.label_counts
     figure, axes = _axes(height=min(9.0, 1.1 + 0.24 * len(counts)))
     clients, classes = np.nonzero(counts)
-    axes.scatter(classes, clients, s=170 * counts[clients, classes] / most, color="#0072B2", lw=0)
+    if len(clients) <= _MOST_DOTS:
+        axes.scatter(classes, clients, s=170 * counts[clients, classes] / most, color="#0072B2", lw=0)
+    else:
+        image, blocks = plotting.heat_map(axes, counts)
+        figure.colorbar(image, label=", ".join(filter(None, ["samples", blocks])))
     shown = list(range(0, counts.shape[1], max(1, counts.shape[1] // 20)))
     axes.set(title=results.labels[partition], xlabel="class", ylabel="client", xticks=shown)
     short = [name if len(name) <= _MAX_CLASS_NAME else f"{name[: _MAX_CLASS_NAME - 1]}…" for name in run.class_names]
@@ -117,7 +134,7 @@ def clients_by_class(results: Results, partition: str, most: int) -> Figure:
     names = [short[k] if is_unique else str(k) for k in shown]
     axes.set_xticklabels(names, rotation=60 if len("".join(names)) > 30 else 0)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.invert_yaxis()
+    axes.set_ylim(len(counts) - 0.5, -0.5)
     return figure
 
 

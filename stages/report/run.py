@@ -128,6 +128,7 @@ def _page(title: str, found: Results, shown: list[Table], analysed: Analysis) ->
         time_split=figures.time_split(found),
         clients_by_class=[figures.clients_by_class(found, partition, most) for partition in found.partitions],
         most=most,
+        most_points=figures.MOST_POINTS,
         runs={run.name: run.settings.model_dump(exclude_unset=True) for run in found.all_runs},
         not_in_sweep=found.not_in_sweep,
         analysis=analysed,

@@ -13,7 +13,9 @@ from stages.train_fl.partitions import heterogeneity
 from tests.conftest import write_params
 
 
-def write_grid(root: Path, methods: list[str], partitions: list[str], seeds: list[int], num_rounds: int) -> Path:
+def write_grid(
+    root: Path, methods: list[str], partitions: list[str], seeds: list[int], num_rounds: int, num_clients: int = 10
+) -> Path:
     """Write a project whose sweep is finished, and its report."""
     sweep = {"sweep.methods": methods, "sweep.partitions": partitions, "sweep.seeds": seeds}
     project = config.load(write_params(root, sweep))
@@ -21,22 +23,28 @@ def write_grid(root: Path, methods: list[str], partitions: list[str], seeds: lis
     for method in methods:
         for partition in partitions:
             for seed in seeds:
-                _write_run(project, method, partition, seed, num_rounds, rng)
+                _write_run(project, method, partition, seed, num_rounds, num_clients, rng)
     run(project)
     return root
 
 
 def _write_run(
-    project: config.Config, method: str, partition: str, seed: int, num_rounds: int, rng: np.random.Generator
+    project: config.Config,
+    method: str,
+    partition: str,
+    seed: int,
+    num_rounds: int,
+    num_clients: int,
+    rng: np.random.Generator,
 ) -> None:
     path = project.run_dir(method, partition, seed)
     path.mkdir(parents=True)
     accuracy = np.clip(np.linspace(0.1, rng.uniform(0.5, 0.95), num_rounds) + rng.normal(0, 0.02, num_rounds), 0, 1)
     rows = [{"round": n, "accuracy": value, "loss": 2 - value} for n, value in enumerate(accuracy.tolist(), start=1)]
     atomic.write_csv(path / "rounds.csv", rows)
-    clients = [{"client": k, "num_samples": 30, "held_out_accuracy": float(rng.random())} for k in range(10)]
+    clients = [{"client": k, "num_samples": 30, "held_out_accuracy": float(rng.random())} for k in range(num_clients)]
     atomic.write_csv(path / "clients.csv", clients)
-    counts = rng.integers(0, 40, (10, 10))
+    counts = rng.integers(0, 40, (num_clients, 10))
     atomic.write_json(
         path / "partition.json",
         {

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import invoke, write_params
-from tests.report.grid import reseal
+from tests.report.grid import reseal, write_grid
 
 TRAIN = ("train-fl", "--partition", "dir05", "--method", "fedavg", "--seed", "0", "--seed", "1")
 
@@ -159,3 +159,10 @@ def test_printing_tables_writes_no_files(trained):
     shutil.rmtree(trained / "results" / ".sweep")
     assert invoke(trained, "report", "--format", "markdown").exit_code == 0
     assert not (trained / "results" / ".sweep").exists()
+
+
+def test_the_page_of_ten_thousand_clients_is_small(tmp_path):
+    root = write_grid(tmp_path, ["fedavg"], ["dir005"], [0], num_rounds=2, num_clients=10_000)
+    page = root / "report" / "index.html"
+    assert page.stat().st_size < 1_000_000  # a dot per client and class took 19 MB for each partition
+    assert "mean of blocks of 50 x 1" in page.read_text()

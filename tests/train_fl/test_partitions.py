@@ -1,10 +1,13 @@
 """Partitions and their statistics: coverage, hand-made counts, published numbers."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
+from pipeline import plotting
 from pipeline.errors import PipelineError
 from stages.train_fl.partitions import (
     by_domain,
@@ -20,7 +23,7 @@ from stages.train_fl.partitions import (
     long_tail,
     picture,
 )
-from stages.train_fl.partitions.dirichlet import _chance
+from stages.train_fl.partitions.dirichlet import _chance, _most_draws
 
 LABELS = np.repeat(np.arange(10), 100)
 CIFAR = np.repeat(np.arange(10), 5000)
@@ -156,6 +159,19 @@ def test_statistics_by_hand():
     assert s["size_max_over_min"] == 3.0
 
 
+def test_statistics_of_many_clients_equal_those_over_all_pairs():
+    counts = rng().integers(0, 5, (1100, 3)) + [1, 0, 0]  # more clients than fit into two blocks
+    sizes, roots = counts.sum(1), np.sqrt(counts / counts.sum(1)[:, None])
+    pairs = list(itertools.combinations(range(1100), 2))
+    first, second = np.array(pairs).T
+    found = heterogeneity(counts)
+    # the Hellinger distance is the root of half the squared distance of the roots
+    distances = np.sqrt(((roots[first] - roots[second]) ** 2).sum(1) / 2)
+    assert found["hellinger"] == pytest.approx(distances.mean(), abs=1e-9)
+    differences = np.abs(sizes[first] - sizes[second]).sum() * 2 / 1100**2
+    assert found["size_gini"] == pytest.approx(differences / (2 * sizes.mean()))
+
+
 def test_statistics_ignore_empty_clients():
     with_empty = heterogeneity(np.array([[4, 0], [0, 4], [0, 0]]))
     assert with_empty["total_variation"] == 0.5
@@ -171,14 +187,32 @@ def test_heat_map_is_deterministic(tmp_path):
     assert str(counts.max()) in (tmp_path / "a.svg").read_text()
 
 
+def test_heat_map_of_many_clients_shows_the_means_of_blocks(tmp_path):
+    counts = np.zeros((1000, 300), np.int64)
+    counts[:5, :2] = 10  # one block of 5 x 2 cells, and the last one, of a single class
+    counts[-5:, 298:] = 5
+    figure = Figure()
+    image, blocks = plotting.heat_map(figure.add_subplot(), counts)
+    shown = image.get_array()
+    assert shown.shape == (200, 150) and blocks == "mean of blocks of 5 x 2"
+    assert shown[0, 0] == 10 and shown[-1, -1] == 5 and np.count_nonzero(shown) == 2
+    picture.write(tmp_path / "a.svg", rng().integers(0, 50, (1000, 1000)), [f"class {k}" for k in range(1000)])
+    assert (tmp_path / "a.svg").stat().st_size < 300_000
+
+
 def test_hopeless_dirichlet_is_rejected_after_few_draws():
     # 14 samples a client, and at alpha 0.05 most clients get a class or none: of 50 about 32 get 10 samples
     labels = np.arange(1437) % 10
     with pytest.raises(
         PipelineError,
-        match="^None of 100 draws .* gave each of 50 clients 10 of 1437 samples, and 10000 draws are unlikely to.",
+        match="^None of 3 draws .* gave each of 50 clients 10 of 1437 samples, and 10000 draws are unlikely to.",
     ):
         dirichlet(labels, 50, 0.05, 10, rng())
+
+
+def test_the_number_of_draws_is_bounded_by_their_cost():
+    assert _most_draws(10, 10) == 10_000
+    assert _most_draws(10_000, 1_000) == 200  # of ten million shares each
 
 
 def test_rare_dirichlet_is_drawn_until_it_fits_and_logged(caplog):

@@ -5,9 +5,10 @@ its alpha means something else. On CIFAR-10 with 10 clients the authors' variant
 the two are named apart and accuracies must not be compared across them.
 """
 
-import itertools
 import logging
 import math
+import time
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -17,8 +18,10 @@ from pipeline.progress import track
 log = logging.getLogger(__name__)
 
 _MAX_DRAWS = 10_000
-_DRAWS_PER_CHECK = 100
+_MAX_SHARES = 2 * 10**9  # of a class and a client, in all draws: some minutes
+_FIRST_CHECKS, _DRAWS_PER_CHECK = (3, 10, 30), 100
 _HOPELESS = 0.01  # expected number of partitions from all remaining draws
+_SILENT_SECONDS = 2.0
 
 
 def dirichlet(
@@ -78,23 +81,38 @@ def _draw_until(
     to change.
     """
     fair_size = sum(map(len, by_class)) / num_clients
-    drawn = (_draw(by_class, num_clients, alpha, fair_size, rng) for _ in range(_MAX_DRAWS))
-    shown = track(drawn, "partition", _MAX_DRAWS - _DRAWS_PER_CHECK, "draw")  # shows nothing until it is iterated
+    most = _most_draws(num_clients, len(by_class))
+    draws = (_Draw(by_class, num_clients, alpha, fair_size, rng) for _ in range(most))
     with_enough: list[int] = []  # clients that have min_samples, by draw
     more = ""
-    for parts in itertools.chain(itertools.islice(drawn, _DRAWS_PER_CHECK), shown):
-        with_enough.append(sum(len(part) >= min_samples for part in parts))
+    for draw in _with_progress(draws, most):
+        with_enough.append(int((draw.sizes >= min_samples).sum()))
         if with_enough[-1] == num_clients:
-            return parts
-        draws = len(with_enough)
-        if draws % _DRAWS_PER_CHECK or draws == _MAX_DRAWS:
+            return draw.parts()
+        done = len(with_enough)
+        if done == most or (done not in _FIRST_CHECKS and done % _DRAWS_PER_CHECK):
             continue
-        if (_MAX_DRAWS - draws) * _chance(with_enough, num_clients) < _HOPELESS:
-            more = f", and {_MAX_DRAWS} draws are unlikely to"
+        if (most - done) * _chance(with_enough, num_clients) < _HOPELESS:
+            more = f", and {most} draws are unlikely to"
             break
-        if draws == _DRAWS_PER_CHECK:
-            log.info("partition: none of %d draws fits, trying up to %d", draws, _MAX_DRAWS)
+        if done == _DRAWS_PER_CHECK:
+            log.info("partition: none of %d draws fits, trying up to %d", done, most)
     raise ConfigError(f"None of {len(with_enough)} draws with alpha {alpha} gave {wanted}{more}. {remedy}")
+
+
+def _most_draws(num_clients: int, num_classes: int) -> int:
+    return max(1, min(_MAX_DRAWS, _MAX_SHARES // (num_clients * max(1, num_classes))))
+
+
+def _with_progress(draws: Iterator["_Draw"], total: int) -> Iterator["_Draw"]:
+    """Yield the draws, and show progress if they take longer than an eye blinks."""
+    started, done = time.monotonic(), 0
+    for draw in draws:
+        yield draw
+        done += 1
+        if time.monotonic() - started > _SILENT_SECONDS:
+            break
+    yield from track(draws, "partition", total - done, "draw")
 
 
 def _chance(with_enough: list[int], num_clients: int) -> float:
@@ -117,16 +135,34 @@ def _chance(with_enough: list[int], num_clients: int) -> float:
     return min(by_variance, (mean / num_clients) ** num_clients)
 
 
-def _draw(
-    by_class: list[np.ndarray], num_clients: int, alpha: float, fair_size: float, rng: np.random.Generator
-) -> list[np.ndarray]:
-    parts = [np.empty(0, np.int64) for _ in range(num_clients)]
-    for members in by_class:
-        shuffled = rng.permutation(members)
-        share = rng.dirichlet(np.full(num_clients, alpha))
-        share = share * [len(part) < fair_size for part in parts]
-        if share.sum() == 0:  # alpha is so small that only full clients got a share
-            share = np.array([len(part) < fair_size for part in parts], float)
-        cuts = (np.cumsum(share / share.sum())[:-1] * len(shuffled)).astype(int)
-        parts = [np.concatenate([part, more]) for part, more in zip(parts, np.split(shuffled, cuts), strict=True)]
-    return parts
+class _Draw:
+    """One partition, drawn: at first the sizes alone, because most draws are dropped for them.
+
+    Attributes:
+        sizes: Samples by client, int64 (num_clients,).
+    """
+
+    def __init__(
+        self, by_class: list[np.ndarray], num_clients: int, alpha: float, fair_size: float, rng: np.random.Generator
+    ) -> None:
+        """Draw the shares of every class, and its order."""
+        self.sizes = np.zeros(num_clients, np.int64)
+        self._samples, self._owners = [], []  # by class
+        clients = np.arange(num_clients, dtype=np.int32)
+        for members in by_class:
+            shuffled = rng.permutation(members)
+            share = rng.dirichlet(np.full(num_clients, alpha))
+            is_open = self.sizes < fair_size
+            share = share * is_open
+            if share.sum() == 0:  # alpha is so small that only full clients got a share
+                share = is_open.astype(float)
+            cuts = (np.cumsum(share / share.sum())[:-1] * len(shuffled)).astype(int)
+            counts = np.diff(cuts, prepend=0, append=len(shuffled))
+            self.sizes += counts
+            self._samples.append(shuffled)
+            self._owners.append(np.repeat(clients, counts))
+
+    def parts(self) -> list[np.ndarray]:
+        """Return the samples of every client, ordered by class."""
+        samples, owners = np.concatenate(self._samples), np.concatenate(self._owners)
+        return np.split(samples[np.argsort(owners, kind="stable")], np.cumsum(self.sizes)[:-1])

@@ -11,6 +11,7 @@ import numpy as np
 from pipeline.text import first_few
 
 _MOST_NAMES = 10  # in one sentence
+_CLIENTS_PER_BLOCK = 512
 
 
 def label_counts(parts: list[np.ndarray], labels: np.ndarray, num_classes: int) -> np.ndarray:
@@ -64,7 +65,7 @@ def heterogeneity(counts: np.ndarray) -> dict[str, float | None]:
         "effective_classes": (2**entropy).mean(),
         "classes_present": (held > 0).sum(1).mean(),
         "size_cv": all_sizes.std() / all_sizes.mean(),
-        "size_gini": np.abs(all_sizes[:, None] - all_sizes).mean() / (2 * all_sizes.mean()),
+        "size_gini": _mean_difference(all_sizes) / (2 * all_sizes.mean()),
     }
     ratio = float(all_sizes.max() / all_sizes.min()) if all_sizes.min() else None
     return {name: float(value) for name, value in statistics.items()} | {"size_max_over_min": ratio}
@@ -75,10 +76,28 @@ def _entropy_bits(shares: np.ndarray) -> np.ndarray:
     return -(shares * np.log2(np.where(shares > 0, shares, 1))).sum(-1)
 
 
+def _mean_difference(sizes: np.ndarray) -> float:
+    """Compute the mean of |a - b| over all ordered pairs: in order, each size counts as often as it is the larger."""
+    count = len(sizes)
+    return 2 * int(np.sort(sizes) @ (2 * np.arange(count) - count + 1)) / count**2
+
+
 def _mean_hellinger(shares: np.ndarray) -> float:
     """Compute the mean over unordered pairs of sqrt(1 - sum sqrt(p q)); 0 for a single client."""
-    if len(shares) < 2:
+    count, total = len(shares), 0.0
+    if count < 2:
         return 0.0
-    overlap = np.sqrt(shares) @ np.sqrt(shares).T
-    first, second = np.triu_indices(len(shares), 1)
-    return float(np.sqrt(np.clip(1 - overlap[first, second], 0, None)).mean())
+    roots = np.sqrt(shares)
+    for start in range(0, count, _CLIENTS_PER_BLOCK):  # in blocks: all pairs of 50,000 clients would take 20 GB
+        rows, later = np.split(roots[start:], [_CLIENTS_PER_BLOCK])
+        within = (rows @ rows.T)[np.triu_indices(len(rows), 1)]
+        total += _sum_of_distances(within)
+        for columns in np.array_split(later, max(1, len(later) // 8192)):
+            total += _sum_of_distances(rows @ columns.T)
+    return total / (count * (count - 1) // 2)
+
+
+def _sum_of_distances(overlap: np.ndarray) -> float:
+    """Sum sqrt(1 - overlap), in place."""
+    np.subtract(1, overlap, out=overlap)
+    return float(np.sqrt(np.maximum(overlap, 0, out=overlap), out=overlap).sum())
