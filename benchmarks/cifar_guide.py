@@ -9,6 +9,7 @@ result.json, one line: steps and seconds, denoising loss and reconstruction erro
 private images at several timesteps a linear probe and how often the matching prompt is the nearest.
 
     python benchmarks/cifar_guide.py ~/cifar10 /tmp/cifar-guide --size small --minutes 6
+    python benchmarks/cifar_guide.py ~/cifar10 /tmp/cifar-guide --trained benchmarks/guides/cifar10-small
 """
 
 import io
@@ -63,6 +64,8 @@ HELD_OUT = 0.25  # of the images of a probe
 @click.option("--graph/--no-graph", default=True, show_default=True, help="Record steps as CUDA graphs.")
 @click.option("--probe-images", default=4000, show_default=True, help="Private training images for the probe.")
 @click.option("--timesteps", default="100,200,300", show_default=True, help="Of the probe.")
+@click.option("--negatives", type=int, help="Other prompts per image, at random.  [all]")
+@click.option("--trained", type=click.Path(path_type=Path, exists=True), help="Measure this guide instead of training.")
 @click.option("--limit", type=int, help="Use only this many images of each class: for a trial.")
 def main(
     images: Path,
@@ -81,6 +84,8 @@ def main(
     graph: bool,
     probe_images: int,
     timesteps: str,
+    negatives: int | None,
+    trained: Path | None,
     limit: int | None,
 ) -> None:
     """Run all steps."""
@@ -95,9 +100,26 @@ def main(
     machine = Machine(devices.resolve(device), compiled, graph)
     halves(images, output, seed, limit)
     broken = output / "broken-images.txt"
-    public = corpus.read(output / "public", 32, broken)
     private = corpus.read(output / "private", 32, broken)  # of its train/ only
-    found: dict[str, Any] = {"seconds": {"read": round(time.monotonic() - started, 1)}}
+    found: dict[str, Any] = {"seconds": {}, "private": {}}
+
+    def report() -> None:
+        found["seconds"]["all"] = round(time.monotonic() - started, 1)
+        (results / "result.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
+
+    def measure(guide: Path) -> None:
+        for timestep in timesteps.split(","):
+            found["private"][timestep] = features(guide, private, int(timestep), probe_images, negatives, seed, machine)
+            report()
+            click.echo(f"t = {timestep}: {found['private'][timestep]}")
+        click.echo(json.dumps(found))
+
+    if trained:
+        found |= {"guide": trained.name, "provenance": provenance.describe(machine.device)}
+        measure(trained)
+        return
+    public = corpus.read(output / "public", 32, broken)
+    found["seconds"]["read"] = round(time.monotonic() - started, 1)
     found |= {"images": {"public": len(public.images), "private": len(private.images)}}
     settings = GuideTraining.model_validate(
         {"size": size, "batch_size": batch_size, "denoiser_learning_rate": learning_rate, "flips": flips, "seed": seed}
@@ -137,24 +159,13 @@ def main(
     parts = {name: getattr(trainer.pipe, name) for name in ("vae", "unet", "text_encoder")}
     found |= {"parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}}
     found |= {"provenance": provenance.describe(machine.device)}
-
-    def report() -> None:
-        found["seconds"]["all"] = round(time.monotonic() - started, 1)
-        (results / "result.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
-
     report()
     found |= {
         "loss_public": losses(trainer, public, machine, probe_images),
         "loss_private": losses(trainer, private, machine, probe_images),
     }
     save(trainer, output / "model", results)
-    report()
-    found["private"] = {}
-    for timestep in map(int, timesteps.split(",")):
-        found["private"][str(timestep)] = features(output / "model", private, timestep, probe_images, seed, machine)
-        report()
-        click.echo(f"t = {timestep}: {found['private'][str(timestep)]}")
-    click.echo(json.dumps(found))
+    measure(output / "model")
 
 
 def halves(images: Path, output: Path, seed: int, limit: int | None) -> None:
@@ -232,11 +243,15 @@ def save(trainer: Trainer, folder: Path, results: Path) -> None:
         (results / f"weights.tar.{number:02d}").write_bytes(content[start : start + PART_BYTES])
 
 
-def features(folder: Path, images: Corpus, timestep: int, count: int, seed: int, machine: Machine) -> dict[str, float]:
+def features(
+    folder: Path, images: Corpus, timestep: int, count: int, negatives: int | None, seed: int, machine: Machine
+) -> dict[str, float]:
     """Extract features of private images as extract-features does, and measure them as analyze-features does."""
     begun = time.monotonic()
     values = config.read_yaml(ROOT / "params.yaml")
-    settings = ExtractFeatures.model_validate(values["extract_features"] | {"timestep": timestep})
+    settings = ExtractFeatures.model_validate(
+        values["extract_features"] | {"timestep": timestep, "negatives": negatives or "all"}
+    )
     runtime = Runtime.model_validate(values["runtime"])
     prompt_set = prompts.build(settings, images.class_names, Path)
     chosen, _ = stratified_split(images.labels, min(count, len(images.labels)), np.random.default_rng(seed))
