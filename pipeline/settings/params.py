@@ -367,6 +367,9 @@ class Federation(Section):
     min_clients: int = Field(ge=1, description="nodes that a round needs to start")
     join_timeout: float = Field(gt=0, description="seconds to wait for them; a start waits as long for all clients")
     round_timeout: float = Field(gt=0, description="seconds to wait for a round's replies; later ones are skipped")
+    evaluation_clients: Literal["all"] | Annotated[int, Field(ge=1)] = Field(
+        description="nodes that score the global model after each round, where the server has no test images"
+    )
     differential_privacy: Annotated[CentralPrivacy | LocalPrivacy, Field(discriminator="kind")] | None = Field(
         description="noise on the nodes' updates: kind central or local; null: none"
     )

@@ -81,7 +81,8 @@ class RunRecord:
             "wall_seconds": sum(seconds.values()),
             "seconds": seconds,
             "samples_per_second": samples / (seconds["load"] + seconds["train"]),
-            "bytes_down": sum(row["bytes_down"] for row in self._rounds),
+            # With those of the models that nodes evaluate, if they do.
+            "bytes_down": sum(row["bytes_down"] + row.get("evaluation_bytes", 0) for row in self._rounds),
             "bytes_up": sum(row["bytes_up"] for row in self._rounds),
         }
 

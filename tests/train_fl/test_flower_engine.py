@@ -312,6 +312,19 @@ def private(tmp_path, project, monkeypatch, method="feddifrc", changes=()):
     return federation
 
 
+def test_a_part_of_the_nodes_evaluates(tmp_path, project, monkeypatch):
+    federation = private(tmp_path, project, monkeypatch, changes={"federation.evaluation_clients": 1})
+    federation.serve()
+    asked = [node_id for node_id, kind in federation.log if kind == "evaluate"]
+    assert len(asked) == 2 and len(set(asked)) == 1  # the same one after both rounds
+    folder = tmp_path / "server" / "results" / "feddifrc-nodes-s0"
+    num_bytes = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+    found = rows(folder / "rounds.csv")
+    assert [(row["evaluation_clients"], row["evaluation_bytes"]) for row in found] == [("1", str(num_bytes))] * 2
+    down = sum(int(row["bytes_down"]) for row in found)
+    assert json.loads((folder / "details.json").read_text())["bytes_down"] == down + 2 * num_bytes
+
+
 def test_nodes_with_private_images_train_and_evaluate_together(tmp_path, project, monkeypatch):
     federation = private(tmp_path, project, monkeypatch)
     federation.serve()

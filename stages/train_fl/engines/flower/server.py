@@ -8,19 +8,19 @@ the nodes. A checkpoint is written after every round.
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from pipeline import provenance
+from pipeline import provenance, seeding
 from pipeline.data.datasets import PreparedDataset
 from pipeline.errors import DataError, PipelineError
 from pipeline.federation.members import Members
 from pipeline.federation.node import config_of, project_of, seed_of
 from stages.train_fl import data as run_data
-from stages.train_fl import session
+from stages.train_fl import rounds, session
 from stages.train_fl.data import FederatedData
 from stages.train_fl.engines import workers
 from stages.train_fl.engines.flower import privacy
@@ -97,26 +97,39 @@ def _evaluator(job: Job, method: Method, data: FederatedData | None, members: Me
                 "classes, or remove the folder to evaluate on the nodes."
             )
         return Classification(run_data.held_out(dataset.load("test"), device), num_threads)
-    return NodeEvaluator(members)
+    params = job.config.params
+    order = seeding.numpy_generator(job.seed, "evaluation clients").permutation(params.train_fl.num_clients)
+    return NodeEvaluator(members, order.tolist(), params.federation.evaluation_clients)
 
 
 class NodeEvaluator:
     """Scores the global model on the nodes' own held-out images: an `evaluate.Evaluator`."""
 
-    def __init__(self, members: Members) -> None:
-        """Ask these members."""
-        self._members = members
+    def __init__(self, members: Members, order: list[int], most: Literal["all"] | int) -> None:
+        """Ask at most so many members: the present ones that come first in this order of client ids.
+
+        They are the same after every round, so that a curve shows the model's change and not that of the sample.
+        """
+        self._members, self._order, self._most = members, order, most
 
     def scores(self, model: FLModel) -> dict[str, float]:
-        """Return accuracy and loss over the images of all nodes that answer; PipelineError if none does."""
+        """Return accuracy and loss over the images of all nodes that answer; PipelineError if none does.
+
+        Also return how many answered, and the bytes of the models sent for it.
+        """
+        present = self._members.present()
+        asked = [present[client] for client in self._order if client in present]
+        asked = asked if self._most == "all" else asked[: self._most]
         weights = RecordDict({"weights": to_record(model.state_dict())})
-        answers = list(self._members.ask("evaluate", weights, _read_scores).values())
+        answers = list(self._members.ask("evaluate", weights, _read_scores, asked).values())
         if not answers:
             raise PipelineError("no node evaluated the global model. Fix the nodes and run again to resume.")
         images = [answer["num-images"] for answer in answers]
-        return {
+        means = {
             name: float(np.average([own[name] for own in answers], weights=images)) for name in ("accuracy", "loss")
         }
+        sent = len(asked) * rounds.num_bytes(model.state_dict())
+        return means | {"evaluation_clients": len(answers), "evaluation_bytes": sent}
 
     def final(self, model: FLModel) -> tuple[Predictor, dict[str, float]]:
         """Raise: the images are on the nodes, so there is nothing to predict here."""

@@ -57,7 +57,10 @@ class MethodStrategy(Strategy):
         return messages
 
     def read(self, member: Member, reply: Message) -> Reply:
-        """Read and check a reply: images and steps weight an update, so they must agree with the introduction."""
+        """Read and check a reply: images and steps weight an update, so they must agree with the introduction.
+
+        The weights stay in the message alone, where Flower's wrappers may change them.
+        """
         read = TrainReply.read(reply.content, self.progress.server.weights)
         steps = self._schedule.local_epochs * -(-member.num_samples // self._schedule.batch_size)
         if (read.update.num_samples, read.update.num_steps) != (member.num_samples, steps):
@@ -65,7 +68,7 @@ class MethodStrategy(Strategy):
                 f"invalid reply (trained on {read.update.num_samples} images in {read.update.num_steps} steps, but "
                 f"joined with {member.num_samples} images, which make {steps} steps)"
             )
-        return reply, read
+        return reply, replace(read, update=replace(read.update, weights={}))
 
     def accept(self, replies: dict[Member, Reply]) -> tuple[list[Message], dict[Member, str]]:
         """Accept the replies whose extras fit the method and the other replies.
@@ -77,20 +80,30 @@ class MethodStrategy(Strategy):
         }
         usual = collections.Counter(signatures.values()).most_common(1)[0][0] if replies else None
         rejected = {}
-        for member, (_, read) in replies.items():
+        for member in replies:
             if signatures[member] != usual:
                 rejected[member] = "the names, types or shapes of its extras differ from those of the other clients"
-            elif problem := self._misfit(read):
-                rejected[member] = problem
+        alike = {member: read for member, (_, read) in replies.items() if member not in rejected}
+        if together := self._misfit(list(alike.values())):
+            alone = {member: self._misfit([read]) for member, read in alike.items()}
+            misfits = {member: problem for member, problem in alone.items() if problem}
+            rejected |= misfits or dict.fromkeys(alike, together)
         accepted = {member: reply for member, reply in replies.items() if member not in rejected}
         self.replies = {member: read for member, (_, read) in accepted.items()}
         return [message for message, _ in accepted.values()], rejected
 
-    def _misfit(self, reply: TrainReply) -> str:
-        """Return why the method cannot use a reply, by a trial whose result is dropped; "" if it can."""
+    def _misfit(self, replies: list[TrainReply]) -> str:
+        """Return why the method cannot use the replies' extras; "" if it can.
+
+        Tries it, with the server's weights in place of the clients', and drops the result.
+        """
+        if not any(reply.update.extras for reply in replies):
+            return ""
         before = self.progress.server
         try:
-            after, _ = self._method.server_update(before, [reply.update])
+            after, _ = self._method.server_update(
+                before, [replace(reply.update, weights=before.weights) for reply in replies]
+            )
         except Exception as error:  # untrusted tensors in a method's arithmetic: any exception means invalid
             return f"its extras do not fit the method ({error!r})"
         parts = [(getattr(after, part), getattr(before, part)) for part in ("weights", "broadcast")]
@@ -100,9 +113,14 @@ class MethodStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Apply the method's server_update to the accepted replies, in the order of clients."""
+        """Apply the method's server_update to the accepted replies, in the order of clients.
+
+        The weights are taken out of the messages one by one, so that memory holds one model for each participant.
+        """
         weights = {
-            reply.metadata.src_node_id: to_tensors(reply.content.array_records["weights"], self.progress.server.weights)
+            reply.metadata.src_node_id: to_tensors(
+                reply.content.array_records.pop("weights"), self.progress.server.weights
+            )
             for reply in replies
         }
         updates = [replace(read.update, weights=weights[member.node_id]) for member, read in self.replies.items()]
@@ -185,7 +203,7 @@ class FlowerEngine:
 def _round(core: MethodStrategy, sent: Any, method: Method, schedule: Schedule, seconds: float) -> Round:
     """Describe the round that the strategy has just finished; `sent` is the server's state before it."""
     replies = list(core.replies.values())
-    updates = [reply.update for reply in replies]
+    updates = [reply.update for reply in replies]  # without their weights, which have the server's shapes
     sizes = [update.num_samples for update in updates]
     return Round(
         progress=core.progress,
@@ -194,7 +212,7 @@ def _round(core: MethodStrategy, sent: Any, method: Method, schedule: Schedule, 
         num_samples=sum(sizes) * schedule.local_epochs,
         train_metrics=rounds.mean_metrics([reply.losses for reply in replies], sizes),
         bytes_down=len(updates) * (rounds.num_bytes(sent.weights) + rounds.num_bytes(sent.broadcast)),
-        bytes_up=sum(map(rounds.update_bytes, updates)),
+        bytes_up=sum(map(rounds.update_bytes, updates)) + len(updates) * rounds.num_bytes(sent.weights),
         load_seconds=max(reply.load_seconds for reply in replies),
         train_seconds=seconds,
         aggregate_seconds=0.0,  # included in train_seconds
