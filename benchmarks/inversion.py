@@ -1,72 +1,217 @@
-"""Measure how much a shared feature set reveals about its images, by an attacker who inverts it.
+"""Measure how much a shared feature set reveals about its images, and what giving away less costs.
 
-The attacker has half of the images with their features (data of their own, passed through the public backbone), learns
+An attacker has half of the images with their features (data of their own, passed through the public backbone), learns
 a linear map from features to pixels (ridge regression), and applies it to the features of the other, hidden half.
 
     explained     share of the pixels' variance that the reconstructions explain; predicting the mean image gives 0
     identified    how often the hidden image nearest to a reconstruction is the right one; chance is 1 / their number
     label         accuracy of logistic regression on the features (every shard also contains the labels themselves)
+    gain          with --seeds: accuracy of FedDifRC trained from these features minus that of FedAvg, seed by seed,
+                  and the half-width of its 95 % interval (Student's t over seeds)
+
+The rows change what is shared: fewer dimensions per layer (the first of the PCA), 8-bit integers with one scale per
+dimension, Gaussian noise with a multiple of each dimension's standard deviation, or one of the two representations.
 
     python benchmarks/inversion.py
+    python benchmarks/inversion.py --partition dir005 --seeds 5 --figure docs/gallery/privacy.svg
 """
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import stages.train_fl.methods  # noqa: F401  registers the settings of every method
-from pipeline import provenance, seeding
-from pipeline.data.datasets import PreparedDataset
-from pipeline.feature_store import FeatureSet
+from pipeline import accuracy, plotting, provenance, seeding
+from pipeline.data.datasets import Images, PreparedDataset
+from pipeline.feature_store import Features, FeatureSet
+from pipeline.progress import track
 from pipeline.settings import config
+from pipeline.settings.config import Config
 from stages.analyze_features.probes import linear_probe
+from stages.train_fl import data as run_data
+from stages.train_fl.simulation import DEFAULTS, Samples, simulate
 
 ROOT = Path(__file__).parents[1]
 
+Change = Callable[["SharedSet", Features], dict[str, np.ndarray]]
 
-@click.command()
-@click.option("--params", type=click.Path(path_type=Path), default=ROOT / "params.yaml", help="The parameter file.")
-def main(params: Path) -> None:
+
+class SharedSet(FeatureSet):
+    """A feature set whose rows are changed when they are read."""
+
+    def __init__(self, path: Path, change: Change) -> None:
+        """Open the set in folder `path`."""
+        super().__init__(path)
+        self._change = change
+        own = self.basis()
+        self.mean, self.std = own.mean, own.std
+
+    def read(self, index: np.ndarray) -> Features:
+        """Return the changed rows."""
+        rows = super().read(index)
+        return dataclasses.replace(rows, **self._change(self, rows))
+
+    def everything(self) -> Features:
+        """Return all rows as they are stored."""
+        return FeatureSet.read(self, np.arange(len(self)))
+
+
+def _as_is(features: SharedSet, rows: Features) -> dict[str, np.ndarray]:
+    return {}
+
+
+def _without(part: str) -> Change:
+    return lambda features, rows: {part: np.zeros_like(getattr(rows, part))}
+
+
+def _first_dims(count: int) -> Change:
+    """Keep `count` dimensions per layer; the others become constant: zero, or the mean, which training subtracts."""
+
+    def change(features: SharedSet, rows: Features) -> dict[str, np.ndarray]:
+        dropped = np.concatenate(
+            [np.arange(start + count, stop) for start, stop in features.manifest.content.layers.values()]
+        ).astype(int)
+        denoised, prompted = rows.denoised.copy(), rows.prompted.copy()
+        denoised[:, dropped], prompted[:, :, dropped] = features.mean[dropped], 0
+        return {"denoised": denoised, "prompted": prompted}
+
+    return change
+
+
+def _int8(features: SharedSet, rows: Features) -> dict[str, np.ndarray]:
+    scale = np.abs(features.everything().denoised).max(0).astype(np.float32) / 127  # (D,)
+    scale = np.where(scale > 0, scale, 1)
+
+    def rounded(values: np.ndarray) -> np.ndarray:
+        return (np.clip(np.rint(values / scale), -127, 127) * scale).astype(np.float16)
+
+    return {"denoised": rounded(rows.denoised), "prompted": rounded(rows.prompted)}
+
+
+def _noise(multiple: float) -> Change:
+    def change(features: SharedSet, rows: Features) -> dict[str, np.ndarray]:
+        # The owner adds it once, so a row has the same noise whenever it is read.
+        changed = {name: getattr(rows, name).astype(np.float32) for name in ("denoised", "prompted")}
+        for position, index in enumerate(rows.index.tolist()):
+            generator = seeding.numpy_generator(0, "shared noise", index)
+            for values in changed.values():
+                values[position] += multiple * features.std * generator.standard_normal(values[position].shape)
+        return {name: values.astype(np.float16) for name, values in changed.items()}
+
+    return change
+
+
+CHANGES: dict[str, Change] = {
+    "as it is": _as_is,
+    "denoised only": _without("prompted"),
+    "prompted only": _without("denoised"),
+    **{f"{count} dims per layer": _first_dims(count) for count in (24, 12, 6, 3)},
+    "int8": _int8,
+    **{f"noise {multiple:g}": _noise(multiple) for multiple in (0.25, 0.5, 1.0, 2.0, 4.0)},
+}
+
+
+@click.command(help=__doc__.replace("\n\n", "\n\n\b\n"))
+@click.option("--params", "file", type=click.Path(path_type=Path), default=ROOT / "params.yaml", help="Parameter file.")
+@click.option("--partition", default="dir005", show_default=True, help="Partition of the federated runs.")
+@click.option("--seeds", default=0, show_default=True, help="Seeds of the federated runs; 0 runs none.")
+@click.option("--figure", type=click.Path(path_type=Path), help="Write a picture of privacy against accuracy (SVG).")
+@click.option("--only", type=click.Choice(list(CHANGES)), multiple=True, help="Measure only this row; repeatable.")
+def main(file: Path, partition: str, seeds: int, figure: Path | None, only: tuple[str, ...]) -> None:
     """Attack the project's own feature set."""
-    project = config.load(params)
-    features, images = FeatureSet(project.features_dir), PreparedDataset(project.dataset_dir).load("train")
-    order = seeding.numpy_generator(0, "inversion").permutation(len(images))
-    known, hidden = np.split(order, 2)
-    pixels = images.images.mean(3).reshape(len(images), -1) / 255.0  # grey
-    rows = features.read(np.arange(len(images)))
-    kinds = {
-        "denoised": rows.denoised,
-        "denoised and prompted": np.concatenate([rows.denoised, rows.prompted.reshape(len(images), -1)], 1),
-    }
-    result = {}
-    click.echo(f"{'features':24}{'numbers':>9}{'explained':>11}{'identified':>12}{'label':>8}")
-    for name, values in kinds.items():
-        values = values.astype(np.float64)
-        row = result[name] = _attack(values, pixels, images.labels, known, hidden) | {"numbers": values.shape[1]}
-        shares = f"{row['explained']:>11.1%}{row['identified']:>12.1%}{row['label']:>8.1%}"
-        click.echo(f"{name:24}{row['numbers']:>9}{shares}")
+    result = measure(config.load(file), partition, seeds, list(only or CHANGES))
+    click.echo(json.dumps(result | {"provenance": provenance.describe()}))
+    if figure and seeds:
+        figure.write_text(_picture(result["rows"]), encoding="utf-8")
+
+
+def measure(project: Config, partition: str, seeds: int, names: list[str]) -> dict[str, Any]:
+    """Print a row for each name, and return all numbers."""
+    images = PreparedDataset(project.dataset_dir).load("train")
+    known, hidden = np.split(seeding.numpy_generator(0, "inversion").permutation(len(images)), 2)
+    baseline = [_accuracy(project, "fedavg", partition, seed, None) for seed in _shown(seeds, "fedavg")]
+    rows: dict[str, dict[str, Any]] = {}
+    click.echo(f"{'shared':20}{'numbers':>9}{'explained':>11}{'identified':>12}{'label':>8}{'gain':>8}")
+    for name in names:
+        shared = SharedSet(project.features_dir, CHANGES[name])
+        row = rows[name] = _attack(shared.read(np.arange(len(images))), images, known, hidden)
+        line = f"{name:20}{row['numbers']:>9}{row['explained']:>11.1%}{row['identified']:>12.1%}{row['label']:>8.1%}"
+        if seeds:
+            guided = [_accuracy(project, "feddifrc", partition, seed, shared) for seed in _shown(seeds, name)]
+            row |= _gain(np.array(guided) - baseline)
+            line += f"{100 * row['gain']:>8.1f} ± {100 * row['half_width']:.1f}"
+        click.echo(line)
     click.echo(f"chance of identifying one of {len(hidden)}: {1 / len(hidden):.1%}")
-    click.echo(json.dumps({"hidden": len(hidden)} | result | {"provenance": provenance.describe()}))
+    return {"hidden": len(hidden), "partition": partition, "fedavg": baseline, "rows": rows}
 
 
-def _attack(
-    values: np.ndarray, pixels: np.ndarray, labels: np.ndarray, known: np.ndarray, hidden: np.ndarray
-) -> dict[str, float]:
+def _shown(seeds: int, name: str) -> Any:
+    return track(range(seeds), name, seeds, "run") if seeds else ()
+
+
+def _attack(rows: Features, images: Images, known: np.ndarray, hidden: np.ndarray) -> dict[str, float]:
+    pixels = images.images.mean(3).reshape(len(images), -1) / 255.0  # grey
+    values = np.concatenate([rows.denoised, rows.prompted.reshape(len(rows), -1)], 1).astype(np.float64)
+    values = values[:, values.std(0) > 0]
     inverse = make_pipeline(StandardScaler(), Ridge(10.0)).fit(values[known], pixels[known])
     guessed, truth = inverse.predict(values[hidden]), pixels[hidden]
     explained = 1 - ((guessed - truth) ** 2).sum() / ((truth - pixels[known].mean(0)) ** 2).sum()
     distances = (guessed**2).sum(1)[:, None] - 2 * guessed @ truth.T + (truth**2).sum(1)
-    probe = linear_probe().fit(values[known], labels[known])
+    probe = linear_probe().fit(values[known], images.labels[known])
     return {
+        "numbers": values.shape[1],
         "explained": float(explained),
         "identified": float((distances.argmin(1) == np.arange(len(hidden))).mean()),
-        "label": float(probe.score(values[hidden], labels[hidden])),
+        "label": float(probe.score(values[hidden], images.labels[hidden])),
     }
+
+
+def _accuracy(project: Config, method: str, partition: str, seed: int, features: FeatureSet | None) -> float:
+    """Train as `pipeline train-fl` does, with these features, and return the mean accuracy of the last five rounds."""
+    data = run_data.load(project, "fedavg", partition, seed, "cpu")
+    train, settings = data.dataset.load("train"), project.params.train_fl
+    clients = [Samples(train.images[part], train.labels[part], features, part) for part in data.parts]
+    held_out = Samples(data.held_out.images.permute(0, 2, 3, 1), data.held_out.labels)
+    section = project.settings("methods", method)
+    if method == "feddifrc" and features:  # a representation that is not shared cannot guide
+        rows = features.read(np.arange(2))
+        weights = {"tdcl_weight": rows.prompted, "ndcr_weight": rows.denoised}
+        section = section.model_copy(update={key: 0.0 for key, values in weights.items() if not values.any()})
+    history = simulate(
+        section, clients, held_out, seed=seed, device="cpu", **settings.model_dump(include=set(DEFAULTS))
+    )
+    return accuracy.of_run([row["accuracy"] for row in history.rows])
+
+
+def _gain(differences: np.ndarray) -> dict[str, Any]:
+    count = len(differences)
+    error = differences.std(ddof=1) / count**0.5 if count > 1 else float("nan")
+    half_width = float(stats.t.ppf(0.975, count - 1) * error) if count > 1 else float("nan")
+    return {"gain": float(differences.mean()), "half_width": half_width, "gains": differences.tolist()}
+
+
+@plotting.svg
+def _picture(result: dict[str, dict[str, Any]]) -> Figure:
+    figure = Figure(figsize=(6.4, 4.2))
+    axes = figure.add_subplot()
+    axes.grid()
+    for name, row in result.items():
+        place = 100 * row["identified"], 100 * row["gain"]
+        axes.errorbar(*place, yerr=100 * row["half_width"], fmt="o", color="#0072B2", ecolor="#0072B255", capsize=2)
+        axes.annotate(name, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.axhline(0, color=plotting.INK, lw=0.8)
+    axes.set(xlabel="hidden images identified, %", ylabel="gain of FedDifRC over FedAvg, points")
+    return figure
 
 
 if __name__ == "__main__":

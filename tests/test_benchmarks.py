@@ -3,8 +3,10 @@
 import importlib
 import io
 import json
+import math
 import tarfile
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -68,6 +70,23 @@ def test_guide_benchmark_trains_on_one_half_and_measures_on_the_other(benchmark,
     archive = b"".join(part.read_bytes() for part in sorted((tmp_path / "results").glob("weights.tar.*")))
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         assert "model/unet/diffusion_pytorch_model.safetensors" in tar.getnames()
+
+
+def test_inversion_benchmark_attacks_and_trains_on_what_is_shared(benchmark, tmp_path):
+    inversion = benchmark("inversion")
+    project = tiny_project.make(tmp_path, train_fl__num_rounds=1)
+    tiny_project.add_features(project)
+    found = inversion.measure(project, "iid", 2, ["as it is", "prompted only", "3 dims per layer", "noise 1"])
+    # one layer of 6 dimensions, an image's denoised representation and those of 3 prompts
+    numbers = {name: row["numbers"] for name, row in found["rows"].items()}
+    assert numbers == {"as it is": 24, "prompted only": 18, "3 dims per layer": 12, "noise 1": 24}
+    row = found["rows"]["as it is"]
+    first, second = row["gains"]
+    assert row["gain"] == pytest.approx((first + second) / 2)
+    # Student's t with one degree of freedom is the Cauchy distribution, whose 97.5 % quantile is tan(0.475 pi)
+    assert row["half_width"] == pytest.approx(math.tan(0.475 * math.pi) * abs(first - second) / 2)
+    noisy = inversion.SharedSet(project.features_dir, inversion.CHANGES["noise 1"])
+    assert np.array_equal(noisy.read(np.array([3, 5])).prompted[1], noisy.read(np.array([5])).prompted[0])
 
 
 def test_every_table_preset_has_a_place_on_the_reproduction_page():
