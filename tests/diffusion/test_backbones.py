@@ -265,6 +265,21 @@ def test_cut_prompts_are_warned_about(models, name, window, parts, caplog):
         assert "xyz" in message and "loses" in message
 
 
+class _TooLarge(torch.nn.Linear):
+    """Fits on the CPU alone; "meta" stands for a GPU."""
+
+    def to(self, device, dtype=None):
+        if device != "cpu":
+            raise torch.OutOfMemoryError("no memory")
+        return super().to(device, dtype)
+
+
+def test_a_text_encoder_that_does_not_fit_beside_the_denoiser_runs_on_the_cpu(caplog):
+    encoder, device = text.placed(_TooLarge(2, 2), "meta", torch.bfloat16)
+    assert device == "cpu" and encoder.weight.device.type == "cpu" and encoder.weight.dtype == torch.bfloat16
+    assert "_TooLarge does not fit on meta beside the denoiser. Encoding prompts on the CPU." in caplog.text
+
+
 def test_a_class_conditional_model_takes_one_class_per_prompt(models):
     backbone = backbones.load(models["dit"], "auto", "cpu", torch.float32)
     assert backbone.encode_prompts(["tench", "Tinca tinca", "cock"], [2, 1]).tensors["class_labels"].tolist() == [0, 2]
