@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import devices, provenance
+from pipeline.data.file_names import some
 from pipeline.diffusion import frozen_model
 from pipeline.diffusion.frozen_model import TRAINING, BackboneManifest, TrainingRecord
 from pipeline.errors import ConfigError, DataError, PipelineError
@@ -142,7 +143,8 @@ def _guide(config: Config) -> dict[str, Any]:
     if record := _complete(target, images.sha256, settings):
         log.info("%s is complete already. To train it again, delete the folder", target)
         return {"variant": None, "files": record.weights, "training": record}
-    log.info("%s: %d images of %d classes", root, len(images.images), len(images.class_names))
+    names = some(images.class_names)  # those of a folder one level too high would be other captions
+    log.info("%s: %d images of %d classes: %s", root, len(images.images), len(images.class_names), names)
     about: dict[str, Any] = {"corpus": root.name, "corpus_sha256": images.sha256, "images": images.images_per_class()}
     about |= {"settings": settings, "hashes": images.hashes()}
 
