@@ -13,7 +13,7 @@ The rows change what is shared: fewer dimensions per layer (the first of the PCA
 dimension, Gaussian noise with a multiple of each dimension's standard deviation, or one of the two representations.
 
     python benchmarks/inversion.py
-    python benchmarks/inversion.py --partition dir005 --seeds 5 --figure docs/gallery/privacy.svg
+    python benchmarks/inversion.py --partition dir005 --seeds 5 --jobs 2 --figure docs/gallery/privacy.svg
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import joblib
 import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
@@ -125,21 +126,27 @@ CHANGES: dict[str, Change] = {
 @click.option("--params", "file", type=click.Path(path_type=Path), default=ROOT / "params.yaml", help="Parameter file.")
 @click.option("--partition", default="dir005", show_default=True, help="Partition of the federated runs.")
 @click.option("--seeds", default=0, show_default=True, help="Seeds of the federated runs; 0 runs none.")
+@click.option("--jobs", default=1, show_default=True, help="Runs at a time, in processes of one thread.")
 @click.option("--figure", type=click.Path(path_type=Path), help="Write a picture of privacy against accuracy (SVG).")
 @click.option("--only", type=click.Choice(list(CHANGES)), multiple=True, help="Measure only this row; repeatable.")
-def main(file: Path, partition: str, seeds: int, figure: Path | None, only: tuple[str, ...]) -> None:
+def main(file: Path, partition: str, seeds: int, jobs: int, figure: Path | None, only: tuple[str, ...]) -> None:
     """Attack the project's own feature set."""
-    result = measure(config.load(file), partition, seeds, list(only or CHANGES))
+    result = measure(config.load(file), partition, seeds, list(only or CHANGES), jobs)
     click.echo(json.dumps(result | {"provenance": provenance.describe()}))
     if figure and seeds:
         figure.write_text(_picture(result["rows"]), encoding="utf-8")
 
 
-def measure(project: Config, partition: str, seeds: int, names: list[str]) -> dict[str, Any]:
+def measure(project: Config, partition: str, seeds: int, names: list[str], jobs: int = 1) -> dict[str, Any]:
     """Print a row for each name, and return all numbers."""
     images = PreparedDataset(project.dataset_dir).load("train")
     known, hidden = np.split(seeding.numpy_generator(0, "inversion").permutation(len(images)), 2)
-    baseline = [_accuracy(project, "fedavg", partition, seed, None) for seed in _shown(seeds, "fedavg")]
+    runs = [(name, seed) for name in ("fedavg", *names) for seed in range(seeds)]
+    trained = joblib.Parallel(jobs, return_as="generator")(
+        joblib.delayed(_accuracy)(project, partition, *run, jobs) for run in runs
+    )
+    found = dict(zip(runs, track(trained, "runs", len(runs), "run"), strict=True)) if runs else {}
+    baseline = [found["fedavg", seed] for seed in range(seeds)]
     rows: dict[str, dict[str, Any]] = {}
     click.echo(f"{'shared':20}{'numbers':>9}{'explained':>11}{'identified':>12}{'label':>8}{'gain':>8}")
     for name in names:
@@ -147,16 +154,11 @@ def measure(project: Config, partition: str, seeds: int, names: list[str]) -> di
         row = rows[name] = _attack(shared.read(np.arange(len(images))), images, known, hidden)
         line = f"{name:20}{row['numbers']:>9}{row['explained']:>11.1%}{row['identified']:>12.1%}{row['label']:>8.1%}"
         if seeds:
-            guided = [_accuracy(project, "feddifrc", partition, seed, shared) for seed in _shown(seeds, name)]
-            row |= _gain(np.array(guided) - baseline)
+            row |= _gain(np.array([found[name, seed] for seed in range(seeds)]) - baseline)
             line += f"{100 * row['gain']:>8.1f} ± {100 * row['half_width']:.1f}"
         click.echo(line)
     click.echo(f"chance of identifying one of {len(hidden)}: {1 / len(hidden):.1%}")
     return {"hidden": len(hidden), "partition": partition, "fedavg": baseline, "rows": rows}
-
-
-def _shown(seeds: int, name: str) -> Any:
-    return track(range(seeds), name, seeds, "run") if seeds else ()
 
 
 def _attack(rows: Features, images: Images, known: np.ndarray, hidden: np.ndarray) -> dict[str, float]:
@@ -176,20 +178,24 @@ def _attack(rows: Features, images: Images, known: np.ndarray, hidden: np.ndarra
     }
 
 
-def _accuracy(project: Config, method: str, partition: str, seed: int, features: FeatureSet | None) -> float:
-    """Train as `pipeline train-fl` does, with these features, and return the mean accuracy of the last five rounds."""
+def _accuracy(project: Config, partition: str, name: str, seed: int, jobs: int) -> float:
+    """Train FedAvg, or FedDifRC with the features that are shared under `name`, as `pipeline train-fl` does.
+
+    Return the mean accuracy of the last five rounds.
+    """
     data = run_data.load(project, "fedavg", partition, seed, "cpu")
     train, settings = data.dataset.load("train"), project.params.train_fl
+    features, section = None, project.settings("methods", "fedavg")
+    if name != "fedavg":
+        features, section = SharedSet(project.features_dir, CHANGES[name]), project.settings("methods", "feddifrc")
+        rows = features.read(np.arange(2))
+        parts = {"tdcl_weight": rows.prompted, "ndcr_weight": rows.denoised}  # what is not shared cannot guide
+        section = section.model_copy(update={key: 0.0 for key, values in parts.items() if not values.any()})
     clients = [Samples(train.images[part], train.labels[part], features, part) for part in data.parts]
     held_out = Samples(data.held_out.images.permute(0, 2, 3, 1), data.held_out.labels)
-    section = project.settings("methods", method)
-    if method == "feddifrc" and features:  # a representation that is not shared cannot guide
-        rows = features.read(np.arange(2))
-        weights = {"tdcl_weight": rows.prompted, "ndcr_weight": rows.denoised}
-        section = section.model_copy(update={key: 0.0 for key, values in weights.items() if not values.any()})
-    history = simulate(
-        section, clients, held_out, seed=seed, device="cpu", **settings.model_dump(include=set(DEFAULTS))
-    )
+    own = settings.model_dump(include=set(DEFAULTS))
+    workers: Any = "auto" if jobs == 1 else 1
+    history = simulate(section, clients, held_out, seed=seed, device="cpu", num_workers=workers, **own)
     return accuracy.of_run([row["accuracy"] for row in history.rows])
 
 
