@@ -76,6 +76,8 @@ LONG = (
     "test_dtypes.py",
     "train_fl/",
     "report/",
+    "test_benchmarks.py",
+    "fuzz/",
 )
 """Modules that take long, longest first; tests of short ones then fill the end of a parallel run."""
 
