@@ -189,7 +189,7 @@ class DiffusersAlone:
 
 def matrix_peak(device: str, dtype: str) -> float:
     """Return the FLOP/s of a large matrix product in this type, the best of five or of those that start in a second."""
-    side = 8192 if device.startswith("cuda") else 1024
+    side = 8192 if device.startswith("cuda") else 512
     # Random numbers: a GPU multiplies ones faster.
     left, right = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2))
     left @ right

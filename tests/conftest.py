@@ -2,13 +2,14 @@
 
 import atexit
 import functools
+import gc
 import io
 import json
 import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from click.testing import CliRunner, Result
 from filelock import FileLock
 from ruamel.yaml import YAML
 
-import stages.train_fl.methods  # noqa: F401  registers the methods' settings
 from pipeline.cli.commands import main
 from tests.integration import forked
 
@@ -76,8 +76,21 @@ LONG = (
     "test_dtypes.py",
     "train_fl/",
     "report/",
+    "test_benchmarks.py",
+    "fuzz/",
 )
 """Modules that take long, longest first; tests of short ones then fill the end of a parallel run."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Collect no garbage while the tests and libraries are imported, and never search them for it: it takes seconds."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -99,6 +112,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_xdist_auto_num_workers() -> int:
     """Use one worker more than there are cores: some tests wait for servers."""
     return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 7) + 1
+
+
+@pytest.fixture(scope="session", autouse=True)
+def methods_are_registered() -> None:
+    """Register the methods' settings; imported here, for the process that only starts the workers needs no torch."""
+    import stages.train_fl.methods  # noqa: F401
 
 
 Pipeline = Callable[..., Result]

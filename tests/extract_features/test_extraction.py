@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -27,23 +26,17 @@ from tests.conftest import invoke
 from tests.extract_features import tiny_models
 from tests.extract_features.fixtures import extract, project
 from tests.faults import program
+from tests.integration import forked
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def launch(root: Path, *arguments: str, before: tuple[str, ...] = (), **environment: str) -> subprocess.Popen:
-    command = [*(before or (sys.executable,)), "-m", "pipeline", "extract-features", *arguments]
-    return subprocess.Popen(
-        command, cwd=root, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory) -> Path:
-    """40 digits with tiny-sd, in 5 shards, extracted by one process."""
-    root = project(tmp_path_factory.mktemp("digits") / "p", rows_per_shard=8)
+    """20 digits with tiny-sd, in 5 shards, extracted by one process."""
+    root = project(tmp_path_factory.mktemp("digits") / "p", images=20, rows_per_shard=4, basis_images=12)
     extract(root)
     return root
 
@@ -68,11 +61,11 @@ def test_features_equal_those_of_single_passes(digits):
     params = config.params.extract_features
     data = PreparedDataset(config.dataset_dir).load("train")
     features = FeatureSet(digits / SET)
-    rows, basis = features.read(np.arange(40)), features.basis()
+    rows, basis = features.read(np.arange(20)), features.basis()
     backbone = backbones.load(config.backbone_dir, "auto", "cpu", torch.float32)
     names = PreparedDataset(config.dataset_dir).class_names
     conditioning = backbone.encode_prompts([f"a photo of a {name}" for name in names] + [""])
-    for image in (0, 17, 39):
+    for image in (0, 9, 19):
         latents = backbone.encode_images(data.take(np.array([image])).images, params.image_size)
         noise = torch.randn(latents.shape[1:], generator=seeding.torch_generator(0, "noise", image))[None]
         noisy = backbone.add_noise(latents, noise, 300)
@@ -92,30 +85,34 @@ def test_features_equal_those_of_single_passes(digits):
 def test_manifest_records_the_settings_that_made_the_set(digits):
     settings = FeatureSet(digits / SET).manifest.provenance["settings"]
     assert ExtractFeatures.model_validate(settings) == load(digits / "params.yaml").params.extract_features
-    assert (settings["rows_per_shard"], settings["basis_images"], settings["basis"]) == (8, 20, "auto")
+    assert (settings["rows_per_shard"], settings["basis_images"], settings["basis"]) == (4, 12, "auto")
 
 
 def test_threads_and_batch_sizes_do_not_change_a_byte(digits, unextracted):
-    settings = ("--set", "runtime.unet_batch_size=48", "--set", "runtime.cache_latents=true")
-    process = launch(unextracted, *settings, OMP_NUM_THREADS="2")
-    _, log = process.communicate()
-    assert process.returncode == 0, log
+    settings = ("--set", "runtime.unet_batch_size=24", "--set", "runtime.cache_latents=true")
+    forked.write_programs(unextracted, "pipeline")
+    command = [unextracted / "pipeline", "extract-features", *settings]
+    subprocess.run(command, cwd=unextracted, env=os.environ | {"OMP_NUM_THREADS": "2"}, check=True)
     assert contents(unextracted / SET) == contents(digits / SET)
 
 
 def test_shard_size_does_not_change_features(digits, unextracted):
-    found = FeatureSet(extract(unextracted, "--rows-per-shard", "17")).read(np.arange(40))
-    expected = FeatureSet(digits / SET).read(np.arange(40))
+    found = FeatureSet(extract(unextracted, "--rows-per-shard", "9")).read(np.arange(20))
+    expected = FeatureSet(digits / SET).read(np.arange(20))
     for name in vars(expected):
         assert np.array_equal(getattr(found, name), getattr(expected, name)), name
 
 
 def test_accelerate_launch_gives_the_same_bytes_as_one_process(digits, unextracted):
-    accelerate = str(Path(sys.executable).parent / "accelerate")
-    options = ("--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
-    process = launch(unextracted, before=(accelerate, "launch", *options, "--dynamo_backend", "no"))
-    out, log = process.communicate()
-    assert process.returncode == 0, log
+    forked.write_programs(unextracted, "accelerate", "python")
+    ranked = unextracted / "ranked"
+    ranked.write_text('#!/bin/sh\necho "$RANK of $WORLD_SIZE" >> ranks; exec ./python "$@"\n')
+    ranked.chmod(0o755)
+    options = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
+    command = [unextracted / "accelerate", "launch", *options, "--dynamo_backend", "no", "-m", "pipeline"]
+    interpreter = {"PYTHON_EXEC": str(ranked)}  # which torch.distributed reads
+    subprocess.run([*command, "extract-features"], cwd=unextracted, env=os.environ | interpreter, check=True)
+    assert sorted((unextracted / "ranks").read_text().splitlines()) == ["0 of 2", "1 of 2"]
     assert contents(unextracted / SET) == contents(digits / SET)
 
 
@@ -207,18 +204,18 @@ def test_self_supervised_features_do_not_read_labels(unextracted):
         "--denoise-prompt", "a photo of a visual object",
     )  # fmt: skip
     opened = FeatureSet(folder)
-    rows = opened.read(np.arange(40))
+    rows = opened.read(np.arange(20))
     assert rows.prompted.shape[1] == 3 and (rows.prompt_class[:, 0] == 0).all()
-    assert opened.positive_prompts(rows).tolist() == [0] * 40
+    assert opened.positive_prompts(rows).tolist() == [0] * 20
     assert opened.manifest.content.prompts[0] == ["a photo of a similar object"]
 
 
 def test_nearest_negatives_reach_the_set(unextracted):
     opened = FeatureSet(extract(unextracted, "--negatives", "2", "--shard-range", "0:5"))
-    rows = opened.read(np.arange(40))
-    assert rows.prompt_class.shape == (40, 3)
+    rows = opened.read(np.arange(20))
+    assert rows.prompt_class.shape == (20, 3)
     positive = opened.positive_prompts(rows)
-    assert (rows.prompt_class[np.arange(40), positive] == rows.label).all()
+    assert (rows.prompt_class[np.arange(20), positive] == rows.label).all()
 
 
 def test_the_content_of_a_prompt_file_is_part_of_the_fingerprint(unextracted):
@@ -374,8 +371,8 @@ def test_timesteps_past_the_models_schedule_are_rejected_before_it_is_loaded(tmp
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bit_types_are_close(digits, unextracted, dtype):
     shared = ("--basis", str(digits / SET / "basis.h5"), "--dtype", dtype)
-    found = FeatureSet(extract(unextracted, *shared)).read(np.arange(40)).denoised.astype(float)
-    expected = FeatureSet(digits / SET).read(np.arange(40)).denoised.astype(float)
+    found = FeatureSet(extract(unextracted, *shared)).read(np.arange(20)).denoised.astype(float)
+    expected = FeatureSet(digits / SET).read(np.arange(20)).denoised.astype(float)
     error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
     assert 0 < error < {"bfloat16": 0.02, "float16": 0.003}[dtype]
 
@@ -419,10 +416,10 @@ def test_image_conditioning_changes_only_prompted_features(tmp_path):
 def test_a_dry_run_prints_the_cost_and_writes_nothing(unextracted, dtype):
     result = invoke(unextracted, "extract-features", "--dry-run", "--negatives", "2", "--dtype", dtype)
     assert result.exit_code == 0
-    assert "40 in 5 shards" in result.output and "4 per image, 160 in all" in result.output
+    assert "20 in 5 shards" in result.output and "4 per image, 80 in all" in result.output
     assert sorted(path.name for path in unextracted.iterdir()) == ["data", "models", "params.yaml"]
     # a row: 144 dims x 2 bytes x (1 denoised + 3 prompted), 3 prompt numbers of 2 bytes, index, label, checksum
-    assert f"{40 * (144 * 2 * 4 + 3 * 2 + 8 + 8 + 4) / 1e6:.1f} MB" in result.output
+    assert f"{20 * (144 * 2 * 4 + 3 * 2 + 8 + 8 + 4) / 1e6:.1f} MB" in result.output
 
 
 def test_flops_are_counted_up_to_the_last_layer(tmp_path):
@@ -454,8 +451,8 @@ def test_flops_are_counted_up_to_the_last_layer(tmp_path):
 
 
 def test_log_counts_images_and_passes(unextracted):
-    # 40 images in 5 shards of 8, each with 10 prompts and the generic one; the basis is not counted
+    # 20 images in 5 shards of 4, each with 10 prompts and the generic one; the basis is not counted
     first = invoke(unextracted, "extract-features", "--shard-range", "0:2")
-    assert "16 images, 176 passes in" in first.output
-    assert "24 images, 264 passes in" in invoke(unextracted, "extract-features").output
+    assert "8 images, 88 passes in" in first.output
+    assert "12 images, 132 passes in" in invoke(unextracted, "extract-features").output
     assert "passes" not in invoke(unextracted, "extract-features").output  # complete already

@@ -1,5 +1,6 @@
 """Clocks, locales and file names do not change results: the bytes are equal, or one line says why not."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -15,12 +16,17 @@ from tests.faults.program import DATA, EXTRACT, SET, TRAIN
 from tests.faults.test_kills import begin, finished
 
 
-def in_python_of_its_own(root, *arguments, before="", **environment):
-    """Run the program in a new interpreter, with the encoding and locale of the environment."""
-    code = f"import locale, sys\n{before}\nfrom pipeline.cli import main\nmain(sys.argv[1:], prog_name='pipeline')"
+def in_python_of_its_own(root, *commands, before="", **environment):
+    """Run the program's commands in a new interpreter, with the encoding and locale of the environment."""
+    code = (
+        f"import json, sys\nimport locale\n{before}\nfrom pipeline.cli import main\n"
+        "for arguments in json.loads(sys.argv[1]):\n"
+        "    try:\n        main(arguments, prog_name='pipeline')\n"
+        "    except SystemExit as end:\n        if end.code:\n            raise\n"
+    )
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG", "PYTHON"))}
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=root, env=kept | program.ENVIRONMENT | environment,
+        [sys.executable, "-c", code, json.dumps(commands)], cwd=root, env=kept | program.ENVIRONMENT | environment,
         capture_output=True, timeout=program.TIMEOUT,
     )  # fmt: skip
 
@@ -45,10 +51,10 @@ def test_results_do_not_depend_on_the_locale(made, project, foreign_locales, tri
     begin(project, "train-fl")
     before = "locale.setlocale(locale.LC_ALL, '')\nassert 'C' != locale.setlocale(locale.LC_NUMERIC)"
     with trial("other locale or encoding") as tried:
-        done = in_python_of_its_own(project, *TRAIN, before=before, LC_ALL=language, LOCPATH=str(foreign_locales))
+        done = in_python_of_its_own(project, TRAIN, before=before, LC_ALL=language, LOCPATH=str(foreign_locales))
         assert done.returncode == 0, done.stderr.decode()
         tried.compare(finished(made.root, "train-fl"), finished(project, "train-fl"))
-        done = in_python_of_its_own(project, "report", before=before, LC_ALL=language, LOCPATH=str(foreign_locales))
+        done = in_python_of_its_own(project, ("report",), before=before, LC_ALL=language, LOCPATH=str(foreign_locales))
         assert done.returncode == 0, done.stderr.decode()
 
 
@@ -81,10 +87,10 @@ def test_non_ascii_names_are_supported(abroad, trial, environment):
     changed = ("prepare_data.name=own", "prepare_data.source=folder", "prepare_data.train_subset=null")
     settings = [argument for change in changed for argument in ("--set", change)]
     with trial("names that are not ASCII"):
-        for command in (("prepare-data",), EXTRACT, (*TRAIN, "--overwrite")):
-            done = in_python_of_its_own(abroad, *command, *settings, **environment)
-            assert done.returncode == 0, done.stderr.decode()
-            assert b"Logging error" not in done.stderr and b"Traceback" not in done.stderr
+        commands = [(*words, *settings) for words in (("prepare-data",), EXTRACT, (*TRAIN, "--overwrite"))]
+        done = in_python_of_its_own(abroad, *commands, **environment)
+        assert done.returncode == 0, done.stderr.decode()
+        assert b"Logging error" not in done.stderr and b"Traceback" not in done.stderr
         manifest = (abroad / "data/datasets/own/manifest.json").read_text(encoding="utf-8")
         assert "Käfer" in manifest and "猫" in manifest and "naïve café" in manifest
 

@@ -15,7 +15,15 @@ from tests.integration import forked
 def quick_bin() -> Iterator[Path]:
     """The folder of these programs."""
     with tempfile.TemporaryDirectory(prefix="bin-") as name:
-        forked.write_programs(Path(name), "pipeline", "dvc", "flwr", "flwr-clientapp", "flwr-serverapp")
+        flower = (
+            "flwr",
+            "flwr-clientapp",
+            "flwr-serverapp",
+            "flower-superlink",
+            "flower-supernode",
+            "flower-superexec",
+        )
+        forked.write_programs(Path(name), "pipeline", "dvc", *flower)
         yield Path(name)
 
 

@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import pkgutil
+import runpy
 import select
 import signal
 import socket
@@ -46,10 +47,19 @@ _LIBRARIES = [
     "stages.analyze_features.sweep.run",
     *(f"stages.{name}" for name in _STAGES),
     "tests.faults.program",
+    "accelerate.commands.accelerate_cli",
+    "torch.distributed.run",
     "dvc.cli.parser",
     "dvc.repo.reproduce",
     "dvc.repo.experiments.executor.local",
     "dvc.render",
+    "dvc.data_cloud",
+    "dvc.repo.artifacts",
+    "dvc.repo.datasets",
+    "dvc.repo.graph",
+    "dvc.repo.index",
+    "dvc.repo.stage",
+    "dvc.repo.plots",
     "flwr.cli.app",
     "flwr.superlink.cli",
     "flwr.supernode.cli",
@@ -100,7 +110,7 @@ def write_programs(folder: Path, *names: str, site: Path | None = None) -> None:
 
     Args:
         folder: Where to write them.
-        names: Console scripts of installed packages.
+        names: Console scripts of installed packages, or `python`, which runs a module (`python -m`).
         site: Folder of another installation of the project, which they run instead of this repository.
     """
     for name in names:
@@ -186,10 +196,12 @@ def _serve(address: str) -> None:
 
 def _import() -> None:
     if _LIBRARIES[0] not in sys.modules:
+        gc.disable()  # there is no garbage yet
         for module in _LIBRARIES:
             importlib.import_module(module)
         assert threading.active_count() == 1
         gc.freeze()  # so that the children's garbage collections are short
+        gc.enable()
 
 
 def _run(connection: socket.socket) -> None:
@@ -206,6 +218,8 @@ def _run(connection: socket.socket) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    if "OMP_NUM_THREADS" in environment:  # which torch read when the server imported it
+        sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))
     if function:
         pkgutil.resolve_name(function)(*arguments)
     else:
@@ -214,6 +228,10 @@ def _run(connection: socket.socket) -> None:
 
 def _run_program(arguments: list[str], site: str | None) -> NoReturn:
     sys.argv, name = arguments, Path(arguments[0]).name
+    if name == "python":
+        sys.argv = arguments[arguments.index("-m") + 1 :]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        sys.exit()
     sys.path[0] = site or str(Path(sys.executable).parent)  # as for an installed program
     sys.modules["__main__"].__package__ = None  # or click calls the program `python -m`
     if site or name.startswith("flwr"):  # Flower's programs import the project from the app that it sends

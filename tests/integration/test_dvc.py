@@ -13,7 +13,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline.data.datasets import PreparedDataset
-from tests.conftest import write_params
+from tests.conftest import REPOSITORY, write_params
 from tests.integration.project import QUICK, copy_tracked
 from tests.prepare_backbone import guides
 from tests.prepare_backbone.guides import write_corpus
@@ -109,6 +109,29 @@ def test_report_depends_on_the_runs_of_the_sweep(root):
     write_params(root, SWEEP)
     assert ran(dvc(root, "repro")) == set()  # the run that came back is in DVC's cache, and so is that report
     assert locked() == 2 and "up to date" in dvc(root, "status")
+
+
+def test_make_repro_trains_the_runs_in_parallel_and_stops_if_one_fails(root):
+    def make(kl_weight):
+        changes = {"sweep.methods": ["fedcr", "fedavg"], "sweep.seeds": [5], "train_fl.num_rounds": 1}
+        write_params(root, SWEEP | changes | {"methods.fedcr": {"algorithm": "fedcr", "kl_weight": kl_weight}})
+        command = ["make", "repro", "JOBS=2"]
+        return subprocess.run(command, cwd=root, env=environment(root), capture_output=True, text=True)
+
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        shutil.copy(REPOSITORY / name, root)
+    (root / ".venv" / ".installed").touch()
+    fedavg, fedcr = (f"train-fl@{method}-dir05-5" for method in ("fedavg", "fedcr"))
+    failed = make(1e39)  # beyond float32
+    # `dvc repro` alone would stop at the first run; and it would run again what has failed.
+    assert failed.returncode != 0 and ran(failed.stdout) == {fedavg, fedcr}, failed.stdout + failed.stderr
+    assert failed.stdout.count(f"Running stage '{fedcr}'") == 1
+    assert "Error: training diverged" in failed.stderr and f"failed to reproduce '{fedcr}'" in failed.stderr
+    done = make(0.001)
+    assert done.returncode == 0 and ran(done.stdout) == {fedcr, "report"}, done.stdout + done.stderr
+    lock = (root / "dvc.lock").read_bytes()
+    assert {fedavg, fedcr} <= set(YAML(typ="safe").load(lock)["stages"])
+    assert ran(dvc(root, "repro")) == set() and (root / "dvc.lock").read_bytes() == lock
 
 
 def test_training_depends_on_generated_images(root):

@@ -54,14 +54,14 @@ def test_rejects_runs_of_other_settings(trained):
 
 def test_reports_runs_trained_with_overrides_when_given_the_flags_in_the_error_message(trained):
     changed = [
-        f"--set={key}" for key in ("train_fl.num_rounds=1", "train_fl.model=resnet10", "partitions.dir05.alpha=2")
+        f"--set={key}" for key in ("train_fl.num_rounds=1", "train_fl.normalisation=group", "partitions.dir05.alpha=2")
     ]
     flags = (*changed, "--overwrite")
     assert invoke(trained, *TRAIN, *flags).exit_code == 0
     result = invoke(trained, "report")
     assert result.exit_code == 1
     named = shlex.split(result.output.partition("report it unchanged with ")[2].strip().removesuffix("."))
-    assert "partitions.dir05.alpha=2.0" in named and "train_fl.model=resnet10" in named
+    assert "partitions.dir05.alpha=2.0" in named and "train_fl.normalisation=group" in named
     assert invoke(trained, "report", *named).exit_code == 0
 
 

@@ -15,6 +15,7 @@ from pipeline.federation import node
 from stages.report import read_runs, summary
 from stages.train_fl.engines.flower import client, privacy
 from stages.train_fl.evaluate import Classification
+from stages.train_fl.methods.fedavg import FedAvg
 from stages.train_fl.run import run
 from stages.train_fl.session import Job
 from tests.federation.in_process import InProcess
@@ -102,6 +103,25 @@ def test_every_method_has_the_bytes_of_the_local_engine(project, tmp_path, monke
     deploy(project, monkeypatch, method, changes=changes).serve()
     assert {name: (expected / name).read_bytes() for name in SAME} == kept
     assert (expected / "participation.csv").exists()
+
+
+def test_a_client_draws_the_numbers_that_it_draws_under_the_local_engine(project, monkeypatch):
+    """A method defined elsewhere may draw from torch's global generator."""
+    drawn, client_update = {}, FedAvg.client_update
+
+    def drawing(method, weights, broadcast, state, batches, learning_rate):
+        drawn[len(batches.data)] = torch.rand(2).tolist()  # every client has another number of images
+        return client_update(method, weights, broadcast, state, batches, learning_rate)
+
+    monkeypatch.setattr(FedAvg, "client_update", drawing)
+    changes = {"train_fl.num_rounds": 1, "train_fl.clients_per_round": 4, "runtime.workers": 1}
+    overrides = {key.replace(".", "__"): value for key, value in changes.items()}
+    run(tiny_project.make(project.root, **overrides), "fedavg", "dir", 0)
+    write_partitions(project.root, project)
+    local = drawn.copy()
+    drawn.clear()
+    deploy(project, monkeypatch, changes=changes).serve()
+    assert drawn == local and len({tuple(numbers) for numbers in drawn.values()}) == 4
 
 
 def result(project, method="fedavg", partition="dir"):
