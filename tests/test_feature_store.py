@@ -29,8 +29,11 @@ from pipeline.feature_store import (
     FeatureSetWriter,
     LayerBasis,
     Plan,
+    comparison,
+    shards,
     verification,
 )
+from tests.faults.kernel import in_child
 
 ROWS, PER_SHARD, P, D = 10, 4, 3, 5
 
@@ -463,18 +466,42 @@ def test_verification_reads_one_shard_after_another(original, monkeypatch):
 def test_replaced_shard_is_checked_again(tmp_path, monkeypatch):
     """Size, layout and row checksums are right: only the fingerprint differs."""
     monkeypatch.setitem(globals(), "PER_SHARD", 1)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(shards, "_MOST_KEPT", ROWS - 1)
     for name, timestep in (("ours", 300), ("theirs", 100)):
         write(tmp_path / f"{name}-staging", tmp_path / name, range(ROWS), timestep=timestep)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (72, hard))  # an eighth of that: 9 of the 10 shards
     opened = FeatureSet(tmp_path / "ours")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     opened.read(np.arange(ROWS))
     replaced = tmp_path / "ours" / "shard-00000.h5"
     (tmp_path / "theirs" / "shard-00000.h5").rename(replaced)
     assert opened.read(np.arange(1, ROWS)).index.tolist() == list(range(1, ROWS))
     with pytest.raises(PipelineError, match="shard-00000.h5 belongs to another feature set"):
         opened.read(np.array([0]))
+
+
+def growth(action, small, large):
+    """Return how many bytes more `action` needs for the folder `large` than for `small`, in a fork."""
+
+    def measured():
+        peaks = []
+        for folder in (small, large):
+            action(folder)
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        return 1024 * (peaks[1] - peaks[0])
+
+    return in_child(measured)
+
+
+def test_memory_does_not_grow_with_the_set(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "D", 1_024)
+    monkeypatch.setitem(globals(), "PER_SHARD", 2_000)
+    for name, rows in (("small", 1_000), ("large", 4_000)):
+        monkeypatch.setitem(globals(), "ROWS", rows)
+        write(tmp_path / f"{name}-staging", tmp_path / name, range(-(-rows // PER_SHARD)))
+    small, large = (
+        sum(file.stat().st_size for file in tmp_path.glob(f"{name}/shard-*")) for name in ("small", "large")
+    )
+    for action in (lambda path: verification.problems(path, full=True), lambda path: comparison.numbers(path, path)):
+        assert growth(action, tmp_path / "small", tmp_path / "large") < (large - small) / 2
 
 
 DENOISED = np.concatenate([features(range(start, stop)).denoised for start, stop in ((0, 4), (4, 8), (8, 10))])
