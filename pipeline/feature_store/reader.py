@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,10 @@ import numpy as np
 from pydantic import BaseModel, StrictInt, ValidationError
 
 from pipeline.errors import FeatureSetError
+from pipeline.feature_store.int8 import Int8
 from pipeline.feature_store.schema import (
-    DATASETS,
     FIELDS,
-    FORMAT_VERSION,
+    FORMAT_VERSIONS,
     Basis,
     Features,
     FileEntry,
@@ -70,6 +71,7 @@ class FeatureSet:
         self.manifest = read_manifest(path)
         self.shards = Shards(path, self.manifest)
         self._absent: dict[int, FileEntry] = {}
+        self._int8: Int8 | None = None
         self._labels: np.ndarray | None = None
         if unchecked:
             return
@@ -161,7 +163,7 @@ class FeatureSet:
         Raises:
             FeatureSetError: As `read`.
         """
-        step = self._rows_of(_BLOCK)
+        step = max(1, _BLOCK // self.manifest.content.read_row_bytes)
         for start in range(0, len(self), step):
             yield self._read(np.arange(start, min(len(self), start + step)), keep=False)
 
@@ -240,7 +242,7 @@ class FeatureSet:
         for shard in np.unique(shard_of).tolist():
             self.shards.check(shard)  # before allocating memory for the rows: a manifest may claim any number
         shapes = self.manifest.content.shapes(len(index))
-        arrays = {name: np.empty(shapes[name], dtype) for name, dtype in DATASETS.items()}
+        arrays = {name: np.empty(shapes[name], dtype) for name, dtype in self.manifest.content.datasets.items()}
         by_shard, step = np.argsort(shard_of, kind="stable"), self._rows_of(_BLOCK)
         blocks = [by_shard[start : start + step] for start in range(0, len(index), step)]
         fill = functools.partial(self._fill, arrays, index, keep)
@@ -249,7 +251,11 @@ class FeatureSet:
                 list(pool.map(fill, blocks))
         else:
             list(map(fill, blocks))
-        return Features(**{name: arrays[name] for name in FIELDS})
+        rows = Features(**{name: arrays[name] for name in FIELDS})
+        if self.manifest.content.storage == "float16":
+            return rows
+        self._int8 = self._int8 or Int8(self.basis())
+        return replace(rows, denoised=self._int8.decode(rows.denoised), prompted=self._int8.decode(rows.prompted))
 
     def positive_prompts(self, rows: Features) -> np.ndarray:
         """Return which of its P prompts matches each image: int64 (n,), columns of `rows.prompted`.
@@ -340,8 +346,9 @@ def parse_manifest(text: bytes, file: Path) -> Manifest:
     """
     try:
         version = _Versioned.model_validate_json(text).format_version
-        if version != FORMAT_VERSION:
-            problem = f"{file} has format version {version}, but this program reads {FORMAT_VERSION}"
+        if version not in FORMAT_VERSIONS.values():
+            known = " and ".join(map(str, FORMAT_VERSIONS.values()))
+            problem = f"{file} has format version {version}, but this program reads {known}"
             raise FeatureSetError(f"{problem}. Update the program.")
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:

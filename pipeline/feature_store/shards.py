@@ -17,7 +17,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from pipeline.feature_store.schema import DATASETS, InvalidFeatureSet, Manifest
+from pipeline.feature_store.schema import InvalidFeatureSet, Manifest
 from pipeline.io import mapped
 from pipeline.io.hdf5 import check_not_written, open_to_read, plain_dataset
 from pipeline.io.system_errors import in_words, reading
@@ -97,7 +97,7 @@ class Shards:
     def _read_layout(self, shard: int, file: Path) -> _Layout:
         shapes, layout = self._manifest.content.shapes(self._manifest.shards[shard].rows), {}
         with opened(file, self._manifest.fingerprint, "does not have the layout of a shard") as h5:
-            for name, dtype in DATASETS.items():
+            for name, dtype in self._manifest.content.datasets.items():
                 found = plain_dataset(h5, name, file)
                 if found.shape != shapes[name] or found.dtype != np.dtype(dtype):
                     raise ValueError(f"{name} is {found.dtype} {found.shape}, not {dtype} {shapes[name]}")
