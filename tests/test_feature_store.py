@@ -29,8 +29,12 @@ from pipeline.feature_store import (
     FeatureSetWriter,
     LayerBasis,
     Plan,
+    comparison,
+    shards,
     verification,
 )
+from pipeline.feature_store.int8 import Int8
+from tests.faults.kernel import in_child
 
 ROWS, PER_SHARD, P, D = 10, 4, 3, 5
 
@@ -463,18 +467,42 @@ def test_verification_reads_one_shard_after_another(original, monkeypatch):
 def test_replaced_shard_is_checked_again(tmp_path, monkeypatch):
     """Size, layout and row checksums are right: only the fingerprint differs."""
     monkeypatch.setitem(globals(), "PER_SHARD", 1)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(shards, "_MOST_KEPT", ROWS - 1)
     for name, timestep in (("ours", 300), ("theirs", 100)):
         write(tmp_path / f"{name}-staging", tmp_path / name, range(ROWS), timestep=timestep)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (72, hard))  # an eighth of that: 9 of the 10 shards
     opened = FeatureSet(tmp_path / "ours")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     opened.read(np.arange(ROWS))
     replaced = tmp_path / "ours" / "shard-00000.h5"
     (tmp_path / "theirs" / "shard-00000.h5").rename(replaced)
     assert opened.read(np.arange(1, ROWS)).index.tolist() == list(range(1, ROWS))
     with pytest.raises(PipelineError, match="shard-00000.h5 belongs to another feature set"):
         opened.read(np.array([0]))
+
+
+def growth(action, small, large):
+    """Return how many bytes more `action` needs for the folder `large` than for `small`, in a fork."""
+
+    def measured():
+        peaks = []
+        for folder in (small, large):
+            action(folder)
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        return 1024 * (peaks[1] - peaks[0])
+
+    return in_child(measured)
+
+
+def test_memory_does_not_grow_with_the_set(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "D", 1_024)
+    monkeypatch.setitem(globals(), "PER_SHARD", 2_000)
+    for name, rows in (("small", 1_000), ("large", 4_000)):
+        monkeypatch.setitem(globals(), "ROWS", rows)
+        write(tmp_path / f"{name}-staging", tmp_path / name, range(-(-rows // PER_SHARD)))
+    small, large = (
+        sum(file.stat().st_size for file in tmp_path.glob(f"{name}/shard-*")) for name in ("small", "large")
+    )
+    for action in (lambda path: verification.problems(path, full=True), lambda path: comparison.numbers(path, path)):
+        assert growth(action, tmp_path / "small", tmp_path / "large") < (large - small) / 2
 
 
 DENOISED = np.concatenate([features(range(start, stop)).denoised for start, stop in ((0, 4), (4, 8), (8, 10))])
@@ -595,3 +623,48 @@ def test_processes_of_a_set_agree_on_the_first_batch_size_of_their_hardware(tmp_
     assert first.agree_on_batch(lambda: pytest.fail("forgotten")) == 256
     (first.path / "batch.json").write_text('{"a processor": "many"}')
     assert first.agree_on_batch(lambda: 32) == 32  # unusable: measured again
+
+
+def test_int8_takes_half_the_bytes_and_keeps_the_numbers(tmp_path):
+    exact, small = tmp_path / "exact", tmp_path / "small"
+    write(tmp_path / "one", exact)
+    write(tmp_path / "two", small, storage="int8")
+    found, wanted = FeatureSet(small), FeatureSet(exact)
+    # the basis has mean 0 and standard deviation 1, so a step is 12 / 127 and rounding is off by half
+    rows, expected = found.read(np.arange(ROWS)), wanted.read(np.arange(ROWS))
+    for name in ("denoised", "prompted"):
+        values, exactly = getattr(rows, name), getattr(expected, name).astype(float)
+        assert values.dtype == np.float16
+        assert np.abs(values - exactly).max() <= 6 / 127 + 1e-3  # and by float16's own rounding
+        steps = np.rint(exactly * 127 / 12) * 12 / 127
+        assert np.allclose(values, steps, atol=1e-3)
+    assert np.array_equal(rows.prompt_class, expected.prompt_class) and np.array_equal(rows.label, expected.label)
+    assert wanted.manifest.content.row_bytes - found.manifest.content.row_bytes == (1 + P) * D
+    assert (found.manifest.format_version, wanted.manifest.format_version) == (2, 1)
+    assert "storage" not in wanted.manifest.content.model_dump()  # as version 1 wrote it, with the same fingerprint
+    assert found.manifest.fingerprint != wanted.manifest.fingerprint
+    found.verify_files()
+    assert verification.problems(small, full=True) == []
+
+
+def test_int8_clips_what_lies_far_out_and_keeps_constant_dimensions(tmp_path):
+    layer = LayerBasis(np.zeros(2), np.eye(2), np.ones(2), 2.0)
+    coder = Int8(Basis({"up_blocks.1": layer}, np.array([100.0, 50.0]), np.array([2.0, 0.0])))
+    values = np.array([[100.0, 50.0], [100.0 + 24.0, 50.0], [100.0 - 400.0, 50.0]])
+    assert coder.encode(values).tolist() == [[0, 0], [127, 0], [-127, 0]]
+    assert np.allclose(coder.decode(coder.encode(values)), [[100, 50], [124, 50], [76, 50]], rtol=1e-3)
+
+
+def test_a_corrupt_row_of_int8_is_detected(tmp_path):
+    write(tmp_path / "staging", tmp_path / "set", storage="int8")
+    shard = tmp_path / "set" / "shard-00001.h5"
+    with h5py.File(shard, "r+") as h5:
+        h5["prompted"][2, 1, 0] += 1
+    with pytest.raises(FeatureSetError, match="row 2 is corrupt"):
+        FeatureSet(tmp_path / "set").read(np.arange(ROWS))
+
+
+def test_a_manifest_whose_storage_contradicts_its_version_is_rejected(copied):
+    forge(copied, manifest=lambda said: said.update(format_version=2))
+    with pytest.raises(FeatureSetError, match="format_version is 2, but its content says float16"):
+        FeatureSet(copied)

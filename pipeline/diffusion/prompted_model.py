@@ -52,13 +52,14 @@ class PromptedModel:
         self._lock = threading.Lock()
         distinct_prompts.check(self.conditioning, prompt_set)
         self._prompt_set = prompt_set
+        similarity = self.conditioning.similarity.numpy()[: self.generic]
+        self._nearest = functools.cache(functools.partial(prompts.nearest, similarity))  # (K, K) cosines, once per set
 
     def prompts_of(
         self, labels: np.ndarray, index: np.ndarray, negatives: Literal["all"] | int, seed: int
     ) -> np.ndarray:
         """Return the prompts of images, int16 (n, P); see `prompts.assign`."""
-        similarity = self.conditioning.similarity.numpy()[: self.generic]
-        return prompts.assign(self._prompt_set, negatives, labels, index, similarity, seed)
+        return prompts.assign(self._prompt_set, negatives, labels, index, self._nearest, seed)
 
     def maps(self, inputs: Inputs, timestep: int, image: Tensor, text: Tensor) -> dict[str, Tensor]:
         """Run one pass for each pair.

@@ -73,7 +73,7 @@ def assign(
     negatives: Literal["all"] | int,
     labels: np.ndarray,
     index: np.ndarray,
-    similarity: np.ndarray,
+    nearest: Callable[[int], np.ndarray],
     seed: int,
 ) -> np.ndarray:
     """Assign prompts to each image, as numbers in `prompts.texts`; the matching one is always among them.
@@ -83,7 +83,7 @@ def assign(
         negatives: "all" or K >= 1.
         labels: int64 (n,), not read if the first prompt is the positive one.
         index: int64 (n,), the images' positions in the data set, which key the random draws.
-        similarity: float (len(prompts.texts), E), a text embedding per prompt.
+        nearest: Returns the first P prompts by similarity to each prompt; see `nearest`.
         seed: Seed of the draws.
 
     Returns:
@@ -94,7 +94,7 @@ def assign(
     if count == total:
         return np.tile(np.arange(total, dtype=np.int16), (len(index), 1))
     if prompts.positive == "label":
-        return _nearest(similarity, count)[labels]
+        return nearest(count)[labels]
     drawn = np.zeros((len(index), count), np.int16)
     for row, image in enumerate(index):
         rng = seeding.numpy_generator(seed, "negatives", int(image))
@@ -108,8 +108,13 @@ def per_image(prompts: PromptSet, negatives: Literal["all"] | int) -> int:
     return total if negatives == "all" else min(negatives + 1, total)
 
 
-def _nearest(similarity: np.ndarray, count: int) -> np.ndarray:
-    """Return int16 (K, count): each prompt itself, then those of the highest cosine."""
+def nearest(similarity: np.ndarray, count: int) -> np.ndarray:
+    """Return int16 (K, count): each prompt itself, then those of the highest cosine, ties to the smaller number.
+
+    Args:
+        similarity: float (K, E), a text embedding per prompt.
+        count: At most K.
+    """
     unit = similarity / np.linalg.norm(similarity, axis=1, keepdims=True)
     cosine = unit @ unit.T
     np.fill_diagonal(cosine, np.inf)

@@ -53,8 +53,7 @@ def numbers(first: Path, second: Path) -> list[NumberDifference]:
     """Compare the features of two sets that are not `incomparable`; raise FeatureSetError if one is damaged."""
     sets = [FeatureSet(first), FeatureSet(second)]
     totals = {(kind, layer): np.zeros(4) for kind in ("denoised", "prompted") for layer in sets[0].layers}
-    for start in range(0, len(sets[0]), 1024):
-        rows = [features[start : start + 1024] for features in sets]
+    for rows in zip(*(features.in_order() for features in sets), strict=True):
         for (kind, layer), total in totals.items():
             columns = sets[0].columns(layer)
             a, b = (getattr(row, kind)[..., columns].astype(np.float32) for row in rows)

@@ -1,11 +1,13 @@
 """Read a feature set; damaged, missing or mismatched files are reported by name."""
 
 import functools
+import itertools
 import operator
 import os
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +16,10 @@ import numpy as np
 from pydantic import BaseModel, StrictInt, ValidationError
 
 from pipeline.errors import FeatureSetError
+from pipeline.feature_store.int8 import Int8
 from pipeline.feature_store.schema import (
     FIELDS,
-    FORMAT_VERSION,
+    FORMAT_VERSIONS,
     Basis,
     Features,
     FileEntry,
@@ -33,9 +36,10 @@ from pipeline.text import first_few, printable
 if TYPE_CHECKING:
     from pipeline.feature_store.torch_dataset import FeatureDataset
 
-_BLOCK = 256  # rows copied and checked at a time: they stay in the processor's cache between the two
+_BLOCK = 2 << 20  # bytes copied and checked at a time: they stay in the processor's cache between the two
 _MOST_NAMED = 8  # missing shards that are named one by one
 _THREADS = 4  # for a long read; copying and checksums release the GIL
+_LONG = _THREADS * _BLOCK  # bytes; for less, e.g. a training batch, threads would cost more than they gain
 
 
 class _Versioned(BaseModel):
@@ -67,6 +71,7 @@ class FeatureSet:
         self.manifest = read_manifest(path)
         self.shards = Shards(path, self.manifest)
         self._absent: dict[int, FileEntry] = {}
+        self._int8: Int8 | None = None
         self._labels: np.ndarray | None = None
         if unchecked:
             return
@@ -147,9 +152,20 @@ class FeatureSet:
 
     def __iter__(self) -> Iterator[Features]:
         """Yield one image after another."""
-        for start in range(0, len(self), _BLOCK):
-            rows = self[start : start + _BLOCK]
+        for rows in self.in_order():
             yield from (rows[place] for place in range(len(rows)))
+
+    def in_order(self) -> Iterator[Features]:
+        """Yield all images in order, some megabytes at a time, so that memory does not depend on the set's size.
+
+        Sets of equal length, dimensions and prompts are divided equally.
+
+        Raises:
+            FeatureSetError: As `read`.
+        """
+        step = max(1, _BLOCK // self.manifest.content.read_row_bytes)
+        for start in range(0, len(self), step):
+            yield self._read(np.arange(start, min(len(self), start + step)), keep=False)
 
     def as_torch(self) -> "FeatureDataset":
         """Return the set as a dataset of dictionaries of tensors, for `torch.utils.data.DataLoader`."""
@@ -208,25 +224,38 @@ class FeatureSet:
                 expected one.
         """
         index = np.asarray(index, np.int64)
+        # The maps of a long read are not kept: it is hardly repeated, and may be of the whole set.
+        return self._read(index, keep=not self._is_long(len(index)))
+
+    def _is_long(self, rows: int) -> bool:
+        return rows * self.manifest.content.row_bytes > _LONG
+
+    def _rows_of(self, size: int) -> int:
+        """Return how many rows, at least one, have `size` bytes."""
+        return max(1, size // self.manifest.content.row_bytes)
+
+    def _read(self, index: np.ndarray, keep: bool) -> Features:
+        """Read the samples `index`, int64 (n,); whether to `keep` the maps of their shards."""
         if len(beyond := index[(index < 0) | (index >= len(self))]):
             raise FeatureSetError(f"{self.path} has no sample {beyond[0]}. Use samples 0 to {len(self) - 1}.")
         shard_of = index // self.manifest.rows_per_shard
-        for shard in np.unique(shard_of):
-            self.shards.check(int(shard))  # before allocating memory for the rows: a manifest may claim any number
+        for shard in np.unique(shard_of).tolist():
+            self.shards.check(shard)  # before allocating memory for the rows: a manifest may claim any number
         shapes = self.manifest.content.shapes(len(index))
-        rows = Features(**{name: np.empty(shapes[name], dtype) for name, dtype in FIELDS.items()})
-        blocks = [
-            places[start : start + _BLOCK]
-            for places in (np.flatnonzero(shard_of == shard) for shard in np.unique(shard_of))
-            for start in range(0, len(places), _BLOCK)
-        ]
-        fill = functools.partial(self._fill, rows, index)
-        if len(index) < _THREADS * _BLOCK:  # a training batch: threads would cost more than they gain
-            list(map(fill, blocks))
-        else:
+        arrays = {name: np.empty(shapes[name], dtype) for name, dtype in self.manifest.content.datasets.items()}
+        by_shard, step = np.argsort(shard_of, kind="stable"), self._rows_of(_BLOCK)
+        blocks = [by_shard[start : start + step] for start in range(0, len(index), step)]
+        fill = functools.partial(self._fill, arrays, index, keep)
+        if self._is_long(len(index)):
             with ThreadPoolExecutor(_THREADS) as pool:
                 list(pool.map(fill, blocks))
-        return rows
+        else:
+            list(map(fill, blocks))
+        rows = Features(**{name: arrays[name] for name in FIELDS})
+        if self.manifest.content.storage == "float16":
+            return rows
+        self._int8 = self._int8 or Int8(self.basis())
+        return replace(rows, denoised=self._int8.decode(rows.denoised), prompted=self._int8.decode(rows.prompted))
 
     def positive_prompts(self, rows: Features) -> np.ndarray:
         """Return which of its P prompts matches each image: int64 (n,), columns of `rows.prompted`.
@@ -255,28 +284,36 @@ class FeatureSet:
         shards = self.manifest.shards.items()
         return [self.manifest.basis, *(entry for shard, entry in shards if shard not in self._absent)]
 
-    def _fill(self, rows: Features, index: np.ndarray, places: np.ndarray) -> None:
-        """Copy the samples `index[places]`, all of one shard, into `rows[places]` and check them."""
-        shard = int(index[places[0]] // self.manifest.rows_per_shard)
-        maps = self.shards.open(shard)
-        local = index[places] - shard * self.manifest.rows_per_shard
-        into, source = _as_slice(places), _as_slice(local)
-        for name in FIELDS:
-            getattr(rows, name)[into] = maps[name][source]
-        got = rows[into]
-        file = self.path / self.manifest.shards[shard].file
-        if len(wrong := np.flatnonzero(got.crc32() != maps["crc32"][source])):
-            raise self._damaged(file, f"row {local[wrong[0]]} is corrupt (checksum differs)")
-        if len(wrong := np.flatnonzero(got.index != index[places])):
-            sample, other = index[places][wrong[0]], got.index[wrong[0]]
-            raise self._damaged(file, f"row {local[wrong[0]]} holds sample {other}, not sample {sample}")
-        if self._labels is not None and len(wrong := np.flatnonzero(got.label != self._labels[index[places]])):
-            sample, label = got.index[wrong[0]], got.label[wrong[0]]
-            raise self._damaged(file, f"sample {sample} has label {label}, in the data set {self._labels[sample]}")
+    def _fill(self, arrays: dict[str, np.ndarray], index: np.ndarray, keep: bool, places: np.ndarray) -> None:
+        """Copy the samples `index[places]`, those of a shard together, into `arrays` at `places`, and check them."""
+        shard_of, local = np.divmod(index[places], self.manifest.rows_per_shard)
+        edges = (np.flatnonzero(np.diff(shard_of)) + 1).tolist()
+        for start, stop in itertools.pairwise([0, *edges, len(places)]):
+            maps = self.shards.open(int(shard_of[start]), keep)
+            into, source = _as_slice(places[start:stop]), _as_slice(local[start:stop])
+            for name, array in arrays.items():
+                array[into] = maps[name][source]
+        at = slice(None) if len(places) == len(index) else _as_slice(places)
+        self._check({name: array[at] for name, array in arrays.items()}, index[at])
 
-    @staticmethod
-    def _damaged(file: Path, problem: str) -> InvalidFeatureSet:
-        """Return the error of a row, unless a process is writing the file: its content is then unknown."""
+    def _check(self, arrays: dict[str, np.ndarray], index: np.ndarray) -> None:
+        """Raise InvalidFeatureSet if a row was corrupted, or is not that of its sample in `index`, int64 (n,)."""
+        got = Features(**{name: arrays[name] for name in FIELDS})
+        rows = index % self.manifest.rows_per_shard
+        for wrong in np.flatnonzero(got.crc32() != arrays["crc32"])[:1]:
+            raise self._damaged(index[wrong], f"row {rows[wrong]} is corrupt (checksum differs)")
+        for wrong in np.flatnonzero(got.index != index)[:1]:
+            problem = f"row {rows[wrong]} holds sample {got.index[wrong]}, not sample {index[wrong]}"
+            raise self._damaged(index[wrong], problem)
+        if self._labels is None:
+            return
+        for wrong in np.flatnonzero(got.label != (labels := self._labels[index]))[:1]:
+            problem = f"sample {index[wrong]} has label {got.label[wrong]}, in the data set {labels[wrong]}"
+            raise self._damaged(index[wrong], problem)
+
+    def _damaged(self, sample: np.int64, problem: str) -> InvalidFeatureSet:
+        """Return the error of a sample's row, unless a process is writing its file: its content is then unknown."""
+        file = self.path / self.manifest.shards[int(sample // self.manifest.rows_per_shard)].file
         check_not_written(file)
         return InvalidFeatureSet(f"{file}: {problem}")
 
@@ -309,8 +346,9 @@ def parse_manifest(text: bytes, file: Path) -> Manifest:
     """
     try:
         version = _Versioned.model_validate_json(text).format_version
-        if version != FORMAT_VERSION:
-            problem = f"{file} has format version {version}, but this program reads {FORMAT_VERSION}"
+        if version not in FORMAT_VERSIONS.values():
+            known = " and ".join(map(str, FORMAT_VERSIONS.values()))
+            problem = f"{file} has format version {version}, but this program reads {known}"
             raise FeatureSetError(f"{problem}. Update the program.")
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
@@ -387,5 +425,5 @@ def _float64(h5: h5py.File, name: str, ndim: int) -> np.ndarray:
 def _as_slice(positions: np.ndarray) -> np.ndarray | slice:
     """Return consecutive positions as a slice, because a slice is copied at memory speed."""
     first, count = int(positions[0]), len(positions)
-    consecutive = positions[-1] - first == count - 1 and (np.diff(positions) == 1).all()
+    consecutive = count == 1 or (positions[-1] - first == count - 1 and (np.diff(positions) == 1).all())
     return slice(first, first + count) if consecutive else positions

@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, Field, GetPydanticSchema, JsonValue, field_validator, model_validator, with_config
+from pydantic import (
+    BaseModel,
+    Field,
+    GetPydanticSchema,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+    with_config,
+)
 from typing_extensions import TypedDict  # pydantic supports typing.TypedDict only from Python 3.12 on
 
 from pipeline import provenance
@@ -21,13 +31,16 @@ from pipeline.io.system_errors import reading, status
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+Storage = Literal["float16", "int8"]
+FORMAT_VERSIONS: dict[Storage, int] = {"float16": 1, "int8": 2}
+"""The format version of a set, by its storage: programs that read version 1 alone still read sets of float16."""
+
 EXTRACT_AGAIN = "Delete it and run `pipeline extract-features`, or `dvc pull` a good copy"
 FETCH = "`dvc pull` it, or run `pipeline extract-features`"
 
 FIELDS = {"index": "<i8", "label": "<i8", "denoised": "<f2", "prompted": "<f2", "prompt_class": "<i2"}
-DATASETS = {**FIELDS, "crc32": "<u4"}
-"""The datasets of a shard, by name, with their types."""
+"""The arrays of `Features`, with their types."""
+_REPRESENTATIONS = ("denoised", "prompted")
 
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Rows = Annotated[int, Field(ge=0, lt=2**31)]
@@ -146,6 +159,7 @@ class Content(BaseModel, strict=True, extra="forbid"):
         basis_sha256: SHA-256 of the given basis file; None if the basis was fitted.
         image_conditioning: File name -> hash, of the image encoder; None without one.
         dtype: Floating-point type of the passes.
+        storage: Type of the representations in the shards.
     """
 
     extraction_version: _Count
@@ -164,6 +178,13 @@ class Content(BaseModel, strict=True, extra="forbid"):
     basis_sha256: str | None
     image_conditioning: dict[str, str] | None
     dtype: str
+    storage: Storage = "float16"
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the storage of version 1, so that the fingerprints of its sets stay what they were."""
+        values = handler(self)
+        return {key: value for key, value in values.items() if (key, value) != ("storage", "float16")}
 
     @field_validator("layers")
     @classmethod
@@ -195,16 +216,31 @@ class Content(BaseModel, strict=True, extra="forbid"):
         total = len(self.prompts)
         return total if isinstance(self.negatives, str) else min(self.negatives + 1, total)
 
+    @property
+    def datasets(self) -> dict[str, str]:
+        """The datasets of a shard, by name, with their types."""
+        stored = dict.fromkeys(_REPRESENTATIONS, "<i1") if self.storage == "int8" else {}
+        return {**FIELDS, **stored, "crc32": "<u4"}
+
     def shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each of `DATASETS` for that many rows."""
+        """Return the shape of each of `datasets` for that many rows."""
         p, d = self.prompts_per_image, self.num_dims
         per_row = {"denoised": (d,), "prompted": (p, d), "prompt_class": (p,)}
-        return {name: (rows, *per_row.get(name, ())) for name in DATASETS}
+        return {name: (rows, *per_row.get(name, ())) for name in self.datasets}
 
     @property
     def row_bytes(self) -> int:
         """Bytes per image in a shard."""
-        return sum(math.prod(shape) * np.dtype(DATASETS[name]).itemsize for name, shape in self.shapes(1).items())
+        return self._row_bytes(self.datasets)
+
+    @property
+    def read_row_bytes(self) -> int:
+        """Bytes per image in memory, once read; equal for sets of the same dimensions and prompts."""
+        return self._row_bytes(FIELDS)
+
+    def _row_bytes(self, types: dict[str, str]) -> int:
+        shapes = self.shapes(1)
+        return sum(math.prod(shapes[name]) * np.dtype(dtype).itemsize for name, dtype in types.items())
 
 
 @dataclass(frozen=True)
@@ -247,6 +283,8 @@ class Manifest(BaseModel, strict=True, extra="forbid"):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
+        if self.format_version != FORMAT_VERSIONS[self.content.storage]:
+            raise ValueError(f"format_version is {self.format_version}, but its content says {self.content.storage}")
         if self.prompts_per_image != self.content.prompts_per_image:
             raise ValueError(f"prompts_per_image is {self.prompts_per_image}, but its content says otherwise")
         if (self.basis.file, self.basis.rows) != ("basis.h5", 0):

@@ -1,14 +1,14 @@
-"""The shards of a set as memory-mapped arrays, with few open files even for thousands of shards.
+"""The shards of a set as memory-mapped arrays.
 
-A map holds a file descriptor while it exists, and systems allow a process 256 to 1,024 of them. So the layout of every
-shard is cached, but only the most recently used maps: reopening a map takes microseconds, HDF5 takes milliseconds. A
-dropped map is closed when the last array that refers to it is garbage-collected.
+A map takes no file descriptor (`pipeline.io.mapped`), so the maps of all shards are kept for the random batches of
+training, and a batch takes the same time whatever the number of shards. A reader that passes over the whole set keeps
+none: their pages would count as the process's memory, in the end as much as the set has.
+
+The layout of every shard is cached: mapping a file takes microseconds, reading its layout by HDF5 a millisecond.
 """
 
 import contextlib
-import mmap
 import os
-import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -17,7 +17,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from pipeline.feature_store.schema import DATASETS, InvalidFeatureSet, Manifest
+from pipeline.feature_store.schema import InvalidFeatureSet, Manifest
+from pipeline.io import mapped
 from pipeline.io.hdf5 import check_not_written, open_to_read, plain_dataset
 from pipeline.io.system_errors import in_words, reading
 from pipeline.text import printable
@@ -28,8 +29,7 @@ MALFORMED = (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeEr
 MOST_CHARACTERS = 200
 """Characters of a file's own text that are quoted in an error."""
 
-_SHARE = 8  # a set uses at most an eighth of the descriptors that a process may have
-_FEWEST, _MOST = 8, 64  # and this many
+_MOST_KEPT = 1 << 14  # maps; Linux allows a process four times as many by default (vm.max_map_count)
 
 _Identity = tuple[int, ...]
 
@@ -45,16 +45,18 @@ class Shards:
         self._path, self._manifest = path, manifest
         self._layouts: dict[int, tuple[_Identity, _Layout]] = {}
         self._maps: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
-        allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._room = _MOST if allowed == resource.RLIM_INFINITY else max(_FEWEST, min(_MOST, allowed // _SHARE))
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type, tuple[Path, Manifest]]:
         """Pickle without maps and lock, so that a spawned data loader opens its own."""
         return Shards, (self._path, self._manifest)
 
-    def open(self, shard: int) -> dict[str, np.ndarray]:
-        """Return the shard's datasets as read-only memory maps, by name; InvalidFeatureSet if it is not intact."""
+    def open(self, shard: int, keep: bool = True) -> dict[str, np.ndarray]:
+        """Return the shard's datasets as read-only memory maps, by name; InvalidFeatureSet if it is not intact.
+
+        `keep` them for the next call, which then does not look at the file again; otherwise they are unmapped when the
+        last array that refers to them is garbage-collected.
+        """
         with self._lock:
             if shard in self._maps:
                 self._maps.move_to_end(shard)
@@ -65,10 +67,11 @@ class Shards:
         layout = self._layout(shard, file, identity)
         # Views of the map, because fancy indexing through h5py is a hundred times slower.
         maps = {name: np.ndarray(shape, dtype, content, at) for name, (shape, dtype, at) in layout.items()}
-        with self._lock:
-            self._maps[shard] = maps
-            if len(self._maps) > self._room:
-                self._maps.popitem(last=False)
+        if keep:
+            with self._lock:
+                self._maps[shard] = maps
+                if len(self._maps) > _MOST_KEPT:
+                    self._maps.popitem(last=False)
         return maps
 
     def check(self, shard: int) -> None:
@@ -94,7 +97,7 @@ class Shards:
     def _read_layout(self, shard: int, file: Path) -> _Layout:
         shapes, layout = self._manifest.content.shapes(self._manifest.shards[shard].rows), {}
         with opened(file, self._manifest.fingerprint, "does not have the layout of a shard") as h5:
-            for name, dtype in DATASETS.items():
+            for name, dtype in self._manifest.content.datasets.items():
                 found = plain_dataset(h5, name, file)
                 if found.shape != shapes[name] or found.dtype != np.dtype(dtype):
                     raise ValueError(f"{name} is {found.dtype} {found.shape}, not {dtype} {shapes[name]}")
@@ -126,10 +129,9 @@ def quoted(error: Exception) -> str:
     return printable(in_words(error))[:MOST_CHARACTERS]
 
 
-def _map(file: Path) -> tuple[mmap.mmap, _Identity]:
+def _map(file: Path) -> tuple[np.ndarray, _Identity]:
     with reading(file), file.open("rb", buffering=0) as stream:
-        content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        return content, _identity(os.fstat(stream.fileno()))
+        return mapped.whole(stream), _identity(os.fstat(stream.fileno()))
 
 
 def _identity(found: os.stat_result) -> _Identity:

@@ -3,11 +3,13 @@
 Quick: the manifest, file sizes, layouts, row counts, sample indices, the range of labels and prompts, each row's
 matching prompt, the basis. Full: also every byte, by SHA-256 per file and CRC-32 per row, and that every feature is
 finite. A shard is hashed while its rows are checked, and one shard follows the other, so that a set larger than memory
-is read from the disk only once.
+is read from the disk only once. Rows are checked piece by piece, so that memory does not grow with the set.
 """
 
 import contextlib
 import hashlib
+import itertools
+import math
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator
@@ -19,14 +21,18 @@ import numpy as np
 
 from pipeline.errors import PipelineError
 from pipeline.feature_store.reader import FeatureSet, read_manifest
-from pipeline.feature_store.schema import Features, InvalidFeatureSet, positive_matches
+from pipeline.feature_store.schema import FIELDS, Features, InvalidFeatureSet, positive_matches
 from pipeline.io.hdf5 import check_not_written
 from pipeline.io.system_errors import SystemRefusal, entries
 
 _FLOAT16_EXPONENT = 0x7C00  # all ones in infinities and NaNs
 _BLOCK = 1 << 18  # bytes hashed at a time
 _MOST_THREADS = 16  # each has one or two files open
-_ROWS = 64  # checked at a time: they fit the processor's cache
+_PIECE = 2 << 20  # bytes of rows checked at a time
+_NUMBERS = ("index", "label", "prompt_class")
+
+_WrongRows = Iterator[tuple[str, np.ndarray]]
+"""A problem, to be formatted with its count and first row; and the rows of the piece that have it, int64 (n,)."""
 
 
 def problems(path: Path, full: bool, advance: Callable[[int], object] = lambda size: None) -> list[PipelineError]:
@@ -120,43 +126,52 @@ class _Checks:
     def _rows(self, shard: int) -> list[PipelineError]:
         """Check the layout, then the content of the rows."""
         file = self._features.path / self._manifest.shards[shard].file
+        found: dict[str, tuple[int, int]] = {}  # problem -> how many rows have it, and the first
         try:
-            maps = self._features.shards.open(shard)
-            found = [f"{file} {one}" for one in self._wrong_numbers(shard, maps)]
-            if self._full:
-                found += [f"{file}: {one}" for one in self._wrong_values(maps)]
+            for start, piece in self._pieces(shard):
+                checks = [self._wrong_numbers(shard, start, piece), self._wrong_values(piece) if self._full else ()]
+                for problem, wrong in itertools.chain(*checks):
+                    if len(wrong):
+                        count, first = found.get(problem, (0, start + wrong[0]))
+                        found[problem] = count + len(wrong), first
             if found:
                 check_not_written(file)
         except PipelineError as error:
             return [error]
-        return [InvalidFeatureSet(problem) for problem in found]
+        texts = (problem.format(count=count, first=first) for problem, (count, first) in found.items())
+        return [InvalidFeatureSet(f"{file}{text}") for text in texts]
 
-    def _wrong_numbers(self, shard: int, maps: dict[str, np.ndarray]) -> Iterator[str]:
-        """Check the numbers of samples, labels and prompts."""
-        wanted, content = self._manifest.plan.shard_rows(shard), self._manifest.content
-        if not np.array_equal(maps["index"], np.arange(wanted.start, wanted.stop)):
-            yield f"does not hold samples {wanted[0]} to {wanted[-1]} in order"
-        for name, count in (("label", len(content.class_names)), ("prompt_class", len(content.prompts))):
-            if maps[name].min() < 0 or maps[name].max() >= count:
-                yield f"has a {name} outside 0 to {count - 1}"
-        positives = positive_matches(content.positive, maps["prompt_class"], maps["label"]).sum(1)
-        if len(wrong := np.flatnonzero(positives != 1)):
-            yield f"has {len(wrong)} rows without exactly one matching prompt, the first is row {wrong[0]}"
-
-    def _wrong_values(self, maps: dict[str, np.ndarray]) -> Iterator[str]:
-        """Check the rows' checksums, and that all features are finite."""
-        corrupt, infinite = [], []
-        fields = {name: values for name, values in maps.items() if name != "crc32"}
-        for start in range(0, len(maps["index"]), _ROWS):
+    def _pieces(self, shard: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """Yield the first row of each piece and its arrays; each is mapped anew, so that no more than one is."""
+        content, rows = self._manifest.content, self._manifest.shards[shard].rows
+        types, shapes = content.datasets, content.shapes(1)
+        names = types if self._full else _NUMBERS
+        size = sum(math.prod(shapes[name]) * np.dtype(types[name]).itemsize for name in names)
+        step = max(1, _PIECE // size)
+        for start in range(0, rows, step):
             self._stop_if_interrupted()
-            rows = Features(**{name: np.array(values[start : start + _ROWS]) for name, values in fields.items()})
-            corrupt += (np.flatnonzero(rows.crc32() != maps["crc32"][start : start + len(rows.index)]) + start).tolist()
-            if not (_finite(rows.denoised) and _finite(rows.prompted)):
-                infinite.append(start)
-        if corrupt:
-            yield f"{len(corrupt)} rows are corrupt, the first is row {corrupt[0]} (checksum differs)"
-        if infinite:
-            yield f"features near row {infinite[0]} are not finite"
+            maps = self._features.shards.open(shard, keep=False)
+            yield start, {name: np.array(maps[name][start : start + step]) for name in names}
+
+    def _wrong_numbers(self, shard: int, start: int, piece: dict[str, np.ndarray]) -> _WrongRows:
+        """Check the numbers of samples, labels and prompts; `start` is the first row of the piece."""
+        samples, content = self._manifest.plan.shard_rows(shard), self._manifest.content
+        wanted = np.arange(samples.start + start, samples.start + start + len(piece["index"]))
+        yield f" does not hold samples {samples[0]} to {samples[-1]} in order", np.flatnonzero(piece["index"] != wanted)
+        for name, count in (("label", len(content.class_names)), ("prompt_class", len(content.prompts))):
+            outside = (piece[name] < 0) | (piece[name] >= count)
+            yield f" has a {name} outside 0 to {count - 1}", np.flatnonzero(outside)
+        positives = positive_matches(content.positive, piece["prompt_class"], piece["label"]).sum(1)
+        problem = " has {count} rows without exactly one matching prompt, the first is row {first}"
+        yield problem, np.flatnonzero(positives != 1)
+
+    def _wrong_values(self, piece: dict[str, np.ndarray]) -> _WrongRows:
+        """Check the rows' checksums, and that all features are finite."""
+        rows = Features(**{name: piece[name] for name in FIELDS})
+        problem = ": {count} rows are corrupt, the first is row {first} (checksum differs)"
+        yield problem, np.flatnonzero(rows.crc32() != piece["crc32"])
+        finite = _finite(rows.denoised) and _finite(rows.prompted)
+        yield ": features near row {first} are not finite", np.arange(0 if finite else 1)
 
     def _stop_if_interrupted(self) -> None:
         if self._stopped.is_set():
@@ -164,6 +179,8 @@ class _Checks:
 
 
 def _finite(values: np.ndarray) -> bool:
-    """Return whether all float16 values are finite, by their exponents: much faster than np.isfinite."""
+    """Return whether all values, float16 or int8, are finite, by their exponents: much faster than np.isfinite."""
+    if values.dtype == np.int8:
+        return True
     bits = values.reshape(-1).view(np.uint16)
     return not len(bits) or int((bits & 0x7FFF).max()) < _FLOAT16_EXPONENT

@@ -14,7 +14,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import h5py
@@ -23,8 +23,18 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline import provenance
 from pipeline.errors import DataError
+from pipeline.feature_store.int8 import Int8
 from pipeline.feature_store.reader import read_basis
-from pipeline.feature_store.schema import FIELDS, FORMAT_VERSION, Basis, Features, FileEntry, Manifest, Plan, shard_name
+from pipeline.feature_store.schema import (
+    FIELDS,
+    FORMAT_VERSIONS,
+    Basis,
+    Features,
+    FileEntry,
+    Manifest,
+    Plan,
+    shard_name,
+)
 from pipeline.io import atomic, locks
 from pipeline.io.system_errors import reading, status
 
@@ -61,6 +71,7 @@ class FeatureSetWriter:
         self.path, self.plan, self._hardware = staging, plan, hardware
         self.fingerprint = plan.content.fingerprint
         self._basis: FileEntry | None = None
+        self._int8: Int8 | None = None  # the scales of the basis
         (staging / "locks").mkdir(parents=True, exist_ok=True)
         if status(staging / PLAN) is None:
             atomic.write_json(staging / PLAN, asdict(plan) | {"content": plan.content.model_dump()})
@@ -98,6 +109,7 @@ class FeatureSetWriter:
         """Write basis.h5 and its entry; shards that were projected on another basis become unfinished."""
         _write_basis(self.path / "basis.h5", basis, fingerprint=self.fingerprint)
         self._basis = self._add_entry("basis", rows=0, redone=redone_in_float32)
+        self._int8 = None
 
     def write_shard(self, shard: int, features: Features, redone_in_float32: int) -> None:
         """Write a shard and its entry.
@@ -111,13 +123,21 @@ class FeatureSetWriter:
                     f"The {name} features of shard {shard} are not finite even in float32, or exceed float16's 65504. "
                     "The backbone does not work at this image_size and timestep. Choose others."
                 )
+        stored, types = self._stored(features), self.plan.content.datasets
         name = shard_name(shard)
-        with _new_file(self.path / f"{name}.h5", sum(array.nbytes for array in vars(features).values())) as h5:
+        with _new_file(self.path / f"{name}.h5", sum(array.nbytes for array in vars(stored).values())) as h5:
             h5.attrs["fingerprint"] = self.fingerprint
-            for field, dtype in FIELDS.items():
-                h5.create_dataset(field, data=getattr(features, field).astype(dtype, copy=False))
-            h5.create_dataset("crc32", data=features.crc32())
+            for field in FIELDS:
+                h5.create_dataset(field, data=getattr(stored, field).astype(types[field], copy=False))
+            h5.create_dataset("crc32", data=stored.crc32())
         self._add_entry(name, rows=len(features.index), redone=redone_in_float32)
+
+    def _stored(self, features: Features) -> Features:
+        if self.plan.content.storage == "float16":
+            return features
+        self._int8 = self._int8 or Int8(self.basis())
+        encoded = {name: self._int8.encode(getattr(features, name)) for name in ("denoised", "prompted")}
+        return replace(features, **encoded)
 
     @contextlib.contextmanager
     def lock(self, name: str, wait: bool = True, check: Callable[[], None] = lambda: None) -> Iterator[bool]:
@@ -189,7 +209,7 @@ class FeatureSetWriter:
         hardware = sorted({entry.hardware for entry in [self._basis_entry, *shards.values()]})
         content = self.plan.content
         return Manifest(
-            format_version=FORMAT_VERSION,
+            format_version=FORMAT_VERSIONS[self.plan.content.storage],
             fingerprint=self.fingerprint,
             content=content,
             rows=self.plan.rows,

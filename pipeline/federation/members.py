@@ -62,6 +62,7 @@ class Members:
         self._grid, self._num_clients, self._params = grid, num_clients, params
         self._asked: dict[str, tuple[int, float]] = {}  # message id -> node id, and when it was asked
         self._joined: dict[int, Member] = {}  # by node id
+        self._node_of: dict[int, int] = {}  # client id -> node id, of those that have joined
         self._rejected: dict[int, str] = {}  # node id -> reason
         self._retry_at: dict[int, float] = {}  # node id -> when it may be asked again
         self._agreed: dict[str, Any] | None = None
@@ -76,7 +77,7 @@ class Members:
         """Update who has joined and left, and return the connected members by client id, ascending."""
         online = set(self._grid.get_node_ids())
         for node_id in [node_id for node_id in self._joined if node_id not in online]:
-            log.warning("%s has left", self._joined.pop(node_id))
+            log.warning("%s has left", self._remove(node_id))
         self._collect()
         self._ask_to_join(online)
         members = [member for member in self._joined.values() if self._agreed in (None, member.agreement)]
@@ -189,14 +190,20 @@ class Members:
             raise ConfigError(f"{member} has an invalid client-id. It must be from 0 to {last}.")
         if member.num_samples <= 0:
             raise ConfigError(f"{member} has {member.num_samples} images. It needs at least one.")
-        for other in self._joined.values():
-            if other.client_id == member.client_id:
-                raise ConfigError(f"{member} has the client-id of {other.name}. Give each node its own.")
+        if (node_id := self._node_of.get(member.client_id)) is not None:
+            other = self._joined[node_id].name
+            raise ConfigError(f"{member} has the client-id of {other}. Give each node its own.")
         if self._agreed is not None:
             _check_agreement(member, self._agreed)
         self._joined[member.node_id] = member
+        self._node_of[member.client_id] = member.node_id
         self._rejected.pop(member.node_id, None)
         log.info("%s has joined with %d images", member, member.num_samples)
+
+    def _remove(self, node_id: int) -> Member:
+        member = self._joined.pop(node_id)
+        del self._node_of[member.client_id]
+        return member
 
     def _agree(self, members: list[Member]) -> dict[int, Member]:
         """Fix the agreed settings, reject the members that differ, and return the others by client id."""
@@ -206,7 +213,7 @@ class Members:
             try:
                 _check_agreement(member, self._agreed)
             except PipelineError as error:
-                del self._joined[member.node_id]
+                self._remove(member.node_id)
                 self._rejected[member.node_id] = str(error)
                 log.warning("rejected: %s", error)
         return {member.client_id: member for member in members if member.node_id in self._joined}

@@ -110,11 +110,36 @@ def write_json(path: Path, content: Any, sync: bool = True) -> None:
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], sync: bool = True) -> None:
     """Write a CSV file with a header atomically; every row has the keys of the first. See `write_bytes`."""
+    write_text(path, _csv(rows, header=True), sync)
+
+
+def append_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append rows to a CSV file, or write it with a header if there is none; not synced.
+
+    This is not atomic, but takes the same time however long the file has become: a process that is killed may leave a
+    part of the last row, without its newline. Only append to a file that the same process created, because others may
+    be linked to DVC's cache.
+
+    Raises:
+        PipelineError: The file cannot be written. It is as it was before.
+    """
+    before = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", encoding="utf-8", newline="") as stream:
+            stream.write(_csv(rows, header=not before))
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.truncate(path, before)
+        raise unwritten(path, error) from None
+
+
+def _csv(rows: Sequence[Mapping[str, Any]], header: bool) -> str:
     stream = io.StringIO()
     writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
+    if header:
+        writer.writeheader()
     writer.writerows(rows)
-    write_text(path, stream.getvalue(), sync)
+    return stream.getvalue()
 
 
 def remove(path: Path) -> None:

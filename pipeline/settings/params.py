@@ -149,6 +149,7 @@ class ExtractFeatures(Section):
     basis: str = Field(min_length=1, description="auto fits the PCA basis; or the path of a basis.h5 to share")
     basis_images: int = Field(ge=2, description="training images on which the PCA basis is fitted")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="the frozen model computes in this type")
+    storage: Literal["float16", "int8"] = Field(description="type of the stored features; int8 takes half the bytes")
     rows_per_shard: int = Field(ge=1, description="images per HDF5 shard")
 
 

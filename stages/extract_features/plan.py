@@ -67,7 +67,9 @@ def make(config: Config) -> ExtractionPlan:
         image_conditioning=frozen_model.image_encoder_hashes(encoder),
         basis_images=None if shared else settings.basis_images,
         basis_sha256=provenance.file_sha256(shared) if shared else None,
-        **settings.model_dump(include={"timestep", "image_size", "denoise_prompt", "negatives", "noise_seed", "dtype"}),
+        **settings.model_dump(
+            include={"timestep", "image_size", "denoise_prompt", "negatives", "noise_seed", "dtype", "storage"}
+        ),
     )
     made_by = {
         "dataset": dataset.name,

@@ -1,5 +1,6 @@
 """The prompts of each image."""
 
+import functools
 import json
 
 import numpy as np
@@ -67,7 +68,8 @@ def test_self_supervised_prompts(tmp_path):
 def assign(positive, negatives, labels, similarity, index=None):
     made = PromptSet([[str(n)] for n in range(len(similarity))], positive)
     index = np.arange(len(labels)) if index is None else index
-    return prompts.assign(made, negatives, np.array(labels), index, np.array(similarity, float), 0)
+    nearest = functools.partial(prompts.nearest, np.array(similarity, float))
+    return prompts.assign(made, negatives, np.array(labels), index, nearest, 0)
 
 
 def test_all_prompts_keep_their_order():

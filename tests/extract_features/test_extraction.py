@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import seeding
 from pipeline.data.datasets import PreparedDataset
-from pipeline.diffusion import backbones
+from pipeline.diffusion import backbones, prompts
 from pipeline.diffusion.prompted_model import Inputs, PromptedModel
 from pipeline.diffusion.prompts import PromptSet
 from pipeline.feature_store import FeatureSet, read_basis_file, verification
@@ -210,8 +210,11 @@ def test_self_supervised_features_do_not_read_labels(unextracted):
     assert opened.manifest.content.prompts[0] == ["a photo of a similar object"]
 
 
-def test_nearest_negatives_reach_the_set(unextracted):
+def test_nearest_negatives_reach_the_set(unextracted, monkeypatch):
+    compared, nearest = [], prompts.nearest
+    monkeypatch.setattr(prompts, "nearest", lambda *arguments: compared.append(arguments) or nearest(*arguments))
     opened = FeatureSet(extract(unextracted, "--negatives", "2", "--shard-range", "0:5"))
+    assert len(compared) == 1 < len(opened.manifest.shards)
     rows = opened.read(np.arange(20))
     assert rows.prompt_class.shape == (20, 3)
     positive = opened.positive_prompts(rows)

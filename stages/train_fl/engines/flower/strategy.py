@@ -186,7 +186,7 @@ class FlowerEngine:
             self.participation.add(number, core.replies, failures | rejected)
             if not accepted:
                 raise PipelineError(
-                    f"no node sent a valid update in round {number} ({self.participation.outcomes(number)}). Fix the "
+                    f"no node sent a valid update in round {number} ({self.participation.outcomes()}). Fix the "
                     "nodes and run again to resume; if noise for differential privacy made the model useless, start "
                     "over with less noise."
                 )
