@@ -56,8 +56,11 @@ class Split(Protocol):
     def take(self, index: np.ndarray) -> Self:
         """Return the images at these positions, in this order."""
 
-    def blocks(self) -> Iterator[Block]:
-        """Yield all images in order; skipped rows are not in any block's `rows`."""
+    def blocks(self, start: int = 0) -> Iterator[Block]:
+        """Yield the images from row `start` on, in order; skipped rows are not in any block's `rows`."""
+
+    def identity(self) -> str | None:
+        """Return a text that changes if the images or their order do; None if they are read fast."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +92,15 @@ class Images:
         """Return the images at these positions, in this order, in memory."""
         return Images(self.images[index], self.labels[index], self.domains[index])
 
-    def blocks(self) -> Iterator[Block]:
-        """Yield all images, in blocks of about `BLOCK_BYTES`."""
+    def blocks(self, start: int = 0) -> Iterator[Block]:
+        """Yield the images from row `start` on, in blocks of about `BLOCK_BYTES`."""
         step = images_per_block(self.image_size)
-        for start in range(0, len(self), step):
-            rows = np.arange(start, min(start + step, len(self)))
-            yield Block(rows, self.images[start : start + step], [])
+        for first in range(start, len(self), step):
+            rows = np.arange(first, min(first + step, len(self)))
+            yield Block(rows, self.images[first : first + step], [])
+
+    def identity(self) -> None:
+        """Return None: images in memory are read fast."""
 
 
 @dataclass(frozen=True)
