@@ -2,7 +2,8 @@
 
 A prepared data set is a folder:
 
-    manifest.json   name, source, licence, class and domain names, image size; rows and hash per split; broken images
+    manifest.json   name, source, licence, class and domain names, image size; rows and hash per split; broken images;
+                    of a source in large files, the names of these, and its address on the hub
     train.h5        images uint8 (N, H, W, 3), labels and domains int64 (N,), in the order of the image index; and, of
                     images from files, `files` uint64 (N,), the hashes of these (see `image_hashes`)
     test.h5         the same for the standard test split
@@ -27,7 +28,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline import provenance
-from pipeline.data.images import Images, Skipped, Source, Split, stratified_split
+from pipeline.data.images import Images, Origin, Skipped, Source, Split, stratified_split
 from pipeline.data.split_file import SplitFile, journal_name
 from pipeline.errors import DataError
 from pipeline.io import atomic
@@ -75,6 +76,7 @@ class Manifest(BaseModel):
     image_size: int = Field(ge=1)
     splits: dict[SplitName, SplitEntry] = Field(min_length=2)
     skipped: dict[SplitName, list[Skipped]]
+    origin: Origin | None = None
 
     @property
     def hash(self) -> str:
@@ -189,8 +191,11 @@ def write(path: Path, name: str, source_name: str, source: Source, skip_broken: 
         size = source.splits["train"].image_size
         about = {"name": name, "source": source_name, "licence": source.licence, "image_size": size}
         names = {"class_names": source.class_names, "domain_names": domain_names}
-        manifest = Manifest.model_validate(about | names | {"splits": entries, "skipped": skipped})
-        atomic.write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
+        manifest = Manifest.model_validate(
+            about | names | {"splits": entries, "skipped": skipped, "origin": source.origin}
+        )
+        absent = set() if source.origin else {"origin"}
+        atomic.write_json(folder / "manifest.json", manifest.model_dump(mode="json", exclude=absent))
     return path
 
 

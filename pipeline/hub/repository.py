@@ -60,7 +60,7 @@ class Repository:
             raise
         except Exception as error:  # the hub's client raises many unrelated types
             refusal = errors.in_words(error, kind, hub_id, revision)
-            if not errors.is_unreachable(error) or system_errors.status(self._snapshot) is None:
+            if not errors.is_unreachable(error) or system_errors.status(self.folder) is None:
                 raise refusal from None
             self._unreachable = refusal
             self._list_without_hub(kept)
@@ -77,7 +77,7 @@ class Repository:
         Raise DataError if a file cannot be fetched, or arrives with other bytes than the hub lists.
         """
         self._remove_leftovers()
-        missing = [name for name in names if not (self._snapshot / name).exists()]
+        missing = [name for name in names if not (self.folder / name).exists()]
         size = sum(self.sizes[name] for name in missing)
         self._check_room(size)
         if missing:
@@ -112,12 +112,12 @@ class Repository:
             self.sizes, self._hashes = listing["sizes"], listing["hashes"]
         except (OSError, ValueError, KeyError, TypeError):
             self.listed = False
-            files = [file for file in self._snapshot.rglob("*") if file.is_file()]
-            self.sizes = {file.relative_to(self._snapshot).as_posix(): file.stat().st_size for file in files}
+            files = [file for file in self.folder.rglob("*") if file.is_file()]
+            self.sizes = {file.relative_to(self.folder).as_posix(): file.stat().st_size for file in files}
             self.title += " (files in the cache, because the hub cannot be reached)"
 
     def _fetch_checked(self, name: str, bar: "tqdm | None") -> tuple[Path, str]:
-        new = not (self._snapshot / name).exists()
+        new = not (self.folder / name).exists()
         path = self._download(name, bar)
         sha256, agrees = self._compare(name, path)
         if agrees:
@@ -196,7 +196,8 @@ class Repository:
         return _cache() / f"{self.kind.type}s--{self.hub_id.replace('/', '--')}"
 
     @property
-    def _snapshot(self) -> Path:
+    def folder(self) -> Path:
+        """The folder of the files in the client's cache; those that were not fetched are missing."""
         return self._storage / "snapshots" / self.revision
 
 
