@@ -183,6 +183,7 @@ def _samples(file: Path, stream: IO[bytes]) -> Iterator[_Sample]:
     for member in _members(file, stream):
         folder, _, base = member.name.rpartition("/")
         key, _, field = base.partition(".")
+        field = field.lower()
         if not key or not field or _META.match(member.name) or member.type not in _REGULAR or member.issparse():
             continue
         key = f"{folder}/{key}" if folder else key
@@ -190,9 +191,9 @@ def _samples(file: Path, stream: IO[bytes]) -> Iterator[_Sample]:
             if sample is not None:
                 yield sample
             sample = _Sample(file, key)
-        if field.lower() in sample.fields:
+        if field in sample.fields:
             raise sample.error(f"has two files .{field}", "Give every sample a key of its own")
-        sample.fields[field.lower()] = member.offset, member.offset_data, member.size
+        sample.fields[field] = member.offset, member.offset_data, member.size
     if sample is not None:
         yield sample
 

@@ -38,7 +38,9 @@ class HubServer:
         self.cdn = (
             f"http://localhost:{self._server.server_port}"  # another host: the client does not follow a HEAD there
         )
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, args=(0.05,), daemon=True
+        ).start()  # asks every 50 ms whether to stop
 
     def close(self) -> None:
         self.stop.set()
