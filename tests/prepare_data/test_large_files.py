@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data import decode
-from stages.prepare_data import shard_files, shards
+from pipeline.data import decode, lazy_images
+from pipeline.settings import config
+from stages.prepare_data import shard_files, shards, sources
 from stages.prepare_data.shards import EncodedImages
+from tests.conftest import write_params
 from tests.prepare_data.image_files import colours
 from tests.prepare_data.large_files import (
     MADE_ELSEWHERE,
@@ -149,6 +151,17 @@ def test_label_beyond_the_class_names(prepare, tmp_path, kind):
     result = prepare(source=kind, path=path)
     assert result.exit_code == 1
     assert "has the label 2, which is beyond the 2 class names. Correct the labels" in result.output
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_few_large_images_wait_in_memory(tmp_path, monkeypatch, kind):
+    images = [png(number) for number in range(1, 10)]
+    write(kind, tmp_path / "in", {"train": (images, [0] * 9), "test": (images[:1], [0])})
+    monkeypatch.setattr(lazy_images, "_BYTES_PER_TASK", 3 * min(map(len, images)))
+    params = config.load(write_params(tmp_path, {"prepare_data.image_size": 8})).params.prepare_data
+    train = sources.SOURCES[kind](tmp_path / "in", params).splits["train"]
+    assert [len(block.rows) for block in train.blocks()] == [3, 3, 3]
+    assert colours(next(train.blocks(start=7)).images) == [(8, 0, 0), (9, 0, 0)]
 
 
 def test_changed_file_has_another_identity(tmp_path):
