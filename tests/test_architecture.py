@@ -38,7 +38,7 @@ LAYERS = {
         ["io"],
         ["project"],
         ["provenance", "manifests", "settings", "devices", "progress", "plotting"],
-        ["data", "feature_store", "run_digests"],
+        ["data", "feature_store", "hub", "run_digests"],
         ["diffusion"],
         ["federation", "cli"],
     ],

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from pipeline.data.datasets import PreparedDataset
 from pipeline.errors import PipelineError
+from pipeline.settings import config
+from stages import prepare_data
 from stages.train_fl import run
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, write_params
 from tests.prepare_backbone.guides import write_corpus
 from tests.train_fl import tiny_project
 
@@ -87,6 +90,23 @@ def test_inversion_benchmark_attacks_and_trains_on_what_is_shared(benchmark, tmp
     assert row["half_width"] == pytest.approx(math.tan(0.475 * math.pi) * abs(first - second) / 2)
     noisy = inversion.SharedSet(project.features_dir, inversion.CHANGES["noise 1"])
     assert np.array_equal(noisy.read(np.array([3, 5])).prompted[1], noisy.read(np.array([5])).prompted[0])
+
+
+def test_benchmark_of_sources_writes_what_prepare_data_reads(benchmark, tmp_path):
+    benchmarked, hashes = benchmark("sources"), set()
+    files = benchmarked._jpegs(8)[:3]
+    for source, write in benchmarked.WRITERS.items():
+        root = tmp_path / source
+        root.mkdir()
+        for split, count in (("train", 30), ("test", 10)):
+            write(root / "in", split, files, count)
+        settings = {"source": source, "path": str(root / "in"), "image_size": 8, "train_subset": None}
+        write_params(root, {f"prepare_data.{key}": value for key, value in settings.items()})
+        dataset = PreparedDataset(prepare_data.run(config.load(root / "params.yaml")))
+        labels = dataset.load("train").labels.tolist()
+        assert sorted(labels) == sorted([*range(10)] * 3) and (source == "folder" or labels == [*range(10)] * 3)
+        hashes |= {dataset.hash} if source != "folder" else set()  # whose images are in the order of their classes
+    assert len(hashes) == 1
 
 
 def test_every_table_preset_has_a_place_on_the_reproduction_page():

@@ -21,7 +21,8 @@ TRAIN = ("train-fl", "--method", "fedavg", "--partition", "iid", "--seed", "0")
     [
         (TRAIN, "completed work is kept; run the command again to resume."),
         (("features", "list"), "run the command again to start over."),
-        (("prepare-data",), "run the command again to start over."),
+        (("prepare-data",), "completed work is kept; run the command again to resume."),
+        (("analyze-features",), "run the command again to start over."),
     ],
 )
 def test_interrupted_command_says_whether_it_resumes(tmp_path, command, then, number, what, code):

@@ -114,7 +114,7 @@ def test_bytes_do_not_depend_on_the_block_size(path, tmp_path, monkeypatch):
 class Gappy(Images):
     """Images of which every third, and all of rows 4 to 7, are broken."""
 
-    def blocks(self):
+    def blocks(self, start=0):
         for start in range(0, len(self), 4):
             rows = np.arange(start, min(start + 4, len(self)))
             good = rows[(rows % 3 != 0) & ((rows < 4) | (rows > 7))]
@@ -162,8 +162,8 @@ def test_inconsistent_source_changes_nothing(path, change, message):
 class Dying(Images):
     """Images whose third block kills the process."""
 
-    def blocks(self):
-        for number, block in enumerate(super().blocks()):
+    def blocks(self, start=0):
+        for number, block in enumerate(super().blocks(start)):
             if number == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield block
@@ -189,7 +189,7 @@ def test_killed_write_leaves_the_old_data_set_or_none(path, tmp_path):
     PreparedDataset(path).load("train")
     with pytest.raises(PipelineError, match="is missing. Run `pipeline prepare-data`"):
         PreparedDataset(tmp_path / "sets" / "fresh")
-    (tmp_path / "sets" / "fresh.tmp" / "train.h5.shorter").write_bytes(b"half")
+    (tmp_path / "sets" / "fresh.tmp" / "train.h5.head").write_bytes(b"half")
     write(tmp_path / "sets" / "fresh", "ours", "made", make_source())  # what the killed run left is cleared
     assert sorted(entry.name for entry in (tmp_path / "sets" / "fresh").iterdir()) == [
         "manifest.json",
@@ -210,7 +210,7 @@ def test_full_disk_is_detected_before_decoding(path, monkeypatch):
     class Endless(Images):
         image_size = 10**7
 
-        def blocks(self):
+        def blocks(self, start=0):
             raise AssertionError("decoded")
 
     splits = {"train": Endless(**vars(make_images(16, 0))), "test": Endless(**vars(make_images(4, 1)))}

@@ -127,7 +127,7 @@ class _Main(click.Group):
 
 
 _AFTER_INTERRUPT = dict.fromkeys(
-    ("prepare-backbone", "extract-features", "sweep-features", "synthesize", "train-fl", "preset"),
+    ("prepare-data", "prepare-backbone", "extract-features", "sweep-features", "synthesize", "train-fl", "preset"),
     "completed work is kept; run the command again to resume",
 )
 
@@ -189,6 +189,8 @@ def prepare_data(config: "Config") -> None:
       pipeline prepare-data
       pipeline prepare-data --name cifar10 --source folder --path ~/cifar10 --train-subset 2000
       pipeline prepare-data --name office --source domain-folder --path ~/office_caltech_10 --image-size 224
+      pipeline prepare-data --name imagenet --source webdataset --path 'imagenet-{train,val}-{000..127}.tar'
+      pipeline prepare-data --name cifar --source hf-dataset --path uoft-cs/cifar10@<commit>
       pipeline prepare-data --name tiny --source tiny-imagenet --path ~/tiny-imagenet-200 --broken-images skip
     """
     from stages import prepare_data as stage

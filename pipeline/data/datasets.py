@@ -2,7 +2,8 @@
 
 A prepared data set is a folder:
 
-    manifest.json   name, source, licence, class and domain names, image size; rows and hash per split; broken images
+    manifest.json   name, source, licence, class and domain names, image size; rows and hash per split; broken images;
+                    of a source in large files, the names of these, and its address on the hub
     train.h5        images uint8 (N, H, W, 3), labels and domains int64 (N,), in the order of the image index; and, of
                     images from files, `files` uint64 (N,), the hashes of these (see `image_hashes`)
     test.h5         the same for the standard test split
@@ -12,7 +13,8 @@ set. The data set's hash covers pixels, labels, domains and both lists of names,
 data set cannot be used with another by mistake.
 
 Images may exceed memory. They are written block by block, contiguous and uncompressed, and read through a memory map,
-which processes share. The folder is written atomically, and equal inputs give equal bytes.
+which processes share. The folder is written atomically, and equal inputs give equal bytes. A process that was killed
+leaves its unfinished work in <name>.tmp, and the next one continues it (see `split_file`).
 """
 
 import hashlib
@@ -22,16 +24,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import h5py
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline import provenance
-from pipeline.data.images import Images, Skipped, Source, Split, images_per_block, stratified_split
+from pipeline.data.images import Images, Origin, Skipped, Source, Split, stratified_split
+from pipeline.data.split_file import SplitFile, journal_name
 from pipeline.errors import DataError
 from pipeline.io import atomic
-from pipeline.io.atomic import replace_folder, sync_to_disk
+from pipeline.io.atomic import replace_folder
 from pipeline.io.hdf5 import check_not_written, open_to_read, plain_dataset
+from pipeline.io.resumable import ResumableStore
 from pipeline.io.system_errors import in_words, reading
 from pipeline.text import printable
 
@@ -73,6 +76,7 @@ class Manifest(BaseModel):
     image_size: int = Field(ge=1)
     splits: dict[SplitName, SplitEntry] = Field(min_length=2)
     skipped: dict[SplitName, list[Skipped]]
+    origin: Origin | None = None
 
     @property
     def hash(self) -> str:
@@ -179,14 +183,19 @@ def write(path: Path, name: str, source_name: str, source: Source, skip_broken: 
         raise DataError(f"The splits of {name} have images of different sizes. Resize them to one size.")
     for split in SPLITS:
         _check_positions(source.splits[split], split, len(source.class_names), len(domain_names))
-    with replace_folder(path) as folder:
+    unfinished = journal_name(source.splits)
+    with replace_folder(path, unfinished) as folder:
         _check_space(folder, source)
-        entries, skipped = _write_splits(folder, source, skip_broken)
+        journal = ResumableStore(folder / unfinished) if unfinished else None
+        entries, skipped = _write_splits(folder, source, skip_broken, journal)
         size = source.splits["train"].image_size
         about = {"name": name, "source": source_name, "licence": source.licence, "image_size": size}
         names = {"class_names": source.class_names, "domain_names": domain_names}
-        manifest = Manifest.model_validate(about | names | {"splits": entries, "skipped": skipped})
-        atomic.write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
+        manifest = Manifest.model_validate(
+            about | names | {"splits": entries, "skipped": skipped, "origin": source.origin}
+        )
+        absent = set() if source.origin else {"origin"}
+        atomic.write_json(folder / "manifest.json", manifest.model_dump(mode="json", exclude=absent))
     return path
 
 
@@ -211,12 +220,12 @@ def label_counts(path: Path, split: SplitName, num_classes: int) -> np.ndarray:
 
 
 def _write_splits(
-    folder: Path, source: Source, skip_broken: bool
+    folder: Path, source: Source, skip_broken: bool, journal: ResumableStore | None
 ) -> tuple[dict[SplitName, SplitEntry], dict[SplitName, list[Skipped]]]:
     """Write both splits before raising an error about broken images, so that one run names them all."""
     entries, skipped = {}, {}
     for split in SPLITS:
-        entry, skipped[split] = _write_split(folder / f"{split}.h5", source.splits[split])
+        entry, skipped[split] = _write_split(folder / f"{split}.h5", source.splits[split], journal)
         if entry is not None:
             entries[split] = entry
     if any(skipped.values()) and not skip_broken:
@@ -229,47 +238,16 @@ def _write_splits(
     return entries, skipped
 
 
-def _write_split(file: Path, content: Split) -> tuple[SplitEntry | None, list[Skipped]]:
+def _write_split(file: Path, content: Split, journal: ResumableStore | None) -> tuple[SplitEntry | None, list[Skipped]]:
     """Write a split block by block, without the skipped images; None if no image is left."""
-    digest, kept, skipped, size = hashlib.sha256(), [np.empty(0, np.int64)], [], content.image_size
-    files: list[np.ndarray] = []
-    written = 0
-    with h5py.File(file, "w") as h5:
-        images = h5.create_dataset("images", (len(content), size, size, 3), np.uint8)
-        for block in content.blocks():
-            images[written : written + len(block.rows)] = block.images
-            digest.update(np.ascontiguousarray(block.images).data)
-            written += len(block.rows)
-            kept.append(block.rows)
-            skipped += block.skipped
-            if block.files is not None:
-                files.append(block.files)
-    if written == 0:
-        return None, skipped
-    if written < len(content):
-        _keep_first_images(file, written)
-    rows = np.concatenate(kept)
-    labels, domains = content.labels[rows], content.domains[rows]
-    with h5py.File(file, "a") as h5:
-        h5.create_dataset("labels", data=labels.astype("<i8", copy=False))
-        h5.create_dataset("domains", data=domains.astype("<i8", copy=False))
-        if files:
-            h5.create_dataset("files", data=np.concatenate(files).astype("<u8", copy=False))
-    sync_to_disk(file)
-    return SplitEntry(rows=written, sha256=_finish(digest, labels, domains)), skipped
-
-
-def _keep_first_images(file: Path, count: int) -> None:
-    """Rewrite the file with its first `count` images, because a contiguous dataset cannot shrink."""
-    shorter = file.with_name(file.name + ".shorter")
-    with h5py.File(file, "r") as old, h5py.File(shorter, "w") as new:
-        size = old["images"].shape[1]
-        images = new.create_dataset("images", (count, size, size, 3), np.uint8)
-        step = images_per_block(size)
-        for start in range(0, count, step):
-            stop = min(start + step, count)
-            images[start:stop] = old["images"][start:stop]
-    shorter.replace(file)
+    out = SplitFile(file, content, journal)
+    out.write_images()
+    rows = out.rows
+    if len(rows) == 0:
+        return None, out.skipped
+    labels, domains = (values[rows].astype("<i8", copy=False) for values in (content.labels, content.domains))
+    out.finish(labels, domains)
+    return SplitEntry(rows=len(rows), sha256=_finish(out.digest, labels, domains)), out.skipped
 
 
 def check_names(names: list[str], kind: str) -> None:
@@ -291,10 +269,11 @@ def _check_positions(content: Split, split: SplitName, num_classes: int, num_dom
 
 def _check_space(folder: Path, source: Source) -> None:
     needed = sum(len(content) * 3 * content.image_size**2 for content in source.splits.values())
+    there = sum(file.stat().st_blocks * 512 for file in folder.glob("*.h5"))  # of an interrupted process
     free = shutil.disk_usage(folder).free
-    if needed > free:
+    if needed - there > free:
         raise DataError(
-            f"The data set needs {needed / 1e9:.1f} GB and {folder.parent} has {free / 1e9:.1f} GB free. "
+            f"The data set needs {(needed - there) / 1e9:.1f} GB and {folder.parent} has {free / 1e9:.1f} GB free. "
             "Make room, or lower prepare_data.image_size or train_subset."
         )
 

@@ -78,6 +78,11 @@ def read_hashed(path: Path, image_size: int, rows_cut: int = 0) -> tuple[np.ndar
         content = path.read_bytes()
     except (OSError, MemoryError) as error:
         raise refusal(error, path) or BrokenImageError(_reason(error)) from None
+    return decode_hashed(content, path, image_size, rows_cut)
+
+
+def decode_hashed(content: bytes, path: Path, image_size: int, rows_cut: int = 0) -> tuple[np.ndarray, int]:
+    """Decode the bytes of an image file, which came from the file at `path`; see `read_hashed`."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             rgb = _to_rgb(image)

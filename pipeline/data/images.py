@@ -3,13 +3,16 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, Self
+from typing import Literal, NamedTuple, Protocol, Self
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict
 
+from pipeline import seeding
 from pipeline.errors import DataError
 from pipeline.io.atomic import write_text
 
+_TEST_FRACTION = 0.2
 _NAMED = 5  # broken images in an error
 BLOCK_BYTES = 16 * 2**20
 """Images are read, hashed and written in blocks of about this size."""
@@ -21,6 +24,16 @@ class Skipped:
 
     path: str
     reason: str
+
+
+class Origin(BaseModel):
+    """Where images came from: a data set of the hub and its commit, if it is one, and the files of each split."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    repository: str | None
+    revision: str | None
+    files: dict[Literal["train", "test"], list[str]]
 
 
 class Block(NamedTuple):
@@ -56,8 +69,11 @@ class Split(Protocol):
     def take(self, index: np.ndarray) -> Self:
         """Return the images at these positions, in this order."""
 
-    def blocks(self) -> Iterator[Block]:
-        """Yield all images in order; skipped rows are not in any block's `rows`."""
+    def blocks(self, start: int = 0) -> Iterator[Block]:
+        """Yield the images from row `start` on, in order; skipped rows are not in any block's `rows`."""
+
+    def identity(self) -> str | None:
+        """Return a text that changes if the images or their order do; None if they are read fast."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +105,15 @@ class Images:
         """Return the images at these positions, in this order, in memory."""
         return Images(self.images[index], self.labels[index], self.domains[index])
 
-    def blocks(self) -> Iterator[Block]:
-        """Yield all images, in blocks of about `BLOCK_BYTES`."""
+    def blocks(self, start: int = 0) -> Iterator[Block]:
+        """Yield the images from row `start` on, in blocks of about `BLOCK_BYTES`."""
         step = images_per_block(self.image_size)
-        for start in range(0, len(self), step):
-            rows = np.arange(start, min(start + step, len(self)))
-            yield Block(rows, self.images[start : start + step], [])
+        for first in range(start, len(self), step):
+            rows = np.arange(first, min(first + step, len(self)))
+            yield Block(rows, self.images[first : first + step], [])
+
+    def identity(self) -> None:
+        """Return None: images in memory are read fast."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +124,10 @@ class Source:
     splits: Mapping[str, Split]
     licence: str
     domain_names: list[str] | None = None  # None: one domain, named as the data set
+    origin: Origin | None = None  # of a data set in large files
 
 
-def refuse_broken(root: Path, images: list[Skipped], listing: Path, advice: str) -> DataError:
+def refuse_broken(root: Path | str, images: list[Skipped], listing: Path, advice: str) -> DataError:
     """Write the list of a source's broken images to a file, and return the error that names the first of them."""
     listing.parent.mkdir(parents=True, exist_ok=True)
     write_text(listing, "".join(f"{image.path}\t{image.reason}\n" for image in images))
@@ -139,3 +159,13 @@ def stratified_split(labels: np.ndarray, count: int, rng: np.random.Generator) -
     drawn = [rng.permutation(np.flatnonzero(labels == label))[:number] for label, number in shares]
     chosen = np.sort(np.concatenate(drawn))
     return chosen, np.setdiff1d(np.arange(len(labels)), chosen)
+
+
+def draw_test(labels: np.ndarray, seed: int, *stream: str) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the test split of images that have none: one in five, stratified by `labels`, int64 (N,).
+
+    `stream` distinguishes draws of one seed. Returns the positions of the training and of the test images, ascending.
+    """
+    rows = max(1, round(_TEST_FRACTION * len(labels)))
+    in_test, in_train = stratified_split(labels, rows, seeding.numpy_generator(seed, "train/test split", *stream))
+    return in_train, in_test

@@ -19,7 +19,9 @@ _SPELLINGS = {
     "test": ("test", "testing", "tst", "eval", "evaluation"),
     "validation": ("val", "valid", "validation", "validate", "dev", "devel", "development"),
 }
-_SPLIT_OF_WORD = {word: split for split, words in _SPELLINGS.items() for word in words}
+SPLIT_OF_WORD = {word: split for split, words in _SPELLINGS.items() for word in words}
+"""train, test or validation, by each of its spellings."""
+
 _NAME = re.compile(
     r"(?:\d+[ _.-]+)?(?P<word>[a-z]+?)(?:[ _.-]*(?:set|data|dataset|split|images|imgs|folder))?[ _.-]*\d*"
 )
@@ -159,7 +161,7 @@ def _by_split(folders: list[str]) -> dict[str, list[str]]:
 
 def _split_of(name: str) -> str | None:
     match = _NAME.fullmatch(canonical(name).casefold().strip())
-    return _SPLIT_OF_WORD.get(match["word"]) if match else None
+    return SPLIT_OF_WORD.get(match["word"]) if match else None
 
 
 def _names(splits: dict[str, list[str]]) -> list[str]:

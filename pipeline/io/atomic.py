@@ -48,11 +48,17 @@ def replace_file(path: Path, sync: bool = True) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replace_folder(path: Path) -> Iterator[Path]:
+def replace_folder(path: Path, journal: str | None = None) -> Iterator[Path]:
     """Yield an empty staging folder that replaces `path` on success and is removed on error.
 
     The staging folder is `path` with ".tmp" added; what a killed process left in it is removed first. Sync the files
     that you put into it. `path` is absent for an instant, between two renames.
+
+    Args:
+        path: The folder.
+        journal: Name of a folder in the staging folder that records finished work, and so must be keyed by everything
+            that determines it. As soon as it exists, the staging folder is kept on error, and yielded as it is to the
+            next process that names the same journal. `path` gets no journal.
 
     Raises:
         PipelineError: Another process is writing `path`, or a write failed. The previous folder is kept.
@@ -60,9 +66,12 @@ def replace_folder(path: Path) -> Iterator[Path]:
     staging, old, lock = (path.with_name(f"{path.name}.{end}") for end in ("tmp", "old", "lock"))
     with locks.held(lock, str(path)):
         try:
-            remove(staging)
-            staging.mkdir()
+            if not _has_journal(staging, journal):
+                remove(staging)
+                staging.mkdir()
             yield staging
+            if journal is not None:
+                remove(staging / journal)
             sync_to_disk(staging)
             remove(old)
             if os.path.lexists(path):
@@ -70,13 +79,18 @@ def replace_folder(path: Path) -> Iterator[Path]:
             staging.replace(path)
             sync_to_disk(path.parent)
         except BaseException as error:
-            shutil.rmtree(staging, ignore_errors=True)
+            if not _has_journal(staging, journal):
+                shutil.rmtree(staging, ignore_errors=True)
             if _is_write_error(error):
                 raise unwritten(path, error) from error
             raise
         finally:
             lock.unlink(missing_ok=True)  # while it is held: a process that opened it meanwhile is refused
         remove_replaced(path)
+
+
+def _has_journal(staging: Path, journal: str | None) -> bool:
+    return journal is not None and (staging / journal).is_dir()
 
 
 def _is_write_error(error: BaseException) -> bool:

@@ -18,7 +18,7 @@ Layer = Annotated[str, StringConstraints(pattern=r"^(up_blocks|transformer_block
 
 ImageSource = Literal[
     "digits", "cifar10", "cifar100", "svhn", "mnist", "usps", "flowers102", "fgvc-aircraft", "stanford-cars",
-    "tiny-imagenet", "digits-five", "folder", "domain-folder",
+    "tiny-imagenet", "digits-five", "folder", "domain-folder", "webdataset", "parquet", "hf-dataset",
 ]  # fmt: skip
 """Sources of images, which `stages.prepare_data.sources` reads."""
 
@@ -42,9 +42,23 @@ class PrepareData(Section):
 
     name: Name = Field(description="names data/datasets/<name>")
     source: ImageSource = Field(
-        description="folder (<class>/<image>), domain-folder (<domain>/<class>/<image>), or a data set by its name"
+        description="folder (<class>/<image>), domain-folder (<domain>/<class>/<image>), webdataset (tars), parquet, "
+        "hf-dataset (Hugging Face: a folder of save_to_disk, or on the hub), or a data set by its name"
     )
-    path: str | None = Field(description="folder of the source's files; null: data/raw/<source>. digits needs none")
+    path: str | None = Field(
+        description="folder of the source's files; null: data/raw/<source>. digits needs none. webdataset and parquet: "
+        "also a pattern, such as 'shards/{train,val}-{000..146}.tar'; hf-dataset: also organisation/name@commit"
+    )
+    image_column: str | None = Field(
+        min_length=1,
+        description="parquet, hf-dataset: column of the images; webdataset: ending of their files, such as rgb.jpg; "
+        "null: the only one",
+    )
+    label_column: str | None = Field(
+        min_length=1,
+        description="parquet, hf-dataset: column of the labels; webdataset: key in the samples' .json; null: the only "
+        "column of class labels, or label; .cls, or else label in .json, or the class name in .txt",
+    )
     image_size: int = Field(ge=8, le=1024, description="images are stored at this height and width, pixels")
     train_subset: int | None = Field(ge=1, description="keep this many training images, stratified by class")
     broken_images: Literal["stop", "skip"] = Field(

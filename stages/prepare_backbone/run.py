@@ -4,7 +4,7 @@ Neither git nor DVC tracks the weights: a team shares features, and training fro
 manifest, with the hash of every file that affects the features. The directory holds links, to the hub's cache or to the
 directory that params.yaml names, or a guide that was trained here, and is replaced only when the new model is complete.
 
-address.py, hub.py, directory.py, selection.py   models of others
+directory.py, selection.py                       models of others
 training/                                        guides that are trained here
 tiny_sd.py, rendered_digits.py                   the training of tiny-sd and its images
 """
@@ -20,10 +20,11 @@ from pipeline.data.file_names import some
 from pipeline.diffusion import frozen_model
 from pipeline.diffusion.frozen_model import TRAINING, BackboneManifest, TrainingRecord
 from pipeline.errors import ConfigError, DataError, PipelineError
+from pipeline.hub import address
+from pipeline.hub.kinds import MODEL
 from pipeline.io import atomic
 from pipeline.settings.config import Config
 from pipeline.settings.params import GuideTraining
-from stages.prepare_backbone import address
 from stages.prepare_backbone.directory import Directory
 from stages.prepare_backbone.selection import Source, select
 
@@ -74,11 +75,11 @@ def run(config: Config, train: bool = False) -> Path:
                 f"prepare_backbone.source = {params.source!r} does not exist (looked for {places}). Check the path, or "
                 "write organisation/model for a model on the hub."
             )
-        from stages.prepare_backbone.hub import HubModel
+        from pipeline.hub.repository import Repository
 
-        hub_id, revision = address.pinned(params.source, params.revision)
+        hub_id, revision, _ = address.pinned(MODEL, params.source, params.revision)
         found = {"name": params.name, "source": hub_id, "revision": revision}
-        model = HubModel(hub_id, revision, config.state_dir / "hub")
+        model = Repository(MODEL, hub_id, revision, config.state_dir / "hub")
         half = config.params.extract_features.dtype in ("float16", "bfloat16")
         found |= _linked(model, target, params.variant, prefer_fp16=half)
     if found["revision"] is None and params.revision is not None:

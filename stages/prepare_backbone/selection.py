@@ -13,16 +13,13 @@ from typing import Any, Protocol
 
 from pipeline.diffusion import families
 from pipeline.errors import DataError
+from pipeline.hub.kinds import CONVERT
 from pipeline.io import system_errors
 
 _TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _MODELS = ("unet", "transformer", "vae", *_TEXT)
 _PARTS = (*_MODELS, "scheduler", *(part.replace("text_encoder", "tokenizer") for part in _TEXT))
 _SMALL = (".json", ".txt", ".model")
-CONVERT = (
-    "Convert it with save_pretrained of diffusers as docs/models.md shows, and set prepare_backbone.source to the new "
-    "directory."
-)
 
 
 class Source(Protocol):

@@ -1,5 +1,6 @@
 """Run the stage: list the source, subset it if configured, and write the prepared data set."""
 
+import logging
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,10 @@ from pipeline.data.datasets import BrokenImages, PreparedDataset
 from pipeline.data.images import Source, refuse_broken, stratified_split
 from pipeline.errors import ConfigError
 from pipeline.settings.config import Config
+from stages.prepare_data import sources
 from stages.prepare_data.remarks import log_outcome
-from stages.prepare_data.sources import SOURCES
+
+log = logging.getLogger(__name__)
 
 
 def run(config: Config) -> Path:
@@ -25,7 +28,9 @@ def run(config: Config) -> Path:
     """
     params = config.params.prepare_data
     root = config.path(params.path or f"data/raw/{params.source}")
-    source = SOURCES[params.source](root, params)
+    if (params.image_column or params.label_column) and params.source not in sources.WITH_COLUMNS:
+        log.warning("prepare_data.image_column and label_column are not used by the source %s", params.source)
+    source = sources.read(config)
     if params.train_subset is not None:
         source = _subset(source, params.train_subset, seeding.numpy_generator(params.seed, "train subset"))
     listing = config.state_dir / f"broken-images-{params.name}.txt"
@@ -36,7 +41,8 @@ def run(config: Config) -> Path:
             path = datasets.write(config.dataset_dir, params.name, params.source, source, skip)
     except BrokenImages as error:
         advice = "Repair or remove them, or set prepare_data.broken_images: skip"
-        raise refuse_broken(root, error.images, listing, advice) from None
+        where = f"{source.origin.repository}" if source.origin and source.origin.repository else str(root)
+        raise refuse_broken(where, error.images, listing, advice) from None
     listing.unlink(missing_ok=True)  # of an earlier run
     log_outcome(PreparedDataset(path))
     return path

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import seeding
 from pipeline.data import image_folder
 from pipeline.data.file_names import canonical, some, some_folders, utf8
 from pipeline.data.image_folder import Listing, list_classes
 from pipeline.data.image_search import ImageSearch, count_images, is_folder, subfolders
-from pipeline.data.images import Source, stratified_split
+from pipeline.data.images import Source, draw_test
 from pipeline.data.lazy_images import ImageFiles, LazyImages
 from pipeline.data.split_folders import find_splits, is_split_tree, unwrapped, unwrapped_domains
 from pipeline.errors import DataError
@@ -21,7 +20,6 @@ from pipeline.settings.params import PrepareData
 
 log = logging.getLogger(__name__)
 
-_TEST_FRACTION = 0.2
 _UNKNOWN_TERMS = "unknown: see the folder's own terms"
 
 
@@ -119,9 +117,7 @@ def _tree(search: ImageSearch, tree: Path, seed: int, *stream: str) -> Tree:
     _refuse_splits_of_classes(tree)
     classes, everything = list_classes(search, tree)
     require(bool(everything.paths), f"{tree} has no images in its class folders ({some(classes)}). Add images.")
-    test_rows = max(1, round(_TEST_FRACTION * len(everything.labels)))
-    rng = seeding.numpy_generator(seed, "train/test split", *stream)
-    in_test, in_train = stratified_split(everything.labels, test_rows, rng)
+    in_train, in_test = draw_test(everything.labels, seed, *stream)
     drawn = {"train": everything.take(in_train), "test": everything.take(in_test)}
     return Tree(classes, drawn, "no split folders; one image in five, stratified by class, is the test split", False)
 

@@ -34,10 +34,11 @@ from pipeline.io import atomic, locks
 from pipeline.io.hdf5 import open_to_read
 from pipeline.io.resumable import ResumableStore
 from pipeline.io.system_errors import SystemRefusal, status
-from pipeline.settings import presets
+from pipeline.settings import config, presets
 from stages.analyze_features.sweep.cache import SweepCache, SweepResult
 from stages.extract_features import publish
 from stages.extract_features.latents import LatentCache
+from stages.prepare_data import sources
 from stages.report import analysis
 from stages.train_fl import records
 from stages.train_fl.checkpoint import Checkpoint
@@ -45,11 +46,12 @@ from stages.train_fl.engines.flower.states import States
 from stages.train_fl.methods import ServerState
 from stages.train_fl.rounds import Progress
 from tests import test_feature_store as store
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, write_params
 from tests.faults import program
 from tests.faults.kernel import CAN_REFUSE, in_child, refuse
 from tests.faults.program import EXTRACT, RUN, SET, SWEEP, TRAIN
 from tests.faults.test_damage import without_locks
+from tests.prepare_data import large_files
 from tests.test_feature_store import ROWS, open_writer, write
 
 NOBODY = 65534
@@ -79,8 +81,24 @@ def kept(tmp_path_factory):
     SweepCache(root / "sweep").save(100, SweepResult([], [], {}))
     (root / "presets").mkdir()
     (root / "presets" / "one.yaml").write_text("# One.\n")
+    table = large_files.table([large_files.png(1)] * 2, [0, 1])
+    large_files.write_tar(root / "tars" / "train.tar", large_files.samples([0, 1]))
+    large_files.write_parquet(root / "tables" / "train.parquet", table)
+    large_files.write_arrow(root / "saved", table)
+    write_params(root, {"prepare_data.image_size": 8})
     assert writer.missing_shards == []
     return root
+
+
+def images_of(root, source, folder):
+    """List and read the images of a source of large files."""
+    splits = sources.SOURCES[source](root / folder, params_of(root)).splits.values()
+    return sum(len(block.rows) for split in splits for block in split.blocks())
+
+
+@functools.cache
+def params_of(root):
+    return config.load(root / "params.yaml").params.prepare_data
 
 
 def plan_of(root):
@@ -111,6 +129,9 @@ READERS = {
     "generated class": lambda root: len(ResumableStore(root / "classes").load("class-00000")[0]["images"]),
     "analysis": lambda root: analysis._text_at(root / "config.json", "seed"),
     "picture": lambda root: len(analysis._content(root / "config.json")),
+    "tar": lambda root: images_of(root, "webdataset", "tars"),
+    "Parquet": lambda root: images_of(root, "parquet", "tables"),
+    "Arrow": lambda root: images_of(root, "hf-dataset", "saved"),
     "checksum": lambda root: provenance.file_sha256(root / "config.json"),
 }
 OF_SAFETENSORS = {"checkpoint", "client's state", "generated class", "timestep of a sweep"}

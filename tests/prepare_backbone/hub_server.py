@@ -1,18 +1,24 @@
 """A model hub on loopback, small enough for tests: listing, files, the redirect of large ones, and faults."""
 
+import contextlib
 import hashlib
 import json
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-LARGE = (".safetensors", ".bin", ".model")
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
+
+LARGE = (".safetensors", ".bin", ".model", ".parquet")
 COMMIT = "c" * 40
 
 
 class HubServer:
-    """Serves `root`/<organisation>/<model>; `faults` says what goes wrong, `sent` what went out.
+    """Serves `root`/<organisation>/<model> and `root`/datasets/<organisation>/<name>; `faults` says what goes wrong,
+    and `sent` what went out.
 
     faults: "gated" (401 or 403), "private" (True), "status" (an HTTP status, for files), "corrupt", "drop", "stall"
     (the name of a file: a flipped bit, a connection closed once in mid-file, one that stops sending in mid-file).
@@ -32,7 +38,9 @@ class HubServer:
         self.cdn = (
             f"http://localhost:{self._server.server_port}"  # another host: the client does not follow a HEAD there
         )
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, args=(0.05,), daemon=True
+        ).start()  # asks every 50 ms whether to stop
 
     def close(self) -> None:
         self.stop.set()
@@ -57,13 +65,17 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         hub = self.server_hub
         parts = [unquote(part) for part in urlparse(self.path).path.strip("/").split("/")]
-        repository, rest = (parts[2:4], parts[4:]) if parts[0] == "api" else (parts[:2], parts[2:])
-        folder = hub.root.joinpath(*repository)
+        is_api = parts[0] == "api"
+        parts = parts[1:] if parts[:2] in (["api", "models"], ["api", "datasets"]) else parts
+        kind = ["datasets"] if parts[0] == "datasets" else []
+        parts = parts[1:] if parts[0] in ("models", "datasets") else parts
+        repository, rest = parts[:2], parts[2:]
+        folder = hub.root.joinpath(*kind, *repository)
         if not folder.is_dir() or hub.faults.get("private"):
             return self.refuse(401, "RepoNotFound")
         if len(rest) > 1 and rest[1] not in (COMMIT, "main"):
             return self.refuse(404, "RevisionNotFound")
-        if parts[0] == "api":
+        if is_api:
             return self.describe(folder, "/".join(repository), listing=rest[:1] == ["tree"])
         if status := hub.faults.get("gated"):
             return self.refuse(status, "GatedRepo")
@@ -130,3 +142,18 @@ def digests(file: Path) -> tuple[str, str]:
     """SHA-256 and git's SHA-1 of a file."""
     content = file.read_bytes()
     return hashlib.sha256(content).hexdigest(), hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@contextlib.contextmanager
+def serving(root: Path, cache: Path, monkeypatch) -> Iterator[HubServer]:
+    """Serve the repositories in `root` as the hub of this process's client, whose cache is `cache`."""
+    server = HubServer(root)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    yield server
+    close_session()
+    server.close()

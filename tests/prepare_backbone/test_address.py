@@ -3,9 +3,9 @@
 import pytest
 
 from pipeline.errors import PipelineError
+from pipeline.hub import address
 from pipeline.settings import config
 from stages import prepare_backbone
-from stages.prepare_backbone import address
 from tests.conftest import write_params
 
 

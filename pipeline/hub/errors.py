@@ -4,16 +4,17 @@ import os
 from collections.abc import Iterator
 
 from pipeline.errors import DataError
+from pipeline.hub.kinds import Kind
 from pipeline.io import system_errors
 
 _LOG_IN = "log in with `hf auth login` or set HF_TOKEN, using a token of an account with access"
 
 
-def in_words(error: BaseException, hub_id: str, revision: str | None, name: str | None = None) -> DataError:
-    """Return the error to raise for an error of the hub's client when it was asked for a model or one of its files."""
+def in_words(error: BaseException, kind: Kind, hub_id: str, revision: str | None, name: str | None = None) -> DataError:
+    """Return the error to raise for an error of the hub's client when it was asked for a repository or a file of it."""
     from huggingface_hub import constants, errors
 
-    page = f"{constants.ENDPOINT}/{hub_id}"
+    page = f"{constants.ENDPOINT}/{kind.prefix}{hub_id}"
     causes = list(_chain(error))
     for cause in causes:
         if isinstance(cause, errors.GatedRepoError):
@@ -24,7 +25,7 @@ def in_words(error: BaseException, hub_id: str, revision: str | None, name: str 
                 )
             return DataError(f"{hub_id} is gated. Accept its terms at {page}, then {_LOG_IN}.")
         if isinstance(cause, errors.RepositoryNotFoundError):
-            problem = f"The hub has no model {hub_id}, or it is private"
+            problem = f"The hub has no {kind.noun} {hub_id}, or it is private"
             return DataError(f"{problem}. Check the id at {page}; if it is private, {_LOG_IN}.")
         if isinstance(cause, errors.RevisionNotFoundError):
             return DataError(f"{hub_id} has no revision {revision}. Choose a commit from {page}/commits/main.")
@@ -35,7 +36,7 @@ def in_words(error: BaseException, hub_id: str, revision: str | None, name: str 
     file = f"{name} of {hub_id}" if name else hub_id
     if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes):
         problem = f"{file} is not in the hub cache, and HF_HUB_OFFLINE is set"
-        return DataError(f"{problem}. Unset it, or run where the cache has the model.")
+        return DataError(f"{problem}. Unset it, or run where the cache has it.")
     if any("Consistency check failed" in str(cause) for cause in causes):
         return DataError(
             f"{file} differs in length from the file on the hub, so it was removed. Run again. If the error repeats, a "
@@ -47,10 +48,7 @@ def in_words(error: BaseException, hub_id: str, revision: str | None, name: str 
             "or set HF_HOME to another folder."
         )
     reason = next((str(cause).strip().splitlines()[0] for cause in reversed(causes) if str(cause).strip()), "no reason")
-    return DataError(
-        f"{file} cannot be downloaded ({reason}). Check the network and run again, or set prepare_backbone.source to a "
-        "directory that holds the model."
-    )
+    return DataError(f"{file} cannot be downloaded ({reason}). Check the network and run again, or {kind.local}.")
 
 
 def is_unreachable(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""A model on the Hugging Face hub: its files in the hub client's own cache, each compared with the hub's hash.
+"""A repository on the Hugging Face hub: its files in the hub client's own cache, each compared with the hub's hash.
 
 The client (huggingface_hub) downloads, resumes, and shares its cache with other tools, but compares no hashes. They are
 compared here, on every run, so changes on the disk are noticed as well. The hub gives the SHA-256 of large files and
@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import text
 from pipeline.errors import DataError, PipelineError
+from pipeline.hub import errors
+from pipeline.hub.kinds import Kind
 from pipeline.io import atomic, system_errors
 from pipeline.progress import progress_bar
-from stages.prepare_backbone import hub_errors
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -30,22 +31,26 @@ log = logging.getLogger(__name__)
 _HASH = re.compile("[0-9a-f]{64}|[0-9a-f]{40}")
 
 
-class HubModel:
-    """A repository at a commit, as `selection.Source` describes it."""
+class Repository:
+    """A model or data set at a commit; `sizes` are its files, path with "/" between the parts -> bytes.
 
-    def __init__(self, hub_id: str, revision: str, listings: Path) -> None:
+    `listed` is False if only the files in the cache are known.
+    """
+
+    def __init__(self, kind: Kind, hub_id: str, revision: str, listings: Path) -> None:
         """List the repository's files, and keep the list in the folder `listings`.
 
         If the hub cannot be reached, use the list of an earlier run, so that the same files are chosen; or else the
-        files of the commit in the cache. Raise DataError if neither hub nor cache has the model, or access is refused.
+        files of the commit in the cache. Raise DataError if neither has it, or access is refused.
         """
-        self.hub_id, self.revision = hub_id, revision
+        self.kind, self.hub_id, self.revision = kind, hub_id, revision
         self.title = f"{hub_id} at {revision[:12]}"
         self.sizes: dict[str, int] = {}
         self._hashes: dict[str, str] = {}
         self._unreachable: DataError | None = None
         self.listed = True
-        kept = listings / f"{hub_id.replace('/', '--')}-{revision}.json"
+        prefix = kind.prefix.replace("/", "--")
+        kept = listings / f"{prefix}{hub_id.replace('/', '--')}-{revision}.json"
         try:
             with _quiet_client():
                 self._list()
@@ -54,8 +59,8 @@ class HubModel:
         except PipelineError:
             raise
         except Exception as error:  # the hub's client raises many unrelated types
-            refusal = hub_errors.in_words(error, hub_id, revision)
-            if not hub_errors.is_unreachable(error) or system_errors.status(self._snapshot) is None:
+            refusal = errors.in_words(error, kind, hub_id, revision)
+            if not errors.is_unreachable(error) or system_errors.status(self.folder) is None:
                 raise refusal from None
             self._unreachable = refusal
             self._list_without_hub(kept)
@@ -72,7 +77,7 @@ class HubModel:
         Raise DataError if a file cannot be fetched, or arrives with other bytes than the hub lists.
         """
         self._remove_leftovers()
-        missing = [name for name in names if not (self._snapshot / name).exists()]
+        missing = [name for name in names if not (self.folder / name).exists()]
         size = sum(self.sizes[name] for name in missing)
         self._check_room(size)
         if missing:
@@ -96,7 +101,7 @@ class HubModel:
     def _list(self) -> None:
         from huggingface_hub import HfApi, RepoFile
 
-        tree = HfApi().list_repo_tree(self.hub_id, revision=self.revision, recursive=True)
+        tree = HfApi().list_repo_tree(self.hub_id, revision=self.revision, recursive=True, repo_type=self.kind.type)
         files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
         self.sizes = {path: file.size for path, file in files.items()}
         self._hashes = {path: file.lfs.sha256 if file.lfs else file.blob_id for path, file in files.items()}
@@ -107,12 +112,12 @@ class HubModel:
             self.sizes, self._hashes = listing["sizes"], listing["hashes"]
         except (OSError, ValueError, KeyError, TypeError):
             self.listed = False
-            files = [file for file in self._snapshot.rglob("*") if file.is_file()]
-            self.sizes = {file.relative_to(self._snapshot).as_posix(): file.stat().st_size for file in files}
+            files = [file for file in self.folder.rglob("*") if file.is_file()]
+            self.sizes = {file.relative_to(self.folder).as_posix(): file.stat().st_size for file in files}
             self.title += " (files in the cache, because the hub cannot be reached)"
 
     def _fetch_checked(self, name: str, bar: "tqdm | None") -> tuple[Path, str]:
-        new = not (self._snapshot / name).exists()
+        new = not (self.folder / name).exists()
         path = self._download(name, bar)
         sha256, agrees = self._compare(name, path)
         if agrees:
@@ -140,10 +145,15 @@ class HubModel:
 
         try:
             path = hf_hub_download(
-                self.hub_id, name, revision=self.revision, force_download=again, tqdm_class=_reporting_to(bar)
+                self.hub_id,
+                name,
+                repo_type=self.kind.type,
+                revision=self.revision,
+                force_download=again,
+                tqdm_class=_reporting_to(bar),
             )
         except Exception as error:  # the hub's client raises many unrelated types
-            raise self._unreachable or hub_errors.in_words(error, self.hub_id, self.revision, name) from None
+            raise self._unreachable or errors.in_words(error, self.kind, self.hub_id, self.revision, name) from None
         return Path(path).absolute()
 
     def _compare(self, name: str, path: Path) -> tuple[str, bool]:
@@ -162,7 +172,7 @@ class HubModel:
         return digests[64].hexdigest(), expected is None or digests[len(expected)].hexdigest() == expected
 
     def _remove_leftovers(self) -> None:
-        """Remove partial files of killed downloads of this model, except those that another process is downloading."""
+        """Remove partial files of killed downloads, except those that another process is downloading."""
         from filelock import FileLock, Timeout
 
         for leftover in (self._storage / "blobs").glob("*.incomplete"):
@@ -183,24 +193,25 @@ class HubModel:
 
     @property
     def _storage(self) -> Path:
-        return _cache() / f"models--{self.hub_id.replace('/', '--')}"
+        return _cache() / f"{self.kind.type}s--{self.hub_id.replace('/', '--')}"
 
     @property
-    def _snapshot(self) -> Path:
+    def folder(self) -> Path:
+        """The folder of the files in the client's cache; those that were not fetched are missing."""
         return self._storage / "snapshots" / self.revision
 
 
-def commit_of(hub_id: str, revision: str | None) -> str | None:
+def commit_of(kind: Kind, hub_id: str, revision: str | None) -> str | None:
     """Return the present commit of a branch or tag, None for the main branch; None if the hub gives no answer."""
     from huggingface_hub import HfApi
 
     try:
         with _quiet_client():
-            return str(HfApi().model_info(hub_id, revision=revision).sha)
+            return str(HfApi().repo_info(hub_id, revision=revision, repo_type=kind.type).sha)
     except Exception as error:  # the hub's client raises many unrelated types
-        if hub_errors.is_unreachable(error):
+        if errors.is_unreachable(error):
             return None
-        raise hub_errors.in_words(error, hub_id, revision) from None
+        raise errors.in_words(error, kind, hub_id, revision) from None
 
 
 def _cache() -> Path:

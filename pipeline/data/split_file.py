@@ -1,0 +1,185 @@
+"""Write the HDF5 file of a split so that an interrupted process continues where it was.
+
+Pixels are most of the bytes and of the work. They go to a fixed place in the file, past HDF5's own head, so a kill
+cannot damage what was written before. A journal (a `ResumableStore` beside the file) says every half minute how far the
+pixels are on the disk: the rows that they come from, the broken images, and the SHA-256 of all pixels up to there. The
+next process compares this hash with the file, and reads the images that follow. Labels are added when all pixels are
+written. Equal images give equal bytes, interrupted or not.
+"""
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+
+from pipeline import provenance
+from pipeline.data.images import BLOCK_BYTES, Block, Skipped, Split
+from pipeline.io.atomic import sync_to_disk
+from pipeline.io.resumable import ResumableStore
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_SAVES = 30.0
+_JOURNAL = "unfinished"
+_VERSION = 1
+
+
+def journal_name(splits: Mapping[str, Split]) -> str | None:
+    """Return the name of the journal's folder, which changes if an image or its place does; None to keep no journal."""
+    images = {name: split.identity() for name, split in splits.items()}
+    if None in images.values():
+        return None
+    sizes = {name: [len(split), split.image_size] for name, split in splits.items()}
+    key = provenance.fingerprint({"version": _VERSION, "images": images, "sizes": sizes})
+    return f"{_JOURNAL}-{key[:16]}"
+
+
+class SplitFile:
+    """The file of one split; `rows`, `files` and `skipped` are of the images that were read so far."""
+
+    def __init__(self, file: Path, content: Split, journal: ResumableStore | None) -> None:
+        """Start the file, or continue what the journal has of it."""
+        self.file, self._content, self._journal = file, content, journal
+        self.digest = hashlib.sha256()
+        self.skipped: list[Skipped] = []
+        self._rows: list[np.ndarray] = [np.empty(0, np.int64)]
+        self._files: list[np.ndarray] = []
+        self._written = 0
+        self._saves = 0
+        self._offset = _put_head(file, len(content), content.image_size)
+        self._pixels = os.open(file, os.O_RDWR)
+        self._next = self._resume() if journal else 0
+        self._unsaved = len(self._rows), len(self._files), len(self.skipped)
+
+    def write_images(self) -> None:
+        """Read all images that are missing, and write them."""
+        try:
+            saved = time.monotonic()
+            for block in self._content.blocks(self._next):
+                self._append(block)
+                if self._journal and time.monotonic() - saved >= SECONDS_BETWEEN_SAVES:
+                    self._save()
+                    saved = time.monotonic()
+            if self._saves:  # a split that took long is not read again while the other one is
+                self._save()
+        finally:
+            os.close(self._pixels)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The rows of the split that are in the file, int64 (n,)."""
+        return np.concatenate(self._rows)
+
+    def finish(self, labels: np.ndarray, domains: np.ndarray) -> None:
+        """Add labels and domains, int64 (n,), and the hashes of the images' files, and wait until all is on disk."""
+        if len(labels) < len(self._content):
+            _put_head(self.file, len(labels), self._content.image_size)  # some images were broken
+        with h5py.File(self.file, "a") as h5:
+            h5.create_dataset("labels", data=labels)
+            h5.create_dataset("domains", data=domains)
+            if self._files:
+                h5.create_dataset("files", data=np.concatenate(self._files).astype("<u8", copy=False))
+        sync_to_disk(self.file)
+
+    def _append(self, block: Block) -> None:
+        pixels = np.ascontiguousarray(block.images).reshape(-1)
+        self._write(pixels.data)
+        self.digest.update(pixels.data)
+        self._add(block.rows, block.files, block.skipped)
+        self._next += len(block.rows) + len(block.skipped)
+
+    def _add(self, rows: np.ndarray, files: np.ndarray | None, skipped: list[Skipped]) -> None:
+        self._rows.append(rows)
+        if files is not None:
+            self._files.append(files)
+        self.skipped += skipped
+        self._written += len(rows)
+
+    def _write(self, content: memoryview) -> None:
+        place = self._offset + self._written * self._image_bytes
+        while content:
+            count = os.pwrite(self._pixels, content, place)
+            place, content = place + count, content[count:]
+
+    @property
+    def _image_bytes(self) -> int:
+        return 3 * self._content.image_size**2
+
+    def _save(self) -> None:
+        """Record what was written since the last save."""
+        assert self._journal is not None
+        os.fsync(self._pixels)
+        rows, files, skipped = self._unsaved
+        tensors = {"rows": torch.from_numpy(np.concatenate([np.empty(0, np.int64), *self._rows[rows:]]))}
+        if self._files:
+            hashes = np.concatenate([np.empty(0, np.uint64), *self._files[files:]])
+            tensors["files"] = torch.from_numpy(hashes.view(np.int64))
+        meta = {
+            "next": self._next,
+            "skipped": [vars(image) for image in self.skipped[skipped:]],
+            "sha256": self.digest.hexdigest(),
+        }
+        self._journal.save(self._unit(self._saves), tensors, meta)
+        self._saves += 1
+        self._unsaved = len(self._rows), len(self._files), len(self.skipped)
+
+    def _resume(self) -> int:
+        """Take over what the journal records and the file holds, and return the row that comes next."""
+        assert self._journal is not None
+        following = 0
+        while (unit := self._journal.load(self._unit(self._saves))) is not None:
+            tensors, meta = unit
+            digest = self.digest.copy()
+            for pixels in self._stored(len(tensors["rows"])):
+                digest.update(pixels)
+            if digest.hexdigest() != meta["sha256"]:
+                log.warning("%s differs from its journal. Its last images are read again", self.file)
+                self._journal.discard(name for name in self._journal.names() if name >= self._unit(self._saves))
+                break
+            files = tensors["files"].numpy().view(np.uint64) if "files" in tensors else None
+            self._add(tensors["rows"].numpy(), files, [Skipped(**image) for image in meta["skipped"]])
+            self.digest, following = digest, meta["next"]
+            self._saves += 1
+        if following:
+            log.info("%s: continuing after %d of %d images", self.file.stem, following, len(self._content))
+        return following
+
+    def _stored(self, count: int) -> Iterator[bytes]:
+        """Yield the pixels of the next images in the file."""
+        place = self._offset + self._written * self._image_bytes
+        end = place + count * self._image_bytes
+        while place < end and (pixels := os.pread(self._pixels, min(BLOCK_BYTES, end - place), place)):
+            yield pixels
+            place += len(pixels)
+
+    def _unit(self, number: int) -> str:
+        return f"{self.file.stem}-{number:06d}"
+
+
+def _put_head(file: Path, count: int, size: int) -> int:
+    """Make a file of `count` images, or give an existing one this many, and return where the pixels start.
+
+    HDF5's head is made in another file, with a hole for the pixels, and copied, so that pixels stay as they are.
+    """
+    draft = file.with_name(f"{file.name}.head")
+    with h5py.File(draft, "w") as h5:
+        images = h5.create_dataset("images", (count, size, size, 3), np.uint8)
+        images[0] = 0  # HDF5 reserves the place of all images when the first one is written
+        offset = int(images.id.get_offset())
+    length = draft.stat().st_size
+    with draft.open("rb") as stream:
+        head = stream.read(offset)
+    draft.unlink()
+    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        os.pwrite(handle, head, 0)
+        os.ftruncate(handle, length)
+    finally:
+        os.close(handle)
+    return offset
