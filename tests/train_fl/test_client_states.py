@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from pipeline.errors import PipelineError
-from stages.train_fl import rounds
+from stages.train_fl import methods, models, rounds
+from stages.train_fl.checkpoint import Checkpoint
 from stages.train_fl.client_states import ClientStates
+from stages.train_fl.encoders import EncoderSettings
 from stages.train_fl.engines import local
 from stages.train_fl.methods import FedAvg, Scaffold
-from tests.train_fl.method_fixtures import client, local_sgd, state_of, to_bytes
+from tests.train_fl.method_fixtures import client, local_sgd, record_layouts, state_of, to_bytes
 
 STATE = 8  # bytes of one state below
 
@@ -104,6 +106,21 @@ def test_results_do_not_depend_on_the_limit(tmp_path, limit):
     assert files(tmp_path)
     taken_part = set(itertools.chain.from_iterable(done.participants for done in in_memory))
     assert in_memory[-1].progress.state_rounds.keys() == taken_part
+
+
+def test_resumed_run_has_the_layout_of_the_network(tmp_path, monkeypatch):
+    model = models.build(EncoderSettings("resnet10", "batch", "float32", channels_last=True), 3, 0)
+    method, clients = methods.build(Scaffold.Settings(), model, 0.9, 0.01, 2), [client(4, 0), client(4, 1)]
+    checkpoint = Checkpoint(tmp_path, ClientStates(tmp_path / "states"))
+    start = rounds.begin(method, state_of(model))
+    (done,) = local.run(method, start, clients, _schedule(1, 2), states=checkpoint.states)
+    checkpoint.save(done.progress, {})
+    again = Checkpoint(tmp_path, ClientStates(tmp_path / "states"))
+    progress, _ = again.load("cpu")
+    seen = record_layouts(monkeypatch)
+    list(local.run(method, progress, clients, _schedule(3, 2), states=again.states))
+    # of ResNet-10's 12 convolutions, 9 are not 1x1, whose kernels are contiguous in both layouts
+    assert seen == [([9] * 4, [])] * 4
 
 
 def test_method_without_client_state_leaves_no_trace(tmp_path):

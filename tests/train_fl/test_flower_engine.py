@@ -19,6 +19,7 @@ from stages.train_fl.run import run
 from stages.train_fl.session import Job
 from tests.federation.in_process import InProcess
 from tests.train_fl import tiny_project
+from tests.train_fl.method_fixtures import record_layouts
 
 SAME = ("model.safetensors", "rounds.csv", "clients.csv", "partition.json")
 SUPERVISED = (
@@ -190,6 +191,14 @@ def test_lost_reply_does_not_change_the_client_state(project, monkeypatch):
     # the request of round 3 names the state of round 1, so that of round 2 is removed then; at the end all are
     assert kept == [f"client-00001-round-0000{k}.safetensors" for k in (1, 3)]
     assert not list(project.state_dir.glob("federation/*/*"))
+
+
+def test_nodes_train_in_the_layout_of_the_network(project, monkeypatch):
+    seen = record_layouts(monkeypatch)
+    changes = {"train_fl.model": "resnet10", "train_fl.num_rounds": 2, "train_fl.num_clients": 2}
+    deploy(project, monkeypatch, "scaffold", changes=changes, count=2).serve()
+    # 9 convolutions are not 1x1, whose kernels are contiguous in both layouts; before round 1 there is no state
+    assert seen == [([9, 9, 9, 0], [])] * 2 + [([9] * 4, [])] * 2
 
 
 def test_lost_client_state_is_logged_and_initialised(project, monkeypatch, caplog):
