@@ -319,7 +319,7 @@ def _two_rounds(algorithm: str, augmentation: str, device: str, with_graphs: boo
     guided = method.local_sgd.guidance is not None
     clients = [_random_client(size, guided, 144).to(device) for size in ((8, 20) if small else (70, 128, 100, 256))]
     schedule = rounds.Schedule(2, len(clients), 1 if small else 3, 16, 0.001, 1.0, augmentation, 0)
-    start = rounds.begin(method, session.weights_of(method.local_sgd.model), len(clients))
+    start = rounds.begin(method, session.weights_of(method.local_sgd.model))
     before = {key: value.cpu() for key, value in start.server.weights.items()}
     done = list(local.run(method, start, clients, schedule, device, 4 if with_graphs else 1))[-1]
     after = {key: value.cpu() for key, value in done.progress.server.weights.items()}
@@ -505,7 +505,7 @@ def _seconds_per_round(
     evaluator = session.evaluator_of(method, clients, HeldOut(test.images, test.labels, test.labels))
     schedule = rounds.Schedule(num_rounds, participants, epochs, 64, 0.01, 1.0, "crop-flip", 0)
     model, marks = method.local_sgd.model, []
-    start = rounds.begin(method, session.weights_of(model), len(clients))
+    start = rounds.begin(method, session.weights_of(model))
     for done in local.run(method, start, clients, schedule, check.device, streams):
         session.score_round(done, model, evaluator)
         check.wait()

@@ -204,7 +204,7 @@ def _rounds(
         job.num_rounds, job.clients_per_round, job.local_epochs, job.batch_size, job.learning_rate, 1.0, "none", 0
     )
     weights = {name: value.to(device) for name, value in job.model().state_dict().items()}
-    start = rounds.begin(method, weights, len(clients))
+    start = rounds.begin(method, weights)
     return local.run(method, start, clients, schedule, device, num_workers)
 
 

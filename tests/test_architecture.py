@@ -48,7 +48,7 @@ LAYERS = {
         ["client_data"],
         ["graphs"],
         ["methods"],
-        ["feature_check", "data"],
+        ["feature_check", "data", "client_states"],
         ["rounds", "evaluate", "probes"],
         ["checkpoint", "records"],
         ["loggers"],

@@ -40,6 +40,15 @@ def test_first_round_is_timed_separately(benchmark):
     assert seconds == {"num_rounds": 3, "job_seconds": 8.0, "first_round_seconds": 5.0, "round_seconds": 1.5}
 
 
+def test_states_benchmark_counts_the_files_of_a_checkpoint(benchmark, tmp_path):
+    states = benchmark("states")
+    found = states.set_up(tmp_path, 2)()
+    numbers = sum(value.numel() for value in benchmark("train_job").Job("small_cnn", *[1] * 8).model().parameters())
+    # the server's weights and control variate, and the two clients'; buffers and headers are a few kilobytes
+    assert found["save_megabytes"] == pytest.approx(4 * 4e-6 * numbers, abs=0.03)
+    assert list(found) == list(states.COLUMNS) and not list(tmp_path.glob("*.tmp"))
+
+
 def test_reproduction_table_holds_only_runs_of_the_current_settings(benchmark, tmp_path):
     reproduction = benchmark("reproduction")
     sweep = {"sweep.methods": ["fedavg"], "sweep.partitions": ["iid"], "sweep.seeds": [0]}

@@ -5,6 +5,7 @@ after any round and resume from its Progress with identical results.
 """
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -44,14 +45,19 @@ class Schedule:
 class Progress:
     """The state of a run between two rounds.
 
-    Where clients keep their states themselves (Flower), `clients` is empty, and `state_rounds` has for each of them the
-    last round whose update was aggregated, and with it the state that the client continues from; 0 if there is none.
+    The states of the clients are kept elsewhere (`client_states`): `state_rounds` has, for each client with a state,
+    the last round whose update of it was aggregated, and with it the state that the client continues from.
     """
 
     number: int  # rounds done
     server: ServerState
-    clients: list[ClientState]
-    state_rounds: list[int] = field(default_factory=list)
+    state_rounds: dict[int, int] = field(default_factory=dict)  # client -> round
+
+    def after(self, server: ServerState, kept: Mapping[int, bool]) -> "Progress":
+        """Return the state after the next round: `kept` has for each participant whether it keeps a state."""
+        others = {client: number for client, number in self.state_rounds.items() if client not in kept}
+        number = self.number + 1
+        return Progress(number, server, others | {client: number for client, keeps in kept.items() if keeps})
 
 
 @dataclass(frozen=True)
@@ -75,9 +81,9 @@ class Round:
         return self.progress.number
 
 
-def begin(method: Method, weights: Weights, num_clients: int) -> Progress:
+def begin(method: Method, weights: Weights) -> Progress:
     """Return the state before the first round."""
-    return Progress(0, method.init_server(weights), [method.init_client(weights) for _ in range(num_clients)])
+    return Progress(0, method.init_server(weights))
 
 
 def client_batches(data: ClientData, schedule: Schedule, number: int, client: int, device: str | None) -> Batches:
@@ -86,12 +92,29 @@ def client_batches(data: ClientData, schedule: Schedule, number: int, client: in
     return Batches(data, schedule.local_epochs, schedule.batch_size, schedule.augmentation, generator, device)
 
 
-def client_seed(schedule: Schedule, number: int, client: int) -> contextlib.AbstractContextManager[None]:
-    """Seed torch's global generator for a client's update in one round, the same under every engine.
+def update_client(
+    method: Method,
+    weights: Weights,
+    broadcast: Weights,
+    state: ClientState | None,  # None before the client's first round
+    batches: Batches,
+    schedule: Schedule,
+    number: int,
+    client: int,
+    seeded: bool = True,
+) -> tuple[ClientUpdate, ClientState, Metrics]:
+    """Run a client's update in round `number`, the same under every engine.
 
-    The package's own methods do not draw from it; a method defined elsewhere may.
+    Tensors from a file or a message get the layout that those of an undisturbed run have. Torch's global generator is
+    seeded, if `seeded`: the package's own methods do not draw from it; a method defined elsewhere may.
     """
-    return seeding.scoped_global_torch_seed(schedule.seed, "client", number, client)
+    weights, broadcast, kept = map(method.local_sgd.laid_out, (weights, broadcast, state or {}))
+    learning_rate = schedule.learning_rate_of(number)
+    seed = seeding.scoped_global_torch_seed(schedule.seed, "client", number, client)
+    with seed if seeded else contextlib.nullcontext():
+        if state is None:
+            kept = method.init_client(weights)
+        return method.client_update(weights, broadcast, kept, batches, learning_rate)
 
 
 def sample_clients(with_data: list[int], schedule: Schedule, number: int) -> list[int]:

@@ -23,6 +23,7 @@ from pipeline.settings.params import Guidance, Nodes, Runtime, Section, TrainFL
 from stages.train_fl import evaluate, feature_check, loggers, methods, models, records
 from stages.train_fl.checkpoint import Checkpoint
 from stages.train_fl.client_data import ClientData
+from stages.train_fl.client_states import ClientStates, memory_limit
 from stages.train_fl.data import FederatedData, HeldOut
 from stages.train_fl.encoders import EncoderSettings
 from stages.train_fl.evaluate import Classification, Evaluator
@@ -124,14 +125,18 @@ class Engine(Protocol):
         """The device of the server's state."""
 
     @property
+    def holds_states(self) -> bool:
+        """Whether it keeps the clients' states on this machine; Flower's nodes keep their own."""
+
+    @property
     def checkpoint_every(self) -> int:
         """Rounds between checkpoints."""
 
     def begin(self, weights: Weights) -> Progress:
         """Return the state before the first round, with these initial weights."""
 
-    def rounds(self, start: Progress) -> Generator[Round, None, None]:
-        """Run all rounds after `start`."""
+    def rounds(self, start: Progress, states: ClientStates | None) -> Generator[Round, None, None]:
+        """Run all rounds after `start`; `states` has the clients' states if it `holds_states`."""
 
 
 def execute(
@@ -156,7 +161,9 @@ def execute(
         records.check_replaceable(job.path, settings)
     device = str(next(model.parameters()).device)
     key = provenance.fingerprint(settings | _numerics(job.config.params.runtime, device, engine))[:16]
-    checkpoint = Checkpoint(job.config.state_dir / "checkpoints" / f"{job.path.name}-{key}")
+    folder = job.config.state_dir / "checkpoints" / f"{job.path.name}-{key}"
+    states = ClientStates(folder / "states", memory_limit(device), device) if engine.holds_states else None
+    checkpoint = Checkpoint(folder, states)
     start, rows = checkpoint.load(engine.device) or (engine.begin(weights_of(model)), None)
     records.start(job.path)  # removes a finished run, so everything that may be rejected comes before
     if data:
@@ -188,7 +195,7 @@ def _train(
     with (
         loggers.opened(job.config.params.runtime, job.config.home, job.path.name, record) as log_last_round,
         progress_bar(num_rounds, job.path.name, "round") as bar,
-        contextlib.closing(engine.rounds(start)) as rounds,  # ends its processes after an error here, too
+        contextlib.closing(engine.rounds(start, store.states)) as rounds,  # ends its processes after an error here, too
     ):
         bar.update(start.number)
         for done in rounds:

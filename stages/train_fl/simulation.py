@@ -1,8 +1,13 @@
-"""Federated training from arrays in memory, for notebooks and scripts: no params.yaml and no files."""
+"""Federated training from arrays in memory, for notebooks and scripts: no params.yaml and no files.
+
+Only clients' states that memory has no room for (`client_states`) go to a temporary folder.
+"""
 
 import contextlib
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +22,7 @@ from pipeline.feature_store import FeatureSet
 from pipeline.settings.params import Guidance, Section, TrainFL
 from stages.train_fl import feature_check, methods, session
 from stages.train_fl.client_data import ClientData
+from stages.train_fl.client_states import ClientStates, memory_limit
 from stages.train_fl.data import HeldOut
 from stages.train_fl.engines import workers
 from stages.train_fl.engines.local import LocalEngine
@@ -120,8 +126,10 @@ def simulate(
     evaluator = session.evaluator_of(made, data, held, count)
     engine = LocalEngine(made, data, Schedule.of(params, seed), device, count)
     start = engine.begin(session.weights_of(model))
-    with threads.single(), contextlib.closing(engine.rounds(start)) as rounds:
-        rows = [round_row(done, session.score_round(done, model, evaluator)) for done in rounds]
+    with threads.single(), tempfile.TemporaryDirectory() as folder:
+        states = ClientStates(Path(folder), memory_limit(device), device)
+        with contextlib.closing(engine.rounds(start, states)) as rounds:
+            rows = [round_row(done, session.score_round(done, model, evaluator)) for done in rounds]
     return History(rows, model)
 
 

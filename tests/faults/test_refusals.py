@@ -42,7 +42,7 @@ from stages.prepare_data import sources
 from stages.report import analysis
 from stages.train_fl import records
 from stages.train_fl.checkpoint import Checkpoint
-from stages.train_fl.engines.flower.states import States
+from stages.train_fl.client_states import ClientStates
 from stages.train_fl.methods import ServerState
 from stages.train_fl.rounds import Progress
 from tests import test_feature_store as store
@@ -73,8 +73,9 @@ def kept(tmp_path_factory):
     images = Images.of_one_domain(rng.integers(0, 255, (4, 4, 4, 3)).astype(np.uint8), np.arange(4) % 2)
     datasets.write(root / "data", "data", "test", Source(["a", "b"], {"train": images, "test": images}, "none"))
     state = {"w": torch.ones(2)}
-    Checkpoint(root / "checkpoint").save(Progress(1, ServerState(state), [{}]), {"rounds": [], "timing": []})
-    States(root, "key", 0).save(1, state)
+    checkpoint = _checkpoint(root)
+    checkpoint.states.save(0, 1, state)
+    checkpoint.save(Progress(1, ServerState(state), {0: 1}), {"rounds": [], "timing": []})
     ResumableStore(root / "classes").save("class-00000", {"images": torch.zeros(2, 4, 4, 3, dtype=torch.uint8)})
     LatentCache(root / "latents").save(0, torch.ones(2, 1, 4, 4))
     atomic.write_json(root / "config.json", {"seed": 0})
@@ -101,6 +102,10 @@ def params_of(root):
     return config.load(root / "params.yaml").params.prepare_data
 
 
+def _checkpoint(root):
+    return Checkpoint(root / "checkpoint", ClientStates(root / "checkpoint" / "states"))
+
+
 def plan_of(root):
     return read_manifest(root / "sets" / "set").plan
 
@@ -122,8 +127,8 @@ READERS = {
     "archive": lambda root: archive.manifest_of(root / "set.tar").rows,
     "finished set": lambda root: publish.is_complete(root / "sets" / "set", plan_of(root)),
     "set to replace": lambda root: publish.check_replaceable(root / "sets" / "set", plan_of(root)),
-    "checkpoint": lambda root: Checkpoint(root / "checkpoint").load("cpu")[0].number,
-    "client's state": lambda root: States(root, "key", 0).load(1, "cpu")["w"].tolist(),
+    "checkpoint": lambda root: _checkpoint(root).load("cpu")[0].number,
+    "client's state": lambda root: _checkpoint(root).states.load(0, 1)["w"].tolist(),
     "run to replace": lambda root: records.check_replaceable(root, {"seed": 0}),
     "timestep of a sweep": lambda root: len(SweepCache(root / "sweep").load(100).candidates),
     "generated class": lambda root: len(ResumableStore(root / "classes").load("class-00000")[0]["images"]),

@@ -5,7 +5,7 @@ from torch import nn
 
 from stages.train_fl.client_data import Batches, ClientData
 from stages.train_fl.guidance import GuidanceTargets
-from stages.train_fl.methods import LocalSGD
+from stages.train_fl.methods import LocalSGD, Scaffold
 from stages.train_fl.models import CosineClassifier, FLModel, GaussianBottleneck
 
 torch.set_num_threads(1)  # for tensors this small, threads only wait for one another
@@ -68,6 +68,25 @@ def train(method, clients, rounds=((0, 1), (1, 2), (0, 2)), learning_rate=0.1):
         server, _ = method.server_update(server, updates)
         history.append(server)
     return history
+
+
+def record_layouts(monkeypatch):
+    """Return a list that gets, for each update of a SCAFFOLD client, what it was given in which layout.
+
+    An entry has the number of channels-last tensors of the network, of the weights, and of both control variates; and
+    the names of tensors that have other strides than the network's own.
+    """
+    seen, original = [], Scaffold.client_update
+
+    def update(self, weights, broadcast, state, batches, learning_rate):
+        own = self.local_sgd.model.state_dict()
+        given = (weights, broadcast, state)
+        others = [name for part in given for name, value in part.items() if value.stride() != own[name].stride()]
+        seen.append(([sum(not value.is_contiguous() for value in part.values()) for part in (own, *given)], others))
+        return original(self, weights, broadcast, state, batches, learning_rate)
+
+    monkeypatch.setattr(Scaffold, "client_update", update)
+    return seen
 
 
 def to_bytes(weights):

@@ -20,6 +20,7 @@ from stages.train_fl.run import run
 from stages.train_fl.session import Job
 from tests.federation.in_process import InProcess
 from tests.train_fl import tiny_project
+from tests.train_fl.method_fixtures import record_layouts
 
 SAME = ("model.safetensors", "rounds.csv", "clients.csv", "partition.json")
 SUPERVISED = (
@@ -198,7 +199,7 @@ def test_lost_reply_does_not_change_the_client_state(project, monkeypatch):
         if node_id == 101 and message.metadata.message_type == "train":
             orders.append(message.content.config_records["request"])
         if node_id == 101 and message.metadata.message_type == "query.forget":
-            kept.extend(sorted(file.name for file in project.state_dir.glob("federation/*/client-0001/*")))
+            kept.extend(sorted(file.name for file in project.state_dir.glob("federation/*/client-00001/*")))
 
     federation.before = listen
     federation.after = lambda node_id, reply: reply.content.array_records.clear() if (
@@ -207,9 +208,17 @@ def test_lost_reply_does_not_change_the_client_state(project, monkeypatch):
     federation.serve()
     assert [(order["number"], order["state-round"]) for order in orders] == [(1, 0), (2, 1), (3, 1)]
     assert outcomes(result(project, "scaffold"))[2, "n1"].startswith("invalid reply")
-    # the state of round 2 still exists: it is not known to be unused before round 4; at the end all are removed
-    assert kept == [f"round-0000{k}.safetensors" for k in (1, 2, 3)]
+    # the request of round 3 names the state of round 1, so that of round 2 is removed then; at the end all are
+    assert kept == [f"client-00001-round-0000{k}.safetensors" for k in (1, 3)]
     assert not list(project.state_dir.glob("federation/*/*"))
+
+
+def test_nodes_train_in_the_layout_of_the_network(project, monkeypatch):
+    seen = record_layouts(monkeypatch)
+    changes = {"train_fl.model": "resnet10", "train_fl.num_rounds": 2, "train_fl.num_clients": 2}
+    deploy(project, monkeypatch, "scaffold", changes=changes, count=2).serve()
+    # 9 convolutions are not 1x1, whose kernels are contiguous in both layouts; before round 1 there is no state
+    assert seen == [([9, 9, 9, 0], [])] * 2 + [([9] * 4, [])] * 2
 
 
 def test_lost_client_state_is_logged_and_initialised(project, monkeypatch, caplog):
@@ -217,7 +226,7 @@ def test_lost_client_state_is_logged_and_initialised(project, monkeypatch, caplo
 
     def lose(node_id, message):
         if message.metadata.message_type == "train" and of_round(message) == 2:
-            for file in project.state_dir.glob("federation/*/client-0001/*"):
+            for file in project.state_dir.glob("federation/*/client-00001/*"):
                 file.unlink()
 
     federation.before = lose

@@ -389,7 +389,7 @@ def test_feddyn_equals_the_loop_over_rounds():
 def test_engine_reports_the_mean_and_not_the_server_point_of_feddyn():
     method = FedDyn(local_sgd(), FedDyn.Settings(alpha=0.3), 3)
     schedule = rounds.Schedule(2, 3, 1, 4, LR, 1.0, "none", 0)
-    start = rounds.begin(method, state_of(method.local_sgd.model), 3)
+    start = rounds.begin(method, state_of(method.local_sgd.model))
     reported = [done.weights for done in local.run(method, start, CLIENTS, schedule)]
     served = []
 

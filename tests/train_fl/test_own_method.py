@@ -45,7 +45,7 @@ def test_a_method_needs_only_its_class(half_step):
     schedule = rounds.Schedule(1, 3, 1, 4, 0.1, 1.0, "none", 0)
     for name, settings in (("fedavg", FedAvg.Settings()), ("mine", entry)):
         method = methods.build(settings, model, 0.9, 0.0, 3)
-        (done,) = local.run(method, rounds.begin(method, start, 3), clients, schedule)
+        (done,) = local.run(method, rounds.begin(method, start), clients, schedule)
         ends[name] = done.weights
     for name, _ in model.named_parameters():
         quarter = start[name] + 0.25 * (ends["fedavg"][name] - start[name])

@@ -95,8 +95,8 @@ def test_equal_seeds_give_equal_bytes_and_leave_no_checkpoint(undisturbed, tmp_p
     assert not list((project.state_dir / "checkpoints").iterdir())
 
 
-# the process kills itself: after the file of a checkpoint has been written and before it replaces anything; after it
-# replaced it and before the previous one is removed; or in the middle of the round after a checkpoint
+# the process kills itself: before it writes a client's state for a checkpoint, or the checkpoint itself, whose states
+# are all there; after that and before the previous one, or its states, are removed; or in the round after a checkpoint
 KILLED = """
 import json, os, signal, sys
 from tests.train_fl import tiny_project
@@ -118,13 +118,13 @@ def dying(function, when):
     return call
 
 def die(root, moment, number):
-    if moment == "saving":
+    if moment.startswith("saving"):
         resumable.save_file = dying(resumable.save_file, number)
-    elif moment == "discarding":
+    elif moment.startswith("discarding"):
         resumable.ResumableStore.discard = dying(resumable.ResumableStore.discard, number)
     else:
         rounds.client_batches = dying(rounds.client_batches, number)
-    run(tiny_project.make(Path(root), runtime__workers=1), "fedavg", "dir", 0)
+    run(tiny_project.make(Path(root), runtime__workers=1), "scaffold", "dir", 0)
 
 for root, moment, number in json.loads(sys.argv[1]):
     if not (child := os.fork()):
@@ -134,8 +134,21 @@ for root, moment, number in json.loads(sys.argv[1]):
 """
 
 
-# moment, call at which the process dies, rounds that the checkpoint has: two clients train per round
-KILLS = [("saving", 2, 1), ("discarding", 2, 2), ("training", 6, 2)]
+# moment, call at which the process dies, rounds that the checkpoint has. Two clients train per round, so a checkpoint
+# is three files, and two calls that discard: the one before, and its states
+KILLS = [
+    ("saving a state", 5, 1),
+    ("saving the round", 6, 1),
+    ("discarding the round", 3, 2),
+    ("discarding states", 4, 2),
+    ("training", 6, 2),
+]
+
+
+@pytest.fixture(scope="module")
+def with_states(tmp_path_factory) -> Path:
+    """An undisturbed run of a method whose clients have states."""
+    return run(tiny_project.make(tmp_path_factory.mktemp("with_states")), "scaffold", "dir", 0)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +156,7 @@ def killed(tmp_path_factory) -> dict[str, Path]:
     """Projects left by killed processes, which are forked from one that has imported the libraries."""
     here = Path(__file__).parent
     environment = {"PYTHONPATH": str(here.parents[1]), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    roots = {moment: tmp_path_factory.mktemp(moment) for moment, _, _ in KILLS}
+    roots = {moment: tmp_path_factory.mktemp(moment.replace(" ", "-")) for moment, _, _ in KILLS}
     kills = json.dumps([(str(roots[moment]), moment, number) for moment, number, _ in KILLS])
     done = subprocess.run(
         [sys.executable, "-c", KILLED, kills], env=environment, check=True, stdout=subprocess.PIPE, text=True
@@ -153,12 +166,12 @@ def killed(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("moment, found", [(moment, found) for moment, _, found in KILLS])
-def test_killed_run_resumes_with_identical_results(undisturbed, killed, caplog, moment, found):
+def test_killed_run_resumes_with_identical_results(with_states, killed, caplog, moment, found):
     project = tiny_project.make(killed[moment])
     with caplog.at_level("INFO"):
-        resumed = run(project, "fedavg", "dir", 0)
+        resumed = run(project, "scaffold", "dir", 0)
     assert f"resuming after round {found} of 4" in caplog.text
-    equal(undisturbed, resumed)
+    equal(with_states, resumed)
 
 
 @pytest.mark.parametrize("method", ["scaffold", "fednova", "moon", "fednh", "fedcr", "feddyn", "fedavgm", "fedproto"])
@@ -178,15 +191,16 @@ def test_checkpoint_holds_every_state_of_a_method(tmp_path, caplog, method):
     equal(*paths)
 
 
-def test_damaged_checkpoint_is_logged_and_recomputed(undisturbed, tmp_path, caplog):
+@pytest.mark.parametrize("damaged", ["round-*", "states/client-*"])
+def test_damaged_checkpoint_is_logged_and_recomputed(with_states, tmp_path, caplog, damaged):
     project = tiny_project.make(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        _interrupt_after(project, num_rounds=2)
-    (file,) = (project.state_dir / "checkpoints").rglob("round-*.safetensors")
+        _interrupt_after(project, num_rounds=2, method="scaffold")
+    file, *_ = (project.state_dir / "checkpoints").glob(f"*/{damaged}.safetensors")
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    equal(undisturbed, run(project, "fedavg", "dir", 0))
+    equal(with_states, run(project, "scaffold", "dir", 0))
     assert "is damaged (its checksum does not match)" in caplog.text
 
 

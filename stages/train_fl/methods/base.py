@@ -78,7 +78,7 @@ class Method:
         return ServerState(weights)
 
     def init_client(self, weights: Weights) -> ClientState:
-        """Return a client's state before its first round."""
+        """Return a client's state before its first round, from the server's weights of that round."""
         return {}
 
     def client_update(

@@ -46,6 +46,20 @@ class LocalSGD:
         """Return the names of the trained parameters; every other entry of the weights is a buffer."""
         return tuple(name for name, value in self.model.named_parameters() if value.requires_grad)
 
+    def laid_out(self, tensors: Weights) -> Weights:
+        """Return tensors with the strides of the network's own of the same name and shape; copies those that differ.
+
+        Files and messages keep no strides. On a GPU, operations on lists of tensors (torch._foreach_), which correct
+        the gradients, take one launch only if the tensors of all lists have the same ones.
+        """
+        own = self.model.state_dict()
+        return {
+            name: torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
+            if (like := own.get(name)) is not None and like.shape == value.shape and like.stride() != value.stride()
+            else value
+            for name, value in tensors.items()
+        }
+
     def __call__(
         self,
         weights: Weights,

@@ -4,7 +4,6 @@ server         the server's part: serve(grid, run_config), as `run.py` for the l
 client         a node's part: join, train, evaluate
 strategy       a Flower Strategy for any method, and the rounds that drive it
 messages       the content of messages, and tensors as Flower's arrays
-states         the state of a client between rounds (SCAFFOLD, MOON, FedDyn), on the node's disk
 participation  which clients took part in which rounds
 privacy        differential privacy with Flower's own mods
 

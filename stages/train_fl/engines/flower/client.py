@@ -1,6 +1,7 @@
 """A node's part of a run: join, train the global model on its own images, evaluate it on its own test images."""
 
 import functools
+import logging
 import time
 from dataclasses import dataclass
 
@@ -9,14 +10,17 @@ from flwr.app import Context, Message, MetricRecord, RecordDict
 from pipeline.errors import ConfigError, DataError, FeatureSetError
 from pipeline.federation import members
 from pipeline.federation.node import Node, config_of, node_of, seed_of
+from pipeline.settings.config import Config
 from stages.train_fl import data as run_data
 from stages.train_fl import rounds, session
+from stages.train_fl.client_states import ClientStates
 from stages.train_fl.data import FederatedData
 from stages.train_fl.engines.flower.messages import TrainReply, TrainRequest, to_tensors
-from stages.train_fl.engines.flower.states import States
 from stages.train_fl.methods import Method
 from stages.train_fl.models import FLModel
 from stages.train_fl.session import Job
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,17 +62,18 @@ def train(message: Message, context: Context) -> RecordDict:
     broadcast = to_tensors(arrays["broadcast"], device=own.device) if "broadcast" in arrays else {}
     weights = to_tensors(arrays["weights"], own.model.state_dict(), own.device)
     client, schedule = own.node.client_id, own.job.schedule
-    states = States(own.job.config.state_dir, request.run_key, client)
-    state = states.load(request.state_round, own.device)
+    states = _states(own.job.config, request.run_key, client, own.device)
+    state = states.load(client, request.state_round)
+    if request.state_round and state is None:
+        log.warning("client %d has no usable state of round %d. Starting without one.", client, request.state_round)
+    states.keep({client: request.state_round})
     batches = rounds.client_batches(own.data.clients[0], schedule, request.number, client, own.device)
     started = time.perf_counter()
-    if state is None:
-        state = own.method.init_client(weights)
-    learning_rate = schedule.learning_rate_of(request.number)
-    with rounds.client_seed(schedule, request.number, client):
-        update, state, losses = own.method.client_update(weights, broadcast, state, batches, learning_rate)
+    arguments = weights, broadcast, state, batches, schedule, request.number, client
+    update, state, losses = rounds.update_client(own.method, *arguments)
     rounds.check_finite(losses, client, request.number)
-    states.save(request.number, state)
+    states.save(client, request.number, state)
+    states.sync()
     seconds = batches.loading.seconds, time.perf_counter() - started
     return TrainReply(update, losses, bool(state), *seconds).content()
 
@@ -86,8 +91,14 @@ def forget(message: Message, context: Context) -> RecordDict:
     """Remove the client's states of a finished run."""
     node = node_of(context)
     run_key = TrainRequest.read(message.content).run_key
-    States(config_of(context.run_config, node.root).state_dir, run_key, node.client_id).remove()
+    _states(config_of(context.run_config, node.root), run_key, node.client_id).remove()
     return RecordDict()
+
+
+def _states(config: Config, run_key: str, client: int, device: str = "cpu") -> ClientStates:
+    """Return the states of a run on this node: of its one client, in a folder that other nodes here do not use."""
+    folder = config.state_dir / "federation" / run_key / f"client-{client:05d}"
+    return ClientStates(folder, memory=0, device=device)
 
 
 def _participant(context: Context) -> Participant:

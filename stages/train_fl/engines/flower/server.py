@@ -65,7 +65,7 @@ def _run(job: Job, grid: Grid, overwrite: bool) -> None:
     privacy.check(job, model)
     settings = _settings(job, data, agreed)
     run_key = provenance.fingerprint(settings)[:16]
-    engine = FlowerEngine(job, method, members, num_clients, grid, run_key)
+    engine = FlowerEngine(job, method, members, grid, run_key)
     session.execute(job, engine, model, _evaluator(job, method, data, members, device), data, settings, overwrite)
     done = RecordDict({"request": TrainRequest(run_key, job.params.num_rounds, 0).record()})
     grid.push_messages(members.messages("query.forget", done))

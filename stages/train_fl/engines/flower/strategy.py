@@ -19,6 +19,7 @@ from pipeline.errors import DataError, PipelineError
 from pipeline.federation.members import Member, Members
 from pipeline.settings.params import CentralPrivacy, Federation
 from stages.train_fl import rounds
+from stages.train_fl.client_states import ClientStates
 from stages.train_fl.engines.flower.messages import TrainReply, TrainRequest, signature, to_record, to_tensors
 from stages.train_fl.engines.flower.participation import Participation
 from stages.train_fl.methods import Method, Weights
@@ -50,7 +51,7 @@ class MethodStrategy(Strategy):
         broadcast = {"broadcast": to_record(server.broadcast)} if server.broadcast else {}
         messages = []
         for client in rounds.sample_clients(list(present), self._schedule, server_round):
-            request = TrainRequest(self._run_key, server_round, self.progress.state_rounds[client])
+            request = TrainRequest(self._run_key, server_round, self.progress.state_rounds.get(client, 0))
             record = ConfigRecord({**config, **request.record()})
             content = RecordDict({"weights": arrays, **broadcast, "request": record})
             messages += self._members.messages("train", content, [present[client]])
@@ -127,10 +128,8 @@ class MethodStrategy(Strategy):
         if self._params.differential_privacy is not None:  # a large node must not move the mean more than others
             updates = [replace(update, num_samples=1) for update in updates]
         server, _ = self._method.server_update(self.progress.server, updates)
-        state_rounds = list(self.progress.state_rounds)
-        for member, read in self.replies.items():
-            state_rounds[member.client_id] = server_round if read.keeps_state else 0
-        self.progress = Progress(server_round, server, [], state_rounds)
+        kept = {member.client_id: read.keeps_state for member, read in self.replies.items()}
+        self.progress = self.progress.after(server, kept)
         return to_record(server.weights), None
 
     def configure_evaluate(
@@ -152,20 +151,19 @@ class FlowerEngine:
 
     name = "flower"
     device = "cpu"
+    holds_states = False
     checkpoint_every = 1
 
-    def __init__(self, job: Job, method: Method, members: Members, num_clients: int, grid: Grid, run_key: str) -> None:
-        """Run `job` over the `members` of a federation of `num_clients`; `run_key` names the run on the nodes."""
-        self._job, self._method, self._members, self._grid = job, method, members, grid
-        self._num_clients, self._run_key = num_clients, run_key
+    def __init__(self, job: Job, method: Method, members: Members, grid: Grid, run_key: str) -> None:
+        """Run `job` over the `members`; `run_key` names the run on the nodes."""
+        self._job, self._method, self._members, self._grid, self._run_key = job, method, members, grid, run_key
         self.participation: Participation | None = None
 
     def begin(self, weights: Weights) -> Progress:
         """Return the state before the first round, with these initial weights."""
-        on_cpu = {name: value.cpu() for name, value in weights.items()}
-        return Progress(0, self._method.init_server(on_cpu), [], [0] * self._num_clients)
+        return rounds.begin(self._method, {name: value.cpu() for name, value in weights.items()})
 
-    def rounds(self, start: Progress) -> Generator[Round, None, None]:
+    def rounds(self, start: Progress, states: ClientStates | None) -> Generator[Round, None, None]:
         """Run all rounds after `start`; PipelineError if too few nodes are present or none sent a valid update."""
         job, method = self._job, self._method
         params, schedule = job.config.params.federation, job.schedule
