@@ -34,7 +34,7 @@ def test_the_tree_is_where_we_look():
 # Packages and modules from the lowest layer to the highest. A module imports from its own layer or from lower ones.
 LAYERS = {
     "pipeline": [
-        ["errors", "text", "seeding", "accuracy", "sigterm", "threads"],
+        ["errors", "text", "seeding", "accuracy", "sigterm", "threads", "memory"],
         ["io"],
         ["project"],
         ["provenance", "manifests", "settings", "devices", "progress", "plotting"],
