@@ -44,7 +44,7 @@ LAYERS = {
     ],
     "stages.train_fl": [
         ["losses", "encoders", "models", "augmentation", "partitions", "synthetic", "placement"],
-        ["guidance"],
+        ["guidance", "images"],
         ["client_data"],
         ["graphs"],
         ["methods"],
