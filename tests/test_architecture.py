@@ -37,7 +37,7 @@ LAYERS = {
         ["errors", "text", "seeding", "accuracy", "sigterm", "threads", "memory"],
         ["io"],
         ["project"],
-        ["provenance", "manifests", "settings", "devices", "progress", "plotting"],
+        ["provenance", "manifests", "settings", "devices", "progress", "plotting", "estimates"],
         ["data", "feature_store", "run_digests"],
         ["diffusion"],
         ["federation", "cli"],
@@ -54,7 +54,7 @@ LAYERS = {
         ["loggers"],
         ["session"],
         ["engines"],
-        ["run", "simulation"],
+        ["run", "simulation", "cost"],
     ],
 }
 ABOVE_THE_STAGES = ("pipeline.cli", "pipeline.federation.app")
