@@ -24,13 +24,15 @@ def available(root: Path = Path("/")) -> int:
 
 def peak() -> int:
     """Return the most bytes that this process has occupied at once, with the libraries and mapped pages of files."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if found := _kilobytes(_text(Path("/proc/self/status")), "VmHWM"):
+        return found
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on Linux, it includes the process that started this one
     return most if sys.platform == "darwin" else most * 1024
 
 
 def _of_machine(root: Path) -> Iterator[int]:
-    if found := re.search(r"^MemAvailable: *(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE):
-        yield int(found[1]) * 1024
+    if (found := _kilobytes(_text(root / "proc/meminfo"), "MemAvailable")) is not None:
+        yield found
 
 
 def _of_groups(root: Path) -> Iterator[int]:
@@ -64,8 +66,14 @@ def _of_limits(root: Path) -> Iterator[int]:
     status = _text(root / "proc/self/status")
     for limit, used in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
         most, _ = resource.getrlimit(limit)
-        if most != resource.RLIM_INFINITY and (found := re.search(rf"^{used}:\s*(\d+) kB", status, re.MULTILINE)):
-            yield most - int(found[1]) * 1024
+        if most != resource.RLIM_INFINITY and (found := _kilobytes(status, used)) is not None:
+            yield most - found
+
+
+def _kilobytes(text: str, name: str) -> int | None:
+    """Return the bytes of a line of /proc such as "VmSize:  12 kB"; None if there is none."""
+    found = re.search(rf"^{name}:\s*(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
 
 
 def _text(file: Path) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline import threads
 
 _BLOCK = 2**22  # bytes that are copied at a time: they stay in the processor's cache until their axes are swapped
-_AROUND = 2**16  # bytes that the kernel maps at once around a page that is read (fault_around_bytes)
+_AROUND = 2**21  # bytes that the kernel may map at once around a page that is read: a huge page
 _FEW = 2**26  # bytes of addresses that are searched for pages quickly
 
 

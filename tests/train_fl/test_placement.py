@@ -156,6 +156,26 @@ def test_runs_from_disk_give_the_same_bytes(tmp_path, monkeypatch, caplog, refer
     assert {name for name in found if found[name] != expected[name]} <= {"config.json"}  # which has runtime.workers
 
 
+def test_targets_are_read_block_by_block(tmp_path, monkeypatch):
+    project = _project(tmp_path, "feddifrc")
+    loaded = run_data.load(project, "feddifrc", "dir", 0, "cpu")
+    monkeypatch.setattr("stages.train_fl.guidance._READ", 5)  # the largest client has more samples than two blocks
+    again = run_data.load(project, "feddifrc", "dir", 0, "cpu")
+    assert max(map(len, loaded.clients)) > 10
+    for one, other in zip(loaded.clients, again.clients, strict=True):
+        for name, values in vars(one.guidance).items():
+            assert torch.equal(values, getattr(other.guidance, name)), name
+    nbytes = sum(value.nbytes for own in loaded.clients for value in vars(own.guidance).values())
+    assert nbytes == SIZES.guidance
+
+
+def test_terms_that_are_not_used_are_not_counted(tmp_path):
+    project = _project(tmp_path, "feddifrc", **{"methods.feddifrc.tdcl_weight": 0})
+    loaded = run_data.load(project, "feddifrc", "dir", 0, "cpu")
+    nbytes = sum(value.nbytes for own in loaded.clients for value in vars(own.guidance).values())
+    assert nbytes == run_data.on_disk(project, "feddifrc", "dir", 0).sizes.guidance == 48 * (6 * 4 + 8)
+
+
 def test_a_server_keeps_its_clients_off_the_device_and_without_targets(tmp_path):
     project = _project(tmp_path, "feddifrc")
     loaded = run_data.load(project, "feddifrc", "dir", 0, "cpu", trains_here=False)
