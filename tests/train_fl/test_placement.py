@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -104,6 +105,21 @@ def test_batches_from_disk_are_those_from_memory(store, num_views):
     for one, other in zip(*drawn, strict=True):
         assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
         assert num_views == 1 or torch.equal(one.second_view, other.second_view)
+
+
+def test_only_batches_from_disk_are_read_ahead_and_the_thread_ends_with_them(store):
+    mapped, _ = store
+    images = ImagesOnDisk((mapped,), np.arange(20))
+
+    def reading():
+        return [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
+
+    for own, number in ((images, 1), (images.to("cpu"), 0)):
+        batches = Batches(ClientData(own, torch.arange(20)), 2, 5, "none", torch.Generator()).raw()
+        next(batches)
+        assert len(reading()) == number
+        batches.close()  # as after an error in a step
+        assert not reading()
 
 
 # 48 training images of 192 bytes, 24 held out; targets of 104 bytes: (3 prompts + 1) * 6 dimensions * 4 bytes, and 8
