@@ -21,6 +21,13 @@ def size(count: float) -> str:
     return f"{count:.3g} {_UNITS[-1]}"
 
 
+def duration(seconds: float) -> str:
+    """Format a time in seconds, minutes or hours: 45 s, 12 min, 3.5 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def first_few(names: Sequence[str], most: int = 5) -> str:
     """Return the first names, and how many more there are: a, b and 3 more."""
     more = len(names) - most

@@ -8,7 +8,13 @@ there are cores, a spinning thread takes the core that the thread it waits for n
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def sleep_while_waiting() -> None:
@@ -27,3 +33,22 @@ def single() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Yield function(item) for every item; while the caller uses a result, a thread computes the next one.
+
+    `items` are drawn in the caller's thread. The thread lives from the first result to the last, so that a process has
+    none when it forks before or after.
+    """
+    import torch
+
+    pending: deque[Future[Result]] = deque()
+    # torch gives a new thread all cores until it is told the number.
+    with ThreadPoolExecutor(1, "ahead", torch.set_num_threads, (1,)) as thread:
+        for item in items:
+            pending.append(thread.submit(function, item))
+            if len(pending) > 1:
+                yield pending.popleft().result()
+        for last in pending:
+            yield last.result()

@@ -34,17 +34,17 @@ def test_the_tree_is_where_we_look():
 # Packages and modules from the lowest layer to the highest. A module imports from its own layer or from lower ones.
 LAYERS = {
     "pipeline": [
-        ["errors", "text", "seeding", "accuracy", "sigterm", "threads"],
+        ["errors", "text", "seeding", "accuracy", "sigterm", "threads", "memory"],
         ["io"],
         ["project"],
-        ["provenance", "manifests", "settings", "devices", "progress", "plotting"],
+        ["provenance", "manifests", "settings", "devices", "progress", "plotting", "estimates"],
         ["data", "feature_store", "hub", "run_digests"],
         ["diffusion"],
         ["federation", "cli"],
     ],
     "stages.train_fl": [
         ["losses", "encoders", "models", "augmentation", "partitions", "synthetic", "placement"],
-        ["guidance"],
+        ["guidance", "images"],
         ["client_data"],
         ["graphs"],
         ["methods"],
@@ -54,7 +54,7 @@ LAYERS = {
         ["loggers"],
         ["session"],
         ["engines"],
-        ["run", "simulation"],
+        ["run", "simulation", "cost"],
     ],
 }
 ABOVE_THE_STAGES = ("pipeline.cli", "pipeline.federation.app")

@@ -118,6 +118,14 @@ def test_benchmark_of_sources_writes_what_prepare_data_reads(benchmark, tmp_path
     assert len(hashes) == 1
 
 
+def test_images_benchmark_trains_from_the_map(benchmark, tmp_path):
+    scale_images = benchmark("scale_images")
+    scale_images.write_images(tmp_path, 4)
+    (one_round,) = scale_images.train_from_map(tmp_path, 4)()
+    assert one_round.num_samples == 4
+    assert scale_images.measured(tmp_path, 4)["seconds"] > 0
+
+
 def test_every_table_preset_has_a_place_on_the_reproduction_page():
     page = (REPOSITORY / "docs" / "reproduction.md").read_text()
     for name in (file.stem for file in (REPOSITORY / "presets").glob("*-*.yaml")):

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -31,3 +32,30 @@ def test_the_users_policy_takes_precedence(monkeypatch, before, after):
         os.environ["OMP_WAIT_POLICY"] = before
     threads.sleep_while_waiting()
     assert os.environ["OMP_WAIT_POLICY"] == after
+
+
+def test_the_next_result_is_computed_while_one_is_used():
+    second = threading.Event()
+
+    def compute(item):
+        if item == 1:
+            second.set()
+        return item * item
+
+    results = threads.ahead(compute, iter(range(4)))
+    assert next(results) == 0 and second.wait(10)  # nobody has asked for it yet
+    assert list(results) == [1, 4, 9]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
+    assert list(threads.ahead(compute, [])) == []
+
+
+def test_an_error_ahead_is_raised_in_its_turn_and_ends_the_thread():
+    results = threads.ahead(lambda item: 1 // item, [1, 0, 1])
+    assert next(results) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
+    abandoned = threads.ahead(lambda item: item, range(9))
+    assert next(abandoned) == 0
+    abandoned.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]

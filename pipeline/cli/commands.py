@@ -293,11 +293,15 @@ _SEED_HELP = "Seed of a run's random numbers; repeat the option for several runs
 @click.option("--partition", required=True, help="Name of an entry under partitions in params.yaml.")
 @click.option("--seed", "seeds", required=True, multiple=True, type=click.IntRange(0, 2**63 - 1), help=_SEED_HELP)
 @click.option("--overwrite", is_flag=True, help="Replace a finished run made from other settings or data.")
-def train_fl(config: "Config", method: str, partition: str, seeds: tuple[int, ...], overwrite: bool) -> None:
+@click.option("--dry-run", is_flag=True, help="Time a few batches and print what a run does and costs; write nothing.")
+def train_fl(
+    config: "Config", method: str, partition: str, seeds: tuple[int, ...], overwrite: bool, dry_run: bool
+) -> None:
     """Stage 2: train from images and cached features, one run per seed -> results/<run>. Resumes if interrupted.
 
     \b
     Examples:
+      pipeline train-fl --method fedavg --partition dir05 --seed 0 --dry-run
       pipeline train-fl --method fedavg --partition dir05 --seed 0 --seed 1 --seed 2
       pipeline train-fl --method feddifrc --partition dir005 --seed 1 --evaluate-on validation
       pipeline train-fl --method feddifrc --partition dir005 --seed 1 --set methods.feddifrc.temperature=0.1
@@ -305,7 +309,10 @@ def train_fl(config: "Config", method: str, partition: str, seeds: tuple[int, ..
     from stages import train_fl as stage
 
     for seed in dict.fromkeys(seeds):
-        click.echo(stage.run(config, method, partition, seed, overwrite))
+        if dry_run:
+            click.echo("\n".join(stage.estimate(config, method, partition, seed).lines()))
+        else:
+            click.echo(stage.run(config, method, partition, seed, overwrite))
 
 
 _FORMATS = click.Choice(["html", "markdown", "latex"])

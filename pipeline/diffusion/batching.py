@@ -11,7 +11,6 @@
 
 import contextlib
 import logging
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from pipeline import threads
+from pipeline import memory, threads
 from pipeline.errors import PipelineError
 
 log = logging.getLogger(__name__)
@@ -151,8 +150,7 @@ def workers_for(device: str, positions: int) -> int:
     """Return how many batches to compute in parallel: one on a GPU; one per core on the CPU, if memory allows."""
     if device != "cpu":
         return 1
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    fitting = available // (cpu_batch(positions) * positions * _CPU_BYTES_PER_POSITION)
+    fitting = memory.available() // (cpu_batch(positions) * positions * _CPU_BYTES_PER_POSITION)
     return max(1, min(_CORES, fitting))
 
 

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline import estimates
 from pipeline.diffusion import backbones, batching
 from pipeline.diffusion.backbones import Conditioning
 from pipeline.settings.config import Config
+from pipeline.text import duration
 from stages.extract_features import plan as planning
 from stages.extract_features.extraction import Extraction
 from stages.extract_features.run import load
@@ -34,6 +36,8 @@ class Estimate:
     num_bytes: int
     images_per_second: float
     device: str
+    free_space: str
+    process: list[str]
 
     def lines(self) -> list[str]:
         """Return the estimate as lines of text."""
@@ -44,8 +48,9 @@ class Estimate:
             f"passes        {self.passes_per_image} per image, {self.images * self.passes_per_image} in all",
             f"FLOPs         {self.vae_flops / 1e9:.3g} G per encoding, {self.pass_flops / 1e9:.3g} G per pass, "
             f"{flops / 1e12:.3g} T in all",
-            f"disk          {self.num_bytes / 1e6:.1f} MB",
-            f"time          {_duration(seconds)} on {self.device}, one process ({self.images_per_second:.3g} images/s, "
+            f"disk          {self.num_bytes / 1e6:.1f} MB ({self.free_space})",
+            *self.process,
+            f"time          {duration(seconds)} on {self.device}, one process ({self.images_per_second:.3g} images/s, "
             f"after timing {_TIMED_BATCHES} batches)",
         ]
 
@@ -61,12 +66,14 @@ def estimate(config: Config) -> Estimate:
     with batching.reproducible(plan.device, getattr(torch, settings.dtype)):
         extraction = load(plan)
         seconds = _seconds_per_image(extraction, content.prompts_per_image)
+    process = estimates.of_process(plan.device)
     conditioning = extraction.session.model.conditioning
     vae_flops, pass_flops = count_flops(plan.model_dir, settings.layers, settings.image_size, conditioning)
     return Estimate(
         images=plan.feature_set.rows, passes_per_image=1 + content.prompts_per_image,
         shards=plan.feature_set.num_shards, vae_flops=vae_flops, pass_flops=pass_flops,
         num_bytes=content.row_bytes * plan.feature_set.rows, images_per_second=1 / seconds, device=plan.device,
+        free_space=estimates.free_space(plan.target), process=process,
     )  # fmt: skip
 
 
@@ -114,9 +121,3 @@ def _timed(action, device: str) -> float:
 def _wait(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

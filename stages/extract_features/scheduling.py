@@ -10,11 +10,10 @@ import contextlib
 import os
 import re
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
+from pipeline import threads
 from pipeline.errors import ConfigError
 from pipeline.feature_store import FeatureSetWriter
 from pipeline.sigterm import Terminated, on_sigterm
@@ -68,18 +67,7 @@ def claim_missing(
 
 def prepare(claims: Iterator[Claim], read: Callable[[int], T], ahead: bool) -> Iterator[tuple[Claim, T]]:
     """Call `read` for each claimed shard; with `ahead`, in a thread, one shard ahead of the current one."""
-    if not ahead:
-        yield from ((claim, read(claim.shard)) for claim in claims)
-        return
-    pending: deque[tuple[Claim, Future[T]]] = deque()
-    with ThreadPoolExecutor(1, "prepare") as pool:
-        for claim in claims:
-            pending.append((claim, pool.submit(read, claim.shard)))
-            if len(pending) > 1:
-                earlier, prepared = pending.popleft()
-                yield earlier, prepared.result()
-        for earlier, prepared in pending:
-            yield earlier, prepared.result()
+    return (threads.ahead if ahead else map)(lambda claim: (claim, read(claim.shard)), claims)
 
 
 @contextlib.contextmanager

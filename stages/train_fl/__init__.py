@@ -1,10 +1,12 @@
 """Stage train-fl: federated training from images and cached features. Never imports diffusers.
 
 run        one run of params.yaml -> results/<run>
+estimate   what a run would do and cost
 simulate   training from arrays in memory, for notebooks: `Samples` in, `History` out
 """
 
+from stages.train_fl.cost import estimate
 from stages.train_fl.run import run
 from stages.train_fl.simulation import History, Samples, simulate
 
-__all__ = ["History", "Samples", "run", "simulate"]
+__all__ = ["History", "Samples", "estimate", "run", "simulate"]

@@ -1,7 +1,7 @@
 """A client's share of the training set, and the batches drawn from it.
 
 Samples stay where they were placed (`placement`). A batch is gathered there, moved to the device if necessary, and
-augmented on the device, without a DataLoader and worker processes.
+augmented on the device, without a DataLoader and worker processes; from disk, one batch ahead, in a thread.
 """
 
 import time
@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pipeline import devices
+from pipeline import devices, threads
 from stages.train_fl.augmentation import Augmentation, augment, draw, to_model_range
-from stages.train_fl.guidance import GuidanceRows, GuidanceTargets
+from stages.train_fl.guidance import GuidanceOnDisk, GuidanceRows, GuidanceTargets
+from stages.train_fl.images import ImageRows, ImagesOnDisk, in_parts
+from stages.train_fl.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class RawBatch:
 class ClientData:
     """All samples of one client: images uint8 (n, 3, H, W), labels int64 (n,), and guidance targets or None."""
 
-    images: Tensor
+    images: ImageRows
     labels: Tensor
     guidance: GuidanceRows | None = None
 
@@ -70,10 +72,29 @@ class ClientData:
         """Return the number of samples, n."""
         return len(self.labels)
 
+    @property
+    def is_on_disk(self) -> bool:
+        """True if a batch is read from disk, at least in part."""
+        return isinstance(self.images, ImagesOnDisk) or isinstance(self.guidance, GuidanceOnDisk)
+
+    def placed(self, where: Placement, device: str) -> "ClientData":
+        """Read data that are all on disk into the memory that `where` names; `device` is the device of training."""
+        memory = {"host": "cpu", "device": device}
+        images = self.images if where.images == "disk" else self.images.to(memory[where.images])
+        guidance = self.guidance
+        if isinstance(guidance, GuidanceOnDisk) and where.guidance != "disk":
+            guidance = guidance.to(memory[where.guidance])
+        return ClientData(images, self.labels.to(memory.get(where.images, "cpu")), guidance)
+
     def to(self, device: str) -> "ClientData":
-        """Copy the data to a device; targets that are read from disk stay there."""
+        """Copy the data to a device; what is read from disk stays there."""
+        images = self.images.to(device) if isinstance(self.images, Tensor) else self.images
         guidance = self.guidance.to(device) if isinstance(self.guidance, GuidanceTargets) else self.guidance
-        return ClientData(self.images.to(device), self.labels.to(device), guidance)
+        return ClientData(images, self.labels.to(device), guidance)
+
+
+_Rows = tuple[Tensor, Tensor, Tensor, GuidanceTargets | None]
+"""Images, labels, random numbers and targets of a batch, where they were gathered."""
 
 
 @dataclass
@@ -107,16 +128,16 @@ class Batches:
 
     def raw(self) -> Iterator[RawBatch]:
         """Yield the batches before augmentation; `loading` sums the host's seconds spent on them."""
-        data = self.data
-        for _ in range(self.epochs if len(data) else 0):
-            order = torch.randperm(len(data), generator=self.generator)
-            numbers = torch.cat([self._draw(len(index)) for index in order.split(self.batch_size)])
-            order, numbers = devices.send(order, data.labels.device), devices.send(numbers, self.target_device)
-            for index, own in zip(order.split(self.batch_size), numbers.split(self.batch_size), strict=True):
-                started = time.perf_counter()
-                batch = self._gather(index, own)
-                self.loading.seconds += time.perf_counter() - started
-                yield batch
+        drawn = self._drawn()
+        gathered = threads.ahead(self._gather, drawn) if self.data.is_on_disk else map(self._gather, drawn)
+        while True:
+            started = time.perf_counter()
+            rows = next(gathered, None)
+            if rows is None:
+                return
+            batch = self._send(*rows)
+            self.loading.seconds += time.perf_counter() - started
+            yield batch
 
     def augmented(self, raw: RawBatch) -> Batch:
         """Make the views of a batch that `raw` yielded."""
@@ -136,8 +157,18 @@ class Batches:
     def samples(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield every sample once, in order and without augmentation: images float (B, 3, H, W), labels int64 (B,)."""
         data, device = self.data, self.target_device
-        for images, labels in zip(data.images.split(self.batch_size), data.labels.split(self.batch_size), strict=True):
+        parts = in_parts(data.images, self.batch_size)
+        for images, labels in zip(parts, data.labels.split(self.batch_size), strict=True):
             yield to_model_range(images.to(device)), labels.to(device)
+
+    def _drawn(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Draw each batch's positions, on the device of the labels, and the numbers of its views, on the target."""
+        data = self.data
+        for _ in range(self.epochs if len(data) else 0):
+            order = torch.randperm(len(data), generator=self.generator)
+            numbers = torch.cat([self._draw(len(index)) for index in order.split(self.batch_size)])
+            order, numbers = devices.send(order, data.labels.device), devices.send(numbers, self.target_device)
+            yield from zip(order.split(self.batch_size), numbers.split(self.batch_size), strict=True)
 
     def _draw(self, count: int) -> Tensor:
         """Draw the numbers of a batch's views: float (count, num_views, numbers per view)."""
@@ -145,11 +176,18 @@ class Batches:
         views = [draw(count, size, self.augmentation, self.generator) for _ in range(self.num_views)]
         return torch.stack(views, 1)
 
-    def _gather(self, index: Tensor, numbers: Tensor) -> RawBatch:
-        data, device = self.data, self.target_device
+    def _gather(self, drawn: tuple[Tensor, Tensor]) -> _Rows:
+        """Gather a batch where the data are."""
+        (index, numbers), data = drawn, self.data
+        guidance = data.guidance.select(index) if data.guidance is not None else None
+        return data.images[index], data.labels[index], numbers, guidance
+
+    def _send(self, images: Tensor, labels: Tensor, numbers: Tensor, guidance: GuidanceTargets | None) -> RawBatch:
+        """Send a batch to its device, on the stream of the caller."""
+        device = self.target_device
         return RawBatch(
-            devices.send(data.images[index], device),
-            devices.send(data.labels[index], device),
+            devices.send(images, device),
+            devices.send(labels, device),
             numbers,
-            data.guidance.select(index).to(device) if data.guidance is not None else None,
+            guidance.to(device) if guidance is not None else None,
         )

@@ -1,7 +1,8 @@
 """The data of a run: which client holds which samples and guidance targets, and which samples are held out."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,17 +17,24 @@ from pipeline.settings.params import Nodes
 from stages.train_fl import feature_check, methods, partitions, placement, synthetic
 from stages.train_fl.client_data import ClientData
 from stages.train_fl.guidance import GuidanceOnDisk, GuidanceSource
+from stages.train_fl.images import ImageRows, ImagesOnDisk
+from stages.train_fl.placement import Place, Sizes
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Evaluation data on the device: images uint8 (N, 3, H, W), labels and domains int64 (N,)."""
+    """Evaluation data on the device, images perhaps on disk: uint8 (N, 3, H, W); labels and domains int64 (N,)."""
 
-    images: Tensor
+    images: ImageRows
     labels: Tensor
     domains: Tensor
+
+    def placed(self, where: Place, device: str) -> "HeldOut":
+        """Read images that are on disk into the memory that `where` names; the rest goes to `device`."""
+        images = self.images if where == "disk" else self.images.to(device if where == "device" else "cpu")
+        return HeldOut(images, self.labels.to(device), self.domains.to(device))
 
 
 @dataclass(frozen=True)
@@ -44,14 +52,40 @@ class FederatedData:
     guidance_dim: int | None  # length of the targets, for methods with guidance
     synthetic_hash: str | None  # of the generated images' data set, where clients got some
 
+    @property
+    def sizes(self) -> Sizes:
+        """The bytes of the data in memory, for data on disk."""
+        guidance = sum(data.guidance.nbytes for data in self.clients if isinstance(data.guidance, GuidanceOnDisk))
+        return Sizes(sum(data.images.nbytes for data in self.clients), guidance, self.held_out.images.nbytes)
+
 
 def load(
-    config: Config, method: str, partition: str, seed: int, device: str, client_id: int | None = None
+    config: Config,
+    method: str,
+    partition: str,
+    seed: int,
+    device: str,
+    client_id: int | None = None,
+    trains_here: bool = True,
 ) -> FederatedData:
-    """Split the data set, apply the long tail, partition it across clients, and place it on its device.
+    """Open the data of a run, and read what fits into memory, on the device if there is room (`placement`).
+
+    Without `trains_here`, clients' images are only evaluated: they stay off the device, and without guidance targets.
+    The other arguments, and the errors, are those of `on_disk`.
+    """
+    data = on_disk(config, method, partition, seed, client_id)
+    if not trains_here:
+        data = replace(data, clients=[replace(client, guidance=None) for client in data.clients])
+    where = placement.place(data.sizes, device, trains_here)
+    clients = [client.placed(where, device) for client in data.clients]
+    return replace(data, clients=clients, held_out=data.held_out.placed(where.held_out, device))
+
+
+def on_disk(config: Config, method: str, partition: str, seed: int, client_id: int | None = None) -> FederatedData:
+    """Split the data set, apply the long tail, and partition it across clients; no image is read into memory.
 
     `seed` determines the validation split, the long tail, the partition and the choice of generated images. `client_id`
-    is the only client to load; None: all. Cached representations are loaded for methods with guidance.
+    is the only client to open; None: all. Methods with guidance have their cached representations, too.
 
     Raises:
         ConfigError: Settings do not fit the data.
@@ -66,61 +100,63 @@ def load(
     everything = dataset.load("train")
     if features:
         features.expect_labels(everything.labels)
-    train, index, held = _split(dataset, everything, config, seed)
+    index, held = _split(dataset, everything, config, seed)
     if params.imbalance_factor < 1:
-        kept = partitions.long_tail(train.labels, params.imbalance_factor, seeding.numpy_generator(seed, "long tail"))
-        train, index = train.take(kept), index[kept]
-    parts = _assign(config, partition, train, seed, client_id)
+        rng = seeding.numpy_generator(seed, "long tail")
+        index = index[partitions.long_tail(everything.labels[index], params.imbalance_factor, rng)]
+    labels, domains = everything.labels[index], everything.domains[index]
+    parts = _assign(config, partition, labels, domains, seed, client_id)
     if client_id is None:
-        groups = {"classes": (train.labels, dataset.class_names), "domains": (train.domains, dataset.domain_names)}
+        groups = {"classes": (labels, dataset.class_names), "domains": (domains, dataset.domain_names)}
         for line in partitions.left_out(parts, groups):
             log.warning("partitions.%s: %s", partition, line)
     if features and guidance:
         needed = np.concatenate([index[part] for part in parts])
         features.require(needed)
         feature_check.check_method(features, needed, guidance, methods.method_class(settings).needs_labels, method)
-    counts = partitions.label_counts(parts, train.labels, len(dataset.class_names))
-    extra, synthetic_hash = _synthetic(config, dataset, bool(source), counts, seed, client_id or 0)
-    image_bytes = counts.sum() * train.images[0].nbytes + sum(images.images.nbytes for images in extra)
-    image_bytes += held.images.nbytes  # which are always on the device
-    where = placement.place(image_bytes, counts.sum() * source.bytes_per_sample() if source else 0, device)
-    clients = [
-        _client(train.take(part), images, source, index[part], where).to(device if where == "device" else "cpu")
-        for part, images in zip(parts, extra, strict=True)
-    ]
     num_classes, num_domains = len(dataset.class_names), len(dataset.domain_names)
-    cells = train.domains * num_classes + train.labels
+    counts = partitions.label_counts(parts, labels, num_classes)
+    extra = _synthetic(config, dataset, bool(source), counts, seed, client_id or 0)
+    clients = [
+        _client(everything, index[part], extra.images, chosen, source)
+        for part, chosen in zip(parts, extra.chosen, strict=True)
+    ]
+    cells = domains * num_classes + labels
     return FederatedData(
         clients=clients,
         parts=[index[part] for part in parts],
         label_counts=counts,
         cell_counts=partitions.label_counts(parts, cells, num_domains * num_classes),
-        synthetic_counts=np.stack([np.bincount(images.labels, minlength=num_classes) for images in extra]),
-        held_out=held_out(held, device),
+        synthetic_counts=partitions.label_counts(extra.chosen, extra.images.labels, num_classes),
+        held_out=held,
         dataset=dataset,
         features=features,
         guidance_dim=source.num_dims if source else None,
-        synthetic_hash=synthetic_hash,
+        synthetic_hash=extra.hash,
     )
 
 
 def held_out(images: Images, device: str) -> HeldOut:
-    """Return images as evaluation data on a device."""
-    return HeldOut(*(tensor.to(device) for tensor in _tensors(images)))
+    """Return images as evaluation data, read into memory if they fit."""
+    data = _held_out(images, np.arange(len(images)))
+    where = placement.place(Sizes(0, 0, data.images.nbytes), device)
+    return data.placed(where.held_out, device)
 
 
-def _assign(config: Config, partition: str, train: Images, seed: int, client_id: int | None) -> list[np.ndarray]:
-    """Return every client's positions in `train`, or only those of `client_id`."""
+def _assign(
+    config: Config, partition: str, labels: np.ndarray, domains: np.ndarray, seed: int, client_id: int | None
+) -> list[np.ndarray]:
+    """Return every client's positions among the samples with these labels and domains, or only those of `client_id`."""
     settings = config.settings("partitions", partition)
     if isinstance(settings, Nodes):
         if client_id is None:
             raise ConfigError(
                 f"partitions.{partition} needs a federation (nodes have their own images). Use `flwr run`."
             )
-        return [np.arange(len(train))]
+        return [np.arange(len(labels))]
     rng = seeding.numpy_generator(seed, "partition")
     try:
-        parts = partitions.assign(settings, train.labels, train.domains, config.params.train_fl.num_clients, rng)
+        parts = partitions.assign(settings, labels, domains, config.params.train_fl.num_clients, rng)
     except ConfigError as error:
         raise ConfigError(f"partitions.{partition}: {error}") from None
     if client_id is None:
@@ -131,26 +167,40 @@ def _assign(config: Config, partition: str, train: Images, seed: int, client_id:
     return [parts[client_id]]
 
 
-def _split(dataset: PreparedDataset, train: Images, config: Config, seed: int) -> tuple[Images, np.ndarray, Images]:
-    """Return the images clients train on, their positions in the training split, and the images held out."""
+def _split(dataset: PreparedDataset, train: Images, config: Config, seed: int) -> tuple[np.ndarray, HeldOut]:
+    """Return the positions in the training split of the images that clients train on, and the images held out."""
     params = config.params.train_fl
     if params.evaluate_on == "test":
-        return train, np.arange(len(train)), dataset.load("test")
+        test = dataset.load("test")
+        return np.arange(len(train)), _held_out(test, np.arange(len(test)))
     count = max(1, round(params.validation_fraction * len(train)))
     cells = train.domains * len(dataset.class_names) + train.labels
     held, kept = stratified_split(cells, count, seeding.numpy_generator(seed, "validation split"))
-    return train.take(kept), kept, train.take(held)
+    return kept, _held_out(train, held)
+
+
+def _held_out(images: Images, index: np.ndarray) -> HeldOut:
+    labels, domains = torch.from_numpy(images.labels[index]), torch.from_numpy(images.domains[index])
+    return HeldOut(ImagesOnDisk((images.images,), index), labels, domains)
+
+
+class _Synthetic(NamedTuple):
+    """Generated images, each client's positions among them, and the hash of their data set if there is one."""
+
+    images: Images
+    chosen: list[np.ndarray]
+    hash: str | None
 
 
 def _synthetic(
     config: Config, dataset: PreparedDataset, guided: bool, counts: np.ndarray, seed: int, first_client: int
-) -> tuple[list[Images], str | None]:
-    """Return the generated images of each client, counted from `first_client`, and the hash of their data set."""
+) -> _Synthetic:
+    """Choose the generated images of each client, counted from `first_client`."""
     rule = config.params.train_fl.balance_with_synthetic
     if rule == "none":
         size = dataset.image_size
         nothing = Images.of_one_domain(np.empty((0, size, size, 3), np.uint8), np.empty(0, np.int64))
-        return [nothing] * len(counts), None
+        return _Synthetic(nothing, [np.empty(0, np.int64)] * len(counts), None)
     if guided:
         raise ConfigError(
             "Generated images have no cached representations, which methods with guidance need. Set "
@@ -159,23 +209,18 @@ def _synthetic(
     generated = synthetic.open_checked(config.synthetic_dir, dataset)
     images = generated.load("train")
     chosen = [
-        images.take(synthetic.top_up(own, images.labels, rule, seeding.numpy_generator(seed, "synthetic", client)))
+        synthetic.top_up(own, images.labels, rule, seeding.numpy_generator(seed, "synthetic", client))
         for client, own in enumerate(counts, first_client)
     ]
-    return chosen, generated.hash
+    return _Synthetic(images, chosen, generated.hash)
 
 
 def _client(
-    own: Images, extra: Images, source: GuidanceSource | None, index: np.ndarray, where: placement.Placement
+    train: Images, index: np.ndarray, extra: Images, chosen: np.ndarray, source: GuidanceSource | None
 ) -> ClientData:
-    """Assemble one client's samples, in host memory."""
-    (images, labels, _), (more_images, more_labels, _) = _tensors(own), _tensors(extra)
-    if source is None:
-        return ClientData(torch.cat([images, more_images]), torch.cat([labels, more_labels]))
-    return ClientData(images, labels, GuidanceOnDisk(source, index) if where == "shards" else source.read(index))
-
-
-def _tensors(data: Images) -> tuple[Tensor, Tensor, Tensor]:
-    """Return images uint8 (N, 3, H, W), labels and domains int64 (N,)."""
-    images = torch.from_numpy(np.ascontiguousarray(data.images.transpose(0, 3, 1, 2)))
-    return images, torch.from_numpy(data.labels), torch.from_numpy(data.domains)
+    """Return one client's samples on disk: the images `index` of the training split, and generated ones."""
+    stores = (train.images, extra.images) if len(chosen) else (train.images,)
+    rows = np.concatenate([index, len(train) + chosen]) if len(chosen) else index
+    labels = np.concatenate([train.labels[index], extra.labels[chosen]])
+    guidance = GuidanceOnDisk(source, index) if source else None
+    return ClientData(ImagesOnDisk(stores, rows), torch.from_numpy(labels), guidance)

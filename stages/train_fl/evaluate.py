@@ -16,9 +16,10 @@ from torch.nn import functional
 from stages.train_fl.augmentation import to_model_range
 from stages.train_fl.client_data import ClientData
 from stages.train_fl.data import HeldOut
+from stages.train_fl.images import ImageRows, in_parts
 from stages.train_fl.models import FLModel
 
-Predictor = Callable[[Tensor], Tensor]
+Predictor = Callable[[ImageRows], Tensor]
 """Images uint8 (N, 3, H, W) -> predicted labels int64 (N,), on the device."""
 
 _BATCH = 500  # images per forward pass on a GPU
@@ -53,22 +54,23 @@ class Classification:
         """Return the classifier, and no further metric."""
         return lambda images: self._logits(model, images).argmax(1), {}
 
-    def _logits(self, model: FLModel, images: Tensor) -> Tensor:
+    def _logits(self, model: FLModel, images: ImageRows) -> Tensor:
         model.eval()
         return in_batches(lambda batch: model(batch)[1], images, self._held_out.labels.device, self._num_threads)
 
 
 def in_batches(
-    function: Callable[[Tensor], Tensor], images: Tensor, device: torch.device, num_threads: int = 1
+    function: Callable[[Tensor], Tensor], images: ImageRows, device: torch.device, num_threads: int = 1
 ) -> Tensor:
-    """Apply `function` to images uint8 (N, 3, H, W) on any device, on `device` and in the model's range."""
+    """Apply `function` to images uint8 (N, 3, H, W) on any device or on disk, on `device` and in the model's range."""
 
     @torch.inference_mode()
-    def of(batch: Tensor) -> Tensor:
+    def of(batch: ImageRows) -> Tensor:
         return function(to_model_range(batch.to(device)))
 
-    batches = images.split(_CPU_BATCH if device.type == "cpu" else _BATCH)
-    return torch.cat(in_threads(of, batches, num_threads if device.type == "cpu" else 1))
+    if device.type == "cpu" and num_threads > 1:  # every thread reads its own batches
+        return torch.cat(in_threads(of, images.split(_CPU_BATCH), num_threads))
+    return torch.cat([of(batch) for batch in in_parts(images, _CPU_BATCH if device.type == "cpu" else _BATCH)])
 
 
 def in_threads(function: Callable[[Any], Any], items: Sequence[Any], num_threads: int) -> list[Any]:

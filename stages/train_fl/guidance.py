@@ -5,7 +5,7 @@ Both representations are energies: non-negative and nearly parallel between imag
 Mean and deviation are those of the denoising representations on the basis images.
 
 Targets are frozen, so `prepare` selects, scales and normalises them once, as float32: twice the cache's size. If they
-do not fit into memory, `GuidanceOnDisk` reads them from the feature set's shards batch by batch.
+do not fit into memory, they stay `GuidanceOnDisk`, which reads them from the feature set's shards batch by batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,6 +22,7 @@ from pipeline.settings.params import Guidance
 from stages.train_fl import losses
 
 _ROWS = 1024  # prepared at a time, which keeps temporary copies small
+_READ = 4096  # read at a time: enough to read with several threads
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,24 @@ class GuidanceSource:
         self.num_dims = len(columns(settings, self._layers))
 
     def bytes_per_sample(self) -> int:
-        """Return the size of a sample's float32 targets in memory, whether a term uses them or not."""
-        return (self._features.manifest.prompts_per_image + 1) * self.num_dims * 4
+        """Return the size of a sample's targets in memory: float32 of the terms that are used, and an int64."""
+        used = (self._settings.tdcl_weight > 0) * self._features.manifest.prompts_per_image
+        used += self._settings.ndcr_weight > 0
+        return used * self.num_dims * 4 + 8
 
-    def read(self, index: np.ndarray) -> GuidanceTargets:
-        """Read the targets of the samples `index`, int64 (n,), positions in the training split, into host memory."""
+    def read(self, index: np.ndarray, device: str | torch.device = "cpu") -> GuidanceTargets:
+        """Read the targets of the samples `index`, int64 (n,), positions in the training split, block by block."""
+        first = self._read(index[:_READ])
+        if len(index) <= _READ:
+            return first.to(device)
+        whole = [value.new_empty((len(index), *value.shape[1:]), device=device) for value in vars(first).values()]
+        for start in range(0, len(index), _READ):
+            block = self._read(index[start : start + _READ]) if start else first
+            for values, own in zip(whole, vars(block).values(), strict=True):
+                values[start : start + _READ] = own
+        return GuidanceTargets(*whole)
+
+    def _read(self, index: np.ndarray) -> GuidanceTargets:
         rows = self._features.read(index)
         positive = torch.from_numpy(self._features.positive_prompts(rows))
         cached = GuidanceTargets(torch.from_numpy(rows.denoised), torch.from_numpy(rows.prompted), positive)
@@ -71,9 +85,18 @@ class GuidanceOnDisk:
         """Represent the samples `index`, int64 (n,), positions in the training split."""
         self._source, self._index = source, index
 
+    @property
+    def nbytes(self) -> int:
+        """The size of all n targets in memory."""
+        return len(self._index) * self._source.bytes_per_sample()
+
     def select(self, index: Tensor) -> GuidanceTargets:
         """Return the rows at `index`, on the CPU."""
         return self._source.read(self._index[index.cpu().numpy()])
+
+    def to(self, device: str | torch.device) -> GuidanceTargets:
+        """Read all rows into a device's memory."""
+        return self._source.read(self._index, device)
 
 
 GuidanceRows = GuidanceTargets | GuidanceOnDisk

@@ -1,47 +1,85 @@
-"""Where a run's samples are kept: on the device, in host memory, or (guidance) in the feature set's shards.
+"""Where a run's samples are kept: on the device, in host memory, or on disk, to be read batch by batch.
 
 Samples go to the fastest location with enough memory; a slower one is logged. Placement never affects results. Three
 quarters of the free memory may be used; the rest is for the model, its gradients and activations.
 """
 
 import logging
-import re
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
 
+from pipeline import memory
+from pipeline.text import size
+
 log = logging.getLogger(__name__)
 
-Placement = Literal["device", "host", "shards"]
+Place = Literal["device", "host", "disk"]
 _USABLE_SHARE = 0.75
 
 
-def choose(image_bytes: int, guidance_bytes: int, device_free: int | None, host_free: int) -> Placement:
-    """Choose the fastest location with enough free memory, in bytes: "shards" keeps the images in host memory.
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of the clients' images, of their guidance targets (0 without guidance), and of the held-out images."""
 
-    `guidance_bytes` is 0 for methods without guidance, and `device_free` None if the device is the host itself.
+    images: int
+    guidance: int
+    held_out: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The place of each part of `Sizes`."""
+
+    images: Place
+    guidance: Place
+    held_out: Place
+
+
+# What stays in memory if not everything fits, first what costs the least time: targets are checked and scaled as they
+# are read, images only copied, and held-out images are read completely after every round.
+_KEPT = (("images", "held_out"), ("guidance", "held_out"), ("held_out",), ())
+
+
+def choose(sizes: Sizes, device_free: int | None, host_free: int, trains_here: bool = True) -> Placement:
+    """Choose the fastest locations with enough free memory, in bytes.
+
+    `device_free` is None if the device uses the host's memory, which is then "device". Without `trains_here`, clients'
+    samples are only evaluated: they need not be on the device.
     """
-    total = image_bytes + guidance_bytes
-    if device_free is not None and total <= _USABLE_SHARE * device_free:
-        return "device"
-    if total <= _USABLE_SHARE * host_free or not guidance_bytes:
-        return "device" if device_free is None else "host"
-    return "shards"
+    parts = asdict(sizes)
+    if device_free is None:
+        return _on_host(parts, "device", host_free)
+    room = _USABLE_SHARE * device_free
+    if trains_here and sum(parts.values()) <= room:
+        return Placement("device", "device", "device")
+    if sizes.held_out > room:
+        return _on_host(parts, "host", host_free)
+    clients = _on_host(parts | {"held_out": 0}, "host", host_free)
+    return Placement(clients.images, clients.guidance, "device")
 
 
-def place(image_bytes: int, guidance_bytes: int, device: str) -> Placement:
-    """Choose for this machine, and warn if the data do not fit on the device."""
+def _on_host(parts: dict[str, int], memory_of_host: Place, free: int) -> Placement:
+    for kept in (tuple(parts), *_KEPT):
+        if sum(parts[name] for name in kept) <= _USABLE_SHARE * free:
+            break
+    return Placement(**{name: memory_of_host if name in kept or not parts[name] else "disk" for name in parts})
+
+
+def place(sizes: Sizes, device: str, trains_here: bool = True) -> Placement:
+    """Choose for this machine, and log what could be faster with more memory."""
     device_free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else None
-    chosen = choose(image_bytes, guidance_bytes, device_free, _host_free())
-    if chosen != "device":
-        where = "stay in host memory" if chosen == "host" else "are read from the shards batch by batch"
-        log.warning("%.1f GB of samples do not fit on %s: they %s", (image_bytes + guidance_bytes) / 1e9, device, where)
+    host_free = memory.available()
+    chosen = choose(sizes, device_free, host_free, trains_here)
+    words = {"disk": "are read from disk batch by batch", **({"host": "stay in host memory"} if trains_here else {})}
+    names = {"images": "images", "guidance": "guidance targets", "held_out": "held-out images"}
+    lines = [
+        f"{size(count)} of {names[name]} {words[where]}"
+        for name, count in asdict(sizes).items()
+        if (where := getattr(chosen, name)) in words and count
+    ]
+    if lines:
+        free = f"{size(host_free)} of memory" + (f" and {size(device_free)} of {device}" if device_free else "")
+        log.warning("%s (free: %s)", "; ".join(lines), free)
     return chosen
-
-
-def _host_free() -> int:
-    """Return the bytes that the kernel can give without swapping."""
-    file = Path("/proc/meminfo")
-    found = re.search(r"^MemAvailable: *(\d+) kB", file.read_text() if file.exists() else "", re.MULTILINE)
-    return int(found[1]) * 1024 if found else 2**63  # not Linux: leave it to the operating system

@@ -16,6 +16,7 @@ from torch.nn import functional
 from stages.train_fl.client_data import ClientData
 from stages.train_fl.data import HeldOut
 from stages.train_fl.evaluate import Predictor, in_batches, in_threads
+from stages.train_fl.images import ImageRows
 from stages.train_fl.models import FLModel
 
 _SMALLEST_SHARE = 1e-3
@@ -57,7 +58,7 @@ class Probes:
         with threadpool_limits(1):
             probe.fit(self._train_embeddings(model).cpu().numpy(), self._labels)
 
-        def predict(images: Tensor) -> Tensor:
+        def predict(images: ImageRows) -> Tensor:
             return torch.from_numpy(probe.predict(self._embed(model, images).cpu().numpy())).to(
                 self._held_out.labels.device
             )
@@ -68,7 +69,7 @@ class Probes:
     def _train_embeddings(self, model: FLModel) -> Tensor:
         return torch.cat([self._embed(model, client.images) for client in self._clients])
 
-    def _embed(self, model: FLModel, images: Tensor) -> Tensor:
+    def _embed(self, model: FLModel, images: ImageRows) -> Tensor:
         """Return embeddings float32 (N, embedding_dim) on the device of the held-out images."""
         model.eval()
         return in_batches(model.embed, images, self._held_out.labels.device, self._num_threads)

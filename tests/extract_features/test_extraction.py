@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -421,6 +422,8 @@ def test_a_dry_run_prints_the_cost_and_writes_nothing(unextracted, dtype):
     assert result.exit_code == 0
     assert "20 in 5 shards" in result.output and "4 per image, 80 in all" in result.output
     assert sorted(path.name for path in unextracted.iterdir()) == ["data", "models", "params.yaml"]
+    assert re.search(r"^memory .*B per process", result.output, re.MULTILINE)
+    assert re.search(r"^descriptors +about \d+ of ", result.output, re.MULTILINE)
     # a row: 144 dims x 2 bytes x (1 denoised + 3 prompted), 3 prompt numbers of 2 bytes, index, label, checksum
     assert f"{20 * (144 * 2 * 4 + 3 * 2 + 8 + 8 + 4) / 1e6:.1f} MB" in result.output
 

@@ -488,8 +488,8 @@ def test_corpus_with_split_folders_gives_its_training_images(tmp_path):
 
 def test_memory_is_checked_before_images_are_read(tmp_path, monkeypatch):
     write_corpus(tmp_path / "c")
-    monkeypatch.setattr(corpora.os, "sysconf", lambda name: 100)  # 10,000 bytes
-    with pytest.raises(corpora.PipelineError, match="6 images of 40 pixels need .* GB of memory"):
+    monkeypatch.setattr(corpora.memory, "available", lambda: 47_000)  # of which the 28,800 bytes may fill 0.6
+    with pytest.raises(corpora.PipelineError, match="6 images of 40 pixels need .* GB of memory, and .* GB are free"):
         corpora.read(tmp_path / "c", 40, tmp_path / "broken.txt")
 
 

@@ -17,7 +17,6 @@ from pipeline.errors import PipelineError
 from stages.train_fl import rounds, run
 from stages.train_fl.checkpoint import Checkpoint
 from stages.train_fl.client_data import Batches, ClientData
-from stages.train_fl.placement import choose
 from tests.train_fl import tiny_project
 
 FILES = (
@@ -262,26 +261,6 @@ def test_a_client_with_one_image_and_an_empty_one(tmp_path):
     schedule = rounds.Schedule(1, 2, 1, 1, 0.1, 1.0, "none", 0)
     assert rounds.sample_clients([1], schedule, 1) == [1]
     assert list(Batches(clients[0], 1, 4, "none", torch.Generator())) == []
-
-
-def test_guidance_gives_the_same_bytes_from_memory_and_from_shards(tmp_path, monkeypatch):
-    project = tiny_project.make(tmp_path)
-    tiny_project.add_features(project)
-    in_memory = run(project, "feddifrc", "dir", 0)
-    kept = {file: (in_memory / file).read_bytes() for file in FILES}
-    monkeypatch.setattr("stages.train_fl.placement._host_free", lambda: 10_000)
-    again = run(project, "feddifrc", "dir", 0)
-    assert kept == {file: (again / file).read_bytes() for file in FILES}
-
-
-def test_fastest_placement_with_enough_memory_is_chosen():
-    assert choose(100, 0, None, 1000) == "device"
-    assert choose(100, 500, None, 1000) == "device"  # 600 of 750
-    assert choose(100, 700, None, 1000) == "shards"
-    assert choose(100, 500, 1000, 1000) == "device"
-    assert choose(100, 500, 700, 1000) == "host"
-    assert choose(100, 700, 700, 1000) == "shards"
-    assert choose(900, 0, 700, 1000) == "host"
 
 
 @pytest.mark.parametrize("augmentation", ["none", "crop", "crop-flip", "views"])

@@ -3,12 +3,12 @@
 import functools
 import hashlib
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from pipeline import memory
 from pipeline.data import class_names, image_folder, image_hashes
 from pipeline.data.datasets import check_names
 from pipeline.data.file_names import some
@@ -95,9 +95,9 @@ def _check_classes(root: Path, names: list[str], counts: np.ndarray) -> None:
 
 
 def _check_memory(count: int, image_size: int) -> None:
-    needed, memory = count * 3 * image_size**2, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > _SHARE_OF_MEMORY * memory:
+    needed, free = count * 3 * image_size**2, memory.available()
+    if needed > _SHARE_OF_MEMORY * free:
         raise PipelineError(
-            f"{count} images of {image_size} pixels need {needed / 1e9:.1f} GB of memory, and this machine has "
-            f"{memory / 1e9:.1f} GB. Lower prepare_backbone.training.image_size, or use fewer images."
+            f"{count} images of {image_size} pixels need {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are "
+            "free. Lower prepare_backbone.training.image_size, or use fewer images."
         )

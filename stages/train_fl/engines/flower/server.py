@@ -56,7 +56,7 @@ def _run(job: Job, grid: Grid, overwrite: bool) -> None:
     config = job.config
     device = session.prepare_torch(config.params.runtime)
     names = job.method_name, job.partition_name
-    data = None if job.has_private_data else run_data.load(config, *names, job.seed, device)
+    data = None if job.has_private_data else run_data.load(config, *names, job.seed, device, trains_here=False)
     num_clients = len(data.clients) if data else job.params.num_clients
     members = Members(grid, num_clients, config.params.federation)
     members.wait(for_all=True)  # otherwise the participants would be those that happen to connect first

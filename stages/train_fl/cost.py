@@ -1,0 +1,186 @@
+"""Estimate what a run would do and cost before it runs: steps and time, bytes in memory, sent and on disk.
+
+Steps, participants and bytes are those of the run with this seed. Time is measured on a few batches of the largest
+client and of the held-out images; it leaves out reading data that do not fit into memory. Nothing is written.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+
+from pipeline import estimates, seeding
+from pipeline.settings.config import Config
+from pipeline.text import duration, size
+from stages.train_fl import data as run_data
+from stages.train_fl import placement, rounds, session
+from stages.train_fl.client_data import Batches, ClientData
+from stages.train_fl.data import FederatedData
+from stages.train_fl.engines import workers
+from stages.train_fl.evaluate import in_batches
+from stages.train_fl.methods import Method, Weights
+from stages.train_fl.models import FLModel
+from stages.train_fl.placement import Placement, Sizes
+from stages.train_fl.rounds import Schedule
+from stages.train_fl.session import Job
+
+_TIMED_BATCHES = 3
+_TIMED_IMAGES = 100
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The work and the cost of a run; bytes where no unit is given."""
+
+    name: str
+    clients: int
+    clients_with_data: int
+    participants: int  # per round
+    rounds: int
+    samples: int  # of all clients
+    steps: int  # of all clients in all rounds
+    evaluated: int  # images that are evaluated, in all rounds and at the end
+    sizes: Sizes
+    where: Placement
+    model: int
+    down: int  # to one participant in one round
+    up: int  # from it
+    server_state: int
+    client_states: int  # after the last round
+    free_space: str  # for the checkpoint
+    seconds_per_step: float
+    seconds_per_image: float  # of evaluation
+    workers: int
+    device: str
+    process: list[str]
+
+    def lines(self) -> list[str]:
+        """Return the estimate as lines of text."""
+        seconds = (self.steps * self.seconds_per_step + self.evaluated * self.seconds_per_image) / self.workers
+        each_round = self.participants * (self.down + self.up)
+        memory = "in memory" if self.device == "cpu" else f"on {self.device}"
+        places = {"device": memory, "host": "in host memory", "disk": "read from disk batch by batch"}
+        empty = self.clients - self.clients_with_data
+        targets = f"{size(self.sizes.guidance)}, {places[self.where.guidance]}" if self.sizes.guidance else "none"
+        return [
+            f"run           {self.name}",
+            f"clients       {self.clients}{f', {empty} of them without samples' if empty else ''}; {self.participants} "
+            f"per round, {self.rounds} rounds",
+            f"steps         {self.steps} in all, {self.samples} training images",
+            f"images        {size(self.sizes.images)}, {places[self.where.images]}",
+            f"held out      {size(self.sizes.held_out)}, {places[self.where.held_out]}",
+            f"guidance      {targets}",
+            f"model         {size(self.model)}",
+            f"sent          {size(self.down)} to and {size(self.up)} from a participant, {size(each_round)} per round, "
+            f"{size(each_round * self.rounds)} in all",
+            f"checkpoint    {size(self.server_state)} of the server, {size(self.client_states)} of the clients "
+            f"({self.free_space})",
+            *self.process,
+            f"time          {duration(seconds)} on {self.device}, {self.workers} at a time "
+            f"({1e3 * self.seconds_per_step:.3g} ms per step, after timing {_TIMED_BATCHES} batches)",
+        ]
+
+
+def estimate(config: Config, method_name: str, partition_name: str, seed: int) -> Estimate:
+    """Open a run's data, build its network, and time a few batches.
+
+    Raises:
+        PipelineError: As `run`.
+    """
+    job = Job(config, method_name, partition_name, seed)
+    job.check()
+    runtime, schedule = config.params.runtime, job.schedule
+    device = session.prepare_torch(runtime)
+    data = run_data.on_disk(config, method_name, partition_name, seed)
+    model, method = job.build(len(data.dataset.class_names), data.guidance_dim, len(data.clients), device)
+    with_data = [client for client, own in enumerate(data.clients) if len(own)]
+    chosen = [rounds.sample_clients(with_data, schedule, number + 1) for number in range(schedule.num_rounds)]
+    num_workers = max(1, min(workers.resolve(runtime.workers, device), schedule.clients_per_round, len(with_data)))
+    if device != "cpu":  # streams share one GPU: how much time they save is not known
+        num_workers = 1
+    server = method.init_server(session.weights_of(model))
+    trial = _try(method, data, server.weights, server.broadcast, schedule, device)
+    sizes = data.sizes
+    states = {client for participants in chosen for client in participants}
+    initial = rounds.num_bytes(method.init_client(server.weights))
+    num_samples, num_held_out = sum(map(len, data.clients)), len(data.held_out.labels)
+    embedded = 0 if method.needs_labels else num_samples  # by the probes
+    return Estimate(
+        name=job.path.name,
+        clients=len(data.clients),
+        clients_with_data=len(with_data),
+        participants=len(chosen[0]),
+        rounds=schedule.num_rounds,
+        samples=num_samples,
+        steps=sum(_steps(len(data.clients[client]), schedule) for participants in chosen for client in participants),
+        evaluated=schedule.num_rounds * (num_held_out + embedded) + num_samples + num_held_out,
+        sizes=sizes,
+        where=placement.place(sizes, device),
+        model=rounds.num_bytes(server.weights),
+        down=rounds.num_bytes(server.weights) + rounds.num_bytes(server.broadcast),
+        up=trial.up,
+        server_state=sum(rounds.num_bytes(getattr(server, part.name)) for part in fields(server)),
+        client_states=len(states) * trial.state + (len(data.clients) - len(states)) * initial,
+        free_space=estimates.free_space(config.state_dir),
+        seconds_per_step=trial.seconds_per_step,
+        seconds_per_image=_time_evaluation(model, data, device),
+        workers=num_workers,
+        device=device,
+        process=estimates.of_process(device, more_descriptors=2 * num_workers if num_workers > 1 else 0),
+    )
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What one client's short training gave: seconds, and the bytes of its update and of its state."""
+
+    seconds_per_step: float
+    up: int
+    state: int
+
+
+def _try(
+    method: Method, data: FederatedData, weights: Weights, broadcast: Weights, schedule: Schedule, device: str
+) -> _Trial:
+    """Train twice on a few batches of the largest client: only the second time has it a state."""
+    largest = max(data.clients, key=len)
+    first = torch.arange(min(len(largest), _TIMED_BATCHES * schedule.batch_size))
+    guidance = largest.guidance.select(first) if largest.guidance else None
+    client = ClientData(largest.images[first], largest.labels[first], guidance).to(device)
+    generator = seeding.torch_generator(schedule.seed, "estimate")
+    batches = Batches(client, 1, schedule.batch_size, schedule.augmentation, generator, device)
+
+    state = method.init_client(weights)
+    up = 0
+
+    def train() -> None:
+        nonlocal state, up
+        update, state, _ = method.client_update(weights, broadcast, state, batches, schedule.learning_rate)
+        up = rounds.update_bytes(update)
+
+    seconds = _timed(train, device)
+    return _Trial(seconds / _steps(len(client), schedule, epochs=1), up, rounds.num_bytes(state))
+
+
+def _time_evaluation(model: FLModel, data: FederatedData, device: str) -> float:
+    """Return the seconds of evaluating one image."""
+    some = data.held_out.images.split(_TIMED_IMAGES)[0].to("cpu")
+    model.eval()
+    return _timed(lambda: in_batches(model.embed, some, torch.device(device)), device) / len(some)
+
+
+def _timed(action: Callable[[], object], device: str) -> float:
+    """Return the seconds of the second call."""
+    for _ in range(2):
+        started = time.perf_counter()
+        action()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def _steps(count: int, schedule: Schedule, epochs: int | None = None) -> int:
+    """Return the steps of a client with so many samples in one round."""
+    return (schedule.local_epochs if epochs is None else epochs) * math.ceil(count / schedule.batch_size)
