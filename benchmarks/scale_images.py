@@ -50,12 +50,15 @@ class Noise:
         """Return as many images."""
         return Noise(len(index))
 
-    def blocks(self) -> Iterator[Block]:
-        """Yield the images."""
-        step, rng = images_per_block(IMAGE_SIZE), np.random.default_rng(0)
-        for start in range(0, len(self), step):
-            rows = np.arange(start, min(start + step, len(self)))
+    def blocks(self, start: int = 0) -> Iterator[Block]:
+        """Yield the images from row `start` on."""
+        step, rng = images_per_block(IMAGE_SIZE), np.random.default_rng(start)
+        for first in range(start, len(self), step):
+            rows = np.arange(first, min(first + step, len(self)))
             yield Block(rows, rng.integers(0, 256, (len(rows), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8), [])
+
+    def identity(self) -> None:
+        """Return None: the images are made fast."""
 
 
 def write_images(folder: Path, images: int) -> None:
@@ -72,7 +75,7 @@ def train_from_map(folder: Path, images: int) -> Callable[[], object]:
     model = models.build(EncoderSettings("small_cnn", "batch", "float32", True), CLASSES, seed=0)
     method = methods.build(methods.FedAvg.Settings(), model, 0.9, 0.0, 1)
     schedule = Schedule(1, 1, 1, BATCH, 0.01, 1.0, "crop-flip", 0)
-    start = begin(method, weights_of(model), 1)
+    start = begin(method, weights_of(model))
     return lambda: list(local.run(method, start, [data], schedule, "cpu"))
 
 

@@ -48,7 +48,7 @@ class Estimate:
     down: int  # to one participant in one round
     up: int  # from it
     server_state: int
-    client_states: int  # after the last round
+    client_states: int  # of all clients that take part in any round
     free_space: str  # for the checkpoint
     seconds_per_step: float
     seconds_per_image: float  # of evaluation
@@ -103,8 +103,6 @@ def estimate(config: Config, method_name: str, partition_name: str, seed: int) -
     server = method.init_server(session.weights_of(model))
     trial = _try(method, data, server.weights, server.broadcast, schedule, device)
     sizes = data.sizes
-    states = {client for participants in chosen for client in participants}
-    initial = rounds.num_bytes(method.init_client(server.weights))
     num_samples, num_held_out = sum(map(len, data.clients)), len(data.held_out.labels)
     embedded = 0 if method.needs_labels else num_samples  # by the probes
     return Estimate(
@@ -122,7 +120,7 @@ def estimate(config: Config, method_name: str, partition_name: str, seed: int) -
         down=rounds.num_bytes(server.weights) + rounds.num_bytes(server.broadcast),
         up=trial.up,
         server_state=sum(rounds.num_bytes(getattr(server, part.name)) for part in fields(server)),
-        client_states=len(states) * trial.state + (len(data.clients) - len(states)) * initial,
+        client_states=len({client for participants in chosen for client in participants}) * trial.state,
         free_space=estimates.free_space(config.state_dir),
         seconds_per_step=trial.seconds_per_step,
         seconds_per_image=_time_evaluation(model, data, device),
