@@ -16,8 +16,8 @@ from pathlib import Path
 
 import click
 import numpy as np
+import synthetic_set
 
-from pipeline import feature_store as store
 from pipeline import provenance
 from pipeline.feature_store import Features, FeatureSet, verification
 
@@ -34,14 +34,14 @@ def main(
     rows: int, rows_per_shard: int, prompts: int, dims: int, batch: int, repeats: int, folder: Path | None
 ) -> None:
     """Measure, print the table, then one JSON line."""
-    plan = store.Plan(_content(prompts, dims), rows, rows_per_shard, {})
-    shards = [_features(plan.shard_rows(shard), prompts, dims) for shard in range(plan.num_shards)]
+    plan = synthetic_set.plan(rows, rows_per_shard, prompts, dims)
+    shards = [synthetic_set.features(plan, shard) for shard in range(plan.num_shards)]
     megabytes = sum(array.nbytes for shard in shards for array in vars(shard).values()) / 1e6
     with tempfile.TemporaryDirectory(dir=folder) as name:
         root = Path(name)
         seconds = {
             "write, plain": _best(repeats, lambda: _write_plain(root / "plain", shards)),
-            "write, cache": _best(repeats, lambda: _write_cache(root, plan, shards)),
+            "write, cache": _best(repeats, lambda: synthetic_set.write(root, plan, shards)),
         }
         cache = FeatureSet(root / "set")
         seconds |= {
@@ -77,24 +77,6 @@ def main(
     click.echo(json.dumps(result | {"ms_per_random_batch": per_batch, "provenance": provenance.describe()}))
 
 
-def _content(prompts: int, dims: int) -> store.Content:
-    return store.Content(
-        extraction_version=1, dataset_hash="", class_names=["one"], backbone={}, timestep=0, image_size=32,
-        layers={"layer": [0, dims]}, prompts=[[str(n)] for n in range(prompts)], positive="label", denoise_prompt="",
-        negatives="all", noise_seed=0, basis_images=2, basis_sha256=None, image_conditioning=None, dtype="float32",
-    )  # fmt: skip
-
-
-def _features(rows: range, prompts: int, dims: int) -> Features:
-    rng = np.random.default_rng(rows.start)
-    n = len(rows)
-    return Features(
-        np.array(rows), np.zeros(n, np.int64), rng.random((n, dims), np.float32).astype(np.float16),
-        rng.random((n, prompts, dims), np.float32).astype(np.float16),
-        np.tile(np.arange(prompts, dtype=np.int16), (n, 1)),
-    )  # fmt: skip
-
-
 def _write_plain(file: Path, shards: list[Features]) -> None:
     with file.open("wb") as stream:
         for shard in shards:
@@ -102,19 +84,6 @@ def _write_plain(file: Path, shards: list[Features]) -> None:
                 stream.write(array.data)
         os.fsync(stream.fileno())
     file.unlink()
-
-
-def _write_cache(root: Path, plan: store.Plan, shards: list[Features]) -> None:
-    staging = root / "staging"
-    for file in staging.glob("*.*"):
-        file.unlink()
-    writer = store.FeatureSetWriter(staging, plan, "")
-    dims = plan.content.num_dims
-    layer = store.LayerBasis(np.zeros(dims), np.eye(dims), np.ones(dims), float(dims))
-    writer.write_basis(store.Basis({"layer": layer}, np.zeros(dims), np.ones(dims)))
-    for number, shard in enumerate(shards):
-        writer.write_shard(number, shard, 0)
-    writer.publish(root / "set")
 
 
 def _read_in_order(cache: FeatureSet, rows: int, step: int) -> None:

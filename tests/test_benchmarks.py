@@ -5,6 +5,7 @@ import io
 import json
 import math
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -143,6 +144,25 @@ def test_gpu_check_runs_on_a_cpu(benchmark, tmp_path):
     *_, numbers = text.splitlines()
     assert list(json.loads(numbers)) == [name for name in gpu_check.CHECKS if name != "resume"]
     assert "WRONG" not in text and "FAILED" not in text
+
+
+def test_scale_measures_growth_and_compares_it_with_bounds(benchmark, tmp_path, monkeypatch):
+    scale = benchmark("scale")
+    done = CliRunner().invoke(scale.main, ["--tiny", "--only=import", f"--folder={tmp_path}"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.output.splitlines()[-1])["measurements"]["import"]
+    assert found["sizes"] == [2, 4, 8] and all(row["files"] > 3 for row in found["measured"])
+    assert not list(tmp_path.iterdir())
+    # 20, 80 and 320 MB for 2, 4 and 8 rows: quadratic; the seconds are below what counts, the files constant
+    rows = {size: {"seconds": 0.001, "megabytes": 5.0 * size**2, "files": 20} for size in (2, 4, 8)}
+    monkeypatch.setattr(scale, "_in_child", lambda name, size, folder: rows[size])
+    measurement = replace(scale.MEASUREMENTS["import"], sizes=(2, 4, 8))
+    monkeypatch.setitem(scale.MEASUREMENTS, "import", measurement)
+    done = CliRunner().invoke(scale.main, ["--only=import"])
+    assert done.exit_code == 1 and "Grows faster than its bound: import: megabytes.\n" in done.output
+    *_, numbers, _ = done.output.splitlines()
+    exponents = json.loads(numbers)["measurements"]["import"]["exponents"]
+    assert exponents == {"seconds": 0.0, "megabytes": 2.0, "files": 0.0}
 
 
 @pytest.mark.parametrize("file", sorted((REPOSITORY / "benchmarks").glob("*.py")), ids=lambda file: file.stem)

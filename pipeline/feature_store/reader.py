@@ -289,7 +289,7 @@ class FeatureSet:
         shard_of, local = np.divmod(index[places], self.manifest.rows_per_shard)
         edges = (np.flatnonzero(np.diff(shard_of)) + 1).tolist()
         for start, stop in itertools.pairwise([0, *edges, len(places)]):
-            maps = self.shards.open(int(shard_of[start]), keep)
+            maps = self.shards.open(shard_of[start].item(), keep)
             into, source = _as_slice(places[start:stop]), _as_slice(local[start:stop])
             for name, array in arrays.items():
                 array[into] = maps[name][source]

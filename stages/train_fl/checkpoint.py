@@ -9,6 +9,7 @@ the two complete. Optimisers are created in each round and random draws are keye
 resume with identical results.
 """
 
+import logging
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from pipeline.io.resumable import ResumableStore
 from stages.train_fl.client_states import ClientStates
 from stages.train_fl.methods import ServerState
 from stages.train_fl.rounds import Progress
+
+log = logging.getLogger(__name__)
 
 
 class Checkpoint:
@@ -53,6 +56,7 @@ class Checkpoint:
             if self.states is None or self.states.has_all(progress.state_rounds):
                 self._keep(name, progress)
                 return progress, found[1]["records"]
+            log.warning("%s lacks clients' states. Computing it again.", self._store.folder / name)
         return None
 
     def remove(self) -> None:

@@ -11,7 +11,7 @@ from stages.train_fl.checkpoint import Checkpoint
 from stages.train_fl.client_states import ClientStates
 from stages.train_fl.encoders import EncoderSettings
 from stages.train_fl.engines import local
-from stages.train_fl.methods import FedAvg, Scaffold
+from stages.train_fl.methods import FedAvg, Scaffold, ServerState
 from tests.train_fl.method_fixtures import client, local_sgd, record_layouts, state_of, to_bytes
 
 STATE = 8  # bytes of one state below
@@ -73,6 +73,16 @@ def test_lost_and_damaged_files_are_noticed_when_a_run_resumes(tmp_path):
     file = tmp_path / "client-00000-round-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\1")
     assert not states.has_all({0: 1})
+
+
+def test_checkpoint_without_its_states_is_not_used(tmp_path, caplog):
+    first, second = (Checkpoint(tmp_path, ClientStates(tmp_path / "states")) for _ in range(2))
+    first.states.save(0, 1, state(1))
+    first.save(rounds.Progress(1, ServerState(state(0)), {0: 1}), {"rows": []})
+    found, records = second.load("cpu")
+    assert (found.number, found.state_rounds, records) == (1, {0: 1}, {"rows": []})
+    (tmp_path / "states" / "client-00000-round-00001.safetensors").unlink()
+    assert second.load("cpu") is None and "round-00001 lacks clients' states. Computing it again." in caplog.text
 
 
 def test_state_that_is_lost_during_a_run_ends_it(tmp_path):
