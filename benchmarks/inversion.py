@@ -9,8 +9,8 @@ a linear map from features to pixels (ridge regression), and applies it to the f
     gain          with --seeds: accuracy of FedDifRC trained from these features minus that of FedAvg, seed by seed,
                   and the half-width of its 95 % interval (Student's t over seeds)
 
-The rows change what is shared: fewer dimensions per layer (the first of the PCA), 8-bit integers with one scale per
-dimension, Gaussian noise with a multiple of each dimension's standard deviation, or one of the two representations.
+The rows change what is shared: fewer dimensions per layer (the first of the PCA), 8-bit integers (`storage: int8`),
+Gaussian noise with a multiple of each dimension's standard deviation, or one of the two representations.
 
     python benchmarks/inversion.py
     python benchmarks/inversion.py --partition dir005 --seeds 5 --jobs 2 --figure docs/gallery/privacy.svg
@@ -35,6 +35,7 @@ import stages.train_fl.methods  # noqa: F401  registers the settings of every me
 from pipeline import accuracy, plotting, provenance, seeding
 from pipeline.data.datasets import Images, PreparedDataset
 from pipeline.feature_store import Features, FeatureSet
+from pipeline.feature_store.int8 import Int8
 from pipeline.progress import track
 from pipeline.settings import config
 from pipeline.settings.config import Config
@@ -90,13 +91,9 @@ def _first_dims(count: int) -> Change:
 
 
 def _int8(features: SharedSet, rows: Features) -> dict[str, np.ndarray]:
-    scale = np.abs(features.everything().denoised).max(0).astype(np.float32) / 127  # (D,)
-    scale = np.where(scale > 0, scale, 1)
-
-    def rounded(values: np.ndarray) -> np.ndarray:
-        return (np.clip(np.rint(values / scale), -127, 127) * scale).astype(np.float16)
-
-    return {"denoised": rounded(rows.denoised), "prompted": rounded(rows.prompted)}
+    """Return what `extract_features.storage: int8` keeps."""
+    coder = Int8(features.basis())
+    return {name: coder.decode(coder.encode(getattr(rows, name))) for name in ("denoised", "prompted")}
 
 
 def _noise(multiple: float) -> Change:
