@@ -7,7 +7,7 @@ seconds and megabytes written per checkpoint, the seconds of resuming, and the p
     python benchmarks/states.py                   # 100, 1,000 and 10,000 clients, one minute
     python benchmarks/states.py --clients 50
 
-`set_up` fits `measure` of scale.py.
+scale.py has bounds for its growth.
 """
 
 import json
