@@ -29,6 +29,7 @@ from typing import Any
 
 import click
 import numpy as np
+import states
 import synthetic_set
 
 from pipeline import provenance
@@ -161,6 +162,9 @@ def random_rows(folder: Path, size: int) -> Action:
             features.read(batch)
 
     return action
+
+
+measure("states", "clients", (100, 1_000, 10_000), seconds=0.2, megabytes=0.25)(states.set_up)
 
 
 @click.command()

@@ -7,14 +7,12 @@ seconds and megabytes written per checkpoint, the seconds of resuming, and the p
     python benchmarks/states.py                   # 100, 1,000 and 10,000 clients, one minute
     python benchmarks/states.py --clients 50
 
-`set_up` fits `measure` of scale.py.
+scale.py has bounds for its growth.
 """
 
 import json
 import multiprocessing
-import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,7 +23,7 @@ import click
 import torch
 import train_job
 
-from pipeline import provenance
+from pipeline import memory, provenance
 from stages.train_fl import methods, rounds, session
 from stages.train_fl.checkpoint import Checkpoint
 from stages.train_fl.client_data import ClientData
@@ -94,14 +92,8 @@ def _files(folder: Path) -> dict[int, int]:
 def _measured(size: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="states-") as folder:
         action = set_up(Path(folder), size)
-        before = _peak()
-        return action() | {"peak_megabytes": round(_peak() - before, 1)}
-
-
-def _peak() -> float:
-    """Return the largest resident memory of this process so far, in MB."""
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes / 1024 / (1024 if sys.platform == "darwin" else 1)
+        before = memory.peak()
+        return action() | {"peak_megabytes": round((memory.peak() - before) / 1e6, 1)}
 
 
 if __name__ == "__main__":
