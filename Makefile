@@ -6,7 +6,7 @@ JOBS ?= 2
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-faults gpu-check lint format docs lock audit gallery federation-demo clean
+.PHONY: help setup repro test test-faults gpu-check scale lint format docs lock audit gallery federation-demo clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ test-faults: $(STAMP)  ## Run the long fault and fuzz tests (about 15 minutes) a
 
 gpu-check:  ## Check and measure both stages on this machine's GPU (some minutes; no installation needed)
 	PYTHONPATH=. $(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu_check.py
+
+scale: $(STAMP)  ## Measure how time and memory grow with the data, and compare with bounds (some minutes, 2 GB)
+	PYTHONPATH=. $(BIN)/python benchmarks/scale.py
 
 lint: $(STAMP)  ## Check format, style and types
 	$(BIN)/ruff format --check .

@@ -5,8 +5,8 @@ seconds, the peak memory above that at the start, the most files open at once, a
 its growth: the slope of its logarithm over that of the size, so 1 is linear and 0 constant. The exit code is 1 if an
 exponent exceeds its bound. In all it takes some minutes and 2 GB of a temporary folder.
 
-    python benchmarks/scale.py                      # on an otherwise idle machine
-    python benchmarks/scale.py --only verify --only diff
+    make scale                                      # on an otherwise idle machine
+    PYTHONPATH=. python benchmarks/scale.py --only verify --only diff
 
 To add one, write a function that sets up what it measures in a folder and returns the action, and decorate it with
 `@measure`; what needs much memory to set up is done by `prepare`, in another process.
@@ -29,6 +29,8 @@ from typing import Any
 
 import click
 import numpy as np
+import scale_clients
+import scale_images
 import states
 import synthetic_set
 
@@ -164,7 +166,15 @@ def random_rows(folder: Path, size: int) -> Action:
     return action
 
 
-measure("states", "clients", (100, 1_000, 10_000), seconds=0.2, megabytes=0.25)(states.set_up)
+CLIENTS = (100, 1_000, 10_000)
+measure("states", "clients", CLIENTS, seconds=0.2, megabytes=0.25)(states.set_up)
+measure("partition", "clients", CLIENTS, seconds=0.9, megabytes=0.3)(scale_clients.partition)
+measure("statistics", "clients", (1_000, 4_000, 16_000), seconds=2.1, megabytes=0.8)(scale_clients.statistics)
+measure("pictures", "clients", CLIENTS, seconds=0.3, megabytes=0.9)(scale_clients.pictures)
+measure("report", "clients", CLIENTS, seconds=0.7, megabytes=0.7)(scale_clients.report)
+measure("images", "images", (2_000, 6_000, 18_000), seconds=1.15, megabytes=0.3, prepare=scale_images.write_images)(
+    scale_images.train_from_map
+)
 
 
 @click.command()

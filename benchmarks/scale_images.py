@@ -1,24 +1,16 @@
-"""Measure an epoch of training from images that stay on disk, at three sizes of the data set.
+"""For scale.py: an epoch of training from images that stay on disk.
 
-Each size runs in a process of its own. Seconds must grow as the number of images does, and the peak of memory above
-that at the start must not: it is that of some batches. (The file's pages count, too, while a batch is copied: up to two
-megabytes for an image, as the system keeps a file in pages of that size.) Prints a table, then one JSON line.
-
-    python benchmarks/scale_images.py
+Seconds grow as the number of images does, and the peak of memory above that at the start does not: it is that of some
+batches. (The file's pages count, too, while a batch is copied: up to two megabytes for an image, as the system keeps a
+file in pages of that size.)
 """
 
-import json
-import multiprocessing
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import click
 import numpy as np
 import torch
 
-from pipeline import memory, provenance
 from pipeline.data import datasets
 from pipeline.data.datasets import PreparedDataset, Source
 from pipeline.data.images import Block, images_per_block
@@ -30,7 +22,6 @@ from stages.train_fl.images import ImagesOnDisk
 from stages.train_fl.rounds import Schedule, begin
 from stages.train_fl.session import weights_of
 
-SIZES = (2_000, 6_000, 18_000)
 IMAGE_SIZE, CLASSES, BATCH = 64, 10, 32
 
 
@@ -77,32 +68,3 @@ def train_from_map(folder: Path, images: int) -> Callable[[], object]:
     schedule = Schedule(1, 1, 1, BATCH, 0.01, 1.0, "crop-flip", 0)
     start = begin(method, weights_of(model))
     return lambda: list(local.run(method, start, [data], schedule, "cpu"))
-
-
-def measured(folder: Path, images: int) -> dict[str, float]:
-    """Return the seconds, and the peak of memory above the start in MB."""
-    action = train_from_map(folder, images)
-    before, started = memory.peak(), time.perf_counter()
-    action()
-    return {"seconds": time.perf_counter() - started, "megabytes": (memory.peak() - before) / 1e6}
-
-
-@click.command()
-@click.option("--size", "sizes", multiple=True, type=int, default=SIZES, help="Images; repeatable.")
-def main(sizes: tuple[int, ...]) -> None:
-    """Measure and print."""
-    found, spawn = {}, multiprocessing.get_context("spawn")
-    click.echo(f"{'images':>8}{'on disk':>10}{'seconds':>10}{'memory':>10}")
-    for size in sizes:
-        with tempfile.TemporaryDirectory(prefix="scale-") as folder:
-            for function in (write_images, measured):
-                with spawn.Pool(1) as pool:
-                    row = pool.apply(function, (Path(folder), size))
-        found[size] = row
-        on_disk = size * 3 * IMAGE_SIZE**2 / 1e6
-        click.echo(f"{size:>8}{on_disk:>7.0f} MB{row['seconds']:>8.2f} s{row['megabytes']:>7.0f} MB")
-    click.echo(json.dumps({"sizes": found, "provenance": provenance.describe()}))
-
-
-if __name__ == "__main__":
-    main()

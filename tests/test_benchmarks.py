@@ -124,7 +124,11 @@ def test_images_benchmark_trains_from_the_map(benchmark, tmp_path):
     scale_images.write_images(tmp_path, 4)
     (one_round,) = scale_images.train_from_map(tmp_path, 4)()
     assert one_round.num_samples == 4
-    assert scale_images.measured(tmp_path, 4)["seconds"] > 0
+
+
+@pytest.mark.parametrize("name", ["partition", "statistics", "pictures", "report"])
+def test_growth_with_clients_is_measured(benchmark, tmp_path, name):
+    benchmark("scale").MEASUREMENTS[name].set_up(tmp_path, 4)()
 
 
 def test_every_table_preset_has_a_place_on_the_reproduction_page():
