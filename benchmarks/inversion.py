@@ -16,14 +16,17 @@ Gaussian noise with a multiple of each dimension's standard deviation, or one of
     python benchmarks/inversion.py --partition dir005 --seeds 5 --jobs 2 --figure docs/gallery/privacy.svg
 """
 
+import contextlib
 import dataclasses
+import functools
 import json
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import click
-import joblib
 import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
@@ -139,10 +142,13 @@ def measure(project: Config, partition: str, seeds: int, names: list[str], jobs:
     images = PreparedDataset(project.dataset_dir).load("train")
     known, hidden = np.split(seeding.numpy_generator(0, "inversion").permutation(len(images)), 2)
     runs = [(name, seed) for name in ("fedavg", *names) for seed in range(seeds)]
-    trained = joblib.Parallel(jobs, return_as="generator")(
-        joblib.delayed(_accuracy)(project, partition, *run, jobs) for run in runs
-    )
-    found = dict(zip(runs, track(trained, "runs", len(runs), "run"), strict=True)) if runs else {}
+    train = functools.partial(_accuracy, project, partition, jobs)
+    with contextlib.ExitStack() as stack:
+        trained = map(train, runs)
+        if jobs > 1:  # processes started anew, because a fork would inherit torch's threads
+            pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+            trained = stack.enter_context(pool).map(train, runs)
+        found = dict(zip(runs, track(trained, "runs", len(runs), "run"), strict=True))
     baseline = [found["fedavg", seed] for seed in range(seeds)]
     rows: dict[str, dict[str, Any]] = {}
     click.echo(f"{'shared':20}{'numbers':>9}{'explained':>11}{'identified':>12}{'label':>8}{'gain':>8}")
@@ -175,11 +181,12 @@ def _attack(rows: Features, images: Images, known: np.ndarray, hidden: np.ndarra
     }
 
 
-def _accuracy(project: Config, partition: str, name: str, seed: int, jobs: int) -> float:
+def _accuracy(project: Config, partition: str, jobs: int, run: tuple[str, int]) -> float:
     """Train FedAvg, or FedDifRC with the features that are shared under `name`, as `pipeline train-fl` does.
 
     Return the mean accuracy of the last five rounds.
     """
+    name, seed = run
     data = run_data.load(project, "fedavg", partition, seed, "cpu")
     train, settings = data.dataset.load("train"), project.params.train_fl
     features, section = None, project.settings("methods", "fedavg")

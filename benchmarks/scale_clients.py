@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 
 from stages.train_fl.partitions import dirichlet, heterogeneity, picture
-from tests.report import grid
 
 SAMPLES, CLASSES = 200_000, 200
 MOST_PICTURE, MOST_PAGE = 300_000, 5_000_000  # bytes
@@ -47,6 +46,8 @@ def pictures(folder: Path, clients: int) -> Action:
 
 def report(folder: Path, clients: int) -> Action:
     """Write the report of two methods, one partition and one seed."""
+    from tests.report import grid  # needs the repository's folder on the path
+
     (folder / "first").mkdir()
     grid.write_grid(folder / "first", ["fedavg"], ["dir005"], [0], 2)  # loads the libraries
 

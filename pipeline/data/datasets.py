@@ -22,21 +22,22 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline import provenance
 from pipeline.data.images import Images, Origin, Skipped, Source, Split, stratified_split
-from pipeline.data.split_file import SplitFile, journal_name
 from pipeline.errors import DataError
 from pipeline.io import atomic
 from pipeline.io.atomic import replace_folder
 from pipeline.io.hdf5 import check_not_written, open_to_read, plain_dataset
-from pipeline.io.resumable import ResumableStore
 from pipeline.io.system_errors import in_words, reading
 from pipeline.text import printable
+
+if TYPE_CHECKING:
+    from pipeline.io.resumable import ResumableStore
 
 __all__ = ["Images", "Manifest", "PreparedDataset", "Source", "stratified_split", "write"]
 
@@ -183,6 +184,9 @@ def write(path: Path, name: str, source_name: str, source: Source, skip_broken: 
         raise DataError(f"The splits of {name} have images of different sizes. Resize them to one size.")
     for split in SPLITS:
         _check_positions(source.splits[split], split, len(source.class_names), len(domain_names))
+    from pipeline.data.split_file import journal_name  # imports torch, which readers of a data set do without
+    from pipeline.io.resumable import ResumableStore
+
     unfinished = journal_name(source.splits)
     with replace_folder(path, unfinished) as folder:
         _check_space(folder, source)
@@ -220,7 +224,7 @@ def label_counts(path: Path, split: SplitName, num_classes: int) -> np.ndarray:
 
 
 def _write_splits(
-    folder: Path, source: Source, skip_broken: bool, journal: ResumableStore | None
+    folder: Path, source: Source, skip_broken: bool, journal: "ResumableStore | None"
 ) -> tuple[dict[SplitName, SplitEntry], dict[SplitName, list[Skipped]]]:
     """Write both splits before raising an error about broken images, so that one run names them all."""
     entries, skipped = {}, {}
@@ -238,8 +242,12 @@ def _write_splits(
     return entries, skipped
 
 
-def _write_split(file: Path, content: Split, journal: ResumableStore | None) -> tuple[SplitEntry | None, list[Skipped]]:
+def _write_split(
+    file: Path, content: Split, journal: "ResumableStore | None"
+) -> tuple[SplitEntry | None, list[Skipped]]:
     """Write a split block by block, without the skipped images; None if no image is left."""
+    from pipeline.data.split_file import SplitFile
+
     out = SplitFile(file, content, journal)
     out.write_images()
     rows = out.rows
