@@ -66,6 +66,7 @@ class Members:
         self._rejected: dict[int, str] = {}  # node id -> reason
         self._retry_at: dict[int, float] = {}  # node id -> when it may be asked again
         self._agreed: dict[str, Any] | None = None
+        self._silent: set[int] = set()  # ids of the nodes that did not answer their last message
 
     @property
     def agreed(self) -> dict[str, Any]:
@@ -82,6 +83,12 @@ class Members:
         self._ask_to_join(online)
         members = [member for member in self._joined.values() if self._agreed in (None, member.agreement)]
         return {member.client_id: member for member in sorted(members, key=lambda member: member.client_id)}
+
+    def answering(self) -> dict[int, Member]:
+        """Return the present members that answered their last message; all, if none did."""
+        present = self.present()
+        answering = {client: member for client, member in present.items() if member.node_id not in self._silent}
+        return answering or present
 
     def wait(self, for_all: bool = False) -> dict[int, Member]:
         """Wait until `min_clients` members that agree are present, and return all that are, by client id.
@@ -139,9 +146,12 @@ class Members:
         timeout = self._params.round_timeout
         failures = {member: f"no answer within {timeout:g} s" for member in by_node.values()}
         answers: dict[Member, T] = {}
+        self._silent |= recipients
         for reply in self._grid.send_and_receive(messages, timeout=timeout):
             if not (member := by_node.get(reply.metadata.src_node_id)):
                 continue
+            if not (reply.has_error() and reply.error.code in _NO_ANSWER):
+                self._silent.discard(member.node_id)
             try:
                 if reply.has_error():
                     reason = _one_line(reply.error.reason) or f"error {reply.error.code}"

@@ -55,7 +55,7 @@ def test_three_nodes_train_a_model_although_one_is_killed_in_round_2(tmp_path, a
         assert [(project / "data" / "basis.h5").read_bytes() for project in projects] == [shared] * 3
         for project in projects:
             in_this_process(project, "--quiet", "extract-features")
-        trained = federation.run(SMALL | {"federation.round_timeout": 30.0}, seed=3)
+        trained = federation.run(SMALL | {"federation.round_timeout": 20.0}, seed=3)
         results = server / "results" / "feddifrc-nodes-s3"
         until(lambda: len(rows(results / "rounds.csv")) == 1, 300)
         federation.stop("node-1", signal.SIGKILL)

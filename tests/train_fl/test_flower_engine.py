@@ -354,6 +354,16 @@ def test_a_part_of_the_nodes_evaluates(tmp_path, project, monkeypatch):
     assert json.loads((folder / "details.json").read_text())["bytes_down"] == down + 2 * num_bytes
 
 
+def test_a_node_that_does_not_answer_is_not_waited_for_twice_in_a_round(tmp_path, project, monkeypatch):
+    changes = {"federation.min_clients": 1, "train_fl.clients_per_round": 3}
+    federation = private(tmp_path, project, monkeypatch, changes=changes)
+    federation.silent |= {(101, "train")}
+    federation.serve()
+    asked = [(node_id, kind) for node_id, kind in federation.log if kind in ("train", "evaluate")]
+    assert asked.count((101, "train")) == 2  # slow nodes are included again in the next round
+    assert asked.count((101, "evaluate")) == 0 and asked.count((100, "evaluate")) == 2
+
+
 def test_nodes_with_private_images_train_and_evaluate_together(tmp_path, project, monkeypatch):
     federation = private(tmp_path, project, monkeypatch)
     federation.serve()

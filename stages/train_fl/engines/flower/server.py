@@ -117,7 +117,7 @@ class NodeEvaluator:
 
         Also return how many answered, and the bytes of the models sent for it.
         """
-        present = self._members.present()
+        present = self._members.answering()  # who was silent in this round's training would be waited for again
         asked = [present[client] for client in self._order if client in present]
         asked = asked if self._most == "all" else asked[: self._most]
         weights = RecordDict({"weights": to_record(model.state_dict())})
