@@ -15,7 +15,6 @@ of a large matrix product, measured here. Models are loaded, compiled and warmed
 
 import functools
 import json
-import resource
 import tempfile
 import time
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from ruamel.yaml import YAML
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from pipeline import provenance, seeding
+from pipeline import memory, provenance, seeding
 from pipeline.data.datasets import Images
 from pipeline.diffusion import batching
 from pipeline.diffusion.prompts import PromptSet
@@ -216,7 +215,7 @@ def _peak_memory(device: str) -> int:
     """Return the peak memory of the GPU, or on the CPU that of the process since it started."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return memory.peak()
 
 
 def _print_table(rows: list[dict], peak: float) -> None:

@@ -196,7 +196,7 @@ def _accuracy(project: Config, partition: str, jobs: int, run: tuple[str, int]) 
         parts = {"tdcl_weight": rows.prompted, "ndcr_weight": rows.denoised}  # what is not shared cannot guide
         section = section.model_copy(update={key: 0.0 for key, values in parts.items() if not values.any()})
     clients = [Samples(train.images[part], train.labels[part], features, part) for part in data.parts]
-    held_out = Samples(data.held_out.images.permute(0, 2, 3, 1), data.held_out.labels)
+    held_out = Samples(data.held_out.images.to("cpu").permute(0, 2, 3, 1), data.held_out.labels)
     own = settings.model_dump(include=set(DEFAULTS))
     workers: Any = "auto" if jobs == 1 else 1
     history = simulate(section, clients, held_out, seed=seed, device="cpu", num_workers=workers, **own)

@@ -34,7 +34,7 @@ import scale_images
 import states
 import synthetic_set
 
-from pipeline import provenance
+from pipeline import memory, provenance
 from pipeline.feature_store import FeatureSet, archive, comparison, listing, verification
 
 Action = Callable[[], object]
@@ -242,20 +242,14 @@ def _measure(measurement: Measurement, size: int, folder: Path) -> dict[str, flo
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    before, started = _peak(), time.perf_counter()
+    before, started = memory.peak(), time.perf_counter()
     try:
         action()
     finally:
         seconds = time.perf_counter() - started
         done.set()
         watcher.join()
-    return {"seconds": round(seconds, 3), "megabytes": round(_peak() - before, 1), "files": max(files)}
-
-
-def _peak() -> float:
-    """Return the largest resident memory of this process so far, in MB."""
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes / 1024 / (1024 if sys.platform == "darwin" else 1)
+    return {"seconds": round(seconds, 3), "megabytes": round((memory.peak() - before) / 1e6, 1), "files": max(files)}
 
 
 if __name__ == "__main__":

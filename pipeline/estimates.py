@@ -25,8 +25,9 @@ def of_process(device: str, more_descriptors: int = 0) -> list[str]:
     now = Path("/dev/fd")
     opened = f"about {len(os.listdir(now)) + more_descriptors}" if now.exists() else "unknown"
     limit = "any number" if allowed == resource.RLIM_INFINITY else str(allowed)
+    free = memory.available()
     return [
-        f"memory        {used} ({size(memory.available())} are free)",
+        f"memory        {used} ({'unknown' if free == memory.UNLIMITED else size(free)} are free)",
         f"descriptors   {opened} of {limit}",
     ]
 

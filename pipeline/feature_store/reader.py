@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 _BLOCK = 2 << 20  # bytes copied and checked at a time: they stay in the processor's cache between the two
 _MOST_NAMED = 8  # missing shards that are named one by one
 _THREADS = 4  # for a long read; copying and checksums release the GIL
+_BATCH = 1024  # rows; training reads no larger batches
 _LONG = _THREADS * _BLOCK  # bytes; for less, e.g. a training batch, threads would cost more than they gain
 
 
@@ -224,8 +225,8 @@ class FeatureSet:
                 expected one.
         """
         index = np.asarray(index, np.int64)
-        # The maps of a long read are not kept: it is hardly repeated, and may be of the whole set.
-        return self._read(index, keep=not self._is_long(len(index)))
+        # The maps of a long read are not kept: it is hardly repeated, and may be of the whole set. A training batch is.
+        return self._read(index, keep=len(index) <= _BATCH or not self._is_long(len(index)))
 
     def _is_long(self, rows: int) -> bool:
         return rows * self.manifest.content.row_bytes > _LONG

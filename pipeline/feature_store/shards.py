@@ -45,7 +45,7 @@ class Shards:
         self._path, self._manifest = path, manifest
         self._layouts: dict[int, tuple[_Identity, _Layout]] = {}
         self._maps: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self._pid = threading.Lock(), os.getpid()
 
     def __reduce__(self) -> tuple[type, tuple[Path, Manifest]]:
         """Pickle without maps and lock, so that a spawned data loader opens its own."""
@@ -57,6 +57,8 @@ class Shards:
         `keep` them for the next call, which then does not look at the file again; otherwise they are unmapped when the
         last array that refers to them is garbage-collected.
         """
+        if self._pid != os.getpid():  # a fork while another thread held the lock left it locked for ever
+            self._lock, self._pid = threading.Lock(), os.getpid()
         with self._lock:
             if shard in self._maps:
                 self._maps.move_to_end(shard)

@@ -56,7 +56,10 @@ class Checkpoint:
             if self.states is None or self.states.has_all(progress.state_rounds):
                 self._keep(name, progress)
                 return progress, found[1]["records"]
-            log.warning("%s lacks clients' states. Computing it again.", self._store.folder / name)
+            log.warning(
+                "%s lacks clients' states. The run starts over.",
+                self._store.folder / name,
+            )
         return None
 
     def remove(self) -> None:

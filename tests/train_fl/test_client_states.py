@@ -82,7 +82,7 @@ def test_checkpoint_without_its_states_is_not_used(tmp_path, caplog):
     found, records = second.load("cpu")
     assert (found.number, found.state_rounds, records) == (1, {0: 1}, {"rows": []})
     (tmp_path / "states" / "client-00000-round-00001.safetensors").unlink()
-    assert second.load("cpu") is None and "round-00001 lacks clients' states. Computing it again." in caplog.text
+    assert second.load("cpu") is None and "round-00001 lacks clients' states. The run starts over." in caplog.text
 
 
 def test_state_that_is_lost_during_a_run_ends_it(tmp_path):

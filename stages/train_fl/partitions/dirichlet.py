@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 _MAX_DRAWS = 10_000
 _MAX_SHARES = 2 * 10**9  # of a class and a client, in all draws: some minutes
-_FIRST_CHECKS, _DRAWS_PER_CHECK = (3, 10, 30), 100
+_FIRST_CHECKS, _DRAWS_PER_CHECK = (10, 30), 100
 _HOPELESS = 0.01  # expected number of partitions from all remaining draws
 _SILENT_SECONDS = 2.0
 
