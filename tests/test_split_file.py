@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from pipeline.data import images, split_file
+from pipeline.data import decode, images, split_file
 from pipeline.data.datasets import Source, write
 from pipeline.data.images import Block, Images, Skipped
 from pipeline.errors import DataError
@@ -110,9 +110,11 @@ def test_error_keeps_finished_work_and_the_old_data_set(tmp_path, expected):
     assert Recorded.read == []
 
 
-def test_changed_images_start_over(tmp_path, expected):
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "set", "ours", "made", source(stop_at=3, version="other"))
+@pytest.mark.parametrize("changed", ["images", "pillow-heif"])
+def test_changed_images_or_decoders_start_over(tmp_path, monkeypatch, expected, changed):
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as earlier:
+        earlier.setitem(decode.VERSIONS, changed, "another")
+        write(tmp_path / "set", "ours", "made", source(stop_at=3, version="other" if changed == "images" else "one"))
     Recorded.read = []
     assert contents(write(tmp_path / "set", "ours", "made", source())) == expected
     assert Recorded.read == [*range(32), *range(9)]

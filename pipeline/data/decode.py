@@ -13,18 +13,22 @@ import os
 from pathlib import Path
 
 import numpy as np
+import PIL
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
 from pipeline.data import image_hashes
 from pipeline.io.system_errors import refusal
 
 try:
-    from pillow_heif import register_heif_opener
+    import pillow_heif
 except ImportError:
     _HEIF_READABLE = False
 else:
-    register_heif_opener(thumbnails=False)
+    pillow_heif.register_heif_opener(thumbnails=False)
     _HEIF_READABLE = True
+
+VERSIONS = {"pillow": PIL.__version__, "pillow-heif": pillow_heif.__version__ if _HEIF_READABLE else None}
+"""Versions of the decoders, on which pixels depend, and which files are readable; None: not installed."""
 
 # Pillow rejects a PNG for a long text chunk (XMP) that it accepts in a JPEG. The sum of all chunks stays limited.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY

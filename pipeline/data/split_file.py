@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from pipeline import provenance
+from pipeline.data import decode
 from pipeline.data.images import BLOCK_BYTES, Block, Skipped, Split
 from pipeline.io.atomic import sync_to_disk
 from pipeline.io.resumable import ResumableStore
@@ -31,12 +32,15 @@ _VERSION = 1
 
 
 def journal_name(splits: Mapping[str, Split]) -> str | None:
-    """Return the name of the journal's folder, which changes if an image or its place does; None to keep no journal."""
+    """Return the name of the journal's folder; None to keep no journal.
+
+    It changes if an image, its place, or a decoder does: another decoder may read an image that is recorded as broken.
+    """
     images = {name: split.identity() for name, split in splits.items()}
     if None in images.values():
         return None
     sizes = {name: [len(split), split.image_size] for name, split in splits.items()}
-    key = provenance.fingerprint({"version": _VERSION, "images": images, "sizes": sizes})
+    key = provenance.fingerprint({"version": _VERSION, "decoders": decode.VERSIONS, "images": images, "sizes": sizes})
     return f"{_JOURNAL}-{key[:16]}"
 
 

@@ -100,6 +100,10 @@ class TableImages(EncodedImages):
                 wanted = positions[first:last] - start
                 yield from _images(self.root / self.files[number], self._columns[number], wanted)
 
+    def identity(self) -> str:
+        """Add the image columns to the files."""
+        return f"{super().identity()}\n{list(self._columns)!r}"
+
     def name(self, position: int) -> str:
         """Return the file's name and the row."""
         number = int(np.searchsorted(self._starts, position, side="right")) - 1

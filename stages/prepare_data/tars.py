@@ -9,6 +9,8 @@ a class.
 Headers are read once, to list the samples: 40 bytes per image stay in memory. Images are read in order by offset.
 """
 
+import hashlib
+import itertools
 import json
 import logging
 import os
@@ -70,7 +72,7 @@ class TarImages(EncodedImages):
         """Yield the bytes of the image files."""
         numbers = self._tars[positions]
         starts = np.flatnonzero(np.diff(numbers, prepend=-1))
-        for start, end in zip(starts, [*starts[1:], len(positions)], strict=True):
+        for start, end in itertools.pairwise([*starts, len(positions)]):  # none if there are no positions
             file = self.root / self.files[numbers[start]]
             with system_errors.reading(file), file.open("rb", buffering=0) as stream:
                 for _, offset, size in self._places[positions[start:end]].tolist():
@@ -78,6 +80,12 @@ class TarImages(EncodedImages):
                     if len(content) < size:
                         raise DataError(f"{file} is shorter than when its images were listed. {_GET_AGAIN}.")
                     yield content
+
+    def identity(self) -> str:
+        """Add a hash of the images' places, which the choice of a column changes, to the files."""
+        digest = hashlib.sha256(self._tars.data)
+        digest.update(self._places.data)
+        return f"{super().identity()}\n{digest.hexdigest()}"
 
     def name(self, position: int) -> str:
         """Return the tar's name and the member's."""

@@ -1,12 +1,15 @@
 """The same images as a tree of files, tars, Parquet and save_to_disk; and what the three formats have in common."""
 
 import json
+import logging
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipeline.data import decode, lazy_images
+from pipeline.data import datasets, decode, lazy_images, split_file
+from pipeline.data.datasets import PreparedDataset
 from pipeline.settings import config
 from stages.prepare_data import shard_files, shards, sources
 from stages.prepare_data.shards import EncodedImages
@@ -162,6 +165,49 @@ def test_few_large_images_wait_in_memory(tmp_path, monkeypatch, kind):
     train = sources.SOURCES[kind](tmp_path / "in", params).splits["train"]
     assert [len(block.rows) for block in train.blocks()] == [3, 3, 3]
     assert colours(next(train.blocks(start=7)).images) == [(8, 0, 0), (9, 0, 0)]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_kill_after_the_training_split(tmp_path, monkeypatch, caplog, kind):
+    images = [png(number) for number in range(1, 7)]
+    write(kind, tmp_path / "in", {"train": (images, [0, 1] * 3), "test": (images[:2], [0, 1])})
+    params = config.load(write_params(tmp_path, {"prepare_data.image_size": 8})).params.prepare_data
+    monkeypatch.setattr(split_file, "SECONDS_BETWEEN_SAVES", 0.0)
+
+    def written(stop=False):
+        source = sources.SOURCES[kind](tmp_path / "in", params)
+        if stop:
+            monkeypatch.setattr(source.splits["test"].reader, "read", interrupt)
+        return PreparedDataset(datasets.write(tmp_path / "set", "ours", kind, source))
+
+    def interrupt(item):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        written(stop=True)
+    caplog.set_level(logging.INFO)
+    assert colours(written().load("test").images) == [(1, 0, 0), (2, 0, 0)]
+    assert "train: continuing after 6 of 6 images" in caplog.text
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_another_image_column_has_another_identity(tmp_path, kind):
+    left, right = [png(1), png(2)], [png(3), png(4)]
+    if kind == "webdataset":
+        members = {"a.left.png": left[0], "a.right.png": right[0], "a.cls": "0"}
+        write_tar(tmp_path / "in" / "train.tar", members)
+    else:
+        both = table(left, [0, 1]).rename_columns(["left.png", "label"]).append_column("right.png", pa.array(right))
+        if kind == "parquet":
+            write_parquet(tmp_path / "in" / "train.parquet", both)
+        else:
+            write_arrow(tmp_path / "in", both)
+    identities = []
+    for column in ("left.png", "right.png", "left.png"):
+        keys = {"prepare_data.image_size": 8, "prepare_data.image_column": column}
+        params = config.load(write_params(tmp_path, keys)).params.prepare_data
+        identities.append(sources.SOURCES[kind](tmp_path / "in", params).splits["train"].identity())
+    assert identities[0] == identities[2] != identities[1]
 
 
 def test_changed_file_has_another_identity(tmp_path):
