@@ -11,6 +11,7 @@ from pipeline.errors import DataError
 from pipeline.io import system_errors
 from pipeline.text import printable
 
+_LARGEST = 2**63 - 1  # number that an array of labels holds
 _MOST_CLASSES = 32_767
 """The largest number of classes: a feature set numbers their prompts in 16 bits."""
 
@@ -25,7 +26,7 @@ class Labels:
         self.missing = 0
         self.first_missing = ""
         self._numbers = array("q")
-        self._counted = False  # whether some label is a number
+        self.counted = False  # whether some label is a number
 
     def __len__(self) -> int:
         """Number of images."""
@@ -48,10 +49,12 @@ class Labels:
             self.first_missing = self.first_missing or where
             self.missing += 1
         else:
-            self._counted = True
-        if self.names and self._counted:
-            problem = f"{self.title} has labels that are numbers and labels that are names ({where})"
-            raise DataError(f"{printable(problem)}. Use one of them for all images.")
+            self.counted = True
+            if label > _LARGEST:
+                problem = f"{self.title} has the label {str(label)[:60]}, which is too large for a class ({where})"
+                raise DataError(f"{printable(problem)}. Correct the labels.")
+        if self.names and self.counted:
+            raise _mixed(self.title, where)
         self._numbers.append(label)
 
 
@@ -68,13 +71,15 @@ def resolve(
         texts: Names of classes by number.
 
     Raises:
-        DataError: A label is missing, or beyond the known names.
+        DataError: A label is missing, or beyond the known names, or one split has names and the other numbers.
     """
     for labels in splits.values():
         if labels.missing:
             number = f"{labels.missing} images have" if labels.missing > 1 else "an image has"
             raise DataError(f"{title}: {number} no label, such as {labels.first_missing}. Add it, or leave them out.")
     if any(labels.names for labels in splits.values()):
+        if counted := [split for split, labels in splits.items() if labels.counted]:
+            raise _mixed(title, f"those of the {counted[0]} files are numbers")
         found = sorted({name for labels in splits.values() for name in labels.names})
         position = {name: number for number, name in enumerate(known or found)}
         if foreign := [name for name in found if name not in position]:
@@ -109,6 +114,11 @@ def read_names(folders: list[Path]) -> list[str] | None:
             raise DataError(f"{file} has an empty line. Write a class name per line, in the order of the labels.")
         return lines
     return None
+
+
+def _mixed(title: str, where: str) -> DataError:
+    problem = printable(f"{title} has labels that are numbers and labels that are names ({where})")
+    return DataError(f"{problem}. Use one of them for all images.")
 
 
 def _spaced(names: list[str]) -> list[str]:

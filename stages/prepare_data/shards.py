@@ -72,7 +72,8 @@ def read(
     competitions; else they are left out, and not listed. Without either, the test split is drawn by the seed.
 
     Raises:
-        DataError: A split has no images, a label is missing or beyond the names, or a file is damaged.
+        DataError: A split has no images, a label is missing or beyond the names, the splits' class names differ, or a
+            file is damaged.
     """
     train = "train" if "train" in shards.splits else "all"
     test = next((split for split in ("test", "validation") if split in shards.splits), None)
@@ -84,7 +85,11 @@ def read(
             del found[test]
             test = "validation"
             found[test] = _listing(shards, test, listed)
-    known = class_names or next((one.class_names for one in found.values() if one.class_names), None)
+    described = {split: one.class_names for split, one in found.items() if one.class_names}
+    if len(described) == 2 and described[train] != described[str(test)]:
+        problem = f"{shards.title}: the {test} files have other class names than the {train} files"
+        raise DataError(f"{problem}. Write both with the same ClassLabel.")
+    known = class_names or next(iter(described.values()), None)
     texts = {number: text for one in found.values() for number, text in one.texts.items()}
     names, labels = resolve(shards.title, {split: one.labels for split, one in found.items()}, known, texts)
     images = {split: LazyImages.of(one.images, labels[split]) for split, one in found.items()}

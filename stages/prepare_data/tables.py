@@ -248,6 +248,8 @@ class _Opened:
     def _explain(self, error: BaseException | None) -> None:
         import pyarrow as pa
 
+        if isinstance(error, UnicodeDecodeError):
+            raise DataError(f"{self._file} has a label that is not UTF-8. Write it as UTF-8.") from None
         if not isinstance(error, pa.ArrowException | OSError):
             return
         what = "Parquet" if self._file.name.lower().endswith(".parquet") else "Arrow"

@@ -77,6 +77,10 @@ def test_class_labels_come_before_other_columns(prepared):
          "prepare_data.image_column to one of: none."),
         (table(IMAGES[:2], [0, None]), {}, "an image has no label, such as "
          "train.parquet, row 1. Add it"),
+        (table(IMAGES[:1], [0]).set_column(1, "label", pa.array([2**63], pa.uint64())), {}, f"has the label {2**63}, "
+         "which is too large for a class (train.parquet, row 0). Correct the labels."),
+        (table(IMAGES[:1], [0]).set_column(1, "label", pa.array([b"\xff"]).view(pa.string())), {}, "train.parquet has "
+         "a label that is not UTF-8. Write it as UTF-8."),
         (table(IMAGES, LABELS).slice(0, 0), {}, "the train files (train.parquet, ...) have no images. Add some."),
     ],
 )  # fmt: skip
@@ -85,11 +89,18 @@ def test_wrong_tables(prepared, content, keys, message):
     assert result.exit_code == 1 and message in result.output and "Traceback" not in result.output
 
 
-def test_files_with_different_class_names(prepare, tmp_path):
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ("train-1.parquet", "train-1.parquet has other class names than train-0.parquet. Write both with the same Cl"),
+        ("test-0.parquet", "the test files have other class names than the train files. Write both with the same Cl"),
+    ],
+)
+def test_files_with_different_class_names(prepare, tmp_path, other, message):
     write_parquet(tmp_path / "in" / "train-0.parquet", table(IMAGES, LABELS, ["a", "b"]))
-    write_parquet(tmp_path / "in" / "train-1.parquet", table(IMAGES, LABELS, ["b", "a"]))
+    write_parquet(tmp_path / "in" / other, table(IMAGES, LABELS, ["b", "a"]))
     result = prepare(source="parquet", path=tmp_path / "in")
-    assert "train-1.parquet has other class names than train-0.parquet. Write both with the same Class" in result.output
+    assert result.exit_code == 1 and message in result.output
 
 
 def test_image_without_bytes_is_broken(prepared):

@@ -106,6 +106,8 @@ def test_image_column_chooses_among_several(prepared):
         ({"a.png": png(1), "a.jpg": png(1), "a.cls": "0"}, "the sample a has several images (png, jpg). Set prepare"),
         ({"a.png": png(1), "a.PNG": png(1)}, "the sample a has two files .png. Give every sample a key of its own."),
         ({"a.png": png(1), "a.cls": "0", "b.png": png(1), "b.cls": "x"}, "labels that are numbers and labels that are"),
+        ({"a.png": png(1), "a.cls": "x"}, "numbers and labels that are names (those of the test files are numbers)."),
+        (described(label=2**63), f"has the label {2**63}, which is too large for a class (train/0.tar/a). Cor"),
         ({"a.cls": "0"}, "0.tar has no images, only .cls. Set prepare_data.image_column to the ending of the images."),
         ({}, "0.tar has no images, no files. Remove it, or get it again."),
     ],
