@@ -21,7 +21,7 @@ TRAIN = ("train-fl", "--method", "fedavg", "--partition", "iid", "--seed", "0")
     [
         (TRAIN, "completed work is kept; run the command again to resume."),
         (("features", "list"), "run the command again to start over."),
-        (("prepare-data",), "completed work is kept; run the command again to resume."),
+        (("prepare-data",), "run the command again to start over."),  # its end says whether it keeps anything
         (("analyze-features",), "run the command again to start over."),
     ],
 )

@@ -12,7 +12,9 @@ import pytest
 from pipeline.data import decode, images, split_file
 from pipeline.data.datasets import Source, write
 from pipeline.data.images import Block, Images, Skipped
-from pipeline.errors import DataError
+from pipeline.errors import DataError, PipelineError
+from pipeline.io.atomic import KEPT
+from pipeline.sigterm import Terminated
 from tests.test_datasets import SIZE, make_images
 
 BROKEN = 6
@@ -144,11 +146,42 @@ def test_damaged_unfinished_file_is_repaired(tmp_path, expected, damage):
     assert Recorded.read[0] == kept and Recorded.read[-9:] == list(range(9))
 
 
-def test_short_write_keeps_no_journal(tmp_path, monkeypatch):
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, Terminated])
+def test_interrupt_saves_what_is_there(tmp_path, monkeypatch, expected, interrupt):
     monkeypatch.setattr(split_file, "SECONDS_BETWEEN_SAVES", 1000.0)
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "set", "ours", "made", source(stop_at=3))
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(interrupt) as caught:
+        write(tmp_path / "set", "ours", "made", source(stop_at=3, error=interrupt()))
+    assert caught.value.__notes__ == [KEPT]
+    Recorded.read = []
+    assert contents(write(tmp_path / "set", "ours", "made", source())) == expected
+    assert Recorded.read == [*range(15, 32), *range(9)]
+
+
+def test_interrupt_within_a_block_saves_the_blocks_before(tmp_path, monkeypatch, expected):
+    monkeypatch.setattr(split_file, "SECONDS_BETWEEN_SAVES", 1000.0)
+    add = split_file.SplitFile._add
+
+    def interrupted(self, rows, files, skipped):
+        add(self, rows, files, skipped)
+        if 16 in rows:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as once:
+        once.setattr(split_file.SplitFile, "_add", interrupted)
+        write(tmp_path / "set", "ours", "made", source())
+    Recorded.read = []
+    assert contents(write(tmp_path / "set", "ours", "made", source())) == expected
+    assert Recorded.read[0] == 15
+
+
+@pytest.mark.parametrize(
+    ("version", "stop_at", "error"), [("one", 3, OSError()), ("one", 0, KeyboardInterrupt()), (None, 3, Terminated())]
+)
+def test_short_write_keeps_no_journal(tmp_path, monkeypatch, version, stop_at, error):
+    monkeypatch.setattr(split_file, "SECONDS_BETWEEN_SAVES", 1000.0)
+    with pytest.raises((type(error), PipelineError)) as caught:
+        write(tmp_path / "set", "ours", "made", source(stop_at, error, version))
+    assert list(tmp_path.iterdir()) == [] and not hasattr(caught.value, "__notes__")
 
 
 def test_identity_of_image_files_follows_their_content(tmp_path):

@@ -24,6 +24,7 @@ import click
 from pipeline import __version__, project, threads
 from pipeline.cli.features import features
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.io.atomic import KEPT
 from pipeline.io.system_errors import in_words, remedy
 from pipeline.sigterm import Terminated, on_sigterm
 
@@ -109,8 +110,8 @@ class _Main(click.Group):
             raise click.ClickException(str(error)) from None
         except (KeyboardInterrupt, Terminated) as error:
             what, code = ("Stopped by SIGTERM", 143) if isinstance(error, Terminated) else ("\nInterrupted", 130)
-            then = _AFTER_INTERRUPT.get(ctx.invoked_subcommand or "", "run the command again to start over")
-            click.echo(f"{what}: {then}.", err=True)
+            resumes = ctx.invoked_subcommand in _RESUMING or KEPT in getattr(error, "__notes__", ())
+            click.echo(f"{what}: {KEPT if resumes else 'run the command again to start over'}.", err=True)
             raise click.exceptions.Exit(code) from None
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # torch's, of a GPU
@@ -126,10 +127,8 @@ class _Main(click.Group):
             raise click.ClickException(f"{what}. Completed work is kept. {remedy(error.errno or 0)}.") from None
 
 
-_AFTER_INTERRUPT = dict.fromkeys(
-    ("prepare-data", "prepare-backbone", "extract-features", "sweep-features", "synthesize", "train-fl", "preset"),
-    "completed work is kept; run the command again to resume",
-)
+_RESUMING = ("prepare-backbone", "extract-features", "sweep-features", "synthesize", "train-fl", "preset")
+"""Commands that resume whenever they were interrupted."""
 
 
 def _terminate() -> None:

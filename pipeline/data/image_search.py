@@ -55,7 +55,7 @@ class ImageSearch:
         Raise DataError if there are files and none is an image; empty folders are allowed, as a node may lack a class.
         """
         skipped: Counter[str] = Counter()
-        found = [path for folder in folders for path in _image_files(str(folder), skipped, frozenset())]
+        found = [path for folder in folders for path in _image_files(folder, skipped)]
         if not found and skipped:
             raise DataError(
                 f"{folders[0]} has no images (names that end in {', '.join(ENDINGS[:5])}, ...), only "
@@ -79,7 +79,7 @@ class ImageSearch:
 
 def has_images(folder: Path) -> bool:
     """Return whether a folder or one below it holds an image file."""
-    return next(_image_files(str(folder), Counter(), frozenset()), None) is not None
+    return next(_image_files(folder, Counter()), None) is not None
 
 
 def count_images(folder: Path) -> int:
@@ -98,8 +98,25 @@ def subfolders(folder: Path) -> list[str]:
     return sorted(names, key=lambda name: (canonical(name), name))
 
 
-def _image_files(directory: str, skipped: Counter[str], above: frozenset[tuple[int, int]]) -> Iterator[str]:
-    """Yield image files in and below a folder, following links except into a folder `above` it (device, inode)."""
+def files_below(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """Yield the files in and below a folder, without leftovers of systems, following links except into a folder above.
+
+    Raise DataError if a folder cannot be read, or SystemRefusal if the system refuses to.
+    """
+    return _files_below(str(folder), frozenset())
+
+
+def _image_files(folder: Path, skipped: Counter[str]) -> Iterator[str]:
+    """Yield the image files in and below a folder, and count the others."""
+    for entry in files_below(folder):
+        if entry.name.lower().endswith(ENDINGS):
+            yield entry.path
+        else:
+            skipped[ending(entry.name)] += 1
+
+
+def _files_below(directory: str, above: frozenset[tuple[int, int]]) -> Iterator[os.DirEntry[str]]:
+    """Yield the files in and below a folder; `above` are the device and inode of each folder above it."""
     entries = _entries(directory)
     try:
         status = os.stat(directory)
@@ -110,11 +127,9 @@ def _image_files(directory: str, skipped: Counter[str], above: frozenset[tuple[i
         return
     for entry in entries:
         if _is_folder(entry):
-            yield from _image_files(entry.path, skipped, above | {here})
-        elif entry.name.lower().endswith(ENDINGS):
-            yield entry.path
+            yield from _files_below(entry.path, above | {here})
         else:
-            skipped[ending(entry.name)] += 1
+            yield entry
 
 
 def _entries(directory: str) -> list[os.DirEntry[str]]:

@@ -1,10 +1,10 @@
 """Write the HDF5 file of a split so that an interrupted process continues where it was.
 
 Pixels are most of the bytes and of the work. They go to a fixed place in the file, past HDF5's own head, so a kill
-cannot damage what was written before. A journal (a `ResumableStore` beside the file) says every half minute how far the
-pixels are on the disk: the rows that they come from, the broken images, and the SHA-256 of all pixels up to there. The
-next process compares this hash with the file, and reads the images that follow. Labels are added when all pixels are
-written. Equal images give equal bytes, interrupted or not.
+cannot damage what was written before. A journal (a `ResumableStore` beside the file) says every half minute, and on
+Ctrl+C or SIGTERM, how far the pixels are on the disk: the rows that they come from, the broken images, and the SHA-256
+of all pixels up to there. The next process compares this hash with the file, and reads the images that follow. Labels
+are added when all pixels are written. Equal images give equal bytes, interrupted or not.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -23,6 +24,7 @@ from pipeline.data import decode
 from pipeline.data.images import BLOCK_BYTES, Block, Skipped, Split
 from pipeline.io.atomic import sync_to_disk
 from pipeline.io.resumable import ResumableStore
+from pipeline.sigterm import Terminated
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,16 @@ def journal_name(splits: Mapping[str, Split]) -> str | None:
     return f"{_JOURNAL}-{key[:16]}"
 
 
+class _Point(NamedTuple):
+    """How far a file is: the lengths of its lists, the row that comes next, and the hash of all pixels."""
+
+    rows: int
+    files: int
+    skipped: int
+    next: int
+    sha256: str
+
+
 class SplitFile:
     """The file of one split; `rows`, `files` and `skipped` are of the images that were read so far."""
 
@@ -55,23 +67,26 @@ class SplitFile:
         self._rows: list[np.ndarray] = [np.empty(0, np.int64)]
         self._files: list[np.ndarray] = []
         self._written = 0
-        self._saves = 0
+        self._saves = [self._point(0)]  # a point per unit of the journal, after the start
         self._offset = _put_head(file, len(content), content.image_size)
         self._pixels = os.open(file, os.O_RDWR)
-        self._next = self._resume() if journal else 0
-        self._unsaved = len(self._rows), len(self._files), len(self.skipped)
+        self._done = self._resume() if journal else self._saves[0]
 
     def write_images(self) -> None:
-        """Read all images that are missing, and write them."""
+        """Read all images that are missing, and write them; an interrupt saves what is there."""
         try:
             saved = time.monotonic()
-            for block in self._content.blocks(self._next):
+            for block in self._content.blocks(self._done.next):
                 self._append(block)
                 if self._journal and time.monotonic() - saved >= SECONDS_BETWEEN_SAVES:
                     self._save()
                     saved = time.monotonic()
-            if self._saves:  # a split that took long is not read again while the other one is
+            if len(self._saves) > 1:  # a split that took long is not read again while the other one is
                 self._save()
+        except (KeyboardInterrupt, Terminated):
+            if self._journal and self._done != self._saves[-1]:
+                self._save()
+            raise
         finally:
             os.close(self._pixels)
 
@@ -96,7 +111,12 @@ class SplitFile:
         self._write(pixels.data)
         self.digest.update(pixels.data)
         self._add(block.rows, block.files, block.skipped)
-        self._next += len(block.rows) + len(block.skipped)
+        # In one step, for an interrupt may come between any two.
+        self._done = self._point(self._done.next + len(block.rows) + len(block.skipped))
+
+    def _point(self, following: int) -> _Point:
+        counts = len(self._rows), len(self._files), len(self.skipped)
+        return _Point(*counts, following, self.digest.hexdigest())
 
     def _add(self, rows: np.ndarray, files: np.ndarray | None, skipped: list[Skipped]) -> None:
         self._rows.append(rows)
@@ -119,40 +139,36 @@ class SplitFile:
         """Record what was written since the last save."""
         assert self._journal is not None
         os.fsync(self._pixels)
-        rows, files, skipped = self._unsaved
-        tensors = {"rows": torch.from_numpy(np.concatenate([np.empty(0, np.int64), *self._rows[rows:]]))}
-        if self._files:
-            hashes = np.concatenate([np.empty(0, np.uint64), *self._files[files:]])
+        start, end = self._saves[-1], self._done
+        rows = np.concatenate([np.empty(0, np.int64), *self._rows[start.rows : end.rows]])
+        tensors = {"rows": torch.from_numpy(rows)}
+        if end.files:
+            hashes = np.concatenate([np.empty(0, np.uint64), *self._files[start.files : end.files]])
             tensors["files"] = torch.from_numpy(hashes.view(np.int64))
-        meta = {
-            "next": self._next,
-            "skipped": [vars(image) for image in self.skipped[skipped:]],
-            "sha256": self.digest.hexdigest(),
-        }
-        self._journal.save(self._unit(self._saves), tensors, meta)
-        self._saves += 1
-        self._unsaved = len(self._rows), len(self._files), len(self.skipped)
+        skipped = [vars(image) for image in self.skipped[start.skipped : end.skipped]]
+        meta = {"next": end.next, "skipped": skipped, "sha256": end.sha256}
+        self._journal.save(self._unit, tensors, meta)
+        self._saves.append(end)
 
-    def _resume(self) -> int:
-        """Take over what the journal records and the file holds, and return the row that comes next."""
+    def _resume(self) -> _Point:
+        """Take over what the journal records and the file holds, and return how far that is."""
         assert self._journal is not None
-        following = 0
-        while (unit := self._journal.load(self._unit(self._saves))) is not None:
+        while (unit := self._journal.load(self._unit)) is not None:
             tensors, meta = unit
             digest = self.digest.copy()
             for pixels in self._stored(len(tensors["rows"])):
                 digest.update(pixels)
             if digest.hexdigest() != meta["sha256"]:
                 log.warning("%s differs from its journal. Its last images are read again", self.file)
-                self._journal.discard(name for name in self._journal.names() if name >= self._unit(self._saves))
+                self._journal.discard(name for name in self._journal.names() if name >= self._unit)
                 break
             files = tensors["files"].numpy().view(np.uint64) if "files" in tensors else None
             self._add(tensors["rows"].numpy(), files, [Skipped(**image) for image in meta["skipped"]])
-            self.digest, following = digest, meta["next"]
-            self._saves += 1
-        if following:
+            self.digest = digest
+            self._saves.append(self._point(meta["next"]))
+        if following := self._saves[-1].next:
             log.info("%s: continuing after %d of %d images", self.file.stem, following, len(self._content))
-        return following
+        return self._saves[-1]
 
     def _stored(self, count: int) -> Iterator[bytes]:
         """Yield the pixels of the next images in the file."""
@@ -162,8 +178,9 @@ class SplitFile:
             yield pixels
             place += len(pixels)
 
-    def _unit(self, number: int) -> str:
-        return f"{self.file.stem}-{number:06d}"
+    @property
+    def _unit(self) -> str:
+        return f"{self.file.stem}-{len(self._saves) - 1:06d}"
 
 
 def _put_head(file: Path, count: int, size: int) -> int:

@@ -19,6 +19,9 @@ from safetensors import SafetensorError
 from pipeline.io import locks
 from pipeline.io.system_errors import error_number, unwritten
 
+KEPT = "completed work is kept; run the command again to resume"
+"""What an interrupted command says if it can resume."""
+
 
 @contextlib.contextmanager
 def replace_file(path: Path, sync: bool = True) -> Iterator[Path]:
@@ -57,8 +60,8 @@ def replace_folder(path: Path, journal: str | None = None) -> Iterator[Path]:
     Args:
         path: The folder.
         journal: Name of a folder in the staging folder that records finished work, and so must be keyed by everything
-            that determines it. As soon as it exists, the staging folder is kept on error, and yielded as it is to the
-            next process that names the same journal. `path` gets no journal.
+            that determines it. As soon as it exists, the staging folder is kept on error, which gets the note
+            `KEPT`, and yielded as it is to the next process that names the same journal. `path` gets no journal.
 
     Raises:
         PipelineError: Another process is writing `path`, or a write failed. The previous folder is kept.
@@ -79,7 +82,9 @@ def replace_folder(path: Path, journal: str | None = None) -> Iterator[Path]:
             staging.replace(path)
             sync_to_disk(path.parent)
         except BaseException as error:
-            if not _has_journal(staging, journal):
+            if _has_journal(staging, journal):
+                error.add_note(KEPT)
+            else:
                 shutil.rmtree(staging, ignore_errors=True)
             if _is_write_error(error):
                 raise unwritten(path, error) from error

@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
-from pipeline.data.file_names import canonical, is_leftover, some
+from pipeline.data.file_names import canonical, some
+from pipeline.data.image_search import files_below
 from pipeline.data.split_folders import SPLIT_OF_WORD
 from pipeline.errors import DataError
 from pipeline.io import system_errors
@@ -143,15 +144,8 @@ def _matching(path: Path) -> tuple[Path, list[str]]:
 
 
 def _below(folder: Path, endings: tuple[str, ...]) -> list[str]:
-    found = []
-    for entry in system_errors.entries(folder):
-        if is_leftover(entry.name):
-            continue
-        if entry.is_dir():
-            found += [f"{entry.name}/{name}" for name in _below(entry, endings)]
-        elif entry.name.lower().endswith(endings):
-            found.append(entry.name)
-    return _ordered(found)
+    files = (Path(entry.path) for entry in files_below(folder) if entry.name.lower().endswith(endings))
+    return _ordered(file.relative_to(folder).as_posix() for file in files)
 
 
 def _ordered(names: Iterable[str]) -> list[str]:

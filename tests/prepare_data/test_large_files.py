@@ -1,15 +1,13 @@
 """The same images as a tree of files, tars, Parquet and save_to_disk; and what the three formats have in common."""
 
 import json
-import logging
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipeline.data import datasets, decode, lazy_images, split_file
-from pipeline.data.datasets import PreparedDataset
+from pipeline.data import decode, lazy_images, split_file
 from pipeline.settings import config
 from stages.prepare_data import shard_files, shards, sources
 from stages.prepare_data.shards import EncodedImages
@@ -168,26 +166,23 @@ def test_few_large_images_wait_in_memory(tmp_path, monkeypatch, kind):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_kill_after_the_training_split(tmp_path, monkeypatch, caplog, kind):
-    images = [png(number) for number in range(1, 7)]
-    write(kind, tmp_path / "in", {"train": (images, [0, 1] * 3), "test": (images[:2], [0, 1])})
-    params = config.load(write_params(tmp_path, {"prepare_data.image_size": 8})).params.prepare_data
+def test_interrupt_in_the_test_split(prepare, tmp_path, monkeypatch, kind):
+    path = write(kind, tmp_path / "in", {"train": ([png(1), png(2)], [0, 1]), "test": ([png(3), png(4)], [0, 1])})
     monkeypatch.setattr(split_file, "SECONDS_BETWEEN_SAVES", 0.0)
 
-    def written(stop=False):
-        source = sources.SOURCES[kind](tmp_path / "in", params)
-        if stop:
-            monkeypatch.setattr(source.splits["test"].reader, "read", interrupt)
-        return PreparedDataset(datasets.write(tmp_path / "set", "ours", kind, source))
+    def interrupted(content, *arguments):
+        if content == png(3):
+            raise KeyboardInterrupt
+        return decode.decode_hashed(content, *arguments)
 
-    def interrupt(item):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        written(stop=True)
-    caplog.set_level(logging.INFO)
-    assert colours(written().load("test").images) == [(1, 0, 0), (2, 0, 0)]
-    assert "train: continuing after 6 of 6 images" in caplog.text
+    with monkeypatch.context() as once:
+        once.setattr(shards, "decode_hashed", interrupted)
+        result = prepare(source=kind, path=path)
+    assert result.exit_code == 130
+    assert "Interrupted: completed work is kept; run the command again to resume." in result.output
+    result = prepare(source=kind, path=path)
+    assert "train: continuing after 2 of 2 images" in result.output
+    assert colours(result.dataset.load("test").images) == [(3, 0, 0), (4, 0, 0)]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -274,6 +269,17 @@ def test_pattern_chooses_files_and_names_a_missing_one(prepare, tmp_path):
     assert result.exit_code == 1 and "train/03.tar does not exist. Get it, or change prepare_data.path" in result.output
     result = prepare(source="webdataset", path=tmp_path / "train" / "*.taz")
     assert result.exit_code == 1 and "No file matches" in result.output
+
+
+@pytest.mark.parametrize("source", ["webdataset", "parquet"])
+def test_link_to_a_folder_above_is_not_followed(tmp_path, source):
+    ending = {"webdataset": ".tar", "parquet": ".parquet"}[source]
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    (tmp_path / "in" / "a" / f"x{ending}").touch()
+    (tmp_path / "in" / "a" / "loop").symlink_to(".")
+    (tmp_path / "in" / "b").symlink_to("a")
+    (tmp_path / "in" / "itself").symlink_to("itself")
+    assert shard_files.find(tmp_path / "in", (ending,))[1] == [f"a/x{ending}", f"b/x{ending}"]
 
 
 @pytest.mark.parametrize(
