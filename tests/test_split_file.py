@@ -193,4 +193,16 @@ def test_identity_of_image_files_follows_their_content(tmp_path):
     first = files.identity()
     assert files.identity() == first != files.take(np.array([1, 0])).identity()
     (tmp_path / "b").write_bytes(b"other")
-    assert files.identity() != first
+    assert LazyImages.of(ImageFiles(tmp_path, ["a", "b"], 8), np.zeros(2, np.int64)).identity() != first
+
+
+def test_files_of_drawn_splits_are_looked_up_once(tmp_path, monkeypatch):
+    from pipeline.data import lazy_images
+
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"one")
+    looked_up, state_of = [], lazy_images.state_of
+    monkeypatch.setattr(lazy_images, "state_of", lambda path: looked_up.append(path.name) or state_of(path))
+    files = lazy_images.LazyImages.of(lazy_images.ImageFiles(tmp_path, ["a", "b"], 8), np.zeros(2, np.int64))
+    split_file.journal_name({"train": files.take(np.array([0])), "test": files.take(np.array([1]))})
+    assert looked_up == ["a", "b"]

@@ -4,6 +4,7 @@ Pillow releases Python's global lock while it decodes and resizes, so threads us
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import unicodedata
@@ -72,7 +73,11 @@ class ImageFiles:
         return unicodedata.normalize("NFC", os.fsencode(self.paths[position]).decode("utf-8", "backslashreplace"))
 
     def identity(self) -> str:
-        """Return a hash of the paths, and of each file's size and time of change."""
+        """Return a hash of the paths, and of each file's size and time of change when it is first asked for."""
+        return self._identity
+
+    @functools.cached_property
+    def _identity(self) -> str:  # cached for splits that are drawn from the same images
         digest = hashlib.sha256(os.fsencode(self.root) + b" %d" % self.rows_cut)
         for path in self.paths:
             digest.update(b"\0" + os.fsencode(path) + state_of(self.root / path))

@@ -27,7 +27,8 @@ _LFS_POINTER = b"version https://git-lfs"
 def find(path: Path, endings: tuple[str, ...]) -> tuple[Path, list[str]]:
     """Return the files with these endings that a path names: a folder and all below, one file, or a pattern of files.
 
-    A pattern has *, ? and [] as in a shell, and braces: {train,val}, {000..146}.
+    A pattern has *, ? and [] as in a shell, and braces: {train,val}, {000..146}. The folders above that exist are taken
+    as they are, whatever marks are in their names.
 
     Returns:
         The folder that holds all files, and their names relative to it, with "/", sorted.
@@ -36,7 +37,7 @@ def find(path: Path, endings: tuple[str, ...]) -> tuple[Path, list[str]]:
         DataError: There are none, a file of a pattern with braces is missing, or a file is a pointer of git-lfs.
     """
     status = system_errors.status(path)
-    if status is None and is_pattern(path.name if path.parent.is_dir() else str(path)):
+    if status is None and is_pattern(_below_existing(path)[1]):
         root, names = _matching(path)
     elif status is None:
         raise DataError(f"{path} does not exist. Set prepare_data.path to a folder, or a pattern of files.")
@@ -64,15 +65,18 @@ def expanded(pattern: str) -> list[str]:
     found = _BRACES.search(pattern)
     if found is None:
         return [pattern]
+    rests = expanded(pattern[found.end() :])
+    words: Iterable[str]
     if limits := _RANGE.fullmatch(found[1]):
         first, last = int(limits[1]), int(limits[2])
-        if abs(last - first) >= _MOST_FILES:
-            raise DataError(f"{pattern}: the range {found[0]} has more than {_MOST_FILES:,} files. Correct it.")
+        count = last - first + 1
         width = len(limits[1]) if limits[1].startswith("0") or len(limits[1]) == len(limits[2]) else 0
-        words = [f"{number:0{width}d}" for number in range(first, last + 1)]
+        words = (f"{number:0{width}d}" for number in range(first, last + 1))
     else:
         words = found[1].split(",")
-    rests = expanded(pattern[found.end() :])
+        count = len(words)
+    if count * len(rests) > _MOST_FILES:
+        raise DataError(f"The pattern {pattern} names more than {_MOST_FILES:,} files. Correct its braces.")
     return [pattern[: found.start()] + word + rest for word, rest in itertools.product(words, rests)]
 
 
@@ -132,15 +136,25 @@ def _split_of(title: str, name: str) -> tuple[str, str]:
 
 def _matching(path: Path) -> tuple[Path, list[str]]:
     found: list[str] = []
-    for pattern in expanded(str(path)):
-        files = sorted(glob.glob(pattern, recursive=True)) if is_pattern(pattern) else [pattern]
-        if not is_pattern(pattern) and system_errors.status(Path(pattern)) is None:
-            raise DataError(f"{pattern} does not exist. Get it, or change prepare_data.path, which names it.")
+    folder, written = _below_existing(path)
+    for pattern in expanded(written):
+        if is_pattern(pattern):
+            files = sorted(glob.glob(os.path.join(glob.escape(str(folder)), pattern), recursive=True))
+        elif system_errors.status(folder / pattern) is None:
+            raise DataError(f"{folder / pattern} does not exist. Get it, or change prepare_data.path, which names it.")
+        else:
+            files = [str(folder / pattern)]
         found += [file for file in files if os.path.isfile(file)]
     if not found:
         raise DataError(f"No file matches {path}. Correct prepare_data.path.")
     root = Path(os.path.commonpath([os.path.dirname(file) for file in found]))
     return root, _ordered(Path(file).relative_to(root).as_posix() for file in set(found))
+
+
+def _below_existing(path: Path) -> tuple[Path, str]:
+    """Return the nearest folder above a path that exists, and the rest of the path."""
+    folder = next(parent for parent in path.parents if parent.is_dir())
+    return folder, str(path.relative_to(folder))
 
 
 def _below(folder: Path, endings: tuple[str, ...]) -> list[str]:

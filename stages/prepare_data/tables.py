@@ -215,6 +215,13 @@ def _is_text(kind: "pyarrow.DataType") -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
+def _has_dictionary(kind: "pyarrow.DataType") -> bool:
+    import pyarrow as pa
+
+    inner = (kind.field(number).type for number in range(kind.num_fields))
+    return pa.types.is_dictionary(kind) or any(map(_has_dictionary, inner))
+
+
 def _features(schema: "pyarrow.Schema") -> dict[str, dict[str, Any]]:
     """Return the description of the columns that Hugging Face's libraries keep in the metadata; {} without."""
     try:
@@ -249,7 +256,9 @@ class _Opened:
         import pyarrow as pa
 
         if isinstance(error, UnicodeDecodeError):
-            raise DataError(f"{self._file} has a label that is not UTF-8. Write it as UTF-8.") from None
+            raise DataError(
+                f"{self._file} has labels or column names that are not UTF-8. Write them as UTF-8."
+            ) from None
         if not isinstance(error, pa.ArrowException | OSError):
             return
         what = "Parquet" if self._file.name.lower().endswith(".parquet") else "Arrow"
@@ -306,6 +315,10 @@ class ArrowTable:
         self.group_rows: list[int] = []
         with pa.memory_map(self._path) as mapped, pa.ipc.open_stream(mapped) as stream:
             self.schema = stream.schema
+            if encoded := [field.name for field in self.schema if _has_dictionary(field.type)]:
+                problem = printable(f"{file} has dictionary columns ({first_few(encoded)}), which are not read")
+                advice = "Remove them, or give them the type of their values, and save the data set again"
+                raise DataError(f"{problem}. {advice}.")
             while True:
                 place = mapped.tell()
                 try:

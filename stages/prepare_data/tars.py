@@ -192,7 +192,7 @@ def _samples(file: Path, stream: IO[bytes]) -> Iterator[_Sample]:
         folder, _, base = member.name.rpartition("/")
         key, _, field = base.partition(".")
         field = field.lower()
-        if not key or not field or _META.match(member.name) or member.type not in _REGULAR or member.issparse():
+        if not key or not field or _META.match(member.name) or not _is_plain(member):
             continue
         key = f"{folder}/{key}" if folder else key
         if sample is None or sample.key != key:
@@ -206,6 +206,11 @@ def _samples(file: Path, stream: IO[bytes]) -> Iterator[_Sample]:
         yield sample
 
 
+def _is_plain(member: tarfile.TarInfo) -> bool:
+    """Return whether the tar has as many bytes of the member as its size says."""
+    return member.type in _REGULAR and not member.issparse()
+
+
 def _members(file: Path, stream: IO[bytes]) -> Iterator[tarfile.TarInfo]:
     """Yield the members of a tar, which must be complete: its end has a mark."""
     size = os.fstat(stream.fileno()).st_size
@@ -213,7 +218,7 @@ def _members(file: Path, stream: IO[bytes]) -> Iterator[tarfile.TarInfo]:
         with tarfile.open(fileobj=stream, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # they would grow with the tar
-                if member.offset_data + member.size > size:
+                if _is_plain(member) and member.offset_data + member.size > size:
                     raise DataError(f"{file} is truncated in {printable(member.name)}. {_GET_AGAIN}.")
                 yield member
             end = tar.offset

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from pipeline.data import decode, lazy_images, split_file
+from pipeline.errors import DataError
 from pipeline.settings import config
 from stages.prepare_data import shard_files, shards, sources
 from stages.prepare_data.shards import EncodedImages
@@ -223,6 +224,21 @@ def test_changed_file_has_another_identity(tmp_path):
 )  # fmt: skip
 def test_braces_are_written_out(pattern, expected):
     assert shard_files.expanded(pattern) == expected
+
+
+@pytest.mark.parametrize("pattern", ["{0..1000000}.tar", "{0..1000}-{1..1000}.tar"])
+def test_too_many_files_of_a_pattern(pattern):
+    with pytest.raises(DataError, match=r"names more than 1,000,000 files. Correct its braces."):
+        shard_files.expanded(pattern)
+
+
+@pytest.mark.parametrize("pattern", ["train-*.tar", "train-{0..1}.tar", "?rain-0.tar", "*/train-[01].tar"])
+def test_folders_that_exist_are_no_patterns(tmp_path, pattern):
+    path = write_tar(tmp_path / "[x]{y}" / "z" / "train-0.tar", {})
+    write_tar(path.with_name("train-1.tar"), {})
+    start = tmp_path / "[x]{y}" if "/" in pattern else path.parent
+    expected = ["train-0.tar"] if pattern.startswith("?") else ["train-0.tar", "train-1.tar"]
+    assert shard_files.find(start / pattern, (".tar",)) == (path.parent, expected)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_class_labels_come_before_other_columns(prepared):
         (table(IMAGES[:1], [0]).set_column(1, "label", pa.array([2**63], pa.uint64())), {}, f"has the label {2**63}, "
          "which is too large for a class (train.parquet, row 0). Correct the labels."),
         (table(IMAGES[:1], [0]).set_column(1, "label", pa.array([b"\xff"]).view(pa.string())), {}, "train.parquet has "
-         "a label that is not UTF-8. Write it as UTF-8."),
+         "labels or column names that are not UTF-8. Write them as UTF-8."),
         (table(IMAGES, LABELS).slice(0, 0), {}, "the train files (train.parquet, ...) have no images. Add some."),
     ],
 )  # fmt: skip
@@ -143,6 +143,14 @@ def test_arrow_that_points_outside_of_itself_is_refused(prepare, tmp_path):
     file.write_bytes(content.replace(offsets, offsets[:8] + b"\xff\xff\xff\x7f"))
     result = prepare(source="hf-dataset", path=tmp_path / "in")
     assert result.exit_code == 1 and "data-00000-of-00002.arrow is not a complete Arrow file (" in result.output
+
+
+@pytest.mark.parametrize("kind", [pa.dictionary(pa.int8(), pa.string()), pa.list_(pa.dictionary(pa.int8(), pa.int8()))])
+def test_dictionary_columns_of_arrow_are_refused(prepare, tmp_path, kind):
+    made = table(IMAGES, LABELS).append_column("kind", pa.nulls(10, kind))
+    result = prepare(source="hf-dataset", path=write_arrow(tmp_path / "in", made))
+    assert result.exit_code == 1
+    assert "data-00000-of-00002.arrow has dictionary columns (kind), which are not read. Remove" in result.output
 
 
 def test_missing_pyarrow(prepare, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tarfile
 
 import pytest
 
@@ -158,9 +159,16 @@ def test_compressed_tar(prepare, tmp_path):
     assert result.exit_code == 1 and "0.tar.gz does not end in .tar. Decompress it." in result.output
 
 
-def test_long_names_of_pax_and_gnu(prepare, tmp_path):
-    import tarfile
+def test_sparse_member_is_skipped(prepare, tmp_path):
+    path = write_tar(tmp_path / "0.tar", samples([0, 1]))
+    with tarfile.open(path, "a", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("s000.bin")
+        info.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": "1000000"}  # a hole larger than the tar
+        tar.addfile(info)
+    assert prepare(source="webdataset", path=path).exit_code == 0
 
+
+def test_long_names_of_pax_and_gnu(prepare, tmp_path):
     for kind in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
         long = "ö" * 120
         members = {f"{long}/a.png": b"404", f"{long}/a.cls": "0", "b.png": png(5), "b.cls": "0"}
