@@ -4,8 +4,8 @@ Every dimension has a scale of its own, symmetric around its mean on the basis i
 
     stored = round((value - mean) / step), from -127 to 127;  step = 12 standard deviations / 127
 
-Twelve standard deviations hold more than 99.99 % of the representations under other prompts, which lie further out than
-those of the basis images; the rest is clipped. The error is about that of computing in bfloat16 (docs/scale.md).
+Twelve standard deviations, because representations under other prompts lie further out than those of the basis images,
+whose scale this is; what lies beyond is clipped. What it costs is measured in docs/scale.md.
 """
 
 import numpy as np
