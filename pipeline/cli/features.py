@@ -253,13 +253,17 @@ def _card(manifest: "Manifest") -> list[tuple[str, str]]:
     layers = ", ".join(f"{name} (columns {low} to {high - 1})" for name, (low, high) in content.layers.items())
     shards, total = manifest.plan.num_shards, size(sum(entry.bytes for entry in manifest.files))
     packages = ", ".join(f"{name} {version}" for name, version in made.get("packages", {}).items())
-    basis = f"PCA fitted on {content.basis_images} images" if content.basis_images else f"given, {content.basis_sha256}"
+    fitted = min(content.basis_images or 0, manifest.rows)
+    basis = f"PCA fitted on {fitted} images" if fitted else f"given, {content.basis_sha256}"
     return [
         ("fingerprint", manifest.fingerprint),
         ("data set", f"{made.get('dataset')}, {manifest.rows:,} training images, hash {content.dataset_hash[:12]}"),
         ("classes", _short(content.class_names)),
         ("backbone", model),
-        ("computed", f"at timestep {content.timestep}, {content.image_size} px, in {content.dtype}"),
+        (
+            "computed",
+            f"at timestep {content.timestep}, {content.image_size} px, in {content.dtype}; stored as {content.storage}",
+        ),
         ("layers", layers),
         ("basis", basis),
         ("prompts", f"{manifest.prompts_per_image} per image, of {texts}"),

@@ -13,6 +13,7 @@ from pipeline.data.images import Origin, Source, draw_test
 from pipeline.data.lazy_images import LazyImages, Reader, state_of
 from pipeline.errors import DataError
 from pipeline.progress import track
+from pipeline.text import first_few
 from stages.prepare_data.labels import Labels, resolve
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,8 @@ def _listing(shards: Shards, split: str, listed: Callable[[str, Sequence[str]], 
     shards.fetch(files)
     listing = listed(split, files)
     if not len(listing.labels):
-        raise DataError(f"{shards.title}: the {split} files ({files[0]}, ...) have no images. Add some.")
+        which = "files" if split == "all" else f"{split} files"
+        raise DataError(f"{shards.title}: the {which} ({first_few(files, 1)}) have no images. Add some.")
     return listing
 
 

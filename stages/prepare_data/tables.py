@@ -187,7 +187,10 @@ def _choose_columns(file: Path, schema: "pyarrow.Schema", params: PrepareData) -
 def _one(file: Path, what: str, chosen: str | None, possible: list[str], guesses: list[list[str]]) -> str:
     """Return the chosen column, or the one of the first guess that has any."""
     setting = f"prepare_data.{what}_column"
-    there = first_few([printable(name) for name in possible], 8) or "none"
+    there = first_few([printable(name) for name in possible], 8)
+    if not possible:
+        wanted = "embedded images" if what == "image" else "names or whole numbers, which labels are"
+        raise DataError(f"{file} has no column of {wanted}. Add one.")
     if chosen is not None:
         if chosen not in possible:
             raise DataError(f"{file} has no {what} column {chosen}. Set {setting} to one of: {there}.")

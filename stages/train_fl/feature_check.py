@@ -22,7 +22,7 @@ from pipeline.settings.params import Guidance
 
 _IMAGES_CHECKED = 16
 _OR_EXTRACT = "or run `pipeline extract-features --overwrite`."
-_COMPARED = ("timestep", "image_size", "denoise_prompt", "negatives", "noise_seed", "dtype")
+_COMPARED = ("timestep", "image_size", "denoise_prompt", "negatives", "noise_seed", "dtype", "storage")
 _FILES = {"class": "class_prompts", "self-supervised": "negative_words"}  # the setting that names a file of texts
 
 

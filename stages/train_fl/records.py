@@ -140,3 +140,4 @@ def write_weights(path: Path, weights: Weights) -> None:
     """Write model.safetensors to folder `path`."""
     with atomic.replace_file(path / "model.safetensors") as temporary:
         save_file({name: value.cpu().contiguous() for name, value in weights.items()}, temporary)
+        temporary.chmod(path.stat().st_mode & 0o666)  # safetensors lets nobody else read it

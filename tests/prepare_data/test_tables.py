@@ -73,15 +73,16 @@ def test_class_labels_come_before_other_columns(prepared):
          "one of: label."),
         (pa.table({"image": pa.array(IMAGES), "n": LABELS}), {}, "has no column that is known to be the label. Set "
          "prepare_data.label_column to one of: n."),
-        (pa.table({"label": LABELS}), {}, "has no column that is known to be the image. Set "
-         "prepare_data.image_column to one of: none."),
+        (pa.table({"label": LABELS}), {}, "has no column of embedded images. Add one."),
+        (pa.table({"image": pa.array(IMAGES), "score": [0.5] * len(IMAGES)}), {}, "has no column of names or whole "
+         "numbers, which labels are. Add one."),
         (table(IMAGES[:2], [0, None]), {}, "an image has no label, such as "
          "train.parquet, row 1. Add it"),
         (table(IMAGES[:1], [0]).set_column(1, "label", pa.array([2**63], pa.uint64())), {}, f"has the label {2**63}, "
          "which is too large for a class (train.parquet, row 0). Correct the labels."),
         (table(IMAGES[:1], [0]).set_column(1, "label", pa.array([b"\xff"]).view(pa.string())), {}, "train.parquet has "
          "labels or column names that are not UTF-8. Write them as UTF-8."),
-        (table(IMAGES, LABELS).slice(0, 0), {}, "the train files (train.parquet, ...) have no images. Add some."),
+        (table(IMAGES, LABELS).slice(0, 0), {}, "the train files (train.parquet) have no images. Add some."),
     ],
 )  # fmt: skip
 def test_wrong_tables(prepared, content, keys, message):

@@ -68,6 +68,7 @@ SETTINGS = [
     ({"negatives": 2}, "negatives 2", "negatives 'all'"),
     ({"noise_seed": 1}, "noise_seed 1", "noise_seed 0"),
     ({"dtype": "bfloat16"}, "dtype 'bfloat16'", "dtype 'float32'"),
+    ({"storage": "int8"}, "storage 'int8'", "storage 'float16'"),
     ({"extraction_version": 7}, "version 7", "version 1"),
     ({"timestep": 200}, "timestep 200", "timestep 300"),
     ({"basis_images": 4}, "basis_images 4", "basis_images 1000"),
