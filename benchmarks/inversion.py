@@ -145,7 +145,7 @@ def measure(project: Config, partition: str, seeds: int, names: list[str], jobs:
     train = functools.partial(_accuracy, project, partition, jobs)
     with contextlib.ExitStack() as stack:
         trained = map(train, runs)
-        if jobs > 1:  # processes started anew, because a fork would inherit torch's threads
+        if jobs > 1:  # not forked: a fork would inherit torch's threads
             pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
             trained = stack.enter_context(pool).map(train, runs)
         found = dict(zip(runs, track(trained, "runs", len(runs), "run"), strict=True))

@@ -142,7 +142,7 @@ class _Checks:
         return [InvalidFeatureSet(f"{file}{text}") for text in texts]
 
     def _pieces(self, shard: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """Yield the first row of each piece and its arrays; each is mapped anew, so that no more than one is."""
+        """Yield the first row of each piece and its arrays; only one piece is mapped at a time."""
         content, rows = self._manifest.content, self._manifest.shards[shard].rows
         types, shapes = content.datasets, content.shapes(1)
         names = types if self._full else _NUMBERS

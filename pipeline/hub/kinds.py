@@ -17,7 +17,7 @@ class Kind:
     noun: str
     setting: str  # that names a repository
     pin: str  # how to write a commit, as an imperative without its period
-    no_id: str  # what is said of a name that is no id of the hub
+    no_id: str  # the error for a name that is not an id of the hub
     local: str  # what else to set if the hub cannot be used
     files: tuple[str, ...]  # endings of single files
     no_file: str  # what is said of the name of a single file

@@ -1,7 +1,7 @@
 """The files of a data set in large files: where they are, and which split each belongs to.
 
 The words of a file's name, or of a folder above it, name its split (train-00000-of-00003.parquet, val/12.tar), in the
-spellings of `pipeline.data.split_folders`. As for folders, validation files are the test split if there is no other.
+spellings of `pipeline.data.split_folders`. As for folders, validation files become the test split if it is missing.
 """
 
 import glob

@@ -69,7 +69,7 @@ def read(
 ) -> Source:
     """List the images of a data set, by `listed` for each split, and return them with their class names.
 
-    Validation files are the test split if there is no other, or if none of the test images has a label, as in
+    Validation files become the test split if it is missing, or if none of the test images has a label, as in
     competitions; else they are left out, and not listed. Without either, the test split is drawn by the seed.
 
     Raises:

@@ -2,7 +2,7 @@
 
     <folder>/client-00003-round-00012.safetensors     the state of client 3 after its training in round 12
 
-A state belongs to the round after which it was saved, and whoever continues a run names that round: the checkpoint for
+A state belongs to the round after which it was saved, and continuing a run needs that round: the checkpoint has it for
 every client of a local run, Flower's server in its request to a node. A state that was saved and then lost its round,
 by a kill or a reply that never arrived, is therefore never used.
 

@@ -51,7 +51,7 @@ def test_files_of_a_run(undisturbed):
     assert all(int(row["bytes_up"]) == int(row["bytes_down"]) == 2 * sent for row in rounds)
     assert list(rows(undisturbed / "timing.csv")[0]) == ["round", "load", "train", "aggregate", "evaluate"]
     modes = {(undisturbed / name).stat().st_mode for name in ("rounds.csv", "model.safetensors")}
-    assert len(modes) == 1  # whoever reads one reads the other
+    assert len(modes) == 1  # all files of a run can be read by the same users
     partition = json.loads((undisturbed / "partition.json").read_text())
     assert sorted(sum(partition["clients"], [])) == list(range(48))
     metrics = json.loads((undisturbed / "metrics.json").read_text())
