@@ -127,15 +127,16 @@ WRITERS: dict[str, Callable[[Path, str, list[bytes], int], None]] = {
 }
 
 _RUN = """
-import re, sys
+import sys
 from pathlib import Path
 import stages.train_fl.methods
+from pipeline import memory
 from pipeline.settings import config
 from stages import prepare_data
 source, path, size = sys.argv[1:]
 keys = {"name": "made", "source": source, "path": path, "image_size": int(size), "train_subset": None}
 prepare_data.run(config.load(Path("params.yaml"), {f"prepare_data.{key}": value for key, value in keys.items()}))
-print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+print(memory.peak() // 1024)
 """
 
 

@@ -86,14 +86,16 @@ def _drawing(style: Any) -> Iterator[None]:
         yield
 
 
-def heat_map(axes: "Axes", values: np.ndarray) -> tuple["AxesImage", str]:
-    """Draw a matrix in shades of blue from 0; a large one in blocks of cells, each in the shade of their mean.
+def heat_map(axes: "Axes", values: np.ndarray, label: str) -> "AxesImage":
+    """Draw a matrix in shades of blue from 0, with a colour bar that has this label.
 
-    Returns the image and a description of the blocks, which is empty if every cell has its own.
+    A large matrix is drawn in blocks of cells, each in the shade of their mean; the label then describes the blocks.
     """
     rows, columns = (-(-count // _MOST_CELLS) for count in values.shape)
     if (rows, columns) == (1, 1):
-        return axes.imshow(values, cmap="Blues", aspect="auto", vmin=0), ""
+        image = axes.imshow(values, cmap="Blues", aspect="auto", vmin=0)
+        axes.figure.colorbar(image, label=label)
+        return image
     starts = [np.arange(0, count, step) for count, step in zip(values.shape, (rows, columns), strict=True)]
     sums = np.add.reduceat(np.add.reduceat(values, starts[0], 0), starts[1], 1)
     heights, widths = (np.diff(own, append=count) for own, count in zip(starts, values.shape, strict=True))
@@ -102,7 +104,8 @@ def heat_map(axes: "Axes", values: np.ndarray) -> tuple["AxesImage", str]:
     style: Any = {"cmap": "Blues", "aspect": "auto", "vmin": 0, "interpolation": "none", "extent": extent}
     image = axes.imshow(sums / np.outer(heights, widths), **style)
     axes.set(xlim=(-0.5, values.shape[1] - 0.5), ylim=(values.shape[0] - 0.5, -0.5))
-    return image, f"mean of blocks of {rows} x {columns}"
+    axes.figure.colorbar(image, label=f"{label}, mean of blocks of {rows} x {columns}")
+    return image
 
 
 def inline(text: str, number: int) -> str:

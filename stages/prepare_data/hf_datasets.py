@@ -59,7 +59,7 @@ def on_hub(written: str, listings: Path, params: PrepareData) -> Source:
         params: The settings.
 
     Raises:
-        ConfigError: `written` is no address on the hub, or names no commit; the message says the present one.
+        ConfigError: `written` is not an address on the hub, or lacks a commit; the message says the present one.
         DataError: The files cannot be had, or see `tables.parquet`.
     """
     tables.require_pyarrow()

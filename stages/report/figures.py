@@ -125,8 +125,7 @@ def clients_by_class(results: Results, partition: str, most: int) -> Figure:
     if len(clients) <= _MOST_DOTS:
         axes.scatter(classes, clients, s=170 * counts[clients, classes] / most, color="#0072B2", lw=0)
     else:
-        image, blocks = plotting.heat_map(axes, counts)
-        figure.colorbar(image, label=", ".join(filter(None, ["samples", blocks])))
+        plotting.heat_map(axes, counts, "samples")
     shown = list(range(0, counts.shape[1], max(1, counts.shape[1] // 20)))
     axes.set(title=results.labels[partition], xlabel="class", ylabel="client", xticks=shown)
     short = [name if len(name) <= _MAX_CLASS_NAME else f"{name[: _MAX_CLASS_NAME - 1]}…" for name in run.class_names]

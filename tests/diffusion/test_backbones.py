@@ -266,7 +266,7 @@ def test_cut_prompts_are_warned_about(models, name, window, parts, caplog):
 
 
 class _TooLarge(torch.nn.Linear):
-    """Fits on the CPU alone; "meta" stands for a GPU."""
+    """Fits on the CPU alone; the test uses "meta" as the GPU."""
 
     def to(self, device, dtype=None):
         if device != "cpu":

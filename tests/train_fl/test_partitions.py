@@ -192,9 +192,9 @@ def test_heat_map_of_many_clients_shows_the_means_of_blocks(tmp_path):
     counts[:5, :2] = 10  # one block of 5 x 2 cells, and the last one, of a single class
     counts[-5:, 298:] = 5
     figure = Figure()
-    image, blocks = plotting.heat_map(figure.add_subplot(), counts)
+    image = plotting.heat_map(figure.add_subplot(), counts, "samples")
     shown = image.get_array()
-    assert shown.shape == (200, 150) and blocks == "mean of blocks of 5 x 2"
+    assert shown.shape == (200, 150) and image.colorbar.ax.get_ylabel() == "samples, mean of blocks of 5 x 2"
     assert shown[0, 0] == 10 and shown[-1, -1] == 5 and np.count_nonzero(shown) == 2
     picture.write(tmp_path / "a.svg", rng().integers(0, 50, (1000, 1000)), [f"class {k}" for k in range(1000)])
     assert (tmp_path / "a.svg").stat().st_size < 300_000

@@ -26,8 +26,7 @@ def _heat_map(counts: np.ndarray, class_names: list[str]) -> "Figure":
     num_clients, num_classes = counts.shape
     figure = Figure(figsize=(2 + 0.45 * min(num_classes, 40), 1.6 + 0.3 * min(num_clients, 40)))
     axes = figure.add_subplot()
-    image, blocks = plotting.heat_map(axes, counts)
-    figure.colorbar(image, label=", ".join(filter(None, ["samples", blocks])))
+    plotting.heat_map(axes, counts, "samples")
     axes.set(xlabel="class", ylabel="client", yticks=_ticks(num_clients), xticks=_ticks(num_classes))
     axes.set_xticklabels([class_names[k] for k in _ticks(num_classes)], rotation=40, ha="right")
     if counts.size <= _MAX_NUMBERED_CELLS:
