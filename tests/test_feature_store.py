@@ -187,6 +187,19 @@ def test_several_writers_make_the_same_set_as_one(tmp_path):
     assert manifest.redone_in_float32 == 6 and manifest.provenance["hardware"] == ["a processor"]
 
 
+def test_writers_that_start_at_once_write_one_plan(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        for attempt in range(20):
+            together = threading.Barrier(8)
+
+            def start(_, staging=tmp_path / str(attempt), together=together):
+                together.wait()
+                return open_writer(staging)
+
+            list(pool.map(start, range(8)))
+            assert [file.name for file in (tmp_path / str(attempt)).glob("plan*")] == ["plan.json"]
+
+
 def test_damaged_shard_counts_as_missing(tmp_path):
     writer = write(tmp_path / "staging")
     shard = tmp_path / "staging" / "shard-00001.h5"
