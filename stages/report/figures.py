@@ -97,6 +97,26 @@ def client_spread(results: Results, partition: str) -> Figure:
 
 
 @plotting.svg
+def gains(results: Results, partition: str) -> Figure:
+    """Draw what guidance adds to each method: a point per seed, their mean, and its 95 % confidence interval."""
+    pairs = results.unguided
+    figure, axes = _axes(height=0.9 + 0.32 * len(pairs))
+    styles = pens(results.methods)
+    for row, (method, plain) in enumerate(pairs.items()):
+        gain, colour = results.gain(partition, method, plain), styles[method].colour
+        axes.plot(
+            100 * np.array(gain.by_seed), np.full(len(gain.by_seed), row), "o", color=colour, alpha=0.3, ms=4, mew=0
+        )
+        half_width = None if gain.half_width is None else 100 * gain.half_width
+        axes.errorbar(100 * gain.mean, row, xerr=half_width, fmt="s", color=colour, ms=5, lw=2)
+    axes.axvline(0, color=plotting.INK, lw=0.8)
+    axes.set(title=results.labels[partition], xlabel="gain by guidance, points", yticks=range(len(pairs)))
+    axes.set_yticklabels(list(pairs))
+    axes.set_ylim(len(pairs) - 0.5, -0.5)
+    return figure
+
+
+@plotting.svg
 def time_split(results: Results) -> Figure:
     """Draw the seconds per run of each method, split into parts."""
     figure, axes = _axes(width=7.5, height=0.9 + 0.32 * len(results.methods))

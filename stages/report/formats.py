@@ -38,7 +38,7 @@ def to_markdown(table: Table) -> str:
 
 
 def _escape_markdown(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+    return " ".join(text.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;").split())
 
 
 def to_latex(table: Table) -> str:

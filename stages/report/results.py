@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline import accuracy, provenance
+from pipeline.accuracy import Gain
 from pipeline.errors import DataError
 from stages.report.runs import Run
 
@@ -35,12 +37,30 @@ class Results:
 
     @property
     def baseline(self) -> str | None:
-        """The method that gains are measured against: FedAvg without guidance, if the sweep has it."""
-        for method in self.methods:
-            settings = self.runs[self.partitions[0], method][0].settings.method
-            if settings["algorithm"] == "fedavg" and not settings.get("guidance"):
-                return method
-        return None
+        """The method that gains are measured against: FedAvg without guidance, or else SimSiam, if the sweep has it."""
+        of = {
+            self._settings(method)["algorithm"]: method
+            for method in reversed(self.methods)
+            if not self.is_guided(method)
+        }
+        return of.get("fedavg", of.get("simsiam"))
+
+    @property
+    def unguided(self) -> dict[str, str]:
+        """Guided method -> the method with the same settings without guidance, for those whose sweep has both."""
+        plain = {_identity(self._settings(method)): method for method in self.methods if not self.is_guided(method)}
+        pairs = {
+            method: plain.get(_identity(self._settings(method))) for method in self.methods if self.is_guided(method)
+        }
+        return {method: other for method, other in pairs.items() if other}
+
+    def is_guided(self, method: str) -> bool:
+        """Return whether cached features guide the method."""
+        settings = self._settings(method)
+        return settings["algorithm"] == "feddifrc" or bool(settings.get("guidance"))
+
+    def _settings(self, method: str) -> dict[str, Any]:
+        return self.runs[self.partitions[0], method][0].settings.method
 
     @property
     def all_runs(self) -> list[Run]:
@@ -60,14 +80,16 @@ class Results:
         knn = {name: self.runs[self.partitions[0], name][0].is_knn for name in self.methods}
         return [name for name in self.methods if knn[name] == knn[method]]
 
-    def accuracies(self, partition: str, method: str) -> list[float]:
-        """Return one accuracy per seed."""
-        return [run.metrics["mean_last5_accuracy"] for run in self.runs[partition, method]]
-
-    def mean_accuracies(self, method: str) -> list[float]:
-        """Return the mean over partitions, one per seed."""
-        by_partition = [self.accuracies(partition, method) for partition in self.partitions]
+    def accuracies(self, partition: str | None, method: str) -> list[float]:
+        """Return one accuracy per seed; the mean over partitions if `partition` is None."""
+        if partition is not None:
+            return [run.metrics["mean_last5_accuracy"] for run in self.runs[partition, method]]
+        by_partition = [self.accuracies(name, method) for name in self.partitions]
         return [statistics.fmean(of_seed) for of_seed in zip(*by_partition, strict=True)]
+
+    def gain(self, partition: str | None, method: str, other: str) -> Gain:
+        """Return the gain of `method` over `other` on a partition; None is the mean over all partitions."""
+        return accuracy.gain(self.accuracies(partition, method), self.accuracies(partition, other))
 
     def rounds_to(self, partition: str, method: str, target: float) -> list[float]:
         """Return, per seed, the first round (from 1) whose accuracy is at least `target`, or infinity."""
@@ -78,6 +100,14 @@ class Results:
         """Return the mean seconds per run of each of `TIME_PARTS`."""
         runs = self.of_method(method)
         return {part: float(np.mean([run.metrics["seconds"][part] for run in runs])) for part in TIME_PARTS}
+
+
+def _identity(settings: dict[str, Any]) -> str:
+    """Return what equal methods have in common, whatever their names and guidance; FedDifRC is guided FedAvg."""
+    if settings["algorithm"] == "feddifrc":
+        settings = {"algorithm": "fedavg"}
+    own = {key: value for key, value in settings.items() if key not in ("name", "guidance")}
+    return provenance.fingerprint(own)
 
 
 def check_comparable(groups: Iterable[list[Run]]) -> None:

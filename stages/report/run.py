@@ -1,7 +1,7 @@
 """Run the stage: read the runs of the sweep, and write one self-contained page, a summary and the curves.
 
 report/index.html    tables, curves, clients, bytes, time, provenance of every number; opens without a network
-report/summary.json  partition -> method -> mean and standard deviation of accuracy over seeds
+report/summary.json  partition -> method -> accuracy of each seed, mean, standard deviation, and gain over the baseline
 report/curves.csv    method, partition, round, accuracy, loss: means over seeds, for `dvc plots`
 """
 
@@ -122,6 +122,7 @@ def _page(title: str, found: Results, shown: list[Table], analysed: Analysis) ->
         js=(_HERE / "page.js").read_text(encoding="utf-8"),
         tables={table.name: table for table in shown},
         pens=figures.pens(found.methods),
+        gains=[figures.gains(found, partition) for partition in found.partitions if found.unguided],
         accuracy_curves=figures.curves(found, "accuracy"),
         loss_curves=figures.curves(found, "loss"),
         client_spread=[figures.client_spread(found, partition) for partition in found.partitions],
@@ -151,10 +152,20 @@ def _counted(count: int, noun: str) -> str:
 
 
 def _summary(found: Results) -> dict[str, dict[str, Any]]:
-    """Return partition -> method -> mean and standard deviation of accuracy over seeds."""
+    """Return partition -> method -> accuracies from 0 to 1, and the gain over FedAvg or, for guided methods, their own.
+
+    `gain_half_width` is half the width of the gain's 95 % confidence interval.
+    """
     summary: dict[str, dict[str, Any]] = {partition: {} for partition in found.partitions}
     for row in runs.summary(found.all_runs).rows:
-        summary[row["partition"]][row["method"]] = {key: row[key] for key in ("mean_accuracy", "std_accuracy")}
+        partition, method = row["partition"], row["method"]
+        own: dict[str, Any] = {key: row[key] for key in ("mean_accuracy", "std_accuracy")}
+        own["accuracies"] = found.accuracies(partition, method)
+        other = found.unguided.get(method, found.baseline)
+        if other in found.comparable_with(method) and other != method:
+            gain = found.gain(partition, method, other)
+            own |= {"gain_over": other, "gain": gain.mean, "gain_half_width": gain.half_width}
+        summary[partition][method] = own
     return summary
 
 

@@ -11,23 +11,25 @@ from stages.report.formats import Cell, Table
 from stages.report.results import TIME_PARTS, Results
 from stages.report.runs import Run
 
+_MEAN = "mean of partitions"  # a column beside the partitions, whose names have no spaces
+
 
 def make(results: Results) -> list[Table]:
     """Make every table for which the runs have data."""
-    tables = [_accuracy(results), _linear_probe(results), _rounds_to_baseline(results)]
+    tables = [_accuracy(results), _guidance(results), _linear_probe(results), _rounds_to_baseline(results)]
     tables += [_clients(results), _domains(results)]
     tables += [_communication(results), _time(results), _partitions(results), _provenance(results)]
     return [table for table in tables if table]
 
 
 def _accuracy(results: Results) -> Table:
-    """Lay out methods by partitions as in the paper: mean ± deviation over seeds, best in bold, gains over FedAvg.
+    """Lay out methods by partitions as in the paper: mean ± deviation over seeds, best in bold, gains over a baseline.
 
     The accuracy of a k-NN classifier is not compared with that of a model.
     """
-    columns = results.labels | ({"mean": "mean"} if len(results.partitions) > 1 else {})
+    columns = _columns_with_mean(results)
     by_seed = {
-        (column, method): results.mean_accuracies(method) if column == "mean" else results.accuracies(column, method)
+        (column, method): results.accuracies(None if column == _MEAN else column, method)
         for column in columns
         for method in results.methods
     }
@@ -37,29 +39,59 @@ def _accuracy(results: Results) -> Table:
         comparable = results.comparable_with(method)
         is_best = _is_best(own, [by_seed[column, other] for other in comparable])
         has_gain = results.baseline in comparable and results.baseline != method
-        gain = _gain(own, by_seed[column, str(results.baseline)]) if has_gain else ""
+        gain = str(accuracy.gain(own, by_seed[column, str(results.baseline)])) if has_gain else ""
         return Cell(accuracy.in_percent(own), statistics.fmean(own), is_best, gain)
 
     num_rounds = min(len(run.rounds) for run in results.all_runs)
     note = f"{_measure(results)}, %, {accuracy.in_words(num_rounds, results.seeds)}"
     note += ". Best in bold" if len(results.methods) > 1 else ""
     if results.baseline and len(results.methods) > 1:
-        note += f"; small or in brackets: the gain over {results.baseline}"
-        note += " of each seed, mean ± standard deviation" if len(results.seeds) > 1 else ""
+        note += f"; small or in brackets: the gain over {results.baseline}, {accuracy.gain_in_words(results.seeds)}"
     return _by_method("accuracy", "Accuracy", f"{note}.", results, columns, cell)
+
+
+def _guidance(results: Results) -> Table | None:
+    """Show what guidance adds to each method, if the sweep has another pair than the baseline and its guided form."""
+    pairs = results.unguided
+    if set(pairs.values()) <= {results.baseline}:
+        return None
+    columns = _columns_with_mean(results)
+    gains = {
+        (column, method): results.gain(None if column == _MEAN else column, method, plain)
+        for column in columns
+        for method, plain in pairs.items()
+    }
+
+    def cell(column: str, method: str) -> Cell:
+        gain = gains[column, method]
+        better = sum(value > 0 for value in gain.by_seed)
+        remark = f"{better} of {len(gain.by_seed)} seeds better" if len(gain.by_seed) > 1 else ""
+        return Cell(str(gain), gain.mean, gain.sign > 0, remark)
+
+    def over_all(column: str) -> Cell:
+        found = [gains[column, method] for method in pairs]
+        values = [value for gain in found for value in gain.by_seed]
+        above, below = (sum(gain.sign == sign for gain in found) for sign in (1, -1))
+        remark = f"intervals: {above} above 0, {below} below, of {len(found)}" if len(results.seeds) > 1 else ""
+        return Cell(f"{sum(value > 0 for value in values)} of {len(values)} better", math.nan, remark=remark)
+
+    rows = [
+        [Cell(f"{method} over {plain}"), *(cell(column, method) for column in columns)]
+        for method, plain in pairs.items()
+    ]
+    rows.append([Cell("all"), *map(over_all, columns)])
+    note = f"Points of accuracy that guidance adds to a method, {accuracy.gain_in_words(results.seeds)}."
+    note += " Bold: above 0." if len(results.seeds) > 1 else ""
+    return Table("guidance", "Gain by guidance", note, ["guided method", *columns.values()], rows)
+
+
+def _columns_with_mean(results: Results) -> dict[str, str]:
+    return results.labels | ({_MEAN: "mean"} if len(results.partitions) > 1 else {})
 
 
 def _is_best(own: list[float], compared: list[list[float]]) -> bool:
     """Return whether no other mean is higher at the two decimals of a percent that are shown."""
     return len(compared) > 1 and f"{statistics.fmean(own):.4f}" == f"{max(map(statistics.fmean, compared)):.4f}"
-
-
-def _gain(own: list[float], baseline: list[float]) -> str:
-    """Format the gain in points; runs of equal seed are paired, as they share their partition and initial weights."""
-    gains = [one - other for one, other in zip(own, baseline, strict=True)]
-    mean = round(100 * statistics.fmean(gains), 2) + 0.0  # + 0.0 turns -0.0 into 0.0
-    spread = accuracy.deviation(gains)
-    return (f"{mean:+.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")).replace("-", "\u2212")
 
 
 def _measure(results: Results) -> str:

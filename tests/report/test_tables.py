@@ -56,9 +56,65 @@ def texts(table):
 
 def test_accuracy_table_has_gains_and_the_best(project):
     accuracy = table(project, "accuracy")
-    assert texts(accuracy) == [[("55.00 ± 7.07", "")], [("75.00 ± 7.07", "+20.00 ± 14.14")]]  # +10 and +30
+    assert texts(accuracy) == [[("55.00 ± 7.07", "")], [("75.00 ± 7.07", "+20.00 ± 127.06")]]  # +10 and +30; t(1) = 12.706
     assert [row[1].best for row in accuracy.rows] == [False, True]
     assert "mean of all 3 rounds" in accuracy.note
+
+
+GUIDED = {  # accuracies of seeds 0 to 2
+    "fedavg": (0.5, 0.5, 0.5),
+    "feddifrc": (0.6, 0.6, 0.9),
+    "fedprox": (0.5, 0.6, 0.7),
+    "fedprox-feddifrc": (0.52, 0.63, 0.74),
+}
+
+
+@pytest.fixture
+def guided(tmp_path):
+    write_grid(tmp_path, list(GUIDED), ["dir02", "dir05"], [0, 1, 2], num_rounds=2)
+    for method, reached in GUIDED.items():
+        set_metric(tmp_path, method, "mean_last5_accuracy", reached)
+    return tmp_path
+
+
+def test_guidance_is_compared_with_the_same_method_without_it(guided):
+    accuracies = {file.parent.name: json.loads(file.read_text()) for file in guided.glob("results/*/metrics.json")}
+    of_dir02 = [accuracies[f"feddifrc-dir02-s{n}"]["mean_last5_accuracy"] for n in range(3)]
+    assert of_dir02 != list(GUIDED["feddifrc"])  # set_metric changed dir05 only
+    found = table(guided, "guidance")
+    assert [row[0].text for row in found.rows] == ["feddifrc over fedavg", "fedprox-feddifrc over fedprox", "all"]
+    column = found.header.index("Dirichlet 0.5")
+    cells = [(row[column].text, row[column].remark, row[column].best) for row in found.rows]
+    assert cells == [
+        ("+20.00 ± 43.03", "3 of 3 seeds better", False),  # 10, 10, 40: deviation 17.32, times 4.3027 / sqrt(3)
+        ("+3.00 ± 2.48*", "3 of 3 seeds better", True),
+        ("6 of 6 better", "intervals: 1 above 0, 0 below, of 2", False),
+    ]
+
+
+def test_gain_by_guidance_is_on_the_page_and_in_the_summary(guided):
+    assert "**+3.00 ± 2.48\\*** (3 of 3 seeds better)" in invoke(guided, "report", "--format", "markdown").output
+    for form in ("markdown", "latex"):
+        assert "fedprox-feddifrc over fedprox" in invoke(guided, "report", "--format", form).output
+    text = page(guided)
+    assert '<table id="table-guidance">' in text and 'href="#guidance"' in text
+    summary = json.loads((guided / "report" / "summary.json").read_text())["dir05"]
+    assert summary["fedprox-feddifrc"]["gain_over"] == "fedprox" and summary["fedprox"]["gain_over"] == "fedavg"
+    assert summary["fedprox-feddifrc"]["gain"] == pytest.approx(0.03)
+    assert summary["fedprox-feddifrc"]["accuracies"] == list(GUIDED["fedprox-feddifrc"])
+    assert "gain" not in summary["fedavg"]
+
+
+def test_a_guided_method_with_other_settings_is_no_pair(guided):
+    for seed in range(3):
+        for partition in ("dir02", "dir05"):
+            file = guided / "results" / f"fedprox-{partition}-s{seed}" / "config.json"
+            settings = json.loads(file.read_text())
+            settings["method"]["proximal_mu"] = 0.5
+            file.write_text(json.dumps(settings))
+            reseal(file.parent)
+    found = read_sweep(config.load(guided / "params.yaml", {"methods.fedprox.proximal_mu": 0.5}))
+    assert found.unguided == {"feddifrc": "fedavg"}
 
 
 def test_equal_means_are_both_marked_best(project):
@@ -71,7 +127,7 @@ def test_knn_accuracy_is_not_compared_with_model_accuracy(tmp_path):
     for method, accuracy in (("fedavg", 0.5), ("fedprox", 0.6), ("simsiam", 0.9)):
         set_metric(tmp_path, method, "mean_last5_accuracy", (accuracy, accuracy))
     accuracy, rounds = table(tmp_path, "accuracy"), table(tmp_path, "rounds")
-    assert texts(accuracy)[1:] == [[("60.00 ± 0.00", "+10.00 ± 0.00")], [("90.00 ± 0.00", "")]]
+    assert texts(accuracy)[1:] == [[("60.00 ± 0.00", "+10.00 ± 0.00*")], [("90.00 ± 0.00", "")]]
     assert [row[1].best for row in accuracy.rows] == [False, True, False]
     assert "(simsiam: k-NN classifier on the global model's embeddings" in accuracy.note
     assert texts(rounds)[2] == [("–", "")]
@@ -113,10 +169,10 @@ def test_markdown_and_latex_forms(project):
     squeezed = re.sub(" +", " ", re.sub("--+", "---", markdown))  # without the padding of columns
     assert (
         "| method | Dirichlet 0.5 |\n|:---|---:|\n| fedavg | 55.00 ± 7.07 |\n"
-        "| fedprox | **75.00 ± 7.07** (+20.00 ± 14.14) |" in squeezed
+        "| fedprox | **75.00 ± 7.07** (+20.00 ± 127.06) |" in squeezed
     )
     latex = invoke(project, "report", "--format", "latex").output
-    assert "    fedprox & \\textbf{75.00 $\\pm$ 7.07} (+20.00 $\\pm$ 14.14) \\\\\n    \\bottomrule" in latex
+    assert "    fedprox & \\textbf{75.00 $\\pm$ 7.07} (+20.00 $\\pm$ 127.06) \\\\\n    \\bottomrule" in latex
     assert "accuracy, \\%" in latex and "\\caption{\\textbf{Accuracy.} Global model" in latex
     assert "{tabular}{lr}" in latex and "{tabular}{lrrlllll}" in latex  # text columns are left-aligned
 
