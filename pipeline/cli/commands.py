@@ -382,10 +382,12 @@ main.add_command(features)
 
 def _dvc(root: Path, changes: dict[str, Any]) -> None:
     """Run the pipeline with DVC, as an experiment if values change; exit with DVC's code if it fails."""
+    import json
     import subprocess
     import sys
 
-    sets = [word for key, value in changes.items() for word in ("--set-param", f"{key}={value}")]
+    values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in changes.items()}
+    sets = [word for key, value in values.items() for word in ("--set-param", f"{key}={value}")]
     command = ["exp", "run", *sets] if sets else ["repro"]
     # dvc.yaml runs `pipeline` from the PATH, which lacks this environment if it is not activated.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])

@@ -5,7 +5,8 @@ what changed. A preset is a YAML file with sections, like params.yaml:
 
 - A key replaces the value of that key; under `methods` and `partitions` an entry replaces the entry of its name.
 - `base` names one or more presets to merge first; later ones override earlier ones.
-- `experiments` lists values of keys: the pipeline runs once per combination, each as a DVC experiment.
+- `experiments` maps keys to lists of values, and the pipeline runs once per combination; or it lists mappings of keys
+  to values, and the pipeline runs once for each. Every run is a DVC experiment.
 
 The project's `presets/` override those of the package. Another file is given by its path, which ends in .yaml and is
 relative to the working folder or to the project. Edits of params.yaml that neither git nor a preset has are kept.
@@ -27,7 +28,13 @@ from pipeline.io.system_errors import entries, status
 from pipeline.settings import config
 from pipeline.text import printable
 
-_UNKNOWN_TO_GIT = ("not a git repository", "not in the index", "does not exist", "neither on disk nor in the index")
+_UNKNOWN_TO_GIT = (
+    "not a git repository",
+    "not in the index",
+    "does not exist",
+    "neither on disk nor in the index",
+    "unknown revision",
+)
 
 
 @dataclass(frozen=True)
@@ -59,9 +66,7 @@ def apply(name: str, params_file: Path, force: bool = False) -> Applied:
     config.load(params_file)  # so that an error that is already in the file is not blamed on the preset
     folder = params_file.parent / "presets"
     preset = _read(name, folder)
-    experiments = preset.pop("experiments", {})
-    lists = [values if isinstance(values, list) else [values] for values in experiments.values()]
-    combinations = [dict(zip(experiments, values, strict=True)) for values in itertools.product(*lists)]
+    combinations = _combinations(name, preset.pop("experiments", {}))
     before = config.read_yaml(params_file)
     new = {f"{section}.{key}": value for section, keys in preset.items() for key, value in keys.items()}
     changes = {key: (config.at(before, key), value) for key, value in new.items() if config.at(before, key) != value}
@@ -86,18 +91,32 @@ def apply(name: str, params_file: Path, force: bool = False) -> Applied:
     return Applied({key: (None if old is ... else old, value) for key, (old, value) in changes.items()}, combinations)
 
 
+def _combinations(name: str, experiments: Any) -> list[dict[str, Any]]:
+    """Return the values of keys of every experiment; one experiment without any if the preset asks for none."""
+    if isinstance(experiments, list) and all(isinstance(each, dict) for each in experiments):
+        return experiments
+    if not isinstance(experiments, dict):
+        raise ConfigError(
+            f"Preset {name}: experiments must map keys to lists of values, or list mappings of keys to values."
+        )
+    lists = [values if isinstance(values, list) else [values] for values in experiments.values()]
+    return [dict(zip(experiments, values, strict=True)) for values in itertools.product(*lists)]
+
+
 def _read(name: str, folder: Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
     """Read a preset and merge it over its bases: section -> keys; `above` are the presets that it is a base of."""
     if name in above:
         raise ConfigError(f"Preset {name} is a base of itself. Remove one of {', '.join(above)} from `base`.")
     own = config.read_yaml(_file(name, folder))
     bases = own.pop("base", [])
-    if wrong := [key for key, keys in own.items() if not isinstance(keys, dict)]:
+    if wrong := [key for key, keys in own.items() if not isinstance(keys, dict) and key != "experiments"]:
         raise ConfigError(f"Preset {name}: {wrong[0]} must be a section with its keys below it.")
     merged: dict[str, Any] = {}
     below = (_read(base, folder, (*above, name)) for base in ([bases] if isinstance(bases, str) else bases))
     for layer in (*below, own):
-        merged |= {section: merged.get(section, {}) | keys for section, keys in layer.items()}
+        for section, keys in layer.items():
+            lower = merged.get(section, {})
+            merged[section] = lower | keys if isinstance(lower, dict) and isinstance(keys, dict) else keys
     return merged
 
 

@@ -56,7 +56,10 @@ def texts(table):
 
 def test_accuracy_table_has_gains_and_the_best(project):
     accuracy = table(project, "accuracy")
-    assert texts(accuracy) == [[("55.00 ± 7.07", "")], [("75.00 ± 7.07", "+20.00 ± 127.06")]]  # +10 and +30; t(1) = 12.706
+    assert texts(accuracy) == [
+        [("55.00 ± 7.07", "")],
+        [("75.00 ± 7.07", "+20.00 ± 127.06")],
+    ]  # +10 and +30; t(1) = 12.706
     assert [row[1].best for row in accuracy.rows] == [False, True]
     assert "mean of all 3 rounds" in accuracy.note
 

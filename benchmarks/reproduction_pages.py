@@ -1,0 +1,267 @@
+"""The tables of docs/reproduction.md and README.md, made from the summaries in benchmarks/results/reproduction.
+
+Each page has marks, <!-- name --> and <!-- /name -->, between which the text of that name is written.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import paper_numbers
+
+from pipeline import accuracy
+from pipeline.accuracy import Gain
+from pipeline.errors import PipelineError
+
+ROOT = Path(__file__).parents[1]
+SUMMARIES = ROOT / "benchmarks" / "results" / "reproduction"
+PAGES = {ROOT / "docs" / "reproduction.md": None, ROOT / "README.md": ["default"]}
+
+Summary = dict[str, Any]
+
+_NAMES = {
+    "fedavg": "FedAvg", "fedprox": "FedProx", "scaffold": "SCAFFOLD", "fednova": "FedNova", "moon": "MOON",
+    "fednh": "FedNH", "fedcr": "FedCR", "feddifrc": "FedDifRC", "simsiam": "SimSiam", "feddyn": "FedDyn",
+    "feddifrc-ssl": "FedDifRC without labels",
+}  # fmt: skip
+
+_VARIANTS = {
+    "tdcl": "TDCL alone", "ndcr": "NDCR alone", "feddifrc": "both: the default",
+    "layer2": "layer 2 alone", "layer3": "layer 3 alone", "layer4": "layer 4 alone",
+    "layers23": "layers 2 and 3", "layers24": "layers 2 and 4", "layers34": "layers 3 and 4",
+    "temperature-001": "temperature 0.01 (default 0.04)", "temperature-01": "temperature 0.1",
+    "temperature-05": "temperature 0.5", "tdcl-normalised": "TDCL with the normalisation U per representation",
+    "tdcl-standardised": "TDCL on standardised targets (default raw)",
+    "ndcr-raw": "NDCR on raw targets (default standardised)", "ndcr-kl": "NDCR as KL divergence",
+}  # fmt: skip
+
+_EXPERIMENTS = {
+    "train_fl.imbalance_factor": "long tail, imbalance factor {}",
+    "sweep.partitions": "two classes per client",
+    "train_fl.clients_per_round": "{} of 10 clients per round",
+    "train_fl.num_clients": "{} clients, 10 per round, Dirichlet 0.5",
+}
+
+
+def made() -> dict[Path, str]:
+    """Return the text of every page, with all tables written between their marks."""
+    found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(SUMMARIES.glob("*.json"))}
+    pages = {}
+    for page, names in PAGES.items():
+        text = page.read_text(encoding="utf-8")
+        for name, write in SECTIONS.items():
+            if names is None or name in names:
+                text = put(text, name, write(found))
+        pages[page] = text
+    return pages
+
+
+def put(page: str, name: str, text: str) -> str:
+    """Return the page with `text` between the marks of `name`."""
+    start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    if start not in page or end not in page:
+        raise PipelineError(f"The page has no marks {start.strip()} and {end}. Add them where the table belongs.")
+    return page[: page.index(start) + len(start)] + text.strip() + "\n" + page[page.index(end) :]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n"
+
+
+def caption(summary: Summary) -> str:
+    """Describe the numbers of a summary, and where they come from."""
+    words = accuracy.in_words(summary["num_rounds"], summary["seeds"])
+    gains = f" Gains, in points, are {accuracy.gain_in_words(summary['seeds'])}."
+    words = f"{words[0].upper()}{words[1:]}.{gains}".replace("*", "\\*")
+    origin = (
+        f"{summary['runs']} runs, {summary['hours']:.1f} hours of one core each, on {', '.join(summary['hardware'])}"
+    )
+    return f"{words} {origin}; torch {', '.join(summary['torch'])}; commit {', '.join(summary['commits'])}.\n"
+
+
+def verdict(gain: Gain, claimed: float) -> str:
+    """Compare a gain with the direction of the paper's: "agrees", "contradicts" or "cannot tell"."""
+    if not gain.sign:
+        return "cannot tell"
+    return "agrees" if gain.sign == (1 if claimed > 0 else -1) else "contradicts"
+
+
+def _points(gain: Gain) -> str:
+    return str(gain).replace("*", "\\*")
+
+
+def _name(method: str) -> str:
+    plain = method.removesuffix("-feddifrc")
+    return _NAMES.get(method) or (f"{_NAMES[plain]} with guidance" if plain in _NAMES else method)
+
+
+def _accuracies(experiment: dict[str, Any], names: Callable[[str], str] = _name) -> str:
+    found, labels = experiment["accuracies"], experiment["partitions"]
+    methods = list(next(iter(found.values())))
+    best = {p: max(statistics.fmean(values) for values in by_method.values()) for p, by_method in found.items()}
+
+    def cell(partition: str, method: str) -> str:
+        own = found[partition][method]
+        text = accuracy.in_percent(own)
+        return f"**{text}**" if statistics.fmean(own) == best[partition] else text
+
+    rows = [[names(method), *(cell(partition, method) for partition in labels)] for method in methods]
+    return table(["accuracy, %", *labels.values()], rows)
+
+
+def _gains(experiment: dict[str, Any], pairs: dict[str, str]) -> str:
+    """Show the gain of each method over its pair, and over all of them how often it is positive."""
+    found, labels = experiment["accuracies"], experiment["partitions"]
+    gains = {
+        (partition, method): accuracy.gain(found[partition][method], found[partition][other])
+        for partition in labels
+        for method, other in pairs.items()
+    }
+    rows = [
+        [f"{_name(method)} over {_name(other)}", *(_points(gains[partition, method]) for partition in labels)]
+        for method, other in pairs.items()
+    ]
+    if len(pairs) > 1:
+        rows.append(["all: seeds that gain", *(_share_better([gains[p, m] for m in pairs]) for p in labels)])
+        rows.append(["all: intervals above 0, below 0", *(_signs([gains[p, m] for m in pairs]) for p in labels)])
+    return table(["gain, points", *labels.values()], rows)
+
+
+def _share_better(gains: list[Gain]) -> str:
+    values = [value for gain in gains for value in gain.by_seed]
+    return f"{sum(value > 0 for value in values)} of {len(values)}"
+
+
+def _signs(gains: list[Gain]) -> str:
+    return f"{sum(gain.sign > 0 for gain in gains)}, {sum(gain.sign < 0 for gain in gains)} of {len(gains)}"
+
+
+def _claims(experiment: dict[str, Any], pairs: list[tuple[str, str, str]]) -> str:
+    """Compare gains with the paper's; `pairs` has method, other, and the paper's partition."""
+    found = next(iter(experiment["accuracies"].values()))
+    rows = []
+    for method, other, partition in pairs:
+        claimed = paper_numbers.gain(method, other, partition)
+        if claimed is None or method not in found or other not in found:
+            continue
+        own = accuracy.gain(found[method], found[other])
+        name = f"{_VARIANTS.get(method, _name(method))} over {_VARIANTS.get(other, _name(other))}"
+        name = name.replace("both: the default", "both" if "alone" in name else "FedDifRC").replace(
+            "both over layer", "fused layers over layer"
+        )
+        rows.append([name, f"{claimed:+.2f}", _points(own), verdict(own, claimed)])
+    return table(["claim", "the paper, points", "ours, points", "our interval"], rows)
+
+
+def _paper(found: dict[str, Summary]) -> str:
+    rows = [
+        [label, *(f"{values[p]:.2f}" if p in values else "–" for p in paper_numbers.PARTITIONS)]
+        for label, values in [
+            *((_name(method), values) for method, values in paper_numbers.METHODS.items()),
+            *((_VARIANTS[name], values) for name, values in paper_numbers.ABLATION.items()),
+            ("layers 2 to 4 fused (layer ablation)", paper_numbers.FUSED_LAYERS),
+        ]
+    ]
+    return table(["accuracy, %", *paper_numbers.PARTITIONS.values()], rows)
+
+
+def _sweep(name: str) -> Callable[[dict[str, Summary]], str]:
+    """Return the writer of a plain sweep: accuracies, then gains."""
+
+    def write(found: dict[str, Summary]) -> str:
+        if name not in found:
+            return "Not run yet."
+        summary = found[name]
+        (experiment,) = summary["experiments"]
+        pairs = experiment["unguided"]
+        methods, baseline = list(next(iter(experiment["accuracies"].values()))), experiment["baseline"]
+        if not pairs and baseline:
+            pairs = {method: baseline for method in methods if method != baseline}
+        return _accuracies(experiment) + (_gains(experiment, pairs) if pairs else "") + caption(summary)
+
+    return write
+
+
+def _digits_table(found: dict[str, Summary]) -> str:
+    text = _sweep("digits-table")(found)
+    if "digits-table" not in found:
+        return text
+    pairs = [("feddifrc", other, "nid1_005") for other in ("fedavg", "fedprox", "moon", "fednh")]
+    intro = "The paper's gains on CIFAR-10 and ours on digits, both at NID1 0.05:\n\n"
+    return text + "\n" + intro + _claims(found["digits-table"]["experiments"][0], pairs)
+
+
+def _ablation(found: dict[str, Summary]) -> str:
+    if "digits-ablation" not in found:
+        return "Not run yet."
+    summary = found["digits-ablation"]
+    (experiment,) = summary["experiments"]
+    ((partition, own),) = experiment["accuracies"].items()
+    baseline, default = own["fedavg"], own["feddifrc"]
+
+    def row(name: str, values: list[float]) -> list[str]:
+        count = len(values)
+        pair = [_points(accuracy.gain(values, other[:count])) for other in (baseline, default)]
+        return [name, accuracy.in_percent(values), pair[0], "" if values is default else pair[1]]
+
+    rows = [["FedAvg", accuracy.in_percent(baseline), "", _points(accuracy.gain(baseline, default))]]
+    rows += [row(_VARIANTS[method], values) for method, values in own.items() if method != "fedavg"]
+    more, origins = [], []
+    for name, words in (
+        ("digits-timesteps", "timestep {} (default 300)"),
+        ("digits-negatives", "{} negatives (default: all 9)"),
+    ):
+        for other in found.get(name, {}).get("experiments", []):
+            (value,) = other["changes"].values()
+            if value != 300:
+                more.append(row(words.format(value), other["accuracies"][partition]["feddifrc"]))
+        origins += [name] if name in found else []
+    header = ["variant", "accuracy, %", "gain over FedAvg", "gain over the default"]
+    pairs = [("tdcl", "fedavg"), ("ndcr", "fedavg"), ("feddifrc", "fedavg"), ("feddifrc", "tdcl"), ("feddifrc", "ndcr")]
+    claims = [(*pair, "nid1_005") for pair in pairs] + [("feddifrc", name, "nid1_05") for name in ("layer2", "layer3")]
+    text = table(header, rows + more) + caption(summary)
+    for name in origins:
+        text += f"\n`{name}`: {caption(found[name])}"
+    return text + "\nThe paper's claims on CIFAR-10 (layers: at NID1 0.5) and ours:\n\n" + _claims(experiment, claims)
+
+
+def _heterogeneity(found: dict[str, Summary]) -> str:
+    rows, origins = [], []
+    for name in ("digits-heterogeneity", "digits-domains"):
+        summary = found.get(name, {"experiments": []})
+        origins += [f"`{name}`: {caption(summary)}"] if summary["experiments"] else []
+        for experiment in summary["experiments"]:
+            changes = experiment["changes"]
+            words = next((words for key, words in _EXPERIMENTS.items() if key in changes), "two domains")
+            own = next(iter(experiment["accuracies"].values()))
+            gain = accuracy.gain(own["feddifrc"], own["fedavg"])
+            label = words.format(*(value for key, value in changes.items() if _EXPERIMENTS.get(key) == words))
+            rows.append(
+                [label, *(accuracy.in_percent(own[method]) for method in ("fedavg", "feddifrc")), _points(gain)]
+            )
+    if not rows:
+        return "Not run yet."
+    return table(["setting", "FedAvg, %", "FedDifRC, %", "gain, points"], rows) + "\n".join(origins)
+
+
+def _default(found: dict[str, Summary]) -> str:
+    if "default" not in found:
+        return "Not run yet."
+    (experiment,) = found["default"]["experiments"]
+    return _accuracies(experiment) + _gains(experiment, {"feddifrc": "fedavg"}) + caption(found["default"])
+
+
+SECTIONS: dict[str, Callable[[dict[str, Summary]], str]] = {
+    "default": _default,
+    "paper": _paper,
+    "digits-table": _digits_table,
+    "digits-ablation": _ablation,
+    "digits-heterogeneity": _heterogeneity,
+    "digits-self-supervised": _sweep("digits-self-supervised"),
+    "digits-synthetic": _sweep("digits-synthetic"),
+    "cifar10-mini": _sweep("cifar10-mini"),
+}
