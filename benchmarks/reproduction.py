@@ -1,14 +1,17 @@
 """Train the runs of presets, keep a summary of each, and make the tables of docs/reproduction.md from the summaries.
 
     python benchmarks/reproduction.py train digits-table digits-ablation --jobs 2
+    python benchmarks/reproduction.py summarise digits-table
     python benchmarks/reproduction.py pages
 
-`train` needs no DVC, which takes longer than the training for hundreds of runs. It trains in folders under --work, one
-for all runs that share their data, features and training settings, and continues there after an interruption. The
-summaries are in benchmarks/results/reproduction: the accuracy of every seed, commit, hardware and time.
+`train` needs no DVC, whose own work grows with the square of the number of runs. It trains in folders under --work, one
+for all runs that share their data, features and training settings, and continues there after an interruption.
+`summarise` does the same without training, for the runs that are finished by then. The summaries are in
+benchmarks/results/reproduction: the accuracy of every seed, commit, hardware and time.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -20,18 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import click
-import digit_domains
+import digit_images
 import reproduction_pages
 from ruamel.yaml import YAML
 
 import stages.train_fl.methods  # noqa: F401  registers the settings of every method
 from pipeline import provenance
-from pipeline.errors import PipelineError
+from pipeline.errors import DataError, PipelineError
 from pipeline.io import atomic
 from pipeline.progress import track
 from pipeline.settings import config, presets
 from pipeline.settings.config import Config
+from stages.report.results import Results, check_comparable
 from stages.report.run import read_sweep
+from stages.report.runs import Run
 
 ROOT = Path(__file__).parents[1]
 DEFAULT = "default"
@@ -45,24 +50,47 @@ def main() -> None:
     """Group the two commands."""
 
 
+def _options(command: Any) -> Any:
+    for option in (
+        click.argument("names", metavar="PRESET...", nargs=-1, required=True),
+        click.option("--work", type=click.Path(path_type=Path), default=ROOT / ".pipeline" / "reproduction"),
+        click.option("--seeds", type=int, help="Seeds 0 to SEEDS - 1 instead of the preset's."),
+        click.option("--summaries", type=click.Path(path_type=Path), default=reproduction_pages.SUMMARIES),
+    ):
+        command = option(command)
+    return command
+
+
 @main.command()
-@click.argument("names", metavar="PRESET...", nargs=-1, required=True)
-@click.option("--work", type=click.Path(path_type=Path), default=ROOT / ".pipeline" / "reproduction", show_default=True)
+@_options
 @click.option("--jobs", default=2, show_default=True, help="Runs at a time, in processes of one thread.")
-@click.option("--seeds", type=int, help="Train seeds 0 to SEEDS - 1 instead of the preset's.")
-@click.option("--summaries", type=click.Path(path_type=Path), default=reproduction_pages.SUMMARIES, show_default=True)
 def train(names: tuple[str, ...], work: Path, jobs: int, seeds: int | None, summaries: Path) -> None:
     """Train all runs of each PRESET that are not finished, and write its summary; "default" is params.yaml itself."""
-    try:
-        for name in names:
+    for name in names:
+        try:
             projects = [(changes, _project(work, name, changes, seeds)) for changes in _experiments(name)]
             _run([project for _, project in projects], jobs)
-            summary = summarise(name, projects)
-            summaries.mkdir(parents=True, exist_ok=True)
-            atomic.write_json(summaries / f"{name}.json", summary)
-            click.echo(summaries / f"{name}.json")
+        except PipelineError as error:
+            raise click.ClickException(str(error)) from None
+        _write(name, projects, summaries)
+
+
+@main.command()
+@_options
+def summarise(names: tuple[str, ...], work: Path, seeds: int | None, summaries: Path) -> None:
+    """Write the summary of each PRESET's finished runs."""
+    for name in names:
+        _write(name, [(changes, _project(work, name, changes, seeds)) for changes in _experiments(name)], summaries)
+
+
+def _write(name: str, projects: list[tuple[dict[str, Any], Config]], summaries: Path) -> None:
+    try:
+        summary = summary_of(name, projects)
     except PipelineError as error:
         raise click.ClickException(str(error)) from None
+    summaries.mkdir(parents=True, exist_ok=True)
+    atomic.write_json(summaries / f"{name}.json", summary)
+    click.echo(summaries / f"{name}.json")
 
 
 @main.command()
@@ -70,7 +98,7 @@ def train(names: tuple[str, ...], work: Path, jobs: int, seeds: int | None, summ
 def pages(check: bool) -> None:
     """Write the tables of docs/reproduction.md, and that of README.md, between their marks."""
     for page, text in reproduction_pages.made().items():
-        if page.read_text(encoding="utf-8") == text:
+        if page.exists() and page.read_text(encoding="utf-8") == text:
             continue
         if check:
             raise click.ClickException(f"{page} differs from its summaries. Run this without --check.")
@@ -110,6 +138,10 @@ def _project(work: Path, name: str, changes: dict[str, Any], seeds: int | None) 
     shared = {section: values for section, values in params.items() if section not in _VARYING}
     folder = work / provenance.fingerprint(json.loads(json.dumps(shared)))[:12]
     (folder / "data").mkdir(parents=True, exist_ok=True)
+    for name in ("benchmarks", "data/raw"):  # which presets name by relative paths
+        (ROOT / name).mkdir(parents=True, exist_ok=True)
+        if not (folder / name).exists():
+            (folder / name).symlink_to(ROOT / name)
     with (folder / "params.yaml").open("w", encoding="utf-8") as stream:
         yaml.dump(params, stream)
     return config.load(folder / "params.yaml")
@@ -126,7 +158,7 @@ def _run(projects: list[Config], jobs: int) -> None:
             for seed in sweep.seeds
             for partition in sweep.partitions
             for method in sweep.methods
-            if not (project.run_dir(method, partition, seed) / provenance.CHECKSUMS).exists()
+            if not _is_finished(project, method, partition, seed)
         ]
     runs.sort(key=lambda run: run[0])  # a prefix of the work is then a table of fewer seeds
     with ThreadPoolExecutor(jobs) as pool:
@@ -139,13 +171,15 @@ def _run(projects: list[Config], jobs: int) -> None:
 
 
 def _prepare(project: Config) -> None:
-    if project.params.prepare_data.source == "domain-folder":
+    if project.params.prepare_data.name == "digits-domains":
         source = {"prepare_data.name": "digits", "prepare_data.source": "digits"}
         _pipeline(
             project, "prepare-data", *(word for key, value in source.items() for word in ("--set", f"{key}={value}"))
         )
-        digit_domains.write(project.root)
-    for stage in ("prepare-data", "prepare-backbone", "extract-features"):
+        digit_images.write_domains(project.root)
+    if project.params.prepare_backbone.corpus == "data/corpus/rendered-digits":
+        digit_images.write_corpus(project.root)
+    for stage in ("prepare-data", "prepare-backbone", "extract-features", "analyze-features"):
         _pipeline(project, stage)
     if project.params.synthesize.images_per_class:
         _pipeline(project, "synthesize")
@@ -163,33 +197,36 @@ def _pipeline(project: Config, *words: str) -> None:
         raise PipelineError(f"{' '.join(words)} failed in {project.root}: {done.stderr.strip()[-500:]}")
 
 
-def summarise(name: str, projects: list[tuple[dict[str, Any], Config]]) -> dict[str, Any]:
-    """Return the summary of a preset's runs; PipelineError if one is missing or was made with other settings."""
+def _is_finished(project: Config, method: str, partition: str, seed: int) -> bool:
+    return (project.run_dir(method, partition, seed) / provenance.CHECKSUMS).exists()
+
+
+def summary_of(name: str, projects: list[tuple[dict[str, Any], Config]]) -> dict[str, Any]:
+    """Return the summary of a preset's finished runs; PipelineError if one is damaged or was made with other settings.
+
+    Accuracies are by partition, method and seed, from 0 to 1.
+    """
     experiments, runs = [], []
     for changes, project in projects:
-        found = read_sweep(project)
+        found = _finished(project)
         runs += found.all_runs
+        accuracies: dict[str, dict[str, dict[int, float]]] = {partition: {} for partition in found.partitions}
+        for (partition, method), group in found.runs.items():
+            accuracies[partition][method] = {run.seed: round(run.metrics["mean_last5_accuracy"], 6) for run in group}
         experiments.append(
             {
                 "changes": changes,
                 "partitions": found.labels,
                 "baseline": found.baseline,
                 "unguided": found.unguided,
-                "accuracies": {
-                    partition: {
-                        method: [round(value, 6) for value in found.accuracies(partition, method)]
-                        for method in found.methods
-                    }
-                    for partition in found.partitions
-                },
+                "accuracies": accuracies,
+                "features": _measured(project),
             }
         )
     made = [run.settings.provenance for run in runs]
     return {
         "preset": name,
-        "seeds": found.seeds,
         "num_rounds": min(len(run.rounds) for run in runs),
-        "knn": any(run.is_knn for run in runs),
         "runs": len(runs),
         "hours": round(sum(run.metrics["wall_seconds"] for run in runs) / 3600, 2),
         "commits": sorted({(origin["commit"] or "unknown")[:12] for origin in made}),
@@ -197,6 +234,31 @@ def summarise(name: str, projects: list[tuple[dict[str, Any], Config]]) -> dict[
         "torch": sorted({origin["packages"]["torch"] for origin in made}),
         "experiments": experiments,
     }
+
+
+def _measured(project: Config) -> dict[str, float] | None:
+    """Return the probe's accuracy and the prompts' margin, by analyze-features, of the project's features."""
+    file = project.root / "analysis" / "features.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _finished(project: Config) -> Results:
+    """Read the finished runs of a sweep."""
+    sweep = project.params.sweep
+    runs: dict[tuple[str, str], list[Run]] = {}
+    for partition in sweep.partitions:
+        for method in sweep.methods:
+            seeds = [seed for seed in sweep.seeds if _is_finished(project, method, partition, seed)]
+            if seeds:
+                only = sweep.model_copy(update={"methods": [method], "partitions": [partition], "seeds": seeds})
+                params = project.params.model_copy(update={"sweep": only})
+                runs |= read_sweep(dataclasses.replace(project, params=params)).runs
+    if not runs:
+        raise DataError(f"{project.results_dir} has no finished run of this sweep. Train one first.")
+    check_comparable(runs.values())
+    partitions = [name for name in sweep.partitions if any(partition == name for partition, _ in runs)]
+    methods = [name for name in sweep.methods if (partitions[0], name) in runs]
+    return Results(methods, partitions, sweep.seeds, runs, [])
 
 
 def _hardware(found: dict[str, Any]) -> str:

@@ -10,16 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import paper_numbers
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
 
-from pipeline import accuracy
+from pipeline import accuracy, plotting
 from pipeline.accuracy import Gain
 from pipeline.errors import PipelineError
 
 ROOT = Path(__file__).parents[1]
 SUMMARIES = ROOT / "benchmarks" / "results" / "reproduction"
+PICTURE = ROOT / "docs" / "gallery" / "guide-quality.svg"
 PAGES = {ROOT / "docs" / "reproduction.md": None, ROOT / "README.md": ["default"]}
 
 Summary = dict[str, Any]
+BySeed = dict[str, float]
+"""Seed -> accuracy."""
 
 _NAMES = {
     "fedavg": "FedAvg", "fedprox": "FedProx", "scaffold": "SCAFFOLD", "fednova": "FedNova", "moon": "MOON",
@@ -46,9 +51,9 @@ _EXPERIMENTS = {
 
 
 def made() -> dict[Path, str]:
-    """Return the text of every page, with all tables written between their marks."""
+    """Return the text of every page, with all tables written between their marks, and of their picture."""
     found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(SUMMARIES.glob("*.json"))}
-    pages = {}
+    pages = {PICTURE: quality_picture(found)} if _quality(found) else {}
     for page, names in PAGES.items():
         text = page.read_text(encoding="utf-8")
         for name, write in SECTIONS.items():
@@ -74,13 +79,30 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def caption(summary: Summary) -> str:
     """Describe the numbers of a summary, and where they come from."""
-    words = accuracy.in_words(summary["num_rounds"], summary["seeds"])
-    gains = f" Gains, in points, are {accuracy.gain_in_words(summary['seeds'])}."
-    words = f"{words[0].upper()}{words[1:]}.{gains}".replace("*", "\\*")
-    origin = (
-        f"{summary['runs']} runs, {summary['hours']:.1f} hours of one core each, on {', '.join(summary['hardware'])}"
-    )
+    seeds = _all_seeds(summary)
+    words = accuracy.in_words(summary["num_rounds"], seeds)
+    gains = f" Gains, in points, are {accuracy.gain_in_words(seeds)}."
+    words = f"{words[0].upper()}{words[1:]}; n is given where it is smaller.{gains}".replace("*", "\\*")
+    if all(len(own) == len(seeds) for own in _cells(summary)):
+        words = words.replace("; n is given where it is smaller", "")
+    seconds = 3600 * summary["hours"] / summary["runs"]
+    origin = f"{summary['runs']} runs of {seconds:.0f} s, one core each, on {', '.join(summary['hardware'])}"
     return f"{words} {origin}; torch {', '.join(summary['torch'])}; commit {', '.join(summary['commits'])}.\n"
+
+
+def _cells(summary: Summary) -> list[BySeed]:
+    found = [experiment["accuracies"] for experiment in summary["experiments"]]
+    return [own for by_partition in found for by_method in by_partition.values() for own in by_method.values()]
+
+
+def _all_seeds(summary: Summary) -> list[int]:
+    return sorted({int(seed) for own in _cells(summary) for seed in own})
+
+
+def gain_of(own: BySeed, other: BySeed) -> Gain | None:
+    """Return the gain over the seeds that both have; None if there is none."""
+    both = [seed for seed in own if seed in other]
+    return accuracy.gain([own[seed] for seed in both], [other[seed] for seed in both]) if both else None
 
 
 def verdict(gain: Gain, claimed: float) -> str:
@@ -90,8 +112,16 @@ def verdict(gain: Gain, claimed: float) -> str:
     return "agrees" if gain.sign == (1 if claimed > 0 else -1) else "contradicts"
 
 
-def _points(gain: Gain) -> str:
-    return str(gain).replace("*", "\\*")
+def _points(gain: Gain | None) -> str:
+    return "–" if gain is None else str(gain).replace("*", "\\*")
+
+
+def _percent(own: BySeed | None, most: int = 0) -> str:
+    """Format accuracies, with their number if it is below `most`."""
+    if not own:
+        return "–"
+    number = f" (n = {len(own)})" if len(own) < most else ""
+    return accuracy.in_percent(list(own.values())) + number
 
 
 def _name(method: str) -> str:
@@ -99,17 +129,18 @@ def _name(method: str) -> str:
     return _NAMES.get(method) or (f"{_NAMES[plain]} with guidance" if plain in _NAMES else method)
 
 
-def _accuracies(experiment: dict[str, Any], names: Callable[[str], str] = _name) -> str:
+def _accuracies(experiment: dict[str, Any]) -> str:
     found, labels = experiment["accuracies"], experiment["partitions"]
-    methods = list(next(iter(found.values())))
-    best = {p: max(statistics.fmean(values) for values in by_method.values()) for p, by_method in found.items()}
+    methods = list(dict.fromkeys(method for by_method in found.values() for method in by_method))
+    best = {p: max(statistics.fmean(own.values()) for own in by_method.values()) for p, by_method in found.items()}
+    most = max(len(own) for by_method in found.values() for own in by_method.values())
 
     def cell(partition: str, method: str) -> str:
-        own = found[partition][method]
-        text = accuracy.in_percent(own)
-        return f"**{text}**" if statistics.fmean(own) == best[partition] else text
+        own = found[partition].get(method)
+        text = _percent(own, most)
+        return f"**{text}**" if own and statistics.fmean(own.values()) == best[partition] else text
 
-    rows = [[names(method), *(cell(partition, method) for partition in labels)] for method in methods]
+    rows = [[_name(method), *(cell(partition, method) for partition in labels)] for method in methods]
     return table(["accuracy, %", *labels.values()], rows)
 
 
@@ -117,17 +148,20 @@ def _gains(experiment: dict[str, Any], pairs: dict[str, str]) -> str:
     """Show the gain of each method over its pair, and over all of them how often it is positive."""
     found, labels = experiment["accuracies"], experiment["partitions"]
     gains = {
-        (partition, method): accuracy.gain(found[partition][method], found[partition][other])
+        partition: {
+            method: gain_of(found[partition].get(method, {}), found[partition].get(other, {}))
+            for method, other in pairs.items()
+        }
         for partition in labels
-        for method, other in pairs.items()
     }
     rows = [
-        [f"{_name(method)} over {_name(other)}", *(_points(gains[partition, method]) for partition in labels)]
+        [f"{_name(method)} over {_name(other)}", *(_points(gains[partition][method]) for partition in labels)]
         for method, other in pairs.items()
     ]
     if len(pairs) > 1:
-        rows.append(["all: seeds that gain", *(_share_better([gains[p, m] for m in pairs]) for p in labels)])
-        rows.append(["all: intervals above 0, below 0", *(_signs([gains[p, m] for m in pairs]) for p in labels)])
+        known = {p: [gain for gain in gains[p].values() if gain] for p in labels}
+        rows.append(["all: seeds that gain", *(_share_better(known[p]) for p in labels)])
+        rows.append(["all: intervals above 0, below 0", *(_signs(known[p]) for p in labels)])
     return table(["gain, points", *labels.values()], rows)
 
 
@@ -148,7 +182,8 @@ def _claims(experiment: dict[str, Any], pairs: list[tuple[str, str, str]]) -> st
         claimed = paper_numbers.gain(method, other, partition)
         if claimed is None or method not in found or other not in found:
             continue
-        own = accuracy.gain(found[method], found[other])
+        own = gain_of(found[method], found[other])
+        assert own
         name = f"{_VARIANTS.get(method, _name(method))} over {_VARIANTS.get(other, _name(other))}"
         name = name.replace("both: the default", "both" if "alone" in name else "FedDifRC").replace(
             "both over layer", "fused layers over layer"
@@ -178,7 +213,7 @@ def _sweep(name: str) -> Callable[[dict[str, Summary]], str]:
         summary = found[name]
         (experiment,) = summary["experiments"]
         pairs = experiment["unguided"]
-        methods, baseline = list(next(iter(experiment["accuracies"].values()))), experiment["baseline"]
+        methods, baseline = next(iter(experiment["accuracies"].values())), experiment["baseline"]
         if not pairs and baseline:
             pairs = {method: baseline for method in methods if method != baseline}
         return _accuracies(experiment) + (_gains(experiment, pairs) if pairs else "") + caption(summary)
@@ -203,12 +238,13 @@ def _ablation(found: dict[str, Summary]) -> str:
     ((partition, own),) = experiment["accuracies"].items()
     baseline, default = own["fedavg"], own["feddifrc"]
 
-    def row(name: str, values: list[float]) -> list[str]:
-        count = len(values)
-        pair = [_points(accuracy.gain(values, other[:count])) for other in (baseline, default)]
-        return [name, accuracy.in_percent(values), pair[0], "" if values is default else pair[1]]
+    most = max(map(len, own.values()))
 
-    rows = [["FedAvg", accuracy.in_percent(baseline), "", _points(accuracy.gain(baseline, default))]]
+    def row(name: str, values: BySeed) -> list[str]:
+        pair = [_points(gain_of(values, other)) for other in (baseline, default)]
+        return [name, _percent(values, most), pair[0], "" if values is default else pair[1]]
+
+    rows = [["FedAvg", _percent(baseline, most), "", _points(gain_of(baseline, default))]]
     rows += [row(_VARIANTS[method], values) for method, values in own.items() if method != "fedavg"]
     more, origins = [], []
     for name, words in (
@@ -238,14 +274,21 @@ def _heterogeneity(found: dict[str, Summary]) -> str:
             changes = experiment["changes"]
             words = next((words for key, words in _EXPERIMENTS.items() if key in changes), "two domains")
             own = next(iter(experiment["accuracies"].values()))
-            gain = accuracy.gain(own["feddifrc"], own["fedavg"])
+            gain = gain_of(own["feddifrc"], own["fedavg"])
             label = words.format(*(value for key, value in changes.items() if _EXPERIMENTS.get(key) == words))
-            rows.append(
-                [label, *(accuracy.in_percent(own[method]) for method in ("fedavg", "feddifrc")), _points(gain)]
-            )
+            rows.append([label, *(_percent(own[method]) for method in ("fedavg", "feddifrc")), _points(gain)])
     if not rows:
         return "Not run yet."
     return table(["setting", "FedAvg, %", "FedDifRC, %", "gain, points"], rows) + "\n".join(origins)
+
+
+def _cifar(found: dict[str, Summary]) -> str:
+    text = _sweep("cifar10-mini")(found)
+    features = found["cifar10-mini"]["experiments"][0]["features"] if "cifar10-mini" in found else None
+    if not features:
+        return text
+    quality = f"a linear probe on the features reaches {100 * features['probe']:.1f} %, and the matching prompt is "
+    return text + f"\nThe guide: {quality}nearer than the mean of the others by {features['margin']:.4f} (cosine).\n"
 
 
 def _default(found: dict[str, Summary]) -> str:
@@ -253,6 +296,86 @@ def _default(found: dict[str, Summary]) -> str:
         return "Not run yet."
     (experiment,) = found["default"]["experiments"]
     return _accuracies(experiment) + _gains(experiment, {"feddifrc": "fedavg"}) + caption(found["default"])
+
+
+def _guides(found: dict[str, Summary]) -> str:
+    points = _quality(found)
+    if not points:
+        return "Not run yet."
+    rows = [
+        [label, f"{100 * features['probe']:.1f}", f"{features['margin']:.4f}", _points(gain)]
+        for label, features, gain in points
+    ]
+    header = ["features", "probe, %", "margin of the matching prompt", "gain over FedAvg, points"]
+    text = table(header, rows) + "![Gain against probe and margin](gallery/guide-quality.svg)\n\n"
+    probes, margins, gains = zip(*((f["probe"], f["margin"], gain.mean) for _, f, gain in points), strict=True)
+    for name, values in (("probe", probes), ("margin", margins)):
+        rank = spearmanr(values, gains)
+        text += f"Rank correlation of the gain with the {name}: {rank.statistic:.2f} (p = {rank.pvalue:.3f}). "
+    return text + "\n\n" + caption(found["digits-guides" if "digits-guides" in found else "digits-timesteps"])
+
+
+def _quality(found: dict[str, Summary]) -> list[tuple[str, dict[str, float], Gain]]:
+    """Return label, probe and margin, and FedDifRC's gain over FedAvg for every feature set at NID1 0.05."""
+    if "digits-ablation" not in found:
+        return []
+    baseline = found["digits-ablation"]["experiments"][0]["accuracies"]["nid1_005"]["fedavg"]
+    points = []
+    for name in ("digits-timesteps", "digits-guides"):
+        for experiment in found.get(name, {"experiments": []})["experiments"]:
+            gain = gain_of(experiment["accuracies"]["nid1_005"]["feddifrc"], baseline)
+            if experiment["features"] and gain:
+                changes = experiment["changes"]
+                timestep = changes.get("extract_features.timestep")
+                trained = changes.get("prepare_backbone.training", {}).get("denoiser_steps")
+                label = f"tiny-sd, t = {timestep}" if timestep else f"guide of {trained} steps, t = 300"
+                points.append((label, experiment["features"], gain))
+    return points
+
+
+@plotting.svg
+def quality_picture(found: dict[str, Summary]) -> Figure:
+    """Draw the gain of FedDifRC against the probe and against the margin of its features."""
+    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
+    for axes, key, unit in zip(figure.subplots(1, 2, sharey=True), ("probe", "margin"), (100, 1), strict=True):
+        for label, features, gain in _quality(found):
+            place, colour = (unit * features[key], 100 * gain.mean), "#D55E00" if "guide" in label else "#0072B2"
+            half_width = None if gain.half_width is None else 100 * gain.half_width
+            axes.errorbar(*place, yerr=half_width, fmt="o", color=colour, ecolor=f"{colour}55", capsize=2)
+            short = label.replace("tiny-sd, ", "").replace("guide of ", "").replace(", t = 300", "")
+            axes.annotate(short, place, xytext=(4, 4), textcoords="offset points", fontsize=7)
+        axes.axhline(0, color=plotting.INK, lw=0.8)
+        axes.grid()
+        axes.set(xlabel="accuracy of a linear probe, %" if key == "probe" else "margin of the matching prompt")
+    figure.axes[0].set(ylabel="gain of FedDifRC over FedAvg, points")
+    return figure
+
+
+def _conditioning(found: dict[str, Summary]) -> str:
+    if "local-conditioning" not in found:
+        return "Not run yet."
+    summary = found["local-conditioning"]
+    runs = summary["accuracies"]
+    names = {
+        "fedavg": "FedAvg", "none": "FedDifRC, prompts alone", "frozen": "FedDifRC, on the initial network's feature",
+        "local": "FedDifRC, on the received model's feature (the paper)",
+    }  # fmt: skip
+    rows = [
+        [label, accuracy.in_percent(runs[name]), *(_against(runs, name, other) for other in ("fedavg", "none"))]
+        for name, label in names.items()
+    ]
+    made = summary["provenance"]
+    words = accuracy.in_words(summary["num_rounds"], summary["seeds"])
+    gains = accuracy.gain_in_words(summary["seeds"]).replace("*", "\\*")
+    hardware = f"{made['hardware']['cores']} cores of {made['hardware']['cpu']}"
+    return table(["variant", "accuracy, %", "gain over FedAvg", "gain over prompts alone"], rows) + (
+        f"NID1 with alpha 0.05; {words}. Gains, in points, are {gains}. On {hardware}; torch "
+        f"{made['packages']['torch']}; commit {made['commit'][:12]}.\n"
+    )
+
+
+def _against(runs: dict[str, list[float]], name: str, other: str) -> str:
+    return "" if name == other else _points(accuracy.gain(runs[name], runs[other]))
 
 
 SECTIONS: dict[str, Callable[[dict[str, Summary]], str]] = {
@@ -263,5 +386,7 @@ SECTIONS: dict[str, Callable[[dict[str, Summary]], str]] = {
     "digits-heterogeneity": _heterogeneity,
     "digits-self-supervised": _sweep("digits-self-supervised"),
     "digits-synthetic": _sweep("digits-synthetic"),
-    "cifar10-mini": _sweep("cifar10-mini"),
+    "digits-guides": _guides,
+    "local-conditioning": _conditioning,
+    "cifar10-mini": _cifar,
 }

@@ -50,20 +50,45 @@ def test_states_benchmark_counts_the_files_of_a_checkpoint(benchmark, tmp_path):
     assert list(found) == list(states.COLUMNS) and not list(tmp_path.glob("*.tmp"))
 
 
-def test_reproduction_table_holds_only_runs_of_the_current_settings(benchmark, tmp_path):
+def test_reproduction_summary_holds_the_finished_runs_of_the_current_settings(benchmark, tmp_path):
     reproduction = benchmark("reproduction")
-    sweep = {"sweep.methods": ["fedavg"], "sweep.partitions": ["iid"], "sweep.seeds": [0]}
+    sweep = {"sweep.methods": ["fedavg", "fedprox"], "sweep.partitions": ["iid"], "sweep.seeds": [0, 1]}
     project = tiny_project.make(tmp_path, train_fl__num_rounds=1, **sweep)
-    accuracy = (run(project, "fedavg", "iid", 0) / "rounds.csv").read_text().splitlines()[1].split(",")[1]
-    table = reproduction.make_table(project)
-    assert table.splitlines()[2] == f"| fedavg | {100 * float(accuracy):.2f} |"
-    assert table.splitlines()[-1].startswith("After the only round; one run, seed 0 (n = 1); commit ")
-    page = "before\n<!-- x -->\nold\n<!-- /x -->\nafter\n"
-    assert reproduction.put(page, "x", "new") == "before\n<!-- x -->\nnew\n<!-- /x -->\nafter\n"
-    with pytest.raises(PipelineError, match="has no marks"):
-        reproduction.put(page, "y", "new")
+    with pytest.raises(PipelineError, match="has no finished run of this sweep"):
+        reproduction.summary_of("x", [({}, project)])
+    accuracy = (run(project, "fedavg", "iid", 1) / "rounds.csv").read_text().splitlines()[1].split(",")[1]
+    summary = reproduction.summary_of("x", [({}, project)])
+    assert summary["experiments"][0]["accuracies"] == {"iid": {"fedavg": {1: pytest.approx(float(accuracy), abs=1e-6)}}}
+    assert (summary["runs"], summary["num_rounds"]) == (1, 1)
     with pytest.raises(PipelineError, match="train_fl.num_rounds 1, but params.yaml has 2"):
-        reproduction.make_table(tiny_project.make(tmp_path, train_fl__num_rounds=2, **sweep))
+        reproduction.summary_of("x", [({}, tiny_project.make(tmp_path, train_fl__num_rounds=2, **sweep))])
+
+
+def test_reproduction_pages_are_made_from_their_summaries(benchmark):
+    done = CliRunner().invoke(benchmark("reproduction").main, ["pages", "--check"])
+    assert done.exit_code == 0, done.output
+
+
+def test_reproduction_pages_compare_seeds_that_both_methods_have(benchmark):
+    pages = benchmark("reproduction_pages")
+    gain = pages.gain_of({"0": 0.5, "1": 0.7, "2": 0.9}, {"1": 0.6, "2": 0.6, "5": 0.1})
+    assert gain.by_seed == pytest.approx([0.1, 0.3]) and pages.gain_of({"0": 0.5}, {"1": 0.5}) is None
+    half_width = 12.7062 * 0.1414214 / 2**0.5  # t of one degree of freedom; the deviation of 0.1 and 0.3
+    assert gain.half_width == pytest.approx(half_width, rel=1e-4)
+    surely = pages.gain_of({"0": 0.61, "1": 0.62, "2": 0.63}, {"0": 0.5, "1": 0.5, "2": 0.5})
+    verdicts = [pages.verdict(gain, 2.0), pages.verdict(surely, 2.0), pages.verdict(surely, -2.0)]
+    assert verdicts == ["cannot tell", "agrees", "contradicts"]
+    page = "before\n<!-- x -->\nold\n<!-- /x -->\nafter\n"
+    assert pages.put(page, "x", "new") == "before\n<!-- x -->\nnew\n<!-- /x -->\nafter\n"
+    with pytest.raises(PipelineError, match="has no marks"):
+        pages.put(page, "y", "new")
+
+
+def test_papers_gain_is_that_of_its_own_table(benchmark):
+    paper = benchmark("paper_numbers")
+    assert paper.gain("feddifrc", "fedavg", "nid1_005") == 4.87  # 83.14 - 78.27
+    assert paper.gain("feddifrc", "layer3", "nid1_05") == 0.46  # 88.27 - 87.81, of the layer ablation
+    assert paper.gain("feddifrc", "fednh", "nid2") is None
 
 
 def test_guide_benchmark_trains_on_one_half_and_measures_on_the_other(benchmark, tmp_path):
@@ -135,7 +160,6 @@ def test_every_table_preset_has_a_place_on_the_reproduction_page():
     page = (REPOSITORY / "docs" / "reproduction.md").read_text()
     for name in (file.stem for file in (REPOSITORY / "presets").glob("*-*.yaml")):
         assert f"`{name}`" in page
-        assert name.endswith("timesteps") or f"<!-- {name} -->" in page
 
 
 def test_gpu_check_runs_on_a_cpu(benchmark, tmp_path):

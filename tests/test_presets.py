@@ -29,7 +29,10 @@ def test_every_preset_is_valid(project, name):
         made.settings("methods", method)
     for partition in made.params.sweep.partitions:
         made.settings("partitions", partition)
-    assert len(experiments) == (7 if name.endswith("timesteps") else 1)
+    several = {"digits-timesteps": 7, "cifar10-timesteps": 7, "digits-negatives": 2, "digits-heterogeneity": 5}
+    assert len(experiments) == (several | {"digits-guides": 3}).get(name, 1)
+    for changes in experiments:
+        config.load(project / "params.yaml", changes)
 
 
 def test_cifar10_table_follows_the_paper(project):
@@ -107,12 +110,23 @@ def test_project_preset_overrides_the_packages_own(project):
         ("train_fl: 3", "Preset wrong: train_fl must be a section"),
         ("base: wrong", "Preset wrong is a base of itself"),
         ("experiments: {train_fl.num_rounds: 0}", "train_fl.num_rounds = 0: input should be"),
+        ("experiments: [{train_fl.num_rounds: 0}]", "train_fl.num_rounds = 0: input should be"),
+        ("experiments: 3", "Preset wrong: experiments must map keys to lists of values, or list mappings"),
+        ("experiments: [3]", "Preset wrong: experiments must map keys to lists of values, or list mappings"),
     ],
 )
 def test_invalid_preset_is_one_line(project, text, message):
     (project / "presets" / "wrong.yaml").write_text(text + "\n")
     result = invoke(project, "preset", "wrong")
     assert (result.exit_code, len(result.output.splitlines())) == (1, 1) and message in result.output
+
+
+def test_listed_experiments_replace_those_of_the_base(project):
+    (project / "presets" / "one.yaml").write_text(
+        "base: digits-timesteps\nexperiments: [{train_fl.num_rounds: 3, sweep.seeds: [1]}, {train_fl.num_rounds: 4}]\n"
+    )
+    experiments = presets.apply("one", project / "params.yaml").experiments
+    assert experiments == [{"train_fl.num_rounds": 3, "sweep.seeds": [1]}, {"train_fl.num_rounds": 4}]
 
 
 def test_command_lists_and_merges(project):
