@@ -129,6 +129,10 @@ def _name(method: str) -> str:
     return _NAMES.get(method) or (f"{_NAMES[plain]} with guidance" if plain in _NAMES else method)
 
 
+def _headings(labels: dict[str, str]) -> list[str]:
+    return [paper_numbers.PARTITIONS.get(partition, label) for partition, label in labels.items()]
+
+
 def _accuracies(experiment: dict[str, Any]) -> str:
     found, labels = experiment["accuracies"], experiment["partitions"]
     methods = list(dict.fromkeys(method for by_method in found.values() for method in by_method))
@@ -141,7 +145,7 @@ def _accuracies(experiment: dict[str, Any]) -> str:
         return f"**{text}**" if own and statistics.fmean(own.values()) == best[partition] else text
 
     rows = [[_name(method), *(cell(partition, method) for partition in labels)] for method in methods]
-    return table(["accuracy, %", *labels.values()], rows)
+    return table(["accuracy, %", *_headings(labels)], rows)
 
 
 def _gains(experiment: dict[str, Any], pairs: dict[str, str]) -> str:
@@ -162,7 +166,7 @@ def _gains(experiment: dict[str, Any], pairs: dict[str, str]) -> str:
         known = {p: [gain for gain in gains[p].values() if gain] for p in labels}
         rows.append(["all: seeds that gain", *(_share_better(known[p]) for p in labels)])
         rows.append(["all: intervals above 0, below 0", *(_signs(known[p]) for p in labels)])
-    return table(["gain, points", *labels.values()], rows)
+    return table(["gain, points", *_headings(labels)], rows)
 
 
 def _share_better(gains: list[Gain]) -> str:
@@ -291,6 +295,25 @@ def _cifar(found: dict[str, Summary]) -> str:
     return text + f"\nThe guide: {quality}nearer than the mean of the others by {features['margin']:.4f} (cosine).\n"
 
 
+def _combinations(found: dict[str, Summary]) -> str:
+    """Compare weights of the guidance under other methods, each with the method alone and with the default weights."""
+    if "digits-combinations" not in found:
+        return "Not run yet."
+    own = found["digits-combinations"]["experiments"][0]["accuracies"]["nid1_005"]
+    words = {
+        "feddifrc": "with guidance (weights 1)", "tdcl": "with TDCL alone", "ndcr": "with NDCR alone",
+        "third": "with guidance, weights 0.3", "triple": "with guidance, weights 3",
+    }  # fmt: skip
+    rows = []
+    for method, values in own.items():
+        plain, _, variant = method.partition("-")
+        gains = [gain_of(values, own[plain]), gain_of(values, own[f"{plain}-feddifrc"])]
+        shown = [_points(gains[0]) if variant else "", _points(gains[1]) if variant not in ("", "feddifrc") else ""]
+        rows.append([f"{_NAMES[plain]} {words.get(variant, '')}".strip(), _percent(values), *shown])
+    header = ["method", "accuracy on the validation split, %", "gain over the method alone", "gain over weights 1"]
+    return table(header, rows) + caption(found["digits-combinations"])
+
+
 def _default(found: dict[str, Summary]) -> str:
     if "default" not in found:
         return "Not run yet."
@@ -383,6 +406,7 @@ SECTIONS: dict[str, Callable[[dict[str, Summary]], str]] = {
     "paper": _paper,
     "digits-table": _digits_table,
     "digits-ablation": _ablation,
+    "digits-combinations": _combinations,
     "digits-heterogeneity": _heterogeneity,
     "digits-self-supervised": _sweep("digits-self-supervised"),
     "digits-synthetic": _sweep("digits-synthetic"),

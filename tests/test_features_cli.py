@@ -50,6 +50,7 @@ def test_list_shows_complete_broken_partial_and_unfinished_sets(root):
     assert states["next"].startswith("1 of 3 shards. Run `pipeline extract-features`")
     found = {one["name"]: one for one in json.loads(run(root, "list", "--json"))}
     assert (found["one"]["rows"], found["one"]["timestep"], found["next"]["timestep"]) == (10, 300, 7)
+    assert found["one"]["storage"] == "float16" and "3 prompts; float16, " in "".join(lines)
     assert found["broken"]["rows"] is None
 
 

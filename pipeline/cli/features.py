@@ -50,7 +50,7 @@ def list_sets(params: Path, as_json: bool) -> None:
         assert one.layers is not None and one.rows is not None and one.bytes is not None
         _print(
             f"    {one.dataset}, {one.rows:,} images; {one.backbone}, t {one.timestep}, {', '.join(one.layers)}, "
-            f"{one.dims} dims, {one.prompts} prompts; {size(one.bytes)}, {one.fingerprint[:12]}"
+            f"{one.dims} dims, {one.prompts} prompts; {one.storage}, {size(one.bytes)}, {one.fingerprint[:12]}"
         )
 
 

@@ -34,6 +34,7 @@ class Summary:
     prompts: int | None = None
     rows: int | None = None
     bytes: int | None = None
+    storage: str | None = None
     fingerprint: str | None = None
 
 
@@ -119,5 +120,6 @@ def _describe(path: Path, state: str, plan: Plan, size: int) -> Summary:
         prompts=content.prompts_per_image,
         rows=plan.rows,
         bytes=size,
+        storage=content.storage,
         fingerprint=content.fingerprint,
     )

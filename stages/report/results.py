@@ -54,6 +54,12 @@ class Results:
         }
         return {method: other for method, other in pairs.items() if other}
 
+    @property
+    def seen(self) -> dict[str, int]:
+        """Method -> images of the data set on which the backbone that guided it was trained, for those above 0."""
+        most = {method: max(run.settings.seen_images for run in self.of_method(method)) for method in self.methods}
+        return {method: count for method, count in most.items() if count}
+
     def is_guided(self, method: str) -> bool:
         """Return whether cached features guide the method."""
         settings = self._settings(method)
@@ -139,6 +145,6 @@ def _label(partition: dict[str, Any]) -> str:
         case {"kind": "iid"}:
             return "IID"
         case {"kind": "classes-per-client", "num_classes_each": count}:
-            return f"{count} classes each"
+            return f"{count} classes each" if count > 1 else "1 class each"
         case _:
             return str(partition["name"])

@@ -47,7 +47,11 @@ def _accuracy(results: Results) -> Table:
     note += ". Best in bold" if len(results.methods) > 1 else ""
     if results.baseline and len(results.methods) > 1:
         note += f"; small or in brackets: the gain over {results.baseline}, {accuracy.gain_in_words(results.seeds)}"
-    return _by_method("accuracy", "Accuracy", f"{note}.", results, columns, cell)
+    note += "."
+    if seen := results.seen:
+        named = ", ".join(f"{method}: {count}" for method, count in seen.items())
+        note += f" Guided by a backbone that was trained on images of this data set, an unfair advantage ({named})."
+    return _by_method("accuracy", "Accuracy", note, results, columns, cell)
 
 
 def _guidance(results: Results) -> Table | None:

@@ -120,6 +120,15 @@ def test_a_guided_method_with_other_settings_is_no_pair(guided):
     assert found.unguided == {"feddifrc": "fedavg"}
 
 
+def test_runs_guided_by_a_backbone_that_saw_the_images_are_named(guided):
+    for run in guided.glob("results/feddifrc-*"):
+        settings = json.loads((run / "config.json").read_text()) | {"seen_images": 7}
+        (run / "config.json").write_text(json.dumps(settings))
+        reseal(run)
+    assert "an unfair advantage (feddifrc: 7)." in table(guided, "accuracy").note
+    assert "advantage" not in table(guided, "guidance").note
+
+
 def test_equal_means_are_both_marked_best(project):
     set_metric(project, "fedavg", "mean_last5_accuracy", (0.7, 0.8))
     assert [row[1].best for row in table(project, "accuracy").rows] == [True, True]
