@@ -42,11 +42,11 @@ _VARIANTS = {
     "ndcr-raw": "NDCR on raw targets (default standardised)", "ndcr-kl": "NDCR as KL divergence",
 }  # fmt: skip
 
-_EXPERIMENTS = {
+_EXPERIMENTS = {  # the first key that an experiment changes names it
+    "train_fl.num_clients": "{} clients, 10 per round",
     "train_fl.imbalance_factor": "long tail, imbalance factor {}",
     "sweep.partitions": "two classes per client",
     "train_fl.clients_per_round": "{} of 10 clients per round",
-    "train_fl.num_clients": "{} clients, 10 per round, Dirichlet 0.5",
 }
 
 
