@@ -44,7 +44,7 @@ SWEEP = ("sweep-features",)
 SYNTHESIZE = ("synthesize", "--images-per-class", "1")
 SET = Path("data/features/digits-tiny-sd-t300")
 DATA = Path("data/datasets/digits")
-RUN = Path("results/feddifrc-iid-s0")
+RUN = Path("results/feddifrc-iid/s0")
 
 
 @dataclass

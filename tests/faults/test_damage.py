@@ -60,7 +60,7 @@ READ = {
     "run-weights": (f"{RUN}/model.safetensors", REPORT, [f"{RUN}/model.safetensors", "Train it again"], [TRAIN_AGAIN]),
     "partition": (f"{RUN}/partition.json", REPORT, [f"{RUN}", "Train it again"], [TRAIN_AGAIN]),
     "checksums": (f"{RUN}/SHA256SUMS", REPORT, [f"{RUN}", "Train it again"], [TRAIN_AGAIN]),
-    "run-of-sweep": (f"results/.sweep/{RUN.name}.sha256", REPORT, [f"{RUN}", "Train it again"], [TRAIN_AGAIN]),
+    "run-of-sweep": (f"results/.sweep/{RUN.parent.name}.sha256", REPORT, [f"{RUN}", "Train it again"], [TRAIN_AGAIN]),
 }  # fmt: skip
 
 
@@ -86,6 +86,8 @@ def test_damaged_file_is_named_and_repaired_by_the_advised_command(made, project
         shutil.copytree(made.root / "models", project / "models")
     if command == EXTRACT:
         unextracted(project)
+    if command == TRAIN:
+        shutil.rmtree(project / RUN)  # a complete run would be kept
     with trial(f"{damage} file") as tried:
         DAMAGE[damage](project / name)
         before = program.contents(project, leave_out=[])

@@ -105,7 +105,7 @@ def test_installed_wheel_runs_a_project_outside_the_repository(environment, tmp_
     assert "train-fl@feddifrc-iid-0" in said
     assert (root / "report" / "index.html").is_file()
     run(pipeline, "train-fl", "--method", "fedprox", "--partition", "iid", "--seed", "1", cwd=root)
-    assert (root / "results" / "fedprox-iid-s1" / "metrics.json").is_file()
+    assert (root / "results" / "fedprox-iid" / "s1" / "metrics.json").is_file()
     activated = os.pathsep.join([str(environment), os.environ["PATH"]])
     again = run(
         environment / "python", "-m", "dvc", "repro", cwd=root, PATH=activated, DVC_SITE_CACHE_DIR=str(tmp_path)

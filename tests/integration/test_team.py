@@ -143,7 +143,7 @@ def test_b_trains_without_passes_of_the_model_and_a_takes_over_the_run(team):
     assert team.passes(b) == 0
     assert not (mine / "models").exists()
     assert contents(mine / SET) == contents(hers / SET)
-    metrics = mine / "results" / "feddifrc-dir05-s3" / "metrics.json"
+    metrics = mine / "results" / "feddifrc-dir05" / "s3" / "metrics.json"
     assert metrics.exists()
 
     team.section("B shares the run", b)
@@ -183,7 +183,7 @@ def test_training_on_some_shards_names_the_missing_ones_and_how_to_pull_them(tea
     assert "lacks shard-00000.h5, shard-00002.h5 of the 3 shards" in refused.output
     team.shell(project, re.search(r"`(dvc pull [^`]*)`", refused.output)[1])
     assert invoke(project, *RUN).exit_code == 0
-    assert (project / "results" / "feddifrc-dir05-s0" / "metrics.json").exists()
+    assert (project / "results" / "feddifrc-dir05" / "s0" / "metrics.json").exists()
     assert team.passes(home) == 0
 
 
@@ -193,7 +193,7 @@ def test_trains_on_a_set_from_another_repository(team, title):
     project_files(home)
     team.shell(home, "git init -q -b main; git add -A; git commit -qm ours")
     team.section(title, home)
-    assert (home / "results" / "feddifrc-dir05-s0" / "metrics.json").exists()
+    assert (home / "results" / "feddifrc-dir05" / "s0" / "metrics.json").exists()
     assert not (home / "models").exists() and team.passes(home) == 0
     tracked = set(team.shell(home, "git ls-files data").split()) - set(project_template.FILES)
     assert tracked == ({f"{SET}.dvc"} if title.endswith("tracked") else set())

@@ -58,7 +58,7 @@ def test_page_shows_the_numbers_of_the_runs(project, page):
     for row, method in enumerate(METHODS):
         for column, partition in enumerate(PARTITIONS, start=1):
             accuracies = [
-                json.loads((project / "results" / f"{method}-{partition}-s{s}" / "metrics.json").read_text())
+                json.loads((project / "results" / f"{method}-{partition}" / f"s{s}" / "metrics.json").read_text())
                 for s in SEEDS
             ]
             values = [100 * metrics["mean_last5_accuracy"] for metrics in accuracies]

@@ -76,6 +76,6 @@ def test_a_terminal_gets_a_line_per_round(tmp_path, monkeypatch):
             break
     os.close(ours)
     assert "accuracy      loss  train loss   seconds" in text.decode()
-    expected = rows(tmp_path / "results" / "fedavg-iid-s0" / "rounds.csv")
+    expected = rows(tmp_path / "results" / "fedavg-iid" / "s0" / "rounds.csv")
     lines = re.findall(r"^ +(\d+) +(\d+\.\d\d) % +\d", text.decode(), re.MULTILINE)
     assert lines == [(row["round"], f"{100 * float(row['accuracy']):.2f}") for row in expected]
