@@ -68,8 +68,8 @@ def test_page_shows_the_numbers_of_the_runs(project, page):
             assert re.match(rf"{mean:.2f} ± {std:.2f}", shown)
     for row in range(3):
         name, shown, best = page.locator("#table-provenance tbody tr").nth(row).locator("td").all_inner_texts()[:3]
-        metrics = json.loads((project / "results" / name / "metrics.json").read_text())
-        details = json.loads((project / "results" / name / "details.json").read_text())
+        folder = project / "results" / "/".join(name.rsplit("-", 1))
+        metrics, details = (json.loads((folder / f"{file}.json").read_text()) for file in ("metrics", "details"))
         assert (shown, best) == (f"{100 * metrics['mean_last5_accuracy']:.2f}", f"{100 * details['best_accuracy']:.2f}")
 
 
