@@ -128,7 +128,7 @@ def team(tmp_path_factory, quick_bin) -> Team:
     a = team.member("a")
     team.section("The storage, once", a)
     output = team.section("A: extract and push", a)
-    assert ran(output) >= {"extract-features", "train-fl@feddifrc-dir05-0", "report"}
+    assert ran(output) >= {"extract-features", "train-fl@feddifrc-dir05", "report"}
     assert team.passes(a) == PASSES_PER_SET
     return team
 
@@ -137,7 +137,8 @@ def test_b_trains_without_passes_of_the_model_and_a_takes_over_the_run(team):
     b = team.member("b")
     output = team.section("B: train without the model", b)
     mine, hers = b / "feddifrc", team.root / "a" / "feddifrc"
-    assert ran(output) == {"prepare-data", "train-fl@feddifrc-dir05-3"}
+    assert ran(output) == {"prepare-data", "train-fl@feddifrc-dir05"}
+    assert "feddifrc-dir05-s0 is complete already" in output  # A's run
     assert "Stage 'extract-features' didn't change" in output
     assert "Pulling data for stage: 'prepare-data'" not in output  # the images are B's own
     assert team.passes(b) == 0
@@ -148,10 +149,8 @@ def test_b_trains_without_passes_of_the_model_and_a_takes_over_the_run(team):
 
     team.section("B shares the run", b)
     output = team.section("A takes over B's run", team.root / "a")
-    assert ran(output) == set()
-    assert "Stage 'train-fl@feddifrc-dir05-3' is cached" in output
+    assert ran(output) == set() and "Stage 'train-fl@feddifrc-dir05' didn't change" in output
     assert (hers / metrics.relative_to(mine)).read_bytes() == metrics.read_bytes()  # with B's seconds
-    team.shell(hers, "git checkout -q .")
 
 
 def test_c_extracts_only_the_new_timestep(team):
