@@ -30,7 +30,9 @@ def check(digests: Path, run: Path) -> None:
     Raise DataError if it is another run, FileNotFoundError if it has no checksums.
     """
     file, found = _file(digests, run), _digest(run)
-    if _read(file).get(run.name, found) != found:
+    lines = _read(file)
+    is_damaged = file.exists() and not (lines and all(lines))  # all(): a line that was cut off has no name
+    if is_damaged or lines.get(run.name, found) != found:
         raise DataError(
             f"{run} is not the run that {file} was written for (checksums differ). Train it again or `dvc checkout` "
             "both, or delete that file to accept the run unchanged."

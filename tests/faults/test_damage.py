@@ -149,7 +149,7 @@ def interrupted(made, tmp_path_factory):
     (root / "models").symlink_to(made.root / "models")
     for command, output in ((TRAIN, RUN), (SYNTHESIZE, program.Path("data/datasets/digits-synthetic")), (EXTRACT, SET)):
         shutil.rmtree(root / output)
-        before_end = {"train-fl": 12, "synthesize": 22, "extract-features": 14}[command[0]]
+        before_end = {"train-fl": 18, "synthesize": 22, "extract-features": 14}[command[0]]
         at = made.commands[command[0]].operations - before_end
         more = ("--set", "runtime.cache_latents=true") if command == EXTRACT else ()
         program.run(root, *command, *more, under=program.Conditions(dies_at=at))
