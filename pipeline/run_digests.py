@@ -21,7 +21,8 @@ def record(digests: Path, run: Path) -> None:
     The caller sees to it that no other process writes the lines of the same method and partition.
     """
     file = _file(digests, run)
-    _write(file, _read(file) | {run.name: _digest(run)})
+    others = {name: digest for name, digest in _read(file).items() if name}  # but for a damaged line
+    _write(file, others | {run.name: _digest(run)})
 
 
 def check(digests: Path, run: Path) -> None:

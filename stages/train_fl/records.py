@@ -135,8 +135,9 @@ def is_complete(path: Path, settings: dict[str, Any]) -> bool:
     present = [name for name in _FILES if (path / name).exists()]
     with reading(path):
         try:
-            names = [*provenance.listed_files(path), "config.json", "metrics.json", *present]
-            if provenance.changed_file(path, names):
+            listed = provenance.listed_files(path)
+            is_cut = not all(listed)  # a line that was cut off has no name
+            if is_cut or provenance.changed_file(path, [*listed, "config.json", "metrics.json", *present]):
                 return False
             found = json.loads((path / "config.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError, ValueError):

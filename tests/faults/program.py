@@ -142,6 +142,11 @@ def contents(folder: Path, pattern: str = "*", leave_out: Iterable[str] = ()) ->
     }
 
 
+def unfinish_run(root: Path) -> None:
+    """Take the mark of a finished run from the run of TRAIN, which would keep it and read nothing."""
+    (root / RUN / "SHA256SUMS").unlink()
+
+
 def write_settings(root: Path, **changes: Any) -> None:
     """Write params.yaml of the small project."""
     write_params(root, {**SETTINGS, **{key.replace("__", "."): value for key, value in changes.items()}})

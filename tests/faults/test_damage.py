@@ -87,7 +87,7 @@ def test_damaged_file_is_named_and_repaired_by_the_advised_command(made, project
     if command == EXTRACT:
         unextracted(project)
     if command == TRAIN:
-        shutil.rmtree(project / RUN)  # a complete run would be kept
+        program.unfinish_run(project)
     with trial(f"{damage} file") as tried:
         DAMAGE[damage](project / name)
         before = program.contents(project, leave_out=[])
@@ -227,6 +227,7 @@ def test_link_in_place_of_a_shard_is_rejected(made, project, trial, link):
         shard = project / SET / "shard-00001.h5"
         shard.unlink()
         shard.symlink_to(link)
+        program.unfinish_run(project)
         program.refuse(project, *TRAIN, says=["shard-00001.h5", "`dvc pull"])
         program.succeed(project, *EXTRACT)
         program.succeed(project, *TRAIN)
@@ -235,6 +236,7 @@ def test_link_in_place_of_a_shard_is_rejected(made, project, trial, link):
 
 def test_shard_or_basis_of_another_set_is_rejected(made, project, trial):
     with trial("shard or basis of another set") as tried:
+        program.unfinish_run(project)
         other = project / "data/features/digits-tiny-sd-t100"
         program.succeed(project, *EXTRACT, "--timestep", "100")
         for name in ("shard-00000.h5", "basis.h5"):
@@ -270,6 +272,7 @@ def test_file_in_place_of_a_folder_and_the_reverse_are_rejected(project, trial):
         program.succeed(project, *TRAIN)
         (project / SET / "shard-00000.h5").unlink()
         (project / SET / "shard-00000.h5").mkdir()
+        program.unfinish_run(project)
         program.refuse(project, *TRAIN, says=["shard-00000.h5", "extract-features`"])
         program.succeed(project, *EXTRACT)
         program.succeed(project, *TRAIN)

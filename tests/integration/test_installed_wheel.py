@@ -147,4 +147,4 @@ def test_init_sets_dvc_up_for_the_folder(tmp_path, in_git):
         assert name == ".dvc/config" or (root / name).read_bytes() == (REPOSITORY / name).read_bytes()
     assert ("no_scm = true" in (root / ".dvc" / "config").read_text()) == (not in_git)
     stages = run(sys.executable, "-m", "dvc", "stage", "list", "--name-only", cwd=root, DVC_NO_ANALYTICS="1")
-    assert "prepare-data" in stages and "train-fl@feddifrc-dir005-0" in stages
+    assert "prepare-data" in stages and "train-fl@feddifrc-dir005" in stages

@@ -380,7 +380,7 @@ def test_nodes_with_private_images_train_and_evaluate_together(tmp_path, project
     assert float(rows(folder / "rounds.csv")[-1]["accuracy"]) == pytest.approx(accuracy, abs=1e-12)
     assert json.loads((folder / "metrics.json").read_text())["final_accuracy"] == pytest.approx(accuracy, abs=1e-12)
     assert not (tmp_path / "server" / "data").exists()
-    (found,) = read_runs(folder.parent)
+    (found,) = read_runs(folder.parents[1])
     assert (found.class_names, found.clients, found.label_counts.size) == (tiny_project.CLASSES, [], 0)
     assert "2 rounds)" in repr(found) and summary([found]).rows[0]["num_seeds"] == 1
 

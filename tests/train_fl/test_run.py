@@ -106,6 +106,7 @@ UNFIT = {
     "damaged": damage,
     "without a file": lambda run: (run / "clients.csv").unlink(),
     "with short checksums": lambda run: shorten(run, {"timing.csv", "partition.svg"}),
+    "with checksums cut off": lambda run: (run / provenance.CHECKSUMS).write_text("f" * 64 + " "),
     "of other data": lambda run: edit(run, lambda found: found["dataset"].update(hash="0" * 64)),
     "with more settings": lambda run: edit(run, lambda found: found.update(federation={"differential_privacy": 1})),
     "of other code": lambda run: edit(run, lambda found: found["provenance"].update(code="0" * 64)),
