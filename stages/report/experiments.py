@@ -55,7 +55,7 @@ def _means(data: dict[str, Any]) -> dict[str, Cell]:
     for file, content in (data.get("metrics") or {}).items():
         of, values = _MEANS.fullmatch(file), content.get("data") or {}
         if of and (mean := values.get("mean_last5_accuracy")) is not None:
-            found[of[1]] = Cell(accuracy.as_percent(mean, values.get("std_last5_accuracy")), mean)
+            found[of[1]] = Cell(accuracy.as_percent(mean, values.get("std")), mean)
     return found
 
 

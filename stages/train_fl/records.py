@@ -152,7 +152,8 @@ def is_complete(path: Path, settings: dict[str, Any]) -> bool:
 def write_means(file: Path, runs: Sequence[Path]) -> None:
     """Write the means of the metrics that all these runs have, and their number, if every run is finished.
 
-    With two runs or more, also the standard deviation of the accuracy. They are the columns of `dvc metrics show`.
+    With two runs or more, also the standard deviation of mean_last5_accuracy, by a short name: these are the columns of
+    `dvc metrics show`, and DVC's experiments have no other numbers.
     """
     if not all((run / provenance.CHECKSUMS).exists() for run in runs):
         return
@@ -161,7 +162,7 @@ def write_means(file: Path, runs: Sequence[Path]) -> None:
         name: statistics.fmean(own[name] for own in found) for name in found[0] if all(name in own for own in found)
     }
     deviation = accuracy.deviation([own["mean_last5_accuracy"] for own in found])
-    means |= {} if deviation is None else {"std_last5_accuracy": deviation}
+    means |= {} if deviation is None else {"std": deviation}
     atomic.write_json(file, means | {"num_seeds": len(runs)})
 
 
