@@ -59,7 +59,7 @@ audit: $(STAMP)  ## Check the locked packages for known vulnerabilities (needs n
 gallery: $(STAMP)  ## Regenerate the images of docs/gallery from the default settings (needs Chromium)
 	$(BIN)/dvc repro
 	$(BIN)/pipeline sweep-features
-	install -m 644 analysis/*.svg analysis/sweep/sweep.svg results/feddifrc-dir005-s0/partition.svg \
+	install -m 644 analysis/*.svg analysis/sweep/sweep.svg results/feddifrc-dir005/s0/partition.svg \
 	  data/features/digits-tiny-sd-t300/explained_variance.svg docs/gallery/
 	install -m 644 $$(ls analysis/sweep/maps-*.png | head -n 1) docs/gallery/maps.png
 	$(BIN)/python benchmarks/screenshot.py report/index.html docs/gallery/report.png

@@ -28,7 +28,7 @@ from pipeline import provenance
 from pipeline.errors import PipelineError
 
 ROOT = Path(__file__).parents[1]
-RUN = "feddifrc-dir05-s0"
+RUN = "feddifrc-dir05/s0"
 
 
 @click.command()

@@ -27,9 +27,12 @@ def deviation(by_seed: Sequence[float]) -> float | None:
 
 def in_percent(by_seed: Sequence[float]) -> str:
     """Format accuracies from 0 to 1 as mean and standard deviation in percent, "81.28 ± 4.88"; one seed as "81.28"."""
-    spread = deviation(by_seed)
-    mean = f"{100 * statistics.fmean(by_seed):.2f}"
-    return mean if spread is None else f"{mean} ± {100 * spread:.2f}"
+    return as_percent(statistics.fmean(by_seed), deviation(by_seed))
+
+
+def as_percent(mean: float, spread: float | None) -> str:
+    """Format a mean and standard deviation as `in_percent` does; `spread` is None for one seed."""
+    return f"{100 * mean:.2f}" if spread is None else f"{100 * mean:.2f} ± {100 * spread:.2f}"
 
 
 @dataclass(frozen=True)

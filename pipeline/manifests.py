@@ -1,4 +1,4 @@
-"""The JSON files of a run in results/, as typed models: training writes them, the report reads them.
+"""The JSON files of a run in results/<method>-<partition>/s<seed>, as typed models: training writes, the report reads.
 
 config.json      `RunConfig`     the settings that determine the run, what it was made from, and the software
 metrics.json     `RunMetrics`    the main results, which `dvc metrics show` prints
@@ -6,6 +6,7 @@ details.json     `RunDetails`    best accuracy, seconds, bytes
 partition.json   `RunPartition`  which samples and labels each client has; not of nodes with images of their own
 """
 
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,6 +75,12 @@ class RunPartition(_Manifest):
 
 
 M = TypeVar("M", bound=_Manifest)
+
+
+def run_name(folder: Path) -> str:
+    """Return the name of the run in a folder: "fedavg-dir05-s0" in results/fedavg-dir05/s0, elsewhere the folder's."""
+    folder = folder.absolute()
+    return f"{folder.parent.name}-{folder.name}" if re.fullmatch(r"s\d+", folder.name) else folder.name
 
 
 def read(file: Path, model: type[M]) -> M:

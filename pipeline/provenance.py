@@ -104,20 +104,29 @@ def write_checksums(folder: Path) -> None:
             atomic.sync_to_disk(folder / name)
 
 
+def listed_files(folder: Path) -> list[str]:
+    """Return the names in SHA256SUMS of `folder`; raise FileNotFoundError if it is missing."""
+    return list(_checksums(folder))
+
+
 def changed_file(folder: Path, names: Iterable[str]) -> str | None:
     """Return the first of these files in `folder` that differs from SHA256SUMS there.
 
     Return SHA256SUMS itself if it does not list one of them. Raise FileNotFoundError if SHA256SUMS or one of the files
     is missing.
     """
-    lines = (folder / CHECKSUMS).read_text(encoding="utf-8", errors="replace").splitlines()
-    expected = {name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
+    expected = _checksums(folder)
     for name in names:
         if name not in expected:
             return CHECKSUMS
         if file_sha256(folder / name) != expected[name]:
             return name
     return None
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    lines = (folder / CHECKSUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+    return {name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
 
 
 def _is_content(name: str) -> bool:

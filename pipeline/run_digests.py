@@ -1,8 +1,9 @@
-"""A small file in results/.sweep for each run of the sweep, on which DVC's report stage depends.
+"""A small file in results/.sweep for each method and partition of the sweep, on which DVC's report stage depends.
 
 results/ also holds runs that are no longer in the sweep or were made by hand, so the report cannot depend on all of it,
-and DVC cannot list the runs of a matrix as dependencies. Every run of the sweep therefore writes the SHA-256 of its
-SHA256SUMS to results/.sweep/<run>.sha256, and the report removes the files of other runs before DVC records the folder.
+and DVC cannot list the stages of a matrix as dependencies. Every run of the sweep therefore has a line in
+results/.sweep/<method>-<partition>.sha256, as sha256sum writes it: the SHA-256 of its SHA256SUMS, and the name of
+its folder, s<seed>. The report removes the lines and files of other runs before DVC records the folder.
 """
 
 from collections.abc import Iterable
@@ -11,21 +12,28 @@ from pathlib import Path
 from pipeline import provenance
 from pipeline.errors import DataError
 from pipeline.io import atomic
+from pipeline.io.system_errors import reading
 
 
 def record(digests: Path, run: Path) -> None:
-    """Write the file of the finished run in folder `run` to the folder `digests`."""
-    digests.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(_file(digests, run), f"{provenance.file_sha256(run / provenance.CHECKSUMS)}\n")
+    """Write the line of the finished run in folder `run` to its file in the folder `digests`.
+
+    The caller sees to it that no other process writes the lines of the same method and partition.
+    """
+    file = _file(digests, run)
+    others = {name: digest for name, digest in _read(file).items() if name}  # but for a damaged line
+    _write(file, others | {run.name: _digest(run)})
 
 
 def check(digests: Path, run: Path) -> None:
-    """Check that a run is the one that its file was written for; a run may have no file.
+    """Check that a run is the one that its line was written for; a run may have no line.
 
     Raise DataError if it is another run, FileNotFoundError if it has no checksums.
     """
-    file, found = _file(digests, run), provenance.file_sha256(run / provenance.CHECKSUMS)
-    if file.exists() and file.read_text(encoding="utf-8", errors="replace").strip() != found:
+    file, found = _file(digests, run), _digest(run)
+    lines = _read(file)
+    is_damaged = file.exists() and not (lines and all(lines))  # all(): a line that was cut off has no name
+    if is_damaged or lines.get(run.name, found) != found:
         raise DataError(
             f"{run} is not the run that {file} was written for (checksums differ). Train it again or `dvc checkout` "
             "both, or delete that file to accept the run unchanged."
@@ -33,14 +41,38 @@ def check(digests: Path, run: Path) -> None:
 
 
 def complete(digests: Path, runs: Iterable[Path]) -> None:
-    """Write the missing files of these finished runs, and remove those of all others."""
-    wanted = {_file(digests, run): run for run in runs}
+    """Write the missing lines of these finished runs, and remove those of all others."""
+    wanted: dict[Path, list[Path]] = {}
+    for run in runs:
+        wanted.setdefault(_file(digests, run), []).append(run)
     for other in set(digests.glob("*.sha256")) - wanted.keys():
         atomic.remove(other)
-    for file, run in wanted.items():
-        if not file.exists():
-            record(digests, run)
+    for file, group in wanted.items():
+        present = _read(file)
+        lines = {run.name: present.get(run.name) or _digest(run) for run in group}
+        if lines != present:
+            _write(file, lines)
 
 
 def _file(digests: Path, run: Path) -> Path:
-    return digests / f"{run.name}.sha256"
+    return digests / f"{run.parent.name}.sha256"
+
+
+def _digest(run: Path) -> str:
+    return provenance.file_sha256(run / provenance.CHECKSUMS)
+
+
+def _read(file: Path) -> dict[str, str]:
+    """Return folder -> digest; nothing if there is no file."""
+    if not file.exists():
+        return {}
+    with reading(file):
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
+def _write(file: Path, lines: dict[str, str]) -> None:
+    """Write the lines in the order of seeds, so that the order of training does not matter."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    names = sorted(lines, key=lambda name: (len(name), name))
+    atomic.write_text(file, "".join(f"{lines[name]}  {name}\n" for name in names))

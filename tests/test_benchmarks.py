@@ -36,6 +36,11 @@ def test_train_benchmark_skips_simulators_that_are_not_installed(benchmark, caps
     assert "flower (ray)   skipped: no output" in printed and "requirements.txt" in printed
 
 
+def test_dvc_benchmark_runs_every_stage_once(benchmark):
+    new, finished = benchmark("dvc_time").measure(4, 2)
+    assert new > finished > 0
+
+
 def test_first_round_is_timed_separately(benchmark):
     seconds = benchmark("train_job").seconds_per_round([10.0, 15.0, 16.0, 18.0])
     assert seconds == {"num_rounds": 3, "job_seconds": 8.0, "first_round_seconds": 5.0, "round_seconds": 1.5}

@@ -306,7 +306,7 @@ def test_two_runs_with_one_folder_are_rejected(params):
     )  # feddifrc-ssl on dir005, feddifrc on ssl-dir005
     assert complaint(params("", "")) == (
         "params.yaml: partitions: method feddifrc on partition ssl-dir005 and method feddifrc-ssl on partition dir005 "
-        "would both be results/feddifrc-ssl-dir005-s0. Rename one of them."
+        "would both be results/feddifrc-ssl-dir005. Rename one of them."
     )
 
 

@@ -68,7 +68,7 @@ def _demo(folder: Path, started: float) -> None:
             pipeline(project, "--quiet", "extract-features")
         say(f"FedDifRC over the three nodes, {SETTINGS['train_fl.num_rounds']} rounds")
         _finish(federation, federation.run(SETTINGS, method="feddifrc"))
-    results = folder / "server" / "results" / "feddifrc-nodes-s0"
+    results = folder / "server" / "results" / "feddifrc-nodes" / "s0"
     metrics = manifests.read(results / "metrics.json", manifests.RunMetrics)
     say(f"done: accuracy {100 * metrics.final_accuracy:.1f} % (chance: 10 %); results in {results}")
 

@@ -284,30 +284,36 @@ def synthesize(config: "Config") -> None:
     click.echo(stage.run(config))
 
 
-_SEED_HELP = "Seed of a run's random numbers; repeat the option for several runs."
+_SEED_HELP = "Seed of a run's random numbers; repeat the option for several runs. Default: all of sweep.seeds."
+_OVERWRITE_HELP = (
+    "Replace a finished run made from other settings or data. To train an equal run again, delete its folder."
+)
 
 
 @main.command("train-fl", cls=StageCommand, section="train_fl")
 @click.option("--method", required=True, help="Name of an entry under methods in params.yaml.")
 @click.option("--partition", required=True, help="Name of an entry under partitions in params.yaml.")
-@click.option("--seed", "seeds", required=True, multiple=True, type=click.IntRange(0, 2**63 - 1), help=_SEED_HELP)
-@click.option("--overwrite", is_flag=True, help="Replace a finished run made from other settings or data.")
+@click.option("--seed", "seeds", multiple=True, type=click.IntRange(0, 2**63 - 1), help=_SEED_HELP)
+@click.option("--overwrite", is_flag=True, help=_OVERWRITE_HELP)
 @click.option("--dry-run", is_flag=True, help="Time a few batches and print what a run does and costs; write nothing.")
 def train_fl(
     config: "Config", method: str, partition: str, seeds: tuple[int, ...], overwrite: bool, dry_run: bool
 ) -> None:
-    """Stage 2: train from images and cached features, one run per seed -> results/<run>. Resumes if interrupted.
+    """Stage 2: train from images and cached features -> results/<method>-<partition>/s<seed>. Resumes if interrupted.
+
+    Finished runs of the same settings, data and software are kept.
 
     \b
     Examples:
       pipeline train-fl --method fedavg --partition dir05 --seed 0 --dry-run
+      pipeline train-fl --method fedavg --partition dir05
       pipeline train-fl --method fedavg --partition dir05 --seed 0 --seed 1 --seed 2
       pipeline train-fl --method feddifrc --partition dir005 --seed 1 --evaluate-on validation
       pipeline train-fl --method feddifrc --partition dir005 --seed 1 --set methods.feddifrc.temperature=0.1
     """
     from stages import train_fl as stage
 
-    for seed in dict.fromkeys(seeds):
+    for seed in dict.fromkeys(seeds or config.params.sweep.seeds):
         if dry_run:
             click.echo("\n".join(stage.estimate(config, method, partition, seed).lines()))
         else:

@@ -70,6 +70,15 @@ def opened(file: Path) -> Iterator[Lock]:
 
 
 @contextlib.contextmanager
+def waited_for(file: Path) -> Iterator[None]:
+    """Hold the lock of `file` after waiting for other processes, which hold it for moments only."""
+    with opened(file) as lock:
+        while not lock.acquire():
+            time.sleep(0.01)
+        yield
+
+
+@contextlib.contextmanager
 def held(file: Path, what: str) -> Iterator[None]:
     """Hold the lock of `file`, which protects `what`; PipelineError, naming both, if another process has it."""
     with opened(file) as lock:

@@ -119,12 +119,16 @@ class Config:
 
     @property
     def results_dir(self) -> Path:
-        """The results, one folder per run."""
+        """The results, one folder per method and partition."""
         return self.root / "results"
 
     def run_dir(self, method: str, partition: str, seed: int) -> Path:
-        """Return the folder of one run."""
-        return self.results_dir / f"{method}-{partition}-s{seed}"
+        """Return the folder of one run; `pipeline.manifests.run_name` is its name."""
+        return self.results_dir / f"{method}-{partition}" / f"s{seed}"
+
+    def means_file(self, method: str, partition: str) -> Path:
+        """Return the file with the means over the sweep's seeds, which DVC shows as metrics."""
+        return self.results_dir / f"{method}-{partition}.json"
 
     @property
     def runs_of_sweep(self) -> list[Path]:
@@ -134,7 +138,7 @@ class Config:
 
     @property
     def sweep_dir(self) -> Path:
-        """One small file per finished run of the sweep, see `pipeline.run_digests`."""
+        """Digests of the finished runs of the sweep, see `pipeline.run_digests`."""
         return self.results_dir / ".sweep"
 
     def settings(self, section: Literal["methods", "partitions"], name: str) -> Section:
@@ -383,12 +387,12 @@ def _check_sweep(params: Params, where: Callable[[str], str]) -> None:
 
 
 def _check_names_of_runs(params: Params, where: Callable[[str], str]) -> None:
-    """Check that no two runs share a folder, which hyphens in the names of methods and partitions can cause."""
+    """Check that no two methods and partitions share a folder, which hyphens in their names can cause."""
     owners: dict[str, tuple[str, str]] = {}
     for pair in itertools.product(params.methods, params.partitions):
         method, partition = owners.setdefault("-".join(pair), pair)
         if (method, partition) != pair:
             raise ConfigError(
                 f"{where('partitions')}: partitions: method {method} on partition {partition} and method {pair[0]} on "
-                f"partition {pair[1]} would both be results/{'-'.join(pair)}-s0. Rename one of them."
+                f"partition {pair[1]} would both be results/{'-'.join(pair)}. Rename one of them."
             )

@@ -2,7 +2,6 @@
 
 import json
 import re
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from pipeline.errors import PipelineError
 from pipeline.settings.config import dotted
 from stages.report.formats import Cell, Table
 
-_RUN = re.compile(r"results/(.+)-s\d+/metrics\.json")
+_MEANS = re.compile(r"results/([^/]+)\.json")
 
 
 def table(root: Path) -> Table | None:
@@ -24,11 +23,11 @@ def table(root: Path) -> Table | None:
     for commit in shown:
         for experiment in commit.get("experiments") or []:
             last = experiment["revs"][0]
-            if not last.get("error") and _runs(_data(last)):
+            if not last.get("error") and _means(_data(last)):
                 rows.append((experiment["name"] or last["rev"][:8], _data(last)))
     if not rows:
         return None
-    columns = list(dict.fromkeys(run for data in [current, *(data for _, data in rows)] for run in _runs(data)))
+    columns = list(dict.fromkeys(run for data in [current, *(data for _, data in rows)] for run in _means(data)))
     cells = [[Cell("current"), Cell(""), *_accuracies(current, columns)]]
     cells += [[Cell(name), Cell(_changes(current, found)), *_accuracies(found, columns)] for name, found in rows]
     note = "Settings that differ from params.yaml, and accuracy, %; mean ± standard deviation where there are seeds."
@@ -50,22 +49,19 @@ def _data(revision: dict[str, Any]) -> dict[str, Any]:
     return revision.get("data") or {}
 
 
-def _runs(data: dict[str, Any]) -> dict[str, list[float]]:
-    """Return "method-partition" -> one accuracy per seed, of an experiment's runs."""
-    found: dict[str, list[float]] = {}
+def _means(data: dict[str, Any]) -> dict[str, Cell]:
+    """Return "method-partition" -> the accuracy over seeds, of an experiment's runs."""
+    found = {}
     for file, content in (data.get("metrics") or {}).items():
-        run = _RUN.fullmatch(file)
-        if run and "mean_last5_accuracy" in (content.get("data") or {}):
-            found.setdefault(run[1], []).append(content["data"]["mean_last5_accuracy"])
+        of, values = _MEANS.fullmatch(file), content.get("data") or {}
+        if of and (mean := values.get("mean_last5_accuracy")) is not None:
+            found[of[1]] = Cell(accuracy.as_percent(mean, values.get("std")), mean)
     return found
 
 
 def _accuracies(data: dict[str, Any], columns: list[str]) -> list[Cell]:
-    runs = _runs(data)
-    return [
-        Cell(accuracy.in_percent(runs[column]), statistics.fmean(runs[column])) if column in runs else Cell("–")
-        for column in columns
-    ]
+    means = _means(data)
+    return [means.get(column, Cell("–")) for column in columns]
 
 
 def _changes(current: dict[str, Any], experiment: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from pipeline import plotting, run_digests
 from pipeline.errors import DataError
 from pipeline.io import atomic
+from pipeline.manifests import run_name
 from pipeline.settings.config import Config
 from stages.report import analysis, experiments, figures, formats, results, runs, tables
 from stages.report.analysis import Analysis
@@ -68,7 +69,8 @@ def as_text(config: Config, form: str, with_experiments: bool = False) -> str:
 def read_sweep(config: Config) -> Results:
     """Read and check every run that the sweep in params.yaml lists; raise PipelineError as `run` does."""
     sweep = config.params.sweep
-    missing = [path.name for path in config.runs_of_sweep if not path.exists()]
+    runs.warn_of_old_folders(config.results_dir)
+    missing = [run_name(path) for path in config.runs_of_sweep if not path.exists()]
     if len(missing) > 1:
         raise DataError(
             f"{len(missing)} of the {len(config.runs_of_sweep)} runs of the sweep are missing ({missing[0]}, ...). Run "
@@ -81,8 +83,8 @@ def read_sweep(config: Config) -> Results:
         for method in sweep.methods
     }
     results.check_comparable(groups.values())
-    finished = {file.parent.name for file in config.results_dir.glob("*/config.json")}
-    not_in_sweep = sorted(finished - {path.name for path in config.runs_of_sweep})
+    finished = {file.parent for file in config.results_dir.glob("*/s[0-9]*/config.json")}
+    not_in_sweep = sorted(map(run_name, finished.difference(config.runs_of_sweep)))
     return Results(sweep.methods, sweep.partitions, sweep.seeds, groups, not_in_sweep)
 
 

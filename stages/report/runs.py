@@ -2,7 +2,7 @@
 
     from stages.report import read_run, read_runs, summary
 
-    run = read_run("results/feddifrc-dir05-s0")
+    run = read_run("results/feddifrc-dir05/s0")
     pandas.DataFrame(run.rounds).plot("round", "accuracy")
     print(summary(read_runs("results")))
 
@@ -10,6 +10,8 @@ A run's accuracy is the mean over its last five rounds, see `pipeline.accuracy`.
 """
 
 import csv
+import fnmatch
+import logging
 import math
 import statistics
 from collections.abc import Sequence
@@ -23,7 +25,9 @@ from tabulate import tabulate
 from pipeline import accuracy, manifests, provenance
 from pipeline.errors import DataError
 from pipeline.io.system_errors import reading
-from pipeline.manifests import RunConfig
+from pipeline.manifests import RunConfig, run_name
+
+log = logging.getLogger(__name__)
 
 _FILES = ("config.json", "rounds.csv", "metrics.json", "details.json")
 _OF_CLIENTS = ("partition.json", "clients.csv")  # only optional if the clients were nodes with images of their own
@@ -39,7 +43,7 @@ class Run:
     If the clients were nodes with images of their own, `clients`, `label_counts` and `heterogeneity` are empty.
 
     Attributes:
-        name: Name of the folder.
+        name: By its folder: "feddifrc-dir05-s0" in results/feddifrc-dir05/s0.
         settings: Settings, data and software of the run (config.json).
         metrics: Numbers of metrics.json and details.json, such as `best_accuracy` (from 0 to 1).
         rounds: One row per round (rounds.csv).
@@ -104,7 +108,7 @@ def read_run(folder: str | Path) -> Run:
     """Read a finished run and check its files against its checksums.
 
     Args:
-        folder: The run's folder, such as "results/feddifrc-dir05-s0".
+        folder: The run's folder, such as "results/feddifrc-dir05/s0".
 
     Raises:
         DataError: The run is missing, unfinished or damaged.
@@ -121,17 +125,28 @@ def read_runs(folder: str | Path, pattern: str = "*") -> list[Run]:
     """Read every finished run in a folder, sorted by name; unfinished runs are skipped.
 
     Args:
-        folder: The folder that holds the runs' folders, usually "results".
+        folder: The folder that holds the runs' folders, <method>-<partition>/s<seed>, usually "results".
         pattern: Shell pattern of the runs' names, such as "feddifrc-*".
 
     Raises:
         DataError: There is no finished run, or one is damaged.
     """
     folder = Path(folder).expanduser()
-    finished = sorted(file.parent for file in folder.glob(f"{pattern}/{provenance.CHECKSUMS}"))
+    warn_of_old_folders(folder)
+    names = {file.parent: run_name(file.parent) for file in folder.glob(f"*/s[0-9]*/{provenance.CHECKSUMS}")}
+    finished = sorted((run for run, name in names.items() if fnmatch.fnmatchcase(name, pattern)), key=names.__getitem__)
     if not finished:
         raise DataError(f"{folder} holds no finished run named {pattern}. Train one, or correct the path.")
     return [read_run(run) for run in finished]
+
+
+def warn_of_old_folders(results: Path) -> None:
+    """Log a warning if there are runs in the folders of an earlier version, results/<method>-<partition>-s<seed>."""
+    old = sorted(file.parent for file in results.glob(f"*-s[0-9]*/{provenance.CHECKSUMS}"))
+    if old:
+        name, _, seed = old[0].name.rpartition("-")
+        others = f" and {len(old) - 1} more" if len(old) > 1 else ""
+        log.warning("%s%s: made by an earlier version. Move it to %s to use it.", old[0], others, results / name / seed)
 
 
 def load(folder: Path) -> Run:
@@ -151,7 +166,7 @@ def load(folder: Path) -> Run:
         clients = _rows(folder / "clients.csv", {"held_out_accuracy"})
     metrics = manifests.read(folder / "metrics.json", manifests.RunMetrics).model_dump(exclude_none=True)
     return Run(
-        name=folder.name,
+        name=run_name(folder),
         settings=settings,
         metrics=metrics | manifests.read(folder / "details.json", manifests.RunDetails).model_dump(),
         rounds=_rows(folder / "rounds.csv", {"accuracy", "loss"}),

@@ -1,6 +1,6 @@
 """Stage train-fl: federated training from images and cached features. Never imports diffusers.
 
-run        one run of params.yaml -> results/<run>
+run        one run of params.yaml -> results/<method>-<partition>/s<seed>
 estimate   what a run would do and cost
 simulate   training from arrays in memory, for notebooks: `Samples` in, `History` out
 """

@@ -106,7 +106,7 @@ def estimate(config: Config, method_name: str, partition_name: str, seed: int) -
     num_samples, num_held_out = sum(map(len, data.clients)), len(data.held_out.labels)
     embedded = 0 if method.needs_labels else num_samples  # by the probes
     return Estimate(
-        name=job.path.name,
+        name=job.name,
         clients=len(data.clients),
         clients_with_data=len(with_data),
         participants=len(chosen[0]),

@@ -58,6 +58,18 @@ class FederatedData:
         guidance = sum(data.guidance.nbytes for data in self.clients if isinstance(data.guidance, GuidanceOnDisk))
         return Sizes(sum(data.images.nbytes for data in self.clients), guidance, self.held_out.images.nbytes)
 
+    def placed(self, device: str, trains_here: bool = True) -> "FederatedData":
+        """Read what fits into memory, on the device if there is room (`placement`).
+
+        Without `trains_here`, clients' images are only evaluated: they stay off the device, without guidance targets.
+        """
+        data = self
+        if not trains_here:
+            data = replace(data, clients=[replace(client, guidance=None) for client in data.clients])
+        where = placement.place(data.sizes, device, trains_here)
+        clients = [client.placed(where, device) for client in data.clients]
+        return replace(data, clients=clients, held_out=data.held_out.placed(where.held_out, device))
+
 
 def load(
     config: Config,
@@ -68,17 +80,8 @@ def load(
     client_id: int | None = None,
     trains_here: bool = True,
 ) -> FederatedData:
-    """Open the data of a run, and read what fits into memory, on the device if there is room (`placement`).
-
-    Without `trains_here`, clients' images are only evaluated: they stay off the device, and without guidance targets.
-    The other arguments, and the errors, are those of `on_disk`.
-    """
-    data = on_disk(config, method, partition, seed, client_id)
-    if not trains_here:
-        data = replace(data, clients=[replace(client, guidance=None) for client in data.clients])
-    where = placement.place(data.sizes, device, trains_here)
-    clients = [client.placed(where, device) for client in data.clients]
-    return replace(data, clients=clients, held_out=data.held_out.placed(where.held_out, device))
+    """Open the data of a run as `on_disk` does, and read what fits into memory as `FederatedData.placed` does."""
+    return on_disk(config, method, partition, seed, client_id).placed(device, trains_here)
 
 
 def on_disk(config: Config, method: str, partition: str, seed: int, client_id: int | None = None) -> FederatedData:

@@ -1,4 +1,4 @@
-"""The files of a run in results/<run>.
+"""The files of a run in results/<method>-<partition>/s<seed>, and the means over seeds.
 
 rounds.csv         one row per round: held-out accuracy and loss, training losses, bytes sent; equal seeds, equal bytes
 timing.csv         one row per round: seconds of loading, training, aggregation and evaluation
@@ -16,12 +16,14 @@ Runs over nodes with images of their own have no clients.csv, partition.json and
 """
 
 import json
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
-from pipeline import accuracy
+from pipeline import accuracy, manifests, provenance
 from pipeline.errors import ConfigError
 from pipeline.io import atomic
 from pipeline.io.system_errors import reading
@@ -32,6 +34,15 @@ from stages.train_fl.partitions import heterogeneity, picture
 from stages.train_fl.rounds import Round
 
 RoundRow = dict[str, Any]
+_FILES = (
+    "rounds.csv",
+    "timing.csv",
+    "clients.csv",
+    "partition.json",
+    "partition.svg",
+    "model.safetensors",
+    "details.json",
+)
 _PARTS = ("load", "train", "aggregate", "evaluate")
 
 
@@ -68,7 +79,7 @@ class RunRecord:
         ]
 
     def metrics(self) -> dict[str, float]:
-        """Return the run's main results: the columns of `dvc metrics show`."""
+        """Return the run's main results, of which `write_means` takes the mean over seeds."""
         accuracies = [row["accuracy"] for row in self._rounds]
         return {"mean_last5_accuracy": accuracy.of_run(accuracies), "final_accuracy": accuracies[-1]}
 
@@ -113,6 +124,46 @@ def check_replaceable(path: Path, settings: dict[str, Any]) -> None:
             f"{path} holds a finished run with another {', '.join(differing)}. Move or delete the folder, rename this "
             "run's entry under methods or partitions, or pass --overwrite (flwr run: overwrite=true)."
         )
+
+
+def is_complete(path: Path, settings: dict[str, Any]) -> bool:
+    """Return whether `path` holds an undamaged finished run of these settings and data, made by this software.
+
+    The code is compared by its hash, not its commit: adding a seed to params.yaml would change that, or make it dirty.
+    Raise SystemRefusal if a file is unreadable.
+    """
+    present = [name for name in _FILES if (path / name).exists()]
+    with reading(path):
+        try:
+            listed = provenance.listed_files(path)
+            is_cut = not all(listed)  # a line that was cut off has no name
+            if is_cut or provenance.changed_file(path, [*listed, "config.json", "metrics.json", *present]):
+                return False
+            found = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return False  # not finished
+    software = provenance.software() | {"code": provenance.code_sha256()}
+    wanted = {name: value for name, value in software.items() if name != "commit"}
+    if not isinstance(found, dict) or differing_keys(found.pop("provenance", None), wanted):
+        return False
+    return provenance.fingerprint(found) == provenance.fingerprint(settings)
+
+
+def write_means(file: Path, runs: Sequence[Path]) -> None:
+    """Write the means of the metrics that all these runs have, and their number, if every run is finished.
+
+    With two runs or more, also the standard deviation of mean_last5_accuracy, by a short name: these are the columns of
+    `dvc metrics show`, and DVC's experiments have no other numbers.
+    """
+    if not all((run / provenance.CHECKSUMS).exists() for run in runs):
+        return
+    found = [manifests.read(run / "metrics.json", manifests.RunMetrics).model_dump(exclude_none=True) for run in runs]
+    means = {
+        name: statistics.fmean(own[name] for own in found) for name in found[0] if all(name in own for own in found)
+    }
+    deviation = accuracy.deviation([own["mean_last5_accuracy"] for own in found])
+    means |= {} if deviation is None else {"std": deviation}
+    atomic.write_json(file, means | {"num_seeds": len(runs)})
 
 
 def start(path: Path) -> None:

@@ -1,14 +1,17 @@
 """The entry point of the stage: one federated run of params.yaml on the local engine.
 
-A run that was interrupted resumes from its last checkpoint with identical results, except for the seconds.
+A run that was interrupted resumes from its last checkpoint with identical results, except for the seconds. A complete
+run is kept, because DVC repeats the stage, with all its seeds, if one is added.
 """
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from pipeline.settings.config import Config
 from stages.train_fl import data as run_data
-from stages.train_fl import session
+from stages.train_fl import records, session
+from stages.train_fl.data import FederatedData
 from stages.train_fl.engines import workers
 from stages.train_fl.engines.local import LocalEngine
 from stages.train_fl.session import Job
@@ -18,6 +21,8 @@ log = logging.getLogger(__name__)
 
 def run(config: Config, method_name: str, partition_name: str, seed: int, overwrite: bool = False) -> Path:
     """Train one method on one partition with one seed, resuming from a checkpoint if there is one.
+
+    A finished run of the same settings, data and software is kept; delete its folder to train it again.
 
     Args:
         config: The project's configuration.
@@ -39,15 +44,24 @@ def run(config: Config, method_name: str, partition_name: str, seed: int, overwr
     job = Job(config, method_name, partition_name, seed)
     job.check()
     device = session.prepare_torch(config.params.runtime)
-    data = run_data.load(config, method_name, partition_name, seed, device)
+    data = run_data.on_disk(config, method_name, partition_name, seed)
+    settings = job.settings(data)
+    with job.locked():
+        if records.is_complete(job.path, settings):
+            log.info("%s is complete already. To train it again, delete %s.", job.name, job.path)
+            job.publish()
+        else:
+            _train(job, data.placed(device), settings, device, overwrite)
+    return job.path
+
+
+def _train(job: Job, data: FederatedData, settings: dict[str, Any], device: str, overwrite: bool) -> None:
     num_clients = len(data.clients)
-    if config.params.train_fl.clients_per_round > num_clients:
+    if job.params.clients_per_round > num_clients:
         log.warning("train_fl.clients_per_round exceeds the number of clients: all %d take part", num_clients)
     model, method = job.build(len(data.dataset.class_names), data.guidance_dim, num_clients, device)
-    runtime = config.params.runtime
+    runtime = job.config.params.runtime
     num_workers = workers.resolve(runtime.workers, device)
     engine = LocalEngine(method, data.clients, job.schedule, device, num_workers, runtime.checkpoint_every)
     evaluator = session.evaluator_of(method, data.clients, data.held_out, num_workers)
-    with job.locked():
-        session.execute(job, engine, model, evaluator, data, job.settings(data), overwrite)
-    return job.path
+    session.execute(job, engine, model, evaluator, data, settings, overwrite)

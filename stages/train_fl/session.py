@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pipeline import accuracy, devices, provenance, run_digests
+from pipeline import accuracy, devices, manifests, provenance, run_digests
 from pipeline.errors import TrainingDiverged
 from pipeline.io import atomic, locks
 from pipeline.progress import progress_bar
@@ -80,6 +80,11 @@ class Job:
         """The run's folder."""
         return self.config.run_dir(self.method_name, self.partition_name, self.seed)
 
+    @property
+    def name(self) -> str:
+        """The run's name in messages, tables and checkpoints."""
+        return manifests.run_name(self.path)
+
     def check(self) -> None:
         """Raise ConfigError if the settings do not suit the method."""
         methods.check(self.method_class, self.method, self.params.augmentation, f"methods.{self.method_name}")
@@ -109,8 +114,22 @@ class Job:
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
         """Hold the lock of the run's folder; PipelineError if another process holds it."""
-        lock = f"{self.path.name}-{hashlib.sha256(os.fsencode(self.path)).hexdigest()[:8]}"
-        return locks.held(self.config.state_dir / "locks" / lock, str(self.path))
+        return locks.held(self._lock(self.path), str(self.path))
+
+    def publish(self) -> None:
+        """Tell DVC of the finished run, if it belongs to the sweep: its digest and, after the last seed, the means."""
+        config, names = self.config, (self.method_name, self.partition_name)
+        if not (config.sweep_is_as_written and self.path in config.runs_of_sweep):
+            return
+        with locks.waited_for(self._lock(self.path.parent)):  # other processes may train other seeds
+            run_digests.record(config.sweep_dir, self.path)
+            records.write_means(
+                config.means_file(*names), [config.run_dir(*names, seed) for seed in config.params.sweep.seeds]
+            )
+
+    def _lock(self, folder: Path) -> Path:
+        place = hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]  # a temporary copy of the project has its own
+        return self.config.state_dir / "locks" / f"{manifests.run_name(folder)}-{place}"
 
 
 class Engine(Protocol):
@@ -161,7 +180,7 @@ def execute(
         records.check_replaceable(job.path, settings)
     device = str(next(model.parameters()).device)
     key = provenance.fingerprint(settings | _numerics(job.config.params.runtime, device, engine))[:16]
-    folder = job.config.state_dir / "checkpoints" / f"{job.path.name}-{key}"
+    folder = job.config.state_dir / "checkpoints" / f"{job.name}-{key}"
     states = ClientStates(folder / "states", memory_limit(device), device) if engine.holds_states else None
     checkpoint = Checkpoint(folder, states)
     start, rows = checkpoint.load(engine.device) or (engine.begin(weights_of(model)), None)
@@ -173,9 +192,8 @@ def execute(
     _write_results(job, model, evaluator, data, record)
     atomic.write_json(job.path / "config.json", settings | {"provenance": _provenance(device)})
     provenance.write_checksums(job.path)
-    if job.config.sweep_is_as_written and job.path in job.config.runs_of_sweep:
-        run_digests.record(job.config.sweep_dir, job.path)
     checkpoint.remove()
+    job.publish()
 
 
 def _train(
@@ -191,10 +209,10 @@ def _train(
     num_rounds = job.params.num_rounds
     model.load_state_dict(start.server.weights)
     if start.number:
-        log.info("%s: resuming after round %d of %d", job.path.name, start.number, num_rounds)
+        log.info("%s: resuming after round %d of %d", job.name, start.number, num_rounds)
     with (
-        loggers.opened(job.config.params.runtime, job.config.home, job.path.name, record) as log_last_round,
-        progress_bar(num_rounds, job.path.name, "round") as bar,
+        loggers.opened(job.config.params.runtime, job.config.home, job.name, record) as log_last_round,
+        progress_bar(num_rounds, job.name, "round") as bar,
         contextlib.closing(engine.rounds(start, store.states)) as rounds,  # ends its processes after an error here, too
     ):
         bar.update(start.number)
@@ -240,7 +258,7 @@ def _write_results(
     atomic.write_json(job.path / "details.json", details)
     atomic.write_json(job.path / "metrics.json", metrics)
     words = accuracy.rounds_in_words(job.params.num_rounds)
-    log.info("%s: accuracy %.4f (%s)", job.path.name, metrics["mean_last5_accuracy"], words)
+    log.info("%s: accuracy %.4f (%s)", job.name, metrics["mean_last5_accuracy"], words)
 
 
 def prepare_torch(runtime: Runtime, num_threads: int = 1) -> str:
@@ -320,6 +338,5 @@ def _numerics(runtime: Runtime, device: str, engine: Engine) -> dict[str, Any]:
 
 
 def _provenance(device: str) -> dict[str, Any]:
-    """Describe software and hardware; without a commit, for example in Flower's app bundle, the code by its hash."""
-    described = provenance.describe(device)
-    return described if described["commit"] else described | {"code": provenance.code_sha256()}
+    """Describe software and hardware, and the code by its hash, by which `records.is_complete` knows equal code."""
+    return provenance.describe(device) | {"code": provenance.code_sha256()}

@@ -44,7 +44,7 @@ SWEEP = ("sweep-features",)
 SYNTHESIZE = ("synthesize", "--images-per-class", "1")
 SET = Path("data/features/digits-tiny-sd-t300")
 DATA = Path("data/datasets/digits")
-RUN = Path("results/feddifrc-iid-s0")
+RUN = Path("results/feddifrc-iid/s0")
 
 
 @dataclass
@@ -140,6 +140,11 @@ def contents(folder: Path, pattern: str = "*", leave_out: Iterable[str] = ()) ->
         for file in sorted(folder.rglob(pattern))
         if file.is_file() and file.name not in leave_out
     }
+
+
+def unfinish_run(root: Path) -> None:
+    """Take the mark of a finished run from the run of TRAIN, which would keep it and read nothing."""
+    (root / RUN / "SHA256SUMS").unlink()
 
 
 def write_settings(root: Path, **changes: Any) -> None:

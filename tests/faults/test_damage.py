@@ -60,7 +60,7 @@ READ = {
     "run-weights": (f"{RUN}/model.safetensors", REPORT, [f"{RUN}/model.safetensors", "Train it again"], [TRAIN_AGAIN]),
     "partition": (f"{RUN}/partition.json", REPORT, [f"{RUN}", "Train it again"], [TRAIN_AGAIN]),
     "checksums": (f"{RUN}/SHA256SUMS", REPORT, [f"{RUN}", "Train it again"], [TRAIN_AGAIN]),
-    "run-of-sweep": (f"results/.sweep/{RUN.name}.sha256", REPORT, [f"{RUN}", "Train it again"], [TRAIN_AGAIN]),
+    "run-of-sweep": (f"results/.sweep/{RUN.parent.name}.sha256", REPORT, [f"{RUN}", "Train it again"], [TRAIN_AGAIN]),
 }  # fmt: skip
 
 
@@ -86,6 +86,8 @@ def test_damaged_file_is_named_and_repaired_by_the_advised_command(made, project
         shutil.copytree(made.root / "models", project / "models")
     if command == EXTRACT:
         unextracted(project)
+    if command == TRAIN:
+        program.unfinish_run(project)
     with trial(f"{damage} file") as tried:
         DAMAGE[damage](project / name)
         before = program.contents(project, leave_out=[])
@@ -147,7 +149,7 @@ def interrupted(made, tmp_path_factory):
     (root / "models").symlink_to(made.root / "models")
     for command, output in ((TRAIN, RUN), (SYNTHESIZE, program.Path("data/datasets/digits-synthetic")), (EXTRACT, SET)):
         shutil.rmtree(root / output)
-        before_end = {"train-fl": 12, "synthesize": 22, "extract-features": 14}[command[0]]
+        before_end = {"train-fl": 18, "synthesize": 22, "extract-features": 14}[command[0]]
         at = made.commands[command[0]].operations - before_end
         more = ("--set", "runtime.cache_latents=true") if command == EXTRACT else ()
         program.run(root, *command, *more, under=program.Conditions(dies_at=at))
@@ -225,6 +227,7 @@ def test_link_in_place_of_a_shard_is_rejected(made, project, trial, link):
         shard = project / SET / "shard-00001.h5"
         shard.unlink()
         shard.symlink_to(link)
+        program.unfinish_run(project)
         program.refuse(project, *TRAIN, says=["shard-00001.h5", "`dvc pull"])
         program.succeed(project, *EXTRACT)
         program.succeed(project, *TRAIN)
@@ -233,6 +236,7 @@ def test_link_in_place_of_a_shard_is_rejected(made, project, trial, link):
 
 def test_shard_or_basis_of_another_set_is_rejected(made, project, trial):
     with trial("shard or basis of another set") as tried:
+        program.unfinish_run(project)
         other = project / "data/features/digits-tiny-sd-t100"
         program.succeed(project, *EXTRACT, "--timestep", "100")
         for name in ("shard-00000.h5", "basis.h5"):
@@ -268,6 +272,7 @@ def test_file_in_place_of_a_folder_and_the_reverse_are_rejected(project, trial):
         program.succeed(project, *TRAIN)
         (project / SET / "shard-00000.h5").unlink()
         (project / SET / "shard-00000.h5").mkdir()
+        program.unfinish_run(project)
         program.refuse(project, *TRAIN, says=["shard-00000.h5", "extract-features`"])
         program.succeed(project, *EXTRACT)
         program.succeed(project, *TRAIN)

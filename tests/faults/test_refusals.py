@@ -327,6 +327,8 @@ HELD = {
 @pytest.mark.parametrize("name", usually(HELD, ("train on shard", "verify bytes", "extract")))
 def test_file_open_for_writing_elsewhere_is_reported_and_unchanged(project, trial, name):
     file, command = HELD[name]
+    if command == TRAIN:
+        program.unfinish_run(project)
     with trial("file open for writing elsewhere") as tried:
         before = program.contents(project)
         with held(project / file):
@@ -475,6 +477,8 @@ def test_file_or_folder_without_permission_is_reported_and_unchanged(made, trial
         Path(place).chmod(0o755)
         project, log = Path(place) / "project", Path(place) / "log"
         shutil.copytree(made.root, project)
+        if command == TRAIN:
+            program.unfinish_run(project)
         (project / "presets").mkdir()
         log.touch()
         for one in (log, project, *project.rglob("*")):

@@ -116,6 +116,7 @@ def test_results_do_not_depend_on_file_times_or_time_zone(made, project, trial, 
         program.run(project, *EXTRACT, "--timestep", "100", "--shard-range", "0:2")
         for file in project.rglob("*"):
             os.utime(file, (then, then), follow_symlinks=False)
+        program.unfinish_run(project)
         under = program.Conditions(environment={"TZ": "Pacific/Kiritimati"})
         assert "complete already" in program.succeed(project, *EXTRACT, under=under)
         program.succeed(project, *TRAIN, under=under)

@@ -62,7 +62,7 @@ def test_second_training_or_generation_is_refused(made, project, trial):
                 project, *command, says=[f"by process {first.process.pid} on", "since 2", "Wait until it has ended"],
                 log=project.parent / "second.log",
             )  # fmt: skip
-            assert name != "train-fl" or "feddifrc-iid-s0 is being written" in line
+            assert name != "train-fl" or "feddifrc-iid/s0 is being written" in line
             os.kill(first.process.pid, signal.SIGCONT)
             assert first.end() == 0, first.output
             tried.compare(finished(made.root, name), finished(project, name))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -39,7 +40,7 @@ def root(tmp_path_factory, quick_bin) -> Path:
     return root
 
 
-TRAINING = {"train-fl@fedavg-dir05-0", "train-fl@feddifrc-dir05-0"}
+TRAINING = {"train-fl@fedavg-dir05", "train-fl@feddifrc-dir05"}
 
 
 def environment(root: Path) -> dict[str, str]:
@@ -85,7 +86,7 @@ def test_training_parameter_runs_no_extraction_and_needs_no_weights(root):
 
 def test_metrics_and_plots_are_declared(root):
     metrics = json.loads(dvc(root, "metrics", "show", "--json"))[""]["data"]
-    runs = {f"results/{method}-dir05-s0/metrics.json" for method in ("fedavg", "feddifrc")}
+    runs = {f"results/{method}-dir05.json" for method in ("fedavg", "feddifrc")}
     assert set(metrics) == runs | {"analysis/features.json"}
     assert max(map(len, dvc(root, "metrics", "show").splitlines())) <= 100  # of a terminal
     plots = json.loads(dvc(root, "plots", "show", "--json"))["data"]["Accuracy per method"][0]
@@ -107,8 +108,33 @@ def test_report_depends_on_the_runs_of_the_sweep(root):
     assert ran(dvc(root, "repro")) == {"report"}
     assert locked() == 1 and "up to date" in dvc(root, "status")
     write_params(root, SWEEP)
-    assert ran(dvc(root, "repro")) == set()  # the run that came back is in DVC's cache, and so is that report
+    output = dvc(root, "repro")
+    assert ran(output) == {"train-fl@feddifrc-dir05"}  # for its digest; that report is in DVC's cache
+    assert "feddifrc-dir05-s0 is complete already" in output
     assert locked() == 2 and "up to date" in dvc(root, "status")
+
+
+def test_a_new_seed_trains_only_its_run(root):
+    def trained(output):
+        """Stages that ran -> the runs that it trained, and those that it kept."""
+        found = [re.findall(rf"(\S+){words}", output) for words in (": accuracy", " is complete already")]
+        return sorted(ran(output)), *found
+
+    changes = SWEEP | {"sweep.methods": ["fedavg"]}
+    write_params(root, changes)
+    dvc(root, "repro")
+    digests = root / "results" / ".sweep" / "fedavg-dir05.sha256"
+    for seeds, new, old in (([0, 11], [11], [0]), ([11, 10], [10], [11]), ([10], [], [10])):
+        write_params(root, changes | {"sweep.seeds": seeds})
+        names = [[f"fedavg-dir05-s{seed}" for seed in group] for group in (new, old)]
+        assert trained(dvc(root, "repro")) == (["report", "train-fl@fedavg-dir05"], *names)
+        assert [row.split()[1] for row in digests.read_text().splitlines()] == [f"s{seed}" for seed in sorted(seeds)]
+        means = json.loads((root / "results" / "fedavg-dir05.json").read_text())
+        assert means["num_seeds"] == len(seeds) and "up to date" in dvc(root, "status")
+    assert (root / "results" / "fedavg-dir05" / "s0" / "SHA256SUMS").exists()  # a seed that left the sweep
+    pipeline(root, "train-fl", "--method", "fedavg", "--partition", "dir05", "--seed", "12")
+    kept = (["train-fl@fedavg-dir05"], [], ["fedavg-dir05-s10"])
+    assert trained(dvc(root, "repro")) == kept  # its folder changed, and the report did not
 
 
 def test_make_repro_trains_the_runs_in_parallel_and_stops_if_one_fails(root):
@@ -121,7 +147,7 @@ def test_make_repro_trains_the_runs_in_parallel_and_stops_if_one_fails(root):
     for name in ("Makefile", "requirements.lock", "pyproject.toml"):
         shutil.copy(REPOSITORY / name, root)
     (root / ".venv" / ".installed").touch()
-    fedavg, fedcr = (f"train-fl@{method}-dir05-5" for method in ("fedavg", "fedcr"))
+    fedavg, fedcr = (f"train-fl@{method}-dir05" for method in ("fedavg", "fedcr"))
     failed = make(1e39)  # beyond float32
     # `dvc repro` alone would stop at the first run; and it would run again what has failed.
     assert failed.returncode != 0 and ran(failed.stdout) == {fedavg, fedcr}, failed.stdout + failed.stderr
@@ -141,12 +167,12 @@ def test_training_depends_on_generated_images(root):
         generation = {"synthesize.images_per_class": count, "synthesize.num_inference_steps": 1}
         write_params(root, changes | generation)
         order = [line.split("'")[1] for line in dvc(root, "repro").splitlines() if line.startswith("Running stage")]
-        assert order == ["synthesize", "train-fl@fedavg-dir05-0", "report"]
+        assert order == ["synthesize", "train-fl@fedavg-dir05", "report"]
     generated = PreparedDataset(root / "data" / "datasets" / "digits-synthetic")
     for rule in ("mean", "largest"):
         assert (root / "data" / "synthetic" / rule).read_text() == f"digits-synthetic {generated.hash}\n"
     write_params(root, changes | {"train_fl.balance_with_synthetic": "none"})
-    assert ran(dvc(root, "repro", "train-fl")) == set()  # known, and no generated images are made for it
+    assert ran(dvc(root, "repro", "train-fl")) == {"train-fl@fedavg-dir05"}  # no generated images are made for it
 
 
 def test_a_guide_depends_on_its_corpus(root):

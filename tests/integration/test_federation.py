@@ -56,7 +56,7 @@ def test_three_nodes_train_a_model_although_one_is_killed_in_round_2(tmp_path, a
         for project in projects:
             in_this_process(project, "--quiet", "extract-features")
         trained = federation.run(SMALL | {"federation.round_timeout": 20.0}, seed=3)
-        results = server / "results" / "feddifrc-nodes-s3"
+        results = server / "results" / "feddifrc-nodes" / "s3"
         until(lambda: len(rows(results / "rounds.csv")) == 1, 300)
         federation.stop("node-1", signal.SIGKILL)
         assert federation.wait(trained, 300) == "finished:completed", federation.log(trained)

@@ -18,7 +18,7 @@ def test_run_with_tls_and_registered_keys_has_the_bytes_of_the_local_engine(extr
     (tmp_path / "data").symlink_to(extracted / "data")
     command = [quick_bin / "pipeline", "train-fl", "--method", "scaffold", "--partition", "dir05", "--seed", "0"]
     subprocess.run(command, cwd=tmp_path, check=True)
-    local = (tmp_path / "results" / "scaffold-dir05-s0" / "model.safetensors").read_bytes()
+    local = (tmp_path / "results" / "scaffold-dir05" / "s0" / "model.safetensors").read_bytes()
     certificates = write_certificates(tmp_path / "certificates")
     (tmp_path / "server").mkdir()
     (tmp_path / "server" / "data").symlink_to(extracted / "data")
@@ -32,6 +32,6 @@ def test_run_with_tls_and_registered_keys_has_the_bytes_of_the_local_engine(extr
             federation.start_node(client, tmp_path, "--auth-supernode-private-key", str(private), name=f"n{client}")
         run = federation.run(small, method="scaffold", partition="dir05")
         assert federation.wait(run, 300) == "finished:completed", federation.log(run)
-    results = tmp_path / "server" / "results" / "scaffold-dir05-s0"
+    results = tmp_path / "server" / "results" / "scaffold-dir05" / "s0"
     assert {row["name"] for row in rows(results / "participation.csv")} == {"n0", "n1"}
     assert (results / "model.safetensors").read_bytes() == local

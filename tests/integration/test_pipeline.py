@@ -23,7 +23,7 @@ def test_from_images_to_report(project):
     for method in ("fedavg", "feddifrc"):
         result = invoke(project, *RUN, method)
         assert result.exit_code == 0, result.output
-        folder = project / "results" / f"{method}-dir05-s0"
+        folder = project / "results" / f"{method}-dir05" / "s0"
         with (folder / "rounds.csv").open() as stream:
             rows = list(csv.DictReader(stream))
         metrics = json.loads((folder / "metrics.json").read_text())
@@ -44,11 +44,12 @@ def test_from_images_to_report(project):
 
 def test_equal_seeds_give_equal_bytes(project):
     def files():
-        folder = project / "results" / "feddifrc-dir05-s0"
+        folder = project / "results" / "feddifrc-dir05" / "s0"
         return [(folder / name).read_bytes() for name in ("rounds.csv", "partition.json", "model.safetensors")]
 
     assert invoke(project, *RUN, "feddifrc").exit_code == 0
     first = files()
+    shutil.rmtree(project / "results")  # a complete run would be kept
     assert invoke(project, *RUN, "feddifrc").exit_code == 0
     assert files() == first
 
@@ -152,7 +153,7 @@ def test_help_has_an_example(command, project):
 
 def test_interrupt_message_says_what_is_kept(project, tmp_path):
     command = program.start(project, *RUN, "fedavg", "--num-rounds", "5000", log=tmp_path / "log")
-    rounds = project / "results" / "fedavg-dir05-s0" / "rounds.csv"
+    rounds = project / "results" / "fedavg-dir05" / "s0" / "rounds.csv"
     while command.process.is_alive() and not rounds.exists():
         time.sleep(0.05)
     os.kill(command.process.pid, signal.SIGINT)

@@ -346,7 +346,7 @@ def test_images_that_the_guide_has_seen_are_counted(guided, tmp_path, size, enco
     assert program.contents(tmp_path) == before  # refused before any work
     assert invoke(tmp_path, "train-fl", "--method", "fedavg", *TRAIN[3:]).exit_code == 0  # which is not guided
     assert invoke(tmp_path, *TRAIN, "--allow-seen-images", "true").exit_code == 0
-    runs = [json.loads((tmp_path / "results" / f"{name}-iid-s0" / "config.json").read_text())
+    runs = [json.loads((tmp_path / "results" / f"{name}-iid" / "s0" / "config.json").read_text())
             for name in ("feddifrc", "fedavg")]  # fmt: skip
     assert [run.get("seen_images") for run in runs] == [6, None]
 

@@ -80,4 +80,4 @@ def _write_run(
 def reseal(run: Path) -> None:
     """Write checksums that match a changed run."""
     provenance.write_checksums(run)
-    (run.parent / ".sweep" / f"{run.name}.sha256").unlink(missing_ok=True)
+    (run.parents[1] / ".sweep" / f"{run.parent.name}.sha256").unlink(missing_ok=True)

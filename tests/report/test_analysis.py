@@ -11,7 +11,7 @@ from tests.report.grid import reseal, write_grid
 @pytest.fixture
 def project(tmp_path):
     write_grid(tmp_path, ["fedavg"], ["dir05"], [0], num_rounds=2)
-    config = tmp_path / "results" / "fedavg-dir05-s0" / "config.json"
+    config = tmp_path / "results" / "fedavg-dir05" / "s0" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"features": "f" * 64}))
     reseal(config.parent)
     write_analysis(tmp_path, "f" * 64, "0" * 64)

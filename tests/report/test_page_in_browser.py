@@ -58,7 +58,7 @@ def test_page_shows_the_numbers_of_the_runs(project, page):
     for row, method in enumerate(METHODS):
         for column, partition in enumerate(PARTITIONS, start=1):
             accuracies = [
-                json.loads((project / "results" / f"{method}-{partition}-s{s}" / "metrics.json").read_text())
+                json.loads((project / "results" / f"{method}-{partition}" / f"s{s}" / "metrics.json").read_text())
                 for s in SEEDS
             ]
             values = [100 * metrics["mean_last5_accuracy"] for metrics in accuracies]
@@ -68,8 +68,8 @@ def test_page_shows_the_numbers_of_the_runs(project, page):
             assert re.match(rf"{mean:.2f} ± {std:.2f}", shown)
     for row in range(3):
         name, shown, best = page.locator("#table-provenance tbody tr").nth(row).locator("td").all_inner_texts()[:3]
-        metrics = json.loads((project / "results" / name / "metrics.json").read_text())
-        details = json.loads((project / "results" / name / "details.json").read_text())
+        folder = project / "results" / "/".join(name.rsplit("-", 1))
+        metrics, details = (json.loads((folder / f"{file}.json").read_text()) for file in ("metrics", "details"))
         assert (shown, best) == (f"{100 * metrics['mean_last5_accuracy']:.2f}", f"{100 * details['best_accuracy']:.2f}")
 
 

@@ -9,6 +9,8 @@ import shutil
 import numpy as np
 import pytest
 
+from pipeline.errors import DataError
+from stages.report import read_runs
 from tests.conftest import invoke, write_params
 from tests.report.grid import reseal, write_grid
 
@@ -31,7 +33,7 @@ def trained(trained_once, tmp_path):
 
 def test_summary_holds_mean_and_sample_deviation_over_seeds(trained):
     for seed, accuracy in ((0, 0.5), (1, 0.7)):
-        file = trained / "results" / f"fedavg-dir05-s{seed}" / "metrics.json"
+        file = trained / "results" / "fedavg-dir05" / f"s{seed}" / "metrics.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"mean_last5_accuracy": accuracy}))
         reseal(file.parent)
     assert invoke(trained, "report").exit_code == 0
@@ -49,7 +51,7 @@ def test_summary_holds_mean_and_sample_deviation_over_seeds(trained):
 def test_rejects_runs_of_other_settings(trained):
     result = invoke(trained, "report", "--set", "train_fl.num_rounds=7")
     assert result.exit_code == 1
-    assert "fedavg-dir05-s0 was trained with train_fl.num_rounds 2, but params.yaml has 7. Retrain it" in result.output
+    assert "fedavg-dir05/s0 was trained with train_fl.num_rounds 2, but params.yaml has 7. Retrain it" in result.output
 
 
 def test_reports_runs_trained_with_overrides_when_given_the_flags_in_the_error_message(trained):
@@ -66,7 +68,7 @@ def test_reports_runs_trained_with_overrides_when_given_the_flags_in_the_error_m
 
 
 def test_rejects_runs_of_other_data(trained):
-    file = trained / "results" / "fedavg-dir05-s1" / "config.json"
+    file = trained / "results" / "fedavg-dir05" / "s1" / "config.json"
     settings = json.loads(file.read_text())
     for changes, message in (
         (
@@ -75,7 +77,7 @@ def test_rejects_runs_of_other_data(trained):
         ),
         (
             {"dataset": {"name": "x", "hash": "x"}},
-            "fedavg-dir05-s1 was trained with prepare_data.name x, but params.yaml has digits",
+            "fedavg-dir05/s1 was trained with prepare_data.name x, but params.yaml has digits",
         ),
     ):
         file.write_text(json.dumps(settings | changes))
@@ -106,36 +108,59 @@ def test_files_are_replaced_rather_than_modified(trained, tmp_path_factory):
 
 
 def test_a_restarted_run_does_not_count_as_finished(trained):
-    run = trained / "results" / "fedavg-dir05-s0"
+    run = trained / "results" / "fedavg-dir05" / "s0"
     result = invoke(trained, *TRAIN, "--overwrite", "--learning-rate", "1e30")
     assert result.exit_code == 1 and "training diverged" in result.output
     assert not (run / "metrics.json").exists()
 
 
 def digests(root):
-    return sorted(file.name for file in (root / "results" / ".sweep").iterdir())
+    """File -> its lines, of results/.sweep."""
+    return {file.name: file.read_text().splitlines() for file in (root / "results" / ".sweep").iterdir()}
+
+
+def line(root, method, seed):
+    sums = (root / "results" / f"{method}-dir05" / f"s{seed}" / "SHA256SUMS").read_bytes()
+    return f"{hashlib.sha256(sums).hexdigest()}  s{seed}"
 
 
 def test_only_runs_of_the_sweep_get_a_digest_for_dvc(trained):
-    of_sweep = ["fedavg-dir05-s0.sha256", "fedavg-dir05-s1.sha256"]
-    assert digests(trained) == of_sweep
-    for name in of_sweep:
-        sums = (trained / "results" / name.removesuffix(".sha256") / "SHA256SUMS").read_bytes()
-        assert (trained / "results" / ".sweep" / name).read_text() == f"{hashlib.sha256(sums).hexdigest()}\n"
-    by_hand = ("train-fl", "--partition", "dir05", "--method", "fedprox", "--seed", "0")
-    assert invoke(trained, *by_hand).exit_code == 0
-    assert digests(trained) == of_sweep
+    fedavg = {"fedavg-dir05.sha256": [line(trained, "fedavg", seed) for seed in (0, 1)]}
+    assert digests(trained) == fedavg
+    by_hand = ("train-fl", "--partition", "dir05", "--seed", "0")
+    assert invoke(trained, *by_hand, "--method", "fedprox").exit_code == 0
+    assert invoke(trained, *TRAIN, "--seed", "7").exit_code == 0
+    assert digests(trained) == fedavg
     write_params(trained, {"sweep.methods": ["fedavg"], "sweep.seeds": [1]})
     assert invoke(trained, "report").exit_code == 0
-    assert digests(trained) == of_sweep[1:]
+    assert digests(trained) == {"fedavg-dir05.sha256": [line(trained, "fedavg", 1)]}
     write_params(trained, {"sweep.methods": ["fedavg", "fedprox"], "sweep.seeds": [0]})
     assert invoke(trained, "report").exit_code == 0  # fedprox was trained before the sweep listed it
-    assert digests(trained) == [of_sweep[0], "fedprox-dir05-s0.sha256"]
+    of_zero = {f"{method}-dir05.sha256": [line(trained, method, 0)] for method in ("fedavg", "fedprox")}
+    assert digests(trained) == of_zero
+
+
+def test_means_over_seeds_are_written_by_the_last_run_of_the_sweep(trained):
+    file = trained / "results" / "fedavg-dir05.json"
+    of_seeds = [json.loads((file.parent / "fedavg-dir05" / f"s{s}" / "metrics.json").read_text()) for s in (0, 1)]
+    expected = {name: pytest.approx((of_seeds[0][name] + of_seeds[1][name]) / 2) for name in of_seeds[0]}
+    apart = of_seeds[0]["mean_last5_accuracy"] - of_seeds[1]["mean_last5_accuracy"]
+    expected |= {"std": pytest.approx(abs(apart) / np.sqrt(2)), "num_seeds": 2}
+    assert json.loads(file.read_text()) == expected
+    file.unlink()
+    assert invoke(trained, *TRAIN, "--seed", "5", "--set", "sweep.seeds=[0, 1, 5]").exit_code == 0
+    assert invoke(trained, *TRAIN[:-4], "--seed", "5").exit_code == 0  # neither belongs to the sweep as written
+    assert not file.exists()
+    write_params(trained, {"sweep.methods": ["fedavg"], "sweep.seeds": [6, 0]})
+    assert invoke(trained, *TRAIN[:-2]).exit_code == 0  # seed 0, while seed 6 is missing
+    assert not file.exists()
+    assert invoke(trained, *TRAIN[:-4]).exit_code == 0  # all seeds of the sweep
+    assert json.loads(file.read_text())["num_seeds"] == 2
 
 
 def test_rejects_a_run_that_replaced_a_run_of_the_sweep(trained):
-    ours, other = (trained / "results" / f"fedavg-dir05-s{seed}" for seed in (0, 1))
-    file = trained / "results" / ".sweep" / f"{ours.name}.sha256"
+    ours, other = (trained / "results" / "fedavg-dir05" / f"s{seed}" for seed in (0, 1))
+    file = trained / "results" / ".sweep" / "fedavg-dir05.sha256"
     shutil.rmtree(ours)
     shutil.copytree(other, ours)
     refused = invoke(trained, "report")
@@ -147,12 +172,28 @@ def test_rejects_a_run_that_replaced_a_run_of_the_sweep(trained):
 
 
 def test_accepts_another_run_of_the_same_seed_when_its_digest_is_removed(trained):
-    file = trained / "results" / ".sweep" / "fedavg-dir05-s0.sha256"
-    file.write_text(f"{'0' * 64}\n")  # as if the run were another one than DVC knows
+    file = trained / "results" / ".sweep" / "fedavg-dir05.sha256"
+    file.write_text(f"{'0' * 64}  s0\n")  # as if the run were another one than DVC knows
     assert invoke(trained, "report").exit_code == 1
     file.unlink()
     accepted = invoke(trained, "report")
     assert accepted.exit_code == 0, accepted.output
+
+
+def test_runs_in_the_folders_of_an_earlier_version_are_named(trained):
+    results = trained / "results"
+    for seed in (0, 1):
+        (results / "fedavg-dir05" / f"s{seed}").rename(results / f"fedavg-dir05-s{seed}")
+    said = invoke(trained, "report")
+    assert said.exit_code == 1 and "2 of the 2 runs of the sweep are missing" in said.output
+    first, more = results / "fedavg-dir05-s0", results / "fedavg-dir05" / "s0"
+    assert said.output.startswith(f"{first} and 1 more: made by an earlier version. Move it to {more} to use it.\n")
+    with pytest.raises(DataError, match="no finished run"):
+        read_runs(results)
+    for seed in (0, 1):
+        (results / f"fedavg-dir05-s{seed}").rename(results / "fedavg-dir05" / f"s{seed}")
+    assert "earlier version" not in invoke(trained, "report").output
+    assert [run.name for run in read_runs(results)] == ["fedavg-dir05-s0", "fedavg-dir05-s1"]
 
 
 def test_printing_tables_writes_no_files(trained):

@@ -25,7 +25,7 @@ def results(written, tmp_path):
 
 
 def test_run_has_the_numbers_of_its_files(results):
-    folder = results / "fedprox-iid-s1"
+    folder = results / "fedprox-iid" / "s1"
     (folder / "rounds.csv").write_text("round,accuracy,loss,num_samples\n1,0.25,2.5,60\n2,0.75,1.5,60\n")
     (folder / "clients.csv").write_text("client,num_samples,held_out_accuracy\n0,40,0.5\n1,20,\n")
     (folder / "metrics.json").write_text('{"mean_last5_accuracy": 0.5, "final_accuracy": 0.75}')
@@ -43,7 +43,7 @@ def test_run_has_the_numbers_of_its_files(results):
 def test_summary_has_mean_and_deviation_over_seeds(results):
     for method, accuracies in (("fedavg", (0.5, 0.7)), ("fedprox", (0.6, 0.6))):
         for seed, accuracy in enumerate(accuracies):
-            file = results / f"{method}-dir05-s{seed}" / "metrics.json"
+            file = results / f"{method}-dir05" / f"s{seed}" / "metrics.json"
             file.write_text(f'{{"mean_last5_accuracy": {accuracy}, "final_accuracy": 0}}')
             reseal(file.parent)
     found = summary(read_runs(results, "*-dir05-*"))
@@ -71,14 +71,14 @@ def test_summary_shows_gaps_and_leaves_out_the_deviation_of_one_seed(results):
 
 
 def test_unfinished_runs_are_skipped_and_named_when_read(results):
-    (results / "fedavg-iid-s0" / "SHA256SUMS").unlink()
+    (results / "fedavg-iid" / "s0" / "SHA256SUMS").unlink()
     assert "fedavg-iid-s0" not in [run.name for run in read_runs(results)] and len(read_runs(results)) == 7
-    with pytest.raises(DataError, match="fedavg-iid-s0 holds no finished run .*SHA256SUMS is missing"):
-        read_run(results / "fedavg-iid-s0")
+    with pytest.raises(DataError, match="fedavg-iid/s0 holds no finished run .*SHA256SUMS is missing"):
+        read_run(results / "fedavg-iid" / "s0")
 
 
 def test_checksums_that_lack_a_file_are_named_as_such(results):
-    file = results / "fedavg-iid-s0" / "SHA256SUMS"
+    file = results / "fedavg-iid" / "s0" / "SHA256SUMS"
     file.write_text("".join(line for line in file.read_text().splitlines(True) if "details" not in line))
     with pytest.raises(DataError, match="SHA256SUMS does not list all files of the run. Train it again"):
         read_run(file.parent)
@@ -95,7 +95,7 @@ def as_if_over_nodes(folder):
 
 
 def test_runs_over_nodes_with_their_own_images_have_no_clients(results):
-    as_if_over_nodes(results / "fedavg-iid-s0")
+    as_if_over_nodes(results / "fedavg-iid" / "s0")
     run = next(run for run in read_runs(results) if run.name == "fedavg-iid-s0")
     assert (run.class_names, run.clients, run.label_counts.size, run.heterogeneity) == (["a", "b"], [], 0, {})
     assert repr(run).endswith("; 3 rounds)") and len(summary([run]).rows) == 1
@@ -103,23 +103,23 @@ def test_runs_over_nodes_with_their_own_images_have_no_clients(results):
 
 def test_report_refuses_runs_over_nodes_with_their_own_images(tmp_path):
     root = write_grid(tmp_path, ["fedavg"], ["iid"], [0], num_rounds=3)
-    as_if_over_nodes(root / "results" / "fedavg-iid-s0")
+    as_if_over_nodes(root / "results" / "fedavg-iid" / "s0")
     said = invoke(root, "report", "--set", "partitions.iid={kind: nodes}")
     assert said.exit_code == 1 and "images of their own, which the report cannot show. Remove it" in said.output
 
 
 @pytest.mark.parametrize("name", ["partition.json", "clients.csv"])
 def test_other_runs_need_the_files_of_their_clients(results, name):
-    (results / "fedavg-iid-s0" / name).unlink()
+    (results / "fedavg-iid" / "s0" / name).unlink()
     with pytest.raises(DataError, match=f"holds no finished run .*{name} is missing"):
-        read_run(results / "fedavg-iid-s0")
+        read_run(results / "fedavg-iid" / "s0")
 
 
 @pytest.mark.parametrize("name", ["rounds.csv", "clients.csv", "config.json", "metrics.json"])
 @pytest.mark.parametrize("is_resealed", [False, True])
 @pytest.mark.parametrize("content", ["", "round,accuracy,loss,held_out_accuracy\n1,2\n", "[1]", "a\0\n", "x,y\n1,2\n"])
 def test_damaged_runs_are_one_error(results, name, is_resealed, content):
-    folder = results / "fedavg-iid-s0"
+    folder = results / "fedavg-iid" / "s0"
     (folder / name).write_text(content)
     if is_resealed:
         reseal(folder)
@@ -134,6 +134,6 @@ def test_nothing_to_read_or_summarise_is_an_error(results, tmp_path):
         read_runs(tmp_path / "nowhere")
     with pytest.raises(DataError, match="no runs"):
         summary([])
-    run = read_run(results / "fedavg-iid-s0")
+    run = read_run(results / "fedavg-iid" / "s0")
     with pytest.raises(DataError, match="same method, partition and seed"):
         summary([run, run])

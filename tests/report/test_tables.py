@@ -23,7 +23,7 @@ CURVES = {  # mean of all rounds (fewer than five): 0.6 and 0.5 for FedAvg's see
 def project(tmp_path):
     write_grid(tmp_path, ["fedavg", "fedprox"], ["dir05"], [0, 1], num_rounds=3)
     for (method, seed), curve in CURVES.items():
-        run = tmp_path / "results" / f"{method}-dir05-s{seed}"
+        run = tmp_path / "results" / f"{method}-dir05" / f"s{seed}"
         rows = "".join(f"{number},{value},1.0\n" for number, value in enumerate(curve, start=1))
         (run / "rounds.csv").write_text(f"round,accuracy,loss\n{rows}")
         metrics = json.loads((run / "metrics.json").read_text()) | {"mean_last5_accuracy": sum(curve) / 3}
@@ -40,7 +40,7 @@ def table(project, name):
 
 def set_metric(project, method, name, of_seeds):
     for seed, value in enumerate(of_seeds):
-        file = project / "results" / f"{method}-dir05-s{seed}" / "metrics.json"
+        file = project / "results" / f"{method}-dir05" / f"s{seed}" / "metrics.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
         reseal(file.parent)
 
@@ -81,8 +81,8 @@ def guided(tmp_path):
 
 
 def test_guidance_is_compared_with_the_same_method_without_it(guided):
-    accuracies = {file.parent.name: json.loads(file.read_text()) for file in guided.glob("results/*/metrics.json")}
-    of_dir02 = [accuracies[f"feddifrc-dir02-s{n}"]["mean_last5_accuracy"] for n in range(3)]
+    files = sorted(guided.glob("results/feddifrc-dir02/s*/metrics.json"))
+    of_dir02 = [json.loads(file.read_text())["mean_last5_accuracy"] for file in files]
     assert of_dir02 != list(GUIDED["feddifrc"])  # set_metric changed dir05 only
     found = table(guided, "guidance")
     assert [row[0].text for row in found.rows] == ["feddifrc over fedavg", "fedprox-feddifrc over fedprox", "all"]
@@ -111,7 +111,7 @@ def test_gain_by_guidance_is_on_the_page_and_in_the_summary(guided):
 def test_a_guided_method_with_other_settings_is_no_pair(guided):
     for seed in range(3):
         for partition in ("dir02", "dir05"):
-            file = guided / "results" / f"fedprox-{partition}-s{seed}" / "config.json"
+            file = guided / "results" / f"fedprox-{partition}" / f"s{seed}" / "config.json"
             settings = json.loads(file.read_text())
             settings["method"]["proximal_mu"] = 0.5
             file.write_text(json.dumps(settings))
@@ -121,7 +121,7 @@ def test_a_guided_method_with_other_settings_is_no_pair(guided):
 
 
 def test_runs_guided_by_a_backbone_that_saw_the_images_are_named(guided):
-    for run in guided.glob("results/feddifrc-*"):
+    for run in guided.glob("results/feddifrc-*/s*"):
         settings = json.loads((run / "config.json").read_text()) | {"seen_images": 7}
         (run / "config.json").write_text(json.dumps(settings))
         reseal(run)
@@ -162,7 +162,7 @@ def test_rounds_to_the_accuracy_of_the_baseline(project):
 
 
 def test_rounds_table_counts_seeds_that_never_reach_the_baseline(project):
-    run = project / "results" / "fedprox-dir05-s1" / "rounds.csv"
+    run = project / "results" / "fedprox-dir05" / "s1" / "rounds.csv"
     run.write_text("round,accuracy,loss\n1,0.1,1\n2,0.1,1\n3,0.1,1\n")
     reseal(run.parent)
     rounds = table(project, "rounds")

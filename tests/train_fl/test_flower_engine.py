@@ -346,7 +346,7 @@ def test_a_part_of_the_nodes_evaluates(tmp_path, project, monkeypatch):
     federation.serve()
     asked = [node_id for node_id, kind in federation.log if kind == "evaluate"]
     assert len(asked) == 2 and len(set(asked)) == 1  # the same one after both rounds
-    folder = tmp_path / "server" / "results" / "feddifrc-nodes-s0"
+    folder = tmp_path / "server" / "results" / "feddifrc-nodes" / "s0"
     num_bytes = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
     found = rows(folder / "rounds.csv")
     assert [(row["evaluation_clients"], row["evaluation_bytes"]) for row in found] == [("1", str(num_bytes))] * 2
@@ -367,7 +367,7 @@ def test_a_node_that_does_not_answer_is_not_waited_for_twice_in_a_round(tmp_path
 def test_nodes_with_private_images_train_and_evaluate_together(tmp_path, project, monkeypatch):
     federation = private(tmp_path, project, monkeypatch)
     federation.serve()
-    folder = tmp_path / "server" / "results" / "feddifrc-nodes-s0"
+    folder = tmp_path / "server" / "results" / "feddifrc-nodes" / "s0"
     assert (federation.log.count((100, "evaluate")), federation.log.count((100, "train"))) == (2, 2)
     assert {row["num_samples"] for row in rows(folder / "participation.csv")} == {"48"}
     # all three have the same 24 test images, so their mean is any one's
@@ -380,7 +380,7 @@ def test_nodes_with_private_images_train_and_evaluate_together(tmp_path, project
     assert float(rows(folder / "rounds.csv")[-1]["accuracy"]) == pytest.approx(accuracy, abs=1e-12)
     assert json.loads((folder / "metrics.json").read_text())["final_accuracy"] == pytest.approx(accuracy, abs=1e-12)
     assert not (tmp_path / "server" / "data").exists()
-    (found,) = read_runs(folder.parent)
+    (found,) = read_runs(folder.parents[1])
     assert (found.class_names, found.clients, found.label_counts.size) == (tiny_project.CLASSES, [], 0)
     assert "2 rounds)" in repr(found) and summary([found]).rows[0]["num_seeds"] == 1
 
@@ -401,7 +401,7 @@ def test_nodes_with_foreign_or_damaged_features_are_rejected_by_name(tmp_path, p
     said = capsys.readouterr().out
     assert "rejected: client 1 (n1): " in said and str(tmp_path / "node1") in said
     assert "rejected: client 2 (n2): " in said and "shard-00000.h5" in said
-    assert {name for _, name in outcomes(tmp_path / "server" / "results" / "feddifrc-nodes-s0")} == {"n0"}
+    assert {name for _, name in outcomes(tmp_path / "server" / "results" / "feddifrc-nodes" / "s0")} == {"n0"}
 
 
 def test_features_of_different_bases_or_models_are_not_mixed(tmp_path, project, monkeypatch, capsys):
@@ -594,7 +594,7 @@ def test_invalid_scores_are_skipped_by_name(tmp_path, project, monkeypatch, caps
     federation.serve()
     said = capsys.readouterr().out
     assert "continuing evaluate without client 1 (n1): invalid scores" in said
-    accuracy = float(rows(tmp_path / "server" / "results" / "feddifrc-nodes-s0" / "rounds.csv")[0]["accuracy"])
+    accuracy = float(rows(tmp_path / "server" / "results" / "feddifrc-nodes" / "s0" / "rounds.csv")[0]["accuracy"])
     assert 0 <= accuracy <= 1
 
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from pipeline.errors import PipelineError
+from pipeline.manifests import run_name
 from stages.train_fl import run
 from tests.train_fl import tiny_project
 from tests.train_fl.test_run import rows
@@ -25,9 +26,9 @@ def tensorboard_scalars(folder, name):
 
 def check(project, path):
     expected = [(int(row["round"]), float(row["accuracy"])) for row in rows(path / "rounds.csv")]
-    found = tensorboard_scalars(project.root / "tensorboard" / path.name, "accuracy")
+    found = tensorboard_scalars(project.root / "tensorboard" / run_name(path), "accuracy")
     assert found == [(number, pytest.approx(accuracy)) for number, accuracy in expected]
-    table = project.root / "dvclive" / path.name / "plots" / "metrics" / "accuracy.tsv"
+    table = project.root / "dvclive" / run_name(path) / "plots" / "metrics" / "accuracy.tsv"
     lines = [line.split("\t") for line in table.read_text().splitlines()[1:]]
     assert [(int(step), float(value)) for step, value in lines] == expected
     assert len(expected) == 4
@@ -76,6 +77,6 @@ def test_a_terminal_gets_a_line_per_round(tmp_path, monkeypatch):
             break
     os.close(ours)
     assert "accuracy      loss  train loss   seconds" in text.decode()
-    expected = rows(tmp_path / "results" / "fedavg-iid-s0" / "rounds.csv")
+    expected = rows(tmp_path / "results" / "fedavg-iid" / "s0" / "rounds.csv")
     lines = re.findall(r"^ +(\d+) +(\d+\.\d\d) % +\d", text.decode(), re.MULTILINE)
     assert lines == [(row["round"], f"{100 * float(row['accuracy']):.2f}") for row in expected]

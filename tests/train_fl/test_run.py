@@ -81,6 +81,66 @@ def test_finished_run_of_other_settings_is_not_overwritten(tmp_path):
     assert len(rows(path / "rounds.csv")) == 2
 
 
+def edit(run: Path, change) -> None:
+    """Change config.json of a run, with checksums that match."""
+    settings = json.loads((run / "config.json").read_text())
+    change(settings)
+    (run / "config.json").write_text(json.dumps(settings))
+    provenance.write_checksums(run)
+
+
+def damage(run: Path) -> None:
+    file = run / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+
+
+def shorten(run: Path, names: set[str]) -> None:
+    """Take files out of the checksums of a run."""
+    sums = run / provenance.CHECKSUMS
+    lines = sums.read_text().splitlines(keepends=True)
+    sums.write_text("".join(line for line in lines if line.split()[1] not in names))
+
+
+UNFIT = {
+    "unfinished": lambda run: (run / provenance.CHECKSUMS).unlink(),
+    "damaged": damage,
+    "without a file": lambda run: (run / "clients.csv").unlink(),
+    "with short checksums": lambda run: shorten(run, {"timing.csv", "partition.svg"}),
+    "with checksums cut off": lambda run: (run / provenance.CHECKSUMS).write_text("f" * 64 + " "),
+    "of other data": lambda run: edit(run, lambda found: found["dataset"].update(hash="0" * 64)),
+    "with more settings": lambda run: edit(run, lambda found: found.update(federation={"differential_privacy": 1})),
+    "of other code": lambda run: edit(run, lambda found: found["provenance"].update(code="0" * 64)),
+    "of another torch": lambda run: edit(run, lambda found: found["provenance"]["packages"].update(torch="1.0")),
+    "of unknown software": lambda run: edit(run, lambda found: found.pop("provenance")),
+}
+
+
+def kept(caplog, tmp_path, change) -> bool:
+    """Finish a run, change it, train it again, and return whether it was kept."""
+    project = tiny_project.make(tmp_path, train_fl__num_rounds=1)
+    path = run(project, "fedavg", "dir", 3)
+    change(path)
+    before = (path / "rounds.csv").stat().st_ino, (path / "config.json").read_bytes()
+    with caplog.at_level("INFO"):
+        assert run(project, "fedavg", "dir", 3, overwrite=True) == path
+    assert not provenance.changed_file(path, ["config.json", "model.safetensors", "clients.csv", "timing.csv"])
+    is_kept = before == ((path / "rounds.csv").stat().st_ino, (path / "config.json").read_bytes())
+    assert is_kept == (f"fedavg-dir-s3 is complete already. To train it again, delete {path}." in caplog.text)
+    return is_kept
+
+
+def test_finished_run_of_equal_settings_data_and_software_is_kept(caplog, tmp_path):
+    def elsewhere(found):
+        found["provenance"] |= {"commit": "another-dirty", "hardware": {}}
+
+    assert kept(caplog, tmp_path, lambda run: edit(run, elsewhere))
+
+
+@pytest.mark.parametrize("how", UNFIT)
+def test_other_runs_are_trained_again(caplog, tmp_path, how):
+    assert not kept(caplog, tmp_path, UNFIT[how])
+
+
 def test_accuracy_by_client_counts_its_own_samples(undisturbed):
     clients = rows(undisturbed / "clients.csv")
     partition = json.loads((undisturbed / "partition.json").read_text())

@@ -1,6 +1,6 @@
 """The server's part: a run whose clients are nodes, as `run.py` for the local engine.
 
-It leaves the same files in results/<method>-<partition>-s<seed>, and participation.csv. If the partition divides one
+It leaves the same files in results/<method>-<partition>/s<seed>, and participation.csv. If the partition divides one
 data set, the server has the data too and evaluates as the local engine does. If every node has its own images, no file
 describes the partition or single clients; the server evaluates on its own test images if it has any, and otherwise asks
 the nodes. A checkpoint is written after every round.
