@@ -73,9 +73,10 @@ class FeatureSetWriter:
         self._basis: FileEntry | None = None
         self._int8: Int8 | None = None  # the scales of the basis
         (staging / "locks").mkdir(parents=True, exist_ok=True)
-        with self.lock("plan"):  # the processes of one extraction start at the same time
-            if status(staging / PLAN) is None:
-                atomic.write_json(staging / PLAN, asdict(plan) | {"content": plan.content.model_dump()})
+        if status(staging / PLAN) is None:
+            with self.lock("plan"):  # the processes of one extraction start at the same time
+                if status(staging / PLAN) is None:
+                    atomic.write_json(staging / PLAN, asdict(plan) | {"content": plan.content.model_dump()})
 
     def has_basis(self) -> bool:
         """Return whether basis.h5 is finished; reads every byte of it the first time."""
