@@ -209,6 +209,8 @@ def summary_of(name: str, projects: list[tuple[dict[str, Any], Config]]) -> dict
     experiments, runs = [], []
     for changes, project in projects:
         found = _finished(project)
+        if found is None:
+            continue
         runs += found.all_runs
         accuracies: dict[str, dict[str, dict[int, float]]] = {partition: {} for partition in found.partitions}
         for (partition, method), group in found.runs.items():
@@ -223,6 +225,8 @@ def summary_of(name: str, projects: list[tuple[dict[str, Any], Config]]) -> dict
                 "features": _measured(project),
             }
         )
+    if not runs:
+        raise DataError(f"No run of {name} is finished. Train one first.")
     made = [run.settings.provenance for run in runs]
     return {
         "preset": name,
@@ -242,8 +246,8 @@ def _measured(project: Config) -> dict[str, float] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-def _finished(project: Config) -> Results:
-    """Read the finished runs of a sweep."""
+def _finished(project: Config) -> Results | None:
+    """Read the finished runs of a sweep, None if there is none."""
     sweep = project.params.sweep
     runs: dict[tuple[str, str], list[Run]] = {}
     for partition in sweep.partitions:
@@ -254,7 +258,7 @@ def _finished(project: Config) -> Results:
                 params = project.params.model_copy(update={"sweep": only})
                 runs |= read_sweep(dataclasses.replace(project, params=params)).runs
     if not runs:
-        raise DataError(f"{project.results_dir} has no finished run of this sweep. Train one first.")
+        return None
     check_comparable(runs.values())
     partitions = [name for name in sweep.partitions if any(partition == name for partition, _ in runs)]
     methods = [name for name in sweep.methods if (partitions[0], name) in runs]

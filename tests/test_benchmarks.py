@@ -59,7 +59,7 @@ def test_reproduction_summary_holds_the_finished_runs_of_the_current_settings(be
     reproduction = benchmark("reproduction")
     sweep = {"sweep.methods": ["fedavg", "fedprox"], "sweep.partitions": ["iid"], "sweep.seeds": [0, 1]}
     project = tiny_project.make(tmp_path, train_fl__num_rounds=1, **sweep)
-    with pytest.raises(PipelineError, match="has no finished run of this sweep"):
+    with pytest.raises(PipelineError, match="No run of x is finished"):
         reproduction.summary_of("x", [({}, project)])
     accuracy = (run(project, "fedavg", "iid", 1) / "rounds.csv").read_text().splitlines()[1].split(",")[1]
     summary = reproduction.summary_of("x", [({}, project)])

@@ -20,10 +20,14 @@ def until(condition, command):
 
 
 def stopped_while_holding(project, command, *arguments):
-    """Start a command and stop it (SIGSTOP) after it has acquired a lock."""
+    """Start a command and stop it (SIGSTOP) after it has acquired a lock on something that takes time."""
     running = program.start(project, *command, *arguments)
-    locks = project / ".pipeline"
-    until(lambda: any(file.read_text() for file in locks.rglob("locks/*") if "in-use" not in file.name), running)
+
+    def locked():
+        locks = (project / ".pipeline").rglob("locks/*")
+        return any(file.read_text() for file in locks if "in-use" not in file.name and file.name != "plan")
+
+    until(locked, running)
     os.kill(running.process.pid, signal.SIGSTOP)
     return running
 
