@@ -4,7 +4,7 @@
     python benchmarks/digit_images.py
     pipeline preset digits-domains --run
 
-data/raw/domain-folder, for `digits-domains`, has two domains, handwritten and rendered from fonts, with as many images
+data/raw/digit-domains, for `digits-domains`, has two domains, handwritten and rendered from fonts, with as many images
 and the same split as the data set `digits`. data/corpus/rendered-digits, for `digits-guides`, has rendered digits to
 train a guide on. Both are drawn as for the training of tiny-sd, from other seeds: tiny-sd knows the fonts of the second
 domain.
@@ -28,14 +28,14 @@ _CORPUS_IMAGES = 5000
 @click.option("--project", type=click.Path(path_type=Path), default=ROOT, help="Holds data/datasets/digits.")
 def main(project: Path) -> None:
     """Write both folders."""
-    write_domains(project)
+    write_domains(project, project)
     write_corpus(project)
 
 
-def write_domains(project: Path) -> None:
-    """Write data/raw/domain-folder of a project that has the data set `digits`."""
+def write_domains(project: Path, target: Path) -> None:
+    """Write data/raw/digit-domains in the folder `target`, from the data set `digits` of a project."""
     dataset = PreparedDataset(project / "data" / "datasets" / "digits")
-    folder, rng = project / "data" / "raw" / "domain-folder", seeding.numpy_generator(0, "digit domains")
+    folder, rng = target / "data" / "raw" / "digit-domains", seeding.numpy_generator(0, "digit domains")
     for split in ("train", "test"):
         handwritten = dataset.load(split)
         _write(folder / "handwritten" / split, handwritten.images, handwritten.labels, dataset.class_names)

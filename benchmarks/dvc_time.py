@@ -73,6 +73,8 @@ def _used() -> float:
 def main(runs: tuple[int, ...], seeds: int) -> None:
     """Measure sweeps of so many RUNS."""
     for count in runs:
+        if count % seeds:
+            raise click.ClickException(f"{count} runs are not whole stages of {seeds} seeds. Choose a multiple.")
         new, finished = measure(count, seeds)
         click.echo(f"{count} runs in {count // seeds} stages: {new:.0f} s, again {finished:.0f} s")
 

@@ -17,20 +17,14 @@ METHODS: dict[str, dict[str, float]] = {
 ABLATION: dict[str, dict[str, float]] = {
     "tdcl": {"nid1_005": 81.39, "nid1_02": 86.03, "nid1_05": 88.16, "nid2": 75.67},
     "ndcr": {"nid1_005": 80.35, "nid1_02": 86.40, "nid1_05": 87.54, "nid2": 75.33},
-    "layer2": {"nid1_05": 87.28, "nid2": 75.73},
-    "layer3": {"nid1_05": 87.81, "nid2": 75.61},
+    "layer2": {"nid1_02": 87.28, "nid2": 75.73},
+    "layer3": {"nid1_02": 87.81, "nid2": 75.61},
 }
-
-FUSED_LAYERS = {"nid1_05": 88.27, "nid2": 76.45}
-"""Layers 2 to 4 in the paper's layer ablation, whose NID1 0.5 column differs from that of its main table."""
+"""The losses, and decoder layers alone; all layers with both losses are FedDifRC."""
 
 
 def gain(method: str, other: str, partition: str) -> float | None:
     """Return the paper's gain of one method over another in points, or None if a cell is missing."""
     both = METHODS | ABLATION
-    if method == "feddifrc" and other.startswith("layer"):
-        one: float | None = FUSED_LAYERS.get(partition)
-    else:
-        one = both.get(method, {}).get(partition)
-    two = both.get(other, {}).get(partition)
+    one, two = (both.get(name, {}).get(partition) for name in (method, other))
     return None if one is None or two is None else round(one - two, 2)

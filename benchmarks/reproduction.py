@@ -29,7 +29,7 @@ from ruamel.yaml import YAML
 
 import stages.train_fl.methods  # noqa: F401  registers the settings of every method
 from pipeline import provenance
-from pipeline.errors import DataError, PipelineError
+from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.io import atomic
 from pipeline.progress import track
 from pipeline.settings import config, presets
@@ -45,16 +45,25 @@ DEFAULT = "default"
 _VARYING = ("methods", "partitions", "sweep", "report", "runtime", "analyze_features", "sweep_features")
 
 
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One project of a preset: the keys that it changes, its parameter file, and that file's content."""
+
+    changes: dict[str, Any]
+    params: Path
+    project: Config
+
+
 @click.group(help=__doc__.replace("\n\n", "\n\n\b\n"))
 def main() -> None:
-    """Group the two commands."""
+    """Group the commands."""
 
 
 def _options(command: Any) -> Any:
     for option in (
         click.argument("names", metavar="PRESET...", nargs=-1, required=True),
         click.option("--work", type=click.Path(path_type=Path), default=ROOT / ".pipeline" / "reproduction"),
-        click.option("--seeds", type=int, help="Seeds 0 to SEEDS - 1 instead of the preset's."),
+        click.option("--seeds", type=click.IntRange(min=1), help="Seeds 0 to SEEDS - 1 instead of the preset's."),
         click.option("--summaries", type=click.Path(path_type=Path), default=reproduction_pages.SUMMARIES),
     ):
         command = option(command)
@@ -63,16 +72,20 @@ def _options(command: Any) -> Any:
 
 @main.command()
 @_options
-@click.option("--jobs", default=2, show_default=True, help="Runs at a time, in processes of one thread.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Runs at a time, in processes of one thread.",
+)
 def train(names: tuple[str, ...], work: Path, jobs: int, seeds: int | None, summaries: Path) -> None:
     """Train all runs of each PRESET that are not finished, and write its summary; "default" is params.yaml itself."""
     for name in names:
-        try:
-            projects = [(changes, _project(work, name, changes, seeds)) for changes in _experiments(name)]
-            _run([project for _, project in projects], jobs)
-        except PipelineError as error:
-            raise click.ClickException(str(error)) from None
-        _write(name, projects, summaries)
+        with _explained():
+            experiments = _experiments(work, name, seeds)
+            _run(experiments, jobs)
+            _write(name, experiments, summaries)
 
 
 @main.command()
@@ -80,14 +93,20 @@ def train(names: tuple[str, ...], work: Path, jobs: int, seeds: int | None, summ
 def summarise(names: tuple[str, ...], work: Path, seeds: int | None, summaries: Path) -> None:
     """Write the summary of each PRESET's finished runs."""
     for name in names:
-        _write(name, [(changes, _project(work, name, changes, seeds)) for changes in _experiments(name)], summaries)
+        with _explained():
+            _write(name, _experiments(work, name, seeds), summaries)
 
 
-def _write(name: str, projects: list[tuple[dict[str, Any], Config]], summaries: Path) -> None:
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
     try:
-        summary = summary_of(name, projects)
+        yield
     except PipelineError as error:
         raise click.ClickException(str(error)) from None
+
+
+def _write(name: str, experiments: list[Experiment], summaries: Path) -> None:
+    summary = summary_of(name, [(one.changes, one.project) for one in experiments])
     summaries.mkdir(parents=True, exist_ok=True)
     atomic.write_json(summaries / f"{name}.json", summary)
     click.echo(summaries / f"{name}.json")
@@ -106,55 +125,50 @@ def pages(check: bool) -> None:
         click.echo(page)
 
 
-def _experiments(name: str) -> list[dict[str, Any]]:
-    with _params(name) as (_, applied):
-        return applied.experiments if applied else [{}]
-
-
-@contextlib.contextmanager
-def _params(name: str) -> Iterator[tuple[Path, presets.Applied | None]]:
-    """Yield a copy of params.yaml with the preset, and the preset."""
-    folder = ROOT / ".pipeline"
-    folder.mkdir(exist_ok=True)
-    file = folder / f"reproduction-{name}.yaml"
+def _experiments(work: Path, name: str, seeds: int | None) -> list[Experiment]:
+    """Write the projects of a preset's experiments."""
+    if Path(name).name != name:
+        raise ConfigError(f"{name} is a path. Put the preset into presets/, and give its name.")
+    work.mkdir(parents=True, exist_ok=True)
+    file = work / f"{name}.yaml"
     shutil.copy(ROOT / "params.yaml", file)
-    try:
-        yield file, None if name == DEFAULT else presets.apply(name, file, force=True)
-    finally:
-        file.unlink()
+    listed = [{}] if name == DEFAULT else presets.apply(name, file, force=True).experiments
+    experiments = []
+    for number, changes in enumerate(listed):
+        params = YAML().load(file.read_text(encoding="utf-8"))
+        for key, value in changes.items():
+            section, _, entry = key.partition(".")
+            params[section][entry] = value
+        if seeds is not None:
+            params["sweep"]["seeds"] = list(range(seeds))
+        params["runtime"]["workers"] = 1
+        own = _write_params(work, f"{name}-{number}.yaml", params)
+        experiments.append(Experiment(changes, own, config.load(own)))
+    return experiments
 
 
-def _project(work: Path, name: str, changes: dict[str, Any], seeds: int | None) -> Config:
-    """Write the project of an experiment, or return to the folder of one that shares everything but the sweep."""
-    yaml = YAML()
-    with _params(name) as (file, _):
-        params = yaml.load(file.read_text(encoding="utf-8"))
-    for key, value in changes.items():
-        section, _, entry = key.partition(".")
-        params[section][entry] = value
-    if seeds is not None:
-        params["sweep"]["seeds"] = list(range(seeds))
-    params["runtime"]["workers"] = 1
+def _write_params(work: Path, name: str, params: Any) -> Path:
+    """Write a parameter file to the folder of all that share everything but the sweep, and return its path."""
     shared = {section: values for section, values in params.items() if section not in _VARYING}
     folder = work / provenance.fingerprint(json.loads(json.dumps(shared)))[:12]
     (folder / "data").mkdir(parents=True, exist_ok=True)
-    for name in ("benchmarks", "data/raw"):  # which presets name by relative paths
-        (ROOT / name).mkdir(parents=True, exist_ok=True)
-        if not (folder / name).exists():
-            (folder / name).symlink_to(ROOT / name)
-    with (folder / "params.yaml").open("w", encoding="utf-8") as stream:
-        yaml.dump(params, stream)
-    return config.load(folder / "params.yaml")
+    for place in ("benchmarks", "data/raw", "data/corpus"):  # which presets name by relative paths
+        (ROOT / place).mkdir(parents=True, exist_ok=True)
+        if not (folder / place).exists():
+            (folder / place).symlink_to(ROOT / place)
+    with atomic.replace_file(folder / name) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        YAML().dump(params, stream)
+    return folder / name
 
 
-def _run(projects: list[Config], jobs: int) -> None:
-    """Run the stages of each project, then the federated runs that are not finished, by seed."""
+def _run(experiments: list[Experiment], jobs: int) -> None:
+    """Run the stages of each experiment, then the federated runs that are not finished, by seed."""
     runs = []
-    for project in projects:
-        _prepare(project)
-        sweep = project.params.sweep
+    for one in experiments:
+        _prepare(one)
+        project, sweep = one.project, one.project.params.sweep
         runs += [
-            (seed, partition, method, project)
+            (seed, partition, method, one)
             for seed in sweep.seeds
             for partition in sweep.partitions
             for method in sweep.methods
@@ -170,31 +184,29 @@ def _run(projects: list[Config], jobs: int) -> None:
             raise
 
 
-def _prepare(project: Config) -> None:
-    if project.params.prepare_data.name == "digits-domains":
-        source = {"prepare_data.name": "digits", "prepare_data.source": "digits"}
-        _pipeline(
-            project, "prepare-data", *(word for key, value in source.items() for word in ("--set", f"{key}={value}"))
-        )
-        digit_images.write_domains(project.root)
-    if project.params.prepare_backbone.corpus == "data/corpus/rendered-digits":
-        digit_images.write_corpus(project.root)
+def _prepare(one: Experiment) -> None:
+    params = one.project.params
+    if params.prepare_data.name == "digits-domains":
+        _pipeline(one, "prepare-data", "--set", "prepare_data.name=digits", "--set", "prepare_data.source=digits")
+        digit_images.write_domains(one.project.root, ROOT)
+    if params.prepare_backbone.corpus == "data/corpus/rendered-digits":
+        digit_images.write_corpus(ROOT)
     for stage in ("prepare-data", "prepare-backbone", "extract-features", "analyze-features"):
-        _pipeline(project, stage)
-    if project.params.synthesize.images_per_class:
-        _pipeline(project, "synthesize")
+        _pipeline(one, stage)
+    if params.synthesize.images_per_class:
+        _pipeline(one, "synthesize")
 
 
-def _train(seed: int, partition: str, method: str, project: Config) -> None:
-    _pipeline(project, "train-fl", "--method", method, "--partition", partition, "--seed", str(seed))
+def _train(seed: int, partition: str, method: str, one: Experiment) -> None:
+    _pipeline(one, "train-fl", "--method", method, "--partition", partition, "--seed", str(seed))
 
 
-def _pipeline(project: Config, *words: str) -> None:
-    command = [sys.executable, "-m", "pipeline", "--params", str(project.root / "params.yaml"), "--quiet", *words]
+def _pipeline(one: Experiment, *words: str) -> None:
+    command = [sys.executable, "-m", "pipeline", "--params", str(one.params), "--quiet", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} if words[0] == "train-fl" else os.environ
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise PipelineError(f"{' '.join(words)} failed in {project.root}: {done.stderr.strip()[-500:]}")
+        raise PipelineError(f"{' '.join(words)} failed with {one.params}: {done.stderr.strip()[-500:]}")
 
 
 def _is_finished(project: Config, method: str, partition: str, seed: int) -> bool:
@@ -233,7 +245,7 @@ def summary_of(name: str, projects: list[tuple[dict[str, Any], Config]]) -> dict
         "num_rounds": min(len(run.rounds) for run in runs),
         "runs": len(runs),
         "hours": round(sum(run.metrics["wall_seconds"] for run in runs) / 3600, 2),
-        "commits": sorted({(origin["commit"] or "unknown")[:12] for origin in made}),
+        "commits": sorted({reproduction_pages.short_commit(origin) for origin in made}),
         "hardware": sorted({_hardware(origin["hardware"]) for origin in made}),
         "torch": sorted({origin["packages"]["torch"] for origin in made}),
         "experiments": experiments,

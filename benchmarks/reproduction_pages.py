@@ -82,9 +82,9 @@ def caption(summary: Summary) -> str:
     seeds = _all_seeds(summary)
     words = accuracy.in_words(summary["num_rounds"], seeds)
     gains = f" Gains, in points, are {accuracy.gain_in_words(seeds)}."
-    words = f"{words[0].upper()}{words[1:]}; n is given where it is smaller.{gains}".replace("*", "\\*")
-    if all(len(own) == len(seeds) for own in _cells(summary)):
-        words = words.replace("; n is given where it is smaller", "")
+    fewer = any(len(own) < len(seeds) for own in _cells(summary))
+    few = "; n is given where it is smaller" if fewer else ""
+    words = f"{words[0].upper()}{words[1:]}{few}.{gains}".replace("*", "\\*")
     seconds = 3600 * summary["hours"] / summary["runs"]
     origin = f"{summary['runs']} runs of {seconds:.0f} s, one core each, on {', '.join(summary['hardware'])}"
     return f"{words} {origin}; torch {', '.join(summary['torch'])}; commit {', '.join(summary['commits'])}.\n"
@@ -112,8 +112,18 @@ def verdict(gain: Gain, claimed: float) -> str:
     return "agrees" if gain.sign == (1 if claimed > 0 else -1) else "contradicts"
 
 
-def _points(gain: Gain | None) -> str:
-    return "–" if gain is None else str(gain).replace("*", "\\*")
+def _points(gain: Gain | None, most: int = 0) -> str:
+    """Format a gain, with the number of seeds if it is below `most`."""
+    if gain is None:
+        return "–"
+    count = len(gain.by_seed)
+    return str(gain).replace("*", "\\*") + (f" (n = {count})" if count < most else "")
+
+
+def short_commit(provenance: dict[str, Any]) -> str:
+    """Return the commit of a run in twelve digits, with "-dirty" if files were changed."""
+    commit, dirty, _ = (provenance["commit"] or "unknown").partition("-dirty")
+    return commit[:12] + dirty
 
 
 def _percent(own: BySeed | None, most: int = 0) -> str:
@@ -158,8 +168,9 @@ def _gains(experiment: dict[str, Any], pairs: dict[str, str]) -> str:
         }
         for partition in labels
     }
+    most = max(len(gain.by_seed) for by_method in gains.values() for gain in by_method.values() if gain)
     rows = [
-        [f"{_name(method)} over {_name(other)}", *(_points(gains[partition][method]) for partition in labels)]
+        [f"{_name(method)} over {_name(other)}", *(_points(gains[partition][method], most) for partition in labels)]
         for method, other in pairs.items()
     ]
     if len(pairs) > 1:
@@ -202,7 +213,6 @@ def _paper(found: dict[str, Summary]) -> str:
         for label, values in [
             *((_name(method), values) for method, values in paper_numbers.METHODS.items()),
             *((_VARIANTS[name], values) for name, values in paper_numbers.ABLATION.items()),
-            ("layers 2 to 4 fused (layer ablation)", paper_numbers.FUSED_LAYERS),
         ]
     ]
     return table(["accuracy, %", *paper_numbers.PARTITIONS.values()], rows)
@@ -245,7 +255,7 @@ def _ablation(found: dict[str, Summary]) -> str:
     most = max(map(len, own.values()))
 
     def row(name: str, values: BySeed) -> list[str]:
-        pair = [_points(gain_of(values, other)) for other in (baseline, default)]
+        pair = [_points(gain_of(values, other), most) for other in (baseline, default)]
         return [name, _percent(values, most), pair[0], "" if values is default else pair[1]]
 
     rows = [["FedAvg", _percent(baseline, most), "", _points(gain_of(baseline, default))]]
@@ -262,11 +272,11 @@ def _ablation(found: dict[str, Summary]) -> str:
         origins += [name] if name in found else []
     header = ["variant", "accuracy, %", "gain over FedAvg", "gain over the default"]
     pairs = [("tdcl", "fedavg"), ("ndcr", "fedavg"), ("feddifrc", "fedavg"), ("feddifrc", "tdcl"), ("feddifrc", "ndcr")]
-    claims = [(*pair, "nid1_005") for pair in pairs] + [("feddifrc", name, "nid1_05") for name in ("layer2", "layer3")]
+    claims = [(*pair, "nid1_005") for pair in pairs] + [("feddifrc", name, "nid1_02") for name in ("layer2", "layer3")]
     text = table(header, rows + more) + caption(summary)
     for name in origins:
         text += f"\n`{name}`: {caption(found[name])}"
-    return text + "\nThe paper's claims on CIFAR-10 (layers: at NID1 0.5) and ours:\n\n" + _claims(experiment, claims)
+    return text + "\nThe paper's claims on CIFAR-10 (layers: at NID1 0.2) and ours:\n\n" + _claims(experiment, claims)
 
 
 def _heterogeneity(found: dict[str, Summary]) -> str:
@@ -274,13 +284,15 @@ def _heterogeneity(found: dict[str, Summary]) -> str:
     for name in ("digits-heterogeneity", "digits-domains"):
         summary = found.get(name, {"experiments": []})
         origins += [f"`{name}`: {caption(summary)}"] if summary["experiments"] else []
+        most = max(map(len, _cells(summary)), default=0)
         for experiment in summary["experiments"]:
             changes = experiment["changes"]
             words = next((words for key, words in _EXPERIMENTS.items() if key in changes), "two domains")
             own = next(iter(experiment["accuracies"].values()))
-            gain = gain_of(own["feddifrc"], own["fedavg"])
+            gain = gain_of(own.get("feddifrc", {}), own.get("fedavg", {}))
             label = words.format(*(value for key, value in changes.items() if _EXPERIMENTS.get(key) == words))
-            rows.append([label, *(_percent(own[method]) for method in ("fedavg", "feddifrc")), _points(gain)])
+            cells = [_percent(own.get(method), most) for method in ("fedavg", "feddifrc")]
+            rows.append([label, *cells, _points(gain, most)])
     if not rows:
         return "Not run yet."
     return table(["setting", "FedAvg, %", "FedDifRC, %", "gain, points"], rows) + "\n".join(origins)
@@ -333,9 +345,9 @@ def _guides(found: dict[str, Summary]) -> str:
     text = table(header, rows) + "![Gain against probe and margin](gallery/guide-quality.svg)\n\n"
     probes, margins, gains = zip(*((f["probe"], f["margin"], gain.mean) for _, f, gain in points), strict=True)
     for name, values in (("probe", probes), ("margin", margins)):
-        rank = spearmanr(values, gains)
-        text += f"Rank correlation of the gain with the {name}: {rank.statistic:.2f} (p = {rank.pvalue:.3f}). "
-    return text + "\n\n" + caption(found["digits-guides" if "digits-guides" in found else "digits-timesteps"])
+        text += f"Spearman's rank correlation of the gain with the {name}: {spearmanr(values, gains).statistic:.2f}. "
+    origins = [name for name in ("digits-ablation", "digits-timesteps", "digits-guides") if name in found]
+    return text + "\n\n" + "\n".join(f"`{name}`: {caption(found[name])}" for name in origins)
 
 
 def _quality(found: dict[str, Summary]) -> list[tuple[str, dict[str, float], Gain]]:
@@ -343,16 +355,19 @@ def _quality(found: dict[str, Summary]) -> list[tuple[str, dict[str, float], Gai
     if "digits-ablation" not in found:
         return []
     baseline = found["digits-ablation"]["experiments"][0]["accuracies"]["nid1_005"]["fedavg"]
+    kinds = [found[name]["experiments"] for name in ("digits-timesteps", "digits-guides") if name in found]
+    measured = [one for experiments in kinds for one in experiments if one["features"]]
+    runs = [one["accuracies"]["nid1_005"]["feddifrc"] for one in measured]
+    common = set(baseline).intersection(*runs)  # points of other seeds could not be compared
     points = []
-    for name in ("digits-timesteps", "digits-guides"):
-        for experiment in found.get(name, {"experiments": []})["experiments"]:
-            gain = gain_of(experiment["accuracies"]["nid1_005"]["feddifrc"], baseline)
-            if experiment["features"] and gain:
-                changes = experiment["changes"]
-                timestep = changes.get("extract_features.timestep")
-                trained = changes.get("prepare_backbone.training", {}).get("denoiser_steps")
-                label = f"tiny-sd, t = {timestep}" if timestep else f"guide of {trained} steps, t = 300"
-                points.append((label, experiment["features"], gain))
+    for one, own in zip(measured, runs, strict=True):
+        gain = gain_of({seed: own[seed] for seed in own if seed in common}, baseline)
+        changes = one["changes"]
+        timestep = changes.get("extract_features.timestep")
+        trained = changes.get("prepare_backbone.training", {}).get("denoiser_steps")
+        label = f"tiny-sd, t = {timestep}" if timestep else f"guide of {trained} steps, t = 300"
+        if gain:
+            points.append((label, one["features"], gain))
     return points
 
 
@@ -393,7 +408,7 @@ def _conditioning(found: dict[str, Summary]) -> str:
     hardware = f"{made['hardware']['cores']} cores of {made['hardware']['cpu']}"
     return table(["variant", "accuracy, %", "gain over FedAvg", "gain over prompts alone"], rows) + (
         f"NID1 with alpha 0.05; {words}. Gains, in points, are {gains}. On {hardware}; torch "
-        f"{made['packages']['torch']}; commit {made['commit'][:12]}.\n"
+        f"{made['packages']['torch']}; commit {short_commit(made)}.\n"
     )
 
 

@@ -68,7 +68,7 @@ class Gain:
 
 def gain(own: Sequence[float], baseline: Sequence[float]) -> Gain:
     """Compare two accuracies of the same seeds, in the same order."""
-    by_seed = [one - other for one, other in zip(own, baseline, strict=True)]
+    by_seed = [round(one - other, 9) for one, other in zip(own, baseline, strict=True)]  # a tie is 0, not 1e-16
     spread, count = deviation(by_seed), len(by_seed)
     if spread is None:
         return Gain(by_seed, None)
@@ -78,7 +78,7 @@ def gain(own: Sequence[float], baseline: Sequence[float]) -> Gain:
 
 
 def gain_in_words(seeds: Sequence[int]) -> str:
-    """Describe the numbers of `Gain`: "mean ± 95 % confidence interval, Student's t over seeds; * excludes 0"."""
+    """Describe the numbers of `Gain`, for a note below a table."""
     if len(seeds) == 1:
         return "of the one seed"
     return "seed by seed: mean ± half its 95 % confidence interval (Student's t); * marks an interval that excludes 0"

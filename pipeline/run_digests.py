@@ -32,11 +32,14 @@ def check(digests: Path, run: Path) -> None:
     """
     file, found = _file(digests, run), _digest(run)
     lines = _read(file)
-    is_damaged = file.exists() and not (lines and all(lines))  # all(): a line that was cut off has no name
-    if is_damaged or lines.get(run.name, found) != found:
+    if file.exists() and not (lines and all(lines)):  # all(): a line that was cut off has no name
         raise DataError(
-            f"{run} is not the run that {file} was written for (checksums differ). Train it again or `dvc checkout` "
-            "both, or delete that file to accept the run unchanged."
+            f"{file} is damaged. `dvc checkout` it, or delete it to accept the runs in {run.parent} as they are."
+        )
+    if lines.get(run.name, found) != found:
+        raise DataError(
+            f"{run} is not the run that {file} was written for (checksums differ). Train it again, `dvc checkout` "
+            f"both, or delete the line of {run.name} to accept the run unchanged."
         )
 
 

@@ -42,6 +42,11 @@ def test_asterisk_marks_an_interval_that_excludes_zero(own, text, sign):
     assert (str(gain), gain.sign) == (text, sign)
 
 
+def test_equal_accuracies_are_a_tie_in_spite_of_rounding():
+    gain = accuracy.gain([0.1 + 0.2, 0.5], [0.3, 0.5])  # 0.1 + 0.2 is above 0.3
+    assert gain.by_seed == [0, 0]
+
+
 def test_gain_of_one_seed_has_no_interval():
     gain = accuracy.gain([0.5], [0.4])
     assert (str(gain), gain.half_width, gain.sign) == ("+10.00", None, 0)

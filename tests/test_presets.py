@@ -6,6 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
 
 from pipeline.errors import PipelineError
 from pipeline.settings import config, presets
@@ -112,6 +114,7 @@ def test_project_preset_overrides_the_packages_own(project):
         ("experiments: {train_fl.num_rounds: 0}", "train_fl.num_rounds = 0: input should be"),
         ("experiments: [{train_fl.num_rounds: 0}]", "train_fl.num_rounds = 0: input should be"),
         ("experiments: 3", "Preset wrong: experiments must map keys to lists of values, or list mappings"),
+        ("experiments: []", "Preset wrong: experiments must map keys to lists of values, or list mappings"),
         ("experiments: [3]", "Preset wrong: experiments must map keys to lists of values, or list mappings"),
     ],
 )
@@ -119,6 +122,33 @@ def test_invalid_preset_is_one_line(project, text, message):
     (project / "presets" / "wrong.yaml").write_text(text + "\n")
     result = invoke(project, "preset", "wrong")
     assert (result.exit_code, len(result.output.splitlines())) == (1, 1) and message in result.output
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_overrides_of_experiments_are_what_dvc_reads(project, name):
+    experiments = presets.apply(name, project / "params.yaml").experiments
+    before = config.read_yaml(project / "params.yaml")
+    parser = OverridesParser.create()
+    keys = {key for changes in experiments for key in changes}
+    for changes, words in zip(experiments, presets.overrides(experiments, before), strict=True):
+        read = {override.key_or_group: override.value() for override in parser.parse_overrides(words)}
+        wanted = {key: changes.get(key, config.at(before, key)) for key in keys}
+        assert {key: plain(value) for key, value in read.items()} == wanted
+
+
+def plain(value):
+    """Return Hydra's values as Python's."""
+    if isinstance(value, dict):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return list(map(plain, value))
+    return value.text if isinstance(value, QuotedString) else value
+
+
+def test_an_experiment_sets_what_others_change(project):
+    params = {"a": {"x": 1, "y": "it's"}}
+    words = presets.overrides([{"a.x": 5}, {"a.y": [True, None, {"k": "v\\"}]}], params)
+    assert words == [["a.x=5", "a.y='it\\'s'"], ["a.x=1", "a.y=[true,null,{k:'v\\\\'}]"]]
 
 
 def test_listed_experiments_replace_those_of_the_base(project):

@@ -301,7 +301,7 @@ def train_fl(
 ) -> None:
     """Stage 2: train from images and cached features -> results/<method>-<partition>/s<seed>. Resumes if interrupted.
 
-    Finished runs of the same settings, data and software are kept.
+    Finished runs of the same settings and data are kept.
 
     \b
     Examples:
@@ -364,7 +364,7 @@ def preset(params: Path, name: str | None, run_it: bool, force: bool) -> None:
     """
     import json
 
-    from pipeline.settings import presets
+    from pipeline.settings import config, presets
 
     if name is None:
         for known, text in presets.describe(params.resolve().parent / "presets").items():
@@ -379,21 +379,19 @@ def preset(params: Path, name: str | None, run_it: bool, force: bool) -> None:
     click.echo(params)
     if not run_it:
         click.echo(f"next: dvc repro, or pipeline preset {name} --run; to undo: git checkout {params}", err=True)
-    for changes in applied.experiments if run_it else []:
-        _dvc(params.resolve().parent, changes)
+    for words in presets.overrides(applied.experiments, config.read_yaml(params)) if run_it else []:
+        _dvc(params.resolve().parent, words)
 
 
 main.add_command(features)
 
 
-def _dvc(root: Path, changes: dict[str, Any]) -> None:
+def _dvc(root: Path, overrides: list[str]) -> None:
     """Run the pipeline with DVC, as an experiment if values change; exit with DVC's code if it fails."""
-    import json
     import subprocess
     import sys
 
-    values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in changes.items()}
-    sets = [word for key, value in values.items() for word in ("--set-param", f"{key}={value}")]
+    sets = [word for override in overrides for word in ("--set-param", override)]
     command = ["exp", "run", *sets] if sets else ["repro"]
     # dvc.yaml runs `pipeline` from the PATH, which lacks this environment if it is not activated.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])

@@ -14,6 +14,7 @@ relative to the working folder or to the project. Edits of params.yaml that neit
 
 import difflib
 import itertools
+import json
 import os
 import subprocess
 from collections.abc import Mapping
@@ -91,9 +92,32 @@ def apply(name: str, params_file: Path, force: bool = False) -> Applied:
     return Applied({key: (None if old is ... else old, value) for key, (old, value) in changes.items()}, combinations)
 
 
+def overrides(experiments: list[dict[str, Any]], params: Any) -> list[list[str]]:
+    """Return the words key=value of every experiment, for `dvc exp run --set-param`.
+
+    An experiment leaves its values in params.yaml. Each therefore sets all keys that any of them changes, to its own
+    value or to that of `params`, the content of params.yaml before the first.
+    """
+    keys = dict.fromkeys(key for changes in experiments for key in changes)
+    values = [{key: changes.get(key, config.at(params, key)) for key in keys} for changes in experiments]
+    return [[f"{key}={_in_hydra(value)}" for key, value in own.items() if value is not ...] for own in values]
+
+
+def _in_hydra(value: Any) -> str:
+    """Write a value in the grammar of Hydra, which DVC uses: mappings have keys without quotes."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_in_hydra(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_in_hydra, value)) + "]"
+    if isinstance(value, str):
+        quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"'{quoted}'"
+    return json.dumps(value)
+
+
 def _combinations(name: str, experiments: Any) -> list[dict[str, Any]]:
     """Return the values of keys of every experiment; one experiment without any if the preset asks for none."""
-    if isinstance(experiments, list) and all(isinstance(each, dict) for each in experiments):
+    if isinstance(experiments, list) and experiments and all(isinstance(each, dict) for each in experiments):
         return experiments
     if not isinstance(experiments, dict):
         raise ConfigError(

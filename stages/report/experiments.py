@@ -30,7 +30,7 @@ def table(root: Path) -> Table | None:
     columns = list(dict.fromkeys(run for data in [current, *(data for _, data in rows)] for run in _means(data)))
     cells = [[Cell("current"), Cell(""), *_accuracies(current, columns)]]
     cells += [[Cell(name), Cell(_changes(current, found)), *_accuracies(found, columns)] for name, found in rows]
-    note = "Settings that differ from params.yaml, and accuracy, %; mean ± standard deviation where there are seeds."
+    note = "Settings that differ from params.yaml, and accuracy, %; over several seeds, mean ± standard deviation."
     header = ["experiment", "changes", *columns]
     return Table("experiments", "Experiments", note, header, cells)
 

@@ -24,7 +24,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from pipeline import accuracy, manifests, provenance
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.io import atomic
 from pipeline.io.system_errors import reading
 from pipeline.settings.config import differing_keys
@@ -127,9 +127,8 @@ def check_replaceable(path: Path, settings: dict[str, Any]) -> None:
 
 
 def is_complete(path: Path, settings: dict[str, Any]) -> bool:
-    """Return whether `path` holds an undamaged finished run of these settings and data, made by this software.
+    """Return whether `path` holds an undamaged finished run of these settings and data, whatever software made it.
 
-    The code is compared by its hash, not its commit: adding a seed to params.yaml would change that, or make it dirty.
     Raise SystemRefusal if a file is unreadable.
     """
     present = [name for name in _FILES if (path / name).exists()]
@@ -137,33 +136,59 @@ def is_complete(path: Path, settings: dict[str, Any]) -> bool:
         try:
             listed = provenance.listed_files(path)
             is_cut = not all(listed)  # a line that was cut off has no name
-            if is_cut or provenance.changed_file(path, [*listed, "config.json", "metrics.json", *present]):
+            if is_cut or provenance.changed_file(path, {*listed, "config.json", "metrics.json", *present}):
                 return False
             found = json.loads((path / "config.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return False  # not finished
-    software = provenance.software() | {"code": provenance.code_sha256()}
-    wanted = {name: value for name, value in software.items() if name != "commit"}
-    if not isinstance(found, dict) or differing_keys(found.pop("provenance", None), wanted):
+    if not isinstance(found, dict):
         return False
+    found.pop("provenance", None)
     return provenance.fingerprint(found) == provenance.fingerprint(settings)
 
 
+def is_of_other_software(path: Path) -> bool:
+    """Return whether other code, or other versions of packages, made the finished run in `path`, or it is unknown.
+
+    Code is compared by its hash, not its commit, which an edit of params.yaml makes dirty.
+    """
+    wanted = provenance.software() | {"code": provenance.code_sha256()}
+    del wanted["commit"]
+    with reading(path):
+        found = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return bool(differing_keys(found.get("provenance"), wanted))
+
+
 def write_means(file: Path, runs: Sequence[Path]) -> None:
-    """Write the means of the metrics that all these runs have, and their number, if every run is finished.
+    """Write the means of the metrics that all these runs have, and their number.
 
     With two runs or more, also the standard deviation of mean_last5_accuracy, by a short name: these are the columns of
-    `dvc metrics show`, and DVC's experiments have no other numbers.
+    `dvc metrics show`, and DVC's experiments have no other numbers. If a run is not finished or has other settings, the
+    file is removed.
     """
-    if not all((run / provenance.CHECKSUMS).exists() for run in runs):
+    try:
+        if len({_settings_without_seed(run) for run in runs}) > 1:
+            raise DataError("the runs have different settings")
+        metrics = [manifests.read(run / "metrics.json", manifests.RunMetrics) for run in runs]
+    except (DataError, OSError, ValueError):
+        file.unlink(missing_ok=True)
         return
-    found = [manifests.read(run / "metrics.json", manifests.RunMetrics).model_dump(exclude_none=True) for run in runs]
+    found = [own.model_dump(exclude_none=True) for own in metrics]
     means = {
         name: statistics.fmean(own[name] for own in found) for name in found[0] if all(name in own for own in found)
     }
     deviation = accuracy.deviation([own["mean_last5_accuracy"] for own in found])
     means |= {} if deviation is None else {"std": deviation}
     atomic.write_json(file, means | {"num_seeds": len(runs)})
+
+
+def _settings_without_seed(run: Path) -> str:
+    """Return the fingerprint of a finished run's settings; raise OSError or ValueError if it is not finished."""
+    (run / provenance.CHECKSUMS).stat()
+    found = dict(json.loads((run / "config.json").read_text(encoding="utf-8")))
+    return provenance.fingerprint(
+        {key: value for key, value in found.items() if key not in ("seed", "provenance", "synthetic")}
+    )
 
 
 def start(path: Path) -> None:

@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 def run(config: Config, method_name: str, partition_name: str, seed: int, overwrite: bool = False) -> Path:
     """Train one method on one partition with one seed, resuming from a checkpoint if there is one.
 
-    A finished run of the same settings, data and software is kept; delete its folder to train it again.
+    A finished run of the same settings and data is kept, with a warning if other software made it; delete its folder
+    to train it again.
 
     Args:
         config: The project's configuration.
@@ -48,7 +49,9 @@ def run(config: Config, method_name: str, partition_name: str, seed: int, overwr
     settings = job.settings(data)
     with job.locked():
         if records.is_complete(job.path, settings):
-            log.info("%s is complete already. To train it again, delete %s.", job.name, job.path)
+            is_other = records.is_of_other_software(job.path)
+            level, origin = (logging.WARNING, ", made by other code or versions") if is_other else (logging.INFO, "")
+            log.log(level, "%s is complete already%s. To train it again, delete %s.", job.name, origin, job.path)
             job.publish()
         else:
             _train(job, data.placed(device), settings, device, overwrite)

@@ -338,5 +338,5 @@ def _numerics(runtime: Runtime, device: str, engine: Engine) -> dict[str, Any]:
 
 
 def _provenance(device: str) -> dict[str, Any]:
-    """Describe software and hardware, and the code by its hash, by which `records.is_complete` knows equal code."""
+    """Describe software and hardware, and the code by its hash, by which `records` knows equal code."""
     return provenance.describe(device) | {"code": provenance.code_sha256()}

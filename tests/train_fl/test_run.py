@@ -14,7 +14,7 @@ import torch
 
 from pipeline import provenance
 from pipeline.errors import PipelineError
-from stages.train_fl import rounds, run
+from stages.train_fl import records, rounds, run
 from stages.train_fl.checkpoint import Checkpoint
 from stages.train_fl.client_data import Batches, ClientData
 from tests.train_fl import tiny_project
@@ -109,9 +109,6 @@ UNFIT = {
     "with checksums cut off": lambda run: (run / provenance.CHECKSUMS).write_text("f" * 64 + " "),
     "of other data": lambda run: edit(run, lambda found: found["dataset"].update(hash="0" * 64)),
     "with more settings": lambda run: edit(run, lambda found: found.update(federation={"differential_privacy": 1})),
-    "of other code": lambda run: edit(run, lambda found: found["provenance"].update(code="0" * 64)),
-    "of another torch": lambda run: edit(run, lambda found: found["provenance"]["packages"].update(torch="1.0")),
-    "of unknown software": lambda run: edit(run, lambda found: found.pop("provenance")),
 }
 
 
@@ -125,15 +122,54 @@ def kept(caplog, tmp_path, change) -> bool:
         assert run(project, "fedavg", "dir", 3, overwrite=True) == path
     assert not provenance.changed_file(path, ["config.json", "model.safetensors", "clients.csv", "timing.csv"])
     is_kept = before == ((path / "rounds.csv").stat().st_ino, (path / "config.json").read_bytes())
-    assert is_kept == (f"fedavg-dir-s3 is complete already. To train it again, delete {path}." in caplog.text)
+    assert is_kept == ("fedavg-dir-s3 is complete already" in caplog.text)
+    assert not is_kept or f". To train it again, delete {path}." in caplog.text
     return is_kept
 
 
-def test_finished_run_of_equal_settings_data_and_software_is_kept(caplog, tmp_path):
+def test_finished_run_of_equal_settings_and_data_is_kept(caplog, tmp_path):
     def elsewhere(found):
         found["provenance"] |= {"commit": "another-dirty", "hardware": {}}
 
     assert kept(caplog, tmp_path, lambda run: edit(run, elsewhere))
+    assert "made by other code or versions" not in caplog.text
+
+
+OTHER_SOFTWARE = {
+    "other code": lambda found: found["provenance"].update(code="0" * 64),
+    "another torch": lambda found: found["provenance"]["packages"].update(torch="1.0"),
+    "an earlier version, without the hash of the code": lambda found: found["provenance"].pop("code"),
+    "unknown software": lambda found: found.pop("provenance"),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_SOFTWARE)
+def test_finished_run_of_other_software_is_kept_with_a_warning(caplog, tmp_path, change):
+    assert kept(caplog, tmp_path, lambda run: edit(run, OTHER_SOFTWARE[change]))
+    (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "is complete already, made by other code or versions." in warning.getMessage()
+
+
+def test_means_are_those_of_finished_runs_of_equal_settings(tmp_path):
+    project = tiny_project.make(tmp_path, train_fl__num_rounds=1, **{"sweep.seeds": [0, 1]})
+    file = project.means_file("fedavg", "dir")
+    runs = [run(project, "fedavg", "dir", seed) for seed in (0, 1)]
+    found = [json.loads((one / "metrics.json").read_text())["mean_last5_accuracy"] for one in runs]
+    records.write_means(file, runs)
+    means = json.loads(file.read_text())
+    assert means["mean_last5_accuracy"] == pytest.approx(sum(found) / 2) and means["num_seeds"] == 2
+    assert means["std"] == pytest.approx(abs(found[0] - found[1]) / 2**0.5)
+    edit(runs[1], lambda settings: settings["train_fl"].update(learning_rate=0.5))
+    records.write_means(file, runs)
+    assert not file.exists()
+    edit(runs[1], lambda settings: settings["train_fl"].update(learning_rate=project.params.train_fl.learning_rate))
+    for unreadable in (lambda metrics: metrics.write_text("{"), lambda metrics: metrics.unlink()):
+        records.write_means(file, runs)
+        assert file.exists()
+        unreadable(runs[1] / "metrics.json")
+        records.write_means(file, runs)
+        assert not file.exists()
+        (runs[1] / "metrics.json").write_bytes((runs[0] / "metrics.json").read_bytes())
 
 
 @pytest.mark.parametrize("how", UNFIT)
