@@ -253,9 +253,12 @@ def summary_of(name: str, projects: list[tuple[dict[str, Any], Config]]) -> dict
 
 
 def _measured(project: Config) -> dict[str, float] | None:
-    """Return the probe's accuracy and the prompts' margin, by analyze-features, of the project's features."""
-    file = project.root / "analysis" / "features.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    """Return what analyze-features measured of the fused features, None if it did not run."""
+    file = project.root / "analysis" / "details.json"
+    if not file.exists():
+        return None
+    fused = json.loads(file.read_text(encoding="utf-8"))["layers"]["fused"]
+    return {"probe": fused["probe_accuracy"], "margin": fused["margin"], "separation": fused["separation"]}
 
 
 def _finished(project: Config) -> Results | None:

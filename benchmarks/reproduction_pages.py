@@ -42,6 +42,11 @@ _VARIANTS = {
     "ndcr-raw": "NDCR on raw targets (default standardised)", "ndcr-kl": "NDCR as KL divergence",
 }  # fmt: skip
 
+_QUALITIES = {
+    "probe": "accuracy of a linear probe, %", "margin": "margin of the matching prompt",
+    "separation": "separation of prompts",
+}  # fmt: skip
+
 _EXPERIMENTS = {  # the first key that an experiment changes names it
     "train_fl.num_clients": "{} clients, 10 per round",
     "train_fl.imbalance_factor": "long tail, imbalance factor {}",
@@ -303,8 +308,10 @@ def _cifar(found: dict[str, Summary]) -> str:
     features = found["cifar10-mini"]["experiments"][0]["features"] if "cifar10-mini" in found else None
     if not features:
         return text
-    quality = f"a linear probe on the features reaches {100 * features['probe']:.1f} %, and the matching prompt is "
-    return text + f"\nThe guide: {quality}nearer than the mean of the others by {features['margin']:.4f} (cosine).\n"
+    return text + (
+        f"\nThe guide: a linear probe on the features reaches {100 * features['probe']:.1f} %, the margin of the "
+        f"matching prompt is {features['margin']:.4f}, and the separation of prompts {features['separation']:.4f}.\n"
+    )
 
 
 def _combinations(found: dict[str, Summary]) -> str:
@@ -338,14 +345,21 @@ def _guides(found: dict[str, Summary]) -> str:
     if not points:
         return "Not run yet."
     rows = [
-        [label, f"{100 * features['probe']:.1f}", f"{features['margin']:.4f}", _points(gain)]
-        for label, features, gain in points
+        [label, f"{100 * own['probe']:.1f}", f"{own['margin']:.4f}", f"{own['separation']:.4f}", _points(gain)]
+        for label, own, gain in points
     ]
-    header = ["features", "probe, %", "margin of the matching prompt", "gain over FedAvg, points"]
-    text = table(header, rows) + "![Gain against probe and margin](gallery/guide-quality.svg)\n\n"
-    probes, margins, gains = zip(*((f["probe"], f["margin"], gain.mean) for _, f, gain in points), strict=True)
-    for name, values in (("probe", probes), ("margin", margins)):
-        text += f"Spearman's rank correlation of the gain with the {name}: {spearmanr(values, gains).statistic:.2f}. "
+    header = [
+        "features",
+        "probe, %",
+        "margin of the matching prompt",
+        "separation of prompts",
+        "gain over FedAvg, points",
+    ]
+    text = table(header, rows) + "![Gain against probe, margin and separation](gallery/guide-quality.svg)\n\n"
+    gains = [gain.mean for _, _, gain in points]
+    ranks = {name: spearmanr([own[name] for _, own, _ in points], gains).statistic for name in _QUALITIES}
+    text += "Spearman's rank correlation of the gain with each: "
+    text += ", ".join(f"{name} {rank:.2f}" for name, rank in ranks.items()) + "."
     origins = [name for name in ("digits-ablation", "digits-timesteps", "digits-guides") if name in found]
     return text + "\n\n" + "\n".join(f"`{name}`: {caption(found[name])}" for name in origins)
 
@@ -373,9 +387,10 @@ def _quality(found: dict[str, Summary]) -> list[tuple[str, dict[str, float], Gai
 
 @plotting.svg
 def quality_picture(found: dict[str, Summary]) -> Figure:
-    """Draw the gain of FedDifRC against the probe and against the margin of its features."""
-    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
-    for axes, key, unit in zip(figure.subplots(1, 2, sharey=True), ("probe", "margin"), (100, 1), strict=True):
+    """Draw the gain of FedDifRC against what analyze-features measures of its features."""
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    for axes, key in zip(figure.subplots(1, 3, sharey=True), _QUALITIES, strict=True):
+        unit = 100 if key == "probe" else 1
         for label, features, gain in _quality(found):
             place, colour = (unit * features[key], 100 * gain.mean), "#D55E00" if "guide" in label else "#0072B2"
             half_width = None if gain.half_width is None else 100 * gain.half_width
@@ -384,7 +399,7 @@ def quality_picture(found: dict[str, Summary]) -> Figure:
             axes.annotate(short, place, xytext=(4, 4), textcoords="offset points", fontsize=7)
         axes.axhline(0, color=plotting.INK, lw=0.8)
         axes.grid()
-        axes.set(xlabel="accuracy of a linear probe, %" if key == "probe" else "margin of the matching prompt")
+        axes.set(xlabel=_QUALITIES[key])
     figure.axes[0].set(ylabel="gain of FedDifRC over FedAvg, points")
     return figure
 

@@ -35,6 +35,8 @@ from stages.analyze_features.probes import ProbeEvaluator, chance
 
 log = logging.getLogger(__name__)
 
+_LEAST_SEPARATION = 0.001  # guides that gave small gains had less than 0.00001, all others more than 0.01
+
 FUSED = "fused"
 """All columns of the set: its layers, one after the other."""
 
@@ -99,7 +101,19 @@ def _scores(
         scores = evaluator.scores(rows.denoised[:, part])
         found[name] = {"dims": dims, **asdict(scores), **similar[name].means(everyone)}
         log.info("%s: %d dims, linear probe %.2f %%", name, dims, 100 * found[name]["probe_accuracy"])
+    _tell_whether_guidance_can_pay(found[FUSED]["separation"])
     return found
+
+
+def _tell_whether_guidance_can_pay(separation: float) -> None:
+    """Say whether TDCL can help. docs/reproduction.md has the measurements: gains by guides of different quality."""
+    if separation < _LEAST_SEPARATION:
+        log.warning(
+            "The model hardly tells prompts apart (separation %.2g, below %g): TDCL can add little to training. Train "
+            "the guide longer, choose another timestep or other layers, or use NDCR alone.", separation, _LEAST_SEPARATION,
+        )  # fmt: skip
+    else:
+        log.info("The model tells prompts apart (separation %.4f), which TDCL needs.", separation)
 
 
 def _draw(

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 
 from stages.analyze_features import tsne
+from stages.analyze_features.run import _tell_whether_guidance_can_pay
 from tests.analyze_features.test_probes import settings
 from tests.conftest import invoke
 
@@ -33,6 +34,17 @@ def test_the_analysis_covers_all_layers_and_classes_and_is_reproducible(project)
     assert found["chance"]["matching_nearest"] == 0.1
     classes = [of_class["margin"] for of_class in found["classes"].values()]
     assert min(classes) < found["layers"]["fused"]["margin"] < max(classes)
+
+
+def test_a_sentence_says_whether_the_prompts_are_told_apart(project, caplog):
+    separation = json.loads(analyse(project, "--images", "80")["details.json"])["layers"]["fused"]["separation"]
+    assert (
+        f"The model tells prompts apart (separation {separation:.4f}), which TDCL needs."
+        in invoke(project, "analyze-features", *FAST, "--images", "80").output
+    )
+    _tell_whether_guidance_can_pay(2e-6)
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert record.getMessage().startswith("The model hardly tells prompts apart (separation 2e-06, below 0.001)")
 
 
 def test_missing_features_name_the_command_to_run(project):
