@@ -110,8 +110,10 @@ def _tell_whether_guidance_can_pay(separation: float) -> None:
     if separation < _LEAST_SEPARATION:
         log.warning(
             "The model hardly tells prompts apart (separation %.2g, below %g): TDCL can add little to training. Train "
-            "the guide longer, choose another timestep or other layers, or use NDCR alone.", separation, _LEAST_SEPARATION,
-        )  # fmt: skip
+            "the guide longer, choose another timestep or other layers, or use NDCR alone.",
+            separation,
+            _LEAST_SEPARATION,
+        )
     else:
         log.info("The model tells prompts apart (separation %.4f), which TDCL needs.", separation)
 
