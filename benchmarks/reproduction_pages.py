@@ -195,7 +195,7 @@ def _signs(gains: list[Gain]) -> str:
 
 
 def _claims(experiment: dict[str, Any], pairs: list[tuple[str, str, str]], more: list[list[str]] | None = None) -> str:
-    """Compare gains with the paper's; `pairs` has method, other, and the paper's partition; `more` are finished rows."""
+    """Compare gains with the paper's; `pairs` has method, other, and the paper's partition; `more` are rows."""
     found = next(iter(experiment["accuracies"].values()))
     rows = []
     for method, other, partition in pairs:
