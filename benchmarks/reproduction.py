@@ -40,7 +40,7 @@ from stages.report.runs import Run
 
 ROOT = Path(__file__).parents[1]
 DEFAULT = "default"
-"""Stands for params.yaml as it is, without a preset."""
+"""The name of params.yaml itself, without a preset."""
 
 _VARYING = ("methods", "partitions", "sweep", "report", "runtime", "analyze_features", "sweep_features")
 

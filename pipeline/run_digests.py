@@ -66,7 +66,7 @@ def _digest(run: Path) -> str:
 
 
 def _read(file: Path) -> dict[str, str]:
-    """Return folder -> digest; nothing if there is no file."""
+    """Return folder -> digest; empty if the file does not exist."""
     if not file.exists():
         return {}
     with reading(file):
