@@ -29,7 +29,6 @@ from typing import Any
 import click
 import numpy as np
 from matplotlib.figure import Figure
-from scipy import stats
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -157,7 +156,9 @@ def measure(project: Config, partition: str, seeds: int, names: list[str], jobs:
         row = rows[name] = _attack(shared.read(np.arange(len(images))), images, known, hidden)
         line = f"{name:20}{row['numbers']:>9}{row['explained']:>11.1%}{row['identified']:>12.1%}{row['label']:>8.1%}"
         if seeds:
-            row |= _gain(np.array([found[name, seed] for seed in range(seeds)]) - baseline)
+            gain = accuracy.gain([found[name, seed] for seed in range(seeds)], baseline)
+            half_width = float("nan") if gain.half_width is None else gain.half_width
+            row |= {"gain": gain.mean, "half_width": half_width, "gains": gain.by_seed}
             line += f"{100 * row['gain']:>8.1f} ± {100 * row['half_width']:.1f}"
         click.echo(line)
     click.echo(f"chance of identifying one of {len(hidden)}: {1 / len(hidden):.1%}")
@@ -201,13 +202,6 @@ def _accuracy(project: Config, partition: str, jobs: int, run: tuple[str, int]) 
     workers: Any = "auto" if jobs == 1 else 1
     history = simulate(section, clients, held_out, seed=seed, device="cpu", num_workers=workers, **own)
     return accuracy.of_run([row["accuracy"] for row in history.rows])
-
-
-def _gain(differences: np.ndarray) -> dict[str, Any]:
-    count = len(differences)
-    error = differences.std(ddof=1) / count**0.5 if count > 1 else float("nan")
-    half_width = float(stats.t.ppf(0.975, count - 1) * error) if count > 1 else float("nan")
-    return {"gain": float(differences.mean()), "half_width": half_width, "gains": differences.tolist()}
 
 
 @plotting.svg
