@@ -7,17 +7,19 @@
 `train` needs no DVC, whose own work grows with the square of the number of runs. It trains in folders under --work, one
 for all runs that share their data, features and training settings, and continues there after an interruption.
 `summarise` does the same without training, for the runs that are finished by then. The summaries are in
-benchmarks/results/reproduction: the accuracy of every seed, commit, hardware and time.
+benchmarks/results/reproduction: the accuracy of every seed, commit, hardware and time. With --extend, the seeds that a
+summary has stay there: the others are trained, and one seed of each method again, which must have the same accuracy.
 """
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from typing import Any
 import click
 import digit_images
 import reproduction_pages
+from reproduction_pages import Summary
 from ruamel.yaml import YAML
 
 import stages.train_fl.methods  # noqa: F401  registers the settings of every method
@@ -64,6 +67,8 @@ def _options(command: Any) -> Any:
         click.argument("names", metavar="PRESET...", nargs=-1, required=True),
         click.option("--work", type=click.Path(path_type=Path), default=ROOT / ".pipeline" / "reproduction"),
         click.option("--seeds", type=click.IntRange(min=1), help="Seeds 0 to SEEDS - 1 instead of the preset's."),
+        click.option("--method", "only", multiple=True, help="Only this method of the preset; repeatable."),
+        click.option("--extend", is_flag=True, help="Keep the seeds of the existing summary, and add the others."),
         click.option("--summaries", type=click.Path(path_type=Path), default=reproduction_pages.SUMMARIES),
     ):
         command = option(command)
@@ -79,22 +84,34 @@ def _options(command: Any) -> Any:
     show_default=True,
     help="Runs at a time, in processes of one thread.",
 )
-def train(names: tuple[str, ...], work: Path, jobs: int, seeds: int | None, summaries: Path) -> None:
+def train(
+    names: tuple[str, ...],
+    work: Path,
+    jobs: int,
+    seeds: int | None,
+    only: tuple[str, ...],
+    extend: bool,
+    summaries: Path,
+) -> None:
     """Train all runs of each PRESET that are not finished, and write its summary; "default" is params.yaml itself."""
     for name in names:
         with _explained():
-            experiments = _experiments(work, name, seeds)
-            _run(experiments, jobs)
-            _write(name, experiments, summaries)
+            experiments = _experiments(work, name, seeds, only)
+            earlier = _earlier(name, summaries) if extend else None
+            _run(experiments, jobs, earlier)
+            _write(name, experiments, earlier, summaries)
 
 
 @main.command()
 @_options
-def summarise(names: tuple[str, ...], work: Path, seeds: int | None, summaries: Path) -> None:
+def summarise(
+    names: tuple[str, ...], work: Path, seeds: int | None, only: tuple[str, ...], extend: bool, summaries: Path
+) -> None:
     """Write the summary of each PRESET's finished runs."""
     for name in names:
         with _explained():
-            _write(name, _experiments(work, name, seeds), summaries)
+            earlier = _earlier(name, summaries) if extend else None
+            _write(name, _experiments(work, name, seeds, only), earlier, summaries)
 
 
 @contextlib.contextmanager
@@ -105,8 +122,13 @@ def _explained() -> Iterator[None]:
         raise click.ClickException(str(error)) from None
 
 
-def _write(name: str, experiments: list[Experiment], summaries: Path) -> None:
-    summary = summary_of(name, [(one.changes, one.project) for one in experiments])
+def _earlier(name: str, summaries: Path) -> Summary | None:
+    file = summaries / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _write(name: str, experiments: list[Experiment], earlier: Summary | None, summaries: Path) -> None:
+    summary = summary_of(name, [(one.changes, one.project) for one in experiments], earlier)
     summaries.mkdir(parents=True, exist_ok=True)
     atomic.write_json(summaries / f"{name}.json", summary)
     click.echo(summaries / f"{name}.json")
@@ -125,7 +147,7 @@ def pages(check: bool) -> None:
         click.echo(page)
 
 
-def _experiments(work: Path, name: str, seeds: int | None) -> list[Experiment]:
+def _experiments(work: Path, name: str, seeds: int | None, only: Sequence[str]) -> list[Experiment]:
     """Write the projects of a preset's experiments."""
     if Path(name).name != name:
         raise ConfigError(f"{name} is a path. Put the preset into presets/, and give its name.")
@@ -141,6 +163,8 @@ def _experiments(work: Path, name: str, seeds: int | None) -> list[Experiment]:
             params[section][entry] = value
         if seeds is not None:
             params["sweep"]["seeds"] = list(range(seeds))
+        if only:
+            params["sweep"]["methods"] = [name for name in params["sweep"]["methods"] if name in only]
         params["runtime"]["workers"] = 1
         own = _write_params(work, f"{name}-{number}.yaml", params)
         experiments.append(Experiment(changes, own, config.load(own)))
@@ -161,18 +185,19 @@ def _write_params(work: Path, name: str, params: Any) -> Path:
     return folder / name
 
 
-def _run(experiments: list[Experiment], jobs: int) -> None:
+def _run(experiments: list[Experiment], jobs: int, earlier: Summary | None) -> None:
     """Run the stages of each experiment, then the federated runs that are not finished, by seed."""
     runs = []
     for one in experiments:
         _prepare(one)
         project, sweep = one.project, one.project.params.sweep
+        known = seeds_to_keep(earlier, one.changes)
         runs += [
             (seed, partition, method, one)
             for seed in sweep.seeds
             for partition in sweep.partitions
             for method in sweep.methods
-            if not _is_finished(project, method, partition, seed)
+            if seed not in known.get((partition, method), ()) and not _is_finished(project, method, partition, seed)
         ]
     runs.sort(key=lambda run: run[0])  # a prefix of the work is then a table of fewer seeds
     with ThreadPoolExecutor(jobs) as pool:
@@ -213,17 +238,83 @@ def _is_finished(project: Config, method: str, partition: str, seed: int) -> boo
     return (project.run_dir(method, partition, seed) / provenance.CHECKSUMS).exists()
 
 
-def summary_of(name: str, projects: list[tuple[dict[str, Any], Config]]) -> dict[str, Any]:
-    """Return the summary of a preset's finished runs; PipelineError if one is damaged or was made with other settings.
+def seeds_to_keep(earlier: Summary | None, changes: dict[str, Any]) -> dict[tuple[str, str], set[int]]:
+    """Return the seeds of an earlier summary that need no training, by partition and method.
+
+    These are all but the first seed of each method on its first partition.
+    """
+    kept: dict[tuple[str, str], set[int]] = {}
+    repeated: set[str] = set()
+    for partition, method, seed, _ in _known(earlier, changes):
+        own = kept.setdefault((partition, method), set())
+        if method in repeated:
+            own.add(seed)
+        repeated.add(method)
+    return kept
+
+
+def _known(earlier: Summary | None, changes: dict[str, Any]) -> list[tuple[str, str, int, float]]:
+    found = earlier["experiments"] if earlier else []
+    return [run for one in found if one["changes"] == changes for run in _each(one)]
+
+
+def extended(earlier: Summary, added: Summary) -> Summary:
+    """Return the runs of both summaries as one; DataError if a run that both have has two accuracies."""
+    result = copy.deepcopy(added)
+    result["num_rounds"] = min(earlier["num_rounds"], added["num_rounds"])
+    result["hours"] = round(earlier["hours"] + added["hours"], 2)
+    for key in ("commits", "hardware", "torch"):
+        result[key] = sorted({*earlier[key], *added[key]})
+    for old in earlier["experiments"]:
+        own = next((one for one in result["experiments"] if one["changes"] == old["changes"]), None)
+        if own is None:
+            result["experiments"].append(old)
+            continue
+        own["features"] = own["features"] or old["features"]
+        for key in ("partitions", "unguided"):
+            own[key] = old[key] | own[key]
+        for partition, method, seed, accuracy in _each(old):
+            by_seed = own["accuracies"].setdefault(partition, {}).setdefault(method, {})
+            now = by_seed.setdefault(seed, accuracy)
+            if abs(now - accuracy) > 1e-6:
+                raise DataError(
+                    f"{added['preset']}: {method} on {partition}, seed {seed}: accuracy {now} here, and {accuracy} "
+                    "in the existing summary: code, settings or machine differ. Train all seeds, without --extend."
+                )
+            own["accuracies"][partition][method] = dict(sorted(by_seed.items()))
+    result["runs"] = sum(1 for one in result["experiments"] for _ in _each(one))
+    return result
+
+
+def _each(experiment: dict[str, Any]) -> Iterator[tuple[str, str, int, float]]:
+    """Yield partition, method, seed and accuracy of each run of a summary's experiment."""
+    for partition, by_method in experiment["accuracies"].items():
+        for method, by_seed in by_method.items():
+            for seed, accuracy in by_seed.items():
+                yield partition, method, int(seed), accuracy
+
+
+def summary_of(name: str, projects: list[tuple[dict[str, Any], Config]], earlier: Summary | None = None) -> Summary:
+    """Return the summary of a preset's finished runs, with those of an earlier summary if there is one.
 
     Accuracies are by partition, method and seed, from 0 to 1.
+
+    Raises:
+        PipelineError: A run is damaged, was made with other settings, or differs from the earlier summary.
     """
-    experiments, runs = [], []
+    experiments, runs, seconds = [], [], 0.0
     for changes, project in projects:
         found = _finished(project)
         if found is None:
             continue
         runs += found.all_runs
+        known = [run[:3] for run in _known(earlier, changes)]
+        seconds += sum(
+            run.metrics["wall_seconds"]
+            for (partition, method), group in found.runs.items()
+            for run in group
+            if (partition, method, run.seed) not in known
+        )
         accuracies: dict[str, dict[str, dict[int, float]]] = {partition: {} for partition in found.partitions}
         for (partition, method), group in found.runs.items():
             accuracies[partition][method] = {run.seed: round(run.metrics["mean_last5_accuracy"], 6) for run in group}
@@ -240,16 +331,17 @@ def summary_of(name: str, projects: list[tuple[dict[str, Any], Config]]) -> dict
     if not runs:
         raise DataError(f"No run of {name} is finished. Train one first.")
     made = [run.settings.provenance for run in runs]
-    return {
+    summary = {
         "preset": name,
         "num_rounds": min(len(run.rounds) for run in runs),
         "runs": len(runs),
-        "hours": round(sum(run.metrics["wall_seconds"] for run in runs) / 3600, 2),
+        "hours": round(seconds / 3600, 2),
         "commits": sorted({reproduction_pages.short_commit(origin) for origin in made}),
         "hardware": sorted({_hardware(origin["hardware"]) for origin in made}),
         "torch": sorted({origin["packages"]["torch"] for origin in made}),
         "experiments": experiments,
     }
+    return extended(earlier, summary) if earlier else summary
 
 
 def _measured(project: Config) -> dict[str, float] | None:

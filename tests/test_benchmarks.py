@@ -69,6 +69,31 @@ def test_reproduction_summary_holds_the_finished_runs_of_the_current_settings(be
         reproduction.summary_of("x", [({}, tiny_project.make(tmp_path, train_fl__num_rounds=2, **sweep))])
 
 
+def test_reproduction_summary_is_extended_only_by_runs_that_agree_with_it(benchmark):
+    reproduction = benchmark("reproduction")
+    about = {"preset": "x", "num_rounds": 20, "hours": 1.5, "commits": ["a"], "hardware": ["cpu"], "torch": ["2"]}
+
+    def summary(changes, accuracies, **other):
+        own = {"changes": changes, "partitions": {name: name for name in accuracies}, "baseline": "fedavg"}
+        own |= {"unguided": {}, "accuracies": accuracies, "features": None}
+        return {**about, "runs": 0, "experiments": [own], **other}
+
+    earlier = summary({}, {"iid": {"fedavg": {"0": 0.4, "1": 0.5}, "moon": {"0": 0.3}}, "nid2": {"moon": {"0": 0.2}}})
+    kept = reproduction.seeds_to_keep(earlier, {})
+    assert kept == {("iid", "fedavg"): {1}, ("iid", "moon"): set(), ("nid2", "moon"): {0}}
+    assert reproduction.seeds_to_keep(earlier, {"a.b": 1}) == reproduction.seeds_to_keep(None, {}) == {}
+    added = summary({}, {"iid": {"fedavg": {0: 0.4, 2: 0.6}}}, commits=["b"], hours=1.0)
+    result = reproduction.extended(earlier, added)
+    assert result["experiments"][0]["accuracies"]["iid"] == {
+        "fedavg": {0: 0.4, 1: 0.5, 2: 0.6},
+        "moon": {0: 0.3},
+    }
+    assert (result["runs"], result["hours"], result["commits"]) == (5, 2.5, ["a", "b"])
+    assert len(reproduction.extended(earlier, summary({"a.b": 1}, {"iid": {}}))["experiments"]) == 2
+    with pytest.raises(PipelineError, match=r"fedavg on iid, seed 1: accuracy 0.51 here, and 0.5 in the existing"):
+        reproduction.extended(earlier, summary({}, {"iid": {"fedavg": {1: 0.51}}}))
+
+
 def test_reproduction_pages_are_made_from_their_summaries(benchmark):
     done = CliRunner().invoke(benchmark("reproduction").main, ["pages", "--check"])
     assert done.exit_code == 0, done.output
