@@ -4,6 +4,7 @@ It is written beside every output, and contains no time, path or host name, so t
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -74,8 +75,12 @@ def git_commit() -> str | None:
         raise refusal(error, file.parent) or error from None
 
 
+@functools.cache
 def code_sha256() -> str:
-    """Return the SHA-256 of the running code, for an installed package or a Flower app, which have no commit."""
+    """Return the SHA-256 of the running code, for an installed package or a Flower app, which have no commit.
+
+    It is that of the first call: a process does not load code again that is edited while it runs.
+    """
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for file in sorted(file for top in ("pipeline", "stages") for file in (root / top).rglob("*.py")):
@@ -141,6 +146,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+@functools.cache
 def _version(package: str) -> str | None:
     with contextlib.suppress(metadata.PackageNotFoundError):
         return metadata.version(package)

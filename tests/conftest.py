@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import tempfile
@@ -33,6 +34,7 @@ REPOSITORY = Path(__file__).parents[1]
 SMALL = {
     "prepare_data.train_subset": 120,
     "extract_features.basis_images": 40,
+    "extract_features.negatives": 1,  # three passes per image instead of eleven
     "extract_features.rows_per_shard": 50,
     "train_fl.num_clients": 3,
     "train_fl.clients_per_round": 2,
@@ -107,6 +109,16 @@ def pytest_configure(config: pytest.Config) -> None:
     """Start the server of quick programs, which all workers share; it imports nothing before a test uses it."""
     if forked.ADDRESS not in os.environ:
         config.add_cleanup(forked.start())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
+    """Fork the workers from that server, so that the libraries are imported once for all of them."""
+    folder = tempfile.TemporaryDirectory(prefix="workers-")
+    config.add_cleanup(folder.cleanup)
+    forked.write_programs(Path(folder.name), "python")
+    for spec in specs:
+        spec.python = shlex.quote(str(Path(folder.name) / "python"))
 
 
 def pytest_xdist_auto_num_workers() -> int:

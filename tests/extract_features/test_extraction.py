@@ -36,8 +36,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory) -> Path:
-    """20 digits with tiny-sd, in 5 shards, extracted by one process."""
-    root = project(tmp_path_factory.mktemp("digits") / "p", images=20, rows_per_shard=4, basis_images=12)
+    """20 digits with tiny-sd and all prompts, in 5 shards, extracted by one process."""
+    sizes = {"images": 20, "rows_per_shard": 4, "basis_images": 12}
+    root = project(tmp_path_factory.mktemp("digits") / "p", **sizes, negatives="all")
     extract(root)
     return root
 

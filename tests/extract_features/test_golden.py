@@ -21,7 +21,9 @@ COLUMNS = [0, 1, 5, 20, 63, 64, 65, 80, 111, 112, 113, 130, 143]  # of 64 + 48 +
 
 
 def compute(root: Path) -> dict[str, list]:
-    rows = FeatureSet(extract(project(root, images=20, image_size=IMAGE_SIZE))).read(np.arange(0, 20, 7))
+    rows = FeatureSet(extract(project(root, images=20, image_size=IMAGE_SIZE, negatives="all"))).read(
+        np.arange(0, 20, 7)
+    )
     return {
         "denoised": rows.denoised[:, COLUMNS].astype(float).round(4).tolist(),
         "prompted": rows.prompted[:, 3][:, COLUMNS].astype(float).round(4).tolist(),

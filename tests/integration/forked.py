@@ -26,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -60,9 +61,15 @@ _LIBRARIES = [
     "dvc.repo.index",
     "dvc.repo.stage",
     "dvc.repo.plots",
+    "networkx",
+    "s3fs",
+    "httpcore",
     "flwr.cli.app",
     "flwr.superlink.cli",
     "flwr.supernode.cli",
+    "flwr.supernode.main",
+    "flwr.superlink.main",
+    "hypothesis",
 ]
 """Modules that the programs import."""
 _FORK = multiprocessing.get_context("fork")
@@ -110,7 +117,7 @@ def write_programs(folder: Path, *names: str, site: Path | None = None) -> None:
 
     Args:
         folder: Where to write them.
-        names: Console scripts of installed packages, or `python`, which runs a module (`python -m`).
+        names: Console scripts of installed packages, or `python`, which runs a module (`-m`) or code (`-c`).
         site: Folder of another installation of the project, which they run instead of this repository.
     """
     for name in names:
@@ -228,6 +235,11 @@ def _run(connection: socket.socket) -> None:
 
 def _run_program(arguments: list[str], site: str | None) -> NoReturn:
     sys.argv, name = arguments, Path(arguments[0]).name
+    if name == "python" and "-c" in arguments:
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        sys.stdin = open(0, closefd=False)  # which multiprocessing has replaced
+        exec(arguments[-1], sys.modules["__main__"].__dict__)
+        sys.exit()
     if name == "python":
         sys.argv = arguments[arguments.index("-m") + 1 :]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

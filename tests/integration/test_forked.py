@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from tests.integration.forked import Process
+from tests.integration.forked import Process, write_programs
 
 
 def test_output_and_exit_code_are_those_of_the_program(quick_bin, tmp_path):
@@ -16,6 +16,13 @@ def test_output_and_exit_code_are_those_of_the_program(quick_bin, tmp_path):
     assert done.stderr.startswith("Error: ") and "params.yaml" in done.stderr
     done = subprocess.run([quick_bin / "pipeline", "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("Usage: pipeline [OPTIONS]") and done.stderr == ""
+
+
+def test_code_runs_as_in_an_interpreter_and_reads_its_input(tmp_path):
+    write_programs(tmp_path, "python")
+    code = "import sys; print(__name__, 'torch' in sys.modules, input()); sys.exit(3)"
+    done = subprocess.run([tmp_path / "python", "-u", "-c", code], input="x\n", capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "__main__ True x\n", "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])

@@ -58,7 +58,7 @@ def test_every_image_has_its_features(extracted):
     features = FeatureSet(extracted / "data" / "features" / "digits-tiny-sd-t300")
     rows = features.read(np.arange(120))
     assert rows.index.tolist() == list(range(120))
-    assert rows.prompted.shape == (120, 10, 144)
+    assert rows.prompted.shape == (120, 2, 144)
     assert (rows.prompted > 0).all()  # energies
     assert verification.problems(features.path, full=True) == []
 

@@ -1,5 +1,7 @@
 """A heat map of clients x classes; matplotlib is imported only when one is drawn."""
 
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +18,17 @@ _MAX_NUMBERED_CELLS = 400
 
 def write(path: Path, counts: np.ndarray, class_names: list[str]) -> None:
     """Write an SVG heat map of samples, int64 (num_clients, num_classes); equal counts give equal bytes."""
-    atomic.write_text(path, _heat_map(counts, class_names))
+    atomic.write_text(path, _drawn(counts.shape, np.ascontiguousarray(counts, np.int64).tobytes(), tuple(class_names)))
+
+
+@functools.lru_cache(16)
+def _drawn(shape: tuple[int, int], counts: bytes, class_names: tuple[str, ...]) -> str:
+    """Draw a picture once: the methods that are compared on a partition all have the same."""
+    return _heat_map(np.frombuffer(counts, np.int64).reshape(shape), class_names)
 
 
 @plotting.svg
-def _heat_map(counts: np.ndarray, class_names: list[str]) -> "Figure":
+def _heat_map(counts: np.ndarray, class_names: Sequence[str]) -> "Figure":
     from matplotlib.figure import Figure
 
     num_clients, num_classes = counts.shape
