@@ -45,8 +45,8 @@ class _Map:
 def whole(stream: BinaryIO, writable: bool = False) -> np.ndarray:
     """Map an open file, which may then be closed, and return its bytes, uint8 (size,).
 
-    They can be changed, and the file with them, if it is `writable` and open for reading and writing. It is unmapped when the last array that refers to it is garbage-collected. Reading beyond the end of a file that has
-    become shorter kills the process.
+    It is unmapped when the last array that refers to it is garbage-collected. Reading beyond the end of a file that has
+    become shorter kills the process. `writable` bytes can be changed, and the file with them; it must be open for both.
 
     Raises:
         OSError: The file is empty, or the system refused.

@@ -35,7 +35,7 @@ class InProcess(Grid):
     def serve(self):
         """A run, as `flwr run` starts it; nodes answer at once, so the time that the server waits just passes."""
         TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
-        with mock.patch.object(members, "time", _Clock()):
+        with mock.patch.object(members, "time", Clock()):
             server_app(self, Context(1, 1, {}, RecordDict(), self.run_config))
 
     def restart(self, node_id, new_id):
@@ -86,7 +86,7 @@ class InProcess(Grid):
         return reply
 
 
-class _Clock:
+class Clock:
     """Replaces the module `time`: sleeping takes no time."""
 
     def __init__(self):
