@@ -10,7 +10,8 @@ a linear map from features to pixels (ridge regression), and applies it to the f
                   and the half-width of its 95 % interval (Student's t over seeds)
 
 The rows change what is shared: fewer dimensions per layer (the first of the PCA), 8-bit integers (`storage: int8`),
-Gaussian noise with a multiple of each dimension's standard deviation, or one of the two representations.
+Gaussian noise with a multiple of each dimension's standard deviation, one of the two representations, or each class's
+mean over all images in place of an image's prompted representations (needs `extract_features.negatives: all`).
 
     python benchmarks/inversion.py
     python benchmarks/inversion.py --partition dir005 --seeds 5 --jobs 2 --figure docs/gallery/privacy.svg
@@ -65,9 +66,10 @@ class SharedSet(FeatureSet):
         rows = super().read(index)
         return dataclasses.replace(rows, **self._change(self, rows))
 
-    def everything(self) -> Features:
-        """Return all rows as they are stored."""
-        return FeatureSet.read(self, np.arange(len(self)))
+    @functools.cached_property
+    def class_means(self) -> np.ndarray:
+        """Each prompt's mean representation over all images, float16 (P, D)."""
+        return FeatureSet.read(self, np.arange(len(self))).prompted.mean(0, dtype=np.float64).astype(np.float16)
 
 
 def _as_is(features: SharedSet, rows: Features) -> dict[str, np.ndarray]:
@@ -111,10 +113,22 @@ def _noise(multiple: float) -> Change:
     return change
 
 
+def _class_means(denoised: bool) -> Change:
+    """Give all images the same prompted representations, the means over the set, which tell nothing of an image."""
+
+    def change(features: SharedSet, rows: Features) -> dict[str, np.ndarray]:
+        changed = {} if denoised else {"denoised": np.zeros_like(rows.denoised)}
+        return changed | {"prompted": np.broadcast_to(features.class_means, rows.prompted.shape).copy()}
+
+    return change
+
+
 CHANGES: dict[str, Change] = {
     "as it is": _as_is,
     "denoised only": _without("prompted"),
     "prompted only": _without("denoised"),
+    "class means only": _class_means(denoised=False),
+    "class means, denoised": _class_means(denoised=True),
     **{f"{count} dims per layer": _first_dims(count) for count in (24, 12, 6, 3)},
     "int8": _int8,
     **{f"noise {multiple:g}": _noise(multiple) for multiple in (0.25, 0.5, 1.0, 2.0, 4.0)},
@@ -169,13 +183,15 @@ def _attack(rows: Features, images: Images, known: np.ndarray, hidden: np.ndarra
     pixels = images.images.mean(3).reshape(len(images), -1) / 255.0  # grey
     values = np.concatenate([rows.denoised, rows.prompted.reshape(len(rows), -1)], 1).astype(np.float64)
     values = values[:, values.std(0) > 0]
+    if not (numbers := values.shape[1]):
+        values = np.zeros((len(rows), 1))
     inverse = make_pipeline(StandardScaler(), Ridge(10.0)).fit(values[known], pixels[known])
     guessed, truth = inverse.predict(values[hidden]), pixels[hidden]
     explained = 1 - ((guessed - truth) ** 2).sum() / ((truth - pixels[known].mean(0)) ** 2).sum()
     distances = (guessed**2).sum(1)[:, None] - 2 * guessed @ truth.T + (truth**2).sum(1)
     probe = linear_probe().fit(values[known], images.labels[known])
     return {
-        "numbers": values.shape[1],
+        "numbers": numbers,
         "explained": float(explained),
         "identified": float((distances.argmin(1) == np.arange(len(hidden))).mean()),
         "label": float(probe.score(values[hidden], images.labels[hidden])),

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from pipeline.data.datasets import PreparedDataset
 from pipeline.errors import PipelineError
+from pipeline.feature_store import FeatureSet
 from pipeline.settings import config
 from stages import prepare_data
 from stages.train_fl import run
@@ -153,6 +154,14 @@ def test_inversion_benchmark_attacks_and_trains_on_what_is_shared(benchmark, tmp
     assert row["gain"] == pytest.approx((first + second) / 2)
     # Student's t with one degree of freedom is the Cauchy distribution, whose 97.5 % quantile is tan(0.475 pi)
     assert row["half_width"] == pytest.approx(math.tan(0.475 * math.pi) * abs(first - second) / 2)
+    features = inversion.SharedSet(project.features_dir, inversion.CHANGES["class means only"])
+    rows, means = features.read(np.array([5, 3])), FeatureSet(project.features_dir).read(np.arange(len(features)))
+    assert not rows.denoised.any()
+    np.testing.assert_allclose(rows.prompted[1], means.prompted.astype(float).mean(0), rtol=1e-3)
+    assert np.array_equal(rows.prompted[0], rows.prompted[1])
+    (row,) = inversion.measure(project, "iid", 0, ["class means only"])["rows"].values()
+    # nothing tells the images apart, so one of the hidden half is guessed: the one nearest to the mean image
+    assert (row["numbers"], row["identified"]) == (0, 1 / (len(features) - len(features) // 2))
     noisy = inversion.SharedSet(project.features_dir, inversion.CHANGES["noise 1"])
     assert np.array_equal(noisy.read(np.array([3, 5])).prompted[1], noisy.read(np.array([5])).prompted[0])
 
