@@ -218,12 +218,19 @@ def prepare_backbone(config: "Config", train: bool) -> None:
 @click.option("--shard-range", metavar="A:B", help="Compute only shards A to B - 1, as one job of a batch queue.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished set made from other settings or data.")
 @click.option("--dry-run", is_flag=True, help="Time a few batches and print the estimated cost; write nothing.")
-def extract_features(config: "Config", shard_range: str | None, overwrite: bool, dry_run: bool) -> None:
+@click.option(
+    "--processes",
+    type=click.IntRange(1),
+    help="With --dry-run: the number of processes to plan for, each with a GPU or a machine of its own.",
+)
+def extract_features(
+    config: "Config", shard_range: str | None, overwrite: bool, dry_run: bool, processes: int | None
+) -> None:
     """Stage 1: run the frozen model once per image and prompt -> data/features/<set>. Resumes if interrupted.
 
     \b
     Examples:
-      pipeline extract-features --dry-run
+      pipeline extract-features --dry-run --processes 8
       pipeline extract-features --timestep 100 --set runtime.device=cuda
       accelerate launch --num_processes 8 -m pipeline extract-features
       pipeline extract-features --shard-range 0:4
@@ -231,7 +238,9 @@ def extract_features(config: "Config", shard_range: str | None, overwrite: bool,
     from stages import extract_features as stage
 
     if dry_run:
-        click.echo("\n".join(stage.estimate(config).lines()))
+        click.echo("\n".join(stage.estimate(config, processes or 1).lines()))
+    elif processes:
+        raise click.UsageError("--processes needs --dry-run. To start processes, use accelerate launch.")
     else:
         click.echo(stage.run(config, shard_range, overwrite))
 
