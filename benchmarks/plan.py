@@ -4,7 +4,8 @@ Each size is a project of its own: that many random images of 8 x 8 pixels in 1,
 clients a round, tiny-sd as the frozen model, and one negative prompt per image. The dry runs of `extract-features` and
 `train-fl` come first, while no feature exists. Up to --measure images, both then run, and are watched from outside:
 seconds, bytes of the feature set, the most memory of any of their processes, and the most descriptors open in one.
-The ratio is measured over predicted. Linux only: other systems do not say what another process needs.
+Memory is watched until the result is printed: as a process ends, it touches 0.1 GB more of its libraries' files. The
+ratio is measured over predicted. Linux only: other systems do not say what another process needs.
 
     PYTHONPATH=. python benchmarks/plan.py                    # a quarter of an hour on two idle cores, 1 GB of a disk
     PYTHONPATH=. python benchmarks/plan.py --images 10000 --images 20000 --measure 10000 --work /tmp/plan
@@ -83,17 +84,16 @@ def compared(root: Path, images: int, rounds: int, is_measured: bool) -> dict[st
         click.ClickException: A command failed.
     """
     write_project(root, images)
-    settings = [f"--set={key}={value}" for key, value in SETTINGS.items()]
-    settings += [f"--set=train_fl.num_clients={max(10, images // IMAGES_PER_CLIENT)}"]
-    settings += [f"--set=train_fl.num_rounds={rounds}"]
+    clients = max(10, images // IMAGES_PER_CLIENT)
+    changes = SETTINGS | {"train_fl.num_clients": clients, "train_fl.num_rounds": rounds}
+    settings = [f"--set={key}={value}" for key, value in changes.items()]
+    several = ("--dry-run", f"--processes={PROCESSES}")
     _succeed(root, "prepare-backbone")
     extract, train = ("extract-features", *settings), (*TRAIN, *settings)
     dry = {
         "extract-features": _succeed(root, *extract, "--dry-run").output,
-        "8 processes": _succeed(root, *extract, "--dry-run", f"--processes={PROCESSES}").output,
-        "8 processes, all prompts": _succeed(
-            root, *extract, "--negatives=all", "--dry-run", f"--processes={PROCESSES}"
-        ).output,
+        "8 processes": _succeed(root, *extract, *several).output,
+        "8 processes, all prompts": _succeed(root, *extract, "--set=extract_features.negatives=all", *several).output,
         "train-fl": _succeed(root, *train, "--dry-run").output,
     }
     predicted = {"extract-features": predictions(dry["extract-features"]), "train-fl": predictions(dry["train-fl"])}
@@ -153,26 +153,27 @@ def watched(words: list[str], folder: Path) -> Run:
     Raises:
         click.ClickException: It failed; with what it printed.
     """
-    started, memory, descriptors = time.perf_counter(), 0, 0
+    started, printed, most, until_printed = time.perf_counter(), 0, (0, 0), (0, 0)
     with tempfile.TemporaryFile("w+") as output:
-        running = subprocess.Popen(
-            words, cwd=folder, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": str(ROOT)}
-        )
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        running = subprocess.Popen(words, cwd=folder, stdout=output, stderr=subprocess.STDOUT, env=environment)
         while running.poll() is None:
+            if (length := os.fstat(output.fileno()).st_size) > printed:
+                printed, until_printed = length, most
             for process in _family(running.pid):
                 try:
                     peak = re.search(r"VmHWM:\s*(\d+)", (process / "status").read_text())
-                    memory = max(memory, int(peak[1]) * 1024 if peak else 0)
-                    descriptors = max(descriptors, len(os.listdir(process / "fd")))
+                    opened = len(os.listdir(process / "fd"))
                 except OSError:  # it has just ended
                     continue
+                most = max(most[0], int(peak[1]) * 1024 if peak else 0), max(most[1], opened)
             time.sleep(_WATCH_SECONDS)
         seconds = time.perf_counter() - started
         output.seek(0)
         text = output.read()
     if running.returncode:
         raise click.ClickException(f"{' '.join(words)} failed.\n{text.strip()}")
-    return Run(text.strip(), seconds, memory, descriptors)
+    return Run(text.strip(), seconds, *(until_printed if any(until_printed) else most))
 
 
 def _family(process: int) -> Iterator[Path]:

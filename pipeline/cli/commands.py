@@ -16,6 +16,7 @@ import functools
 import logging
 import os
 import shlex
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from pipeline.settings.config import Config
 
 
+_STARTED = time.perf_counter()  # for estimates, which count the time of the imports
 _DOT = "__"  # of a key, in the name of a flag's variable
 
 
@@ -238,7 +240,7 @@ def extract_features(
     from stages import extract_features as stage
 
     if dry_run:
-        click.echo("\n".join(stage.estimate(config, processes or 1).lines()))
+        click.echo("\n".join(stage.estimate(config, processes or 1, _STARTED).lines()))
     elif processes:
         raise click.UsageError("--processes needs --dry-run. To start processes, use accelerate launch.")
     else:
@@ -322,9 +324,11 @@ def train_fl(
     """
     from stages import train_fl as stage
 
+    started: float | None = _STARTED
     for seed in dict.fromkeys(seeds or config.params.sweep.seeds):
         if dry_run:
-            click.echo("\n".join(stage.estimate(config, method, partition, seed).lines()))
+            click.echo("\n".join(stage.estimate(config, method, partition, seed, started).lines()))
+            started = None  # the next run has nothing left to import
         else:
             click.echo(stage.run(config, method, partition, seed, overwrite))
 

@@ -27,6 +27,7 @@ _TIMED_BATCHES = 3
 _TIMED_SECONDS = 2.0
 _COPIES_OF_FEATURES = 3  # of a shard: the one being computed, the last one, and its contiguous copy to be written
 _COPIES_OF_IMAGES = 2  # of a shard: its own, and those of the next one
+_MORE_DESCRIPTORS = 5  # the locks of the set and of three shards, and the file that is being written
 
 
 @dataclass(frozen=True)
@@ -85,17 +86,18 @@ class Estimate:
         ]
 
 
-def estimate(config: Config, processes: int = 1) -> Estimate:
+def estimate(config: Config, processes: int = 1, started: float | None = None) -> Estimate:
     """Plan the set that params.yaml describes, load the models and time a few batches.
 
     Args:
         config: The project's configuration.
         processes: How many processes will share the shards, each as fast as this one.
+        started: When this process started, by `time.perf_counter`, if the time to start includes its imports.
 
     Raises:
         PipelineError: As `run`.
     """
-    started = time.perf_counter()
+    started = time.perf_counter() if started is None else started
     plan = planning.make(config)
     settings, content = plan.settings, plan.feature_set.content
     with batching.reproducible(plan.device, getattr(torch, settings.dtype)):
@@ -105,7 +107,7 @@ def estimate(config: Config, processes: int = 1) -> Estimate:
     rows = len(plan.feature_set.shard_rows(0))
     features, images = rows * content.read_row_bytes, rows * 3 * plan.dataset.image_size**2
     more_bytes = _COPIES_OF_FEATURES * features + _COPIES_OF_IMAGES * images
-    process = estimates.of_process(plan.device, more_bytes, more_device_bytes=features)
+    process = estimates.of_process(plan.device, more_bytes, features, _MORE_DESCRIPTORS)
     conditioning = extraction.session.model.conditioning
     vae_flops, pass_flops = count_flops(plan.model_dir, settings.layers, settings.image_size, conditioning)
     return Estimate(

@@ -29,6 +29,7 @@ from stages.train_fl.session import Job
 
 _TIMED_BATCHES = 3
 _TIMED_IMAGES = 100
+_MORE_DESCRIPTORS = 3  # the lock of the run, a file that is being written, and its folder
 
 
 @dataclass(frozen=True)
@@ -96,18 +97,28 @@ class Estimate:
         ]
 
 
-def estimate(config: Config, method_name: str, partition_name: str, seed: int) -> Estimate:
+def estimate(
+    config: Config, method_name: str, partition_name: str, seed: int, started: float | None = None
+) -> Estimate:
     """Open a run's data, build its network, and time a few batches.
+
+    Args:
+        config: The project's configuration.
+        method_name: An entry of `methods:` in params.yaml.
+        partition_name: An entry of `partitions:`.
+        seed: Seed of everything random.
+        started: When this process started, by `time.perf_counter`, if the time to start includes its imports.
 
     Raises:
         PipelineError: As `run`.
     """
     job = Job(config, method_name, partition_name, seed)
     job.check()
-    before = memory.peak()
+    before, now = memory.peak(), time.perf_counter()
+    started = now if started is None else started
     targets = planned.source(config, job.guidance) if job.guidance else None
-    planning_bytes = memory.peak() - before  # of the libraries that plan a set, which a run does without
-    started = time.perf_counter()
+    # Planning a set needs libraries that a run does without.
+    planning_bytes, planning_seconds = memory.peak() - before, time.perf_counter() - now
     runtime, schedule = config.params.runtime, job.schedule
     device = session.prepare_torch(runtime)
     data = run_data.on_disk(config, method_name, partition_name, seed, planned=targets)
@@ -118,7 +129,7 @@ def estimate(config: Config, method_name: str, partition_name: str, seed: int) -
     if device != "cpu":  # streams share one GPU: how much time they save is not known
         num_workers = 1
     server = method.init_server(session.weights_of(model))
-    start_seconds = time.perf_counter() - started
+    start_seconds = time.perf_counter() - started - planning_seconds
     trial = _try(method, data, server.weights, server.broadcast, schedule, device)
     sizes = data.sizes
     where = placement.place(sizes, device)
@@ -153,7 +164,7 @@ def estimate(config: Config, method_name: str, partition_name: str, seed: int) -
             device,
             sum(kept if device.startswith("cuda") else on_device) - planning_bytes,
             sum(on_device),
-            more_descriptors=2 * num_workers if num_workers > 1 else 0,
+            _MORE_DESCRIPTORS + (2 * num_workers if num_workers > 1 else 0),
         ),
     )
 
