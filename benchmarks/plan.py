@@ -41,7 +41,7 @@ SETTINGS = {
     "extract_features.negatives": 1,
     "train_fl.clients_per_round": 10,
 }
-TRAIN = ("train-fl", "--method", "feddifrc", "--partition", "dir05", "--seed", "0")
+PARTITION = "dir05"
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
 _BYTES = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _WATCH_SECONDS = 0.05
@@ -89,7 +89,8 @@ def compared(root: Path, images: int, rounds: int, is_measured: bool) -> dict[st
     settings = [f"--set={key}={value}" for key, value in changes.items()]
     several = ("--dry-run", f"--processes={PROCESSES}")
     _succeed(root, "prepare-backbone")
-    extract, train = ("extract-features", *settings), (*TRAIN, *settings)
+    extract = ("extract-features", *settings)
+    train = ("train-fl", "--method=feddifrc", f"--partition={PARTITION}", "--seed=0", *settings)
     dry = {
         "extract-features": _succeed(root, *extract, "--dry-run").output,
         "8 processes": _succeed(root, *extract, *several).output,

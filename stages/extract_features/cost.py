@@ -18,13 +18,13 @@ from pipeline import estimates
 from pipeline.diffusion import backbones, batching
 from pipeline.diffusion.backbones import Conditioning
 from pipeline.settings.config import Config
-from pipeline.text import duration
+from pipeline.text import duration, size
 from stages.extract_features import plan as planning
 from stages.extract_features.extraction import Extraction
 from stages.extract_features.run import load
 
 _TIMED_BATCHES = 3
-_TIMED_SECONDS = 2.0
+_TIMED_SECONDS = 1.0
 _COPIES_OF_FEATURES = 3  # of a shard: the one being computed, the last one, and its contiguous copy to be written
 _COPIES_OF_IMAGES = 2  # of a shard: its own, and those of the next one
 _MORE_DESCRIPTORS = 5  # the locks of the set and of three shards, and the file that is being written
@@ -78,7 +78,7 @@ class Estimate:
             f"{f', and {2 * self.basis_images} for the basis' if self.basis_images else ''}",
             f"FLOPs         {self.vae_flops / 1e9:.3g} G per encoding, {self.pass_flops / 1e9:.3g} G per pass, "
             f"{flops / 1e12:.3g} T in all",
-            f"disk          {self.num_bytes / 1e6:.1f} MB ({self.free_space})",
+            f"disk          {size(self.num_bytes)} ({self.free_space})",
             *self.process,
             f"time          {duration(self.seconds)} on {self.device}, {who} ({duration(self.start_seconds)} to start, "
             f"{duration(self.basis_seconds)} for the basis, then {self.images_per_second:.3g} images/s"

@@ -28,7 +28,7 @@ from stages.train_fl.rounds import Schedule
 from stages.train_fl.session import Job
 
 _TIMED_BATCHES = 3
-_TIMED_IMAGES = 100
+_TIMED_IMAGES = 256  # per worker, all side by side
 _MORE_DESCRIPTORS = 3  # the lock of the run, a file that is being written, and its folder
 
 
@@ -157,14 +157,14 @@ def estimate(
         free_space=estimates.free_space(config.state_dir),
         start_seconds=start_seconds,
         seconds_per_step=trial.seconds_per_step,
-        seconds_per_image=_time_evaluation(model, data, device),
+        seconds_per_image=_time_evaluation(model, data, device, num_workers),
         workers=num_workers,
         device=device,
         process=estimates.of_process(
             device,
             sum(kept if device.startswith("cuda") else on_device) - planning_bytes,
             sum(on_device),
-            _MORE_DESCRIPTORS + (2 * num_workers if num_workers > 1 else 0),
+            _MORE_DESCRIPTORS + (3 * num_workers if num_workers > 1 else 0),
         ),
     )
 
@@ -201,11 +201,12 @@ def _try(
     return _Trial(seconds / _steps(len(client), schedule, epochs=1), up, rounds.num_bytes(state))
 
 
-def _time_evaluation(model: FLModel, data: FederatedData, device: str) -> float:
-    """Return the seconds of evaluating one image."""
-    some = data.held_out.images.split(_TIMED_IMAGES)[0].to("cpu")
+def _time_evaluation(model: FLModel, data: FederatedData, device: str, num_workers: int) -> float:
+    """Return the seconds that one worker needs to evaluate an image."""
+    some = data.held_out.images.split(_TIMED_IMAGES * num_workers)[0].to("cpu")
     model.eval()
-    return _timed(lambda: in_batches(model.embed, some, torch.device(device)), device) / len(some)
+    seconds = _timed(lambda: in_batches(model.embed, some, torch.device(device), num_workers), device)
+    return num_workers * seconds / len(some)
 
 
 def _timed(action: Callable[[], object], device: str) -> float:
