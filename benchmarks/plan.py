@@ -5,7 +5,8 @@ clients a round, tiny-sd as the frozen model, and one negative prompt per image.
 `train-fl` come first, while no feature exists. Up to --measure images, both then run, and are watched from outside:
 seconds, bytes of the feature set, the most memory of any of their processes, and the most descriptors open in one.
 Memory is watched until the result is printed: as a process ends, it touches 0.1 GB more of its libraries' files. The
-ratio is measured over predicted. Linux only: other systems do not say what another process needs.
+ratio is measured over predicted. Beyond --measure, dry runs also plan for 8 processes, with one negative prompt and
+with all prompts. Linux only: other systems do not say what another process needs.
 
     PYTHONPATH=. python benchmarks/plan.py                    # a quarter of an hour on two idle cores, 1 GB of a disk
     PYTHONPATH=. python benchmarks/plan.py --images 10000 --images 20000 --measure 10000 --work /tmp/plan
@@ -60,7 +61,7 @@ class Run:
 @click.command()
 @click.option("--images", "sizes", multiple=True, type=int, default=(10_000, 100_000, 1_000_000), help="Repeatable.")
 @click.option("--measure", type=int, default=100_000, show_default=True, help="Run what has so many images at most.")
-@click.option("--rounds", type=int, default=50, show_default=True, help="Rounds of the federated run.")
+@click.option("--rounds", type=int, default=20, show_default=True, help="Rounds of the federated run.")
 @click.option("--work", type=click.Path(path_type=Path), help="Where to write; a temporary folder by default.")
 def main(sizes: tuple[int, ...], measure: int, rounds: int, work: Path | None) -> None:
     """Predict, measure, print the tables, then one JSON line."""
@@ -93,10 +94,12 @@ def compared(root: Path, images: int, rounds: int, is_measured: bool) -> dict[st
     train = ("train-fl", "--method=feddifrc", f"--partition={PARTITION}", "--seed=0", *settings)
     dry = {
         "extract-features": _succeed(root, *extract, "--dry-run").output,
-        "8 processes": _succeed(root, *extract, *several).output,
-        "8 processes, all prompts": _succeed(root, *extract, "--set=extract_features.negatives=all", *several).output,
         "train-fl": _succeed(root, *train, "--dry-run").output,
     }
+    if not is_measured:
+        every_prompt = (*extract, "--set=extract_features.negatives=all")
+        dry["8 processes"] = _succeed(root, *extract, *several).output
+        dry["8 processes, all prompts"] = _succeed(root, *every_prompt, *several).output
     predicted = {"extract-features": predictions(dry["extract-features"]), "train-fl": predictions(dry["train-fl"])}
     measured: dict[str, dict[str, float]] = {"extract-features": {}, "train-fl": {}}
     if is_measured:
