@@ -8,7 +8,7 @@ Memory is watched until the result is printed: as a process ends, it touches 0.1
 ratio is measured over predicted. Beyond --measure, dry runs also plan for 8 processes, with one negative prompt and
 with all prompts. Linux only: other systems do not say what another process needs.
 
-    PYTHONPATH=. python benchmarks/plan.py                    # a quarter of an hour on two idle cores, 1 GB of a disk
+    PYTHONPATH=. python benchmarks/plan.py                    # a quarter of an hour, 1 GB of a disk
     PYTHONPATH=. python benchmarks/plan.py --images 10000 --images 20000 --measure 10000 --work /tmp/plan
 """
 

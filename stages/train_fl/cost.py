@@ -5,6 +5,7 @@ client and of the held-out images, and that to start on the estimate itself; rea
 left out. The feature set need not exist yet. Nothing is written.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from stages.train_fl import placement, planned, rounds, session
 from stages.train_fl.client_data import Batches, ClientData
 from stages.train_fl.data import FederatedData
 from stages.train_fl.engines import workers
-from stages.train_fl.evaluate import in_batches
+from stages.train_fl.evaluate import CPU_BATCH, in_batches
 from stages.train_fl.methods import Method, Weights
 from stages.train_fl.models import FLModel
 from stages.train_fl.placement import Placement, Sizes
@@ -29,6 +30,8 @@ from stages.train_fl.session import Job
 
 _TIMED_BATCHES = 3
 _TIMED_IMAGES = 256  # per worker, all side by side
+_TIMED_CLIENTS = 100
+_INDEX_BYTES = 40  # of a Python integer in a list, as it is written to partition.json
 _MORE_DESCRIPTORS = 3  # the lock of the run, a file that is being written, and its folder
 
 
@@ -44,6 +47,7 @@ class Estimate:
     samples: int  # of all clients
     steps: int  # of all clients in all rounds
     evaluated: int  # images that are evaluated, in all rounds and at the end
+    evaluated_alone: int  # of these, the ones of clients whose images are a single batch, which workers cannot share
     sizes: Sizes
     where: Placement
     features_exist: bool
@@ -63,8 +67,9 @@ class Estimate:
     @property
     def seconds(self) -> float:
         """The time of the run."""
-        computing = self.steps * self.seconds_per_step + self.evaluated * self.seconds_per_image
-        return self.start_seconds + computing / self.workers
+        shared = self.steps * self.seconds_per_step
+        shared += (self.evaluated - self.evaluated_alone) * self.seconds_per_image
+        return self.start_seconds + shared / self.workers + self.evaluated_alone * self.seconds_per_image
 
     def lines(self) -> list[str]:
         """Return the estimate as lines of text."""
@@ -129,12 +134,13 @@ def estimate(
     if device != "cpu":  # streams share one GPU: how much time they save is not known
         num_workers = 1
     server = method.init_server(session.weights_of(model))
-    start_seconds = time.perf_counter() - started - planning_seconds
+    start_seconds = time.perf_counter() - started - planning_seconds + _time_partition(data)
     trial = _try(method, data, server.weights, server.broadcast, schedule, device)
     sizes = data.sizes
     where = placement.place(sizes, device)
     kept = [getattr(sizes, part.name) for part in fields(sizes) if getattr(where, part.name) == "host"]
     on_device = [getattr(sizes, part.name) for part in fields(sizes) if getattr(where, part.name) == "device"]
+    partition_bytes = 2 * data.label_counts.nbytes + _INDEX_BYTES * sum(map(len, data.parts))
     num_samples, num_held_out = sum(map(len, data.clients)), len(data.held_out.labels)
     embedded = 0 if method.needs_labels else num_samples  # by the probes
     return Estimate(
@@ -146,6 +152,7 @@ def estimate(
         samples=num_samples,
         steps=sum(_steps(len(data.clients[client]), schedule) for participants in chosen for client in participants),
         evaluated=schedule.num_rounds * (num_held_out + embedded) + num_samples + num_held_out,
+        evaluated_alone=sum(len(client) for client in data.clients if len(client) <= CPU_BATCH),
         sizes=sizes,
         where=where,
         features_exist=targets is None,
@@ -162,7 +169,7 @@ def estimate(
         device=device,
         process=estimates.of_process(
             device,
-            sum(kept if device.startswith("cuda") else on_device) - planning_bytes,
+            sum(kept if device.startswith("cuda") else on_device) + partition_bytes - planning_bytes,
             sum(on_device),
             _MORE_DESCRIPTORS + (3 * num_workers if num_workers > 1 else 0),
         ),
@@ -199,6 +206,14 @@ def _try(
 
     seconds = _timed(train, device)
     return _Trial(seconds / _steps(len(client), schedule, epochs=1), up, rounds.num_bytes(state))
+
+
+def _time_partition(data: FederatedData) -> float:
+    """Return the seconds of writing partition.json, most of which are two numbers per client and class."""
+    some = data.label_counts[:_TIMED_CLIENTS].tolist()
+    started = time.perf_counter()
+    json.dumps(some, indent=2)
+    return 2 * (time.perf_counter() - started) * len(data.label_counts) / len(some)
 
 
 def _time_evaluation(model: FLModel, data: FederatedData, device: str, num_workers: int) -> float:

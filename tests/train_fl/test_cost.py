@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,10 +73,12 @@ def test_lines_say_where_the_data_are_kept(tmp_path, monkeypatch):
 def test_memory_has_the_data_that_are_kept_in_it(tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.memory.peak", lambda: 0)
     project = tiny_project.make(tmp_path)
-    # 48 training and 24 held-out images of 8 x 8 pixels
-    assert lines(project, "fedavg")["memory"].startswith(f"{72 * 192 / 1000:.1f} kB per process")
+    # 48 training and 24 held-out images of 8 x 8 pixels; for partition.json, two numbers of 8 bytes for each of 4
+    # clients and 3 classes, and 40 bytes for each training image
+    partition = 2 * 8 * 4 * 3 + 40 * 48
+    assert lines(project, "fedavg")["memory"].startswith(f"{(72 * 192 + partition) / 1000:.1f} kB per process")
     monkeypatch.setattr("pipeline.memory.available", lambda: 8_000)
-    assert lines(project, "fedavg")["memory"].startswith(f"{24 * 192 / 1000:.2f} kB per process")
+    assert lines(project, "fedavg")["memory"].startswith(f"{(24 * 192 + partition) / 1000:.2f} kB per process")
 
 
 def test_time_has_that_to_start(tmp_path):
@@ -122,7 +125,10 @@ def test_evaluation_by_embeddings_is_counted(tmp_path):
     project = tiny_project.make(tmp_path, train_fl__augmentation="views")
     # 24 held-out images after each of 4 rounds and at the end, and the 48 training images as often
     assert train_fl.estimate(project, "simsiam", "dir", 0).evaluated == 5 * (24 + 48)
-    assert train_fl.estimate(project, "fedavg", "dir", 0).evaluated == 5 * 24 + 48
+    found = train_fl.estimate(project, "fedavg", "dir", 0)
+    assert (found.evaluated, found.evaluated_alone) == (5 * 24 + 48, 48)
+    found = replace(found, start_seconds=1, steps=6, seconds_per_step=2, seconds_per_image=0.5, workers=2)
+    assert found.seconds == 1 + (6 * 2 + 5 * 24 * 0.5) / 2 + 48 * 0.5
 
 
 def test_the_command_prints_an_estimate_for_every_seed(project):
