@@ -30,6 +30,11 @@ def peak() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
+def anonymous() -> int | None:
+    """Return the bytes that this process occupies now without pages of files; None if the system does not say."""
+    return _kilobytes(_text(Path("/proc/self/status")), "RssAnon")
+
+
 def _of_machine(root: Path) -> Iterator[int]:
     if (found := _kilobytes(_text(root / "proc/meminfo"), "MemAvailable")) is not None:
         yield found

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -161,3 +162,16 @@ def project(extracted, tmp_path) -> Path:
     write_params(tmp_path, {})
     (tmp_path / "data").symlink_to(extracted / "data")
     return tmp_path
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A separate file system of 24 MB."""
+    if os.geteuid() != 0 or not shutil.which("mount"):
+        pytest.skip("mounting needs root")
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)  # even if a test that failed holds a file

@@ -250,6 +250,13 @@ def test_gpu_check_runs_on_a_cpu(benchmark, tmp_path):
     assert "WRONG" not in text and "FAILED" not in text
 
 
+def test_memory_of_a_federations_server_does_not_grow_with_its_participants(benchmark):
+    """In memory, the replies of 16 and 128 participants would be 22 and 180 MB."""
+    scale = benchmark("scale")
+    few, many = (scale._in_child("replies", size, None)["megabytes"] for size in (16, 128))
+    assert many - few < 30
+
+
 def test_scale_measures_growth_and_compares_it_with_bounds(benchmark, tmp_path, monkeypatch):
     scale = benchmark("scale")
     done = CliRunner().invoke(scale.main, ["--tiny", "--only=import", f"--folder={tmp_path}"])

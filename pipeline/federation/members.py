@@ -10,7 +10,7 @@ import collections
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, DataError, PipelineError, TrainingDiverged
 from pipeline.settings.config import at, differing_keys
 from pipeline.settings.params import Federation
 from pipeline.text import printable
@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 JOIN = "query.join"
 _POLL_SECONDS = 0.5
+_REPLIES_AT_ONCE = 16  # in memory: as many as are pulled from the SuperLink together
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.1, 3.0  # seconds before the SuperLink is asked for replies again
 _RETRY_SECONDS = 30.0  # before a rejected node is asked again: it loads its data each time
 _NO_ANSWER = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
 
@@ -124,8 +126,8 @@ class Members:
     ) -> dict[Member, T]:
         """Send the same message of type `kind` to members, or to all that are present, and read their answers.
 
-        `read` returns the value of an answer, or raises PipelineError. Return the values by member, ascending by client
-        id, without the members that failed, which are logged by name.
+        `read` returns the value of an answer; see `exchange`. Return the values by member, ascending by client id,
+        without the members that failed, which are logged by name.
         """
         messages = self.messages(kind, content, members)
         answers, failures = self.exchange(messages, lambda member, reply: read(reply.content))
@@ -136,10 +138,12 @@ class Members:
     def exchange(
         self, messages: list[Message], read: Callable[[Member, Message], T]
     ) -> tuple[dict[Member, T], dict[Member, str]]:
-        """Send messages to members, at most one to each, and read their replies.
+        """Send messages to members, at most one to each, and read their replies as they arrive.
 
-        `read` returns the value of a reply without error, or raises PipelineError. Return the values by member, and for
-        each other recipient the reason why it has none; ascending by client id.
+        `read` returns the value of a reply without error, or raises DataError or TrainingDiverged if the reply is
+        invalid; another error ends the exchange. At most `_REPLIES_AT_ONCE` replies are in memory, if the values do not
+        hold them. Return the values by member, and for each other recipient the reason why it has none; ascending by
+        client id.
         """
         recipients = {message.metadata.dst_node_id for message in messages}
         by_node = {node_id: member for node_id, member in self._joined.items() if node_id in recipients}
@@ -147,23 +151,44 @@ class Members:
         failures = {member: f"no answer within {timeout:g} s" for member in by_node.values()}
         answers: dict[Member, T] = {}
         self._silent |= recipients
-        for reply in self._grid.send_and_receive(messages, timeout=timeout):
+        for reply in self._replies(messages, timeout):
             if not (member := by_node.get(reply.metadata.src_node_id)):
                 continue
             if not (reply.has_error() and reply.error.code in _NO_ANSWER):
                 self._silent.discard(member.node_id)
+            if reply.has_error():
+                reason = _one_line(reply.error.reason) or f"error {reply.error.code}"
+                failures[member] = reason.removeprefix(f"{member}: ")
+                continue
             try:
-                if reply.has_error():
-                    reason = _one_line(reply.error.reason) or f"error {reply.error.code}"
-                    raise PipelineError(reason.removeprefix(f"{member}: "))
                 answers[member] = read(member, reply)
-            except PipelineError as error:
+            except (DataError, TrainingDiverged) as error:
                 failures[member] = str(error)
         ascending = sorted(by_node.values(), key=lambda member: member.client_id)
         return (
             {member: answers[member] for member in ascending if member in answers},
             {member: failures[member] for member in ascending if member not in answers},
         )
+
+    def _replies(self, messages: list[Message], timeout: float) -> Iterator[Message]:
+        """Send messages, and yield each reply once it has arrived, until all have or `timeout` has passed.
+
+        Flower's `send_and_receive` would return all together. The SuperLink deletes a reply that it has handed out.
+        """
+        waiting = list(filter(None, self._grid.push_messages(messages)))  # others have "" or no id in it
+        started = time.monotonic()
+        while waiting:
+            arrived = set()
+            for first in range(0, len(waiting), _REPLIES_AT_ONCE):
+                for reply in self._grid.pull_messages(waiting[first : first + _REPLIES_AT_ONCE]):
+                    arrived.add(reply.metadata.reply_to_message_id)
+                    yield reply
+            waiting = [number for number in waiting if number not in arrived]
+            waited = time.monotonic() - started
+            if waited >= timeout:
+                return
+            if waiting:  # a round gets at most a tenth longer by it
+                time.sleep(min(_LONGEST_PAUSE, max(_SHORTEST_PAUSE, waited / 10), timeout - waited))
 
     def _ask_to_join(self, online: set[int]) -> None:
         """Ask every connected node that has neither joined nor been asked already."""

@@ -1,4 +1,4 @@
-"""Files as read-only memory maps that hold no file descriptor.
+"""Files as memory maps that hold no file descriptor.
 
 Systems allow a process 256 to 1,024 descriptors, and a feature set may have thousands of files. A map outlives the
 descriptor that it was made from, but Python's `mmap` keeps a duplicate of it (until 3.13, which has `trackfd=False`).
@@ -23,9 +23,10 @@ _FAILED = ctypes.c_void_p(-1).value
 class _Map:
     """The owner of a map, which NumPy keeps alive as long as an array refers to it."""
 
-    def __init__(self, descriptor: int, size: int) -> None:
+    def __init__(self, descriptor: int, size: int, writable: bool) -> None:
         self._size = size
-        self._address = _mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        self._address = _mmap(None, size, protection, mmap.MAP_SHARED, descriptor, 0)
         if self._address == _FAILED:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
@@ -33,7 +34,7 @@ class _Map:
             "version": 3,
             "shape": (size,),
             "typestr": "|u1",
-            "data": (self._address, True),  # read-only
+            "data": (self._address, not writable),
         }
 
     def __del__(self, unmap=_munmap, failed=_FAILED) -> None:  # type: ignore[no-untyped-def]  # kept until the end
@@ -41,14 +42,14 @@ class _Map:
             unmap(self._address, self._size)
 
 
-def whole(stream: BinaryIO) -> np.ndarray:
+def whole(stream: BinaryIO, writable: bool = False) -> np.ndarray:
     """Map an open file, which may then be closed, and return its bytes, uint8 (size,).
 
     It is unmapped when the last array that refers to it is garbage-collected. Reading beyond the end of a file that has
-    become shorter kills the process.
+    become shorter kills the process. `writable` bytes can be changed, and the file with them; it must be open for both.
 
     Raises:
         OSError: The file is empty, or the system refused.
     """
     descriptor = stream.fileno()
-    return np.asarray(_Map(descriptor, os.fstat(descriptor).st_size))
+    return np.asarray(_Map(descriptor, os.fstat(descriptor).st_size, writable))

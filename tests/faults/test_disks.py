@@ -17,17 +17,6 @@ NOBODY = 65534
 
 
 @pytest.fixture
-def disk(tmp_path):
-    """A separate file system of 24 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", place], capture_output=True).returncode:
-        pytest.skip("mounting is not allowed here")
-    yield place
-    subprocess.run(["umount", place], check=True)
-
-
-@pytest.fixture
 def project_on_disk(made, disk, tmp_path):
     """A copy of the project on the small file system; the commands' output goes elsewhere."""
     root = disk / "project"

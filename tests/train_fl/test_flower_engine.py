@@ -1,8 +1,10 @@
 """Any method over nodes: the same bytes as the local engine; nodes that fail are skipped and named."""
 
 import csv
+import gc
 import json
 import shutil
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -11,13 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.errors import PipelineError
-from pipeline.federation import node
+from pipeline.federation import app, node
 from stages.report import read_runs, summary
 from stages.train_fl.engines.flower import client, privacy
 from stages.train_fl.evaluate import Classification
+from stages.train_fl.methods import Scaffold, method_class
 from stages.train_fl.methods.fedavg import FedAvg
 from stages.train_fl.run import run
 from stages.train_fl.session import Job
+from tests.faults.test_disks import fill
 from tests.federation.in_process import InProcess
 from tests.train_fl import tiny_project
 from tests.train_fl.method_fixtures import record_layouts
@@ -265,6 +269,84 @@ def test_round_without_replies_stops_the_run_which_can_be_resumed(project, monke
     again = all_take_part(project, monkeypatch)
     again.serve()
     assert [kind for _, kind in again.log].count("train") == 8
+
+
+def on_disk(project):
+    """The replies that are on the disk, as the system's list of memory maps has them."""
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if f"{project.state_dir}/#" in line]
+
+
+def named(project):
+    """The files that a kill would leave in the folder that the replies are written to."""
+    return [file for file in project.state_dir.iterdir() if file.is_file()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not list memory maps")
+@pytest.mark.parametrize(("method", "parts"), [("fedavg", 1), ("fednova", 2), ("scaffold", 2)])
+def test_replies_are_on_the_disk_without_a_name_until_the_round_ends(project, monkeypatch, method, parts):
+    federation, seen, names = all_take_part(project, monkeypatch, method), [], []
+    kind = method_class(project.settings("methods", method))
+    server_update, scores = kind.server_update, Classification.scores
+
+    def aggregate(self, state, updates):
+        seen.append(len(on_disk(project)))
+        names.extend(named(project))
+        return server_update(self, state, updates)
+
+    def score(self, model):
+        seen.append(len(on_disk(project)))
+        return scores(self, model)
+
+    monkeypatch.setattr(kind, "server_update", aggregate)
+    monkeypatch.setattr(Classification, "scores", score)
+    federation.after = spoil(no_samples)  # a reply that is rejected leaves nothing either
+    federation.serve()
+    tried = [3 * parts] * (parts - 1)  # the extras are tried before the update
+    assert [number for number in seen if number] == [*tried, 3 * parts] * 3 and 0 in seen
+    assert not names and not on_disk(project)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not list memory maps")
+@pytest.mark.parametrize("how", ["no valid update", "interrupted"])
+def test_failed_round_leaves_no_replies(project, monkeypatch, how):
+    federation = all_take_part(project, monkeypatch, "scaffold")
+
+    def fail(self, state, updates):
+        assert on_disk(project)
+        raise KeyboardInterrupt if how == "interrupted" else ValueError
+
+    monkeypatch.setattr(Scaffold, "server_update", fail)
+    monkeypatch.setattr(app.log, "disabled", True)  # pytest would keep the error, and so the round's variables
+    with pytest.raises(PipelineError if how == "no valid update" else KeyboardInterrupt) as raised:
+        federation.serve()
+    del raised  # it holds the round's variables
+    gc.collect()
+    assert not on_disk(project) and not named(project)
+
+
+def test_full_disk_ends_the_run_with_one_error_and_loses_nothing(project, monkeypatch, disk, capsys):
+    shutil.copytree(project.state_dir, disk, dirs_exist_ok=True)
+    shutil.rmtree(project.state_dir)
+    project.state_dir.symlink_to(disk)
+    all_take_part(project, monkeypatch).serve()
+    files = ("model.safetensors", "rounds.csv")
+    undisturbed = [(result(project) / name).read_bytes() for name in files]
+    federation, fillers = all_take_part(project, monkeypatch), []
+
+    def fill_disk(node_id, message):
+        if message.metadata.message_type == "train" and of_round(message) == 2 and not fillers:
+            fillers.append(fill(disk, leave=0))
+
+    federation.before = fill_disk
+    with pytest.raises(PipelineError, match=r"\.pipeline cannot be written \(No space left on device\)\. Make room"):
+        federation.serve()
+    assert capsys.readouterr().out.count("Error: ") == 1
+    fillers[0].unlink()
+    again = all_take_part(project, monkeypatch)
+    again.serve()
+    assert [kind for _, kind in again.log].count("train") == 8  # the second and third round
+    assert [(result(project) / name).read_bytes() for name in files] == undisturbed
+    assert len(outcomes(result(project))) == 12
 
 
 def spoil(change):

@@ -1,6 +1,6 @@
 """Arithmetic on named tensors that several methods share: means, steps, and the weight of momentum in them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -8,20 +8,20 @@ from torch import Tensor
 from stages.train_fl.methods.state import Weights
 
 
-def weighted_mean(weights: Sequence[Weights], counts: Sequence[float]) -> Weights:
+def weighted_mean(weights: Iterable[Weights], counts: Sequence[float]) -> Weights:
     """Compute sum_k (n_k / sum_j n_j) w_k over floating entries; an integer or boolean entry is the first one's.
 
-    All participants' weights have the same names and shapes; their numbers of samples, `counts`, are above 0.
+    All participants' weights have the same names and shapes; their numbers of samples, `counts`, are above 0. The
+    participants are added in their order, one after the other, so an iterator needs the memory of one.
     """
     total = sum(counts)
-    mean = {}
-    for name, first in weights[0].items():
-        if not first.is_floating_point():
-            mean[name] = first.clone()
-            continue
-        mean[name] = first * (counts[0] / total)
-        for other, count in zip(weights[1:], counts[1:], strict=True):
-            mean[name].add_(other[name], alpha=count / total)
+    mean: Weights = {}
+    for own, count in zip(weights, counts, strict=True):
+        for name, value in own.items():
+            if name not in mean:
+                mean[name] = value * (count / total) if value.is_floating_point() else value.clone()
+            elif value.is_floating_point():
+                mean[name].add_(value, alpha=count / total)
     return mean
 
 

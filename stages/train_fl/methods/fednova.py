@@ -74,6 +74,6 @@ def normalised_mean(
     total = sum(counts)
     ratios = [sum(n * (a / own) for n, a in zip(counts, normalisers, strict=True)) / total for own in normalisers]
     rest = sum(n / total * (1 - ratio) for n, ratio in zip(counts, ratios, strict=True))
-    scaled = [{name: value * ratio for name, value in end.items()} for end, ratio in zip(ends, ratios, strict=True)]
+    scaled = ({name: value * ratio for name, value in end.items()} for end, ratio in zip(ends, ratios, strict=True))
     mean = weighted_mean(scaled, counts)
     return {name: value.add_(start[name], alpha=rest) for name, value in mean.items()} if rest else mean

@@ -1,15 +1,20 @@
 """A Flower Strategy for any method, and the engine that drives it.
 
-The Strategy holds the method's server state between `configure_train` and `aggregate_train`, so Flower's wrappers, for
-example for differential privacy, work around it as around any other. Clients that do not reply in time, refuse, or send
-an invalid update are skipped and logged by name. If no client succeeds, the run stops and can be resumed.
+The Strategy holds the method's server state between `configure_train` and `aggregate_train`, so Flower's wrapper for
+central differential privacy, which adds noise to the aggregated weights, works around it as around any other. Clients
+that do not reply in time, refuse, or send an invalid update are skipped and logged by name. If no client succeeds, the
+run stops and can be resumed.
+
+Methods add updates in the order of clients, whatever the order of their replies. So every reply is checked when it
+arrives, and its tensors move to a file without a name (`pipeline.io.unnamed`) until the round ends: the server's memory
+does not depend on the number of participants. Wrappers get the replies' messages without their arrays.
 """
 
 import collections
 import time
 from collections.abc import Generator, Iterable
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -17,12 +22,13 @@ from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping, 
 
 from pipeline.errors import DataError, PipelineError
 from pipeline.federation.members import Member, Members
+from pipeline.io import unnamed
 from pipeline.settings.params import CentralPrivacy, Federation
 from stages.train_fl import rounds
 from stages.train_fl.client_states import ClientStates
 from stages.train_fl.engines.flower.messages import TrainReply, TrainRequest, signature, to_record, to_tensors
 from stages.train_fl.engines.flower.participation import Participation
-from stages.train_fl.methods import Method, Weights
+from stages.train_fl.methods import Method, ServerState, Weights
 from stages.train_fl.rounds import Progress, Round, Schedule
 from stages.train_fl.session import Job
 
@@ -33,13 +39,20 @@ class MethodStrategy(Strategy):
     """A method of stages/train_fl/methods as a Flower Strategy."""
 
     def __init__(
-        self, method: Method, start: Progress, schedule: Schedule, members: Members, params: Federation, run_key: str
+        self,
+        method: Method,
+        start: Progress,
+        schedule: Schedule,
+        members: Members,
+        params: Federation,
+        run_key: str,
+        folder: Path,
     ) -> None:
-        """Continue from `start`; `run_key` names the run on the nodes."""
+        """Continue from `start`; `run_key` names the run on the nodes, `folder` is on the disk for replies."""
         self.progress = start
         self.replies: dict[Member, TrainReply] = {}  # of the current round, ascending by client id
         self._method, self._schedule, self._members, self._params = method, schedule, members, params
-        self._run_key = run_key
+        self._run_key, self._folder = run_key, folder
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -58,9 +71,9 @@ class MethodStrategy(Strategy):
         return messages
 
     def read(self, member: Member, reply: Message) -> Reply:
-        """Read and check a reply: images and steps weight an update, so they must agree with the introduction.
+        """Read and check a reply, and move its tensors to the disk; PipelineError if that is full.
 
-        The weights stay in the message alone, where Flower's wrappers may change them.
+        Images and steps weight an update, so they must agree with the introduction.
         """
         read = TrainReply.read(reply.content, self.progress.server.weights)
         steps = self._schedule.local_epochs * -(-member.num_samples // self._schedule.batch_size)
@@ -69,7 +82,9 @@ class MethodStrategy(Strategy):
                 f"invalid reply (trained on {read.update.num_samples} images in {read.update.num_steps} steps, but "
                 f"joined with {member.num_samples} images, which make {steps} steps)"
             )
-        return reply, replace(read, update=replace(read.update, weights={}))
+        reply.content.clear()
+        weights, extras = (unnamed.on_disk(part, self._folder) for part in (read.update.weights, read.update.extras))
+        return reply, replace(read, update=replace(read.update, weights=weights, extras=extras))
 
     def accept(self, replies: dict[Member, Reply]) -> tuple[list[Message], dict[Member, str]]:
         """Accept the replies whose extras fit the method and the other replies.
@@ -114,17 +129,8 @@ class MethodStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Apply the method's server_update to the accepted replies, in the order of clients.
-
-        The weights are taken out of the messages one by one, so that memory holds one model for each participant.
-        """
-        weights = {
-            reply.metadata.src_node_id: to_tensors(
-                reply.content.array_records.pop("weights"), self.progress.server.weights
-            )
-            for reply in replies
-        }
-        updates = [replace(read.update, weights=weights[member.node_id]) for member, read in self.replies.items()]
+        """Apply the method's server_update to the accepted replies, in the order of clients."""
+        updates = [read.update for read in self.replies.values()]
         if self._params.differential_privacy is not None:  # a large node must not move the mean more than others
             updates = [replace(update, num_samples=1) for update in updates]
         server, _ = self._method.server_update(self.progress.server, updates)
@@ -167,41 +173,46 @@ class FlowerEngine:
         """Run all rounds after `start`; PipelineError if too few nodes are present or none sent a valid update."""
         job, method = self._job, self._method
         params, schedule = job.config.params.federation, job.schedule
-        core = MethodStrategy(method, start, schedule, self._members, params, self._run_key)
+        folder = job.config.state_dir
+        core = MethodStrategy(method, start, schedule, self._members, params, self._run_key, folder)
         strategy: Strategy = core
         if isinstance(private := params.differential_privacy, CentralPrivacy):
             strategy = DifferentialPrivacyClientSideFixedClipping(
                 core, private.noise_multiplier, private.clipping_norm, 1
             )
         self.participation = Participation(job.path, start.number)
-        arrays = to_record(start.server.weights)
         for number in range(start.number + 1, schedule.num_rounds + 1):
-            started = time.perf_counter()
-            sent = core.progress.server
-            messages = list(strategy.configure_train(number, arrays, ConfigRecord(), self._grid))
-            replies, failures = self._members.exchange(messages, core.read)
-            accepted, rejected = core.accept(replies)
-            self.participation.add(number, core.replies, failures | rejected)
-            if not accepted:
-                raise PipelineError(
-                    f"no node sent a valid update in round {number} ({self.participation.outcomes()}). Fix the "
-                    "nodes and run again to resume; if noise for differential privacy made the model useless, start "
-                    "over with less noise."
-                )
-            if isinstance(strategy, DifferentialPrivacyClientSideFixedClipping):
-                strategy.num_sampled_clients = len(accepted)  # noise for the mean of those that replied
-            new, _ = strategy.aggregate_train(number, accepted)
-            assert new is not None
-            arrays = new
-            server = replace(core.progress.server, weights=to_tensors(arrays, core.progress.server.weights))
-            core.progress = replace(core.progress, server=server)
-            yield _round(core, sent, method, schedule, time.perf_counter() - started)
+            started, sent = time.perf_counter(), core.progress.server
+            self._train(core, strategy, self.participation, number)
+            done = _round(core, sent, method, schedule, time.perf_counter() - started)
+            core.replies = {}  # ends their files before the model is evaluated
+            yield done
+
+    def _train(self, core: MethodStrategy, strategy: Strategy, participation: Participation, number: int) -> None:
+        """Run one round of the strategy; PipelineError if no node sent a valid update or the disk is full."""
+        arrays = to_record(core.progress.server.weights)
+        messages = list(strategy.configure_train(number, arrays, ConfigRecord(), self._grid))
+        replies, failures = self._members.exchange(messages, core.read)
+        accepted, rejected = core.accept(replies)
+        participation.add(number, core.replies, failures | rejected)
+        if not accepted:
+            raise PipelineError(
+                f"no node sent a valid update in round {number} ({participation.outcomes()}). Fix the nodes and run "
+                "again to resume; if noise for differential privacy made the model useless, start over with less "
+                "noise."
+            )
+        if isinstance(strategy, DifferentialPrivacyClientSideFixedClipping):
+            strategy.num_sampled_clients = len(accepted)  # noise for the mean of those that replied
+        new, _ = strategy.aggregate_train(number, accepted)
+        assert new is not None
+        server = replace(core.progress.server, weights=to_tensors(new, core.progress.server.weights))
+        core.progress = replace(core.progress, server=server)
 
 
-def _round(core: MethodStrategy, sent: Any, method: Method, schedule: Schedule, seconds: float) -> Round:
+def _round(core: MethodStrategy, sent: ServerState, method: Method, schedule: Schedule, seconds: float) -> Round:
     """Describe the round that the strategy has just finished; `sent` is the server's state before it."""
     replies = list(core.replies.values())
-    updates = [reply.update for reply in replies]  # without their weights, which have the server's shapes
+    updates = [reply.update for reply in replies]
     sizes = [update.num_samples for update in updates]
     return Round(
         progress=core.progress,
@@ -210,7 +221,7 @@ def _round(core: MethodStrategy, sent: Any, method: Method, schedule: Schedule, 
         num_samples=sum(sizes) * schedule.local_epochs,
         train_metrics=rounds.mean_metrics([reply.losses for reply in replies], sizes),
         bytes_down=len(updates) * (rounds.num_bytes(sent.weights) + rounds.num_bytes(sent.broadcast)),
-        bytes_up=sum(map(rounds.update_bytes, updates)) + len(updates) * rounds.num_bytes(sent.weights),
+        bytes_up=sum(map(rounds.update_bytes, updates)),
         load_seconds=max(reply.load_seconds for reply in replies),
         train_seconds=seconds,
         aggregate_seconds=0.0,  # included in train_seconds
