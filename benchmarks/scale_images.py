@@ -1,4 +1,4 @@
-"""For scale.py: an epoch of training from images that stay on disk.
+"""For scale.py and plan.py: random images; and an epoch of training from images that stay on disk.
 
 Seconds grow as the number of images does, and the peak of memory above that at the start does not: it is that of some
 batches. (The file's pages count, too, while a batch is copied: up to two megabytes for an image, as the system keeps a
@@ -28,10 +28,10 @@ IMAGE_SIZE, CLASSES, BATCH = 64, 10, 32
 class Noise:
     """A split of random images, made block by block."""
 
-    def __init__(self, count: int) -> None:
-        """Make so many images."""
-        self.labels, self.domains = np.arange(count) % CLASSES, np.zeros(count, np.int64)
-        self.image_size = IMAGE_SIZE
+    def __init__(self, count: int, image_size: int = IMAGE_SIZE, classes: int = CLASSES) -> None:
+        """Make so many images, of the classes in turn."""
+        self.labels, self.domains = np.arange(count) % classes, np.zeros(count, np.int64)
+        self.image_size, self._classes = image_size, classes
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -39,14 +39,15 @@ class Noise:
 
     def take(self, index: np.ndarray) -> "Noise":
         """Return as many images."""
-        return Noise(len(index))
+        return Noise(len(index), self.image_size, self._classes)
 
     def blocks(self, start: int = 0) -> Iterator[Block]:
         """Yield the images from row `start` on."""
-        step, rng = images_per_block(IMAGE_SIZE), np.random.default_rng(start)
+        size, rng = self.image_size, np.random.default_rng(start)
+        step = images_per_block(size)
         for first in range(start, len(self), step):
             rows = np.arange(first, min(first + step, len(self)))
-            yield Block(rows, rng.integers(0, 256, (len(rows), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8), [])
+            yield Block(rows, rng.integers(0, 256, (len(rows), size, size, 3), np.uint8), [])
 
     def identity(self) -> None:
         """Return None: the images are made fast."""

@@ -22,10 +22,11 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format a time in seconds, minutes or hours: 45 s, 12 min, 3.5 h."""
+    """Format a time in seconds, minutes or hours: 45 s, 2.5 min, 12 min, 3.5 h."""
     if seconds < 120:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    minutes = seconds / 60
+    return f"{minutes:.{1 if minutes < 10 else 0}f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def first_few(names: Sequence[str], most: int = 5) -> str:

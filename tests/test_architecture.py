@@ -45,6 +45,7 @@ LAYERS = {
     "stages.train_fl": [
         ["losses", "encoders", "models", "augmentation", "partitions", "synthetic", "placement"],
         ["guidance", "images"],
+        ["planned"],
         ["client_data"],
         ["graphs"],
         ["methods"],

@@ -4,9 +4,11 @@ import importlib
 import io
 import json
 import math
+import sys
 import tarfile
 from dataclasses import replace
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -17,7 +19,7 @@ from pipeline.feature_store import FeatureSet
 from pipeline.settings import config
 from stages import prepare_data
 from stages.train_fl import run
-from tests.conftest import REPOSITORY, write_params
+from tests.conftest import REPOSITORY, invoke, write_params
 from tests.prepare_backbone.guides import write_corpus
 from tests.train_fl import tiny_project
 
@@ -188,6 +190,50 @@ def test_images_benchmark_trains_from_the_map(benchmark, tmp_path):
     scale_images.write_images(tmp_path, 4)
     (one_round,) = scale_images.train_from_map(tmp_path, 4)()
     assert one_round.num_samples == 4
+
+
+def test_plan_compares_dry_runs_with_runs(benchmark, tmp_path, monkeypatch):
+    plan = benchmark("plan")
+    monkeypatch.setattr(plan, "CLASSES", 3)
+    monkeypatch.setattr(plan, "PARTITION", "iid")  # so few classes do not give ten clients ten samples each
+    monkeypatch.setattr("stages.extract_features.cost._TIMED_SECONDS", 0.0)
+    monkeypatch.setattr(plan, "_succeed", lambda root, *words: plan.Run(invoke(root, *words).output.strip(), 2.0, 5, 7))
+    flags = ["--images=100", "--images=200", "--measure=100", "--rounds=1", f"--work={tmp_path}"]
+    done = CliRunner().invoke(plan.main, flags, catch_exceptions=False)
+    found = json.loads(done.output.splitlines()[-1])["images"]
+    extraction, training = found["100"]["extract-features"], found["100"]["train-fl"]
+    assert extraction["passes"] == {"predicted": 300, "measured": 300} and extraction["time"]["measured"] == 2
+    # 144 dims of 2 bytes, denoised and for 2 prompts, whose numbers have 2 bytes; index, label and checksum
+    assert extraction["disk"]["predicted"] == pytest.approx(100 * (144 * 2 * 3 + 2 * 2 + 20), rel=0.01)
+    assert training["sent"]["measured"] == pytest.approx(training["sent"]["predicted"], rel=0.01)
+    assert training["guidance"]["predicted"] == pytest.approx(100 * (144 * 4 * 3 + 8), rel=0.01)
+    assert found["200"]["extract-features"]["passes"] == {"predicted": 600}
+    assert any(
+        line.startswith("passes        4 per image") for line in found["200"]["dry runs"]["8 processes, all prompts"]
+    )
+    assert "extract-features    passes                      300         300    1.00\n" in done.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_plan_watches_a_command_until_its_last_line(benchmark, tmp_path):
+    plan = benchmark("plan")
+    code = """
+import multiprocessing, time
+def child():
+    taken, files = b"x" * 150_000_000, [open("/dev/null") for _ in range(20)]
+    time.sleep(0.5)
+multiprocessing.get_context("fork").Process(target=child).start()
+time.sleep(0.4)
+print("done", flush=True)
+time.sleep(0.3)
+later, files = b"x" * 400_000_000, [open("/dev/null") for _ in range(50)]
+time.sleep(0.3)
+"""
+    found = plan.watched([sys.executable, "-c", code], tmp_path)
+    assert found.output == "done" and found.seconds > 1
+    assert 150_000_000 < found.memory < 400_000_000 and 23 <= found.descriptors < 50
+    with pytest.raises(click.ClickException, match="failed.\nwrong"):
+        plan.watched([sys.executable, "-c", "raise SystemExit('wrong')"], tmp_path)
 
 
 @pytest.mark.parametrize("name", ["partition", "statistics", "pictures", "report"])

@@ -16,6 +16,7 @@ import functools
 import logging
 import os
 import shlex
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from pipeline.settings.config import Config
 
 
+_STARTED = time.perf_counter()  # for estimates, which count the time of the imports
 _DOT = "__"  # of a key, in the name of a flag's variable
 
 
@@ -218,12 +220,19 @@ def prepare_backbone(config: "Config", train: bool) -> None:
 @click.option("--shard-range", metavar="A:B", help="Compute only shards A to B - 1, as one job of a batch queue.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished set made from other settings or data.")
 @click.option("--dry-run", is_flag=True, help="Time a few batches and print the estimated cost; write nothing.")
-def extract_features(config: "Config", shard_range: str | None, overwrite: bool, dry_run: bool) -> None:
+@click.option(
+    "--processes",
+    type=click.IntRange(1),
+    help="With --dry-run: the number of processes to plan for, each with a GPU or a machine of its own.",
+)
+def extract_features(
+    config: "Config", shard_range: str | None, overwrite: bool, dry_run: bool, processes: int | None
+) -> None:
     """Stage 1: run the frozen model once per image and prompt -> data/features/<set>. Resumes if interrupted.
 
     \b
     Examples:
-      pipeline extract-features --dry-run
+      pipeline extract-features --dry-run --processes 8
       pipeline extract-features --timestep 100 --set runtime.device=cuda
       accelerate launch --num_processes 8 -m pipeline extract-features
       pipeline extract-features --shard-range 0:4
@@ -231,7 +240,9 @@ def extract_features(config: "Config", shard_range: str | None, overwrite: bool,
     from stages import extract_features as stage
 
     if dry_run:
-        click.echo("\n".join(stage.estimate(config).lines()))
+        click.echo("\n".join(stage.estimate(config, processes or 1, _STARTED).lines()))
+    elif processes:
+        raise click.UsageError("--processes needs --dry-run. To start processes, use accelerate launch.")
     else:
         click.echo(stage.run(config, shard_range, overwrite))
 
@@ -313,9 +324,11 @@ def train_fl(
     """
     from stages import train_fl as stage
 
+    started: float | None = _STARTED
     for seed in dict.fromkeys(seeds or config.params.sweep.seeds):
         if dry_run:
-            click.echo("\n".join(stage.estimate(config, method, partition, seed).lines()))
+            click.echo("\n".join(stage.estimate(config, method, partition, seed, started).lines()))
+            started = None  # the next run has nothing left to import
         else:
             click.echo(stage.run(config, method, partition, seed, overwrite))
 

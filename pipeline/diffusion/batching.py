@@ -78,11 +78,14 @@ class Batcher:
 
     def table(self, compute: Callable[[Tensor], Tensor], total: int, done: Callable[[int], Any]) -> Tensor:
         """Concatenate the results (B, ...) of all batches, (total, ...); `done` is called with the rows of each."""
-        parts = []
+        table: Tensor | None = None
         for rows, result in self.map(compute, total):
-            parts.append(result[: rows.stop - rows.start])
+            if table is None:
+                table = result.new_empty((total, *result.shape[1:]))  # not a list of parts, which would need it twice
+            table[rows] = result[: rows.stop - rows.start]
             done(rows.stop - rows.start)
-        return torch.cat(parts)
+        assert table is not None
+        return table
 
     def _slices(self, total: int) -> Iterator[slice]:
         start = 0

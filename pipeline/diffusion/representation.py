@@ -9,7 +9,7 @@ LeVeque, 1979) and decomposed on the CPU: streaming, and equal to the PCA of all
 import numpy as np
 import torch
 
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.feature_store import LayerBasis
 
 
@@ -92,7 +92,14 @@ class Projector:
 
 
 def column_ranges(channels: dict[str, int], dims: list[int]) -> dict[str, list[int]]:
-    """Layer -> [first column, one past its last] in the fused vector; a layer has min(dims, channels) columns."""
+    """Layer -> [first column, one past its last] in the fused vector; a layer has min(dims, channels) columns.
+
+    Raise ConfigError unless there is one number in `dims`, which is extract_features.dims, per layer.
+    """
+    if len(dims) != len(channels):
+        raise ConfigError(
+            f"extract_features.dims = {dims} does not fit layers = {list(channels)}. Set one number per layer."
+        )
     ranges, start = {}, 0
     for (layer, count), wanted in zip(channels.items(), dims, strict=True):
         stop = start + min(wanted, count)

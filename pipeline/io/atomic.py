@@ -123,8 +123,13 @@ def write_text(path: Path, text: str, sync: bool = True) -> None:
 
 
 def write_json(path: Path, content: Any, sync: bool = True) -> None:
-    """Write indented JSON atomically, keys in their given order; see `write_bytes`."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n", sync)
+    """Write indented JSON atomically, keys in their given order; see `write_bytes`.
+
+    The text is written part by part: as a whole, a partition of many clients and classes would take gigabytes.
+    """
+    with replace_file(path, sync) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
+        stream.writelines(json.JSONEncoder(indent=2, ensure_ascii=False).iterencode(content))
+        stream.write("\n")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], sync: bool = True) -> None:

@@ -1,7 +1,9 @@
 """Estimate the cost of an extraction before it runs: images, passes, floating-point operations, bytes and time.
 
 Torch's own counter counts the operations on models without weights (device "meta"), a multiplication and an addition
-as two. Time is measured on a few batches with the real models.
+as two. Time is measured on a few batches with the real models, and that to start on the estimate itself.
+
+Processes share only the file system: each computes whole shards, and all wait for the first, which fits the basis.
 """
 
 import time
@@ -16,12 +18,16 @@ from pipeline import estimates
 from pipeline.diffusion import backbones, batching
 from pipeline.diffusion.backbones import Conditioning
 from pipeline.settings.config import Config
-from pipeline.text import duration
+from pipeline.text import duration, size
 from stages.extract_features import plan as planning
 from stages.extract_features.extraction import Extraction
 from stages.extract_features.run import load
 
 _TIMED_BATCHES = 3
+_TIMED_SECONDS = 1.0
+_COPIES_OF_FEATURES = 3  # of a shard: the one being computed, the last one, and its contiguous copy to be written
+_COPIES_OF_IMAGES = 2  # of a shard: its own, and those of the next one
+_MORE_DESCRIPTORS = 5  # the locks of the set and of three shards, and the file that is being written
 
 
 @dataclass(frozen=True)
@@ -30,50 +36,87 @@ class Estimate:
 
     images: int
     passes_per_image: int
+    basis_images: int  # that the basis is fitted on, 0 for a shared one; each takes two passes
     shards: int
+    rows_per_shard: int
     vae_flops: int
     pass_flops: int
     num_bytes: int
-    images_per_second: float
+    start_seconds: float  # of a process, until the first pass
+    seconds_per_encoding: float
+    seconds_per_pass: float
     device: str
     free_space: str
     process: list[str]
+    processes: int
+
+    @property
+    def images_per_second(self) -> float:
+        """The rate of one process."""
+        return 1 / (self.seconds_per_encoding + self.passes_per_image * self.seconds_per_pass)
+
+    @property
+    def basis_seconds(self) -> float:
+        """The time of fitting the basis, which one process does."""
+        return self.basis_images * (self.seconds_per_encoding + 2 * self.seconds_per_pass)
+
+    @property
+    def seconds(self) -> float:
+        """The time from the first to the last process's end: a process has at most ceil(shards / processes) shards."""
+        most = min(self.images, -(-self.shards // self.processes) * self.rows_per_shard)
+        return self.start_seconds + self.basis_seconds + most / self.images_per_second
 
     def lines(self) -> list[str]:
         """Return the estimate as lines of text."""
-        seconds = self.images / self.images_per_second
-        flops = self.images * (self.vae_flops + self.passes_per_image * self.pass_flops)
+        flops = self.images * self.vae_flops + self.images * self.passes_per_image * self.pass_flops
+        flops += self.basis_images * (self.vae_flops + 2 * self.pass_flops)
+        several = self.processes > 1
+        who = f"{self.processes} processes, each with a GPU or a machine of its own" if several else "one process"
         return [
             f"images        {self.images} in {self.shards} shards",
-            f"passes        {self.passes_per_image} per image, {self.images * self.passes_per_image} in all",
+            f"passes        {self.passes_per_image} per image, {self.images * self.passes_per_image} in all"
+            f"{f', and {2 * self.basis_images} for the basis' if self.basis_images else ''}",
             f"FLOPs         {self.vae_flops / 1e9:.3g} G per encoding, {self.pass_flops / 1e9:.3g} G per pass, "
             f"{flops / 1e12:.3g} T in all",
-            f"disk          {self.num_bytes / 1e6:.1f} MB ({self.free_space})",
+            f"disk          {size(self.num_bytes)} ({self.free_space})",
             *self.process,
-            f"time          {duration(seconds)} on {self.device}, one process ({self.images_per_second:.3g} images/s, "
-            f"after timing {_TIMED_BATCHES} batches)",
+            f"time          {duration(self.seconds)} on {self.device}, {who} ({duration(self.start_seconds)} to start, "
+            f"{duration(self.basis_seconds)} for the basis, then {self.images_per_second:.3g} images/s"
+            f"{' each' if several else ''}; after timing a few batches)",
         ]
 
 
-def estimate(config: Config) -> Estimate:
+def estimate(config: Config, processes: int = 1, started: float | None = None) -> Estimate:
     """Plan the set that params.yaml describes, load the models and time a few batches.
+
+    Args:
+        config: The project's configuration.
+        processes: How many processes will share the shards, each as fast as this one.
+        started: When this process started, by `time.perf_counter`, if the time to start includes its imports.
 
     Raises:
         PipelineError: As `run`.
     """
+    started = time.perf_counter() if started is None else started
     plan = planning.make(config)
     settings, content = plan.settings, plan.feature_set.content
     with batching.reproducible(plan.device, getattr(torch, settings.dtype)):
         extraction = load(plan)
-        seconds = _seconds_per_image(extraction, content.prompts_per_image)
-    process = estimates.of_process(plan.device)
+        start_seconds = time.perf_counter() - started
+        seconds_per_encoding, seconds_per_pass = _timings(extraction)
+    rows = len(plan.feature_set.shard_rows(0))
+    features, images = rows * content.read_row_bytes, rows * 3 * plan.dataset.image_size**2
+    more_bytes = _COPIES_OF_FEATURES * features + _COPIES_OF_IMAGES * images
+    process = estimates.of_process(plan.device, more_bytes, features, _MORE_DESCRIPTORS)
     conditioning = extraction.session.model.conditioning
     vae_flops, pass_flops = count_flops(plan.model_dir, settings.layers, settings.image_size, conditioning)
     return Estimate(
         images=plan.feature_set.rows, passes_per_image=1 + content.prompts_per_image,
-        shards=plan.feature_set.num_shards, vae_flops=vae_flops, pass_flops=pass_flops,
-        num_bytes=content.row_bytes * plan.feature_set.rows, images_per_second=1 / seconds, device=plan.device,
-        free_space=estimates.free_space(plan.target), process=process,
+        basis_images=0 if plan.shared_basis else min(settings.basis_images, plan.feature_set.rows),
+        shards=plan.feature_set.num_shards, rows_per_shard=plan.feature_set.rows_per_shard,
+        vae_flops=vae_flops, pass_flops=pass_flops, num_bytes=content.row_bytes * plan.feature_set.rows,
+        start_seconds=start_seconds, seconds_per_encoding=seconds_per_encoding, seconds_per_pass=seconds_per_pass,
+        device=plan.device, free_space=estimates.free_space(plan.target), process=process, processes=processes,
     )  # fmt: skip
 
 
@@ -89,8 +132,8 @@ def count_flops(path: Path, layers: list[str] | str, image_size: int, conditioni
     return encoding.get_total_flops(), one_pass.get_total_flops()
 
 
-def _seconds_per_image(extraction: Extraction, prompts_per_image: int) -> float:
-    """Time encoding and all passes of an image, after a warm-up."""
+def _timings(extraction: Extraction) -> tuple[float, float]:
+    """Return the seconds of encoding an image, and of a pass, after a warm-up."""
     session = extraction.session
     count = min(len(extraction.data), session.batcher.parallel_rows)
     index = np.arange(count)
@@ -104,18 +147,19 @@ def _seconds_per_image(extraction: Extraction, prompts_per_image: int) -> float:
         for _ in session.batcher.map(lambda chunk: extraction.maps(inputs, rows[chunk], text[chunk]), len(rows)):
             pass
 
-    return encoding + (1 + prompts_per_image) * _timed(passes, session.backbone.device) / len(rows)
+    return encoding, _timed(passes, session.backbone.device) / len(rows)
 
 
 def _timed(action, device: str) -> float:
-    """Return the mean seconds per call, after a first call to warm up."""
+    """Return the mean seconds per call, of a few calls in some seconds, after a first call to warm up."""
     action()
     _wait(device)
-    started = time.perf_counter()
-    for _ in range(_TIMED_BATCHES):
+    started, calls, seconds = time.perf_counter(), 0, 0.0
+    while calls < _TIMED_BATCHES or seconds < _TIMED_SECONDS:
         action()
-    _wait(device)
-    return (time.perf_counter() - started) / _TIMED_BATCHES
+        _wait(device)
+        calls, seconds = calls + 1, time.perf_counter() - started
+    return seconds / calls
 
 
 def _wait(device: str) -> None:

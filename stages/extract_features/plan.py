@@ -101,10 +101,6 @@ def _seen_images(dataset: PreparedDataset, manifest: BackboneManifest) -> dict[s
 def _check_model(settings: ExtractFeatures, model_dir: Path, manifest: BackboneManifest) -> dict[str, int]:
     """Check that the settings fit the model, and return the channels of each layer."""
     channels = backbones.layer_channels(model_dir, settings.layers)
-    if len(settings.dims) != len(channels):
-        raise ConfigError(
-            f"extract_features.dims = {settings.dims} does not fit layers = {list(channels)}. Set one number per layer."
-        )
     backbones.check_timesteps(model_dir, [settings.timestep], "extract_features.timestep")
     backbones.check_image_size(model_dir, settings.image_size)
     if manifest.variant and settings.dtype == "float32":

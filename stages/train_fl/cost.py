@@ -1,9 +1,11 @@
 """Estimate what a run would do and cost before it runs: steps and time, bytes in memory, sent and on disk.
 
 Steps, participants and bytes are those of the run with this seed. Time is measured on a few batches of the largest
-client and of the held-out images; it leaves out reading data that do not fit into memory. Nothing is written.
+client and of the held-out images, and that to start on the estimate itself; reading data that do not fit into memory is
+left out. The feature set need not exist yet. Nothing is written.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -11,15 +13,15 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from pipeline import estimates, seeding
+from pipeline import estimates, memory, seeding
 from pipeline.settings.config import Config
 from pipeline.text import duration, size
 from stages.train_fl import data as run_data
-from stages.train_fl import placement, rounds, session
+from stages.train_fl import placement, planned, rounds, session
 from stages.train_fl.client_data import Batches, ClientData
 from stages.train_fl.data import FederatedData
 from stages.train_fl.engines import workers
-from stages.train_fl.evaluate import in_batches
+from stages.train_fl.evaluate import CPU_BATCH, in_batches
 from stages.train_fl.methods import Method, Weights
 from stages.train_fl.models import FLModel
 from stages.train_fl.placement import Placement, Sizes
@@ -27,7 +29,10 @@ from stages.train_fl.rounds import Schedule
 from stages.train_fl.session import Job
 
 _TIMED_BATCHES = 3
-_TIMED_IMAGES = 100
+_TIMED_IMAGES = 256  # per worker, all side by side
+_TIMED_CLIENTS = 100
+_INDEX_BYTES = 40  # of a Python integer in a list, as it is written to partition.json
+_MORE_DESCRIPTORS = 3  # the lock of the run, a file that is being written, and its folder
 
 
 @dataclass(frozen=True)
@@ -42,28 +47,41 @@ class Estimate:
     samples: int  # of all clients
     steps: int  # of all clients in all rounds
     evaluated: int  # images that are evaluated, in all rounds and at the end
+    evaluated_alone: int  # of these, the ones of clients whose images are a single batch, which workers cannot share
     sizes: Sizes
     where: Placement
+    features_exist: bool
     model: int
     down: int  # to one participant in one round
     up: int  # from it
     server_state: int
     client_states: int  # of all clients that take part in any round
     free_space: str  # for the checkpoint
+    start_seconds: float  # until the first round
     seconds_per_step: float
     seconds_per_image: float  # of evaluation
     workers: int
     device: str
     process: list[str]
 
+    @property
+    def seconds(self) -> float:
+        """The time of the run."""
+        shared = self.steps * self.seconds_per_step
+        shared += (self.evaluated - self.evaluated_alone) * self.seconds_per_image
+        return self.start_seconds + shared / self.workers + self.evaluated_alone * self.seconds_per_image
+
     def lines(self) -> list[str]:
         """Return the estimate as lines of text."""
-        seconds = (self.steps * self.seconds_per_step + self.evaluated * self.seconds_per_image) / self.workers
         each_round = self.participants * (self.down + self.up)
-        memory = "in memory" if self.device == "cpu" else f"on {self.device}"
-        places = {"device": memory, "host": "in host memory", "disk": "read from disk batch by batch"}
+        places = {
+            "device": "in memory" if self.device == "cpu" else f"on {self.device}",
+            "host": "in host memory",
+            "disk": "read from disk batch by batch",
+        }
         empty = self.clients - self.clients_with_data
         targets = f"{size(self.sizes.guidance)}, {places[self.where.guidance]}" if self.sizes.guidance else "none"
+        targets += "" if self.features_exist else " (of a set that is yet to be extracted)"
         return [
             f"run           {self.name}",
             f"clients       {self.clients}{f', {empty} of them without samples' if empty else ''}; {self.participants} "
@@ -78,22 +96,37 @@ class Estimate:
             f"checkpoint    {size(self.server_state)} of the server, {size(self.client_states)} of the clients "
             f"({self.free_space})",
             *self.process,
-            f"time          {duration(seconds)} on {self.device}, {self.workers} at a time "
-            f"({1e3 * self.seconds_per_step:.3g} ms per step, after timing {_TIMED_BATCHES} batches)",
+            f"time          {duration(self.seconds)} on {self.device}, {self.workers} at a time "
+            f"({duration(self.start_seconds)} to start, then {1e3 * self.seconds_per_step:.3g} ms per step, "
+            "after timing a few batches)",
         ]
 
 
-def estimate(config: Config, method_name: str, partition_name: str, seed: int) -> Estimate:
+def estimate(
+    config: Config, method_name: str, partition_name: str, seed: int, started: float | None = None
+) -> Estimate:
     """Open a run's data, build its network, and time a few batches.
+
+    Args:
+        config: The project's configuration.
+        method_name: An entry of `methods:` in params.yaml.
+        partition_name: An entry of `partitions:`.
+        seed: Seed of everything random.
+        started: When this process started, by `time.perf_counter`, if the time to start includes its imports.
 
     Raises:
         PipelineError: As `run`.
     """
     job = Job(config, method_name, partition_name, seed)
     job.check()
+    before, now = memory.peak(), time.perf_counter()
+    started = now if started is None else started
+    targets = planned.source(config, job.guidance) if job.guidance else None
+    # Planning a set needs libraries that a run does without.
+    planning_bytes, planning_seconds = memory.peak() - before, time.perf_counter() - now
     runtime, schedule = config.params.runtime, job.schedule
     device = session.prepare_torch(runtime)
-    data = run_data.on_disk(config, method_name, partition_name, seed)
+    data = run_data.on_disk(config, method_name, partition_name, seed, planned=targets)
     model, method = job.build(len(data.dataset.class_names), data.guidance_dim, len(data.clients), device)
     with_data = [client for client, own in enumerate(data.clients) if len(own)]
     chosen = [rounds.sample_clients(with_data, schedule, number + 1) for number in range(schedule.num_rounds)]
@@ -101,8 +134,13 @@ def estimate(config: Config, method_name: str, partition_name: str, seed: int) -
     if device != "cpu":  # streams share one GPU: how much time they save is not known
         num_workers = 1
     server = method.init_server(session.weights_of(model))
+    start_seconds = time.perf_counter() - started - planning_seconds + _time_partition(data)
     trial = _try(method, data, server.weights, server.broadcast, schedule, device)
     sizes = data.sizes
+    where = placement.place(sizes, device)
+    kept = [getattr(sizes, part.name) for part in fields(sizes) if getattr(where, part.name) == "host"]
+    on_device = [getattr(sizes, part.name) for part in fields(sizes) if getattr(where, part.name) == "device"]
+    partition_bytes = 2 * data.label_counts.nbytes + _INDEX_BYTES * sum(map(len, data.parts))
     num_samples, num_held_out = sum(map(len, data.clients)), len(data.held_out.labels)
     embedded = 0 if method.needs_labels else num_samples  # by the probes
     return Estimate(
@@ -114,19 +152,27 @@ def estimate(config: Config, method_name: str, partition_name: str, seed: int) -
         samples=num_samples,
         steps=sum(_steps(len(data.clients[client]), schedule) for participants in chosen for client in participants),
         evaluated=schedule.num_rounds * (num_held_out + embedded) + num_samples + num_held_out,
+        evaluated_alone=sum(len(client) for client in data.clients if len(client) <= CPU_BATCH),
         sizes=sizes,
-        where=placement.place(sizes, device),
+        where=where,
+        features_exist=targets is None,
         model=rounds.num_bytes(server.weights),
         down=rounds.num_bytes(server.weights) + rounds.num_bytes(server.broadcast),
         up=trial.up,
         server_state=sum(rounds.num_bytes(getattr(server, part.name)) for part in fields(server)),
         client_states=len({client for participants in chosen for client in participants}) * trial.state,
         free_space=estimates.free_space(config.state_dir),
+        start_seconds=start_seconds,
         seconds_per_step=trial.seconds_per_step,
-        seconds_per_image=_time_evaluation(model, data, device),
+        seconds_per_image=_time_evaluation(model, data, device, num_workers),
         workers=num_workers,
         device=device,
-        process=estimates.of_process(device, more_descriptors=2 * num_workers if num_workers > 1 else 0),
+        process=estimates.of_process(
+            device,
+            sum(kept if device.startswith("cuda") else on_device) + partition_bytes - planning_bytes,
+            sum(on_device),
+            _MORE_DESCRIPTORS + (3 * num_workers if num_workers > 1 else 0),
+        ),
     )
 
 
@@ -162,11 +208,20 @@ def _try(
     return _Trial(seconds / _steps(len(client), schedule, epochs=1), up, rounds.num_bytes(state))
 
 
-def _time_evaluation(model: FLModel, data: FederatedData, device: str) -> float:
-    """Return the seconds of evaluating one image."""
-    some = data.held_out.images.split(_TIMED_IMAGES)[0].to("cpu")
+def _time_partition(data: FederatedData) -> float:
+    """Return the seconds of writing partition.json, most of which are two numbers per client and class."""
+    some = data.label_counts[:_TIMED_CLIENTS].tolist()
+    started = time.perf_counter()
+    json.dumps(some, indent=2)
+    return 2 * (time.perf_counter() - started) * len(data.label_counts) / len(some)
+
+
+def _time_evaluation(model: FLModel, data: FederatedData, device: str, num_workers: int) -> float:
+    """Return the seconds that one worker needs to evaluate an image."""
+    some = data.held_out.images.split(_TIMED_IMAGES * num_workers)[0].to("cpu")
     model.eval()
-    return _timed(lambda: in_batches(model.embed, some, torch.device(device)), device) / len(some)
+    seconds = _timed(lambda: in_batches(model.embed, some, torch.device(device), num_workers), device)
+    return num_workers * seconds / len(some)
 
 
 def _timed(action: Callable[[], object], device: str) -> float:

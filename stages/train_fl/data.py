@@ -16,7 +16,7 @@ from pipeline.settings.config import Config
 from pipeline.settings.params import Nodes
 from stages.train_fl import feature_check, methods, partitions, placement, synthetic
 from stages.train_fl.client_data import ClientData
-from stages.train_fl.guidance import GuidanceOnDisk, GuidanceSource
+from stages.train_fl.guidance import GuidanceOnDisk, GuidanceSource, TargetSource
 from stages.train_fl.images import ImageRows, ImagesOnDisk
 from stages.train_fl.placement import Place, Sizes
 
@@ -84,11 +84,19 @@ def load(
     return on_disk(config, method, partition, seed, client_id).placed(device, trains_here)
 
 
-def on_disk(config: Config, method: str, partition: str, seed: int, client_id: int | None = None) -> FederatedData:
+def on_disk(
+    config: Config,
+    method: str,
+    partition: str,
+    seed: int,
+    client_id: int | None = None,
+    planned: TargetSource | None = None,
+) -> FederatedData:
     """Split the data set, apply the long tail, and partition it across clients; no image is read into memory.
 
     `seed` determines the validation split, the long tail, the partition and the choice of generated images. `client_id`
-    is the only client to open; None: all. Methods with guidance have their cached representations, too.
+    is the only client to open; None: all. Methods with guidance have their cached representations, too, or the targets
+    of `planned` in their place.
 
     Raises:
         ConfigError: Settings do not fit the data.
@@ -98,8 +106,8 @@ def on_disk(config: Config, method: str, partition: str, seed: int, client_id: i
     params, settings = config.params.train_fl, config.settings("methods", method)
     guidance = methods.guidance_of(settings)
     dataset = PreparedDataset(config.dataset_dir)
-    features = feature_check.open_checked(config, dataset) if guidance else None
-    source = GuidanceSource(features, guidance) if features and guidance else None
+    features = feature_check.open_checked(config, dataset) if guidance and not planned else None
+    source = GuidanceSource(features, guidance) if features and guidance else planned
     everything = dataset.load("train")
     if features:
         features.expect_labels(everything.labels)
@@ -219,7 +227,7 @@ def _synthetic(
 
 
 def _client(
-    train: Images, index: np.ndarray, extra: Images, chosen: np.ndarray, source: GuidanceSource | None
+    train: Images, index: np.ndarray, extra: Images, chosen: np.ndarray, source: TargetSource | None
 ) -> ClientData:
     """Return one client's samples on disk: the images `index` of the training split, and generated ones."""
     stores = (train.images, extra.images) if len(chosen) else (train.images,)

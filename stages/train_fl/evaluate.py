@@ -23,7 +23,7 @@ Predictor = Callable[[ImageRows], Tensor]
 """Images uint8 (N, 3, H, W) -> predicted labels int64 (N,), on the device."""
 
 _BATCH = 500  # images per forward pass on a GPU
-_CPU_BATCH = 100
+CPU_BATCH = 100
 
 
 class Evaluator(Protocol):
@@ -69,8 +69,8 @@ def in_batches(
         return function(to_model_range(batch.to(device)))
 
     if device.type == "cpu" and num_threads > 1:  # every thread reads its own batches
-        return torch.cat(in_threads(of, images.split(_CPU_BATCH), num_threads))
-    return torch.cat([of(batch) for batch in in_parts(images, _CPU_BATCH if device.type == "cpu" else _BATCH)])
+        return torch.cat(in_threads(of, images.split(CPU_BATCH), num_threads))
+    return torch.cat([of(batch) for batch in in_parts(images, CPU_BATCH if device.type == "cpu" else _BATCH)])
 
 
 def in_threads(function: Callable[[Any], Any], items: Sequence[Any], num_threads: int) -> list[Any]:

@@ -10,6 +10,7 @@ do not fit into memory, they stay `GuidanceOnDisk`, which reads them from the fe
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -42,6 +43,20 @@ class GuidanceTargets:
         return GuidanceTargets(*(devices.send(value, torch.device(device)) for value in vars(self).values()))
 
 
+class TargetSource(Protocol):
+    """Where targets come from: `GuidanceSource`, or `planned.PlannedSource` for estimates."""
+
+    @property
+    def num_dims(self) -> int:
+        """The length d of a target."""
+
+    def bytes_per_sample(self) -> int:
+        """Return the size of a sample's targets in memory."""
+
+    def read(self, index: np.ndarray, device: str | torch.device = "cpu") -> GuidanceTargets:
+        """Return the targets of the samples `index`, int64 (n,), positions in the training split."""
+
+
 class GuidanceSource:
     """Reader of a feature set's representations as targets of training."""
 
@@ -54,10 +69,8 @@ class GuidanceSource:
         self.num_dims = len(columns(settings, self._layers))
 
     def bytes_per_sample(self) -> int:
-        """Return the size of a sample's targets in memory: float32 of the terms that are used, and an int64."""
-        used = (self._settings.tdcl_weight > 0) * self._features.manifest.prompts_per_image
-        used += self._settings.ndcr_weight > 0
-        return used * self.num_dims * 4 + 8
+        """Return the size of a sample's targets in memory."""
+        return bytes_per_sample(self._settings, self._features.manifest.prompts_per_image, self.num_dims)
 
     def read(self, index: np.ndarray, device: str | torch.device = "cpu") -> GuidanceTargets:
         """Read the targets of the samples `index`, int64 (n,), positions in the training split, block by block."""
@@ -81,7 +94,7 @@ class GuidanceSource:
 class GuidanceOnDisk:
     """Targets of n images, read from the shards batch by batch; every row is checked as it is read."""
 
-    def __init__(self, source: GuidanceSource, index: np.ndarray) -> None:
+    def __init__(self, source: TargetSource, index: np.ndarray) -> None:
         """Represent the samples `index`, int64 (n,), positions in the training split."""
         self._source, self._index = source, index
 
@@ -100,6 +113,12 @@ class GuidanceOnDisk:
 
 
 GuidanceRows = GuidanceTargets | GuidanceOnDisk
+
+
+def bytes_per_sample(settings: Guidance, num_prompts: int, num_dims: int) -> int:
+    """Return the size of a sample's targets in memory: float32 of the terms that are used, and an int64."""
+    used = (settings.tdcl_weight > 0) * num_prompts + (settings.ndcr_weight > 0)
+    return used * num_dims * 4 + 8
 
 
 def columns(settings: Guidance, layers: Mapping[str, Sequence[int]]) -> list[int]:

@@ -2,7 +2,9 @@
 
 import threading
 import time
+import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,6 +43,22 @@ def test_out_of_memory_halves_the_batch_and_continues(workers):
     assert table.tolist() == list(range(19))
     assert batcher.batch_size == 2
     assert set(sizes) == {8, 4, 2}
+
+
+def test_a_table_takes_its_memory_once():
+    batches, alive = weakref.WeakSet(), []
+
+    class Memory(np.ndarray):
+        """An array that can be in a weak set."""
+
+        __hash__ = object.__hash__
+
+    def compute(index):
+        batches.add(memory := np.zeros(len(index)).view(Memory))
+        return torch.from_numpy(memory)
+
+    table = Batcher(2).table(compute, 19, lambda done: alive.append(len(batches)))
+    assert len(table) == 19 and len(alive) == 10 and max(alive) <= 2
 
 
 def test_real_exhaustion_of_cpu_memory_is_handled():

@@ -419,14 +419,16 @@ def test_image_conditioning_changes_only_prompted_features(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_dry_run_prints_the_cost_and_writes_nothing(unextracted, dtype):
-    result = invoke(unextracted, "extract-features", "--dry-run", "--negatives", "2", "--dtype", dtype)
+    flags = ("--dry-run", "--processes", "8", "--negatives", "2", "--dtype", dtype)
+    result = invoke(unextracted, "extract-features", *flags)
     assert result.exit_code == 0
-    assert "20 in 5 shards" in result.output and "4 per image, 80 in all" in result.output
+    assert "20 in 5 shards" in result.output and "4 per image, 80 in all, and 24 for the basis" in result.output
+    assert "8 processes, each with a GPU or a machine of its own" in result.output
     assert sorted(path.name for path in unextracted.iterdir()) == ["data", "models", "params.yaml"]
     assert re.search(r"^memory .*B per process", result.output, re.MULTILINE)
     assert re.search(r"^descriptors +about \d+ of ", result.output, re.MULTILINE)
     # a row: 144 dims x 2 bytes x (1 denoised + 3 prompted), 3 prompt numbers of 2 bytes, index, label, checksum
-    assert f"{20 * (144 * 2 * 4 + 3 * 2 + 8 + 8 + 4) / 1e6:.1f} MB" in result.output
+    assert f"{20 * (144 * 2 * 4 + 3 * 2 + 8 + 8 + 4) / 1e3:.1f} kB" in result.output
 
 
 def test_flops_are_counted_up_to_the_last_layer(tmp_path):

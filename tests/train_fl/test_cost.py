@@ -3,11 +3,17 @@
 import csv
 import json
 import re
+import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
+from pipeline.settings.params import Guidance
 from stages import train_fl
-from tests.conftest import invoke
+from stages.train_fl.planned import PlannedSource
+from tests.conftest import invoke, write_params
 from tests.train_fl import tiny_project
 
 
@@ -64,11 +70,65 @@ def test_lines_say_where_the_data_are_kept(tmp_path, monkeypatch):
     assert found["images"] == "9.22 kB, read from disk batch by batch" and found["held out"] == "4.61 kB, in memory"
 
 
+def test_memory_has_the_data_that_are_kept_in_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.memory.peak", lambda: 0)
+    project = tiny_project.make(tmp_path)
+    # 48 training and 24 held-out images of 8 x 8 pixels; for partition.json, two numbers of 8 bytes for each of 4
+    # clients and 3 classes, and 40 bytes for each training image
+    partition = 2 * 8 * 4 * 3 + 40 * 48
+    assert lines(project, "fedavg")["memory"].startswith(f"{(72 * 192 + partition) / 1000:.1f} kB per process")
+    monkeypatch.setattr("pipeline.memory.available", lambda: 8_000)
+    assert lines(project, "fedavg")["memory"].startswith(f"{(24 * 192 + partition) / 1000:.2f} kB per process")
+
+
+def test_time_has_that_to_start(tmp_path):
+    project, now = tiny_project.make(tmp_path), time.perf_counter()
+    found = train_fl.estimate(project, "fedavg", "dir", 0, started=now - 1000)
+    assert 1000 < found.start_seconds < 1000 + time.perf_counter() - now < found.seconds + 1
+    assert "17 min to start" in found.lines()[-1]
+    assert train_fl.estimate(project, "fedavg", "dir", 0).start_seconds < 1000
+
+
+def test_a_feature_set_need_not_exist(extracted, tmp_path):
+    def lines_of(*folders):
+        root = tmp_path / str(len(folders))
+        root.mkdir()
+        write_params(root, {})
+        for folder in folders:
+            (root / folder).parent.mkdir(exist_ok=True)
+            (root / folder).symlink_to(extracted / folder)
+        words = ("train-fl", "--method", "feddifrc", "--partition", "dir05", "--dry-run")
+        return invoke(root, *words).output.splitlines()
+
+    shared = ("data/datasets", "data/backbones")
+    exists, planned = lines_of(*shared, "data/features", "models"), lines_of(*shared, "models")
+    place = next(place for place, line in enumerate(exists) if line.startswith("guidance"))
+    assert planned[place] == exists[place] + " (of a set that is yet to be extracted)"
+    count = next(place for place, line in enumerate(exists) if line.startswith("checkpoint"))
+    assert planned[:place] == exists[:place] and planned[place + 1 : count] == exists[place + 1 : count]
+    (error,) = lines_of(*shared)  # without the model, how many numbers the features have is not known
+    assert "holds no feature set" in error and "Run `pipeline extract-features`" in error
+
+
+def test_planned_targets_are_those_of_the_terms_in_use():
+    settings = Guidance(layers="all", tdcl_weight=1.0, ndcr_weight=0.0)
+    source = PlannedSource(settings, num_prompts=3, num_dims=5)
+    found = source.read(np.arange(7))
+    assert found.denoised.shape == (7, 0) and found.prompted.shape == (7, 3, 5)
+    assert torch.allclose(found.prompted.norm(dim=-1), torch.ones(7, 3))
+    assert source.bytes_per_sample() == 3 * 5 * 4 + 8
+    both = PlannedSource(settings.model_copy(update={"ndcr_weight": 1.0}), 3, 5)
+    assert both.read(np.arange(7)).denoised.shape == (7, 5) and both.bytes_per_sample() == 4 * 5 * 4 + 8
+
+
 def test_evaluation_by_embeddings_is_counted(tmp_path):
     project = tiny_project.make(tmp_path, train_fl__augmentation="views")
     # 24 held-out images after each of 4 rounds and at the end, and the 48 training images as often
     assert train_fl.estimate(project, "simsiam", "dir", 0).evaluated == 5 * (24 + 48)
-    assert train_fl.estimate(project, "fedavg", "dir", 0).evaluated == 5 * 24 + 48
+    found = train_fl.estimate(project, "fedavg", "dir", 0)
+    assert (found.evaluated, found.evaluated_alone) == (5 * 24 + 48, 48)
+    found = replace(found, start_seconds=1, steps=6, seconds_per_step=2, seconds_per_image=0.5, workers=2)
+    assert found.seconds == 1 + (6 * 2 + 5 * 24 * 0.5) / 2 + 48 * 0.5
 
 
 def test_the_command_prints_an_estimate_for_every_seed(project):

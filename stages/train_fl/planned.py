@@ -1,0 +1,58 @@
+"""Random guidance targets in place of a feature set that does not exist yet, for estimates before an extraction.
+
+Their size follows from the settings, the class names and the frozen model's configuration.
+"""
+
+import numpy as np
+import torch
+
+from pipeline.data.datasets import PreparedDataset
+from pipeline.diffusion import prompts, representation
+from pipeline.io.system_errors import status
+from pipeline.settings.config import Config
+from pipeline.settings.params import Guidance
+from stages.train_fl import losses
+from stages.train_fl.guidance import GuidanceTargets, bytes_per_sample, columns
+
+
+class PlannedSource:
+    """A `guidance.TargetSource` of random targets."""
+
+    def __init__(self, settings: Guidance, num_prompts: int, num_dims: int) -> None:
+        """Make targets of `num_dims` numbers, for `num_prompts` prompts per image."""
+        self._settings, self._num_prompts, self.num_dims = settings, num_prompts, num_dims
+
+    def bytes_per_sample(self) -> int:
+        """Return the size of a sample's targets in memory."""
+        return bytes_per_sample(self._settings, self._num_prompts, self.num_dims)
+
+    def read(self, index: np.ndarray, device: str | torch.device = "cpu") -> GuidanceTargets:
+        """Return targets of unit length for n samples; a representation that no term uses is empty, (n, 0)."""
+        n, generator = len(index), torch.Generator().manual_seed(0)
+        shapes = {"denoised": (n, self.num_dims), "prompted": (n, self._num_prompts, self.num_dims)}
+        used = {"denoised": self._settings.ndcr_weight > 0, "prompted": self._settings.tdcl_weight > 0}
+        values = {
+            name: losses.unit(torch.rand(shape, generator=generator)) if used[name] else torch.empty(n, 0)
+            for name, shape in shapes.items()
+        }
+        return GuidanceTargets(**values, positive=torch.zeros(n, dtype=torch.int64)).to(device)
+
+
+def source(config: Config, guidance: Guidance) -> PlannedSource | None:
+    """Plan the targets of the feature set that params.yaml describes.
+
+    Return None if there is a set, or no frozen model whose configuration says how many channels its layers have.
+
+    Raises:
+        ConfigError: `guidance` names a layer that the set will not have.
+        PipelineError: The data set is missing, or the settings do not fit the model.
+    """
+    if status(config.features_dir / "manifest.json") or not status(config.backbone_dir / "model_index.json"):
+        return None
+    from pipeline.diffusion import backbones  # imports diffusers, which training does without
+
+    params = config.params.extract_features
+    channels = backbones.layer_channels(config.backbone_dir, params.layers)
+    layers = representation.column_ranges(channels, params.dims)
+    texts = prompts.build(params, PreparedDataset(config.dataset_dir).class_names, config.path)
+    return PlannedSource(guidance, prompts.per_image(texts, params.negatives), len(columns(guidance, layers)))
