@@ -14,7 +14,8 @@ Gaussian noise with a multiple of each dimension's standard deviation, one of th
 mean over all images in place of an image's prompted representations (needs `extract_features.negatives: all`).
 
     python benchmarks/inversion.py
-    python benchmarks/inversion.py --partition dir005 --seeds 5 --jobs 2 --figure docs/gallery/privacy.svg
+    pipeline preset digits-ablation
+    python benchmarks/inversion.py --partition nid1_005 --seeds 5 --jobs 2 --figure docs/gallery/privacy.svg
 """
 
 import contextlib
@@ -25,7 +26,7 @@ import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 import numpy as np
@@ -131,7 +132,7 @@ CHANGES: dict[str, Change] = {
     "class means, denoised": _class_means(denoised=True),
     **{f"{count} dims per layer": _first_dims(count) for count in (24, 12, 6, 3)},
     "int8": _int8,
-    **{f"noise {multiple:g}": _noise(multiple) for multiple in (0.25, 0.5, 1.0, 2.0, 4.0)},
+    **{f"noise {multiple:g}": _noise(multiple) for multiple in (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)},
 }
 
 
@@ -141,13 +142,30 @@ CHANGES: dict[str, Change] = {
 @click.option("--seeds", default=0, show_default=True, help="Seeds of the federated runs; 0 runs none.")
 @click.option("--jobs", default=1, show_default=True, help="Runs at a time, in processes of one thread.")
 @click.option("--figure", type=click.Path(path_type=Path), help="Write a picture of privacy against accuracy (SVG).")
+@click.option("--earlier", type=click.File(), help="Output of an earlier run, whose rows belong into the picture, too.")
 @click.option("--only", type=click.Choice(list(CHANGES)), multiple=True, help="Measure only this row; repeatable.")
-def main(file: Path, partition: str, seeds: int, jobs: int, figure: Path | None, only: tuple[str, ...]) -> None:
+def main(
+    file: Path,
+    partition: str,
+    seeds: int,
+    jobs: int,
+    figure: Path | None,
+    earlier: TextIO | None,
+    only: tuple[str, ...],
+) -> None:
     """Attack the project's own feature set."""
     result = measure(config.load(file), partition, seeds, list(only or CHANGES), jobs)
     click.echo(json.dumps(result | {"provenance": provenance.describe()}))
+    rows = result["rows"]
+    if earlier:
+        before = json.loads(earlier.read().splitlines()[-1])
+        if before["fedavg"] != result["fedavg"]:
+            raise click.UsageError(
+                f"{earlier.name} has other seeds or settings: its FedAvg differs. Run all rows again."
+            )
+        rows = before["rows"] | rows
     if figure and seeds:
-        figure.write_text(_picture(result["rows"]), encoding="utf-8")
+        figure.write_text(_picture(rows), encoding="utf-8")
 
 
 def measure(project: Config, partition: str, seeds: int, names: list[str], jobs: int = 1) -> dict[str, Any]:
