@@ -6,7 +6,8 @@ clients a round, tiny-sd as the frozen model, and one negative prompt per image.
 seconds, bytes of the feature set, the most memory of any of their processes, and the most descriptors open in one.
 Memory is watched until the result is printed: as a process ends, it touches 0.1 GB more of its libraries' files. The
 ratio is measured over predicted. Beyond --measure, dry runs also plan for 8 processes, with one negative prompt and
-with all prompts. Linux only: other systems do not say what another process needs.
+with all prompts, and FedAvg runs, which needs no features. Linux only: other systems do not say what another process
+needs.
 
     PYTHONPATH=. python benchmarks/plan.py                    # a quarter of an hour, 1 GB of a disk
     PYTHONPATH=. python benchmarks/plan.py --images 10000 --images 20000 --measure 10000 --work /tmp/plan
@@ -43,6 +44,7 @@ SETTINGS = {
     "train_fl.clients_per_round": 10,
 }
 PARTITION = "dir05"
+STAGES = ("extract-features", "train-fl", "train-fl, fedavg")
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
 _BYTES = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _WATCH_SECONDS = 0.05
@@ -76,7 +78,7 @@ def main(sizes: tuple[int, ...], measure: int, rounds: int, work: Path | None) -
 
 
 def compared(root: Path, images: int, rounds: int, is_measured: bool) -> dict[str, Any]:
-    """Make a project of this size, predict both stages, and run them if `is_measured`.
+    """Make a project of this size, predict both stages, and run them if `is_measured`, else FedAvg alone.
 
     Returns:
         Stage -> name -> {"predicted": number, "measured": number}, and the texts of the dry runs.
@@ -91,7 +93,8 @@ def compared(root: Path, images: int, rounds: int, is_measured: bool) -> dict[st
     several = ("--dry-run", f"--processes={PROCESSES}")
     _succeed(root, "prepare-backbone")
     extract = ("extract-features", *settings)
-    train = ("train-fl", "--method=feddifrc", f"--partition={PARTITION}", "--seed=0", *settings)
+    train = ("train-fl", f"--partition={PARTITION}", "--seed=0", *settings, "--method=feddifrc")
+    train_fedavg = (*train[:-1], "--method=fedavg")
     dry = {
         "extract-features": _succeed(root, *extract, "--dry-run").output,
         "train-fl": _succeed(root, *train, "--dry-run").output,
@@ -100,16 +103,18 @@ def compared(root: Path, images: int, rounds: int, is_measured: bool) -> dict[st
         every_prompt = (*extract, "--set=extract_features.negatives=all")
         dry["8 processes"] = _succeed(root, *extract, *several).output
         dry["8 processes, all prompts"] = _succeed(root, *every_prompt, *several).output
-    predicted = {"extract-features": predictions(dry["extract-features"]), "train-fl": predictions(dry["train-fl"])}
-    measured: dict[str, dict[str, float]] = {"extract-features": {}, "train-fl": {}}
+        dry["train-fl, fedavg"] = _succeed(root, *train_fedavg, "--dry-run").output
+    predicted = {stage: predictions(dry[stage]) for stage in STAGES if stage in dry}
+    measured: dict[str, dict[str, float]] = {stage: {} for stage in predicted}
     if is_measured:
         done = _succeed(root, *extract)
         features = Path(done.output.splitlines()[-1])
         passes = int(re.findall(r"(\d+) passes in", done.output)[0])
         measured["extract-features"] = _taken(done) | {"passes": passes, "disk": _bytes_in(features)}
-        done = _succeed(root, *train)
-        details = json.loads((Path(done.output.splitlines()[-1]) / "details.json").read_text())
-        measured["train-fl"] = _taken(done) | {"sent": details["bytes_down"] + details["bytes_up"]}
+    stage, words = ("train-fl", train) if is_measured else ("train-fl, fedavg", train_fedavg)
+    done = _succeed(root, *words)
+    details = json.loads((Path(done.output.splitlines()[-1]) / "details.json").read_text())
+    measured[stage] = _taken(done) | {"sent": details["bytes_down"] + details["bytes_up"]}
     stages = {
         stage: {
             name: {"predicted": value} | ({"measured": measured[stage][name]} if name in measured[stage] else {})
@@ -147,7 +152,8 @@ def predictions(text: str) -> dict[str, float]:
     if "sent" in lines:
         found |= {"steps": int(lines["steps"].split()[0])}
         found |= {"sent": _quantity(lines["sent"].rpartition("per round, ")[2], _BYTES)}
-        found |= {"guidance": _quantity(lines["guidance"], _BYTES)}
+        if lines["guidance"] != "none":
+            found |= {"guidance": _quantity(lines["guidance"], _BYTES)}
     return found
 
 
@@ -212,7 +218,7 @@ def _quantity(text: str, units: dict[str, float]) -> float:
 
 def _print_table(images: int, found: dict[str, Any]) -> None:
     click.echo(f"\n{images:,} images".ljust(40) + f"{'predicted':>12}{'measured':>12}{'ratio':>8}")
-    for stage in ("extract-features", "train-fl"):
+    for stage in (stage for stage in STAGES if stage in found):
         for name, pair in found[stage].items():
             values = [_said(name, value) for value in pair.values()]
             ratio = f"{pair['measured'] / pair['predicted']:.2f}" if "measured" in pair else ""

@@ -97,9 +97,8 @@ def train(
     for name in names:
         with _explained():
             experiments = _experiments(work, name, seeds, only)
-            earlier = _earlier(name, summaries) if extend else None
-            _run(experiments, jobs, earlier)
-            _write(name, experiments, earlier, summaries)
+            _run(experiments, jobs, _earlier(name, summaries) if extend else None)
+            _write(name, experiments, extend, summaries)
 
 
 @main.command()
@@ -110,8 +109,7 @@ def summarise(
     """Write the summary of each PRESET's finished runs."""
     for name in names:
         with _explained():
-            earlier = _earlier(name, summaries) if extend else None
-            _write(name, _experiments(work, name, seeds, only), earlier, summaries)
+            _write(name, _experiments(work, name, seeds, only), extend, summaries)
 
 
 @contextlib.contextmanager
@@ -122,12 +120,15 @@ def _explained() -> Iterator[None]:
         raise click.ClickException(str(error)) from None
 
 
-def _earlier(name: str, summaries: Path) -> Summary | None:
-    file = summaries / f"{name}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+def _earlier(name: str, summaries: Path) -> Summary:
+    try:
+        return json.loads((summaries / f"{name}.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{error.filename} does not exist. Train without --extend.") from None
 
 
-def _write(name: str, experiments: list[Experiment], earlier: Summary | None, summaries: Path) -> None:
+def _write(name: str, experiments: list[Experiment], extend: bool, summaries: Path) -> None:
+    earlier = _earlier(name, summaries) if extend else None
     summary = summary_of(name, [(one.changes, one.project) for one in experiments], earlier)
     summaries.mkdir(parents=True, exist_ok=True)
     atomic.write_json(summaries / f"{name}.json", summary)
@@ -163,8 +164,10 @@ def _experiments(work: Path, name: str, seeds: int | None, only: Sequence[str]) 
             params[section][entry] = value
         if seeds is not None:
             params["sweep"]["seeds"] = list(range(seeds))
+        if unknown := [method for method in only if method not in params["sweep"]["methods"]]:
+            raise ConfigError(f"{name} has no method {unknown[0]}. Use one of {', '.join(params['sweep']['methods'])}.")
         if only:
-            params["sweep"]["methods"] = [name for name in params["sweep"]["methods"] if name in only]
+            params["sweep"]["methods"] = list(only)
         params["runtime"]["workers"] = 1
         own = _write_params(work, f"{name}-{number}.yaml", params)
         experiments.append(Experiment(changes, own, config.load(own)))
@@ -259,29 +262,42 @@ def _known(earlier: Summary | None, changes: dict[str, Any]) -> list[tuple[str, 
 
 
 def extended(earlier: Summary, added: Summary) -> Summary:
-    """Return the runs of both summaries as one; DataError if a run that both have has two accuracies."""
-    result = copy.deepcopy(added)
+    """Return the runs of both summaries as one.
+
+    Raises:
+        DataError: A run that both have has two accuracies, or no run of a method with new ones is in both.
+    """
+    result = copy.deepcopy(earlier)
     result["num_rounds"] = min(earlier["num_rounds"], added["num_rounds"])
     result["hours"] = round(earlier["hours"] + added["hours"], 2)
     for key in ("commits", "hardware", "torch"):
         result[key] = sorted({*earlier[key], *added[key]})
-    for old in earlier["experiments"]:
-        own = next((one for one in result["experiments"] if one["changes"] == old["changes"]), None)
+    for new in added["experiments"]:
+        own = next((one for one in result["experiments"] if one["changes"] == new["changes"]), None)
         if own is None:
-            result["experiments"].append(old)
+            result["experiments"].append(new)
             continue
-        own["features"] = own["features"] or old["features"]
+        own["features"] = new["features"] or own["features"]
+        own["baseline"] = own["baseline"] or new["baseline"]
         for key in ("partitions", "unguided"):
-            own[key] = old[key] | own[key]
-        for partition, method, seed, accuracy in _each(old):
-            by_seed = own["accuracies"].setdefault(partition, {}).setdefault(method, {})
-            now = by_seed.setdefault(seed, accuracy)
-            if abs(now - accuracy) > 1e-6:
+            own[key] |= new[key]
+        before = {run[:3]: run[3] for run in _each(own)}
+        repeated = {method for partition, method, seed, _ in _each(new) if (partition, method, seed) in before}
+        for partition, method, seed, accuracy in _each(new):
+            where, old = (
+                f"{added['preset']}: {method} on {partition}, seed {seed}",
+                before.get((partition, method, seed)),
+            )
+            if old is not None and abs(old - accuracy) > 1e-6:
                 raise DataError(
-                    f"{added['preset']}: {method} on {partition}, seed {seed}: accuracy {now} here, and {accuracy} "
-                    "in the existing summary: code, settings or machine differ. Train all seeds, without --extend."
+                    f"{where}: accuracy {accuracy} here, and {old} in the existing summary: code, settings or machine "
+                    "differ. Train all seeds, without --extend."
                 )
-            own["accuracies"][partition][method] = dict(sorted(by_seed.items()))
+            if method not in repeated and any(known == method for _, known, _ in before):
+                raise DataError(f"{where}: no seed of the existing summary was trained again. Run `train` to its end.")
+            by_seed = own["accuracies"].setdefault(partition, {}).setdefault(method, {})
+            by_seed[str(seed)] = accuracy
+            own["accuracies"][partition][method] = dict(sorted(by_seed.items(), key=lambda item: int(item[0])))
     result["runs"] = sum(1 for one in result["experiments"] for _ in _each(one))
     return result
 

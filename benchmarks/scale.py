@@ -240,7 +240,9 @@ def _measure(measurement: Measurement, size: int, folder: Path) -> dict[str, flo
     resource.setrlimit(resource.RLIMIT_NOFILE, (MOST_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     action = measurement.set_up(folder, size)
     occupied = memory.anonymous if measurement.without_files else memory.peak
-    before = occupied() or 0
+    before = occupied()
+    if before is None:
+        raise click.ClickException("This system does not report memory without files.")
     done, files, most = threading.Event(), [0], [before]
 
     def watch() -> None:

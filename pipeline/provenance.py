@@ -79,7 +79,7 @@ def git_commit() -> str | None:
 def code_sha256() -> str:
     """Return the SHA-256 of the running code, for an installed package or a Flower app, which have no commit.
 
-    It is that of the first call: a process does not load code again that is edited while it runs.
+    It is that of the first call, when a run begins. Later edits hardly reach a process that has loaded the code.
     """
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()

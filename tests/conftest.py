@@ -107,7 +107,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start the server of quick programs, which all workers share; it imports nothing before a test uses it."""
+    """Start the server of quick programs, which all workers share; it imports nothing before the first program."""
     if forked.ADDRESS not in os.environ:
         config.add_cleanup(forked.start())
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from pipeline import memory
 from pipeline.data.datasets import PreparedDataset
 from pipeline.errors import PipelineError
 from pipeline.feature_store import FeatureSet
@@ -77,24 +78,54 @@ def test_reproduction_summary_is_extended_only_by_runs_that_agree_with_it(benchm
     about = {"preset": "x", "num_rounds": 20, "hours": 1.5, "commits": ["a"], "hardware": ["cpu"], "torch": ["2"]}
 
     def summary(changes, accuracies, **other):
-        own = {"changes": changes, "partitions": {name: name for name in accuracies}, "baseline": "fedavg"}
-        own |= {"unguided": {}, "accuracies": accuracies, "features": None}
+        own = {"changes": changes, "partitions": {name: name for name in accuracies}, "unguided": {}}
+        own |= {"baseline": other.pop("baseline", "fedavg"), "accuracies": accuracies, "features": None}
         return {**about, "runs": 0, "experiments": [own], **other}
 
     earlier = summary({}, {"iid": {"fedavg": {"0": 0.4, "1": 0.5}, "moon": {"0": 0.3}}, "nid2": {"moon": {"0": 0.2}}})
     kept = reproduction.seeds_to_keep(earlier, {})
     assert kept == {("iid", "fedavg"): {1}, ("iid", "moon"): set(), ("nid2", "moon"): {0}}
     assert reproduction.seeds_to_keep(earlier, {"a.b": 1}) == reproduction.seeds_to_keep(None, {}) == {}
-    added = summary({}, {"iid": {"fedavg": {0: 0.4, 2: 0.6}}}, commits=["b"], hours=1.0)
+    added = summary({}, {"iid": {"fedavg": {0: 0.4, 2: 0.6}}}, commits=["b"], hours=1.0, baseline=None)
     result = reproduction.extended(earlier, added)
-    assert result["experiments"][0]["accuracies"]["iid"] == {
-        "fedavg": {0: 0.4, 1: 0.5, 2: 0.6},
-        "moon": {0: 0.3},
+    (own,) = result["experiments"]
+    assert own["accuracies"] == {
+        "iid": {"fedavg": {"0": 0.4, "1": 0.5, "2": 0.6}, "moon": {"0": 0.3}},
+        "nid2": {"moon": {"0": 0.2}},
     }
+    assert list(own["accuracies"]["iid"]["fedavg"]) == ["0", "1", "2"] and own["baseline"] == "fedavg"
     assert (result["runs"], result["hours"], result["commits"]) == (5, 2.5, ["a", "b"])
     assert len(reproduction.extended(earlier, summary({"a.b": 1}, {"iid": {}}))["experiments"]) == 2
     with pytest.raises(PipelineError, match=r"fedavg on iid, seed 1: accuracy 0.51 here, and 0.5 in the existing"):
         reproduction.extended(earlier, summary({}, {"iid": {"fedavg": {1: 0.51}}}))
+    with pytest.raises(PipelineError, match=r"moon on nid2, seed 1: no seed of the existing summary was trained again"):
+        reproduction.extended(earlier, summary({}, {"nid2": {"moon": {1: 0.3}}}))
+
+
+def test_reproduction_summary_is_extended_by_some_methods_of_some_partitions(benchmark, tmp_path):
+    reproduction = benchmark("reproduction")
+    sweep = {"sweep.methods": ["fedavg", "fedprox"], "sweep.partitions": ["iid", "dir"], "sweep.seeds": [0]}
+    project = tiny_project.make(tmp_path, train_fl__num_rounds=1, **sweep)
+    for method, partition in (("fedavg", "iid"), ("fedprox", "iid")):
+        run(project, method, partition, 0)
+    earlier = json.loads(json.dumps(reproduction.summary_of("x", [({}, project)])))
+    run(project, "fedprox", "dir", 0)
+    result = reproduction.summary_of("x", [({}, project)], earlier)
+    (own,) = result["experiments"]
+    assert {key: list(value) for key, value in own["accuracies"].items()} == {
+        "iid": ["fedavg", "fedprox"],
+        "dir": ["fedprox"],
+    }
+    assert (result["runs"], own["baseline"]) == (3, "fedavg") and result["hours"] >= earlier["hours"]
+
+
+def test_reproduction_names_what_is_not_there(benchmark, tmp_path):
+    words = ["train", "digits-table", "--work", str(tmp_path), "--summaries", str(tmp_path)]
+    failed = CliRunner().invoke(benchmark("reproduction").main, [*words, "--method", "moo"])
+    assert failed.exit_code == 1 and "digits-table has no method moo. Use one of fedavg, " in failed.output
+    assert benchmark("reproduction")._earlier("digits-table", benchmark("reproduction_pages").SUMMARIES)["runs"] > 0
+    with pytest.raises(PipelineError, match=r"x.json does not exist. Train without --extend"):
+        benchmark("reproduction")._earlier("x", tmp_path)
 
 
 def test_reproduction_pages_are_made_from_their_summaries(benchmark):
@@ -259,6 +290,7 @@ def test_gpu_check_runs_on_a_cpu(benchmark, tmp_path):
     assert "WRONG" not in text and "FAILED" not in text
 
 
+@pytest.mark.skipif(memory.anonymous() is None, reason="the system does not report memory without files")
 def test_memory_of_a_federations_server_does_not_grow_with_its_participants(benchmark):
     """In memory, the replies of 16 and 128 participants would be 22 and 180 MB."""
     scale = benchmark("scale")

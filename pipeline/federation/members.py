@@ -147,11 +147,12 @@ class Members:
         """
         recipients = {message.metadata.dst_node_id for message in messages}
         by_node = {node_id: member for node_id, member in self._joined.items() if node_id in recipients}
-        timeout = self._params.round_timeout
-        failures = {member: f"no answer within {timeout:g} s" for member in by_node.values()}
+        sent, timeout = self._push(messages), self._params.round_timeout
+        failures = dict.fromkeys(by_node.values(), "the SuperLink did not take the request; its log says why")
+        failures |= {by_node[node_id]: f"no answer within {timeout:g} s" for node_id in sent.values()}
         answers: dict[Member, T] = {}
         self._silent |= recipients
-        for reply in self._replies(messages, timeout):
+        for reply in self._replies(list(sent), timeout):
             if not (member := by_node.get(reply.metadata.src_node_id)):
                 continue
             if not (reply.has_error() and reply.error.code in _NO_ANSWER):
@@ -170,12 +171,17 @@ class Members:
             {member: failures[member] for member in ascending if member not in answers},
         )
 
-    def _replies(self, messages: list[Message], timeout: float) -> Iterator[Message]:
-        """Send messages, and yield each reply once it has arrived, until all have or `timeout` has passed.
+    def _push(self, messages: list[Message]) -> dict[str, int]:
+        """Send messages, and return the number of the node by the id of each message that the SuperLink took."""
+        taken = set(filter(None, self._grid.push_messages(messages)))  # other messages have "" or no id in it
+        ids = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+        return {message_id: node_id for message_id, node_id in ids.items() if message_id in taken}
+
+    def _replies(self, waiting: list[str], timeout: float) -> Iterator[Message]:
+        """Yield each reply to the messages of these ids once it has arrived, until all have or `timeout` has passed.
 
         Flower's `send_and_receive` would return all together. The SuperLink deletes a reply that it has handed out.
         """
-        waiting = list(filter(None, self._grid.push_messages(messages)))  # others have "" or no id in it
         started = time.monotonic()
         while waiting:
             arrived = set()
@@ -187,7 +193,7 @@ class Members:
             waited = time.monotonic() - started
             if waited >= timeout:
                 return
-            if waiting:  # a round gets at most a tenth longer by it
+            if waiting:  # a round gets a tenth longer by it at most, or 0.1 s
                 time.sleep(min(_LONGEST_PAUSE, max(_SHORTEST_PAUSE, waited / 10), timeout - waited))
 
     def _ask_to_join(self, online: set[int]) -> None:
@@ -199,9 +205,7 @@ class Members:
         unknown = sorted(online - self._joined.keys() - waiting)
         if unknown:
             messages = [Message(RecordDict(), dst_node_id=node, message_type=JOIN, ttl=ttl) for node in unknown]
-            stored = set(filter(None, self._grid.push_messages(messages)))  # other messages have "" or no id in it
-            asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
-            self._asked |= {key: (node, now) for key, node in asked.items() if key in stored}
+            self._asked |= {message_id: (node, now) for message_id, node in self._push(messages).items()}
 
     def _collect(self) -> None:
         """Read the answers to requests to join that have arrived."""

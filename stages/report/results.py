@@ -75,7 +75,7 @@ class Results:
 
     def first_run(self, partition: str) -> Run:
         """Return the run of the first method and seed; the clients of its seed are the same for every method."""
-        return self.runs[partition, self.methods[0]][0]
+        return next(self.runs[partition, method][0] for method in self.methods if (partition, method) in self.runs)
 
     def of_method(self, method: str) -> list[Run]:
         """Return the method's runs of all partitions and seeds."""

@@ -1,8 +1,9 @@
 """Estimate what a run would do and cost before it runs: steps and time, bytes in memory, sent and on disk.
 
 Steps, participants and bytes are those of the run with this seed. Time is measured on a few batches of the largest
-client and of the held-out images, and that to start on the estimate itself; reading data that do not fit into memory is
-left out. The feature set need not exist yet. Nothing is written.
+client and of the held-out images, and that to start on the estimate itself. It leaves out reading data that do not fit
+into memory, and the k-NN search and linear probe of methods without labels. On a GPU, whose clients train side by side
+in streams, it is that of one after the other. The feature set need not exist yet. Nothing is written.
 """
 
 import json
@@ -13,7 +14,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from pipeline import estimates, memory, seeding
+from pipeline import estimates, seeding
 from pipeline.settings.config import Config
 from pipeline.text import duration, size
 from stages.train_fl import data as run_data
@@ -29,7 +30,8 @@ from stages.train_fl.rounds import Schedule
 from stages.train_fl.session import Job
 
 _TIMED_BATCHES = 3
-_TIMED_IMAGES = 256  # per worker, all side by side
+_TIMED_IMAGES = 256
+_TIMED_ROWS = 4096  # read from the disk
 _TIMED_CLIENTS = 100
 _INDEX_BYTES = 40  # of a Python integer in a list, as it is written to partition.json
 _MORE_DESCRIPTORS = 3  # the lock of the run, a file that is being written, and its folder
@@ -46,8 +48,7 @@ class Estimate:
     rounds: int
     samples: int  # of all clients
     steps: int  # of all clients in all rounds
-    evaluated: int  # images that are evaluated, in all rounds and at the end
-    evaluated_alone: int  # of these, the ones of clients whose images are a single batch, which workers cannot share
+    evaluated: int  # images that the busiest thread evaluates, in all rounds and at the end
     sizes: Sizes
     where: Placement
     features_exist: bool
@@ -67,9 +68,8 @@ class Estimate:
     @property
     def seconds(self) -> float:
         """The time of the run."""
-        shared = self.steps * self.seconds_per_step
-        shared += (self.evaluated - self.evaluated_alone) * self.seconds_per_image
-        return self.start_seconds + shared / self.workers + self.evaluated_alone * self.seconds_per_image
+        training = self.steps * self.seconds_per_step / self.workers
+        return self.start_seconds + training + self.evaluated * self.seconds_per_image
 
     def lines(self) -> list[str]:
         """Return the estimate as lines of text."""
@@ -82,6 +82,7 @@ class Estimate:
         empty = self.clients - self.clients_with_data
         targets = f"{size(self.sizes.guidance)}, {places[self.where.guidance]}" if self.sizes.guidance else "none"
         targets += "" if self.features_exist else " (of a set that is yet to be extracted)"
+        at_a_time = f"{self.workers} at a time" if self.device == "cpu" else "less with clients side by side"
         return [
             f"run           {self.name}",
             f"clients       {self.clients}{f', {empty} of them without samples' if empty else ''}; {self.participants} "
@@ -96,7 +97,7 @@ class Estimate:
             f"checkpoint    {size(self.server_state)} of the server, {size(self.client_states)} of the clients "
             f"({self.free_space})",
             *self.process,
-            f"time          {duration(self.seconds)} on {self.device}, {self.workers} at a time "
+            f"time          {duration(self.seconds)} on {self.device}, {at_a_time} "
             f"({duration(self.start_seconds)} to start, then {1e3 * self.seconds_per_step:.3g} ms per step, "
             "after timing a few batches)",
         ]
@@ -119,11 +120,12 @@ def estimate(
     """
     job = Job(config, method_name, partition_name, seed)
     job.check()
-    before, now = memory.peak(), time.perf_counter()
-    started = now if started is None else started
-    targets = planned.source(config, job.guidance) if job.guidance else None
-    # Planning a set needs libraries that a run does without.
-    planning_bytes, planning_seconds = memory.peak() - before, time.perf_counter() - now
+    now = time.perf_counter()
+    started, targets, planning_bytes = now if started is None else started, None, 0
+    if job.guidance and planned.is_possible(config):
+        planning_bytes = planned.library_bytes()  # which a run does without
+        targets = planned.source(config, job.guidance, job.method_class.needs_labels, method_name)
+    planning_seconds = time.perf_counter() - now
     runtime, schedule = config.params.runtime, job.schedule
     device = session.prepare_torch(runtime)
     data = run_data.on_disk(config, method_name, partition_name, seed, planned=targets)
@@ -131,28 +133,35 @@ def estimate(
     with_data = [client for client, own in enumerate(data.clients) if len(own)]
     chosen = [rounds.sample_clients(with_data, schedule, number + 1) for number in range(schedule.num_rounds)]
     num_workers = max(1, min(workers.resolve(runtime.workers, device), schedule.clients_per_round, len(with_data)))
+    at_once = num_workers
     if device != "cpu":  # streams share one GPU: how much time they save is not known
         num_workers = 1
     server = method.init_server(session.weights_of(model))
     start_seconds = time.perf_counter() - started - planning_seconds + _time_partition(data)
-    trial = _try(method, data, server.weights, server.broadcast, schedule, device)
     sizes = data.sizes
     where = placement.place(sizes, device)
+    if where.images != "disk":
+        start_seconds += _time_reading(data)
+    trial = _try(method, data, server.weights, server.broadcast, schedule, device)
     kept = [getattr(sizes, part.name) for part in fields(sizes) if getattr(where, part.name) == "host"]
     on_device = [getattr(sizes, part.name) for part in fields(sizes) if getattr(where, part.name) == "device"]
     partition_bytes = 2 * data.label_counts.nbytes + _INDEX_BYTES * sum(map(len, data.parts))
-    num_samples, num_held_out = sum(map(len, data.clients)), len(data.held_out.labels)
-    embedded = 0 if method.needs_labels else num_samples  # by the probes
+    held_out = _of_busiest(len(data.held_out.labels), num_workers)
+    of_clients = sum(_of_busiest(len(client), num_workers) for client in data.clients)  # one client after the other
+    # After each round the held-out images, at the end for the clients' classes and for domains, and every client's. The
+    # probes of methods without labels embed all clients after each round, and at the end for each of two classifiers.
+    evaluated = (schedule.num_rounds + 2) * held_out + of_clients
+    if not method.needs_labels:
+        evaluated += 2 * held_out + (schedule.num_rounds + 2) * of_clients
     return Estimate(
         name=job.name,
         clients=len(data.clients),
         clients_with_data=len(with_data),
         participants=len(chosen[0]),
         rounds=schedule.num_rounds,
-        samples=num_samples,
+        samples=sum(map(len, data.clients)),
         steps=sum(_steps(len(data.clients[client]), schedule) for participants in chosen for client in participants),
-        evaluated=schedule.num_rounds * (num_held_out + embedded) + num_samples + num_held_out,
-        evaluated_alone=sum(len(client) for client in data.clients if len(client) <= CPU_BATCH),
+        evaluated=evaluated,
         sizes=sizes,
         where=where,
         features_exist=targets is None,
@@ -164,13 +173,13 @@ def estimate(
         free_space=estimates.free_space(config.state_dir),
         start_seconds=start_seconds,
         seconds_per_step=trial.seconds_per_step,
-        seconds_per_image=_time_evaluation(model, data, device, num_workers),
+        seconds_per_image=_time_evaluation(model, data, device),
         workers=num_workers,
         device=device,
         process=estimates.of_process(
             device,
             sum(kept if device.startswith("cuda") else on_device) + partition_bytes - planning_bytes,
-            sum(on_device),
+            sum(on_device) + (at_once - 1) * trial.device_bytes,
             _MORE_DESCRIPTORS + (3 * num_workers if num_workers > 1 else 0),
         ),
     )
@@ -183,16 +192,16 @@ class _Trial:
     seconds_per_step: float
     up: int
     state: int
+    device_bytes: int  # of a GPU, while it trains
 
 
 def _try(
     method: Method, data: FederatedData, weights: Weights, broadcast: Weights, schedule: Schedule, device: str
 ) -> _Trial:
     """Train twice on a few batches of the largest client: only the second time has it a state."""
-    largest = max(data.clients, key=len)
-    first = torch.arange(min(len(largest), _TIMED_BATCHES * schedule.batch_size))
-    guidance = largest.guidance.select(first) if largest.guidance else None
-    client = ClientData(largest.images[first], largest.labels[first], guidance).to(device)
+    on_gpu = device.startswith("cuda")
+    before = torch.cuda.memory_allocated(device) if on_gpu else 0
+    client = _first_rows(data, _TIMED_BATCHES * schedule.batch_size).to(device)
     generator = seeding.torch_generator(schedule.seed, "estimate")
     batches = Batches(client, 1, schedule.batch_size, schedule.augmentation, generator, device)
 
@@ -205,7 +214,23 @@ def _try(
         up = rounds.update_bytes(update)
 
     seconds = _timed(train, device)
-    return _Trial(seconds / _steps(len(client), schedule, epochs=1), up, rounds.num_bytes(state))
+    device_bytes = torch.cuda.max_memory_allocated(device) - before if on_gpu else 0
+    return _Trial(seconds / _steps(len(client), schedule, epochs=1), up, rounds.num_bytes(state), device_bytes)
+
+
+def _first_rows(data: FederatedData, count: int) -> ClientData:
+    """Return the first `count` samples of the largest client, or all that it has."""
+    largest = max(data.clients, key=len)
+    first = torch.arange(min(len(largest), count))
+    guidance = largest.guidance.select(first) if largest.guidance else None
+    return ClientData(largest.images[first], largest.labels[first], guidance)
+
+
+def _time_reading(data: FederatedData) -> float:
+    """Return the seconds of reading the images and targets of all clients."""
+    started = time.perf_counter()
+    read = len(_first_rows(data, _TIMED_ROWS).to("cpu"))
+    return (time.perf_counter() - started) * sum(map(len, data.clients)) / read
 
 
 def _time_partition(data: FederatedData) -> float:
@@ -216,12 +241,16 @@ def _time_partition(data: FederatedData) -> float:
     return 2 * (time.perf_counter() - started) * len(data.label_counts) / len(some)
 
 
-def _time_evaluation(model: FLModel, data: FederatedData, device: str, num_workers: int) -> float:
-    """Return the seconds that one worker needs to evaluate an image."""
-    some = data.held_out.images.split(_TIMED_IMAGES * num_workers)[0].to("cpu")
+def _time_evaluation(model: FLModel, data: FederatedData, device: str) -> float:
+    """Return the seconds that one thread needs to evaluate an image."""
+    some = data.held_out.images.split(_TIMED_IMAGES)[0].to("cpu")
     model.eval()
-    seconds = _timed(lambda: in_batches(model.embed, some, torch.device(device), num_workers), device)
-    return num_workers * seconds / len(some)
+    return _timed(lambda: in_batches(model.embed, some, torch.device(device)), device) / len(some)
+
+
+def _of_busiest(count: int, num_threads: int) -> int:
+    """Return how many of so many images the busiest thread evaluates: a batch is not divided."""
+    return min(count, CPU_BATCH * math.ceil(math.ceil(count / CPU_BATCH) / num_threads))
 
 
 def _timed(action: Callable[[], object], device: str) -> float:

@@ -59,19 +59,34 @@ def check_method(features: FeatureSet, index: np.ndarray, guidance: Guidance, ne
         FeatureSetError: The prompts name classes and training uses no labels, or the reverse; or TDCL has nothing to
             contrast.
     """
-    names_classes = features.manifest.content.positive == "label"
+    check_prompts(features.manifest.content.positive, needs_labels, method, f"{features.path} was extracted with")
+    if guidance.tdcl_weight:
+        _check_prompts_differ(features, index)
+
+
+def check_prompts(positive: str, needs_labels: bool, method: str, has: str) -> None:
+    """Check that prompts suit a method: what is guided by the class's prompt sees the labels.
+
+    Args:
+        positive: Which prompt matches an image: `feature_store.Content.positive`.
+        needs_labels: Whether the method trains with labels.
+        method: Its name.
+        has: Start of the message, before "prompts that ...".
+
+    Raises:
+        FeatureSetError: The prompts name classes and training uses no labels, or the reverse.
+    """
+    names_classes = positive == "label"
     if names_classes and not needs_labels:
         raise FeatureSetError(
-            f"{features.path} was extracted with prompts that name each image's class, which training without labels "
-            f"({method}) must not see. Set extract_features.prompts to self-supervised and extract."
+            f"{has} prompts that name each image's class, which training without labels ({method}) must not see. Set "
+            "extract_features.prompts to self-supervised and extract."
         )
     if needs_labels and not names_classes:
         raise FeatureSetError(
-            f"{features.path} was extracted with self-supervised prompts, which name no class, but {method} trains "
-            "with labels and is guided by the class's prompt. Set extract_features.prompts to class and extract."
+            f"{has} self-supervised prompts, which name no class, but {method} trains with labels and is guided by the "
+            "class's prompt. Set extract_features.prompts to class and extract."
         )
-    if guidance.tdcl_weight:
-        _check_prompts_differ(features, index)
 
 
 def _check_prompts_differ(features: FeatureSet, index: np.ndarray) -> None:

@@ -3,15 +3,18 @@
 Their size follows from the settings, the class names and the frozen model's configuration.
 """
 
+import functools
+
 import numpy as np
 import torch
 
+from pipeline import memory
 from pipeline.data.datasets import PreparedDataset
 from pipeline.diffusion import prompts, representation
 from pipeline.io.system_errors import status
 from pipeline.settings.config import Config
 from pipeline.settings.params import Guidance
-from stages.train_fl import losses
+from stages.train_fl import feature_check, losses
 from stages.train_fl.guidance import GuidanceTargets, bytes_per_sample, columns
 
 
@@ -38,21 +41,34 @@ class PlannedSource:
         return GuidanceTargets(**values, positive=torch.zeros(n, dtype=torch.int64)).to(device)
 
 
-def source(config: Config, guidance: Guidance) -> PlannedSource | None:
-    """Plan the targets of the feature set that params.yaml describes.
+def is_possible(config: Config) -> bool:
+    """Return whether there is no feature set, but a frozen model that says how many channels its layers have."""
+    has_set = status(config.features_dir / "manifest.json")
+    return not has_set and bool(status(config.backbone_dir / "model_index.json"))
 
-    Return None if there is a set, or no frozen model whose configuration says how many channels its layers have.
+
+@functools.cache
+def library_bytes() -> int:
+    """Import diffusers, which training does without, and return the memory that this took."""
+    before = memory.peak()
+    from pipeline.diffusion import backbones  # noqa: F401
+
+    return memory.peak() - before
+
+
+def source(config: Config, guidance: Guidance, needs_labels: bool, method: str) -> PlannedSource:
+    """Plan the targets of the feature set that params.yaml describes, for a method; see `is_possible`.
 
     Raises:
         ConfigError: `guidance` names a layer that the set will not have.
+        FeatureSetError: Its prompts do not suit the method.
         PipelineError: The data set is missing, or the settings do not fit the model.
     """
-    if status(config.features_dir / "manifest.json") or not status(config.backbone_dir / "model_index.json"):
-        return None
-    from pipeline.diffusion import backbones  # imports diffusers, which training does without
+    from pipeline.diffusion import backbones
 
     params = config.params.extract_features
     channels = backbones.layer_channels(config.backbone_dir, params.layers)
     layers = representation.column_ranges(channels, params.dims)
     texts = prompts.build(params, PreparedDataset(config.dataset_dir).class_names, config.path)
+    feature_check.check_prompts(texts.positive, needs_labels, method, "params.yaml asks for a feature set with")
     return PlannedSource(guidance, prompts.per_image(texts, params.negatives), len(columns(guidance, layers)))

@@ -235,13 +235,15 @@ def _run(connection: socket.socket) -> None:
 
 def _run_program(arguments: list[str], site: str | None) -> NoReturn:
     sys.argv, name = arguments, Path(arguments[0]).name
-    if name == "python" and "-c" in arguments:
-        sys.modules["__main__"] = types.ModuleType("__main__")
-        sys.stdin = open(0, closefd=False)  # which multiprocessing has replaced
-        exec(arguments[-1], sys.modules["__main__"].__dict__)
-        sys.exit()
     if name == "python":
-        sys.argv = arguments[arguments.index("-m") + 1 :]
+        first = next(place for place, word in enumerate(arguments) if word in ("-c", "-m"))
+        sys.argv = arguments[first + 1 :]
+        if arguments[first] == "-c":
+            code, sys.argv[0] = sys.argv[0], "-c"
+            sys.modules["__main__"] = types.ModuleType("__main__")
+            sys.stdin = open(0, closefd=False)  # which multiprocessing has replaced
+            exec(code, sys.modules["__main__"].__dict__)
+            sys.exit()
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         sys.exit()
     sys.path[0] = site or str(Path(sys.executable).parent)  # as for an installed program

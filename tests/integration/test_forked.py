@@ -20,9 +20,10 @@ def test_output_and_exit_code_are_those_of_the_program(quick_bin, tmp_path):
 
 def test_code_runs_as_in_an_interpreter_and_reads_its_input(tmp_path):
     write_programs(tmp_path, "python")
-    code = "import sys; print(__name__, 'torch' in sys.modules, input()); sys.exit(3)"
-    done = subprocess.run([tmp_path / "python", "-u", "-c", code], input="x\n", capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (3, "__main__ True x\n", "")
+    code = "import sys; print(__name__, 'torch' in sys.modules, input(), sys.argv); sys.exit(3)"
+    words = [tmp_path / "python", "-u", "-c", code, "-m"]
+    done = subprocess.run(words, input="x\n", capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "__main__ True x ['-c', '-m']\n", "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])

@@ -12,6 +12,7 @@ import torch
 
 from pipeline.settings.params import Guidance
 from stages import train_fl
+from stages.train_fl import cost
 from stages.train_fl.planned import PlannedSource
 from tests.conftest import invoke, write_params
 from tests.train_fl import tiny_project
@@ -123,12 +124,28 @@ def test_planned_targets_are_those_of_the_terms_in_use():
 
 def test_evaluation_by_embeddings_is_counted(tmp_path):
     project = tiny_project.make(tmp_path, train_fl__augmentation="views")
-    # 24 held-out images after each of 4 rounds and at the end, and the 48 training images as often
-    assert train_fl.estimate(project, "simsiam", "dir", 0).evaluated == 5 * (24 + 48)
+    # 24 held-out images after each of 4 rounds and four times at the end, 48 training images as often but for one time
+    assert train_fl.estimate(project, "simsiam", "dir", 0).evaluated == 8 * 24 + 7 * 48
     found = train_fl.estimate(project, "fedavg", "dir", 0)
-    assert (found.evaluated, found.evaluated_alone) == (5 * 24 + 48, 48)
+    assert found.evaluated == 6 * 24 + 48
     found = replace(found, start_seconds=1, steps=6, seconds_per_step=2, seconds_per_image=0.5, workers=2)
-    assert found.seconds == 1 + (6 * 2 + 5 * 24 * 0.5) / 2 + 48 * 0.5
+    assert found.seconds == 1 + 6 * 2 / 2 + (6 * 24 + 48) * 0.5
+
+
+def test_threads_evaluate_whole_batches():
+    # of 250 images in batches of 100, 100 and 50, one thread has all, each of two at most two batches, of four one
+    assert [cost._of_busiest(250, threads) for threads in (1, 2, 4)] == [250, 200, 100]
+    assert cost._of_busiest(7, 4) == 7
+
+
+def test_a_set_that_would_not_suit_the_method_is_rejected(extracted, tmp_path):
+    write_params(tmp_path, {"train_fl.augmentation": "views"})
+    for folder in ("data/datasets", "data/backbones", "models"):
+        (tmp_path / folder).parent.mkdir(exist_ok=True)
+        (tmp_path / folder).symlink_to(extracted / folder)
+    result = invoke(tmp_path, "train-fl", "--method", "feddifrc-ssl", "--partition", "dir05", "--dry-run")
+    assert result.exit_code == 1
+    assert "asks for a feature set with prompts that name each image's class, which training without" in result.output
 
 
 def test_the_command_prints_an_estimate_for_every_seed(project):

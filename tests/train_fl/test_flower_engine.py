@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from pipeline.errors import PipelineError
 from pipeline.federation import app, node
 from stages.report import read_runs, summary
-from stages.train_fl.engines.flower import client, privacy
+from stages.train_fl.engines.flower import client, privacy, strategy
 from stages.train_fl.evaluate import Classification
 from stages.train_fl.methods import Scaffold, method_class
 from stages.train_fl.methods.fedavg import FedAvg
@@ -650,6 +650,14 @@ def test_extras_of_a_method_are_checked(project, monkeypatch, method, change, wo
     found = outcomes(result(project, method))
     assert words in found.pop((1, "n1"))
     assert set(found.values()) == {"trained"}
+
+
+def test_extras_that_would_fill_the_disk_are_rejected(project, monkeypatch):
+    monkeypatch.setattr(strategy, "_LEAST_EXTRAS", 0)  # four times the model, which has 5,000 numbers, are the most
+    federation = all_take_part(project, monkeypatch, "scaffold", changes={"train_fl.num_rounds": 1})
+    federation.after = spoil(lambda content: first(content, lambda array: np.zeros(10**6, np.float32)))
+    federation.serve()
+    assert "it has extras of 4." in outcomes(result(project, "scaffold")).pop((1, "n1"))
 
 
 def test_unreadable_arrays_are_skipped_by_name(project, monkeypatch):

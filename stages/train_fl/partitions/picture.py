@@ -18,12 +18,13 @@ _MAX_NUMBERED_CELLS = 400
 
 def write(path: Path, counts: np.ndarray, class_names: list[str]) -> None:
     """Write an SVG heat map of samples, int64 (num_clients, num_classes); equal counts give equal bytes."""
-    atomic.write_text(path, _drawn(counts.shape, np.ascontiguousarray(counts, np.int64).tobytes(), tuple(class_names)))
+    draw = _drawn if counts.size <= _MAX_NUMBERED_CELLS else _drawn.__wrapped__
+    atomic.write_text(path, draw(counts.shape, np.ascontiguousarray(counts, np.int64).tobytes(), tuple(class_names)))
 
 
 @functools.lru_cache(16)
 def _drawn(shape: tuple[int, int], counts: bytes, class_names: tuple[str, ...]) -> str:
-    """Draw a picture once: the methods that are compared on a partition all have the same."""
+    """Draw a small picture once per process: methods that are compared in a loop share their partitions."""
     return _heat_map(np.frombuffer(counts, np.int64).reshape(shape), class_names)
 
 

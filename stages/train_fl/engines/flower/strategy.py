@@ -7,7 +7,7 @@ run stops and can be resumed.
 
 Methods add updates in the order of clients, whatever the order of their replies. So every reply is checked when it
 arrives, and its tensors move to a file without a name (`pipeline.io.unnamed`) until the round ends: the server's memory
-does not depend on the number of participants. Wrappers get the replies' messages without their arrays.
+hardly grows with the number of participants. Wrappers get the replies' messages without their arrays.
 """
 
 import collections
@@ -24,6 +24,7 @@ from pipeline.errors import DataError, PipelineError
 from pipeline.federation.members import Member, Members
 from pipeline.io import unnamed
 from pipeline.settings.params import CentralPrivacy, Federation
+from pipeline.text import size
 from stages.train_fl import rounds
 from stages.train_fl.client_states import ClientStates
 from stages.train_fl.engines.flower.messages import TrainReply, TrainRequest, signature, to_record, to_tensors
@@ -33,6 +34,9 @@ from stages.train_fl.rounds import Progress, Round, Schedule
 from stages.train_fl.session import Job
 
 Reply = tuple[Message, TrainReply]
+
+_LEAST_EXTRAS = 64_000_000
+"""Bytes that the extras of a reply may have, whatever the size of the model."""
 
 
 class MethodStrategy(Strategy):
@@ -82,6 +86,10 @@ class MethodStrategy(Strategy):
                 f"invalid reply (trained on {read.update.num_samples} images in {read.update.num_steps} steps, but "
                 f"joined with {member.num_samples} images, which make {steps} steps)"
             )
+        weights, broadcast = self.progress.server.weights, self.progress.server.broadcast
+        limit = max(_LEAST_EXTRAS, 4 * (rounds.num_bytes(weights) + rounds.num_bytes(broadcast)))
+        if (found := rounds.num_bytes(read.update.extras)) > limit:  # they would fill the server's disk
+            raise DataError(f"invalid reply (it has extras of {size(found)}, and {size(limit)} are the most)")
         reply.content.clear()
         weights, extras = (unnamed.on_disk(part, self._folder) for part in (read.update.weights, read.update.extras))
         return reply, replace(read, update=replace(read.update, weights=weights, extras=extras))
