@@ -250,15 +250,19 @@ def test_plan_watches_a_command_until_its_last_line(benchmark, tmp_path):
     plan = benchmark("plan")
     code = """
 import multiprocessing, time
-def child():
+def child(ready):
     taken, files = b"x" * 150_000_000, [open("/dev/null") for _ in range(20)]
-    time.sleep(0.5)
-multiprocessing.get_context("fork").Process(target=child).start()
-time.sleep(0.4)
+    ready.set()
+    time.sleep(1)
+forked = multiprocessing.get_context("fork")
+ready = forked.Event()
+forked.Process(target=child, args=(ready,)).start()
+ready.wait()
+time.sleep(0.5)
 print("done", flush=True)
-time.sleep(0.3)
+time.sleep(0.5)
 later, files = b"x" * 400_000_000, [open("/dev/null") for _ in range(50)]
-time.sleep(0.3)
+time.sleep(0.2)
 """
     found = plan.watched([sys.executable, "-c", code], tmp_path)
     assert found.output == "done" and found.seconds > 1

@@ -653,9 +653,9 @@ def test_extras_of_a_method_are_checked(project, monkeypatch, method, change, wo
 
 
 def test_extras_that_would_fill_the_disk_are_rejected(project, monkeypatch):
-    monkeypatch.setattr(strategy, "_LEAST_EXTRAS", 0)  # four times the model, which has 5,000 numbers, are the most
+    monkeypatch.setattr(strategy, "_LEAST_EXTRAS", 0)  # four times the model are the most
     federation = all_take_part(project, monkeypatch, "scaffold", changes={"train_fl.num_rounds": 1})
-    federation.after = spoil(lambda content: first(content, lambda array: np.zeros(10**6, np.float32)))
+    federation.after = spoil(lambda content: first(content, lambda array: np.zeros(10**7, np.float32)))
     federation.serve()
     assert "it has extras of 4." in outcomes(result(project, "scaffold")).pop((1, "n1"))
 
