@@ -243,10 +243,13 @@ def _picture(result: dict[str, dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(6.4, 4.2))
     axes = figure.add_subplot()
     axes.grid()
+    places: list[tuple[float, float]] = []
     for name, row in result.items():
         place = 100 * row["identified"], 100 * row["gain"]
+        near = sum(abs(x - place[0]) < 8 and abs(y - place[1]) < 0.6 for x, y in places)  # whose text would be under it
+        places.append(place)
         axes.errorbar(*place, yerr=100 * row["half_width"], fmt="o", color="#0072B2", ecolor="#0072B255", capsize=2)
-        axes.annotate(name, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axes.annotate(name, place, xytext=(5, 4 - 10 * near), textcoords="offset points", fontsize=8)
     axes.axhline(0, color=plotting.INK, lw=0.8)
     axes.set(xlabel="hidden images identified, %", ylabel="gain of FedDifRC over FedAvg, points")
     return figure
