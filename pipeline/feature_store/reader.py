@@ -347,8 +347,9 @@ def parse_manifest(text: bytes, file: Path) -> Manifest:
     """
     try:
         version = _Versioned.model_validate_json(text).format_version
-        if version not in FORMAT_VERSIONS.values():
-            known = " and ".join(map(str, FORMAT_VERSIONS.values()))
+        if version not in FORMAT_VERSIONS:
+            *others, last = FORMAT_VERSIONS
+            known = f"{', '.join(map(str, others))} and {last}"
             problem = f"{file} has format version {version}, but this program reads {known}"
             raise FeatureSetError(f"{problem}. Update the program.")
         manifest = Manifest.model_validate_json(text)
