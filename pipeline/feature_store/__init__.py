@@ -47,6 +47,7 @@ from pipeline.feature_store.schema import (
     InvalidFeatureSet,
     LayerBasis,
     Manifest,
+    Noise,
     Plan,
     positive_matches,
 )
@@ -54,5 +55,6 @@ from pipeline.feature_store.writer import FeatureSetWriter, write_basis_file
 
 __all__ = [
     "Basis", "Content", "FeatureSet", "FeatureSetWriter", "Features", "FileEntry", "InvalidFeatureSet", "LayerBasis",
-    "Manifest", "Plan", "positive_matches", "read_basis", "read_basis_file", "read_manifest", "write_basis_file",
+    "Manifest", "Noise", "Plan", "positive_matches", "read_basis", "read_basis_file", "read_manifest",
+    "write_basis_file",
 ]  # fmt: skip
