@@ -94,6 +94,7 @@ def test_a_copy_is_a_set_of_its_own_and_its_source_is_unchanged(tmp_path):
     assert verification.problems(found.path, full=True) == []
     ours, theirs = found.manifest, source.manifest
     assert ours.content.added_noise.scale == 4 and ours.fingerprint != theirs.fingerprint
+    assert "; noise of 4 standard deviations; fingerprint" in repr(found) and "noise" not in repr(source)
     # besides the noise, it is as it was
     assert ours.content.model_copy(update={"added_noise": None}).fingerprint == theirs.fingerprint
     assert (ours.provenance, ours.plan.rows_per_shard) == (theirs.provenance, PER_SHARD)
