@@ -5,6 +5,7 @@ a linear map from features to pixels (ridge regression), and applies it to the f
 
     explained     share of the pixels' variance that the reconstructions explain; predicting the mean image gives 0
     identified    how often the hidden image nearest to a reconstruction is the right one; chance is 1 / their number
+    recognised    how often the row nearest to an image's own features is its row, for who has the image and the model
     label         accuracy of logistic regression on the features (every shard also contains the labels themselves)
     gain          with --seeds: accuracy of FedDifRC trained from these features minus that of FedAvg, seed by seed,
                   and the half-width of its 95 % interval (Student's t over seeds)
@@ -182,11 +183,15 @@ def measure(project: Config, partition: str, seeds: int, names: list[str], jobs:
         found = dict(zip(runs, track(trained, "runs", len(runs), "run"), strict=True))
     baseline = [found["fedavg", seed] for seed in range(seeds)]
     rows: dict[str, dict[str, Any]] = {}
-    click.echo(f"{'shared':20}{'numbers':>9}{'explained':>11}{'identified':>12}{'label':>8}{'gain':>8}")
+    click.echo(
+        f"{'shared':24}{'numbers':>9}{'explained':>11}{'identified':>12}{'recognised':>12}{'label':>8}{'gain':>8}"
+    )
+    original = FeatureSet(project.features_dir).read(np.arange(len(images)))
     for name in names:
         shared = SharedSet(project.features_dir, CHANGES[name])
-        row = rows[name] = _attack(shared.read(np.arange(len(images))), images, known, hidden)
-        line = f"{name:20}{row['numbers']:>9}{row['explained']:>11.1%}{row['identified']:>12.1%}{row['label']:>8.1%}"
+        row = rows[name] = _attack(original, shared, images, known, hidden)
+        line = f"{name:24}{row['numbers']:>9}{row['explained']:>11.1%}{row['identified']:>12.1%}"
+        line += f"{row['recognised']:>12.1%}{row['label']:>8.1%}"
         if seeds:
             gain = accuracy.gain([found[name, seed] for seed in range(seeds)], baseline)
             half_width = float("nan") if gain.half_width is None else gain.half_width
@@ -197,21 +202,36 @@ def measure(project: Config, partition: str, seeds: int, names: list[str], jobs:
     return {"hidden": len(hidden), "partition": partition, "fedavg": baseline, "rows": rows}
 
 
-def _attack(rows: Features, images: Images, known: np.ndarray, hidden: np.ndarray) -> dict[str, float]:
+def _numbers(rows: Features) -> np.ndarray:
+    """Return all numbers of each image, float64 (n, numbers)."""
+    return np.concatenate([rows.denoised, rows.prompted.reshape(len(rows), -1)], 1).astype(np.float64)
+
+
+def _nearest(points: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """Return for each of n points, float (n, d), the position of the nearest of m candidates, float (m, d)."""
+    return ((candidates**2).sum(1) - 2 * points @ candidates.T).argmin(1)
+
+
+def _attack(
+    original: Features, shared: SharedSet, images: Images, known: np.ndarray, hidden: np.ndarray
+) -> dict[str, float]:
+    rows = shared.read(np.arange(len(images)))
     pixels = images.images.mean(3).reshape(len(images), -1) / 255.0  # grey
-    values = np.concatenate([rows.denoised, rows.prompted.reshape(len(rows), -1)], 1).astype(np.float64)
-    values = values[:, values.std(0) > 0]
-    if not (numbers := values.shape[1]):
-        values = np.zeros((len(rows), 1))
+    values, own = _numbers(rows), _numbers(original)
+    differ = values.std(0) > 0
+    numbers = int(differ.sum())
+    scale = np.tile(shared.std, 1 + rows.prompted.shape[1])[differ] + 1e-12  # of the noise, if there is some
+    recognised = _nearest(own[hidden][:, differ] / scale, values[hidden][:, differ] / scale)
+    values = values[:, differ] if numbers else np.zeros((len(rows), 1))
     inverse = make_pipeline(StandardScaler(), Ridge(10.0)).fit(values[known], pixels[known])
     guessed, truth = inverse.predict(values[hidden]), pixels[hidden]
     explained = 1 - ((guessed - truth) ** 2).sum() / ((truth - pixels[known].mean(0)) ** 2).sum()
-    distances = (guessed**2).sum(1)[:, None] - 2 * guessed @ truth.T + (truth**2).sum(1)
     probe = linear_probe().fit(values[known], images.labels[known])
     return {
         "numbers": numbers,
         "explained": float(explained),
-        "identified": float((distances.argmin(1) == np.arange(len(hidden))).mean()),
+        "identified": float((_nearest(guessed, truth) == np.arange(len(hidden))).mean()),
+        "recognised": float((recognised == np.arange(len(hidden))).mean()),
         "label": float(probe.score(values[hidden], images.labels[hidden])),
     }
 

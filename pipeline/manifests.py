@@ -40,6 +40,7 @@ class RunConfig(_Manifest):
     features: str | None = None  # fingerprint of the feature set
     synthetic: str | None = None  # hash of the generated images
     seen_images: int = 0  # of the data set, on which the backbone was trained that guided the run
+    feature_noise: float = 0  # of the features that guided the run, in standard deviations
     agreed: dict[str, Any] = {}  # what nodes with images of their own have in common
     provenance: dict[str, Any] = {}
 

@@ -1,7 +1,8 @@
 """Named random generators: every use of randomness has its own, so none affects another.
 
 A generator is keyed by the run's seed and a path of names ("partition", "client", 3), so that adding a draw in one
-place changes no number elsewhere. Of the global generators, only torch's is used, to draw initial weights.
+place changes no number elsewhere. Of the global generators, only torch's is used, to draw initial weights. Only noise
+that must stay secret has no name.
 """
 
 import contextlib
@@ -25,6 +26,13 @@ def numpy_generator(seed: int, *names: str | int) -> "np.random.Generator":
     import numpy as np
 
     return np.random.default_rng(derive(seed, *names))
+
+
+def secret_numpy_generator() -> "np.random.Generator":
+    """Return a NumPy generator that the operating system seeds: nobody can draw its numbers again."""
+    import numpy as np
+
+    return np.random.default_rng()
 
 
 def torch_generator(seed: int, *names: str | int) -> "torch.Generator":

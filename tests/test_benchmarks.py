@@ -195,6 +195,7 @@ def test_inversion_benchmark_attacks_and_trains_on_what_is_shared(benchmark, tmp
     (row,) = inversion.measure(project, "iid", 0, ["class means only"])["rows"].values()
     # nothing tells the images apart, so one of the hidden half is guessed: the one nearest to the mean image
     assert (row["numbers"], row["identified"]) == (0, 1 / (len(features) - len(features) // 2))
+    assert row["recognised"] == row["identified"] and found["rows"]["as it is"]["recognised"] == 1
     noisy = inversion.SharedSet(project.features_dir, inversion.CHANGES["noise 1"])
     assert np.array_equal(noisy.read(np.array([3, 5])).prompted[1], noisy.read(np.array([5])).prompted[0])
 

@@ -145,8 +145,8 @@ def test_manifest_that_claims_more_than_the_disk_holds_is_rejected(exported, tmp
 def test_manifest_that_names_outside_files_or_is_newer_is_rejected(exported, tmp_path):
     rewrite(tmp_path / "evil.tar", with_manifest(exported, lambda m: m["basis"].update(file="../basis.h5")))
     refused(tmp_path / "evil.tar", tmp_path, "is not a manifest .*basis.file")
-    rewrite(tmp_path / "evil.tar", with_manifest(exported, lambda m: m.update(format_version=3)))
-    refused(tmp_path / "evil.tar", tmp_path, "has format version 3, but this program reads 1 and 2. Update")
+    rewrite(tmp_path / "evil.tar", with_manifest(exported, lambda m: m.update(format_version=4)))
+    refused(tmp_path / "evil.tar", tmp_path, "has format version 4, but this program reads 1, 2 and 3. Update")
 
 
 @pytest.mark.parametrize("trick", ["external link", "soft link", "external storage", "virtual"])

@@ -679,5 +679,5 @@ def test_a_corrupt_row_of_int8_is_detected(tmp_path):
 
 def test_a_manifest_whose_storage_contradicts_its_version_is_rejected(copied):
     forge(copied, manifest=lambda said: said.update(format_version=2))
-    with pytest.raises(FeatureSetError, match="format_version is 2, but its content says float16"):
+    with pytest.raises(FeatureSetError, match="format_version is 2, but its content has version 1"):
         FeatureSet(copied)

@@ -48,9 +48,10 @@ def list_sets(params: Path, as_json: bool) -> None:
         if one.fingerprint is None:
             continue
         assert one.layers is not None and one.rows is not None and one.bytes is not None
+        noise = f", noise {one.added_noise:g}" if one.added_noise else ""
         _print(
             f"    {one.dataset}, {one.rows:,} images; {one.backbone}, t {one.timestep}, {', '.join(one.layers)}, "
-            f"{one.dims} dims, {one.prompts} prompts; {one.storage}, {size(one.bytes)}, {one.fingerprint[:12]}"
+            f"{one.dims} dims, {one.prompts} prompts; {one.storage}{noise}, {size(one.bytes)}, {one.fingerprint[:12]}"
         )
 
 
@@ -148,13 +149,19 @@ def diff(params: Path, first: str, second: str, as_json: bool) -> None:
 @features.command("export")
 @click.argument("name")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The tar to write; default: NAME.tar, here.")
+@click.option("--noise", type=float, metavar="SCALE", help="Add Gaussian noise of SCALE standard deviations.")
 @click.pass_obj
-def export(params: Path, name: str, output: Path | None) -> None:
+def export(params: Path, name: str, output: Path | None, noise: float | None) -> None:
     """Pack a set into one tar, for people without DVC. Every byte is checked.
 
+    With --noise, the tar holds a copy whose representations have noise, so that fewer images can be recognised in
+    it (docs/security.md). Labels stay as they are. The noise is random and stored nowhere: two exports differ, and
+    whoever receives several of one set can average the noise away. Export once, and give everyone the same tar.
+
     \b
-    Example:
+    Examples:
       pipeline features export digits-tiny-sd-t300 -o /tmp/digits.tar
+      pipeline features export digits-tiny-sd-t300 --noise 4 -o /tmp/noisy.tar
     """
     from pipeline.feature_store import archive, verification
     from pipeline.progress import progress_bar
@@ -162,8 +169,9 @@ def export(params: Path, name: str, output: Path | None) -> None:
     path = _folder(params, name)
     own_name = Path(os.path.abspath(path)).name
     target = output or Path(f"{own_name}.tar")
-    with progress_bar(verification.total_bytes(path), f"export {own_name}", "B") as bar:
-        archive.write(path, target, bar.update)
+    total = verification.total_bytes(path) * (1 if noise is None else 2)  # with noise: a copy is written, then packed
+    with progress_bar(total, f"export {own_name}", "B") as bar:
+        archive.write(path, target, bar.update, noise)
     click.echo(target)
 
 
@@ -264,6 +272,7 @@ def _card(manifest: "Manifest") -> list[tuple[str, str]]:
             "computed",
             f"at timestep {content.timestep}, {content.image_size} px, in {content.dtype}; stored as {content.storage}",
         ),
+        *([("noise", f"{content.added_noise}, added to every number by an export")] if content.added_noise else []),
         ("layers", layers),
         ("basis", basis),
         ("prompts", f"{manifest.prompts_per_image} per image, of {texts}"),

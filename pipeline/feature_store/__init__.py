@@ -11,7 +11,7 @@ A feature set is a folder:
 
     manifest.json     what determines the features ("content", hashed into the fingerprint), what made them
                       ("provenance"), and per file its rows, bytes and SHA-256; format version 1, or 2
-                      if the representations are stored as int8
+                      if the representations are stored as int8, or 3 if they have noise
     basis.h5          per layer: mean (C,), components (d, C), explained_variance (d,), total_variance ();
                       and mean (D,), std (D,) of the denoising representations of the basis images; all float64
     shard-00000.h5    index int64 (n,), label int64 (n,), denoised float16 (n, D), prompted float16 (n, P, D),
@@ -19,6 +19,8 @@ A feature set is a folder:
     ...
 
 - With `storage: int8`, denoised and prompted are int8 (`int8`); they are read as float16, too.
+- A set with noise (`noise`) is a copy for others, which `pipeline features export --noise` made. Its content is that of
+  its source and the noise: `Content.added_noise`.
 - `index` counts from 0 in the training split; shard k holds the rows from k * rows_per_shard on.
 - `prompt_class` counts in the manifest's list of prompts. The prompt of a class has the number of its label; in a
   self-supervised set, prompt 0 matches every image.
@@ -45,6 +47,7 @@ from pipeline.feature_store.schema import (
     InvalidFeatureSet,
     LayerBasis,
     Manifest,
+    Noise,
     Plan,
     positive_matches,
 )
@@ -52,5 +55,6 @@ from pipeline.feature_store.writer import FeatureSetWriter, write_basis_file
 
 __all__ = [
     "Basis", "Content", "FeatureSet", "FeatureSetWriter", "Features", "FileEntry", "InvalidFeatureSet", "LayerBasis",
-    "Manifest", "Plan", "positive_matches", "read_basis", "read_basis_file", "read_manifest", "write_basis_file",
+    "Manifest", "Noise", "Plan", "positive_matches", "read_basis", "read_basis_file", "read_manifest",
+    "write_basis_file",
 ]  # fmt: skip

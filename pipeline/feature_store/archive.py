@@ -12,12 +12,13 @@ import os
 import re
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import FeatureSetError, PipelineError
-from pipeline.feature_store import verification
+from pipeline.feature_store import noise, verification
 from pipeline.feature_store.reader import FeatureSet, parse_manifest, read_manifest
 from pipeline.feature_store.schema import FileEntry, InvalidFeatureSet, Manifest
 from pipeline.io import atomic, locks
@@ -32,19 +33,25 @@ _ELSEWHERE = "Move it away, or import under another name with --as."
 Advance = Callable[[int], object]
 
 
-def write(path: Path, archive: Path, advance: Advance = lambda size: None) -> None:
+def write(path: Path, archive: Path, advance: Advance = lambda size: None, noise_scale: float | None = None) -> None:
     """Export the set in folder `path`, whose name the archive keeps, atomically, and check every byte on the way.
 
-    `advance` is called with the number of bytes done since the last call. Raise PipelineError if the set is incomplete,
-    corrupt or has an invalid name, or the archive cannot be written.
+    With `noise_scale`, export a copy with noise (`noise.write_copy`). `advance` is called with the number of bytes done
+    since the last call; with noise, every byte is done twice. Raise PipelineError if the set is incomplete, corrupt or
+    has an invalid name, if it has noise already or the scale is invalid, or if the archive cannot be written.
     """
     name = _checked_name(Path(os.path.abspath(path)).name)
-    manifest = FeatureSet(path).manifest
-    with _locked(archive), atomic.replace_file(archive) as temporary:
-        with temporary.open("wb") as stream, tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar:
-            _add(tar, f"{name}/manifest.json", path / "manifest.json", None, advance)
-            for entry in manifest.files:
-                _add(tar, f"{name}/{entry.file}", path / entry.file, entry, advance)
+    features = FeatureSet(path)
+    with (
+        _locked(archive),
+        atomic.replace_file(archive) as temporary,
+        _shared(features, noise_scale, archive, advance) as shared,
+        temporary.open("wb") as stream,
+        tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar,
+    ):
+        _add(tar, f"{name}/manifest.json", shared.path / "manifest.json", None, advance)
+        for entry in shared.manifest.files:
+            _add(tar, f"{name}/{entry.file}", shared.path / entry.file, entry, advance)
 
 
 def read(archive: Path, sets: Path, name: str | None = None, advance: Advance = lambda size: None) -> Path:
@@ -165,6 +172,16 @@ def _checked_name(name: str) -> str:
             "or digit). Import under another name with --as, or rename the folder before you export it."
         )
     return name
+
+
+@contextlib.contextmanager
+def _shared(features: FeatureSet, noise_scale: float | None, archive: Path, advance: Advance) -> Iterator[FeatureSet]:
+    """Yield the set to pack: the given one, or a copy with noise, in a temporary folder on the disk of the archive."""
+    if noise_scale is None:
+        yield features
+        return
+    with tempfile.TemporaryDirectory(prefix=f"{archive.name}.", dir=archive.parent) as folder:
+        yield FeatureSet(noise.write_copy(features, noise_scale, Path(folder), advance))
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ class Summary:
     rows: int | None = None
     bytes: int | None = None
     storage: str | None = None
+    added_noise: float | None = None  # standard deviations
     fingerprint: str | None = None
 
 
@@ -121,5 +122,6 @@ def _describe(path: Path, state: str, plan: Plan, size: int) -> Summary:
         rows=plan.rows,
         bytes=size,
         storage=content.storage,
+        added_noise=content.added_noise.scale if content.added_noise else None,
         fingerprint=content.fingerprint,
     )

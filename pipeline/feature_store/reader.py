@@ -121,10 +121,11 @@ class FeatureSet:
         content, made_by, classes = self.manifest.content, self.manifest.provenance, len(self.class_names)
         backbone, fingerprint = made_by.get("backbone", {}).get("name"), self.manifest.fingerprint[:12]
         layers = ", ".join(f"{name} [{start}:{stop}]" for name, (start, stop) in content.layers.items())
+        noise = f"; {content.added_noise}" if content.added_noise else ""
         lines = (
             f"FeatureSet {self.name}: {len(self):,} images of {made_by.get('dataset')}, {classes} classes",
             f"  {content.num_dims} dims: {layers}; {content.prompts_per_image} prompts per image",
-            f"  {backbone} at timestep {content.timestep}; fingerprint {fingerprint}",
+            f"  {backbone} at timestep {content.timestep}{noise}; fingerprint {fingerprint}",
         )
         return "\n".join(map(printable, lines))
 
@@ -347,8 +348,9 @@ def parse_manifest(text: bytes, file: Path) -> Manifest:
     """
     try:
         version = _Versioned.model_validate_json(text).format_version
-        if version not in FORMAT_VERSIONS.values():
-            known = " and ".join(map(str, FORMAT_VERSIONS.values()))
+        if version not in FORMAT_VERSIONS:
+            *others, last = FORMAT_VERSIONS
+            known = f"{', '.join(map(str, others))} and {last}"
             problem = f"{file} has format version {version}, but this program reads {known}"
             raise FeatureSetError(f"{problem}. Update the program.")
         manifest = Manifest.model_validate_json(text)

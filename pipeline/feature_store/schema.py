@@ -32,8 +32,12 @@ from pipeline.io.system_errors import reading, status
 log = logging.getLogger(__name__)
 
 Storage = Literal["float16", "int8"]
-FORMAT_VERSIONS: dict[Storage, int] = {"float16": 1, "int8": 2}
-"""The format version of a set, by its storage: programs that read version 1 alone still read sets of float16."""
+FORMAT_VERSIONS = (1, 2, 3)
+"""The versions that this program reads. A set has the lowest that allows it (`Content.format_version`): programs that
+read this version read the set, and older ones refuse it."""
+
+MOST_NOISE = 100.0
+"""The largest scale of added noise."""
 
 EXTRACT_AGAIN = "Delete it and run `pipeline extract-features`, or `dvc pull` a good copy"
 FETCH = "`dvc pull` it, or run `pipeline extract-features`"
@@ -139,6 +143,23 @@ is the number of the data set's images that the backbone was trained on, if `pre
 this is part of the fingerprint. Sets made by earlier versions have no settings."""
 
 
+class Noise(BaseModel, strict=True, extra="forbid"):
+    """Gaussian noise that was added to every number of the representations.
+
+    Attributes:
+        scale: Its standard deviation, in multiples of each dimension's own (`Basis.std`).
+        draw: 32 random hexadecimal digits, which tell one draw of noise from another. They are not its seed: nobody
+            can compute the noise from them.
+    """
+
+    scale: float = Field(gt=0, le=MOST_NOISE, allow_inf_nan=False)
+    draw: str = Field(pattern=r"^[0-9a-f]{32}$")
+
+    def __str__(self) -> str:
+        """Return the scale in words."""
+        return f"noise of {self.scale:g} standard deviation{'' if self.scale == 1 else 's'}"
+
+
 class Content(BaseModel, strict=True, extra="forbid"):
     """Everything that determines the features, and nothing else; its hash is the fingerprint.
 
@@ -160,6 +181,7 @@ class Content(BaseModel, strict=True, extra="forbid"):
         image_conditioning: File name -> hash, of the image encoder; None without one.
         dtype: Floating-point type of the passes.
         storage: Type of the representations in the shards.
+        added_noise: The noise that an export added to the representations; None for a set as it was extracted.
     """
 
     extraction_version: _Count
@@ -179,12 +201,13 @@ class Content(BaseModel, strict=True, extra="forbid"):
     image_conditioning: dict[str, str] | None
     dtype: str
     storage: Storage = "float16"
+    added_noise: Noise | None = None
 
     @model_serializer(mode="wrap")
-    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the storage of version 1, so that the fingerprints of its sets stay what they were."""
-        values = handler(self)
-        return {key: value for key, value in values.items() if (key, value) != ("storage", "float16")}
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what version 1 did not have, so that the fingerprints of its sets stay what they were."""
+        defaults = {"storage": "float16", "added_noise": None}
+        return {key: value for key, value in handler(self).items() if key not in defaults or value != defaults[key]}
 
     @field_validator("layers")
     @classmethod
@@ -202,8 +225,15 @@ class Content(BaseModel, strict=True, extra="forbid"):
         return provenance.fingerprint(self.model_dump())
 
     def common(self) -> dict[str, Any]:
-        """Return everything but the data set: sets that agree on it have comparable features."""
-        return self.model_dump(exclude={"dataset_hash"})
+        """Return everything but the data set and the noise's draw: sets that agree on it have comparable features."""
+        return self.model_dump(exclude={"dataset_hash": True, "added_noise": {"draw"}})
+
+    @property
+    def format_version(self) -> int:
+        """The lowest format version that has such sets: 1, or 2 with int8, or 3 with noise."""
+        if self.added_noise:
+            return 3
+        return 2 if self.storage == "int8" else 1
 
     @property
     def num_dims(self) -> int:
@@ -283,8 +313,8 @@ class Manifest(BaseModel, strict=True, extra="forbid"):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
-        if self.format_version != FORMAT_VERSIONS[self.content.storage]:
-            raise ValueError(f"format_version is {self.format_version}, but its content says {self.content.storage}")
+        if self.format_version != (version := self.content.format_version):
+            raise ValueError(f"format_version is {self.format_version}, but its content has version {version}")
         if self.prompts_per_image != self.content.prompts_per_image:
             raise ValueError(f"prompts_per_image is {self.prompts_per_image}, but its content says otherwise")
         if (self.basis.file, self.basis.rows) != ("basis.h5", 0):

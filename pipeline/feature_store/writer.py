@@ -27,7 +27,6 @@ from pipeline.feature_store.int8 import Int8
 from pipeline.feature_store.reader import read_basis
 from pipeline.feature_store.schema import (
     FIELDS,
-    FORMAT_VERSIONS,
     Basis,
     Features,
     FileEntry,
@@ -211,7 +210,7 @@ class FeatureSetWriter:
         hardware = sorted({entry.hardware for entry in [self._basis_entry, *shards.values()]})
         content = self.plan.content
         return Manifest(
-            format_version=FORMAT_VERSIONS[self.plan.content.storage],
+            format_version=content.format_version,
             fingerprint=self.fingerprint,
             content=content,
             rows=self.plan.rows,

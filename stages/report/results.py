@@ -60,6 +60,12 @@ class Results:
         most = {method: max(run.settings.seen_images for run in self.of_method(method)) for method in self.methods}
         return {method: count for method, count in most.items() if count}
 
+    @property
+    def noise(self) -> dict[str, float]:
+        """Method -> noise of the features that guided it, in standard deviations, for those above 0."""
+        most = {method: max(run.settings.feature_noise for run in self.of_method(method)) for method in self.methods}
+        return {method: scale for method, scale in most.items() if scale}
+
     def is_guided(self, method: str) -> bool:
         """Return whether cached features guide the method."""
         settings = self._settings(method)

@@ -51,6 +51,9 @@ def _accuracy(results: Results) -> Table:
     if seen := results.seen:
         named = ", ".join(f"{method}: {count}" for method, count in seen.items())
         note += f" Guided by a backbone that was trained on images of this data set, an unfair advantage ({named})."
+    if noise := results.noise:
+        named = ", ".join(f"{method}: {scale:g}" for method, scale in noise.items())
+        note += f" Guided by features with noise, in standard deviations ({named})."
     return _by_method("accuracy", "Accuracy", note, results, columns, cell)
 
 

@@ -7,6 +7,7 @@ frozen model's manifest, and the files that settings name (`class_prompts`, `neg
 `image_conditioning`).
 """
 
+import logging
 from itertools import zip_longest
 from typing import Any
 
@@ -20,6 +21,8 @@ from pipeline.feature_store import FeatureSet
 from pipeline.settings.config import Config
 from pipeline.settings.params import Guidance
 
+log = logging.getLogger(__name__)
+
 _IMAGES_CHECKED = 16
 _OR_EXTRACT = "or run `pipeline extract-features --overwrite`."
 _COMPARED = ("timestep", "image_size", "denoise_prompt", "negatives", "noise_seed", "dtype", "storage")
@@ -27,7 +30,7 @@ _FILES = {"class": "class_prompts", "self-supervised": "negative_words"}  # the 
 
 
 def open_checked(config: Config, dataset: PreparedDataset) -> FeatureSet:
-    """Open the feature set that params.yaml names; shards may be missing.
+    """Open the feature set that params.yaml names; shards may be missing. A set with noise fits as its source does.
 
     Raises:
         FeatureSetError: There is none; it was made from another data set or model, or with other settings; or by a
@@ -49,6 +52,8 @@ def open_checked(config: Config, dataset: PreparedDataset) -> FeatureSet:
             f"the set's values to train from it, {_OR_EXTRACT}"
         )
     _check_files(features, config)
+    if added := features.manifest.content.added_noise:
+        log.info("%s has %s", features.path, added)
     return features
 
 
@@ -113,6 +118,12 @@ def _check_prompts_differ(features: FeatureSet, index: np.ndarray) -> None:
 def seen_images(features: FeatureSet) -> int:
     """Return how many of the data set's images the set's backbone was trained on, as far as is known."""
     return features.manifest.provenance.get("seen_images", 0)
+
+
+def noise(features: FeatureSet) -> float:
+    """Return the scale of the noise that was added to the set, in standard deviations; 0 without noise."""
+    added = features.manifest.content.added_noise
+    return added.scale if added else 0.0
 
 
 def check_unseen(features: FeatureSet, allowed: bool) -> None:

@@ -110,6 +110,7 @@ class Job:
             "features": data.features.manifest.fingerprint if data.features else None,
             "synthetic": data.synthetic_hash,
             **({"seen_images": seen} if data.features and (seen := feature_check.seen_images(data.features)) else {}),
+            **({"feature_noise": noise} if data.features and (noise := feature_check.noise(data.features)) else {}),
         }
 
     def locked(self) -> contextlib.AbstractContextManager[None]:

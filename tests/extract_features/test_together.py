@@ -114,7 +114,7 @@ def test_a_set_of_a_later_format_is_kept_and_one_with_a_damaged_manifest_is_repl
     file, writer = tmp_path / "set" / "manifest.json", write(tmp_path / "staging" / "ours")
     manifest = json.loads(file.read_bytes())
     later = writer.plan.content.model_dump() | {"pooling": "mean"}
-    manifest |= {"format_version": 3, "content": later, "fingerprint": provenance.fingerprint(later)}
+    manifest |= {"format_version": 4, "content": later, "fingerprint": provenance.fingerprint(later)}
     file.unlink()
     file.write_text(json.dumps(manifest))
     with pytest.raises(PipelineError, match="another pooling. "):

@@ -198,10 +198,10 @@ def edit(**changes):
 OUTSIDE = {
     "up": (f"{SET}/manifest.json", edit(basis__file="../../outside.h5"), TRAIN, "manifest.json is not a manifest"),
     "absolute": (f"{SET}/manifest.json", edit(shards__0__file="/dev/zero"), TRAIN, "manifest.json is not a manifest"),
-    "newer": (f"{SET}/manifest.json", edit(format_version=3), TRAIN, "version 3, but this program reads 1 and 2"),
+    "newer": (f"{SET}/manifest.json", edit(format_version=4), TRAIN, "version 4, but this program reads 1, 2 and 3"),
     "newer-with-more": (
-        f"{SET}/manifest.json", lambda file: (edit(format_version=3)(file), edit(codec="zstd")(file)), TRAIN,
-        "has format version 3, but this program reads 1 and 2",
+        f"{SET}/manifest.json", lambda file: (edit(format_version=4)(file), edit(codec="zstd")(file)), TRAIN,
+        "has format version 4, but this program reads 1, 2 and 3",
     ),
     "model-up": ("data/backbones/tiny-sd.json", edit(files={"../../secret": "0" * 64}), EXTRACT, "tiny-sd.json"),
     "model-absolute": ("data/backbones/tiny-sd.json", edit(files={"/dev/zero": "0" * 64}), EXTRACT, "tiny-sd.json"),

@@ -129,6 +129,15 @@ def test_runs_guided_by_a_backbone_that_saw_the_images_are_named(guided):
     assert "advantage" not in table(guided, "guidance").note
 
 
+def test_runs_guided_by_features_with_noise_are_named(guided):
+    assert "noise" not in table(guided, "accuracy").note
+    for run in guided.glob("results/feddifrc-*/s*"):
+        settings = json.loads((run / "config.json").read_text()) | {"feature_noise": 4.0}
+        (run / "config.json").write_text(json.dumps(settings))
+        reseal(run)
+    assert "Guided by features with noise, in standard deviations (feddifrc: 4)." in table(guided, "accuracy").note
+
+
 def test_equal_means_are_both_marked_best(project):
     set_metric(project, "fedavg", "mean_last5_accuracy", (0.7, 0.8))
     assert [row[1].best for row in table(project, "accuracy").rows] == [True, True]
