@@ -161,7 +161,7 @@ def export(params: Path, name: str, output: Path | None, noise: float | None) ->
     \b
     Examples:
       pipeline features export digits-tiny-sd-t300 -o /tmp/digits.tar
-      pipeline features export digits-tiny-sd-t300 --noise 4 -o /tmp/noisy.tar
+      pipeline features export digits-tiny-sd-t300 --noise 8 -o /tmp/noisy.tar
     """
     from pipeline.feature_store import archive, verification
     from pipeline.progress import progress_bar
