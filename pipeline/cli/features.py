@@ -156,7 +156,7 @@ def export(params: Path, name: str, output: Path | None, noise: float | None) ->
 
     With --noise, the tar holds a copy whose representations have noise, so that fewer images can be recognised in
     it (docs/security.md). Labels stay as they are. The noise is random and stored nowhere: two exports differ, and
-    whoever receives several of one set can average the noise away. Export once, and give everyone the same tar.
+    a person with several tars of one set can average the noise away. Export once, and give everyone the same tar.
 
     \b
     Examples:

@@ -2,7 +2,7 @@
 
 Every number gets Gaussian noise of `scale` times the standard deviation of its dimension, that of the denoising
 representations of the basis images, also under the other prompts. docs/security.md has what this costs and what it
-protects. It is no formal guarantee, and the mean of many copies has less noise than one.
+protects. It does not give differential privacy, and the mean of many copies has less noise than one.
 """
 
 import secrets

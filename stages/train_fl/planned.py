@@ -42,7 +42,7 @@ class PlannedSource:
 
 
 def is_possible(config: Config) -> bool:
-    """Return whether there is no feature set, but a frozen model that says how many channels its layers have."""
+    """Return whether the feature set is missing and a frozen model says how many channels its layers have."""
     has_set = status(config.features_dir / "manifest.json")
     return not has_set and bool(status(config.backbone_dir / "model_index.json"))
 
