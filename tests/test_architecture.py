@@ -45,11 +45,10 @@ LAYERS = {
     "stages.train_fl": [
         ["losses", "encoders", "models", "augmentation", "partitions", "synthetic", "placement"],
         ["guidance", "images"],
-        ["planned"],
         ["client_data"],
         ["graphs"],
         ["methods"],
-        ["feature_check", "data", "client_states"],
+        ["feature_check", "data", "client_states", "planned"],
         ["rounds", "evaluate", "probes"],
         ["checkpoint", "records"],
         ["loggers"],

@@ -297,10 +297,8 @@ def test_gpu_check_runs_on_a_cpu(benchmark, tmp_path):
 
 @pytest.mark.skipif(memory.anonymous() is None, reason="the system does not report memory without files")
 def test_memory_of_a_federations_server_does_not_grow_with_its_participants(benchmark):
-    """In memory, the replies of 16 and 128 participants would be 22 and 180 MB."""
-    scale = benchmark("scale")
-    few, many = (scale._in_child("replies", size, None)["megabytes"] for size in (16, 128))
-    assert many - few < 30
+    """In memory, the replies of 128 participants would be 180 MB; 16 of them and the server's own may be."""
+    assert benchmark("scale")._in_child("replies", 128, None)["megabytes"] < 60
 
 
 def test_scale_measures_growth_and_compares_it_with_bounds(benchmark, tmp_path, monkeypatch):

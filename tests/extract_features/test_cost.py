@@ -48,7 +48,7 @@ def test_memory_has_three_copies_of_a_shards_features_and_two_of_its_images(tmp_
     monkeypatch.setattr(cost, "_TIMED_SECONDS", 0.0)
     asked = []
     monkeypatch.setattr(estimates, "of_process", lambda *numbers: asked.append(numbers) or [])
-    root = project(tmp_path / "p", images=20, rows_per_shard=8)
+    root = project(tmp_path / "p", images=20, rows_per_shard=8, negatives="all")
     cost.estimate(config.load(root / "params.yaml"))
     # 144 dims of 2 bytes for 11 representations; 10 numbers of prompts of 2 bytes; index and label
     row = 144 * 2 * 11 + 10 * 2 + 16
