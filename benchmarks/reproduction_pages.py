@@ -268,7 +268,7 @@ def _ablation(found: dict[str, Summary]) -> str:
     more, origins, best = [], [], []
     for name, words in (
         ("digits-timesteps", "timestep {} (default 300)"),
-        ("digits-negatives", "{} negatives (default: all 9)"),
+        ("digits-negatives", "negatives: {} (default: all 9)"),
     ):
         for other in found.get(name, {}).get("experiments", []):
             (value,) = other["changes"].values()
