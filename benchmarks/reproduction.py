@@ -128,8 +128,14 @@ def _earlier(name: str, summaries: Path) -> Summary:
 
 
 def _write(name: str, experiments: list[Experiment], extend: bool, summaries: Path) -> None:
-    earlier = _earlier(name, summaries) if extend else None
-    summary = summary_of(name, [(one.changes, one.project) for one in experiments], earlier)
+    exists = (summaries / f"{name}.json").exists()
+    earlier = _earlier(name, summaries) if extend or exists else None
+    summary = summary_of(name, [(one.changes, one.project) for one in experiments], earlier if extend else None)
+    if earlier and (dropped := _runs(earlier) - _runs(summary)):
+        raise ConfigError(
+            f"{summaries / name}.json has {len(dropped)} runs that are not among these. Use --extend to keep them, or "
+            "delete the file."
+        )
     summaries.mkdir(parents=True, exist_ok=True)
     atomic.write_json(summaries / f"{name}.json", summary)
     click.echo(summaries / f"{name}.json")
@@ -155,7 +161,11 @@ def _experiments(work: Path, name: str, seeds: int | None, only: Sequence[str]) 
     work.mkdir(parents=True, exist_ok=True)
     file = work / f"{name}.yaml"
     shutil.copy(ROOT / "params.yaml", file)
-    listed = [{}] if name == DEFAULT else presets.apply(name, file, force=True).experiments
+    try:
+        listed = [{}] if name == DEFAULT else presets.apply(name, file, force=True).experiments
+    except ConfigError:
+        file.unlink()
+        raise
     experiments = []
     for number, changes in enumerate(listed):
         params = YAML().load(file.read_text(encoding="utf-8"))
@@ -300,6 +310,10 @@ def extended(earlier: Summary, added: Summary) -> Summary:
             own["accuracies"][partition][method] = dict(sorted(by_seed.items(), key=lambda item: int(item[0])))
     result["runs"] = sum(1 for one in result["experiments"] for _ in _each(one))
     return result
+
+
+def _runs(summary: Summary) -> set[tuple[str, str, str, int]]:
+    return {(str(one["changes"]), *run[:3]) for one in summary["experiments"] for run in _each(one)}
 
 
 def _each(experiment: dict[str, Any]) -> Iterator[tuple[str, str, int, float]]:

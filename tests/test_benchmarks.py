@@ -111,6 +111,10 @@ def test_reproduction_summary_is_extended_by_some_methods_of_some_partitions(ben
     earlier = json.loads(json.dumps(reproduction.summary_of("x", [({}, project)])))
     run(project, "fedprox", "dir", 0)
     result = reproduction.summary_of("x", [({}, project)], earlier)
+    (tmp_path / "x.json").write_text(json.dumps(result))
+    only_fedavg = tiny_project.make(tmp_path, train_fl__num_rounds=1, **sweep | {"sweep.methods": ["fedavg"]})
+    with pytest.raises(PipelineError, match=r"x.json has 2 runs that are not among these. Use --extend to keep them"):
+        reproduction._write("x", [reproduction.Experiment({}, tmp_path, only_fedavg)], False, tmp_path)
     (own,) = result["experiments"]
     assert {key: list(value) for key, value in own["accuracies"].items()} == {
         "iid": ["fedavg", "fedprox"],
@@ -123,6 +127,9 @@ def test_reproduction_names_what_is_not_there(benchmark, tmp_path):
     words = ["train", "digits-table", "--work", str(tmp_path), "--summaries", str(tmp_path)]
     failed = CliRunner().invoke(benchmark("reproduction").main, [*words, "--method", "moo"])
     assert failed.exit_code == 1 and "digits-table has no method moo. Use one of fedavg, " in failed.output
+    words = ["train", "nosuch", "--work", str(tmp_path), "--summaries", str(tmp_path)]
+    assert CliRunner().invoke(benchmark("reproduction").main, words).exit_code == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["digits-table.yaml"]
     assert benchmark("reproduction")._earlier("digits-table", benchmark("reproduction_pages").SUMMARIES)["runs"] > 0
     with pytest.raises(PipelineError, match=r"x.json does not exist. Train without --extend"):
         benchmark("reproduction")._earlier("x", tmp_path)

@@ -148,7 +148,12 @@ def diff(params: Path, first: str, second: str, as_json: bool) -> None:
 
 @features.command("export")
 @click.argument("name")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="The tar to write; default: NAME.tar, here.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The tar to write; default: NAME.tar or NAME-noiseSCALE.tar, here.",
+)
 @click.option("--noise", type=float, metavar="SCALE", help="Add Gaussian noise of SCALE standard deviations.")
 @click.pass_obj
 def export(params: Path, name: str, output: Path | None, noise: float | None) -> None:
@@ -168,7 +173,7 @@ def export(params: Path, name: str, output: Path | None, noise: float | None) ->
 
     path = _folder(params, name)
     own_name = Path(os.path.abspath(path)).name
-    target = output or Path(f"{own_name}.tar")
+    target = output or Path(f"{own_name}.tar" if noise is None else f"{own_name}-noise{noise:g}.tar")
     total = verification.total_bytes(path) * (1 if noise is None else 2)  # with noise: a copy is written, then packed
     with progress_bar(total, f"export {own_name}", "B") as bar:
         archive.write(path, target, bar.update, noise)

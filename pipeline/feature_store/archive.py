@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -42,6 +41,9 @@ def write(path: Path, archive: Path, advance: Advance = lambda size: None, noise
     """
     name = _checked_name(Path(os.path.abspath(path)).name)
     features = FeatureSet(path)
+    if noise_scale is not None and archive.is_file():
+        problem = f"{archive} exists already, and who has two copies with noise can average it away"
+        raise PipelineError(f"{problem}. Give everyone that tar, or choose another path with -o.")
     with (
         _locked(archive),
         atomic.replace_file(archive) as temporary,
@@ -176,17 +178,25 @@ def _checked_name(name: str) -> str:
 
 @contextlib.contextmanager
 def _shared(features: FeatureSet, noise_scale: float | None, archive: Path, advance: Advance) -> Iterator[FeatureSet]:
-    """Yield the set to pack: the given one, or a copy with noise, in a temporary folder on the disk of the archive."""
+    """Yield the set to pack: the given one, or a copy with noise, in a temporary folder beside the locked archive."""
     if noise_scale is None:
         yield features
         return
-    with tempfile.TemporaryDirectory(prefix=f"{archive.name}.", dir=archive.parent) as folder:
-        yield FeatureSet(noise.write_copy(features, noise_scale, Path(folder), advance))
+    folder = archive.with_name(f".{archive.name}.unfinished")
+    shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
+    folder.mkdir()
+    try:
+        yield FeatureSet(noise.write_copy(features, noise_scale, folder, advance))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _locked(archive: Path) -> Iterator[None]:
     """Hold the lock of the archive's temporary file, which becomes the archive: no lock file is left."""
+    if archive.exists() and not archive.is_file():
+        kind = "a folder" if archive.is_dir() else "not a regular file"
+        raise PipelineError(f"{archive} is {kind}. Give the path of a tar with -o.")
     if not archive.parent.is_dir():  # the lock would create it, whatever was mistyped
         raise PipelineError(f"{archive} cannot be written (the folder does not exist). Choose another path with -o.")
     with locks.opened(archive.with_name(f"{archive.name}.tmp")) as lock:

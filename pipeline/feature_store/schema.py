@@ -36,8 +36,8 @@ FORMAT_VERSIONS = (1, 2, 3)
 """The versions that this program reads. A set has the lowest that allows it (`Content.format_version`): programs that
 read this version read the set, and older ones refuse it."""
 
-MOST_NOISE = 100.0
-"""The largest scale of added noise."""
+LEAST_NOISE, MOST_NOISE = 0.01, 100.0
+"""The smallest and the largest scale of added noise; float16 would hide less."""
 
 EXTRACT_AGAIN = "Delete it and run `pipeline extract-features`, or `dvc pull` a good copy"
 FETCH = "`dvc pull` it, or run `pipeline extract-features`"
@@ -152,7 +152,7 @@ class Noise(BaseModel, strict=True, extra="forbid"):
             can compute the noise from them.
     """
 
-    scale: float = Field(gt=0, le=MOST_NOISE, allow_inf_nan=False)
+    scale: float = Field(ge=LEAST_NOISE, le=MOST_NOISE, allow_inf_nan=False)
     draw: str = Field(pattern=r"^[0-9a-f]{32}$")
 
     def __str__(self) -> str:

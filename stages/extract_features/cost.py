@@ -72,6 +72,7 @@ class Estimate:
         flops += self.basis_images * (self.vae_flops + 2 * self.pass_flops)
         several = self.processes > 1
         who = f"{self.processes} processes, each with a GPU or a machine of its own" if several else "one process"
+        who += f", of which {self.shards} have work (one shard each)" if self.processes > self.shards else ""
         return [
             f"images        {self.images} in {self.shards} shards",
             f"passes        {self.passes_per_image} per image, {self.images * self.passes_per_image} in all"

@@ -55,6 +55,11 @@ def test_memory_has_three_copies_of_a_shards_features_and_two_of_its_images(tmp_
     assert asked == [("cpu", 8 * (3 * row + 2 * 3 * 32 * 32), 8 * row, 5)]
 
 
+def test_processes_without_a_shard_are_named(extracted):
+    lines = invoke(extracted, "extract-features", "--dry-run", "--processes", "8").output.splitlines()
+    assert "8 processes, each with a GPU or a machine of its own, of which 3 have work (one shard each)" in lines[-1]
+
+
 def test_only_a_dry_run_plans_for_processes(extracted):
     result = invoke(extracted, "extract-features", "--processes", "8")
     assert result.exit_code == 2 and "--processes needs --dry-run" in result.output
