@@ -18,8 +18,11 @@ _MAX_NUMBERED_CELLS = 400
 
 def write(path: Path, counts: np.ndarray, class_names: list[str]) -> None:
     """Write an SVG heat map of samples, int64 (num_clients, num_classes); equal counts give equal bytes."""
-    draw = _drawn if counts.size <= _MAX_NUMBERED_CELLS else _drawn.__wrapped__
-    atomic.write_text(path, draw(counts.shape, np.ascontiguousarray(counts, np.int64).tobytes(), tuple(class_names)))
+    if counts.size <= _MAX_NUMBERED_CELLS:
+        text = _drawn(counts.shape, np.ascontiguousarray(counts, np.int64).tobytes(), tuple(class_names))
+    else:
+        text = _heat_map(counts, class_names)
+    atomic.write_text(path, text)
 
 
 @functools.lru_cache(16)
