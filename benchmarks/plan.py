@@ -9,7 +9,7 @@ ratio is measured over predicted. Beyond --measure, dry runs also plan for 8 pro
 with all prompts, and FedAvg runs, which needs no features. Linux only: other systems do not say what another process
 needs.
 
-    PYTHONPATH=. python benchmarks/plan.py                    # a quarter of an hour, 1 GB of a disk
+    PYTHONPATH=. python benchmarks/plan.py                    # seven minutes, 1 GB of a disk
     PYTHONPATH=. python benchmarks/plan.py --images 10000 --images 20000 --measure 10000 --work /tmp/plan
 """
 

@@ -294,10 +294,8 @@ def extended(earlier: Summary, added: Summary) -> Summary:
         before = {run[:3]: run[3] for run in _each(own)}
         repeated = {method for partition, method, seed, _ in _each(new) if (partition, method, seed) in before}
         for partition, method, seed, accuracy in _each(new):
-            where, old = (
-                f"{added['preset']}: {method} on {partition}, seed {seed}",
-                before.get((partition, method, seed)),
-            )
+            where = f"{added['preset']}: {method} on {partition}, seed {seed}"
+            old = before.get((partition, method, seed))
             if old is not None and abs(old - accuracy) > 1e-6:
                 raise DataError(
                     f"{where}: accuracy {accuracy} here, and {old} in the existing summary: code, settings or machine "

@@ -27,8 +27,9 @@ from pipeline.feature_store import (
 )
 from stages.extract_features import publish
 from stages.train_fl import run
-from tests.conftest import invoke, write_params
 from tests.test_feature_store import D, P, content, write
+from tests.test_features_cli import project_with_one_set
+from tests.test_features_cli import run as command
 from tests.train_fl import tiny_project
 
 STD = np.array([0.5, 1.0, 2.0, 4.0, 0.0])
@@ -255,15 +256,7 @@ def test_shards_are_copied_one_by_one(tmp_path, monkeypatch):
 
 @pytest.fixture
 def root(tmp_path):
-    write_params(tmp_path, {})
-    write(tmp_path / "made", tmp_path / "data" / "features" / "one")
-    return tmp_path
-
-
-def command(root, *arguments, code=0):
-    result = invoke(root, "features", *arguments)
-    assert result.exit_code == code, result.output
-    return result.output
+    return project_with_one_set(tmp_path)
 
 
 def test_commands_name_the_noise(root):

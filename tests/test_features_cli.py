@@ -13,11 +13,16 @@ from tests.conftest import invoke, write_params
 from tests.test_feature_store import D, P, features, forge, open_writer, put, write
 
 
+def project_with_one_set(root):
+    """Write a project with a feature set named "one"."""
+    write_params(root, {})
+    write(root / "made", root / "data" / "features" / "one")
+    return root
+
+
 @pytest.fixture
 def root(tmp_path):
-    write_params(tmp_path, {})
-    write(tmp_path / "made", tmp_path / "data" / "features" / "one")
-    return tmp_path
+    return project_with_one_set(tmp_path)
 
 
 def run(root, *arguments, code=0):

@@ -41,9 +41,6 @@ def write(path: Path, archive: Path, advance: Advance = lambda size: None, noise
     """
     name = _checked_name(Path(os.path.abspath(path)).name)
     features = FeatureSet(path)
-    if noise_scale is not None and archive.is_file():
-        problem = f"{archive} exists already, and who has two copies with noise can average it away"
-        raise PipelineError(f"{problem}. Give everyone that tar, or choose another path with -o.")
     with (
         _locked(archive),
         atomic.replace_file(archive) as temporary,
@@ -182,6 +179,9 @@ def _shared(features: FeatureSet, noise_scale: float | None, archive: Path, adva
     if noise_scale is None:
         yield features
         return
+    if archive.is_file():
+        problem = f"{archive} exists already, and two copies with noise let their owner average the noise away"
+        raise PipelineError(f"{problem}. Give everyone that tar, or choose another path with -o.")
     folder = archive.with_name(f".{archive.name}.unfinished")
     shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
     folder.mkdir()

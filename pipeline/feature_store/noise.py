@@ -2,8 +2,8 @@
 
 Every number gets Gaussian noise of `scale` times the standard deviation of its dimension, that of the denoising
 representations of the basis images, also under the other prompts. The copy stores float16, also of a set of int8, whose
-range would clip the noise. docs/security.md has what this costs and what it
-protects. It does not give differential privacy, and the mean of many copies has less noise than one.
+range would clip the noise. docs/security.md has what this costs and what it protects. It does not give differential
+privacy, and the mean of many copies has less noise than one.
 """
 
 import secrets
