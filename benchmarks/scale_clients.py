@@ -14,7 +14,9 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from pipeline.federation import members
+from pipeline.settings import config
 from pipeline.settings.params import Federation
+from stages.report import run as write_report
 from stages.train_fl import methods, rounds, session
 from stages.train_fl.engines.flower.messages import TrainReply
 from stages.train_fl.engines.flower.strategy import FlowerEngine
@@ -62,11 +64,15 @@ def report(folder: Path, clients: int) -> Action:
     """Write the report of two methods, one partition and one seed."""
     from tests.report import grid  # needs the repository's folder on the path
 
-    (folder / "first").mkdir()
-    grid.write_grid(folder / "first", ["fedavg"], ["dir005"], [0], 2)  # loads the libraries
+    def write(root: Path, methods: list[str], clients: int) -> None:
+        root.mkdir(exist_ok=True)
+        written = grid.write_grid(root, methods, ["dir005"], [0], 2, clients)
+        write_report(config.load(written / "params.yaml"))
+
+    write(folder / "first", ["fedavg"], 10)  # loads the libraries
 
     def action() -> None:
-        grid.write_grid(folder, ["fedavg", "fedprox"], ["dir005"], [0], 2, clients)
+        write(folder, ["fedavg", "fedprox"], clients)
         assert (folder / "report" / "index.html").stat().st_size < MOST_PAGE
 
     return action

@@ -3,9 +3,9 @@
 import atexit
 import functools
 import gc
-import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from filelock import FileLock
-from ruamel.yaml import YAML
 
 from pipeline.cli.commands import main
 from tests.integration import forked
@@ -29,6 +28,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # tests of downloads start their own server
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a background job, whose children would ignore Ctrl-C, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+if Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free > 4 << 30:  # every output waits for its disk
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")  # where pytest puts tmp_path
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -49,19 +51,31 @@ SMALL = {
 
 def write_params(root: Path, changes: Mapping[str, Any]) -> Path:
     """Write the repository's params.yaml, overridden by SMALL and `changes` (dotted keys), into `root`."""
-    (root / "params.yaml").write_text(_params(json.dumps({**SMALL, **changes})), encoding="utf-8")
+    (root / "params.yaml").write_text(_params({**SMALL, **changes}), encoding="utf-8")
     return root / "params.yaml"
 
 
 @functools.cache
-def _params(changes: str) -> str:
-    yaml, stream = YAML(), io.StringIO()
-    params = yaml.load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
-    for dotted, value in json.loads(changes).items():
+def _sections() -> Mapping[str, Mapping[str, str]]:
+    """The lines of each key of each section of the repository's params.yaml, which takes long to parse and to dump."""
+    sections: dict[str, dict[str, str]] = {}
+    for line in (REPOSITORY / "params.yaml").read_text(encoding="utf-8").splitlines(keepends=True):
+        name = line.partition(":")[0]
+        if re.match(r"\w", name):
+            keys = sections.setdefault(name, {"": line})
+        elif re.match(r"  [\w-]", name):
+            keys[key := name.strip()] = line
+        elif sections and line.startswith("    "):  # of the key before
+            keys[key] += line
+    return sections
+
+
+def _params(changes: Mapping[str, Any]) -> str:
+    sections = {name: dict(keys) for name, keys in _sections().items()}
+    for dotted, value in changes.items():
         section, key = dotted.split(".")
-        params[section][key] = value
-    yaml.dump(params, stream)
-    return stream.getvalue()
+        sections[section][key] = f"  {key}: {json.dumps(value, ensure_ascii=False)}\n"
+    return "".join(text for keys in sections.values() for text in keys.values())
 
 
 LONG = (
@@ -131,6 +145,30 @@ def pytest_xdist_auto_num_workers() -> int:
 def methods_are_registered() -> None:
     """Register the methods' settings; imported here, for the process that only starts the workers needs no torch."""
     import stages.train_fl.methods  # noqa: F401
+
+
+@pytest.fixture(scope="session")
+def quick_python() -> Iterator[str]:
+    """A Python that has imported the libraries already, for programs that are killed or limited: see forked.py."""
+    with tempfile.TemporaryDirectory(prefix="bin-") as name:
+        forked.write_programs(Path(name), "python")
+        yield str(Path(name) / "python")
+
+
+@pytest.fixture
+def no_garbage_collection() -> Iterator[None]:
+    """For signals to this process: Python loses one that arrives in a collector's callback, and hypothesis sets one."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def dry_runs_time_few_batches() -> None:
+    """Time as few passes as possible: no test depends on how exactly a dry run knows the seconds."""
+    from stages.extract_features import cost
+
+    cost._TIMED_SECONDS = 0.0
 
 
 Pipeline = Callable[..., Result]

@@ -235,7 +235,6 @@ def test_plan_compares_dry_runs_with_runs(benchmark, tmp_path, monkeypatch):
     plan = benchmark("plan")
     monkeypatch.setattr(plan, "CLASSES", 3)
     monkeypatch.setattr(plan, "PARTITION", "iid")  # so few classes do not give ten clients ten samples each
-    monkeypatch.setattr("stages.extract_features.cost._TIMED_SECONDS", 0.0)
     monkeypatch.setattr(plan, "_succeed", lambda root, *words: plan.Run(invoke(root, *words).output.strip(), 2.0, 5, 7))
     flags = ["--images=100", "--images=200", "--measure=100", "--rounds=1", f"--work={tmp_path}"]
     done = CliRunner().invoke(plan.main, flags, catch_exceptions=False)
@@ -308,8 +307,9 @@ def test_memory_of_a_federations_server_does_not_grow_with_its_participants(benc
     assert benchmark("scale")._in_child("replies", 128, None)["megabytes"] < 60
 
 
-def test_scale_measures_growth_and_compares_it_with_bounds(benchmark, tmp_path, monkeypatch):
+def test_scale_measures_growth_and_compares_it_with_bounds(benchmark, tmp_path, monkeypatch, quick_python):
     scale = benchmark("scale")
+    monkeypatch.setattr(sys, "executable", quick_python)
     done = CliRunner().invoke(scale.main, ["--tiny", "--only=import", f"--folder={tmp_path}"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.output.splitlines()[-1])["measurements"]["import"]

@@ -15,6 +15,7 @@ from tests.conftest import REPOSITORY, invoke, write_params
 TRAIN = ("train-fl", "--method", "fedavg", "--partition", "iid", "--seed", "0")
 
 
+@pytest.mark.usefixtures("no_garbage_collection")
 @pytest.mark.parametrize(("number", "what", "code"), [(2, "Interrupted", 130), (15, "Stopped by SIGTERM", 143)])
 @pytest.mark.parametrize(
     ("command", "then"),

@@ -5,7 +5,6 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -180,10 +179,10 @@ write(Path(sys.argv[1]), "ours", "made", make_source(splits=splits))
 """
 
 
-def test_killed_write_leaves_the_old_data_set_or_none(path, tmp_path):
+def test_killed_write_leaves_the_old_data_set_or_none(path, tmp_path, quick_python):
     before = PreparedDataset(path).hash
     for target in (path, tmp_path / "sets" / "fresh"):
-        killed = subprocess.run([sys.executable, "-c", KILLED, str(target)], check=False, cwd=os.getcwd())
+        killed = subprocess.run([quick_python, "-c", KILLED, str(target)], check=False, cwd=os.getcwd())
         assert killed.returncode == -signal.SIGKILL
     assert PreparedDataset(path).hash == before
     PreparedDataset(path).load("train")

@@ -451,6 +451,7 @@ def test_pipe_in_place_of_a_file_does_not_block(copied, one_second_limit, name):
     assert f"{name} is not a regular file" in str(verification.problems(copied, full=True)[0])
 
 
+@pytest.mark.usefixtures("no_garbage_collection")
 def test_ctrl_c_stops_verification_at_once(copied):
     """A sparse shard of 6 GB takes seconds to hash."""
     os.truncate(copied / "shard-00001.h5", 6 << 30)

@@ -4,7 +4,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -83,8 +82,8 @@ test.write(Path(sys.argv[1]), "ours", "made", test.source(stop_at=3, error=None)
 """
 
 
-def test_killed_write_is_continued(tmp_path, expected, caplog):
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "set")], check=False)
+def test_killed_write_is_continued(tmp_path, expected, caplog, quick_python):
+    killed = subprocess.run([quick_python, "-c", KILLED, str(tmp_path / "set")], check=False)
     assert killed.returncode == -signal.SIGKILL
     caplog.set_level(logging.INFO)
     assert contents(write(tmp_path / "set", "ours", "made", source())) == expected

@@ -45,7 +45,6 @@ def test_passes_for_the_basis_are_named_unless_it_is_shared():
 
 
 def test_memory_has_three_copies_of_a_shards_features_and_two_of_its_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(cost, "_TIMED_SECONDS", 0.0)
     asked = []
     monkeypatch.setattr(estimates, "of_process", lambda *numbers: asked.append(numbers) or [])
     root = project(tmp_path / "p", images=20, rows_per_shard=8, negatives="all")

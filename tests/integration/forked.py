@@ -51,6 +51,16 @@ _LIBRARIES = [
     "accelerate.commands.accelerate_cli",
     "torch.distributed.run",
     "dvc.cli.parser",
+    "dvc.cachemgr",
+    "dvc.repo.open_repo",
+    "dvc.repo.trie",
+    "dvc.utils.strictyaml",
+    "dvc_data.hashfile.status",
+    "dvc_data.index.checkout",
+    "dvc_data.index.collect",
+    "dvc_data.index.fetch",
+    "dulwich.ignore",
+    "platformdirs.unix",
     "dvc.repo.reproduce",
     "dvc.repo.experiments.executor.local",
     "dvc.render",
@@ -69,7 +79,17 @@ _LIBRARIES = [
     "flwr.supernode.cli",
     "flwr.supernode.main",
     "flwr.superlink.main",
+    "flwr.supercore.cli",
+    "flwr.supercore.superexec.run_superexec",
     "hypothesis",
+    "ruamel.yaml",
+    "diffusers.guiders",
+    "diffusers.schedulers.scheduling_deis_multistep",
+    "PIL.JpegImagePlugin",
+    "PIL.BmpImagePlugin",
+    "PIL.GifImagePlugin",
+    "PIL.PpmImagePlugin",
+    "moto.server",
 ]
 """Modules that the programs import."""
 _FORK = multiprocessing.get_context("fork")
@@ -84,7 +104,8 @@ server.shutdown(socket.SHUT_WR)
 server.recv(4)
 code = int(server.recv(16))
 if code < 0:
-    signal.signal(-code, signal.SIG_DFL)
+    if -code != signal.SIGKILL:
+        signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
 sys.exit(code)
 """
@@ -117,7 +138,7 @@ def write_programs(folder: Path, *names: str, site: Path | None = None) -> None:
 
     Args:
         folder: Where to write them.
-        names: Console scripts of installed packages, or `python`, which runs a module (`-m`) or code (`-c`).
+        names: Console scripts of installed packages, or `python`, which runs a file, a module (`-m`) or code (`-c`).
         site: Folder of another installation of the project, which they run instead of this repository.
     """
     for name in names:
@@ -235,6 +256,10 @@ def _run(connection: socket.socket) -> None:
 
 def _run_program(arguments: list[str], site: str | None) -> NoReturn:
     sys.argv, name = arguments, Path(arguments[0]).name
+    if name == "python" and Path(arguments[1]).is_file():
+        sys.argv, sys.path[0] = arguments[1:], str(Path(arguments[1]).parent)
+        runpy.run_path(arguments[1], run_name="__main__")
+        sys.exit()
     if name == "python":
         first = next(place for place, word in enumerate(arguments) if word in ("-c", "-m"))
         sys.argv = arguments[first + 1 :]

@@ -2,13 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pipeline import provenance
 from pipeline.io import atomic
 from pipeline.settings import config
-from stages.report import run
 from stages.train_fl.partitions import heterogeneity
 from tests.conftest import write_params
 
@@ -16,15 +16,14 @@ from tests.conftest import write_params
 def write_grid(
     root: Path, methods: list[str], partitions: list[str], seeds: list[int], num_rounds: int, num_clients: int = 10
 ) -> Path:
-    """Write a project whose sweep is finished, and its report."""
+    """Write a project whose sweep is finished, without its report."""
     sweep = {"sweep.methods": methods, "sweep.partitions": partitions, "sweep.seeds": seeds}
     project = config.load(write_params(root, sweep))
-    rng = np.random.default_rng(0)
+    rng, software = np.random.default_rng(0), provenance.describe("cpu")
     for method in methods:
         for partition in partitions:
             for seed in seeds:
-                _write_run(project, method, partition, seed, num_rounds, num_clients, rng)
-    run(project)
+                _write_run(project, method, partition, seed, num_rounds, num_clients, rng, software)
     return root
 
 
@@ -36,6 +35,7 @@ def _write_run(
     num_rounds: int,
     num_clients: int,
     rng: np.random.Generator,
+    software: dict[str, Any],
 ) -> None:
     path = project.run_dir(method, partition, seed)
     path.mkdir(parents=True)
@@ -71,7 +71,7 @@ def _write_run(
         "seed": seed,
         "dataset": {"name": "digits", "hash": "0" * 64},
         "features": None,
-        "provenance": provenance.describe("cpu"),
+        "provenance": software,
     }
     atomic.write_json(path / "config.json", settings)
     provenance.write_checksums(path)

@@ -10,6 +10,7 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from stages.report import figures
+from tests.conftest import invoke
 from tests.report.grid import write_grid
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -22,7 +23,9 @@ SEEDS = [0, 1, 2]
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    return write_grid(tmp_path_factory.mktemp("grid"), METHODS, PARTITIONS, SEEDS, num_rounds=50)
+    root = write_grid(tmp_path_factory.mktemp("grid"), METHODS, PARTITIONS, SEEDS, num_rounds=50)
+    assert invoke(root, "report").exit_code == 0
+    return root
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -19,18 +20,23 @@ CURVES = {  # mean of all rounds (fewer than five): 0.6 and 0.5 for FedAvg's see
 }
 
 
-@pytest.fixture
-def project(tmp_path):
-    write_grid(tmp_path, ["fedavg", "fedprox"], ["dir05"], [0, 1], num_rounds=3)
+@pytest.fixture(scope="module")
+def project_once(tmp_path_factory):
+    root = write_grid(tmp_path_factory.mktemp("grid"), ["fedavg", "fedprox"], ["dir05"], [0, 1], num_rounds=3)
     for (method, seed), curve in CURVES.items():
-        run = tmp_path / "results" / f"{method}-dir05" / f"s{seed}"
+        run = root / "results" / f"{method}-dir05" / f"s{seed}"
         rows = "".join(f"{number},{value},1.0\n" for number, value in enumerate(curve, start=1))
         (run / "rounds.csv").write_text(f"round,accuracy,loss\n{rows}")
         metrics = json.loads((run / "metrics.json").read_text()) | {"mean_last5_accuracy": sum(curve) / 3}
         (run / "metrics.json").write_text(json.dumps(metrics))
         (run / "clients.csv").write_text("client,held_out_accuracy\n0,0.2\n1,0.6\n2,\n")
         reseal(run)
-    return tmp_path
+    return root
+
+
+@pytest.fixture
+def project(project_once, tmp_path):
+    return shutil.copytree(project_once, tmp_path / "project")
 
 
 def table(project, name):
@@ -72,12 +78,17 @@ GUIDED = {  # accuracies of seeds 0 to 2
 }
 
 
-@pytest.fixture
-def guided(tmp_path):
-    write_grid(tmp_path, list(GUIDED), ["dir02", "dir05"], [0, 1, 2], num_rounds=2)
+@pytest.fixture(scope="module")
+def guided_once(tmp_path_factory):
+    root = write_grid(tmp_path_factory.mktemp("grid"), list(GUIDED), ["dir02", "dir05"], [0, 1, 2], num_rounds=2)
     for method, reached in GUIDED.items():
-        set_metric(tmp_path, method, "mean_last5_accuracy", reached)
-    return tmp_path
+        set_metric(root, method, "mean_last5_accuracy", reached)
+    return root
+
+
+@pytest.fixture
+def guided(guided_once, tmp_path):
+    return shutil.copytree(guided_once, tmp_path / "project")
 
 
 def test_guidance_is_compared_with_the_same_method_without_it(guided):

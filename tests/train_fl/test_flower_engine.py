@@ -273,7 +273,8 @@ def test_round_without_replies_stops_the_run_which_can_be_resumed(project, monke
 
 def on_disk(project):
     """The replies that are on the disk, as the system's list of memory maps has them."""
-    return [line for line in Path("/proc/self/maps").read_text().splitlines() if f"{project.state_dir}/#" in line]
+    unnamed = f"{project.state_dir}/#"
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if unnamed in line]
 
 
 def named(project):

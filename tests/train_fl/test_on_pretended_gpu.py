@@ -16,7 +16,7 @@ STEPS = EPOCHS * 3  # two full batches and a ragged one per epoch
 WAITS = {"fedprox": 2, "fednova": 2}  # per update: the metrics, and the norm of the update for the reported loss
 
 
-def run(monkeypatch, algorithm, encoder, precision, guidance=None, on_host=False):
+def run(monkeypatch, algorithm, encoder, precision, guidance=None, on_host=False, epochs=EPOCHS):
     """Run one client's update and the server's; return the traffic and both."""
     settings = params.METHODS[algorithm](**({"guidance": guidance} if guidance else {}))
     kind = methods.method_class(settings)
@@ -48,7 +48,7 @@ def run(monkeypatch, algorithm, encoder, precision, guidance=None, on_host=False
         for _ in range(2):  # in the second update there is a state
             traffic.counts.clear()
             augmentation = "views" if method.needs_augmentation else "crop-flip"
-            batches = Batches(data, EPOCHS, BATCH, augmentation, torch.Generator(), "cuda")
+            batches = Batches(data, epochs, BATCH, augmentation, torch.Generator(), "cuda")
             update, state, _ = method.client_update(server.weights, server.broadcast, state, batches, 0.1)
         counts = dict(traffic.counts)
         server, _ = method.server_update(server, [update, update])
@@ -73,9 +73,9 @@ def test_a_step_never_waits_for_the_gpu(monkeypatch, algorithm, precision):
 @pytest.mark.parametrize("algorithm", ["fedavg", "feddifrc", "moon"])
 @pytest.mark.parametrize("encoder", ["resnet10", "mobilenet_v2"])
 def test_other_networks_do_not_wait_either(monkeypatch, algorithm, encoder):
-    counts, *tensors = run(monkeypatch, algorithm, encoder, "bfloat16")
+    counts, *tensors = run(monkeypatch, algorithm, encoder, "bfloat16", epochs=1)
     check_devices(*tensors)
-    assert counts == {"waits": 1, "to gpu": 2 * EPOCHS}
+    assert counts == {"waits": 1, "to gpu": 2}
 
 
 @pytest.mark.parametrize("algorithm", ["fedavg", "scaffold", "fednh"])

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -201,7 +200,6 @@ from pathlib import Path
 from stages.train_fl import run
 from pipeline.io import resumable
 from stages.train_fl import rounds
-import matplotlib.backends.backend_svg, matplotlib.figure  # once, for all children
 
 calls = 0
 
@@ -249,14 +247,14 @@ def with_states(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory) -> dict[str, Path]:
-    """Projects left by killed processes, which are forked from one that has imported the libraries."""
+def killed(tmp_path_factory, quick_python) -> dict[str, Path]:
+    """Projects left by killed processes."""
     here = Path(__file__).parent
     environment = {"PYTHONPATH": str(here.parents[1]), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     roots = {moment: tmp_path_factory.mktemp(moment.replace(" ", "-")) for moment, _, _ in KILLS}
     kills = json.dumps([(str(roots[moment]), moment, number) for moment, number, _ in KILLS])
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, kills], env=environment, check=True, stdout=subprocess.PIPE, text=True
+        [quick_python, "-c", KILLED, kills], env=environment, check=True, stdout=subprocess.PIPE, text=True
     )
     assert list(map(int, done.stdout.split())) == [-signal.SIGKILL] * len(KILLS)
     return roots
@@ -404,10 +402,10 @@ def _weights(path: Path):
     return load_file(path / "model.safetensors")
 
 
-def test_full_disk_is_reported_on_one_line(tmp_path):
+def test_full_disk_is_reported_on_one_line(tmp_path, quick_python):
     code = "import resource, pathlib, signal, torch; from stages.train_fl.records import write_weights; "
     code += "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     code += f"write_weights(pathlib.Path({str(tmp_path)!r}), {{'w': torch.zeros(10_000)}})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([quick_python, "-c", code], capture_output=True, text=True)
     assert "PipelineError" in done.stderr and "model.safetensors cannot be written" in done.stderr
     assert not list(tmp_path.iterdir())
