@@ -231,6 +231,7 @@ def test_images_benchmark_trains_from_the_map(benchmark, tmp_path):
     assert one_round.num_samples == 4
 
 
+@pytest.mark.usefixtures("quick_dry_runs")
 def test_plan_compares_dry_runs_with_runs(benchmark, tmp_path, monkeypatch):
     plan = benchmark("plan")
     monkeypatch.setattr(plan, "CLASSES", 3)

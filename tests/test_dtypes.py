@@ -38,6 +38,7 @@ def root(tmp_path_factory):
     return project(tmp_path_factory.mktemp("dtypes") / "p", images=24, basis_images=4)
 
 
+@pytest.mark.usefixtures("quick_dry_runs")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_runs(root, command, dtype, capfd):

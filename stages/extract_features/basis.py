@@ -53,7 +53,7 @@ def explained(basis: Basis) -> dict[str, float]:
 def plot_explained_variance(basis: Basis) -> "Figure":
     """Draw, per layer, the share of variance explained by the first k components; equal bases give equal SVGs."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    from matplotlib.ticker import NullLocator, ScalarFormatter
 
     figure = Figure(figsize=(6, 4))
     axes = figure.add_subplot(xlabel="components", ylabel="explained variance", ylim=(0, 1.02), xscale="log")
@@ -63,7 +63,7 @@ def plot_explained_variance(basis: Basis) -> "Figure":
     longest = max(len(layer.explained_variance) for layer in basis.layers.values())
     axes.set_xticks([power for power in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if power <= longest])
     axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.legend()
     axes.grid()
     return figure

@@ -10,6 +10,8 @@ from stages.extract_features import cost
 from tests.conftest import invoke
 from tests.extract_features.fixtures import project
 
+pytestmark = pytest.mark.usefixtures("quick_dry_runs")
+
 ESTIMATE = cost.Estimate(
     images=10, passes_per_image=3, basis_images=4, shards=5, rows_per_shard=2, vae_flops=10**9, pass_flops=2 * 10**9,
     num_bytes=1, start_seconds=7, seconds_per_encoding=1, seconds_per_pass=0.5, device="cuda", free_space="",

@@ -417,6 +417,7 @@ def test_image_conditioning_changes_only_prompted_features(tmp_path):
     assert result.exit_code == 1 and "has no .safetensors weights" in result.output
 
 
+@pytest.mark.usefixtures("quick_dry_runs")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_dry_run_prints_the_cost_and_writes_nothing(unextracted, dtype):
     flags = ("--dry-run", "--processes", "8", "--negatives", "2", "--dtype", dtype)
