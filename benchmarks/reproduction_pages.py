@@ -270,8 +270,7 @@ def _ablation(found: dict[str, Summary]) -> str:
         ("digits-timesteps", "timestep {} (default 300)"),
         ("digits-negatives", "negatives: {} (default: all 9)"),
     ):
-        for other in found.get(name, {}).get("experiments", []):
-            (value,) = other["changes"].values()
+        for value, other in _by_value(found, name):
             if value == 300:
                 continue
             values = other["accuracies"][partition]["feddifrc"]
@@ -290,6 +289,12 @@ def _ablation(found: dict[str, Summary]) -> str:
         + "\nThe paper's claims on CIFAR-10 (layers: at NID1 0.2) and ours:\n\n"
         + _claims(experiment, claims, best)
     )
+
+
+def _by_value(found: dict[str, Summary], name: str) -> list[tuple[Any, Summary]]:
+    """Return the experiments of a preset that changes one key, with its values, in the order of these."""
+    experiments = found.get(name, {"experiments": []})["experiments"]
+    return sorted(((*one["changes"].values(), one) for one in experiments), key=lambda pair: pair[0])
 
 
 def _heterogeneity(found: dict[str, Summary]) -> str:
@@ -377,8 +382,9 @@ def _quality(found: dict[str, Summary]) -> list[tuple[str, dict[str, float], Gai
     if "digits-ablation" not in found:
         return []
     baseline = found["digits-ablation"]["experiments"][0]["accuracies"]["nid1_005"]["fedavg"]
-    kinds = [found[name]["experiments"] for name in ("digits-timesteps", "digits-guides") if name in found]
-    measured = [one for experiments in kinds for one in experiments if one["features"]]
+    experiments = [one for _, one in _by_value(found, "digits-timesteps")]
+    experiments += found.get("digits-guides", {"experiments": []})["experiments"]
+    measured = [one for one in experiments if one["features"]]
     runs = [one["accuracies"]["nid1_005"]["feddifrc"] for one in measured]
     common = set(baseline).intersection(*runs)  # points of other seeds could not be compared
     points = []
