@@ -20,6 +20,7 @@ from pipeline.diffusion.backbones import Conditioning
 from pipeline.settings.config import Config
 from pipeline.text import duration, size
 from stages.extract_features import plan as planning
+from stages.extract_features import publish
 from stages.extract_features.extraction import Extraction
 from stages.extract_features.run import load
 
@@ -49,6 +50,8 @@ class Estimate:
     free_space: str
     process: list[str]
     processes: int
+    in_place: str = ""  # what of the set there is already, in words
+    shards_done: int = 0
 
     @property
     def images_per_second(self) -> float:
@@ -62,9 +65,11 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """The time from the first to the last process's end: a process has at most ceil(shards / processes) shards."""
-        most = min(self.images, -(-self.shards // self.processes) * self.rows_per_shard)
-        return self.start_seconds + self.basis_seconds + most / self.images_per_second
+        """The time from the first to the last process's end: a process has at most ceil(missing / processes) shards."""
+        missing = self.shards - self.shards_done
+        most = min(self.images, -(-missing // self.processes) * self.rows_per_shard)
+        basis_seconds = 0 if self.shards_done else self.basis_seconds  # it is finished, too
+        return self.start_seconds + basis_seconds + most / self.images_per_second
 
     def lines(self) -> list[str]:
         """Return the estimate as lines of text."""
@@ -81,6 +86,7 @@ class Estimate:
             f"{flops / 1e12:.3g} T in all",
             f"disk          {size(self.num_bytes)} ({self.free_space})",
             *self.process,
+            *([f"in place      {self.in_place}"] if self.in_place else []),
             f"time          {duration(self.seconds)} on {self.device}, {who} ({duration(self.start_seconds)} to start, "
             f"{duration(self.basis_seconds)} for the basis, then {self.images_per_second:.3g} images/s"
             f"{' each' if several else ''}; after timing a few batches)",
@@ -105,6 +111,7 @@ def estimate(config: Config, processes: int = 1, started: float | None = None) -
         extraction = load(plan)
         start_seconds = time.perf_counter() - started
         seconds_per_encoding, seconds_per_pass = _timings(extraction)
+    in_place, shards_done = publish.in_place(plan.target, plan.staging, plan.feature_set)
     rows = len(plan.feature_set.shard_rows(0))
     features, images = rows * content.read_row_bytes, rows * 3 * plan.dataset.image_size**2
     more_bytes = _COPIES_OF_FEATURES * features + _COPIES_OF_IMAGES * images
@@ -118,6 +125,7 @@ def estimate(config: Config, processes: int = 1, started: float | None = None) -
         vae_flops=vae_flops, pass_flops=pass_flops, num_bytes=content.row_bytes * plan.feature_set.rows,
         start_seconds=start_seconds, seconds_per_encoding=seconds_per_encoding, seconds_per_pass=seconds_per_pass,
         device=plan.device, free_space=estimates.free_space(plan.target), process=process, processes=processes,
+        in_place=in_place, shards_done=shards_done,
     )  # fmt: skip
 
 

@@ -37,6 +37,12 @@ class ExtractionPlan:
     state_dir: Path  # folder of unfinished and cached work
     device: str
 
+    @property
+    def staging(self) -> Path:
+        """The folder of the set until it is finished."""
+        name = f"{self.feature_set.content.fingerprint[:16]}-{self.feature_set.rows_per_shard}"
+        return self.state_dir / "staging" / name
+
 
 def make(config: Config) -> ExtractionPlan:
     """Plan the feature set that params.yaml describes; raise PipelineError as `run` does."""

@@ -4,6 +4,7 @@ The shards of a set may stay in staging for days, made by many jobs. Each is has
 which takes seconds where computing them took hours.
 """
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 from pipeline import feature_store, provenance
 from pipeline.errors import FeatureSetError, PipelineError
 from pipeline.feature_store import FeatureSetWriter, Plan
+from pipeline.feature_store.writer import PLAN
 from pipeline.io import atomic
 from pipeline.io.system_errors import SystemRefusal, reading, status
 from pipeline.settings.config import differing_keys
@@ -61,6 +63,22 @@ def is_complete(target: Path, plan: Plan) -> bool:
         log.warning("the existing feature set %s cannot be used: %s", target, getattr(error, "problem", error))
         return False
     return True
+
+
+def in_place(target: Path, staging: Path, plan: Plan) -> tuple[str, int]:
+    """Return what a run would find, in words, and how many shards it need not compute; nothing is written."""
+    try:
+        check_replaceable(target, plan)
+    except FeatureSetError as error:
+        return f"a run would end at once: {error}", 0
+    with contextlib.suppress(PipelineError):
+        found = feature_store.FeatureSet(target).manifest
+        if (found.fingerprint, found.rows_per_shard) == (plan.content.fingerprint, plan.rows_per_shard):
+            return f"{target} holds this set, finished: a run checks its bytes and ends", plan.num_shards
+    if status(staging / PLAN) is None:
+        return "", 0
+    done = plan.num_shards - len(FeatureSetWriter(staging, plan, "").missing_shards)
+    return f"{done} of {plan.num_shards} shards are finished: a run computes the others" if done else "", done
 
 
 def check_replaceable(target: Path, plan: Plan) -> None:

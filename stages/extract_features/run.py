@@ -65,8 +65,7 @@ def run(config: Config, shard_range: str | None = None, overwrite: bool = False)
         publish.check_replaceable(plan.target, feature_set)
     if rank:
         logging.getLogger("stages").setLevel(logging.WARNING)
-    staging = plan.state_dir / "staging" / f"{feature_set.content.fingerprint[:16]}-{feature_set.rows_per_shard}"
-    writer = FeatureSetWriter(staging, feature_set, provenance.processor(plan.device))
+    writer = FeatureSetWriter(plan.staging, feature_set, provenance.processor(plan.device))
     with writer.in_use(), scheduling.finish_batch_on_sigterm() as check:
 
         def compute(shards: list[int]) -> None:

@@ -33,6 +33,11 @@ def test_processes_share_whole_shards_after_the_basis(processes, seconds):
     assert (f"{processes} processes, each with a GPU" in said and "/s each" in said) or processes == 1
 
 
+def test_finished_shards_and_their_basis_take_no_time():
+    assert replace(ESTIMATE, shards_done=3).seconds == 7 + 4 * 2.5
+    assert replace(ESTIMATE, shards_done=5).seconds == 7
+
+
 def test_the_last_shard_may_be_smaller():
     assert replace(ESTIMATE, images=9).seconds == 15 + 9 * 2.5
 

@@ -432,6 +432,23 @@ def test_a_dry_run_prints_the_cost_and_writes_nothing(unextracted, dtype):
     assert f"{20 * (144 * 2 * 4 + 3 * 2 + 8 + 8 + 4) / 1e3:.1f} kB" in result.output
 
 
+@pytest.mark.usefixtures("quick_dry_runs")
+def test_a_dry_run_says_what_is_in_place(digits, unextracted):
+    def said(*arguments):
+        lines = invoke(unextracted, "extract-features", "--dry-run", *arguments).output.splitlines()
+        return next((line for line in lines if line.startswith("in place")), "")
+
+    staging = extract(unextracted, "--shard-range", "3:5")
+    before = sorted(staging.rglob("*"))
+    assert said() == "in place      2 of 5 shards are finished: a run computes the others"
+    assert sorted(staging.rglob("*")) == before
+    assert said("--timestep", "5") == ""
+    (unextracted / "data" / "features").symlink_to(digits / "data" / "features")
+    assert said().endswith("digits-tiny-sd-t300 holds this set, finished: a run checks its bytes and ends")
+    assert "a run would end at once: " in (other := said("--noise-seed", "5"))
+    assert "holds a finished feature set with another noise_seed. Move or delete the folder" in other
+
+
 def test_flops_are_counted_up_to_the_last_layer(tmp_path):
     path = tiny_models.sd(tmp_path / "sd")
     backbone = backbones.load(path, "auto", "cpu", torch.float32)
