@@ -1,8 +1,11 @@
 """Export and import of a tar; a damaged or hostile archive leaves no files, inside or outside the target folder."""
 
+import bz2
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import tarfile
 from pathlib import Path
@@ -86,6 +89,16 @@ def test_truncated_tar_is_rejected(exported, tmp_path, keep):
     assert keep < len(data) - 10_240
     exported.write_bytes(data[:keep])
     refused(exported, tmp_path, "is not a complete tar|is truncated|is not its first file")
+
+
+@pytest.mark.parametrize("kind", ["gzip", "bzip2", "xz", "zstd"])
+def test_compressed_tar_is_named_so(exported, tmp_path, kind):
+    data = exported.read_bytes()
+    exported.write_bytes(
+        b"(\xb5/\xfd" + data if kind == "zstd"  # Python has no compressor of it
+        else {"gzip": gzip, "bzip2": bz2, "xz": lzma}[kind].compress(data)
+    )  # fmt: skip
+    refused(exported, tmp_path, rf"is compressed \({kind}\)\. Decompress it")
 
 
 def test_flipped_byte_is_found(exported, tmp_path):

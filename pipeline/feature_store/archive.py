@@ -100,6 +100,9 @@ class _RegularFile(tarfile.TarInfo):
         return super()._proc_member(tar)  # type: ignore[misc,no-any-return]
 
 
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"(\xb5/\xfd": "zstd"}
+
+
 class _Source(io.FileIO):
     """An archive that is being read; errors of the operating system name it."""
 
@@ -123,6 +126,12 @@ def _opened(archive: Path) -> Iterator[tuple[tarfile.TarFile, str, Manifest]]:
             with tarfile.open(fileobj=source, mode="r:", tarinfo=_RegularFile, encoding="utf-8") as tar:
                 yield tar, *_manifest(tar, archive)
         except tarfile.TarError as error:
+            source.seek(0)
+            start = source.read(6)
+            if kind := next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None):
+                raise FeatureSetError(
+                    f"{archive} is compressed ({kind}). Decompress it, then import the tar."
+                ) from None
             problem = f"{archive} is not a complete tar of `pipeline features export` ({error})"
             raise FeatureSetError(f"{problem}. Get it again.") from None
 
