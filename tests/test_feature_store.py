@@ -587,12 +587,12 @@ def test_error_distinguishes_a_missing_folder_from_one_without_a_set(tmp_path, n
         FeatureSet(tmp_path)
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize(("start", "workers"), [("fork", 2), ("spawn", 1)])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_data_loader_workers_read_batches(original, start):
+def test_data_loader_workers_read_batches(original, start, workers):
     opened = FeatureSet(original)
     opened.read(np.arange(ROWS))  # maps are open when the processes start
-    loader = DataLoader(opened.as_torch(), batch_size=4, num_workers=2, multiprocessing_context=start)
+    loader = DataLoader(opened.as_torch(), batch_size=4, num_workers=workers, multiprocessing_context=start)
     batches = list(loader)
     assert torch.cat([batch["index"] for batch in batches]).tolist() == list(range(ROWS))
     assert np.array_equal(torch.cat([batch["denoised"] for batch in batches]).numpy(), DENOISED)
