@@ -15,10 +15,17 @@ def log_outcome(dataset: PreparedDataset) -> None:
     """Log the size of the data set, and one line per kind of problem."""
     counts = ", ".join(f"{dataset.rows(split)} {split}" for split in datasets.SPLITS)
     domains = f", {len(dataset.domain_names)} domains" if len(dataset.domain_names) > 1 else ""
-    log.info("%s: %s images of %d classes%s", dataset.path, counts, len(dataset.class_names), domains)
+    names = dataset.class_names
+    kinds = f"{len(names)} classes" if len(names) > 1 else "one class"
+    log.info("%s: %s images of %s%s", dataset.path, counts, kinds, domains)
+    if len(names) == 1:
+        log.warning(
+            "all images are of one class, %s: every accuracy will be 100 %%, and TDCL has nothing to contrast. The "
+            "folders in prepare_data.path must be the classes", some(names),
+        )  # fmt: skip
     _warn_about_skipped(dataset)
     _warn_about_small_classes(dataset)
-    _warn_about_odd_names(dataset.class_names)
+    _warn_about_odd_names(names)
 
 
 def _warn_about_skipped(dataset: PreparedDataset) -> None:

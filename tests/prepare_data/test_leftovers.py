@@ -127,6 +127,14 @@ def test_small_classes_are_reported_on_one_line_per_kind(prepare, tmp_path):
     ]
 
 
+def test_one_class_gives_a_warning(prepare, tmp_path):
+    for half in ("train", "test"):
+        save_plain(tmp_path / "in" / half / "cat" / "0.png", (1, 2, 3))
+    output = prepare(source="folder", path=tmp_path / "in").output
+    assert "1 train, 1 test images of one class\n" in output
+    assert "all images are of one class, cat: every accuracy will be 100 %" in output
+
+
 def test_only_empty_class_folders_are_rejected(prepare, tmp_path):
     (tmp_path / "in" / "a" / "@eaDir").mkdir(parents=True)
     result = prepare(source="folder", path=tmp_path / "in")
