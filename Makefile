@@ -30,7 +30,7 @@ test: $(STAMP)  ## Run the tests in parallel, in up to eight processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadscope --no-loadscope-reorder
 
 test-faults: $(STAMP)  ## Run the long fault and fuzz tests (about 15 minutes) and print a table
-	HYPOTHESIS_PROFILE=large OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" tests/faults tests/fuzz
+	HYPOTHESIS_PROFILE=large OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" tests/faults tests/fuzz tests/test_notebook.py
 
 gpu-check:  ## Check and measure both stages on this machine's GPU (some minutes; no installation needed)
 	PYTHONPATH=. $(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu_check.py

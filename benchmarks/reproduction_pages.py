@@ -293,8 +293,11 @@ def _ablation(found: dict[str, Summary]) -> str:
 
 def _by_value(found: dict[str, Summary], name: str) -> list[tuple[Any, Summary]]:
     """Return the experiments of a preset that changes one key, with its values, in the order of these."""
-    experiments = found.get(name, {"experiments": []})["experiments"]
-    return sorted(((*one["changes"].values(), one) for one in experiments), key=lambda pair: pair[0])
+    pairs = []
+    for one in found.get(name, {}).get("experiments", []):
+        (value,) = one["changes"].values()
+        pairs.append((value, one))
+    return sorted(pairs, key=lambda pair: (isinstance(pair[0], str), pair[0]))
 
 
 def _heterogeneity(found: dict[str, Summary]) -> str:
@@ -383,7 +386,7 @@ def _quality(found: dict[str, Summary]) -> list[tuple[str, dict[str, float], Gai
         return []
     baseline = found["digits-ablation"]["experiments"][0]["accuracies"]["nid1_005"]["fedavg"]
     experiments = [one for _, one in _by_value(found, "digits-timesteps")]
-    experiments += found.get("digits-guides", {"experiments": []})["experiments"]
+    experiments += found.get("digits-guides", {}).get("experiments", [])
     measured = [one for one in experiments if one["features"]]
     runs = [one["accuracies"]["nid1_005"]["feddifrc"] for one in measured]
     common = set(baseline).intersection(*runs)  # points of other seeds could not be compared

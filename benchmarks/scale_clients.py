@@ -64,9 +64,9 @@ def report(folder: Path, clients: int) -> Action:
     """Write the report of two methods, one partition and one seed."""
     from tests.report import grid  # needs the repository's folder on the path
 
-    def write(root: Path, methods: list[str], clients: int) -> None:
+    def write(root: Path, names: list[str], number: int) -> None:
         root.mkdir(exist_ok=True)
-        written = grid.write_grid(root, methods, ["dir005"], [0], 2, clients)
+        written = grid.write_grid(root, names, ["dir005"], [0], 2, number)
         write_report(config.load(written / "params.yaml"))
 
     write(folder / "first", ["fedavg"], 10)  # loads the libraries

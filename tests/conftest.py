@@ -29,7 +29,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # tests of downloads start their own server
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a background job, whose children would ignore Ctrl-C, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-if Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free > 4 << 30:  # every output waits for its disk
+
+def _is_fit_for_tests(folder: str) -> bool:
+    if not os.access(folder, os.W_OK) or shutil.disk_usage(folder).free < 4 << 30:
+        return False
+    return (
+        not os.statvfs(folder).f_flag & os.ST_NOEXEC
+    )  # as containers mount it; some tests run programs that they write
+
+
+if _is_fit_for_tests("/dev/shm"):  # in memory; on a disk, most outputs would wait for fsync
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")  # where pytest puts tmp_path
 
 REPOSITORY = Path(__file__).parents[1]
@@ -57,7 +66,10 @@ def write_params(root: Path, changes: Mapping[str, Any]) -> Path:
 
 @functools.cache
 def _sections() -> Mapping[str, Mapping[str, str]]:
-    """The lines of each key of each section of the repository's params.yaml, which takes long to parse and to dump."""
+    """The lines of each key of each section of the repository's params.yaml, which takes long to parse and to dump.
+
+    It knows the file's layout only: sections, keys at two spaces, and deeper lines of the key before.
+    """
     sections: dict[str, dict[str, str]] = {}
     for line in (REPOSITORY / "params.yaml").read_text(encoding="utf-8").splitlines(keepends=True):
         name = line.partition(":")[0]
@@ -65,8 +77,10 @@ def _sections() -> Mapping[str, Mapping[str, str]]:
             keys = sections.setdefault(name, {"": line})
         elif re.match(r"  [\w-]", name):
             keys[key := name.strip()] = line
-        elif sections and line.startswith("    "):  # of the key before
+        elif line.startswith("    "):
             keys[key] += line
+        else:
+            assert line.lstrip().startswith("#") or not line.strip(), line
     return sections
 
 
@@ -74,7 +88,7 @@ def _params(changes: Mapping[str, Any]) -> str:
     sections = {name: dict(keys) for name, keys in _sections().items()}
     for dotted, value in changes.items():
         section, key = dotted.split(".")
-        sections[section][key] = f"  {key}: {json.dumps(value, ensure_ascii=False)}\n"
+        sections[section][key] = f"  {key}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n"
     return "".join(text for keys in sections.values() for text in keys.values())
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.errors import PipelineError
 from pipeline.settings import config
-from tests.conftest import REPOSITORY, invoke, write_params
+from tests.conftest import REPOSITORY, SMALL, invoke, write_params
 
 
 @pytest.fixture
@@ -34,6 +34,17 @@ def complaint(file, overrides=None):
     with pytest.raises(PipelineError) as caught:
         config.load(file, overrides)
     return str(caught.value).replace(str(file.parent) + "/", "")
+
+
+def test_params_of_small_projects_are_the_repositorys_with_their_changes(tmp_path):
+    """They are made line by line, without a parser."""
+    changes = {"prepare_data.seed": 5, "methods.own": {"algorithm": "fedavg"}}
+    written = config.read_yaml(write_params(tmp_path, changes))
+    expected = config.read_yaml(REPOSITORY / "params.yaml")
+    for dotted, value in {**SMALL, **changes}.items():
+        section, key = dotted.split(".")
+        expected[section][key] = value
+    assert written == expected
 
 
 def test_repositorys_own_file_is_valid(file):

@@ -101,6 +101,11 @@ def test_compressed_tar_is_named_so(exported, tmp_path, kind):
     refused(exported, tmp_path, rf"is compressed \({kind}\)\. Decompress it")
 
 
+def test_truncated_tar_of_a_set_that_is_named_like_a_compressed_file(exported, tmp_path):
+    exported.write_bytes(b"BZh" + exported.read_bytes()[3:600])
+    refused(exported, tmp_path, "is not a complete tar")
+
+
 def test_flipped_byte_is_found(exported, tmp_path):
     data = exported.read_bytes()
     shard = members(exported)[2][1]

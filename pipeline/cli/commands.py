@@ -219,7 +219,9 @@ def prepare_backbone(config: "Config", train: bool) -> None:
 @main.command("extract-features", cls=StageCommand, section="extract_features")
 @click.option("--shard-range", metavar="A:B", help="Compute only shards A to B - 1, as one job of a batch queue.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished set made from other settings or data.")
-@click.option("--dry-run", is_flag=True, help="Time a few batches and print the estimated cost; write nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Time a few batches; print the cost and what exists already. Write nothing."
+)
 @click.option(
     "--processes",
     type=click.IntRange(1),
@@ -239,8 +241,10 @@ def extract_features(
     """
     from stages import extract_features as stage
 
+    if dry_run and shard_range:
+        raise click.UsageError("--dry-run plans the whole set. Leave out --shard-range; --processes plans for several.")
     if dry_run:
-        click.echo("\n".join(stage.estimate(config, processes or 1, _STARTED).lines()))
+        click.echo("\n".join(stage.estimate(config, processes or 1, _STARTED, overwrite).lines()))
     elif processes:
         raise click.UsageError("--processes needs --dry-run. To start processes, use accelerate launch.")
     else:

@@ -28,6 +28,8 @@ from pipeline.text import printable, size
 _LARGEST_MANIFEST = 64 << 20  # bytes; that of a million images has a tenth of it
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{,79}")  # no dots: "x.tmp", "x.old" and "x.tar" mean something else
 _ELSEWHERE = "Move it away, or import under another name with --as."
+_COMPRESSED = {rb"\x1f\x8b": "gzip", rb"BZh\d1AY&SY": "bzip2", rb"\xfd7zXZ\0": "xz", rb"\(\xb5/\xfd": "zstd"}
+"""How a compressed file starts, as regular expressions: "BZh" alone may be the name of a folder in a tar."""
 
 Advance = Callable[[int], object]
 
@@ -100,9 +102,6 @@ class _RegularFile(tarfile.TarInfo):
         return super()._proc_member(tar)  # type: ignore[misc,no-any-return]
 
 
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"(\xb5/\xfd": "zstd"}
-
-
 class _Source(io.FileIO):
     """An archive that is being read; errors of the operating system name it."""
 
@@ -127,8 +126,8 @@ def _opened(archive: Path) -> Iterator[tuple[tarfile.TarFile, str, Manifest]]:
                 yield tar, *_manifest(tar, archive)
         except tarfile.TarError as error:
             source.seek(0)
-            start = source.read(6)
-            if kind := next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None):
+            start = source.read(10)
+            if kind := next((kind for magic, kind in _COMPRESSED.items() if re.match(magic, start)), None):
                 raise FeatureSetError(
                     f"{archive} is compressed ({kind}). Decompress it, then import the tar."
                 ) from None

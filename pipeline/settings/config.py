@@ -292,7 +292,7 @@ def _accepts(field: FieldInfo, value: Any) -> bool:
     return True
 
 
-@functools.cache  # making one takes a hundred times as long as using it, and every message of a federation does
+@functools.cache  # making one takes a hundred times as long as using it, and each message of a federation needs several
 def _adapter(field: FieldInfo) -> TypeAdapter[Any]:
     annotation: Any = Annotated[field.annotation, field]
     return TypeAdapter(annotation)

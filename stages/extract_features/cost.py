@@ -50,8 +50,13 @@ class Estimate:
     free_space: str
     process: list[str]
     processes: int
-    in_place: str = ""  # what of the set there is already, in words
+    in_place: str = ""  # what exists already, in words
     shards_done: int = 0
+
+    @property
+    def missing(self) -> int:
+        """The number of shards that a run computes."""
+        return self.shards - self.shards_done
 
     @property
     def images_per_second(self) -> float:
@@ -60,16 +65,14 @@ class Estimate:
 
     @property
     def basis_seconds(self) -> float:
-        """The time of fitting the basis, which one process does."""
-        return self.basis_images * (self.seconds_per_encoding + 2 * self.seconds_per_pass)
+        """The time of fitting the basis, which one process does before the first shard."""
+        return 0 if self.shards_done else self.basis_images * (self.seconds_per_encoding + 2 * self.seconds_per_pass)
 
     @property
     def seconds(self) -> float:
         """The time from the first to the last process's end: a process has at most ceil(missing / processes) shards."""
-        missing = self.shards - self.shards_done
-        most = min(self.images, -(-missing // self.processes) * self.rows_per_shard)
-        basis_seconds = 0 if self.shards_done else self.basis_seconds  # it is finished, too
-        return self.start_seconds + basis_seconds + most / self.images_per_second
+        most = min(self.images, -(-self.missing // self.processes) * self.rows_per_shard)
+        return self.start_seconds + self.basis_seconds + most / self.images_per_second
 
     def lines(self) -> list[str]:
         """Return the estimate as lines of text."""
@@ -77,7 +80,8 @@ class Estimate:
         flops += self.basis_images * (self.vae_flops + 2 * self.pass_flops)
         several = self.processes > 1
         who = f"{self.processes} processes, each with a GPU or a machine of its own" if several else "one process"
-        who += f", of which {self.shards} have work (one shard each)" if self.processes > self.shards else ""
+        who += f", of which {self.missing} have work (one shard each)" if self.processes > self.missing else ""
+        rest = f" for the {self.missing} missing shards" if self.shards_done else ""
         return [
             f"images        {self.images} in {self.shards} shards",
             f"passes        {self.passes_per_image} per image, {self.images * self.passes_per_image} in all"
@@ -87,19 +91,20 @@ class Estimate:
             f"disk          {size(self.num_bytes)} ({self.free_space})",
             *self.process,
             *([f"in place      {self.in_place}"] if self.in_place else []),
-            f"time          {duration(self.seconds)} on {self.device}, {who} ({duration(self.start_seconds)} to start, "
-            f"{duration(self.basis_seconds)} for the basis, then {self.images_per_second:.3g} images/s"
+            f"time          {duration(self.seconds)}{rest} on {self.device}, {who} "
+            f"({duration(self.start_seconds)} to start, {duration(self.basis_seconds)} for the basis, then {self.images_per_second:.3g} images/s"
             f"{' each' if several else ''}; after timing a few batches)",
         ]
 
 
-def estimate(config: Config, processes: int = 1, started: float | None = None) -> Estimate:
+def estimate(config: Config, processes: int = 1, started: float | None = None, overwrite: bool = False) -> Estimate:
     """Plan the set that params.yaml describes, load the models and time a few batches.
 
     Args:
         config: The project's configuration.
         processes: How many processes will share the shards, each as fast as this one.
         started: When this process started, by `time.perf_counter`, if the time to start includes its imports.
+        overwrite: Whether the run may replace a finished set of other features.
 
     Raises:
         PipelineError: As `run`.
@@ -111,7 +116,7 @@ def estimate(config: Config, processes: int = 1, started: float | None = None) -
         extraction = load(plan)
         start_seconds = time.perf_counter() - started
         seconds_per_encoding, seconds_per_pass = _timings(extraction)
-    in_place, shards_done = publish.in_place(plan.target, plan.staging, plan.feature_set)
+    in_place, shards_done = publish.in_place(plan.target, plan.staging, plan.feature_set, overwrite)
     rows = len(plan.feature_set.shard_rows(0))
     features, images = rows * content.read_row_bytes, rows * 3 * plan.dataset.image_size**2
     more_bytes = _COPIES_OF_FEATURES * features + _COPIES_OF_IMAGES * images

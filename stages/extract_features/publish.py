@@ -4,7 +4,6 @@ The shards of a set may stay in staging for days, made by many jobs. Each is has
 which takes seconds where computing them took hours.
 """
 
-import contextlib
 import json
 import logging
 from collections.abc import Callable
@@ -12,8 +11,8 @@ from pathlib import Path
 
 from pipeline import feature_store, provenance
 from pipeline.errors import FeatureSetError, PipelineError
-from pipeline.feature_store import FeatureSetWriter, Plan
-from pipeline.feature_store.writer import PLAN
+from pipeline.feature_store import FeatureSetWriter, Manifest, Plan
+from pipeline.feature_store.writer import count_finished
 from pipeline.io import atomic
 from pipeline.io.system_errors import SystemRefusal, reading, status
 from pipeline.settings.config import differing_keys
@@ -53,8 +52,7 @@ def is_complete(target: Path, plan: Plan) -> bool:
         return False
     try:
         found = feature_store.FeatureSet(target)
-        made_of = (found.manifest.fingerprint, found.manifest.rows_per_shard)
-        if made_of != (plan.content.fingerprint, plan.rows_per_shard):
+        if not _is_of(plan, found.manifest):
             return False
         found.verify_files()
     except SystemRefusal:
@@ -65,20 +63,42 @@ def is_complete(target: Path, plan: Plan) -> bool:
     return True
 
 
-def in_place(target: Path, staging: Path, plan: Plan) -> tuple[str, int]:
-    """Return what a run would find, in words, and how many shards it need not compute; nothing is written."""
+def in_place(target: Path, staging: Path, plan: Plan, overwrite: bool) -> tuple[str, int]:
+    """Return what a run would find, in words, and how many of its shards are finished. Writes and hashes nothing.
+
+    If a run would compute nothing, the number is 0: the cost to be estimated is then that of a whole set.
+
+    Raise SystemRefusal if the system refuses to read a file.
+    """
+    if _has_manifest_of(target, plan):
+        return f"{target} holds this set: a run only checks it (the time is that of a new set)", 0
+    found = []
     try:
         check_replaceable(target, plan)
     except FeatureSetError as error:
-        return f"a run would end at once: {error}", 0
-    with contextlib.suppress(PipelineError):
-        found = feature_store.FeatureSet(target).manifest
-        if (found.fingerprint, found.rows_per_shard) == (plan.content.fingerprint, plan.rows_per_shard):
-            return f"{target} holds this set, finished: a run checks its bytes and ends", plan.num_shards
-    if status(staging / PLAN) is None:
-        return "", 0
-    done = plan.num_shards - len(FeatureSetWriter(staging, plan, "").missing_shards)
-    return f"{done} of {plan.num_shards} shards are finished: a run computes the others" if done else "", done
+        if not overwrite:
+            return f"a run would end at once (the time is with --overwrite): {error}", 0
+        found = [f"{target} holds another set, which a run replaces"]
+    done = count_finished(staging, plan)
+    if done == plan.num_shards:
+        found.append(f"all {done} shards are finished: a run puts the set together (the time is that of a new set)")
+        done = 0
+    elif done:
+        found.append(f"{done} of {plan.num_shards} shards are finished: a run computes the others")
+    return "; ".join(found), done
+
+
+def _has_manifest_of(target: Path, plan: Plan) -> bool:
+    try:
+        return _is_of(plan, feature_store.read_manifest(target))
+    except SystemRefusal:
+        raise
+    except PipelineError:
+        return False
+
+
+def _is_of(plan: Plan, found: Manifest) -> bool:
+    return (found.fingerprint, found.rows_per_shard) == (plan.content.fingerprint, plan.rows_per_shard)
 
 
 def check_replaceable(target: Path, plan: Plan) -> None:

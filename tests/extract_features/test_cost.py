@@ -34,8 +34,11 @@ def test_processes_share_whole_shards_after_the_basis(processes, seconds):
 
 
 def test_finished_shards_and_their_basis_take_no_time():
-    assert replace(ESTIMATE, shards_done=3).seconds == 7 + 4 * 2.5
-    assert replace(ESTIMATE, shards_done=5).seconds == 7
+    resumed = replace(ESTIMATE, shards_done=3, processes=4)
+    assert resumed.seconds == 7 + 2 * 2.5  # two shards of two images, by two of the processes
+    said = resumed.lines()[-1]
+    assert said.startswith("time          12 s for the 2 missing shards on cuda, 4 processes, each with a GPU")
+    assert "of which 2 have work (one shard each) (7 s to start, 0 s for the basis, then 0.4 im" in said
 
 
 def test_the_last_shard_may_be_smaller():

@@ -439,14 +439,21 @@ def test_a_dry_run_says_what_is_in_place(digits, unextracted):
         return next((line for line in lines if line.startswith("in place")), "")
 
     staging = extract(unextracted, "--shard-range", "3:5")
-    before = sorted(staging.rglob("*"))
+    shutil.rmtree(staging / "locks")
+    before = {file: file.stat().st_mtime_ns for file in staging.rglob("*")}
     assert said() == "in place      2 of 5 shards are finished: a run computes the others"
-    assert sorted(staging.rglob("*")) == before
-    assert said("--timestep", "5") == ""
-    (unextracted / "data" / "features").symlink_to(digits / "data" / "features")
-    assert said().endswith("digits-tiny-sd-t300 holds this set, finished: a run checks its bytes and ends")
-    assert "a run would end at once: " in (other := said("--noise-seed", "5"))
+    assert {file: file.stat().st_mtime_ns for file in staging.rglob("*")} == before
+    assert said("--timestep", "5") == said("--rows-per-shard", "8") == ""
+    extract(unextracted, "--shard-range", "0:3")
+    assert said().endswith("digits-tiny-sd-t300 holds this set: a run only checks it (the time is that of a new set)")
+    other = said("--noise-seed", "5")
+    assert other.startswith("in place      a run would end at once (the time is with --overwrite): ")
     assert "holds a finished feature set with another noise_seed. Move or delete the folder" in other
+    assert said("--noise-seed", "5", "--overwrite").endswith("t300 holds another set, which a run replaces")
+    (unextracted / SET / "manifest.json").unlink()
+    assert "all 5 shards are finished: a run puts the set together" in said()
+    result = invoke(unextracted, "extract-features", "--dry-run", "--shard-range", "0:1")
+    assert result.exit_code == 2 and "Leave out --shard-range" in result.output
 
 
 def test_flops_are_counted_up_to_the_last_layer(tmp_path):

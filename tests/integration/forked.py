@@ -257,7 +257,8 @@ def _run(connection: socket.socket) -> None:
 def _run_program(arguments: list[str], site: str | None) -> NoReturn:
     sys.argv, name = arguments, Path(arguments[0]).name
     if name == "python" and Path(arguments[1]).is_file():
-        sys.argv, sys.path[0] = arguments[1:], str(Path(arguments[1]).parent)
+        sys.argv, sys.path[0] = arguments[1:], str(Path(arguments[1]).resolve().parent)
+        sys.stdin = open(0, closefd=False)  # which multiprocessing has replaced
         runpy.run_path(arguments[1], run_name="__main__")
         sys.exit()
     if name == "python":

@@ -26,6 +26,15 @@ def test_code_runs_as_in_an_interpreter_and_reads_its_input(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (3, "__main__ True x ['-c', '-m']\n", "")
 
 
+def test_file_runs_as_in_an_interpreter(tmp_path):
+    write_programs(tmp_path, "python")
+    (tmp_path / "beside.py").write_text("value = 5")
+    (tmp_path / "file.py").write_text("import sys, beside; print(__name__, beside.value, input(), sys.argv[1:])")
+    words = [tmp_path / "python", "file.py", "-c"]
+    done = subprocess.run(words, input="x\n", capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "__main__ 5 x ['-c']\n", "")
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 def test_exit_code_tells_the_signal(tmp_path, number):
     process = Process("signal:pause", [], tmp_path, os.environ, tmp_path / "log")

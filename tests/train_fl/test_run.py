@@ -249,8 +249,7 @@ def with_states(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory, quick_python) -> dict[str, Path]:
     """Projects left by killed processes."""
-    here = Path(__file__).parent
-    environment = {"PYTHONPATH": str(here.parents[1]), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     roots = {moment: tmp_path_factory.mktemp(moment.replace(" ", "-")) for moment, _, _ in KILLS}
     kills = json.dumps([(str(roots[moment]), moment, number) for moment, number, _ in KILLS])
     done = subprocess.run(
