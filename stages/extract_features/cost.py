@@ -92,7 +92,8 @@ class Estimate:
             *self.process,
             *([f"in place      {self.in_place}"] if self.in_place else []),
             f"time          {duration(self.seconds)}{rest} on {self.device}, {who} "
-            f"({duration(self.start_seconds)} to start, {duration(self.basis_seconds)} for the basis, then {self.images_per_second:.3g} images/s"
+            f"({duration(self.start_seconds)} to start, {duration(self.basis_seconds)} for the basis, "
+            f"then {self.images_per_second:.3g} images/s"
             f"{' each' if several else ''}; after timing a few batches)",
         ]
 
