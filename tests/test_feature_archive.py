@@ -46,13 +46,15 @@ def refused(file, tmp_path, match):
     assert sorted(path for path in tmp_path.rglob("*") if "received" not in path.parts) == outside
 
 
-def test_import_restores_the_exported_set_byte_for_byte(exported, tmp_path):
+def test_import_restores_the_exported_set_byte_for_byte(exported, tmp_path, caplog):
     path = archive.read(exported, tmp_path / "received")
     assert path == tmp_path / "received" / "mine"
     original = tmp_path / "sets" / "mine"
     for file in original.glob("*"):
         assert file.read_bytes() == (path / file.name).read_bytes()
-    assert archive.read(exported, tmp_path / "received") == path  # again: already there
+    assert not caplog.text
+    assert archive.read(exported, tmp_path / "received") == path
+    assert f"{path} holds this set already. The rest of {exported} was not checked" in caplog.text
     assert archive.read(exported, tmp_path / "received", "other").name == "other"
     archive.write(path, tmp_path / "again.tar")
     assert (tmp_path / "again.tar").read_bytes() == exported.read_bytes()
@@ -137,7 +139,7 @@ def test_links_and_devices_are_rejected(exported, tmp_path, kind):
         parts = members(exported)
         parts[position][0].type, parts[position][0].linkname = kind, "/etc/passwd"
         rewrite(tmp_path / "evil.tar", parts)
-        refused(tmp_path / "evil.tar", tmp_path, "link, a device|is not its first file")
+        refused(tmp_path / "evil.tar", tmp_path, "link, a device|is not its first file|holds no folders")
 
 
 def test_extra_duplicate_or_reordered_members_are_rejected(exported, tmp_path):
@@ -327,6 +329,25 @@ def test_second_export_to_one_archive_is_rejected_and_leftovers_are_replaced(exp
     assert exported.read_bytes() == before and not (tmp_path / "mine.tar.tmp").exists()
     with pytest.raises(PipelineError, match="nowhere/x.tar cannot be written .*Choose another path with -o"):
         archive.write(tmp_path / "sets" / "mine", tmp_path / "nowhere" / "x.tar")
+
+
+def test_only_an_earlier_export_or_an_empty_file_is_replaced(exported, tmp_path):
+    data, path = exported.read_bytes(), archive.read(exported, tmp_path / "received")
+    for before in (data, b""):
+        exported.write_bytes(before)
+        archive.write(path, exported)
+        assert exported.read_bytes() == data
+    exported.write_text("my thesis")
+    with pytest.raises(PipelineError, match="exists, and is no tar of `pipeline features export`. Remove it"):
+        archive.write(path, exported)
+    assert exported.read_text() == "my thesis" and sorted(tmp_path.glob("*.tar*")) == [exported]
+
+
+def test_tar_of_a_folder_is_called_neither_damaged_nor_hostile(exported, tmp_path):
+    path = archive.read(exported, tmp_path / "elsewhere")
+    with tarfile.open(tmp_path / "plain.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        tar.add(path, path.name)
+    refused(tmp_path / "plain.tar", tmp_path, rf"which holds no folders \({path.name} is one\)\. Ask for one")
 
 
 def test_set_is_exported_under_its_name_from_any_working_directory(exported, tmp_path, monkeypatch):

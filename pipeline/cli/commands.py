@@ -305,12 +305,25 @@ _OVERWRITE_HELP = (
 )
 
 
+_ONE: dict[str, Any] = {"required": True, "multiple": True}  # a second one would silently replace the first
+
+
+def _once(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> str:
+    if len(values) > 1:
+        raise click.UsageError(
+            f"{param.opts[0]} is given {len(values)} times. Give it once per command; `dvc repro` trains the sweep."
+        )
+    return values[0]
+
+
 @main.command("train-fl", cls=StageCommand, section="train_fl")
-@click.option("--method", required=True, help="Name of an entry under methods in params.yaml.")
-@click.option("--partition", required=True, help="Name of an entry under partitions in params.yaml.")
+@click.option("--method", callback=_once, **_ONE, help="Name of an entry under methods in params.yaml.")
+@click.option("--partition", callback=_once, **_ONE, help="Name of an entry under partitions in params.yaml.")
 @click.option("--seed", "seeds", multiple=True, type=click.IntRange(0, 2**63 - 1), help=_SEED_HELP)
 @click.option("--overwrite", is_flag=True, help=_OVERWRITE_HELP)
-@click.option("--dry-run", is_flag=True, help="Time a few batches and print what a run does and costs; write nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Time a few batches; print what a run does, costs and finds. Write nothing."
+)
 def train_fl(
     config: "Config", method: str, partition: str, seeds: tuple[int, ...], overwrite: bool, dry_run: bool
 ) -> None:
@@ -331,7 +344,7 @@ def train_fl(
     started: float | None = _STARTED
     for seed in dict.fromkeys(seeds or config.params.sweep.seeds):
         if dry_run:
-            click.echo("\n".join(stage.estimate(config, method, partition, seed, started).lines()))
+            click.echo("\n".join(stage.estimate(config, method, partition, seed, started, overwrite).lines()))
             started = None  # the next run has nothing left to import
         else:
             click.echo(stage.run(config, method, partition, seed, overwrite))

@@ -159,6 +159,8 @@ def diff(params: Path, first: str, second: str, as_json: bool) -> None:
 def export(params: Path, name: str, output: Path | None, noise: float | None) -> None:
     """Pack a set into one tar, for people without DVC. Every byte is checked.
 
+    An earlier export is replaced, but no other file, and no export with noise.
+
     With --noise, the tar holds a copy whose representations have noise, so that fewer images can be recognised in
     it (docs/security.md). Labels stay as they are. The noise is random and stored nowhere: two exports differ, and
     a person with several tars of one set can average the noise away. Export once, and give everyone the same tar.
@@ -185,7 +187,7 @@ def export(params: Path, name: str, output: Path | None, noise: float | None) ->
 @click.option("--as", "name", help="Name under data/features; default: the archive's own.")
 @click.pass_obj
 def import_set(params: Path, file: Path, name: str | None) -> None:
-    """Unpack an exported set into data/features, after checking every byte of it.
+    """Unpack an exported set into data/features, after checking every byte of it, unless the same set is there.
 
     \b
     Examples:

@@ -8,6 +8,7 @@ compression, attributes or any extension of the tar format, and moved there only
 import contextlib
 import hashlib
 import io
+import logging
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from pipeline.feature_store import noise, verification
 from pipeline.feature_store.reader import FeatureSet, parse_manifest, read_manifest
 from pipeline.feature_store.schema import FileEntry, InvalidFeatureSet, Manifest
 from pipeline.io import atomic, locks
+from pipeline.io.compression import LENGTH, compression_of
 from pipeline.io.hdf5 import bytes_of
 from pipeline.io.system_errors import SystemRefusal, reading
 from pipeline.text import printable, size
@@ -28,8 +30,7 @@ from pipeline.text import printable, size
 _LARGEST_MANIFEST = 64 << 20  # bytes; that of a million images has a tenth of it
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{,79}")  # no dots: "x.tmp", "x.old" and "x.tar" mean something else
 _ELSEWHERE = "Move it away, or import under another name with --as."
-_COMPRESSED = {rb"\x1f\x8b": "gzip", rb"BZh\d1AY&SY": "bzip2", rb"\xfd7zXZ\0": "xz", rb"\(\xb5/\xfd": "zstd"}
-"""How a compressed file starts, as regular expressions: "BZh" alone may be the name of a folder in a tar."""
+log = logging.getLogger(__name__)
 
 Advance = Callable[[int], object]
 
@@ -39,7 +40,8 @@ def write(path: Path, archive: Path, advance: Advance = lambda size: None, noise
 
     With `noise_scale`, export a copy with noise (`noise.write_copy`). `advance` is called with the number of bytes done
     since the last call; with noise, every byte is done twice. Raise PipelineError if the set is incomplete, corrupt or
-    has an invalid name, if it has noise already or the scale is invalid, or if the archive cannot be written.
+    has an invalid name, if it has noise already or the scale is invalid, or if the archive cannot be written. Of the
+    files at `archive`, only an empty one and an earlier export are replaced, the latter not with noise.
     """
     name = _checked_name(Path(os.path.abspath(path)).name)
     features = FeatureSet(path)
@@ -66,6 +68,7 @@ def read(archive: Path, sets: Path, name: str | None = None, advance: Advance = 
         target = sets / _checked_name(own_name if name is None else name)
         if os.path.lexists(target):
             _require_same(target, manifest)
+            log.warning("%s holds this set already. The rest of %s was not checked", target, archive)
             return target
         sets.mkdir(parents=True, exist_ok=True)
         needed, free = sum(entry.bytes for entry in manifest.files), shutil.disk_usage(sets).free
@@ -96,6 +99,10 @@ class _RegularFile(tarfile.TarInfo):
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         # tarfile calls this for every header, before it follows an extension (long names, pax records, sparse files):
         # in a hostile archive those are nested thousands deep, or claim gigabytes of memory.
+        if self.isdir():
+            archive, name = os.fsdecode(tar.fileobj.name), printable(self.name)  # type: ignore[union-attr,attr-defined]
+            problem = f"{archive} is not a tar of `pipeline features export`, which holds no folders ({name} is one)"
+            raise FeatureSetError(f"{problem}. Ask for one.")
         if self.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or self.size < 0:
             problem = f"{printable(self.name)} is a link, a device or otherwise not a regular file"
             raise _rejected(Path(os.fsdecode(tar.fileobj.name)), problem)  # type: ignore[union-attr,attr-defined]
@@ -126,11 +133,9 @@ def _opened(archive: Path) -> Iterator[tuple[tarfile.TarFile, str, Manifest]]:
                 yield tar, *_manifest(tar, archive)
         except tarfile.TarError as error:
             source.seek(0)
-            start = source.read(10)
-            if kind := next((kind for magic, kind in _COMPRESSED.items() if re.match(magic, start)), None):
-                raise FeatureSetError(
-                    f"{archive} is compressed ({kind}). Decompress it, then import the tar."
-                ) from None
+            if kind := compression_of(source.read(LENGTH)):
+                problem = f"{archive} is compressed ({kind})"
+                raise FeatureSetError(f"{problem}. Decompress it, then import the tar.") from None
             problem = f"{archive} is not a complete tar of `pipeline features export` ({error})"
             raise FeatureSetError(f"{problem}. Get it again.") from None
 
@@ -207,10 +212,21 @@ def _locked(archive: Path) -> Iterator[None]:
         raise PipelineError(f"{archive} is {kind}. Give the path of a tar with -o.")
     if not archive.parent.is_dir():  # the lock would create it, whatever was mistyped
         raise PipelineError(f"{archive} cannot be written (the folder does not exist). Choose another path with -o.")
+    _require_export(archive)
     with locks.opened(archive.with_name(f"{archive.name}.tmp")) as lock:
         if not lock.acquire():
             raise PipelineError(f"Another process is writing {archive}. Wait until it has ended, or stop it.")
         yield
+
+
+def _require_export(archive: Path) -> None:
+    """Raise PipelineError if there is a file that is neither empty nor a tar of a feature set."""
+    if archive.exists() and archive.stat().st_size:
+        try:
+            manifest_of(archive)
+        except FeatureSetError:
+            problem = f"{archive} exists, and is no tar of `pipeline features export`"
+            raise PipelineError(f"{problem}. Remove it, or choose another path with -o.") from None
 
 
 def _add(tar: tarfile.TarFile, name: str, file: Path, entry: FileEntry | None, advance: Advance) -> None:

@@ -28,6 +28,7 @@ from pipeline.data.file_names import canonical
 from pipeline.data.images import Source
 from pipeline.errors import DataError
 from pipeline.io import system_errors
+from pipeline.io.compression import LENGTH, compression_of
 from pipeline.settings.params import PrepareData
 from pipeline.text import first_few, printable
 from stages.prepare_data import shard_files, shards
@@ -223,6 +224,8 @@ def _members(file: Path, stream: IO[bytes]) -> Iterator[tarfile.TarInfo]:
                 yield member
             end = tar.offset
     except (tarfile.TarError, ValueError, OverflowError) as error:
+        if kind := compression_of(os.pread(stream.fileno(), LENGTH, 0)):
+            raise DataError(f"{file} is compressed ({kind}). Decompress it.") from None
         problem = "is empty" if size == 0 else f"is not a tar, or is damaged ({printable(str(error))})"
         raise DataError(f"{file} {problem}. {_GET_AGAIN}.") from None
     if os.pread(stream.fileno(), _BLOCK, end) != bytes(_BLOCK):

@@ -74,8 +74,7 @@ def read_sweep(config: Config) -> Results:
     if len(missing) > 1:
         raise DataError(
             f"{len(missing)} of the {len(config.runs_of_sweep)} runs of the sweep are missing ({missing[0]}, ...). Run "
-            "`dvc repro`, or report fewer runs, for example with --set sweep.partitions='[dir05]' --set "
-            "sweep.seeds='[0]'."
+            f"`dvc repro`{_flags_for_what_is_there(config)}."
         )
     groups = {
         (partition, method): [_read(config, method, partition, seed) for seed in sweep.seeds]
@@ -86,6 +85,18 @@ def read_sweep(config: Config) -> Results:
     finished = {file.parent for file in config.results_dir.glob("*/s[0-9]*/config.json")}
     not_in_sweep = sorted(map(run_name, finished.difference(config.runs_of_sweep)))
     return Results(sweep.methods, sweep.partitions, sweep.seeds, groups, not_in_sweep)
+
+
+def _flags_for_what_is_there(config: Config) -> str:
+    """Return how to report the first partition of which all methods have a run that is there, or its first such run."""
+    sweep = config.params.sweep
+    for partition, seed in itertools.product(sweep.partitions, sweep.seeds):
+        there = [method for method in sweep.methods if config.run_dir(method, partition, seed).exists()]
+        if there:
+            flags = {"methods": ", ".join(there), "partitions": partition, "seeds": seed}
+            written = " ".join(f"--set sweep.{key}='[{value}]'" for key, value in flags.items())
+            return f", or report fewer runs, for example with {written}"
+    return ""
 
 
 def _read(config: Config, method: str, partition: str, seed: int) -> Run:

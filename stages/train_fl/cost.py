@@ -15,10 +15,11 @@ from dataclasses import dataclass, fields
 import torch
 
 from pipeline import estimates, seeding
+from pipeline.errors import ConfigError
 from pipeline.settings.config import Config
 from pipeline.text import duration, size
 from stages.train_fl import data as run_data
-from stages.train_fl import placement, planned, rounds, session
+from stages.train_fl import placement, planned, records, rounds, session
 from stages.train_fl.client_data import Batches, ClientData
 from stages.train_fl.data import FederatedData
 from stages.train_fl.engines import workers
@@ -64,6 +65,7 @@ class Estimate:
     workers: int
     device: str
     process: list[str]
+    in_place: str  # what exists already, in words
 
     @property
     def seconds(self) -> float:
@@ -97,6 +99,7 @@ class Estimate:
             f"checkpoint    {size(self.server_state)} of the server, {size(self.client_states)} of the clients "
             f"({self.free_space})",
             *self.process,
+            *([f"in place      {self.in_place}"] if self.in_place else []),
             f"time          {duration(self.seconds)} on {self.device}, {at_a_time} "
             f"({duration(self.start_seconds)} to start, then {1e3 * self.seconds_per_step:.3g} ms per step, "
             "after timing a few batches)",
@@ -104,7 +107,12 @@ class Estimate:
 
 
 def estimate(
-    config: Config, method_name: str, partition_name: str, seed: int, started: float | None = None
+    config: Config,
+    method_name: str,
+    partition_name: str,
+    seed: int,
+    started: float | None = None,
+    overwrite: bool = False,
 ) -> Estimate:
     """Open a run's data, build its network, and time a few batches.
 
@@ -114,6 +122,7 @@ def estimate(
         partition_name: An entry of `partitions:`.
         seed: Seed of everything random.
         started: When this process started, by `time.perf_counter`, if the time to start includes its imports.
+        overwrite: Whether the run may replace a finished one of other settings or data.
 
     Raises:
         PipelineError: As `run`.
@@ -122,7 +131,7 @@ def estimate(
     job.check()
     now = time.perf_counter()
     started, targets, planning_bytes = now if started is None else started, None, 0
-    if job.guidance and planned.is_possible(config):
+    if job.guidance and planned.is_needed(config):
         planning_bytes = planned.library_bytes()  # which a run does without
         targets = planned.source(config, job.guidance, job.method_class.needs_labels, method_name)
     planning_seconds = time.perf_counter() - now
@@ -182,7 +191,20 @@ def estimate(
             sum(on_device) + (at_once - 1) * trial.device_bytes,
             _MORE_DESCRIPTORS + (3 * num_workers if num_workers > 1 else 0),
         ),
+        in_place="" if targets else _in_place(job, data, overwrite),
     )
+
+
+def _in_place(job: Job, data: FederatedData, overwrite: bool) -> str:
+    """Return what a run would find in its folder, in words."""
+    settings = job.settings(data)
+    if records.is_complete(job.path, settings):
+        return f"{job.path} holds this run, finished: a run keeps it"
+    try:
+        records.check_replaceable(job.path, settings)
+    except ConfigError as error:
+        return f"a run replaces {job.path}" if overwrite else f"a run would end at once: {error}"
+    return ""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from pipeline import memory
 from pipeline.data.datasets import PreparedDataset
 from pipeline.diffusion import prompts, representation
+from pipeline.errors import DataError
 from pipeline.io.system_errors import status
 from pipeline.settings.config import Config
 from pipeline.settings.params import Guidance
@@ -41,10 +42,16 @@ class PlannedSource:
         return GuidanceTargets(**values, positive=torch.zeros(n, dtype=torch.int64)).to(device)
 
 
-def is_possible(config: Config) -> bool:
-    """Return whether the feature set is missing and a frozen model says how many channels its layers have."""
-    has_set = status(config.features_dir / "manifest.json")
-    return not has_set and bool(status(config.backbone_dir / "model_index.json"))
+def is_needed(config: Config) -> bool:
+    """Return whether the feature set is missing; DataError without a frozen model, which says what it would hold."""
+    if status(config.features_dir / "manifest.json"):
+        return False
+    if not status(config.backbone_dir / "model_index.json"):
+        raise DataError(
+            f"{config.features_dir} holds no feature set yet, and {config.backbone_dir} no frozen model to plan one. "
+            "Run `pipeline prepare-backbone`."
+        )
+    return True
 
 
 @functools.cache
@@ -57,7 +64,7 @@ def library_bytes() -> int:
 
 
 def source(config: Config, guidance: Guidance, needs_labels: bool, method: str) -> PlannedSource:
-    """Plan the targets of the feature set that params.yaml describes, for a method; see `is_possible`.
+    """Plan the targets of the feature set that params.yaml describes, for a method; see `is_needed`.
 
     Raises:
         ConfigError: `guidance` names a layer that the set will not have.

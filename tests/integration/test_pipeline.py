@@ -126,6 +126,12 @@ def test_user_error_is_one_line(project, arguments, message):
     assert len(result.output.strip().splitlines()) == 1
 
 
+def test_a_second_method_is_refused_rather_than_trained_alone(project):
+    result = invoke(project, "train-fl", "--method", "fedavg", "--method", "fedprox", "--partition", "dir05")
+    assert result.exit_code == 2 and not (project / "results").exists()
+    assert "--method is given 2 times. Give it once per command; `dvc repro` trains the sweep." in result.output
+
+
 def test_unreachable_hub_is_reported_on_one_line(project):
     result = invoke(project, "prepare-backbone", "--name", "x", "--source", "org/model", "--revision", "a" * 40)
     assert result.exit_code == 1

@@ -142,7 +142,7 @@ def test_empty_line_in_class_names(prepared):
         (lambda content: content[:1024] + b"\1" * 512 + content[1536:], "is truncated or damaged at byte 1,024"),
         (lambda content: b"", "0.tar is empty. Get the complete file."),
         (lambda content: b"x" * 1024, "0.tar is not a tar, or is damaged ("),
-        (gzip.compress, "0.tar is not a tar, or is damaged ("),
+        (gzip.compress, "0.tar is compressed (gzip). Decompress it"),
     ],
 )
 def test_damaged_tar(prepare, tmp_path, damage, message):

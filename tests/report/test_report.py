@@ -180,6 +180,15 @@ def test_accepts_another_run_of_the_same_seed_when_its_digest_is_removed(trained
     assert accepted.exit_code == 0, accepted.output
 
 
+def test_missing_runs_are_named_with_flags_for_those_that_are_there(trained):
+    flags = ("--set=sweep.methods=[moon, fedavg]", "--set=sweep.seeds=[1, 0, 2]")
+    said = invoke(trained, "report", *flags).output
+    assert "4 of the 6 runs of the sweep are missing (moon-dir05-s1, ...). Run `dvc repro`, or report fewer" in said
+    named = shlex.split(said.partition("for example with ")[2].strip().removesuffix("."))
+    assert named[1::2] == ["sweep.methods=[fedavg]", "sweep.partitions=[dir05]", "sweep.seeds=[1]"]
+    assert invoke(trained, "report", *named).exit_code == 0
+
+
 def test_runs_in_the_folders_of_an_earlier_version_are_named(trained):
     results = trained / "results"
     for seed in (0, 1):

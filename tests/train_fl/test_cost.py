@@ -46,6 +46,18 @@ def test_steps_and_bytes_are_those_of_the_run(tmp_path, method):
     assert (found.server_state > weights) == (found.client_states > 0) == (method == "scaffold")
 
 
+def test_a_finished_run_is_named(tmp_path):
+    project = tiny_project.make(tmp_path, train_fl__num_rounds=1)
+    assert "in place" not in lines(project, "fedavg")
+    path = train_fl.run(project, "fedavg", "dir", 0)
+    assert lines(project, "fedavg")["in place"] == f"{path} holds this run, finished: a run keeps it"
+    other = tiny_project.make(tmp_path, train_fl__num_rounds=2)
+    said = lines(other, "fedavg")["in place"]
+    assert said.startswith("a run would end at once: ") and "with another train_fl.num_rounds" in said
+    replaced = train_fl.estimate(other, "fedavg", "dir", 0, overwrite=True).lines()
+    assert f"in place      a run replaces {path}" in replaced
+
+
 def _pairs(sizes):
     pairs = [(one, other) for place, one in enumerate(sizes) for other in sizes[:place]]
     assert len({sum(pair) for pair in pairs}) == len(pairs)  # so that a round's samples say who took part
@@ -108,7 +120,7 @@ def test_a_feature_set_need_not_exist(extracted, tmp_path):
     count = next(place for place, line in enumerate(exists) if line.startswith("checkpoint"))
     assert planned[:place] == exists[:place] and planned[place + 1 : count] == exists[place + 1 : count]
     (error,) = lines_of(*shared)  # without the model, how many numbers the features have is not known
-    assert "holds no feature set" in error and "Run `pipeline extract-features`" in error
+    assert "holds no feature set yet" in error and "no frozen model to plan one. Run `pipeline prepare-b" in error
 
 
 def test_planned_targets_are_those_of_the_terms_in_use():
