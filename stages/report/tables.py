@@ -216,6 +216,17 @@ def _time(results: Results) -> Table:
     return _by_method("time", "Time", note, results, columns, cell, lower_is_better=True)
 
 
+_STATISTICS = {
+    "emd": "earth mover's distance",
+    "jensen_shannon_bits": "Jensen-Shannon, bits",
+    "hellinger": "Hellinger",
+    "size_cv": "variation of sizes",
+    "size_gini": "Gini of sizes",
+    "size_max_over_min": "largest over smallest",
+}
+"""Columns of the table of heterogeneity whose names in partition.json do not read as words."""
+
+
 def _partitions(results: Results) -> Table:
     names = list(results.all_runs[0].heterogeneity)
     rows = []
@@ -227,7 +238,11 @@ def _partitions(results: Results) -> Table:
             cells.append(Cell(f"{mean:.3g}" if math.isfinite(mean) else "–", mean))
         rows.append(cells)
     note = "How far the clients' label distributions differ; means over seeds. docs/api.md defines each statistic."
-    return Table("partitions", "Heterogeneity", note, ["partition", *(name.replace("_", " ") for name in names)], rows)
+    return Table("partitions", "Heterogeneity", note, ["partition", *map(_statistic, names)], rows)
+
+
+def _statistic(name: str) -> str:
+    return _STATISTICS.get(name, name.replace("_", " "))
 
 
 def _provenance(results: Results) -> Table:
