@@ -20,7 +20,7 @@ import numpy as np
 
 from pipeline import seeding
 from pipeline.errors import PipelineError
-from pipeline.io.system_errors import refusal
+from pipeline.io.system_errors import in_words, refusal
 from pipeline.settings import config
 from pipeline.settings.params import ExtractFeatures
 
@@ -130,7 +130,7 @@ def _read_words(file: Path) -> list[str]:
         words = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise refusal(error, file) or PipelineError(
-            f"extract_features.negative_words: {file} cannot be read ({error}). Set it to a text file."
+            f"extract_features.negative_words: {file} cannot be read ({in_words(error)}). Set it to a text file."
         ) from None
     if not words or len(set(words)) < len(words):
         raise PipelineError(
@@ -164,7 +164,7 @@ def _read_mapping(file: Path, key: str) -> dict[str, Any]:
         content = config.parse_yaml(text)
         other = config.non_text_keys(text)
     except (OSError, UnicodeDecodeError, YAMLError) as error:
-        problem = f"{key} cannot be read ({' '.join(str(error).split())})"
+        problem = f"{key} cannot be read ({in_words(error)})"
         raise refusal(error, file) or PipelineError(f"{problem}. Set it to a YAML or JSON file.") from None
     if not isinstance(content, Mapping):
         raise PipelineError(

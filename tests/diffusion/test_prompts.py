@@ -53,6 +53,13 @@ def test_prompt_files_are_checked(tmp_path, content, message):
         build(tmp_path, class_prompts="own.yaml")
 
 
+def test_missing_prompt_file_is_named_once(tmp_path):
+    for key in ("class_prompts", "negative_words"):
+        with pytest.raises(PipelineError) as error:
+            build(tmp_path, prompts="self-supervised" if key == "negative_words" else "class", **{key: "none"})
+        assert f"{tmp_path / 'none'} cannot be read (No such file or directory). Set it to a " in str(error.value)
+
+
 def test_self_supervised_prompts(tmp_path):
     made = build(tmp_path, prompts="self-supervised")
     assert made.positive == "first" and len(made.texts) == 201
