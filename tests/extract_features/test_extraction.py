@@ -22,6 +22,7 @@ from pipeline.diffusion.prompts import PromptSet
 from pipeline.feature_store import FeatureSet, read_basis_file, verification
 from pipeline.settings.config import load
 from pipeline.settings.params import ExtractFeatures
+from pipeline.text import size
 from stages.extract_features.cost import count_flops
 from tests.conftest import invoke
 from tests.extract_features import tiny_models
@@ -429,7 +430,10 @@ def test_a_dry_run_prints_the_cost_and_writes_nothing(unextracted, dtype):
     assert re.search(r"^memory .*B per process", result.output, re.MULTILINE)
     assert re.search(r"^descriptors +about \d+ of ", result.output, re.MULTILINE)
     # a row: 144 dims x 2 bytes x (1 denoised + 3 prompted), 3 prompt numbers of 2 bytes, index, label, checksum
-    assert f"{20 * (144 * 2 * 4 + 3 * 2 + 8 + 8 + 4) / 1e3:.1f} kB" in result.output
+    # the basis: per layer the mean of its channels, and that many components with their variances, of 8 bytes; the rest
+    # are HDF5's own structures in five shards and the basis
+    basis = 8 * sum(channels + channels * (channels + 1) for channels in (64, 48, 32))
+    assert f"disk          {size(20 * (144 * 2 * 4 + 3 * 2 + 8 + 8 + 4) + basis + 5 * 8192 + 16384)} (" in result.output
 
 
 @pytest.mark.usefixtures("quick_dry_runs")
