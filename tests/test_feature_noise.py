@@ -298,7 +298,9 @@ def test_extraction_does_not_take_a_copy_for_its_own_set(tmp_path):
     found = shared(tmp_path / "sets" / "mine", 4.0, tmp_path)
     before = contents(found.path)
     assert not publish.is_complete(found.path, writer.plan)
-    with pytest.raises(FeatureSetError, match=r"holds a finished feature set with another added_noise\. .*--overwrite"):
+    with pytest.raises(
+        FeatureSetError, match=r"holds a finished feature set of other settings or data \(added_noise\)\. .*--overwrite"
+    ):
         publish.publish(writer, found.path, lambda shards: None, overwrite=False)
     assert contents(found.path) == before
     publish.publish(writer, found.path, lambda shards: None, overwrite=True)

@@ -117,6 +117,6 @@ def check_replaceable(target: Path, plan: Plan) -> None:
         keys = [*differing_keys(content, wanted), *differing_keys(wanted, content)]
         differing = dict.fromkeys(key.partition(".")[0] for key in keys) or ["number format"]  # 1 equals 1.0 and true
         raise FeatureSetError(
-            f"{target} holds a finished feature set with another {', '.join(differing)}. Move or delete the folder, "
-            "give this set another name (prepare_data.name or prepare_backbone.name), or pass --overwrite."
+            f"{target} holds a finished feature set of other settings or data ({', '.join(differing)}). Move or delete "
+            "the folder, give this set another name (prepare_data.name or prepare_backbone.name), or pass --overwrite."
         )

@@ -54,7 +54,7 @@ def _warn_about_small_classes(dataset: PreparedDataset) -> None:
 def _warn_about_odd_names(names: list[str]) -> None:
     if found := class_names.without_words(names):
         log.warning(
-            "class names that are numbers or ids, which mean nothing in a prompt: %s (%d of %d). Rename the folders, "
+            "class names that are numbers or ids, which mean nothing in a prompt: %s (%d of %d). Rename the classes, "
             "or set %s", some(found), len(found), len(names), _CLASS_PROMPTS,
         )  # fmt: skip
     if found := class_names.differing_in_case(names):

@@ -121,8 +121,8 @@ def check_replaceable(path: Path, settings: dict[str, Any]) -> None:
         return  # no finished run
     if differing := differing_keys(found, settings):
         raise ConfigError(
-            f"{path} holds a finished run with another {', '.join(differing)}. Move or delete the folder, rename this "
-            "run's entry under methods or partitions, or pass --overwrite (flwr run: overwrite=true)."
+            f"{path} holds a finished run of other settings or data ({', '.join(differing)}). Move or delete the "
+            "folder, rename this run's entry under methods or partitions, or pass --overwrite (flwr run: overwrite=true)."
         )
 
 

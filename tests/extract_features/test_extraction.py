@@ -156,7 +156,10 @@ def test_a_finished_set_of_other_settings_is_replaced_only_with_overwrite(digits
     for more in ((), ("--shard-range", "0:1")):
         result = invoke(unextracted, "extract-features", "--noise-seed", "5", "--negatives", "2", *more)
         assert result.exit_code == 1 and len(result.output.splitlines()) == 1
-        assert f"{SET} holds a finished feature set with another negatives, noise_seed. Move or" in result.output
+        assert (
+            f"{SET} holds a finished feature set of other settings or data (negatives, noise_seed). Move or"
+            in result.output
+        )
         assert result.output.rstrip().endswith("or pass --overwrite.")
     assert not (unextracted / ".pipeline").exists()
     (unextracted / SET / "shard-00003.h5").unlink()  # part of a set is somebody's set too
@@ -452,7 +455,7 @@ def test_a_dry_run_says_what_is_in_place(digits, unextracted):
     assert said().endswith("digits-tiny-sd-t300 holds this set: a run only checks it (the time is that of a new set)")
     other = said("--noise-seed", "5")
     assert other.startswith("in place      a run would end at once (the time is with --overwrite): ")
-    assert "holds a finished feature set with another noise_seed. Move or delete the folder" in other
+    assert "holds a finished feature set of other settings or data (noise_seed). Move or delete the folder" in other
     assert said("--noise-seed", "5", "--overwrite").endswith("t300 holds another set, which a run replaces")
     (unextracted / SET / "manifest.json").unlink()
     assert "all 5 shards are finished: a run puts the set together" in said()

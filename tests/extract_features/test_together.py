@@ -101,7 +101,7 @@ def test_a_set_published_meanwhile_is_not_replaced_without_overwrite(tmp_path):
     before = (tmp_path / "set" / "manifest.json").read_bytes()
     writer = write(tmp_path / "staging" / "ours")
     with pytest.raises(
-        PipelineError, match="holds a finished feature set with another timestep, prompts. .*--overwrite"
+        PipelineError, match=r"finished feature set of other settings or data \(timestep, prompts\)\. .*--overwrite"
     ):
         publish(writer, tmp_path / "set", None, overwrite=False)
     assert (tmp_path / "set" / "manifest.json").read_bytes() == before and not writer.missing_shards
@@ -117,7 +117,7 @@ def test_a_set_of_a_later_format_is_kept_and_one_with_a_damaged_manifest_is_repl
     manifest |= {"format_version": 4, "content": later, "fingerprint": provenance.fingerprint(later)}
     file.unlink()
     file.write_text(json.dumps(manifest))
-    with pytest.raises(PipelineError, match="another pooling. "):
+    with pytest.raises(PipelineError, match=r"or data \(pooling\)\. "):
         publish(writer, tmp_path / "set", None, overwrite=False)
     file.write_text(json.dumps(manifest | {"fingerprint": "0" * 64}))
     publish(writer, tmp_path / "set", None, overwrite=False)

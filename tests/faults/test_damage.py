@@ -257,7 +257,7 @@ def test_features_of_another_data_set_are_rejected(project, trial):
     with trial("shard or basis of another set"):
         program.succeed(project, "prepare-data", "--seed", "1")
         program.refuse(project, *TRAIN, says=["another data set", "hash", "extract-features --overwrite`"])
-        program.refuse(project, *EXTRACT, says=["another dataset_hash", "--overwrite"])
+        program.refuse(project, *EXTRACT, says=["of other settings or data (dataset_hash)", "--overwrite"])
         program.succeed(project, *EXTRACT, "--overwrite")
         program.succeed(project, *TRAIN_AGAIN)
 

@@ -53,7 +53,9 @@ def test_a_finished_run_is_named(tmp_path):
     assert lines(project, "fedavg")["in place"] == f"{path} holds this run, finished: a run keeps it"
     other = tiny_project.make(tmp_path, train_fl__num_rounds=2)
     said = lines(other, "fedavg")["in place"]
-    assert said.startswith("a run would end at once: ") and "with another train_fl.num_rounds" in said
+    assert (
+        said.startswith("a run would end at once: ") and "of other settings or data (train_fl.num_rounds). Move" in said
+    )
     replaced = train_fl.estimate(other, "fedavg", "dir", 0, overwrite=True).lines()
     assert f"in place      a run replaces {path}" in replaced
 

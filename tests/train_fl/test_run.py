@@ -73,7 +73,9 @@ def test_finished_run_of_other_settings_is_not_overwritten(tmp_path):
     weights = (path / "model.safetensors").read_bytes()
     assert run(project, "fedavg", "iid", 0) == path  # the same settings: the same run again
     other = tiny_project.make(tmp_path, train_fl__num_rounds=2)
-    with pytest.raises(PipelineError, match="holds a finished run with another train_fl.num_rounds. .*--overwrite"):
+    with pytest.raises(
+        PipelineError, match=r"finished run of other settings or data \(train_fl.num_rounds\)\. .*--overwrite"
+    ):
         run(other, "fedavg", "iid", 0)
     assert (path / "model.safetensors").read_bytes() == weights
     run(other, "fedavg", "iid", 0, overwrite=True)
