@@ -122,7 +122,8 @@ def check_replaceable(path: Path, settings: dict[str, Any]) -> None:
     if differing := differing_keys(found, settings):
         raise ConfigError(
             f"{path} holds a finished run of other settings or data ({', '.join(differing)}). Move or delete the "
-            "folder, rename this run's entry under methods or partitions, or pass --overwrite (flwr run: overwrite=true)."
+            "folder, rename this run's entry under methods or partitions, or pass --overwrite "
+            "(flwr run: overwrite=true)."
         )
 
 
