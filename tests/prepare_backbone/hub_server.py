@@ -113,6 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         half = len(content) // 2
         body = content[start:]
+        if self.command == "GET":  # noted first, for the client may go on before this thread does
+            hub.sent.append((name, len(body)))
         if hub.faults.get("drop") == name and self.command == "GET":
             del hub.faults["drop"]
             self.reply(200, content, headers, cut=half)
@@ -122,8 +124,6 @@ class _Handler(BaseHTTPRequestHandler):
             hub.stop.wait(20)
         else:
             self.reply(206 if start else 200, body, headers)
-        if self.command == "GET":
-            hub.sent.append((name, len(body)))
 
     def refuse(self, status, code):
         self.reply(status, b"{}", {"X-Error-Code": code, "X-Error-Message": "refused"})
