@@ -338,7 +338,7 @@ def test_only_an_earlier_export_or_an_empty_file_is_replaced(exported, tmp_path)
         archive.write(path, exported)
         assert exported.read_bytes() == data
     exported.write_text("my thesis")
-    with pytest.raises(PipelineError, match="exists, and is no tar of `pipeline features export`. Remove it"):
+    with pytest.raises(PipelineError, match="exists, but is not a tar of `pipeline features export`. Remove it"):
         archive.write(path, exported)
     assert exported.read_text() == "my thesis" and sorted(tmp_path.glob("*.tar*")) == [exported]
 

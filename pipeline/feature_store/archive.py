@@ -225,7 +225,7 @@ def _require_export(archive: Path) -> None:
         try:
             manifest_of(archive)
         except FeatureSetError:
-            problem = f"{archive} exists, and is no tar of `pipeline features export`"
+            problem = f"{archive} exists, but is not a tar of `pipeline features export`"
             raise PipelineError(f"{problem}. Remove it, or choose another path with -o.") from None
 
 

@@ -221,7 +221,7 @@ def test_nodes_train_in_the_layout_of_the_network(project, monkeypatch):
     seen = record_layouts(monkeypatch)
     changes = {"train_fl.num_rounds": 2, "train_fl.num_clients": 2}
     deploy(project, monkeypatch, "scaffold", changes=changes, count=2).serve()
-    # the small CNN has three convolutions; before round 1 there is no state
+    # the small CNN has three convolutions; before round 1, clients have no state
     assert seen == [([3, 3, 3, 0], [])] * 2 + [([3] * 4, [])] * 2
 
 
