@@ -18,14 +18,18 @@ def log_outcome(dataset: PreparedDataset) -> None:
     names = dataset.class_names
     kinds = f"{len(names)} classes" if len(names) > 1 else "one class"
     log.info("%s: %s images of %s%s", dataset.path, counts, kinds, domains)
+    _warn_about_one_class(names)
+    _warn_about_skipped(dataset)
+    _warn_about_small_classes(dataset)
+    _warn_about_odd_names(names)
+
+
+def _warn_about_one_class(names: list[str]) -> None:
     if len(names) == 1:
         log.warning(
             "all images are of one class, %s: every accuracy will be 100 %%, and TDCL has nothing to contrast. The "
             "folders in prepare_data.path must be the classes", some(names),
         )  # fmt: skip
-    _warn_about_skipped(dataset)
-    _warn_about_small_classes(dataset)
-    _warn_about_odd_names(names)
 
 
 def _warn_about_skipped(dataset: PreparedDataset) -> None:

@@ -88,7 +88,7 @@ def read_sweep(config: Config) -> Results:
 
 
 def _flags_for_what_is_there(config: Config) -> str:
-    """Return how to report the first partition of which all methods have a run that is there, or its first such run."""
+    """Return how to report the methods that have a run of the first partition and seed of which there is any."""
     sweep = config.params.sweep
     for partition, seed in itertools.product(sweep.partitions, sweep.seeds):
         there = [method for method in sweep.methods if config.run_dir(method, partition, seed).exists()]

@@ -191,7 +191,7 @@ def estimate(
             sum(on_device) + (at_once - 1) * trial.device_bytes,
             _MORE_DESCRIPTORS + (3 * num_workers if num_workers > 1 else 0),
         ),
-        in_place="" if targets else _in_place(job, data, overwrite),
+        in_place=_in_place(job, data, overwrite) if targets is None else "",
     )
 
 
