@@ -216,7 +216,8 @@ def _serve(address: str) -> None:
                 _import()
                 running[connection] = _FORK.Process(target=_run, args=(connection,))
                 running[connection].start()
-                connection.send(running[connection].pid.to_bytes(4, "big"))
+                with contextlib.suppress(BrokenPipeError):  # the program was killed already, as poll will report
+                    connection.send(running[connection].pid.to_bytes(4, "big"))
                 events.register(connection, 0)  # of which only the hang-up is reported
     for process in running.values():
         process.kill()
@@ -239,7 +240,10 @@ def _run(connection: socket.socket) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with connection:
         files = socket.recv_fds(connection, 1, 3)[1]
-        function, arguments, folder, environment = json.loads(b"".join(iter(lambda: connection.recv(65536), b"")))
+        wanted = b"".join(iter(lambda: connection.recv(65536), b""))
+    if not wanted:  # the program was killed before it could say
+        return
+    function, arguments, folder, environment = json.loads(wanted)
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)

@@ -3,11 +3,12 @@
 import os
 import select
 import signal
+import socket
 import subprocess
 
 import pytest
 
-from tests.integration.forked import Process, write_programs
+from tests.integration.forked import ADDRESS, Process, write_programs
 
 
 def test_output_and_exit_code_are_those_of_the_program(quick_bin, tmp_path):
@@ -59,3 +60,11 @@ def test_process_ends_if_its_program_is_killed(quick_bin, tmp_path):
         assert program.wait() == -signal.SIGKILL
         assert select.select([reading], [], [], 60)[0] and os.read(reading, 1) == b""  # nobody has the other end
     os.close(reading)
+
+
+def test_program_killed_at_its_start_leaves_the_server_working(tmp_path):
+    for _ in range(20):
+        with socket.socket(socket.AF_UNIX) as program:
+            program.connect(os.environ[ADDRESS])
+    process = Process("os:system", ["true"], tmp_path, os.environ, tmp_path / "log")
+    assert process.end(60) == 0
