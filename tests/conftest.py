@@ -181,6 +181,7 @@ def no_garbage_collection() -> Iterator[None]:
 def quick_dry_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let dry runs time as few passes as possible, where no seconds are compared."""
     monkeypatch.setattr("stages.extract_features.cost._TIMED_SECONDS", 0.0)
+    monkeypatch.setattr("stages.extract_features.cost._TIMED_BATCHES", 1)
 
 
 Pipeline = Callable[..., Result]

@@ -35,7 +35,7 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return project(tmp_path_factory.mktemp("dtypes") / "p", images=24, basis_images=4)
+    return project(tmp_path_factory.mktemp("dtypes") / "p", images=12, basis_images=4)
 
 
 @pytest.mark.usefixtures("quick_dry_runs")
@@ -43,6 +43,7 @@ def root(tmp_path_factory):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_runs(root, command, dtype, capfd):
     sections = [f"--set=extract_features.dtype={dtype}", f"--set=synthesize.dtype={dtype}"]
+    sections.append("--set=runtime.unet_batch_size=16")  # float16 takes long on a CPU
     result = invoke(root, *COMMANDS[command], *sections)
     assert result.exit_code == 0, result.output
     assert "Pipelines loaded with" not in result.output + capfd.readouterr().err

@@ -242,9 +242,9 @@ def test_half_precision_overflow_is_recomputed_in_float32_and_counted(tmp_path):
     weights["up_blocks.2.resnets.0.conv1.weight"] *= 1e7  # beyond float16 inside the block, normalised before its end
     weights["up_blocks.2.resnets.0.conv1.bias"] *= 1e7
     save_file(weights, unet, metadata={"format": "pt"})
-    root = project(
-        tmp_path / "p", images=10, source=source, **TINY,
-    )  # fmt: skip
+    root = project(tmp_path / "p", images=10, source=source, **TINY)
+    text = (root / "params.yaml").read_text()
+    (root / "params.yaml").write_text(text.replace("unet_batch_size: auto", "unet_batch_size: 16"))  # pads less
     reference = FeatureSet(extract(root)).read(np.arange(10))
     fitted = read_basis_file(next(root.glob("data/features/*/basis.h5")), ["up_blocks.1", "up_blocks.2", "up_blocks.3"])
     shared = root / "shared.h5"
@@ -379,7 +379,8 @@ def test_timesteps_past_the_models_schedule_are_rejected_before_it_is_loaded(tmp
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bit_types_are_close(digits, unextracted, dtype):
-    shared = ("--basis", str(digits / SET / "basis.h5"), "--dtype", dtype)
+    small = ("--negatives", "1", "--set", "runtime.unet_batch_size=16")  # of passes that take long on a CPU
+    shared = ("--basis", str(digits / SET / "basis.h5"), "--dtype", dtype, *small)
     found = FeatureSet(extract(unextracted, *shared)).read(np.arange(20)).denoised.astype(float)
     expected = FeatureSet(digits / SET).read(np.arange(20)).denoised.astype(float)
     error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
@@ -425,6 +426,7 @@ def test_image_conditioning_changes_only_prompted_features(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_dry_run_prints_the_cost_and_writes_nothing(unextracted, dtype):
     flags = ("--dry-run", "--processes", "8", "--negatives", "2", "--dtype", dtype)
+    flags += ("--set", "runtime.unet_batch_size=16")  # float16 takes long on a CPU
     result = invoke(unextracted, "extract-features", *flags)
     assert result.exit_code == 0
     assert "20 in 5 shards" in result.output and "4 per image, 80 in all, and 24 for the basis" in result.output
@@ -440,9 +442,11 @@ def test_a_dry_run_prints_the_cost_and_writes_nothing(unextracted, dtype):
 
 
 @pytest.mark.usefixtures("quick_dry_runs")
+@pytest.mark.usefixtures("quick_dry_runs")
 def test_a_dry_run_says_what_is_in_place(digits, unextracted):
     def said(*arguments):
-        lines = invoke(unextracted, "extract-features", "--dry-run", *arguments).output.splitlines()
+        quick = ("--dry-run", "--set", "runtime.unet_batch_size=16")
+        lines = invoke(unextracted, "extract-features", *quick, *arguments).output.splitlines()
         return next((line for line in lines if line.startswith("in place")), "")
 
     staging = extract(unextracted, "--shard-range", "3:5")

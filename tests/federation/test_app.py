@@ -11,6 +11,7 @@ import pipeline
 from pipeline.errors import PipelineError
 from stages.train_fl import run
 from tests.conftest import REPOSITORY
+from tests.integration.project import copy_repository
 from tests.train_fl import tiny_project
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
@@ -20,8 +21,12 @@ def test_versions_are_equal():
     assert PROJECT["project"]["version"] == pipeline.__version__
 
 
-def test_bundle_has_code_and_settings_but_no_data():
-    names = zipfile.ZipFile(io.BytesIO(build_fab_from_disk(REPOSITORY))).namelist()
+def test_bundle_has_code_and_settings_but_no_data(tmp_path):
+    copy_repository(tmp_path)  # Flower reads every file, and the repository itself may hold an environment of 50,000
+    for name in ("data/datasets/own/images.py", ".venv/lib/code.py", "results/a-b/s0/model.py", "notes.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("# private")
+    names = zipfile.ZipFile(io.BytesIO(build_fab_from_disk(tmp_path))).namelist()
     code = {
         path.relative_to(REPOSITORY).as_posix()
         for top in ("pipeline", "stages")

@@ -10,6 +10,7 @@ The server imports the libraries when the first program starts. One server serve
 """
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import importlib.metadata
@@ -231,6 +232,22 @@ def _import() -> None:
         assert threading.active_count() == 1
         gc.freeze()  # so that the children's garbage collections are short
         gc.enable()
+        _use_huge_pages()
+
+
+def _use_huge_pages() -> None:
+    """Move this process's memory to huge pages, where Linux can: fork copies the table of pages, 55 ms without them."""
+    size, collapse = 2 << 20, 25  # MADV_COLLAPSE, of Linux 6.1; others refuse it, and nothing changes
+    try:
+        advise = ctypes.CDLL(None).madvise
+        regions = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    except (AttributeError, OSError):
+        return
+    for place, access, _, _, inode, *_ in regions:
+        first, end = (int(address, 16) for address in place.split("-"))
+        first, end = -(-first // size) * size, end // size * size
+        if inode == "0" and access.startswith("rw") and first < end:
+            advise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), collapse)
 
 
 def _run(connection: socket.socket) -> None:

@@ -25,6 +25,15 @@ def copy_tracked(into: Path) -> None:
         shutil.copy(REPOSITORY / name, into / name)
 
 
+def copy_repository(into: Path) -> None:
+    """Copy the files that git tracks or would track."""
+    names = git(REPOSITORY, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    for name in filter(None, names.split("\0")):
+        if (REPOSITORY / name).is_file():
+            (into / name).parent.mkdir(parents=True, exist_ok=True)
+            (into / name).write_bytes((REPOSITORY / name).read_bytes())
+
+
 def git(root: Path, *arguments: str) -> str:
     """Run a git command with a made-up identity; it must succeed."""
     identity = ("-c", "user.name=nobody", "-c", "user.email=nobody@localhost")

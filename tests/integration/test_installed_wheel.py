@@ -15,7 +15,7 @@ from pipeline.errors import PipelineError
 from pipeline.io import atomic
 from tests.conftest import REPOSITORY, invoke
 from tests.integration import forked
-from tests.integration.project import QUICK, git
+from tests.integration.project import QUICK, copy_repository, git
 
 SMALL = QUICK | {
     "train_fl.num_clients": 2,
@@ -40,14 +40,7 @@ def run(program, *arguments, cwd, **variables):
 def wheel(tmp_path_factory) -> Path:
     """A wheel, built from the files that git tracks or would track."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    names = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=REPOSITORY, check=True, capture_output=True, text=True,
-    ).stdout  # fmt: skip
-    for name in filter(None, names.split("\0")):
-        if (REPOSITORY / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((REPOSITORY / name).read_bytes())
+    copy_repository(source)
     build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
     run(sys.executable, "-c", build, str(out), cwd=source)
     (built,) = out.glob("*.whl")
