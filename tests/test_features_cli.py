@@ -162,15 +162,23 @@ def test_diff_shows_settings_and_numbers(root):
     assert json.loads(run(root, "diff", "one", "two", "--json"))["settings"]
 
 
+def test_storage_is_named_on_both_sides(root):
+    write(root / "other", root / "data" / "features" / "two", storage="int8")
+    assert "content.storage: float16 | int8" in run(root, "diff", "one", "two")
+    assert "content.storage: int8 | float16" in run(root, "diff", "two", "one")
+    assert "storage" not in run(root, "diff", "one", "one")
+
+
 def test_settings_that_made_a_set_are_shown_and_compared(root):
     sets = root / "data" / "features"
     for name, settings in (
         ("two", {"timestep": 300, "basis": {"images": 4}}),
-        ("three", {"timestep": 100, "basis": None}),
+        ("three", {"timestep": 100, "basis": None, "denoise_prompt": ""}),
     ):
         shutil.copytree(sets / "one", sets / name)
         forge(sets / name, put("provenance", "settings", value=settings))
-    assert "timestep 300, basis.images 4" in run(root, "show", "two") and "settings " not in run(root, "show", "one")
+    assert "timestep: 300, basis.images: 4" in run(root, "show", "two") and "settings " not in run(root, "show", "one")
+    assert 'basis: null, denoise_prompt: ""' in run(root, "show", "three")  # as in params.yaml
     assert "provenance.settings.timestep: 300 | 100" in run(root, "diff", "two", "three")
     assert "settings" not in run(root, "diff", "one", "two")  # a set of an earlier version has none
 

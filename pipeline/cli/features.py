@@ -262,7 +262,8 @@ def _card(manifest: "Manifest") -> list[tuple[str, str]]:
     content, made = manifest.content, manifest.provenance
     backbone, settings = made.get("backbone", {}), dotted(made["settings"]) if "settings" in made else {}
     weights = f", {backbone['variant']} weights" if "variant" in backbone else ""
-    model = f"{backbone.get('name')} from {backbone.get('source')}, revision {backbone.get('revision')}{weights}"
+    revision = f", revision {backbone['revision']}" if backbone.get("revision") else ""
+    model = f"{backbone.get('name')} from {backbone.get('source')}{revision}{weights}"
     texts = _short([text for one in content.prompts for text in one])
     match = "the prompt of the label" if content.positive == "label" else "the first prompt (labels are not used)"
     layers = ", ".join(f"{name} (columns {low} to {high - 1})" for name, (low, high) in content.layers.items())
@@ -286,11 +287,16 @@ def _card(manifest: "Manifest") -> list[tuple[str, str]]:
         ("matching", match),
         ("denoising", f"with the prompt {content.denoise_prompt!r}"),
         ("files", f"{shards} shards of at most {manifest.rows_per_shard} images, {total} in total"),
-        *([("settings", ", ".join(f"{key} {value}" for key, value in settings.items()))] if settings else []),
+        *([("settings", ", ".join(f"{key}: {_yaml(value)}" for key, value in settings.items()))] if settings else []),
         ("made by", f"feddifrc {made.get('feddifrc')}, commit {made.get('commit')}"),
         ("on", f"{', '.join(made.get('hardware', []))}; {packages}"),
     ]
 
 
 def _short(value: Any) -> str:
-    return first_few([str(one) for one in value]) if isinstance(value, list) else str(value)
+    return first_few([str(one) for one in value]) if isinstance(value, list) else _yaml(value)
+
+
+def _yaml(value: Any) -> str:
+    """Return a value as params.yaml has it."""
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)

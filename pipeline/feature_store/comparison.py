@@ -37,7 +37,10 @@ def settings(first: Manifest, second: Manifest) -> list[Difference]:
     The provenance holds the settings that made a set; they are compared if both sets have them.
     """
     compared = {"content", "rows", "rows_per_shard", "provenance"}
-    one, other = (dotted(manifest.model_dump(include=compared)) for manifest in (first, second))
+    one, other = (
+        dotted(manifest.model_dump(include=compared)) | {"content.storage": manifest.content.storage}  # even float16
+        for manifest in (first, second)
+    )
     both = "settings" in first.provenance and "settings" in second.provenance
     keys = (key for key in sorted(one.keys() | other.keys()) if both or not key.startswith("provenance.settings"))
     return [Difference(key, one.get(key), other.get(key)) for key in keys if one.get(key) != other.get(key)]
