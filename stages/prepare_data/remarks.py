@@ -1,10 +1,13 @@
-"""Log remarks on a prepared data set: skipped images, small classes, unusual class names."""
+"""Log remarks on a prepared data set: skipped images, small classes, odd class names, features of replaced images."""
 
 import logging
+from pathlib import Path
 
 from pipeline.data import class_names, datasets
 from pipeline.data.datasets import PreparedDataset
 from pipeline.data.file_names import some
+from pipeline.errors import PipelineError
+from pipeline.feature_store import listing, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +25,28 @@ def log_outcome(dataset: PreparedDataset) -> None:
     _warn_about_skipped(dataset)
     _warn_about_small_classes(dataset)
     _warn_about_odd_names(names)
+
+
+def hash_of(path: Path) -> str | None:
+    """Return the hash of the data set in a folder, None if there is none that can be read."""
+    try:
+        return PreparedDataset(path).hash
+    except PipelineError:
+        return None
+
+
+def log_sets_of_the_replaced(dataset_hash: str, sets: Path) -> None:
+    """Warn of the feature sets in the folder `sets` that were extracted from the data set of that hash."""
+    for path in listing.folders(sets):
+        try:
+            of_it = read_manifest(path).content.dataset_hash == dataset_hash
+        except PipelineError:
+            continue
+        if of_it:
+            log.warning(
+                "%s was extracted from the images that these replace, and no longer fits the data set. Extract it "
+                "again with --overwrite; to keep both, prepare these under another prepare_data.name", path,
+            )  # fmt: skip
 
 
 def _warn_about_one_class(names: list[str]) -> None:

@@ -13,8 +13,7 @@ from pipeline.data.datasets import BrokenImages, PreparedDataset
 from pipeline.data.images import Source, refuse_broken, stratified_split
 from pipeline.errors import ConfigError
 from pipeline.settings.config import Config
-from stages.prepare_data import sources
-from stages.prepare_data.remarks import log_outcome
+from stages.prepare_data import remarks, sources
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +33,7 @@ def run(config: Config) -> Path:
     if params.train_subset is not None:
         source = _subset(source, params.train_subset, seeding.numpy_generator(params.seed, "train subset"))
     listing = config.state_dir / f"broken-images-{params.name}.txt"
+    before = remarks.hash_of(config.dataset_dir)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")  # a damaged image is decoded or named in the error
@@ -44,7 +44,10 @@ def run(config: Config) -> Path:
         where = f"{source.origin.repository}" if source.origin and source.origin.repository else str(root)
         raise refuse_broken(where, error.images, listing, advice) from None
     listing.unlink(missing_ok=True)  # of an earlier run
-    log_outcome(PreparedDataset(path))
+    dataset = PreparedDataset(path)
+    remarks.log_outcome(dataset)
+    if before not in (None, dataset.hash):
+        remarks.log_sets_of_the_replaced(before, config.features_dir.parent)
     return path
 
 

@@ -177,3 +177,14 @@ def test_complete_set_with_a_flipped_byte_is_recomputed(extracted, tmp_path):
     log = program.succeed(tmp_path, "extract-features", log=tmp_path / "log")
     assert "shard-00001.h5 is corrupt" in log
     assert shard.read_bytes() == original
+
+
+def test_new_images_name_the_feature_sets_of_those_they_replace(extracted, tmp_path):
+    write_params(tmp_path, {})
+    shutil.copytree(extracted / "data", tmp_path / "data")
+    sets = tmp_path / "data" / "features"
+    (sets / "broken").mkdir()
+    said = f"{sets / 'digits-tiny-sd-t300'} was extracted from the images that these replace"
+    assert said not in invoke(tmp_path, "prepare-data").output  # the same images
+    assert said in invoke(tmp_path, "prepare-data", "--train-subset", "50").output
+    assert said not in invoke(tmp_path, "prepare-data", "--train-subset", "40").output  # but from those before
