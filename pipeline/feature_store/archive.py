@@ -29,6 +29,7 @@ from pipeline.text import printable, size
 
 _LARGEST_MANIFEST = 64 << 20  # bytes; that of a million images has a tenth of it
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{,79}")  # no dots: "x.tmp", "x.old" and "x.tar" mean something else
+_EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _ELSEWHERE = "Move it away, or import under another name with --as."
 log = logging.getLogger(__name__)
 
@@ -99,13 +100,14 @@ class _RegularFile(tarfile.TarInfo):
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         # tarfile calls this for every header, before it follows an extension (long names, pax records, sparse files):
         # in a hostile archive those are nested thousands deep, or claim gigabytes of memory.
-        if self.isdir():
-            archive, name = os.fsdecode(tar.fileobj.name), printable(self.name)  # type: ignore[union-attr,attr-defined]
-            problem = f"{archive} is not a tar of `pipeline features export`, which holds no folders ({name} is one)"
-            raise FeatureSetError(f"{problem}. Ask for one.")
+        archive, name = Path(os.fsdecode(tar.fileobj.name)), printable(self.name)  # type: ignore[union-attr,attr-defined]
+        if self.isdir() or self.type in _EXTENSIONS:  # as other programs write them from a folder
+            other = f"no folders ({name} is one)" if self.isdir() else f"no extended headers ({name} is one)"
+            raise FeatureSetError(
+                f"{archive} is not a tar of `pipeline features export`, which has {other}. Ask for one."
+            )
         if self.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or self.size < 0:
-            problem = f"{printable(self.name)} is a link, a device or otherwise not a regular file"
-            raise _rejected(Path(os.fsdecode(tar.fileobj.name)), problem)  # type: ignore[union-attr,attr-defined]
+            raise _rejected(archive, f"{name} is a link, a device or otherwise not a regular file")
         return super()._proc_member(tar)  # type: ignore[misc,no-any-return]
 
 
