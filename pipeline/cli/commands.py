@@ -341,13 +341,19 @@ def train_fl(
     """
     from stages import train_fl as stage
 
-    started: float | None = _STARTED
-    for seed in dict.fromkeys(seeds or config.params.sweep.seeds):
-        if dry_run:
-            click.echo("\n".join(stage.estimate(config, method, partition, seed, started, overwrite).lines()))
+    chosen = list(dict.fromkeys(seeds or config.params.sweep.seeds))
+    if dry_run:
+        started: float | None = _STARTED
+        estimates = []
+        for seed in chosen:
+            estimates.append(stage.estimate(config, method, partition, seed, started, overwrite))
+            click.echo("\n".join([*estimates[-1].lines(), *([""] if len(chosen) > 1 else [])]))
             started = None  # the next run has nothing left to import
-        else:
-            click.echo(stage.run(config, method, partition, seed, overwrite))
+        if len(chosen) > 1:
+            click.echo(stage.total(estimates))
+        return
+    for seed in chosen:
+        click.echo(stage.run(config, method, partition, seed, overwrite))
 
 
 _FORMATS = click.Choice(["html", "markdown", "latex"])

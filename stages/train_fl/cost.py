@@ -66,10 +66,11 @@ class Estimate:
     device: str
     process: list[str]
     in_place: str  # what exists already, in words
+    is_finished: bool  # with these settings, so that nothing is left to do
 
     @property
     def seconds(self) -> float:
-        """The time of the run."""
+        """The time of the run, if it is not finished."""
         training = self.steps * self.seconds_per_step / self.workers
         return self.start_seconds + training + self.evaluated * self.seconds_per_image
 
@@ -104,6 +105,14 @@ class Estimate:
             f"({duration(self.start_seconds)} to start, then {1e3 * self.seconds_per_step:.3g} ms per step, "
             "after timing a few batches)",
         ]
+
+
+def total(estimates: list[Estimate]) -> str:
+    """Return a line with the time of several runs that one process makes one after the other."""
+    left = [one for one in estimates if not one.is_finished]
+    finished = f", {len(estimates) - len(left)} of them finished" if len(left) < len(estimates) else ""
+    seconds = sum(one.seconds for one in left)
+    return f"in all        {duration(seconds)} for {len(estimates)} runs one after the other{finished}"
 
 
 def estimate(
@@ -192,6 +201,7 @@ def estimate(
             _MORE_DESCRIPTORS + (3 * num_workers if num_workers > 1 else 0),
         ),
         in_place=_in_place(job, data, overwrite) if targets is None else "",
+        is_finished=targets is None and records.is_complete(job.path, job.settings(data)),
     )
 
 

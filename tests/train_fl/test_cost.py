@@ -51,6 +51,8 @@ def test_a_finished_run_is_named(tmp_path):
     assert "in place" not in lines(project, "fedavg")
     path = train_fl.run(project, "fedavg", "dir", 0)
     assert lines(project, "fedavg")["in place"] == f"{path} holds this run, finished: a run keeps it"
+    found = [replace(train_fl.estimate(project, "fedavg", "dir", seed), start_seconds=3e4) for seed in (0, 1, 2)]
+    assert train_fl.total(found) == "in all        16.7 h for 3 runs one after the other, 1 of them finished"
     other = tiny_project.make(tmp_path, train_fl__num_rounds=2)
     said = lines(other, "fedavg")["in place"]
     assert (
@@ -170,6 +172,7 @@ def test_the_command_prints_an_estimate_for_every_seed(project):
         "fedavg-dir05-s0",
         "fedavg-dir05-s1",
     ]
+    assert re.search(r"\nin all +\d.* s for 2 runs one after the other\n$", result.output)
     assert not (project / "results").exists()
     result = invoke(project, "train-fl", "--method", "nothing", "--partition", "dir05", "--seed", "0", "--dry-run")
     assert result.exit_code == 1 and "nothing" in result.output
