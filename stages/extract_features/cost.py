@@ -62,6 +62,11 @@ class Estimate:
         return self.shards - self.shards_done
 
     @property
+    def images_left(self) -> int:
+        """The images of those shards, at most: the last shard of a set may have fewer than the others."""
+        return min(self.images, self.missing * self.rows_per_shard)
+
+    @property
     def images_per_second(self) -> float:
         """The rate of one process."""
         return 1 / (self.seconds_per_encoding + self.passes_per_image * self.seconds_per_pass)
@@ -74,23 +79,25 @@ class Estimate:
     @property
     def seconds(self) -> float:
         """The time from the first to the last process's end: a process has at most ceil(missing / processes) shards."""
-        most = min(self.images, -(-self.missing // self.processes) * self.rows_per_shard)
+        most = min(self.images_left, -(-self.missing // self.processes) * self.rows_per_shard)
         return self.start_seconds + self.basis_seconds + most / self.images_per_second
 
     def lines(self) -> list[str]:
         """Return the estimate as lines of text."""
-        flops = self.images * self.vae_flops + self.images * self.passes_per_image * self.pass_flops
-        flops += self.basis_images * (self.vae_flops + 2 * self.pass_flops)
+        images, basis = self.images_left, 0 if self.shards_done else self.basis_images
+        flops = images * (self.vae_flops + self.passes_per_image * self.pass_flops)
+        flops += basis * (self.vae_flops + 2 * self.pass_flops)
         several = self.processes > 1
         who = f"{self.processes} processes, each with a GPU or a machine of its own" if several else "one process"
         who += f", of which {self.missing} have work (one shard each)" if self.processes > self.missing else ""
         rest = f" for the {self.missing} missing shards" if self.shards_done else ""
+        in_all = rest or " in all"
         return [
             f"images        {self.images} in {self.shards} shards",
-            f"passes        {self.passes_per_image} per image, {self.images * self.passes_per_image} in all"
-            f"{f', and {2 * self.basis_images} for the basis' if self.basis_images else ''}",
+            f"passes        {self.passes_per_image} per image, {images * self.passes_per_image}{in_all}"
+            f"{f', and {2 * basis} for the basis' if basis else ''}",
             f"FLOPs         {self.vae_flops / 1e9:.3g} G per encoding, {self.pass_flops / 1e9:.3g} G per pass, "
-            f"{flops / 1e12:.3g} T in all",
+            f"{flops / 1e12:.3g} T{in_all}",
             f"disk          {size(self.num_bytes)} ({self.free_space})",
             *self.process,
             *([f"in place      {self.in_place}"] if self.in_place else []),

@@ -447,14 +447,19 @@ def test_a_dry_run_says_what_is_in_place(digits, unextracted):
     def said(*arguments):
         quick = ("--dry-run", "--set", "runtime.unet_batch_size=16")
         lines = invoke(unextracted, "extract-features", *quick, *arguments).output.splitlines()
+        passes.append(next(line.split(maxsplit=1)[1] for line in lines if line.startswith("passes")))
         return next((line for line in lines if line.startswith("in place")), "")
+
+    passes = []
 
     staging = extract(unextracted, "--shard-range", "3:5")
     shutil.rmtree(staging / "locks")
     before = {file: file.stat().st_mtime_ns for file in staging.rglob("*")}
     assert said() == "in place      2 of 5 shards are finished: a run computes the others"
+    assert passes == ["11 per image, 132 for the 3 missing shards"]  # of 4 images each; the basis is there
     assert {file: file.stat().st_mtime_ns for file in staging.rglob("*")} == before
     assert said("--timestep", "5") == said("--rows-per-shard", "8") == ""
+    assert passes[1] == passes[2] == "11 per image, 220 in all, and 24 for the basis"
     extract(unextracted, "--shard-range", "0:3")
     assert said().endswith("digits-tiny-sd-t300 holds this set: a run only checks it (the time is that of a new set)")
     other = said("--noise-seed", "5")
