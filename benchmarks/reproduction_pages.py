@@ -361,7 +361,7 @@ def _guides(found: dict[str, Summary]) -> str:
     if not points:
         return "Not run yet."
     rows = [
-        [label, f"{100 * own['probe']:.1f}", f"{own['margin']:.4f}", f"{own['separation']:.4f}", _points(gain)]
+        [label, f"{100 * own['probe']:.1f}", f"{own['margin'] + 0.0:.2g}", f"{own['separation']:.2g}", _points(gain)]
         for label, own, gain in points
     ]
     header = [
