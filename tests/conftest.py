@@ -55,6 +55,7 @@ SMALL = {
     "sweep.partitions": ["dir05"],
     "sweep.seeds": [0],
     "runtime.device": "cpu",
+    "runtime.unet_batch_size": 50,  # a shard has 150 passes; 192 would be computed
 }
 
 

@@ -274,7 +274,7 @@ def test_commands_name_the_noise(root):
         assert "noise of 4 standard deviations, added to every number by an export" in command(root, "show", where)
     assert "standard deviations" not in command(root, "show", "one")
     output = command(root, "diff", "one", "noisy")
-    assert "different features" in output and "content.added_noise.scale: None | 4.0" in output
+    assert "different features" in output and "content.added_noise.scale: null | 4.0" in output
     assert "denoised, up_blocks.1: 100.00 % of the numbers differ" in output
     help_text = " ".join(command(root, "export", "--help").split())
     assert "two exports differ" in help_text and "average the noise away" in help_text

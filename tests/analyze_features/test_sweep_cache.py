@@ -177,7 +177,7 @@ def test_cached_results_are_loaded_unchanged(tmp_path):
         ("extract_features.prompts", "self-supervised"),
         ("extract_features.denoise_prompt", "hello"),
         ("extract_features.noise_seed", 9),
-        ("runtime.unet_batch_size", 16),
+        ("runtime.unet_batch_size", 32),
     ],
 )
 def test_everything_that_decides_the_numbers_is_part_of_the_cache_key(undisturbed, setting, other):

@@ -37,6 +37,7 @@ SETTINGS: dict[str, Any] = {
     "sweep.methods": ["feddifrc"],
     "runtime.checkpoint_every": 1,
     "runtime.workers": 2,
+    "runtime.unet_batch_size": 16,  # twelve passes per shard; 64 would be computed
 }
 EXTRACT = ("extract-features",)
 TRAIN = ("train-fl", "--method", "feddifrc", "--partition", "iid", "--seed", "0")
