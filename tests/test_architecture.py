@@ -40,6 +40,7 @@ LAYERS = {
         ["provenance", "manifests", "settings", "devices", "progress", "plotting", "estimates"],
         ["data", "feature_store", "hub", "run_digests"],
         ["diffusion"],
+        ["set_check"],
         ["federation", "cli"],
     ],
     "stages.train_fl": [

@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import seeding
-from pipeline.errors import PipelineError
+from pipeline import seeding, set_check
+from pipeline.data.datasets import PreparedDataset
+from pipeline.errors import FeatureSetError, PipelineError
 from pipeline.feature_store import Content, Features, FeatureSet
 from pipeline.io import atomic
 from pipeline.progress import track
@@ -57,6 +58,7 @@ def run(config: Config) -> Path:
             f"{features.path} has one prompt per image, so that there are no others to compare it with. Extract "
             "features with extract_features.negatives of 1 or more."
         )
+    _warn_if_other(features, config)
     order = seeding.numpy_generator(params.seed, "analysed images").permutation(features.manifest.rows)
     rows = features.read(np.sort(order[: params.images]))
     columns = {layer: slice(*span) for layer, span in content.layers.items()} | {FUSED: slice(0, content.num_dims)}
@@ -65,8 +67,15 @@ def run(config: Config) -> Path:
         name: margins.similarities(rows.denoised[:, part], rows.prompted[:, :, part], positive)
         for name, part in columns.items()
     }
-    scores = _scores(rows, columns, similar, params)
     by_chance = chance(rows.label, features.manifest.prompts_per_image, params.seed)
+    scores = _scores(rows, columns, similar, params, by_chance["probe_accuracy"])
+    if content.added_noise:
+        log.warning(
+            "The set has %s, of which these numbers are, too: analyse the set that it was made from",
+            content.added_noise,
+        )
+    else:
+        _tell_whether_guidance_can_pay(scores[FUSED], by_chance["matching_nearest"])
     folder = config.root / "analysis"
     folder.mkdir(exist_ok=True)
     for name in ("features.json", "details.json"):  # details.json is written last: it marks the figures as complete
@@ -90,8 +99,21 @@ def run(config: Config) -> Path:
     return folder / "details.json"
 
 
+def _warn_if_other(features: FeatureSet, config: Config) -> None:
+    """Warn if the set was made with other settings or images than params.yaml and the prepared data have."""
+    try:
+        has_data = (config.dataset_dir / "manifest.json").exists()
+        set_check.check(features, config, PreparedDataset(config.dataset_dir) if has_data else None)
+    except FeatureSetError as error:
+        log.warning("%s", error)
+
+
 def _scores(
-    rows: Features, columns: dict[str, slice], similar: dict[str, Similarities], params: AnalyzeFeatures
+    rows: Features,
+    columns: dict[str, slice],
+    similar: dict[str, Similarities],
+    params: AnalyzeFeatures,
+    probe_by_chance: float,
 ) -> dict[str, dict[str, Any]]:
     """Return, by layer, its numbers in details.json."""
     evaluator, everyone = ProbeEvaluator(rows.label, params), np.ones(len(rows.label), bool)
@@ -100,22 +122,28 @@ def _scores(
         dims = part.stop - part.start
         scores = evaluator.scores(rows.denoised[:, part])
         found[name] = {"dims": dims, **asdict(scores), **similar[name].means(everyone)}
-        log.info("%s: %d dims, linear probe %.2f %%", name, dims, 100 * found[name]["probe_accuracy"])
-    _tell_whether_guidance_can_pay(found[FUSED]["separation"])
+        probe = found[name]["probe_accuracy"]
+        log.info("%s: %d dims, linear probe %.2f %% (chance %.2f %%)", name, dims, 100 * probe, 100 * probe_by_chance)
     return found
 
 
-def _tell_whether_guidance_can_pay(separation: float) -> None:
+def _tell_whether_guidance_can_pay(fused: dict[str, Any], nearest_by_chance: float) -> None:
     """Say whether TDCL can help. docs/reproduction.md has the measurements: gains by guides of different quality."""
+    separation, nearest, error = fused["separation"], fused["matching_nearest"], fused["nearest_error"]
     if separation < _LEAST_SEPARATION:
         log.warning(
-            "The model hardly tells prompts apart (separation %.2g, below %g): TDCL can add little to training. Train "
-            "the guide longer, choose another timestep or other layers, or use NDCR alone.",
+            "The model hardly tells prompts apart (separation %.2g, below %g): TDCL can add little to training. Choose "
+            "another timestep, other layers or a model that was trained longer, or use NDCR alone.",
             separation,
             _LEAST_SEPARATION,
         )
     else:
         log.info("The model tells prompts apart (separation %.4f), which TDCL needs.", separation)
+    share = f"The matching prompt is the nearest for {100 * nearest:.1f} ± {100 * error:.1f} % of the images"
+    if nearest + 2 * error < nearest_by_chance:
+        log.warning("%s, less often than by chance (%.1f %%): check the prompts.", share, 100 * nearest_by_chance)
+    else:
+        log.info("%s (chance %.1f %%).", share, 100 * nearest_by_chance)
 
 
 def _draw(

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 
@@ -45,10 +46,37 @@ def test_a_sentence_says_whether_the_prompts_are_told_apart(project, caplog):
     )
     logger = logging.getLogger("stages.analyze_features.run")
     logger.addHandler(caplog.handler)  # the command above has changed where messages go
-    _tell_whether_guidance_can_pay(2e-6)
+    _tell_whether_guidance_can_pay({"separation": 2e-6, "matching_nearest": 0.3, "nearest_error": 0.05}, 0.5)
+    _tell_whether_guidance_can_pay({"separation": 0.02, "matching_nearest": 0.41, "nearest_error": 0.05}, 0.5)
     logger.removeHandler(caplog.handler)
-    (record,) = caplog.records
-    assert record.getMessage().startswith("The model hardly tells prompts apart (separation 2e-06, below 0.001)")
+    apart, nearest, _, others = (record.getMessage() for record in caplog.records)
+    assert apart.startswith("The model hardly tells prompts apart (separation 2e-06, below 0.001)")
+    share = "The matching prompt is the nearest for {} ± 5.0 % of the images"
+    assert nearest == f"{share.format('30.0')}, less often than by chance (50.0 %): check the prompts."
+    assert others == f"{share.format('41.0')} (chance 50.0 %)."  # by 1.8 standard errors
+
+
+def test_a_set_of_other_settings_or_images_is_named(project, tmp_path):
+    root = tmp_path / "own"
+    shutil.copytree(project, root)
+    text = (root / "params.yaml").read_text()
+    (root / "params.yaml").write_text(text.replace("a photo of a {class_name}", "{class_name}"))
+    said = invoke(root, "analyze-features", *FAST).output
+    assert "was extracted with prompt_templates ['a photo of a {class_name}'], but extract_features here has" in said
+    assert "was extracted with" not in invoke(project, "analyze-features", *FAST).output
+    assert invoke(root, "prepare-data", "--train-subset", "50").exit_code == 0
+    assert "was extracted from another data set (120 images" in invoke(root, "analyze-features", *FAST).output
+
+
+def test_numbers_of_a_set_with_noise_are_no_verdict(project, tmp_path):
+    root = tmp_path / "own"
+    shutil.copytree(project, root)
+    tar = str(root / "noisy.tar")
+    assert invoke(root, "features", "export", "digits-tiny-sd-t300", "--noise", "8", "-o", tar).exit_code == 0
+    shutil.rmtree(root / "data" / "features")
+    assert invoke(root, "features", "import", tar).exit_code == 0
+    said = invoke(root, "analyze-features", *FAST).output
+    assert "The set has noise of 8 standard deviations" in said and "tells prompts apart" not in said
 
 
 def test_missing_features_name_the_command_to_run(project):

@@ -81,7 +81,7 @@ SETTINGS = [
 def test_different_settings_are_reported_with_the_way_to_accept_the_set(project, theirs, set_values, our_values):
     tiny_project.add_features(project, **theirs)  # copied over ours
     message = error_of_training(
-        project, "Give params.yaml the set's values to train from it, or run `pipeline extract-features --overwrite`."
+        project, "Give params.yaml the set's values to use it, or run `pipeline extract-features --overwrite`."
     )
     set_side, our_side = message.split(", but extract_features here has ")
     assert set_side.endswith(f"was extracted with {set_values}")
