@@ -18,6 +18,7 @@ leaves its unfinished work in <name>.tmp, and the next one continues it (see `sp
 """
 
 import hashlib
+import logging
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -34,10 +35,13 @@ from pipeline.io import atomic
 from pipeline.io.atomic import replace_folder
 from pipeline.io.hdf5 import check_not_written, open_to_read, plain_dataset
 from pipeline.io.system_errors import in_words, reading
+from pipeline.settings.params import PrepareData
 from pipeline.text import printable
 
 if TYPE_CHECKING:
     from pipeline.io.resumable import ResumableStore
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Images", "Manifest", "PreparedDataset", "Source", "stratified_split", "write"]
 
@@ -103,6 +107,22 @@ class PreparedDataset:
     def rows(self, split: SplitName) -> int:
         """Number of images in a split."""
         return self.manifest.splits[split].rows
+
+    def warn_if_unlike(self, params: PrepareData) -> None:
+        """Log a warning if another number or size of images was prepared than the settings ask for."""
+        skipped = len(self.manifest.skipped.get("train", []))
+        found, wanted = [], []
+        if params.train_subset not in (None, self.rows("train") + skipped):
+            found.append(f"{self.rows('train')} training images")
+            wanted.append(f"train_subset = {params.train_subset}")
+        if params.image_size not in (None, self.image_size):
+            found.append(f"images of {self.image_size} px")
+            wanted.append(f"image_size = {params.image_size}")
+        if found:
+            log.warning(
+                "%s has %s, but prepare_data has %s. Run `pipeline prepare-data` to use these settings",
+                self.path, " and ".join(found), " and ".join(wanted),
+            )  # fmt: skip
 
     def load(self, split: SplitName) -> Images:
         """Open a split as a read-only memory map and check all of it against the manifest.

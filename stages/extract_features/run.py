@@ -54,6 +54,7 @@ def run(config: Config, shard_range: str | None = None, overwrite: bool = False)
         SystemExit: 143, on SIGTERM.
     """
     plan = planning.make(config)
+    plan.dataset.warn_if_unlike(config.params.prepare_data)
     feature_set = plan.feature_set
     rank, world_size = scheduling.rank_and_world_size()
     shards = scheduling.order_of_shards(feature_set.num_shards, shard_range, rank, world_size)

@@ -5,6 +5,7 @@ report/summary.json  partition -> method -> accuracy of each seed, mean, standar
 report/curves.csv    method, partition, round, accuracy, loss: means over seeds, for `dvc plots`
 """
 
+import contextlib
 import itertools
 import logging
 from pathlib import Path
@@ -14,7 +15,9 @@ import jinja2
 import numpy as np
 
 from pipeline import plotting, run_digests
-from pipeline.errors import DataError
+from pipeline.data.datasets import PreparedDataset
+from pipeline.errors import DataError, PipelineError
+from pipeline.feature_store import read_manifest
 from pipeline.io import atomic
 from pipeline.manifests import run_name
 from pipeline.settings.config import Config
@@ -46,6 +49,7 @@ def run(config: Config, with_experiments: bool = False, with_sweep: bool = False
     found = read_sweep(config)
     if config.sweep_is_as_written:  # DVC does not know a sweep given on the command line
         run_digests.complete(config.sweep_dir, config.runs_of_sweep)
+    _warn_of_other_inputs(config, found)
     if found.not_in_sweep:
         log.warning("Not in the report, because the sweep does not list them: %s", ", ".join(found.not_in_sweep))
     analysed = analysis.read(config.root, found, with_sweep)
@@ -85,6 +89,22 @@ def read_sweep(config: Config) -> Results:
     finished = {file.parent for file in config.results_dir.glob("*/s[0-9]*/config.json")}
     not_in_sweep = sorted(map(run_name, finished.difference(config.runs_of_sweep)))
     return Results(sweep.methods, sweep.partitions, sweep.seeds, groups, not_in_sweep)
+
+
+def _warn_of_other_inputs(config: Config, found: Results) -> None:
+    """Warn if the runs were trained from other images or features than those that params.yaml names and are here."""
+    settings = [run.settings for run in found.all_runs]
+    used = {
+        config.dataset_dir: {own.dataset.hash for own in settings},
+        config.features_dir: {own.features for own in settings if own.features},
+    }
+    for path, identities in used.items():
+        with contextlib.suppress(PipelineError):  # it is elsewhere
+            data = PreparedDataset(path).hash if path == config.dataset_dir else read_manifest(path).fingerprint
+            if identities - {data}:
+                log.warning(
+                    "Runs were trained from other data than %s now has; the report shows them as they are", path
+                )
 
 
 def _flags_for_what_is_there(config: Config) -> str:

@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.datasets import PreparedDataset
 from pipeline.settings.config import Config
 from stages.train_fl import data as run_data
 from stages.train_fl import records, session
@@ -44,6 +45,7 @@ def run(config: Config, method_name: str, partition_name: str, seed: int, overwr
     """
     job = Job(config, method_name, partition_name, seed)
     job.check()
+    PreparedDataset(config.dataset_dir).warn_if_unlike(config.params.prepare_data)
     device = session.prepare_torch(config.params.runtime)
     data = run_data.on_disk(config, method_name, partition_name, seed)
     settings = job.settings(data)

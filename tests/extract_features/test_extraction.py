@@ -91,6 +91,12 @@ def test_manifest_records_the_settings_that_made_the_set(digits):
     assert (settings["rows_per_shard"], settings["basis_images"], settings["basis"]) == (4, 12, "auto")
 
 
+def test_prepared_images_unlike_the_settings_are_named(digits):
+    said = "datasets/digits has 20 training images, but prepare_data has train_subset = 7."
+    assert said in invoke(digits, "extract-features", "--set", "prepare_data.train_subset=7").output
+    assert "but prepare_data has" not in invoke(digits, "extract-features").output
+
+
 def test_threads_and_batch_sizes_do_not_change_a_byte(digits, unextracted):
     settings = ("--set", "runtime.unet_batch_size=24", "--set", "runtime.cache_latents=true")
     forked.write_programs(unextracted, "pipeline")

@@ -188,3 +188,13 @@ def test_new_images_name_the_feature_sets_of_those_they_replace(extracted, tmp_p
     assert said not in invoke(tmp_path, "prepare-data").output  # the same images
     assert said in invoke(tmp_path, "prepare-data", "--train-subset", "50").output
     assert said not in invoke(tmp_path, "prepare-data", "--train-subset", "40").output  # but from those before
+
+
+def test_prepared_images_unlike_the_settings_are_named(project):
+    run = ("train-fl", "--method", "fedavg", "--partition", "dir05", "--seed", "0")
+    assert "but prepare_data has" not in invoke(project, *run).output
+    changes = ("--set", "prepare_data.train_subset=50", "--set", "prepare_data.image_size=16")
+    said = (
+        "digits has 120 training images and images of 32 px, but prepare_data has train_subset = 50 and image_size = 16"
+    )
+    assert f"{said}. Run `pipeline prepare-data`" in invoke(project, *run, *changes).output

@@ -86,6 +86,23 @@ def test_rejects_runs_of_other_data(trained):
         assert result.exit_code == 1 and message in result.output
 
 
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"dataset": {"name": "digits", "hash": "x"}}, "datasets/digits"),
+        ({"features": "x"}, "features/digits-tiny-sd-t300"),
+    ],
+)
+def test_names_images_or_features_that_have_changed_since(trained, changes, place):
+    assert "other data" not in invoke(trained, "report").output
+    for seed in (0, 1):
+        file = trained / "results" / "fedavg-dir05" / f"s{seed}" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        reseal(file.parent)
+    said = f"Runs were trained from other data than {trained / 'data' / place} now has"
+    assert said in invoke(trained, "report").output
+
+
 def test_names_runs_outside_the_sweep(trained):
     result = invoke(trained, "report", "--set", "sweep.seeds=[0]")
     assert "the sweep does not list them: fedavg-dir05-s1\n" in result.output
