@@ -201,6 +201,23 @@ def test_edits_outside_the_preset_do_not_block_it(project):
     assert config.load(params).params.runtime.checkpoint_every == 3
 
 
+def test_the_command_that_undoes_a_preset(project):
+    params, old = project / "params.yaml", project / "params.yaml.old"
+    before = params.read_text()
+    assert f"to undo: mv {old} {params}\n" in invoke(project, "preset", "digits-layers").output  # no git
+    assert "to undo" not in invoke(project, "preset", "digits-layers").output  # which changes nothing
+    old.rename(params)
+    assert params.read_text() == before
+    git(project, "init")
+    git(project, "add", "params.yaml")
+    assert f"to undo: git checkout {params}\n" in invoke(project, "preset", "digits-layers").output
+    git(project, "checkout", "params.yaml")
+    assert params.read_text() == before and not old.exists()
+    params.write_text(before.replace("num_rounds: ", "num_rounds: 1"))  # which git does not have
+    assert f"to undo: mv {old} {params}\n" in invoke(project, "preset", "digits-layers", "--force").output
+    assert old.read_text() == before.replace("num_rounds: ", "num_rounds: 1")
+
+
 def test_digits_presets_are_the_cifar10_ones_scaled_down(project):
     presets.apply("digits-layers", project / "params.yaml")
     text = (project / "params.yaml").read_text()

@@ -396,7 +396,6 @@ def preset(params: Path, name: str | None, run_it: bool, force: bool) -> None:
       pipeline preset
       pipeline preset digits-table --run
       pipeline preset analysis/sweep/recommended.yaml
-      git checkout params.yaml
     """
     import json
 
@@ -413,8 +412,10 @@ def preset(params: Path, name: str | None, run_it: bool, force: bool) -> None:
         entry = "replaced" if old else "added"
         click.echo(f"{key}: {entry if isinstance(new, dict) else f'{json.dumps(old)} -> {json.dumps(new)}'}", err=True)
     click.echo(params)
+    if applied.undo:
+        click.echo(f"to undo: {applied.undo}", err=True)
     if not run_it:
-        click.echo(f"next: dvc repro, or pipeline preset {name} --run; to undo: git checkout {params}", err=True)
+        click.echo(f"next: dvc repro, or pipeline preset {name} --run", err=True)
     for words in presets.overrides(applied.experiments, config.read_yaml(params)) if run_it else []:
         _dvc(params.resolve().parent, words)
 

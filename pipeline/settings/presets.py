@@ -16,6 +16,7 @@ import difflib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class Applied:
 
     changes: dict[str, tuple[Any, Any]]  # dotted key -> (old value, new value); None if the key was absent
     experiments: list[dict[str, Any]]  # dotted key -> value; one without keys if the preset asks for none
+    undo: str | None  # the command that restores the file; None if nothing was changed
 
 
 def describe(folder: Path) -> dict[str, str]:
@@ -61,8 +63,8 @@ def _files(folder: Path) -> dict[str, Path]:
 def apply(name: str, params_file: Path, force: bool = False) -> Applied:
     """Merge a preset, by name or path, into params.yaml, or change nothing if the result would not be valid.
 
-    `force` overwrites edits that exist nowhere else. Raise ConfigError if there is no such preset, it is not valid, or
-    it would overwrite such edits.
+    The file as it was is kept as params.yaml.old, unless git has it. `force` overwrites edits that exist nowhere else.
+    Raise ConfigError if there is no such preset, it is not valid, or it would overwrite such edits.
     """
     config.load(params_file)  # so that an error that is already in the file is not blamed on the preset
     folder = params_file.parent / "presets"
@@ -81,6 +83,11 @@ def apply(name: str, params_file: Path, force: bool = False) -> Applied:
     for dotted_key, (_, value) in changes.items():
         section, _, key = dotted_key.partition(".")
         values.setdefault(section, {})[key] = value
+    try:
+        kept_by_git = _in_git(params_file) == before
+    except ConfigError:  # git refuses the repository
+        kept_by_git = False
+    old_file = params_file.with_name(f"{params_file.name}.old")
     with atomic.replace_file(params_file) as temporary:
         with temporary.open("w", encoding="utf-8") as stream:
             yaml.dump(values, stream)
@@ -89,7 +96,11 @@ def apply(name: str, params_file: Path, force: bool = False) -> Applied:
                 config.load(temporary, combination)
         except PipelineError as error:
             raise ConfigError(str(error).replace(str(temporary), f"preset {name}")) from None
-    return Applied({key: (None if old is ... else old, value) for key, (old, value) in changes.items()}, combinations)
+        if changes and not kept_by_git:
+            shutil.copyfile(params_file, old_file)
+    undo = f"git checkout {params_file}" if kept_by_git else f"mv {old_file} {params_file}"
+    shown = {key: (None if old is ... else old, value) for key, (old, value) in changes.items()}
+    return Applied(shown, combinations, undo if changes else None)
 
 
 def overrides(experiments: list[dict[str, Any]], params: Any) -> list[list[str]]:

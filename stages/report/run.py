@@ -94,7 +94,7 @@ def read_sweep(config: Config) -> Results:
 def _warn_of_other_inputs(config: Config, found: Results) -> None:
     """Warn if the runs were trained from other images or features than those that params.yaml names and are here."""
     settings = [run.settings for run in found.all_runs]
-    used = {
+    used: dict[Path, set[str]] = {
         config.dataset_dir: {own.dataset.hash for own in settings},
         config.features_dir: {own.features for own in settings if own.features},
     }
