@@ -96,7 +96,7 @@ def _warn_of_other_inputs(config: Config, found: Results) -> None:
     settings = [run.settings for run in found.all_runs]
     used: dict[Path, set[str]] = {
         config.dataset_dir: {own.dataset.hash for own in settings},
-        config.features_dir: {own.features for own in settings if own.features},
+        config.features_dir: {features for own in settings if (features := own.features)},
     }
     for path, identities in used.items():
         with contextlib.suppress(PipelineError):  # it is elsewhere
