@@ -169,7 +169,8 @@ class _Run:
                 self._writer.write_basis(made, self._extraction.session.model.recomputed)
                 for name, share in basis.explained(made).items():
                     dims = len(made.layers[name].components)
-                    log.info("basis of %s: %d dims explain %.1f %%", name, dims, 100 * share)
+                    channels = len(made.layers[name].mean)
+                    log.info("basis of %s: %d of %d dims explain %.1f %%", name, dims, channels, 100 * share)
         return self._writer.basis()
 
     def _make_basis(self) -> Basis:

@@ -69,15 +69,18 @@ def _warn_about_skipped(dataset: PreparedDataset) -> None:
 def _warn_about_small_classes(dataset: PreparedDataset) -> None:
     names = dataset.class_names
     train, test = (datasets.label_counts(dataset.path, split, len(names)) for split in datasets.SPLITS)
-    for text, chosen in (
-        ("without images", train + test == 0),
-        ("with one image", train + test == 1),
-        ("without test images", (train > 1) & (test == 0)),
-        ("without training images", (train == 0) & (test > 1)),
+    stay = (
+        ". They stay classes, each with a prompt and an output of the network. Delete their folders to leave them out"
+    )
+    for text, chosen, rest in (
+        ("without images", train + test == 0, stay),
+        ("with one image", train + test == 1, ""),
+        ("without test images", (train > 1) & (test == 0), ""),
+        ("without training images", (train == 0) & (test > 1), ""),
     ):
         if chosen.any():
             found = [name for name, is_chosen in zip(names, chosen, strict=True) if is_chosen]
-            log.warning("classes %s: %s (%d of %d)", text, some(found), len(found), len(names))
+            log.warning("classes %s: %s (%d of %d)%s", text, some(found), len(found), len(names), rest)
 
 
 def _warn_about_odd_names(names: list[str]) -> None:

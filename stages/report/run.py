@@ -94,9 +94,9 @@ def read_sweep(config: Config) -> Results:
 def _warn_of_other_inputs(config: Config, found: Results) -> None:
     """Warn if the runs were trained from other images or features than those that params.yaml names and are here."""
     settings = [run.settings for run in found.all_runs]
-    used: dict[Path, set[str]] = {
+    used: dict[Path, set[str | None]] = {
         config.dataset_dir: {own.dataset.hash for own in settings},
-        config.features_dir: {features for own in settings if (features := own.features)},
+        config.features_dir: {own.features for own in settings if own.features},
     }
     for path, identities in used.items():
         with contextlib.suppress(PipelineError):  # it is elsewhere

@@ -80,7 +80,7 @@ def test_description_counts_tied_candidates():
     assert in_words(choose(table, 1.0))[1:3] == [
         "2 of 3 candidates are within 1 standard error of the best probe, 1 of these within 1 of the best of them by "
         "prompts",
-        f"by the probe alone: {table[0].in_words()}",
+        f"choice by the probe alone: {table[0].in_words()}",
     ]
     assert in_words(choose([BEST], 1.0))[1:] == ["1 of 1 candidates are within 1 standard error of the best probe"]
 

@@ -120,7 +120,8 @@ def test_small_classes_are_reported_on_one_line_per_kind(prepare, tmp_path):
                 save_plain(root / half / name / f"{number}.png", (1, 2, number))
     lines = prepare(source="folder", path=root).output.splitlines()
     assert [line for line in lines if line.startswith("classes ")] == [
-        "classes without images: none (1 of 5)",
+        "classes without images: none (1 of 5). They stay classes, each with a prompt and an output of the network. "
+        "Delete their folders to leave them out",
         "classes with one image: lone (1 of 5)",
         "classes without test images: untested (1 of 5)",
         "classes without training images: untrained (1 of 5)",

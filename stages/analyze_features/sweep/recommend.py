@@ -162,7 +162,7 @@ def in_words(choice: Choice) -> list[str]:
     lines = [f"recommended: {choice.recommended.in_words()}", *_ties(choice)]
     if choice.by_prompts:
         alone = {"probe": choice.by_probe, "prompts": choice.by_prompts}
-        lines += [f"by the {name} alone: {candidate.in_words()}" for name, candidate in alone.items()]
+        lines += [f"choice by the {name} alone: {candidate.in_words()}" for name, candidate in alone.items()]
     return lines
 
 

@@ -63,5 +63,6 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> None:
     content = np.frombuffer(file.read_bytes(), np.uint8).copy()
     ask("query.basis", RecordDict({"file": ArrayRecord({"basis.h5": Array(content)})}), lambda content: None)
     for layer, share in pca.explained(basis).items():
-        log.info("basis of %s: %d dims explain %.1f %%", layer, len(basis.layers[layer].components), 100 * share)
+        kept, channels = basis.layers[layer].components.shape
+        log.info("basis of %s: %d of %d dims explain %.1f %%", layer, kept, channels, 100 * share)
     log.info("wrote %s from the images of %s", file, ", ".join(node.name for node in moments))
