@@ -69,3 +69,16 @@ def test_shell_completion_offers_commands(shell):
         assert "_PIPELINE_COMPLETE" in answer(_PIPELINE_COMPLETE=f"{shell}_source")
     words = {"COMP_WORDS": "pipeline train", "COMP_CWORD": "1" if shell != "fish" else "train"}
     assert "train-fl" in answer(_PIPELINE_COMPLETE=f"{shell}_complete", **words)
+
+
+def test_ctrl_c_during_the_imports_leaves_no_traceback():
+    code = (
+        "import os, runpy, signal, sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(name, path, target=None):\n"
+        "        if name == 'pipeline.cli.commands':\n            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting)\n"
+        "runpy.run_module('pipeline', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
