@@ -166,6 +166,7 @@ def _experiments(work: Path, name: str, seeds: int | None, only: Sequence[str]) 
     except ConfigError:
         file.unlink()
         raise
+    file.with_name(f"{file.name}.old").unlink(missing_ok=True)
     experiments = []
     for number, changes in enumerate(listed):
         params = YAML().load(file.read_text(encoding="utf-8"))

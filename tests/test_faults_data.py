@@ -163,7 +163,7 @@ def test_swapped_class_names_change_the_hash(path):
 
 
 def test_user_sees_one_line(tmp_path):
-    write_params(tmp_path, {})
+    write_params(tmp_path, {"prepare_data.train_subset": 20, "prepare_data.image_size": 8})
     write(tmp_path / "data" / "datasets" / "digits")
     FAULTS["half"](tmp_path / "data" / "datasets" / "digits" / "train.h5")
     result = invoke(tmp_path, "train-fl", "--method", "fedavg", "--partition", "dir05", "--seed", "0")

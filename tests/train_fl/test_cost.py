@@ -172,7 +172,7 @@ def test_the_command_prints_an_estimate_for_every_seed(project):
         "fedavg-dir05-s0",
         "fedavg-dir05-s1",
     ]
-    assert re.search(r"\nin all +\d.* s for 2 runs one after the other\n$", result.output)
+    assert re.search(r"\nin all +\d.* for 2 runs one after the other\n$", result.output)
     assert not (project / "results").exists()
     result = invoke(project, "train-fl", "--method", "nothing", "--partition", "dir05", "--seed", "0", "--dry-run")
     assert result.exit_code == 1 and "nothing" in result.output
