@@ -24,7 +24,7 @@ import numpy as np
 
 from pipeline import seeding, set_check
 from pipeline.data.datasets import PreparedDataset
-from pipeline.errors import FeatureSetError, PipelineError
+from pipeline.errors import PipelineError
 from pipeline.feature_store import Content, Features, FeatureSet
 from pipeline.io import atomic
 from pipeline.progress import track
@@ -104,7 +104,7 @@ def _warn_if_other(features: FeatureSet, config: Config) -> None:
     try:
         has_data = (config.dataset_dir / "manifest.json").exists()
         set_check.check(features, config, PreparedDataset(config.dataset_dir) if has_data else None)
-    except FeatureSetError as error:
+    except PipelineError as error:  # also of a damaged data set, which the analysis does not need
         log.warning("%s", error)
 
 

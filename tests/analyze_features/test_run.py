@@ -66,6 +66,9 @@ def test_a_set_of_other_settings_or_images_is_named(project, tmp_path):
     assert "was extracted with" not in invoke(project, "analyze-features", *FAST).output
     assert invoke(root, "prepare-data", "--train-subset", "50").exit_code == 0
     assert "was extracted from another data set (120 images" in invoke(root, "analyze-features", *FAST).output
+    (root / "data" / "datasets" / "digits" / "manifest.json").write_text("{")
+    result = invoke(root, "analyze-features", *FAST)
+    assert result.exit_code == 0 and "datasets/digits/manifest.json" in result.output
 
 
 def test_numbers_of_a_set_with_noise_are_no_verdict(project, tmp_path):
