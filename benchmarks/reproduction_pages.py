@@ -92,6 +92,9 @@ def caption(summary: Summary) -> str:
     words = f"{words[0].upper()}{words[1:]}{few}.{gains}".replace("*", "\\*")
     cost = f"{summary['runs']} runs, {summary['hours']:.1f} hours of one core in all"
     origin = f"{cost}, on {', '.join(summary['hardware'])} beside other work"
+    if "largest_difference" in summary:
+        points = 100 * summary["largest_difference"]
+        origin += f" (runs repeated on both differ by at most {points:.2f} points)"
     return f"{words} {origin}; torch {', '.join(summary['torch'])}; commit {', '.join(summary['commits'])}.\n"
 
 
