@@ -25,7 +25,7 @@ from stages.train_fl.checkpoint import Checkpoint
 from stages.train_fl.client_data import ClientData
 from stages.train_fl.client_states import ClientStates, memory_limit
 from stages.train_fl.data import FederatedData, HeldOut
-from stages.train_fl.encoders import EncoderSettings
+from stages.train_fl.encoders import EncoderSettings, is_channels_last_faster
 from stages.train_fl.evaluate import Classification, Evaluator
 from stages.train_fl.methods import Method, Weights
 from stages.train_fl.models import FLModel
@@ -299,6 +299,7 @@ def build(
     if device.startswith("cuda"):
         # torch's own default is TF32 for convolutions and float32 for matrix products.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = params.precision == "tf32"
+    channels_last = channels_last and is_channels_last_faster(params.model, params.normalisation, device)
     encoder = EncoderSettings(params.model, params.normalisation, params.precision, channels_last)
     parts = kind.model_parts(settings)
     model = models.build(encoder, num_classes, seed, guidance_dim, params.projection_dim, **parts).to(device)

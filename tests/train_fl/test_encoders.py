@@ -4,7 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.settings import config
+from stages.train_fl import session
 from stages.train_fl.encoders import BatchNorm2d, Encoder, EncoderSettings
+from stages.train_fl.methods import FedAvg
+from tests.conftest import write_params
 
 
 def make(name, normalisation="batch", precision="float32", channels_last=False):
@@ -57,3 +61,20 @@ def test_bfloat16_and_channels_last_stay_near_float32():
     assert rounded.dtype == torch.float32
     assert not torch.equal(rounded, exact)
     assert torch.allclose(rounded, exact, atol=0.3)
+
+
+@pytest.mark.parametrize(
+    "name, normalisation, asked, is_used",
+    [
+        ("resnet10", "batch", True, True),
+        ("resnet10", "batch", False, False),
+        ("resnet10", "group", True, False),  # slower on a CPU
+        ("small_cnn", "group", True, True),  # it has no such layers
+    ],
+)
+def test_networks_are_channels_last_where_it_is_faster(tmp_path, name, normalisation, asked, is_used):
+    changes = {"train_fl.model": name, "train_fl.normalisation": normalisation}
+    params = config.load(write_params(tmp_path, changes)).params.train_fl
+    model, _ = session.build(params, FedAvg.Settings(), FedAvg, 3, None, 2, 0, "cpu", channels_last=asked)
+    weights = [weight for weight in model.encoder.parameters() if weight.dim() == 4 and weight.shape[2] > 1]
+    assert {weight.is_contiguous(memory_format=torch.channels_last) for weight in weights[1:]} == {is_used}
