@@ -463,4 +463,5 @@ SECTIONS: dict[str, Callable[[dict[str, Summary]], str]] = {
     "digits-guides": _guides,
     "local-conditioning": _conditioning,
     "cifar10-mini": _cifar,
+    "cifar10-mini-resnet10": _sweep("cifar10-mini-resnet10"),
 }

@@ -2,6 +2,7 @@
 
 steps       one worker's step of FedAvg on the local engine against a bare PyTorch loop of the same steps with one
             thread (same model, batches, optimiser), and FedDifRC's against FedAvg's, including the lookup of targets
+formats     ResNet-10's step with channels first and last, with BatchNorm and GroupNorm, in float32 and bfloat16
 workers     rounds of the local engine with one worker and with as many as cores; beside them the same clients in
             threads of one process, each with its own copy of the network
 simulators  rounds of the local engine against Flower's Ray simulation and apple/pfl-research's simulator, all using the
@@ -15,6 +16,8 @@ processes slow down both. Prints tables, then one JSON line.
     python benchmarks/train.py --peers /tmp/peers/bin/python
 """
 
+import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -34,16 +37,16 @@ import torch
 from torch.nn import functional
 from train_job import Job, seconds_per_round
 
-from pipeline import provenance
+from pipeline import memory, provenance
 from pipeline.data.datasets import PreparedDataset
 from pipeline.errors import PipelineError
 from pipeline.feature_store import FeatureSet
 from pipeline.settings import config, params
 from pipeline.settings.params import Runtime
-from stages.train_fl import methods, rounds, session
+from stages.train_fl import methods, models, rounds, session
 from stages.train_fl.augmentation import to_model_range
 from stages.train_fl.client_data import Batches, ClientData
-from stages.train_fl.encoders import EncoderName
+from stages.train_fl.encoders import EncoderName, EncoderSettings
 from stages.train_fl.engines import local, workers
 from stages.train_fl.guidance import GuidanceSource, GuidanceTargets, prepare
 from stages.train_fl.methods import Method
@@ -65,13 +68,20 @@ SIMULATED = {
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 def main(repeats: int, peers: str, device: str) -> None:
     """Measure and print."""
+    memory.keep_freed()  # as every command does
     session.prepare_torch(Runtime.model_validate(_runtime() | {"device": device}))
     result: dict[str, Any] = {"cores": workers.resolve("auto", "cpu"), "steps": {}, "workers": {}, "simulators": {}}
+    result["formats"] = {}
     click.echo(f"{'per step':12}{'bare':>10}{'fedavg':>10}{'feddifrc':>10}{'fedavg/bare':>14}{'feddifrc/fedavg':>17}")
     for encoder, steps in STEPS.items():
         row = result["steps"][encoder] = _steps(encoder, steps, repeats, device)
         times = "".join(f"{1e3 * row[name]:>7.2f} ms" for name in ("bare", "fedavg", "feddifrc"))
         click.echo(f"{encoder:12}{times}{row['fedavg_over_bare']:>14.3f}{row['feddifrc_over_fedavg']:>17.3f}")
+    click.echo(f"\n{'resnet10, per step':26}{'first':>10}{'last':>10}{'last/first':>14}")
+    for normalisation, precision in itertools.product(("batch", "group"), ("float32", "bfloat16")):
+        name = f"{normalisation} norm, {precision}"
+        row = result["formats"][name] = _formats(normalisation, precision, repeats, device)
+        click.echo(f"{name:26}{1e3 * row['first']:>7.0f} ms{1e3 * row['last']:>7.0f} ms{row['last_over_first']:>14.3f}")
     result["cache"] = _cache_reading()
     if device == "cpu":
         count = result["cores"]
@@ -117,6 +127,20 @@ def _steps(encoder: EncoderName, steps: int, repeats: int, device: str) -> dict[
         for above, below in (("fedavg", "bare"), ("feddifrc", "fedavg"))
     }
     return {name: statistics.median(values) / steps for name, values in seconds.items()} | ratio
+
+
+def _formats(normalisation: Any, precision: Any, repeats: int, device: str) -> dict[str, float]:
+    """Return seconds per step of both memory formats, and the median ratio."""
+    job = Job("resnet10", 1, 1, 64, 1, 1, 64, 0.01, 0.9)
+    data = ClientData(*job.client(0)).to(device)
+    networks = {
+        name: models.build(EncoderSettings("resnet10", normalisation, precision, name == "last"), 10, 0).to(device)
+        for name in ("first", "last")
+    }
+    kinds = {name: functools.partial(_bare, network, data, job) for name, network in networks.items()}
+    seconds = _alternating(kinds, repeats, device)
+    ratio = statistics.median(last / first for last, first in zip(seconds["last"], seconds["first"], strict=True))
+    return {name: statistics.median(values) for name, values in seconds.items()} | {"last_over_first": ratio}
 
 
 def _workers(encoder: EncoderName, steps: int, repeats: int, count: int) -> dict[str, float]:

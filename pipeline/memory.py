@@ -1,9 +1,11 @@
-"""The memory that a process can still use.
+"""The memory that a process can still use, and what it does with freed memory.
 
-The least of what the machine, the control groups of a container or batch job, and the process's own limits leave. Pages
-of files count as free: the kernel drops them when it needs memory.
+A process can use the least of what the machine, the control groups of a container or batch job, and its own limits
+leave. Pages of files count as free: the kernel drops them when it needs memory.
 """
 
+import ctypes
+import os
 import re
 import resource
 import sys
@@ -11,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 UNLIMITED = 2**63
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
+_KEPT, _LARGEST = 512 << 20, 32 << 20
 
 
 def available(root: Path = Path("/")) -> int:
@@ -20,6 +24,21 @@ def available(root: Path = Path("/")) -> int:
         root: The folder with `proc` and `sys/fs/cgroup`.
     """
     return max(0, min([*_of_machine(root), *_of_groups(root), *_of_limits(root)], default=UNLIMITED))
+
+
+def keep_freed() -> None:
+    """Keep up to 512 MiB of freed memory, with glibc and unless the user's environment says otherwise.
+
+    A training step allocates megabytes and frees them. glibc returns them to the system, which then clears every page
+    that it gives again: a tenth of the time of a run of the small CNN. Forked child processes inherit it.
+    """
+    names = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+    if any(name in os.environ for name in names) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc: neither macOS nor musl has it
+    if mallopt:
+        mallopt(_TRIM_THRESHOLD, _KEPT)
+        mallopt(_MMAP_THRESHOLD, _LARGEST)  # larger blocks are returned at once
 
 
 def peak() -> int:

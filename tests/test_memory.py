@@ -1,5 +1,7 @@
 """The free memory of a machine, of control groups of both versions, and below a process's own limits."""
 
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -91,3 +93,34 @@ except MemoryError:
     before, after, refused = done.stdout.split()
     assert refused == "refused"  # so the limit is real, and what is said to be left is less than that
     assert 90 * MB < int(before) <= 100 * MB and 30 * MB < int(after) <= 40 * MB
+
+
+FAULTS = """
+import resource
+from pipeline import memory
+{}
+def step():
+    return len([b"x" * (8 << 20) for _ in range(4)])
+step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+"""Prints how many pages the system provides for 160 MB that are allocated and freed in turn."""
+
+
+@pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="other allocators behave otherwise")
+@pytest.mark.parametrize(
+    "call, environment, is_kept",
+    [
+        ("from pipeline.cli.commands import main; main(['preset'], standalone_mode=False)", {}, True),  # any command
+        ("", {}, False),
+        ("memory.keep_freed()", {"MALLOC_TRIM_THRESHOLD_": "131072"}, False),
+        ("memory.keep_freed()", {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"}, False),
+    ],
+)
+def test_freed_memory_is_kept_unless_the_user_decides(call, environment, is_kept):
+    command = [sys.executable, "-c", FAULTS.format(call)]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
+    assert (int(done.stdout.split()[-1]) < 100) == is_kept, done.stdout

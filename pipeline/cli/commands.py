@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline import __version__, project, threads
+from pipeline import __version__, memory, project, threads
 from pipeline.cli.features import features
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.io.atomic import KEPT
@@ -155,6 +155,7 @@ def main(ctx: click.Context, params: Path, quiet: bool) -> None:
       pipeline report
     """
     threads.sleep_while_waiting()
+    memory.keep_freed()
     ctx.obj = params
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", force=True)
     for library in ("httpx", "httpx2", "matplotlib", "PIL"):  # their warnings mean nothing to users

@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp import Grid, ServerApp
 
-from pipeline import threads
+from pipeline import memory, threads
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.federation.node import answering
 
@@ -85,6 +85,7 @@ for _question in ("join", "forget", "moments", "pooled", "basis"):
 
 def _part(context: Context, name: str) -> Any:
     threads.sleep_while_waiting()  # before torch is loaded
+    memory.keep_freed()
     importlib.import_module("stages.train_fl.methods")  # registers the methods' settings
     task = str(context.run_config.get("task"))
     if task not in _TASKS:

@@ -52,7 +52,7 @@ class LocalSGD:
         Files and messages keep no strides. On a GPU, operations on lists of tensors (torch._foreach_), which correct
         the gradients, take one launch only if the tensors of all lists have the same ones.
         """
-        own = self.model.state_dict()
+        own = self.model.state_dict() if tensors else {}
         return {
             name: torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
             if (like := own.get(name)) is not None and like.shape == value.shape and like.stride() != value.stride()
