@@ -50,14 +50,14 @@ class Encoder(nn.Module):
         super().__init__()
         construct, self.embedding_dim = _ENCODERS[settings.name]
         self.network = construct(BatchNorm2d if settings.normalisation == "batch" else _group_norm)
-        self._bfloat16, self._channels_last = settings.precision == "bfloat16", settings.channels_last
+        self._bfloat16 = settings.precision == "bfloat16"
+        self._memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
         if settings.channels_last:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:
         """Images float32 (B, 3, H, W) -> embeddings float32 (B, embedding_dim)."""
-        if self._channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=self._memory_format)  # all layers keep the images' format
         if not self._bfloat16:
             return self.network(images)
         with torch.autocast(images.device.type, torch.bfloat16):

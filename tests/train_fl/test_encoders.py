@@ -78,3 +78,11 @@ def test_networks_are_channels_last_where_it_is_faster(tmp_path, name, normalisa
     model, _ = session.build(params, FedAvg.Settings(), FedAvg, 3, None, 2, 0, "cpu", channels_last=asked)
     weights = [weight for weight in model.encoder.parameters() if weight.dim() == 4 and weight.shape[2] > 1]
     assert {weight.is_contiguous(memory_format=torch.channels_last) for weight in weights[1:]} == {is_used}
+    seen = []
+    next(module for module in model.modules() if isinstance(module, nn.ReLU)).register_forward_hook(
+        lambda _, inputs, output: seen.append(output.is_contiguous(memory_format=torch.channels_last))
+    )
+    images = torch.randn(2, 3, 32, 32)
+    for format in (torch.contiguous_format, torch.channels_last):  # augmentation may give either
+        model(images.contiguous(memory_format=format))
+    assert seen == [is_used, is_used]
