@@ -9,7 +9,8 @@ for all runs that share their data, features and training settings, and continue
 `summarise` does the same without training, for the runs that are finished by then. The summaries are in
 benchmarks/results/reproduction: the accuracy of every seed, commit, hardware and time. With --extend, the seeds that a
 summary has stay there: the others are trained, and one seed of each method again, which must have the same accuracy.
-On other hardware, where sums are rounded otherwise, it may differ by two points; the page states by how much it does.
+Other hardware rounds sums differently: there the accuracy may differ by up to two points, and the page states by how
+much it does.
 """
 
 import contextlib
@@ -279,10 +280,12 @@ def _known(earlier: Summary | None, changes: dict[str, Any]) -> list[tuple[str, 
 def extended(earlier: Summary, added: Summary) -> Summary:
     """Return the runs of both summaries as one.
 
-    A run that both have keeps its earlier accuracy, so that methods are compared on the hardware of one of the two.
+    A run that both have keeps its earlier accuracy, so that a seed of a method and of its counterpart without guidance
+    are from one machine.
 
     Raises:
-        DataError: The accuracies of a run that both have differ, or no run of a method with new ones is in both.
+        DataError: The accuracies of a run that both have differ, no run of a method with new ones is in both, or a seed
+            of a method would be compared with one from other hardware.
     """
     result = copy.deepcopy(earlier)
     is_one_machine = len({*earlier["hardware"], *added["hardware"]}) == 1
@@ -314,6 +317,12 @@ def extended(earlier: Summary, added: Summary) -> Summary:
                         "machine differ. Train all seeds, without --extend."
                     )
                 continue
+            compared = [other for other in _counterparts(own, method) if (partition, other, seed) in before]
+            if compared and not is_one_machine:
+                raise DataError(
+                    f"{where}: {compared[0]}, with which it is compared, was trained on other hardware. Train other "
+                    "seeds, or all without --extend."
+                )
             if method not in repeated and any(known == method for _, known, _ in before):
                 raise DataError(f"{where}: no seed of the existing summary was trained again. Run `train` to its end.")
             by_seed = own["accuracies"].setdefault(partition, {}).setdefault(method, {})
@@ -323,6 +332,14 @@ def extended(earlier: Summary, added: Summary) -> Summary:
     if largest > 0:
         result["largest_difference"] = round(largest, 6)
     return result
+
+
+def _counterparts(experiment: dict[str, Any], method: str) -> set[str]:
+    """Return the methods that a method is compared with: its own without guidance, or those that add guidance to it."""
+    pairs = experiment["unguided"].items()
+    return {plain for guided, plain in pairs if guided == method} | {
+        guided for guided, plain in pairs if plain == method
+    }
 
 
 def _runs(summary: Summary) -> set[tuple[str, str, str, int]]:

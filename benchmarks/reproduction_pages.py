@@ -94,7 +94,7 @@ def caption(summary: Summary) -> str:
     origin = f"{cost}, on {', '.join(summary['hardware'])} beside other work"
     if "largest_difference" in summary:
         points = 100 * summary["largest_difference"]
-        origin += f" (runs repeated on both differ by at most {points:.2f} points)"
+        origin += f" (runs repeated on another differ by at most {points:.2f} points)"
     return f"{words} {origin}; torch {', '.join(summary['torch'])}; commit {', '.join(summary['commits'])}.\n"
 
 

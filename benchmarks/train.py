@@ -2,7 +2,7 @@
 
 steps       one worker's step of FedAvg on the local engine against a bare PyTorch loop of the same steps with one
             thread (same model, batches, optimiser), and FedDifRC's against FedAvg's, including the lookup of targets
-formats     ResNet-10's step with channels first and last, with BatchNorm and GroupNorm, in float32 and bfloat16
+formats     steps with channels first and last, with BatchNorm and GroupNorm, in float32 and bfloat16
 workers     rounds of the local engine with one worker and with as many as cores; beside them the same clients in
             threads of one process, each with its own copy of the network
 simulators  rounds of the local engine against Flower's Ray simulation and apple/pfl-research's simulator, all using the
@@ -68,7 +68,7 @@ SIMULATED = {
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 def main(repeats: int, peers: str, device: str) -> None:
     """Measure and print."""
-    memory.keep_freed()  # as every command does
+    memory.keep_freed()  # as every command does; _peer gives the same settings to the simulators
     session.prepare_torch(Runtime.model_validate(_runtime() | {"device": device}))
     result: dict[str, Any] = {"cores": workers.resolve("auto", "cpu"), "steps": {}, "workers": {}, "simulators": {}}
     result["formats"] = {}
@@ -77,11 +77,14 @@ def main(repeats: int, peers: str, device: str) -> None:
         row = result["steps"][encoder] = _steps(encoder, steps, repeats, device)
         times = "".join(f"{1e3 * row[name]:>7.2f} ms" for name in ("bare", "fedavg", "feddifrc"))
         click.echo(f"{encoder:12}{times}{row['fedavg_over_bare']:>14.3f}{row['feddifrc_over_fedavg']:>17.3f}")
-    click.echo(f"\n{'resnet10, per step':26}{'first':>10}{'last':>10}{'last/first':>14}")
-    for normalisation, precision in itertools.product(("batch", "group"), ("float32", "bfloat16")):
-        name = f"{normalisation} norm, {precision}"
-        row = result["formats"][name] = _formats(normalisation, precision, repeats, device)
-        click.echo(f"{name:26}{1e3 * row['first']:>7.0f} ms{1e3 * row['last']:>7.0f} ms{row['last_over_first']:>14.3f}")
+    click.echo(f"\n{'per step, channels':36}{'first':>10}{'last':>10}{'last/first':>14}")
+    for encoder in ("resnet10", "mobilenet_v2"):
+        for normalisation, precision in itertools.product(("batch", "group"), ("float32", "bfloat16")):
+            name = f"{encoder}, {normalisation} norm, {precision}"
+            settings = [EncoderSettings(encoder, normalisation, precision, is_last) for is_last in (False, True)]
+            row = result["formats"][name] = _formats(*settings, min(repeats, 3), device)
+            times = "".join(f"{1e3 * row[name]:>7.0f} ms" for name in ("first", "last"))
+            click.echo(f"{name:36}{times}{row['last_over_first']:>14.3f}")
     result["cache"] = _cache_reading()
     if device == "cpu":
         count = result["cores"]
@@ -129,16 +132,17 @@ def _steps(encoder: EncoderName, steps: int, repeats: int, device: str) -> dict[
     return {name: statistics.median(values) / steps for name, values in seconds.items()} | ratio
 
 
-def _formats(normalisation: Any, precision: Any, repeats: int, device: str) -> dict[str, float]:
-    """Return seconds per step of both memory formats, and the median ratio."""
-    job = Job("resnet10", 1, 1, 64, 1, 1, 64, 0.01, 0.9)
+def _formats(first: EncoderSettings, last: EncoderSettings, repeats: int, device: str) -> dict[str, float]:
+    """Return seconds per step of both memory formats, and the median ratio; float32 without TF32."""
+    job = Job(first.name, 1, 1, 64, 1, 1, 64, 0.01, 0.9)
     data = ClientData(*job.client(0)).to(device)
-    networks = {
-        name: models.build(EncoderSettings("resnet10", normalisation, precision, name == "last"), 10, 0).to(device)
-        for name in ("first", "last")
-    }
+    networks = {name: models.build(of, 10, 0).to(device) for name, of in (("first", first), ("last", last))}
     kinds = {name: functools.partial(_bare, network, data, job) for name, network in networks.items()}
-    seconds = _alternating(kinds, repeats, device)
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        seconds = _alternating(kinds, repeats, device)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
     ratio = statistics.median(last / first for last, first in zip(seconds["last"], seconds["first"], strict=True))
     return {name: statistics.median(values) for name, values in seconds.items()} | {"last_over_first": ratio}
 
@@ -289,6 +293,7 @@ def _local_rounds(job: Job) -> dict[str, float]:
 def _peer(script: str, job: Job, python: str) -> dict[str, Any] | str:
     """Return the result that a script prints as JSON, or why it has none."""
     environment = os.environ | {"FLWR_TELEMETRY_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
+    environment |= {"MALLOC_TRIM_THRESHOLD_": str(512 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(HERE)])
     command = [python, str(HERE / script), job.to_json()]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
@@ -321,6 +326,7 @@ def _clients() -> dict[int, dict[str, float]]:
 
 def _many_clients(num_clients: int) -> dict[str, float]:
     """Run SCAFFOLD, whose clients keep states, on clients that share the same images, so that data do not count."""
+    memory.keep_freed()
     torch.set_num_threads(1)
     job = Job("small_cnn", num_clients, 10, 32, 20, 1, 32, 0.01, 0.9)
     clients = [ClientData(*job.client(0))] * num_clients

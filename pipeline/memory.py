@@ -27,10 +27,11 @@ def available(root: Path = Path("/")) -> int:
 
 
 def keep_freed() -> None:
-    """Keep up to 512 MiB of freed memory, with glibc and unless the user's environment says otherwise.
+    """Keep freed memory for the next allocation, with glibc and unless the user's environment says otherwise.
 
     A training step allocates megabytes and frees them. glibc returns them to the system, which then clears every page
-    that it gives again: a tenth of the time of a run of the small CNN. Forked child processes inherit it.
+    that it gives again: a tenth of the time of a run of the small CNN. From now on it returns blocks of more than 32
+    MiB, and the end of the heap if more than 512 MiB are free there. Forked child processes inherit it.
     """
     names = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
     if any(name in os.environ for name in names) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):

@@ -101,9 +101,16 @@ def test_reproduction_summary_is_extended_only_by_runs_that_agree_with_it(benchm
     elsewhere = reproduction.extended(earlier, summary({}, {"iid": {"fedavg": {1: 0.51, 2: 0.6}}}, hardware=["other"]))
     assert elsewhere["experiments"][0]["accuracies"]["iid"]["fedavg"] == {"0": 0.4, "1": 0.5, "2": 0.6}
     assert (elsewhere["hardware"], elsewhere["largest_difference"]) == (["cpu", "other"], 0.01)
+    elsewhere["experiments"][0]["unguided"] = {"feddifrc": "fedavg"}
+    with pytest.raises(
+        PipelineError, match=r"feddifrc on iid, seed 1: fedavg, with which it is compared, was trained on"
+    ):
+        reproduction.extended(elsewhere, summary({}, {"iid": {"feddifrc": {1: 0.7}}}, hardware=["other"]))
+    more = reproduction.extended(elsewhere, summary({}, {"iid": {"feddifrc": {7: 0.7}}}, hardware=["other"]))
+    assert more["experiments"][0]["accuracies"]["iid"]["feddifrc"] == {"7": 0.7}
     with pytest.raises(PipelineError, match=r"accuracy 0.53 here, and 0.5 in the existing"):
         reproduction.extended(elsewhere, summary({}, {"iid": {"fedavg": {1: 0.53}}}))
-    assert "cpu, other beside other work (runs repeated on both differ by at most 1.00 points)" in (
+    assert "cpu, other beside other work (runs repeated on another differ by at most 1.00 points)" in (
         benchmark("reproduction_pages").caption(elsewhere)
     )
     with pytest.raises(PipelineError, match=r"moon on nid2, seed 1: no seed of the existing summary was trained again"):

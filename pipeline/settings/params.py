@@ -422,7 +422,9 @@ class Runtime(Section):
         "on a GPU in streams, auto: 4"
     )
     cuda_graphs: bool = Field(description="train-fl: replay training steps on a GPU as CUDA graphs")
-    channels_last: bool = Field(description="train-fl: channels-last memory format, faster on CPUs and GPUs")
+    channels_last: bool = Field(
+        description="train-fl: channels-last memory format, except for GroupNorm on a CPU, which is slower in it"
+    )
     checkpoint_every: int = Field(ge=1, description="train-fl: rounds between checkpoints")
     guide_checkpoint_minutes: float = Field(
         ge=0, description="prepare-backbone, source train: minutes between checkpoints"
