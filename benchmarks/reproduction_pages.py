@@ -32,6 +32,12 @@ _NAMES = {
     "feddifrc-ssl": "FedDifRC without labels",
 }  # fmt: skip
 
+_GUIDANCE = {  # how the guidance of a method differs from the paper's weights of 1
+    "feddifrc": "", "paper": ", weights 1", "third": ", weights 0.3", "triple": ", weights 3",
+    "tenfold": ", weights 10", "thirtyfold": ", weights 30", "hundredfold": ", weights 100", "tdcl": ", TDCL alone",
+    "ndcr": ", NDCR alone", "tdcl-tenfold": ", TDCL's weight 10", "ndcr-tenfold": ", NDCR's weight 10",
+}  # fmt: skip
+
 _VARIANTS = {
     "tdcl": "TDCL alone", "ndcr": "NDCR alone", "feddifrc": "both: the default",
     "layer2": "layer 2 alone", "layer3": "layer 3 alone", "layer4": "layer 4 alone",
@@ -143,8 +149,11 @@ def _percent(own: BySeed | None, most: int = 0) -> str:
 
 
 def _name(method: str) -> str:
-    plain = method.removesuffix("-feddifrc")
-    return _NAMES.get(method) or (f"{_NAMES[plain]} with guidance" if plain in _NAMES else method)
+    plain, _, variant = method.partition("-")
+    if method in _NAMES or plain not in _NAMES or variant not in _GUIDANCE:
+        return _NAMES.get(method, method)
+    words = _GUIDANCE[variant]
+    return f"{_NAMES[plain]}{words if plain == 'feddifrc' else f' with guidance{words}'}"
 
 
 def _headings(labels: dict[str, str]) -> list[str]:
@@ -227,18 +236,23 @@ def _paper(found: dict[str, Summary]) -> str:
 
 
 def _sweep(name: str) -> Callable[[dict[str, Summary]], str]:
-    """Return the writer of a plain sweep: accuracies, then gains."""
+    """Return the writer of a plain sweep: for every experiment of it, accuracies, then gains."""
 
     def write(found: dict[str, Summary]) -> str:
         if name not in found:
             return "Not run yet."
         summary = found[name]
-        (experiment,) = summary["experiments"]
-        pairs = experiment["unguided"]
-        methods, baseline = next(iter(experiment["accuracies"].values())), experiment["baseline"]
-        if not pairs and baseline:
-            pairs = {method: baseline for method in methods if method != baseline}
-        return _accuracies(experiment) + (_gains(experiment, pairs) if pairs else "") + caption(summary)
+        text = ""
+        for experiment in summary["experiments"]:
+            if len(summary["experiments"]) > 1:
+                changes = ", ".join(f"`{key}: {value}`" for key, value in experiment["changes"].items())
+                text += f"With {changes}:\n\n"
+            pairs = experiment["unguided"]
+            methods, baseline = next(iter(experiment["accuracies"].values())), experiment["baseline"]
+            if not pairs and baseline:
+                pairs = {method: baseline for method in methods if method != baseline}
+            text += _accuracies(experiment) + (_gains(experiment, pairs) if pairs else "")
+        return text + caption(summary)
 
     return write
 
@@ -338,16 +352,12 @@ def _combinations(found: dict[str, Summary]) -> str:
     if "digits-combinations" not in found:
         return "Not run yet."
     own = found["digits-combinations"]["experiments"][0]["accuracies"]["nid1_005"]
-    words = {
-        "feddifrc": "with guidance (weights 1)", "tdcl": "with TDCL alone", "ndcr": "with NDCR alone",
-        "third": "with guidance, weights 0.3", "triple": "with guidance, weights 3",
-    }  # fmt: skip
     rows = []
     for method, values in own.items():
         plain, _, variant = method.partition("-")
         gains = [gain_of(values, own[plain]), gain_of(values, own[f"{plain}-feddifrc"])]
         shown = [_points(gains[0]) if variant else "", _points(gains[1]) if variant not in ("", "feddifrc") else ""]
-        rows.append([f"{_NAMES[plain]} {words.get(variant, '')}".strip(), _percent(values), *shown])
+        rows.append([_name(method), _percent(values), *shown])
     header = ["method", "accuracy on the validation split, %", "gain over the method alone", "gain over weights 1"]
     return table(header, rows) + caption(found["digits-combinations"])
 
@@ -464,4 +474,9 @@ SECTIONS: dict[str, Callable[[dict[str, Summary]], str]] = {
     "local-conditioning": _conditioning,
     "cifar10-mini": _cifar,
     "cifar10-mini-resnet10": _sweep("cifar10-mini-resnet10"),
+    "cifar10-weights": _sweep("cifar10-weights"),
+    "cifar10-guided": _sweep("cifar10-guided"),
+    "digits-weights": _sweep("digits-weights"),
+    "digits-rates": _sweep("digits-rates"),
+    "digits-tuned": _sweep("digits-tuned"),
 }

@@ -221,12 +221,24 @@ def test_the_command_that_undoes_a_preset(project):
 
 def test_digits_presets_are_the_cifar10_ones_scaled_down(project):
     presets.apply("digits-layers", project / "params.yaml")
-    text = (project / "params.yaml").read_text()
-    assert "    <<: &guidance\n" in text and "guidance: *guidance}" in text  # what is shared stays so
     made = config.load(project / "params.yaml").params
     assert made.sweep.seeds == [0] and made.sweep.partitions == ["nid1_05"]
     assert made.methods["layers23"].layers == ["up_blocks.1", "up_blocks.2"]
     assert made.prepare_data.name == "digits" and made.train_fl.model == "small_cnn"
+
+
+@pytest.mark.parametrize("name", ["cifar10", "digits"])
+def test_presets_of_the_protocol_have_the_papers_weights(project, name):
+    presets.apply(name, project / "params.yaml")
+    made = config.load(project / "params.yaml")
+    guided = [made.settings("methods", "feddifrc"), made.settings("methods", "fedprox-feddifrc").guidance]
+    assert [(own.tdcl_weight, own.ndcr_weight) for own in guided] == [(1.0, 1.0), (1.0, 1.0)]
+
+
+def test_what_is_shared_stays_so(project):
+    presets.apply("digits-weights", project / "params.yaml")
+    text = (project / "params.yaml").read_text()
+    assert "    <<: &guidance\n" in text and "guidance: *guidance}" in text
 
 
 def test_base_sets_every_key_that_its_presets_change():
