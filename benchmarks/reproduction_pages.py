@@ -35,7 +35,7 @@ _NAMES = {
 _GUIDANCE = {  # how the guidance of a method differs from the paper's weights of 1
     "feddifrc": "", "paper": ", weights 1", "third": ", weights 0.3", "triple": ", weights 3",
     "tenfold": ", weights 10", "thirtyfold": ", weights 30", "hundredfold": ", weights 100", "tdcl": ", TDCL alone",
-    "ndcr": ", NDCR alone", "tdcl-tenfold": ", TDCL's weight 10", "ndcr-tenfold": ", NDCR's weight 10",
+    "ndcr": ", NDCR alone", "tdcl-tenfold": ", TDCL's weight 10", "ndcr-triple": ", NDCR's weight 3", "ndcr-tenfold": ", NDCR's weight 10", "ndcr-thirtyfold": ", NDCR's weight 30",
 }  # fmt: skip
 
 _VARIANTS = {
