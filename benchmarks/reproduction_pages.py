@@ -35,11 +35,12 @@ _NAMES = {
 _GUIDANCE = {  # how the guidance of a method differs from the paper's weights of 1
     "feddifrc": "", "paper": ", weights 1", "third": ", weights 0.3", "triple": ", weights 3",
     "tenfold": ", weights 10", "thirtyfold": ", weights 30", "hundredfold": ", weights 100", "tdcl": ", TDCL alone",
-    "ndcr": ", NDCR alone", "tdcl-tenfold": ", TDCL's weight 10", "ndcr-triple": ", NDCR's weight 3", "ndcr-tenfold": ", NDCR's weight 10", "ndcr-thirtyfold": ", NDCR's weight 30",
+    "ndcr": ", NDCR alone", "tdcl-tenfold": ", TDCL's weight 10", "ndcr-triple": ", NDCR's weight 3",
+    "ndcr-tenfold": ", NDCR's weight 10", "ndcr-thirtyfold": ", NDCR's weight 30",
 }  # fmt: skip
 
 _VARIANTS = {
-    "tdcl": "TDCL alone", "ndcr": "NDCR alone", "feddifrc": "both: the default",
+    "tdcl": "TDCL alone", "ndcr": "NDCR alone", "feddifrc": "both losses",
     "layer2": "layer 2 alone", "layer3": "layer 3 alone", "layer4": "layer 4 alone",
     "layers23": "layers 2 and 3", "layers24": "layers 2 and 4", "layers34": "layers 3 and 4",
     "temperature-001": "temperature 0.01 (default 0.04)", "temperature-01": "temperature 0.1",
@@ -217,7 +218,7 @@ def _claims(experiment: dict[str, Any], pairs: list[tuple[str, str, str]], more:
         if not (own := gain_of(found[method], found[other])):
             continue
         name = f"{_VARIANTS.get(method, _name(method))} over {_VARIANTS.get(other, _name(other))}"
-        name = name.replace("both: the default", "both" if "alone" in name else "FedDifRC").replace(
+        name = name.replace("both losses", "both" if "alone" in name else "FedDifRC").replace(
             "both over layer", "fused layers over layer"
         )
         rows.append([name, f"{claimed:+.2f}", _points(own), verdict(own, claimed)])
@@ -295,7 +296,7 @@ def _ablation(found: dict[str, Summary]) -> str:
             if name == "digits-timesteps" and (gain := gain_of(default, values)):
                 best.append([f"timestep 300 over {value}", "above 0", _points(gain), verdict(gain, 1)])
         origins += [name] if name in found else []
-    header = ["variant", "accuracy, %", "gain over FedAvg", "gain over the default"]
+    header = ["variant", "accuracy, %", "gain over FedAvg", "gain over both losses"]
     pairs = [("tdcl", "fedavg"), ("ndcr", "fedavg"), ("feddifrc", "fedavg"), ("feddifrc", "tdcl"), ("feddifrc", "ndcr")]
     claims = [(*pair, "nid1_005") for pair in pairs] + [("feddifrc", name, "nid1_02") for name in ("layer2", "layer3")]
     text = table(header, rows + more) + caption(summary)
