@@ -353,12 +353,14 @@ def _combinations(found: dict[str, Summary]) -> str:
     if "digits-combinations" not in found:
         return "Not run yet."
     own = found["digits-combinations"]["experiments"][0]["accuracies"]["nid1_005"]
-    rows = []
+    rows, most = [], max(map(len, own.values()))
     for method, values in own.items():
         plain, _, variant = method.partition("-")
-        gains = [gain_of(values, own[plain]), gain_of(values, own[f"{plain}-feddifrc"])]
-        shown = [_points(gains[0]) if variant else "", _points(gains[1]) if variant not in ("", "feddifrc") else ""]
-        rows.append([_name(method), _percent(values), *shown])
+        over_plain, over_default = (
+            _points(gain_of(values, own[other]), most) for other in (plain, f"{plain}-feddifrc")
+        )
+        shown = [over_plain if variant else "", over_default if variant not in ("", "feddifrc") else ""]
+        rows.append([_name(method), _percent(values, most), *shown])
     header = ["method", "accuracy on the validation split, %", "gain over the method alone", "gain over weights 1"]
     return table(header, rows) + caption(found["digits-combinations"])
 
