@@ -65,7 +65,7 @@ def _write_project(project: Path, root: Path, chosen: dict[str, dict[str, Any]])
     """Copy params.yaml, add one method per variant, link the data; return variant -> name of its method."""
     yaml = YAML()
     params = yaml.load((project / "params.yaml").read_text(encoding="utf-8"))
-    guided = dict(params["methods"]["feddifrc"])
+    guided = dict(params["methods"]["feddifrc"]) | {"tdcl_weight": 1.0, "ndcr_weight": 1.0}
     names = {variant: f"variant-{number}" for number, variant in enumerate(chosen)}
     for variant, changes in chosen.items():
         plain = {"algorithm": "fedavg"}

@@ -11,6 +11,7 @@ and each variant conditions the same prompts differently:
 A feature is mapped to the width of the prompts' embeddings by fixed random orthonormal rows, scaled to --strength times
 their mean norm, and added to every token. The variants share seeds, clients and initial weights.
 
+    pipeline preset digits
     python benchmarks/local_conditioning.py --seeds 3
 """
 

@@ -285,7 +285,7 @@ def extended(earlier: Summary, added: Summary) -> Summary:
 
     Raises:
         DataError: The accuracies of a run that both have differ, no run of a method with new ones is in both, or a seed
-            of a method would be compared with one from other hardware.
+            of a method would be compared with one from other hardware: of the same method without or with guidance.
     """
     result = copy.deepcopy(earlier)
     is_one_machine = len({*earlier["hardware"], *added["hardware"]}) == 1
