@@ -480,6 +480,5 @@ SECTIONS: dict[str, Callable[[dict[str, Summary]], str]] = {
     "cifar10-weights": _sweep("cifar10-weights"),
     "cifar10-guided": _sweep("cifar10-guided"),
     "digits-weights": _sweep("digits-weights"),
-    "digits-rates": _sweep("digits-rates"),
     "digits-tuned": _sweep("digits-tuned"),
 }
