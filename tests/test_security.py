@@ -39,8 +39,8 @@ NAMES_OF_ITS_OWN = {"pipeline/federation/app.py", "stages/train_fl/loggers.py"}
 # Pickles what a process and the workers that it forked say to each other; it never reads a file.
 BETWEEN_OWN_PROCESSES = "stages/train_fl/engines/workers.py"
 
-# Calls two functions of the C library that the process has loaded already; it loads no file.
-WITHOUT_PYTHONS_MMAP = "pipeline/io/mapped.py"
+# Call functions of the C library that the process has loaded already; they load no file.
+C_LIBRARY = {"pipeline/io/mapped.py": "CDLL(None, use_errno=True", "pipeline/memory.py": "CDLL(None"}
 
 
 def findings(source: str) -> list[str]:
@@ -111,10 +111,8 @@ def test_no_file_loads_code_or_unpacks_archives(file):
     found = findings(file.read_text(encoding="utf-8"))
     if name == BETWEEN_OWN_PROCESSES:
         found = [use for use in found if not re.fullmatch(r"pickle(\.\w+)?|joblib\.cpu_count", use)]
-    if name == WITHOUT_PYTHONS_MMAP:
-        assert re.findall(r"(?:CDLL|LoadLibrary|PyDLL)\([^)]*", file.read_text(encoding="utf-8")) == [
-            "CDLL(None, use_errno=True"
-        ]
+    if name in C_LIBRARY:
+        assert re.findall(r"(?:CDLL|LoadLibrary|PyDLL)\([^)]*", file.read_text(encoding="utf-8")) == [C_LIBRARY[name]]
         found = [use for use in found if not re.fullmatch(r"ctypes(\.\w+)*", use)]
     assert found == ([COMPUTED] if name in NAMES_OF_ITS_OWN else [])
 
