@@ -293,7 +293,7 @@ def _local_rounds(job: Job) -> dict[str, float]:
 def _peer(script: str, job: Job, python: str) -> dict[str, Any] | str:
     """Return the result that a script prints as JSON, or why it has none."""
     environment = os.environ | {"FLWR_TELEMETRY_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
-    environment |= {"MALLOC_TRIM_THRESHOLD_": str(512 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
+    environment |= {name: str(value) for name, value in memory.MALLOC.items()}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(HERE)])
     command = [python, str(HERE / script), job.to_json()]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)

@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 
 UNLIMITED = 2**63
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
-_KEPT, _LARGEST = 512 << 20, 32 << 20
+MALLOC = {"MALLOC_TRIM_THRESHOLD_": 512 << 20, "MALLOC_MMAP_THRESHOLD_": 32 << 20}
+"""The settings of `keep_freed` in bytes, by the environment variables with which other programs get the same."""
 
 
 def available(root: Path = Path("/")) -> int:
@@ -33,13 +34,12 @@ def keep_freed() -> None:
     that it gives again: a tenth of the time of a run of the small CNN. From now on it returns blocks of more than 32
     MiB, and the end of the heap if more than 512 MiB are free there. Forked child processes inherit it.
     """
-    names = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
-    if any(name in os.environ for name in names) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+    if MALLOC.keys() & os.environ.keys() or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc: neither macOS nor musl has it
     if mallopt:
-        mallopt(_TRIM_THRESHOLD, _KEPT)
-        mallopt(_MMAP_THRESHOLD, _LARGEST)  # larger blocks are returned at once
+        mallopt(_TRIM_THRESHOLD, MALLOC["MALLOC_TRIM_THRESHOLD_"])
+        mallopt(_MMAP_THRESHOLD, MALLOC["MALLOC_MMAP_THRESHOLD_"])  # larger blocks are returned at once
 
 
 def peak() -> int:
