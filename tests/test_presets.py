@@ -219,6 +219,43 @@ def test_the_command_that_undoes_a_preset(project):
     assert old.read_text() == before.replace("num_rounds: ", "num_rounds: 1")
 
 
+def test_a_second_preset_keeps_the_backup_of_the_first(project):
+    params = project / "params.yaml"
+    mine = params.read_text().replace("num_rounds: ", "num_rounds: 1")
+    params.write_text(mine)
+    invoke(project, "preset", "digits-layers")
+    between = params.read_text()
+    result = invoke(project, "preset", "guidance-weights")
+    assert f"to undo: mv {params}.old2 {params}\n" in result.output
+    assert (project / "params.yaml.old").read_text() == mine
+    assert (project / "params.yaml.old2").read_text() == between
+
+
+def test_dry_run_counts_runs_and_changes_nothing(project):
+    before = {file: file.read_bytes() for file in project.rglob("*") if file.is_file()}
+    result = invoke(project, "preset", "digits-table", "--dry-run")
+    assert result.exit_code == 0 and "sweep.seeds: [0, 1, 2] -> [0, 1, 2, 3" in result.output
+    assert result.output.endswith("federated runs: 560\n")  # 14 methods, 4 partitions, 10 seeds
+    result = invoke(project, "preset", "digits-heterogeneity", "--dry-run")
+    assert result.output.endswith("federated runs: 75 in 5 experiments\n")  # each: 3 methods, 1 partition, 5 seeds
+    assert {file: file.read_bytes() for file in project.rglob("*") if file.is_file()} == before
+
+
+def test_experiments_need_a_git_repository(project):
+    before = (project / "params.yaml").read_bytes()
+    result = invoke(project, "preset", "digits-tuned", "--run")
+    assert result.exit_code == 1 and len(result.output.splitlines()) == 1
+    assert "need a git repository with a commit" in result.output and "dvc config --unset core.no_scm" in result.output
+    assert (project / "params.yaml").read_bytes() == before
+    git(project, "init")  # still without a commit
+    assert invoke(project, "preset", "digits-tuned", "--run").exit_code == 1
+
+
+def test_a_description_is_the_whole_comment(project):
+    (project / "presets" / "two.yaml").write_text("# a line\n# and another\n\n# not this\ntrain_fl: {num_rounds: 3}\n")
+    assert presets.describe(project / "presets")["two"] == "a line and another"
+
+
 def test_digits_presets_are_the_cifar10_ones_scaled_down(project):
     presets.apply("digits-layers", project / "params.yaml")
     made = config.load(project / "params.yaml").params
@@ -236,7 +273,7 @@ def test_presets_of_the_protocol_have_the_papers_weights(project, name):
 
 
 def test_what_is_shared_stays_so(project):
-    presets.apply("digits-weights", project / "params.yaml")
+    presets.apply("guidance-weights", project / "params.yaml")
     text = (project / "params.yaml").read_text()
     assert "    <<: &guidance\n" in text and "guidance: *guidance}" in text
 

@@ -385,9 +385,10 @@ def report(config: "Config", form: str, experiments: bool, with_sweep: bool) -> 
 @main.command("preset")
 @click.argument("name", required=False)
 @click.option("--run", "run_it", is_flag=True, help="Then run dvc repro, or the preset's DVC experiments.")
+@click.option("--dry-run", is_flag=True, help="Print the changes and the number of federated runs, and stop.")
 @click.option("--force", is_flag=True, help="Overwrite edits of the parameter file that git does not have.")
 @click.pass_obj
-def preset(params: Path, name: str | None, run_it: bool, force: bool) -> None:
+def preset(params: Path, name: str | None, run_it: bool, dry_run: bool, force: bool) -> None:
     """Merge a preset into params.yaml; without NAME, list the presets.
 
     NAME is a file in the project's presets/, a preset of the program, or the path of a file that ends in .yaml.
@@ -395,6 +396,7 @@ def preset(params: Path, name: str | None, run_it: bool, force: bool) -> None:
     \b
     Examples:
       pipeline preset
+      pipeline preset digits-table --dry-run
       pipeline preset digits-table --run
       pipeline preset analysis/sweep/recommended.yaml
     """
@@ -403,15 +405,24 @@ def preset(params: Path, name: str | None, run_it: bool, force: bool) -> None:
     from pipeline.settings import config, presets
 
     if name is None:
-        for known, text in presets.describe(params.resolve().parent / "presets").items():
-            click.echo(f"{known:24} {text}")
+        listing = click.HelpFormatter()
+        listing.write_dl(list(presets.describe(params.resolve().parent / "presets").items()))
+        click.echo(listing.getvalue(), nl=False)
         return
     import stages.train_fl.methods  # noqa: F401  # registers the settings of every method
 
-    applied = presets.apply(name, params.resolve(), force)
+    applied = presets.apply(name, params.resolve(), force, dry_run=True)
+    if run_it and any(applied.experiments):
+        _check_git(params.resolve().parent, name)
+    if not dry_run:
+        applied = presets.apply(name, params.resolve(), force)
     for key, (old, new) in applied.changes.items():
         entry = "replaced" if old else "added"
         click.echo(f"{key}: {entry if isinstance(new, dict) else f'{json.dumps(old)} -> {json.dumps(new)}'}", err=True)
+    several = f" in {len(applied.experiments)} experiments" if len(applied.experiments) > 1 else ""
+    click.echo(f"federated runs: {applied.runs}{several}", err=True)
+    if dry_run:
+        return
     click.echo(params)
     if applied.undo:
         click.echo(f"to undo: {applied.undo}", err=True)
@@ -422,6 +433,22 @@ def preset(params: Path, name: str | None, run_it: bool, force: bool) -> None:
 
 
 main.add_command(features)
+
+
+def _check_git(root: Path, name: str) -> None:
+    """Refuse DVC experiments, which are commits, outside a git repository."""
+    import subprocess
+
+    try:
+        answer = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], cwd=root, capture_output=True, check=False)
+        has_commit = answer.returncode == 0
+    except OSError:  # git is not installed
+        has_commit = False
+    if not has_commit:
+        raise ConfigError(
+            f"Preset {name} runs DVC experiments, which need a git repository with a commit, and {root} is not in one. "
+            "Run `git init`, `dvc config --unset core.no_scm`, `git add .` and `git commit` there first."
+        )
 
 
 def _dvc(root: Path, overrides: list[str]) -> None:

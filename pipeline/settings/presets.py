@@ -45,13 +45,18 @@ class Applied:
 
     changes: dict[str, tuple[Any, Any]]  # dotted key -> (old value, new value); None if the key was absent
     experiments: list[dict[str, Any]]  # dotted key -> value; one without keys if the preset asks for none
+    runs: int  # federated runs of all experiments
     undo: str | None  # the command that restores the file; None if nothing was changed
 
 
 def describe(folder: Path) -> dict[str, str]:
-    """Return every preset by name, with the comment in the first line of its file; `folder` need not exist."""
-    first_lines = {name: file.read_text(encoding="utf-8").partition("\n")[0] for name, file in _files(folder).items()}
-    return {name: line.removeprefix("#").strip() for name, line in first_lines.items()}
+    """Return every preset by name, with the comment at the top of its file; `folder` need not exist."""
+    return {name: _comment(file.read_text(encoding="utf-8")) for name, file in _files(folder).items()}
+
+
+def _comment(text: str) -> str:
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return " ".join(line.removeprefix("#").strip() for line in lines)
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -60,10 +65,11 @@ def _files(folder: Path) -> dict[str, Path]:
     return dict(sorted({file.stem: file for file in found if file.suffix == ".yaml"}.items()))
 
 
-def apply(name: str, params_file: Path, force: bool = False) -> Applied:
+def apply(name: str, params_file: Path, force: bool = False, dry_run: bool = False) -> Applied:
     """Merge a preset, by name or path, into params.yaml, or change nothing if the result would not be valid.
 
-    The file as it was is kept as params.yaml.old, unless git has it. `force` overwrites edits that exist nowhere else.
+    The file as it was is kept as params.yaml.old (params.yaml.old2 if there is one already), unless git has it. `force`
+    overwrites edits that git does not have; `dry_run` changes nothing.
     Raise ConfigError if there is no such preset, it is not valid, or it would overwrite such edits.
     """
     config.load(params_file)  # so that an error that is already in the file is not blamed on the preset
@@ -87,20 +93,34 @@ def apply(name: str, params_file: Path, force: bool = False) -> Applied:
         kept_by_git = _in_git(params_file) == before
     except ConfigError:  # git refuses the repository
         kept_by_git = False
-    old_file = params_file.with_name(f"{params_file.name}.old")
-    with atomic.replace_file(params_file) as temporary:
-        with temporary.open("w", encoding="utf-8") as stream:
-            yaml.dump(values, stream)
-        try:
-            for combination in combinations:
-                config.load(temporary, combination)
-        except PipelineError as error:
-            raise ConfigError(str(error).replace(str(temporary), f"preset {name}")) from None
-        if changes and not kept_by_git:
-            shutil.copyfile(params_file, old_file)
+    old_file = _unused(params_file.with_name(f"{params_file.name}.old"))
+    preview = params_file.with_name(f"{params_file.name}.preview")
+    try:
+        with atomic.replace_file(preview if dry_run else params_file) as temporary:
+            with temporary.open("w", encoding="utf-8") as stream:
+                yaml.dump(values, stream)
+            try:
+                runs = sum(_runs(config.load(temporary, combination)) for combination in combinations)
+            except PipelineError as error:
+                raise ConfigError(str(error).replace(str(temporary), f"preset {name}")) from None
+            if changes and not kept_by_git and not dry_run:
+                shutil.copyfile(params_file, old_file)
+    finally:
+        preview.unlink(missing_ok=True)
     undo = f"git checkout {params_file}" if kept_by_git else f"mv {old_file} {params_file}"
     shown = {key: (None if old is ... else old, value) for key, (old, value) in changes.items()}
-    return Applied(shown, combinations, undo if changes else None)
+    return Applied(shown, combinations, runs, undo if changes else None)
+
+
+def _runs(made: config.Config) -> int:
+    sweep = made.params.sweep
+    return len(sweep.methods) * len(sweep.partitions) * len(sweep.seeds)
+
+
+def _unused(file: Path) -> Path:
+    """Return `file`, or, if it exists, its name with the first number from 2 that is not used."""
+    names = itertools.chain([file], (file.with_name(f"{file.name}{number}") for number in itertools.count(2)))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def overrides(experiments: list[dict[str, Any]], params: Any) -> list[list[str]]:

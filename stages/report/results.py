@@ -66,6 +66,24 @@ class Results:
         most = {method: max(run.settings.feature_noise for run in self.of_method(method)) for method in self.methods}
         return {method: scale for method, scale in most.items() if scale}
 
+    @property
+    def weights(self) -> dict[str, tuple[float, float]]:
+        """Guided method -> its weights of TDCL and NDCR."""
+        settings = {method: self._settings(method) for method in self.methods}
+        guidance = {method: own.get("guidance") or own for method, own in settings.items()}
+        keys = ("tdcl_weight", "ndcr_weight")
+        return {method: (own[keys[0]], own[keys[1]]) for method, own in guidance.items() if set(keys) <= set(own)}
+
+    @property
+    def at_chance(self) -> dict[str, list[str]]:
+        """Partition -> methods whose mean accuracy is at most 1.1 times that of guessing among all classes."""
+        most = 1.1 / len(self.all_runs[0].class_names)
+        return {
+            partition: found
+            for partition in self.partitions
+            if (found := [m for m in self.methods if statistics.fmean(self.accuracies(partition, m)) <= most])
+        }
+
     def is_guided(self, method: str) -> bool:
         """Return whether cached features guide the method."""
         settings = self._settings(method)

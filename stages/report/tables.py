@@ -47,7 +47,23 @@ def _accuracy(results: Results) -> Table:
     note += ". Best in bold" if len(results.methods) > 1 else ""
     if results.baseline and len(results.methods) > 1:
         note += f"; small or in brackets: the gain over {results.baseline}, {accuracy.gain_in_words(results.seeds)}"
+        if len(results.seeds) > 1:
+            note += ". An interval that contains 0 does not tell whether there is a gain; more seeds make it narrower"
     note += "."
+    if weights := results.weights:
+        named = "; ".join(f"{method}: {tdcl:g} and {ndcr:g}" for method, (tdcl, ndcr) in weights.items())
+        note += f" Weights of TDCL and NDCR, which the paper sets to 1: {named}."
+    for partition, methods in results.at_chance.items():
+        note += (
+            f" At chance (1 of {len(results.all_runs[0].class_names)} classes) on {results.labels[partition]}: "
+            f"{', '.join(methods)}; a gain over a method that learned nothing says little."
+        )
+    plain = list(results.unguided.values())
+    if len(plain) > len(set(plain)) and results.all_runs[0].settings.train_fl["evaluate_on"] == "test":
+        note += (
+            " Several variants of the guidance are compared on the test images: the best one looks better than it is. "
+            "Choose among them with train_fl.evaluate_on: validation."
+        )
     if seen := results.seen:
         named = ", ".join(f"{method}: {count}" for method, count in seen.items())
         note += f" Guided by a backbone that was trained on images of this data set, an unfair advantage ({named})."

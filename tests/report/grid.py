@@ -14,10 +14,16 @@ from tests.conftest import write_params
 
 
 def write_grid(
-    root: Path, methods: list[str], partitions: list[str], seeds: list[int], num_rounds: int, num_clients: int = 10
+    root: Path,
+    methods: list[str],
+    partitions: list[str],
+    seeds: list[int],
+    num_rounds: int,
+    num_clients: int = 10,
+    changes: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a project whose sweep is finished, without its report."""
-    sweep = {"sweep.methods": methods, "sweep.partitions": partitions, "sweep.seeds": seeds}
+    """Write a project whose sweep is finished, without its report; `changes` are further keys of params.yaml."""
+    sweep = (changes or {}) | {"sweep.methods": methods, "sweep.partitions": partitions, "sweep.seeds": seeds}
     project = config.load(write_params(root, sweep))
     rng, software = np.random.default_rng(0), provenance.describe("cpu")
     for method in methods:

@@ -140,6 +140,36 @@ def test_runs_guided_by_a_backbone_that_saw_the_images_are_named(guided):
     assert "advantage" not in table(guided, "guidance").note
 
 
+def test_weights_of_the_guidance_are_named(guided, project_once):
+    assert "Weights of TDCL and NDCR, which the paper sets to 1: feddifrc: 1 and 10" in table(guided, "accuracy").note
+    assert "Weights" not in table(project_once, "accuracy").note
+
+
+def test_methods_at_chance_are_named(project):
+    assert "chance" not in table(project, "accuracy").note  # of ten classes
+    set_metric(project, "fedavg", "mean_last5_accuracy", [0.09, 0.13])  # mean 0.11 = 1.1 / 10
+    assert "At chance (1 of 10 classes) on Dirichlet 0.5: fedavg; a gain" in table(project, "accuracy").note
+    set_metric(project, "fedavg", "mean_last5_accuracy", [0.09, 0.132])
+    assert "chance" not in table(project, "accuracy").note
+
+
+def test_intervals_are_explained(project):
+    assert "more seeds make it narrower." in table(project, "accuracy").note
+    one = tables.make(read_sweep(config.load(project / "params.yaml", {"sweep.seeds": [0]})))
+    assert "interval" not in one[0].note
+
+
+def test_comparing_variants_on_test_images_is_called_optimistic(tmp_path):
+    methods = ["fedavg", "feddifrc", "feddifrc-two"]
+    (tmp_path / "one").mkdir()
+    root = write_grid(tmp_path / "one", methods[:2], ["dir05"], [0, 1], num_rounds=3)
+    assert "better than it is" not in table(root, "accuracy").note
+    variant = {"methods.feddifrc-two": {"algorithm": "feddifrc", "ndcr_weight": 3.0}}
+    (tmp_path / "two").mkdir()
+    root = write_grid(tmp_path / "two", methods, ["dir05"], [0, 1], num_rounds=3, changes=variant)
+    assert "the best one looks better than it is" in table(root, "accuracy").note
+
+
 def test_runs_guided_by_features_with_noise_are_named(guided):
     assert "noise" not in table(guided, "accuracy").note
     for run in guided.glob("results/feddifrc-*/s*"):
