@@ -54,6 +54,9 @@ _QUALITIES = {
     "separation": "separation of prompts",
 }  # fmt: skip
 
+_WEIGHTS = {"feddifrc": "weights 1", "feddifrc-ndcr-tenfold": "NDCR's weight 10"}
+"""The methods that differ in the weights of the guidance only."""
+
 _EXPERIMENTS = {  # the first key that an experiment changes names it
     "train_fl.num_clients": "{} clients, 10 per round",
     "train_fl.imbalance_factor": "long tail, imbalance factor {}",
@@ -95,7 +98,7 @@ def caption(summary: Summary) -> str:
     words = accuracy.in_words(summary["num_rounds"], seeds)
     gains = f" Gains, in points, are {accuracy.gain_in_words(seeds)}."
     fewer = any(len(own) < len(seeds) for own in _cells(summary))
-    few = "; n is given where it is smaller" if fewer else ""
+    few = "; where they are fewer, n or the seeds are given" if fewer else ""
     words = f"{words[0].upper()}{words[1:]}{few}.{gains}".replace("*", "\\*")
     cost = f"{summary['runs']} runs, {summary['hours']:.1f} hours of one core in all"
     origin = f"{cost}, on {', '.join(summary['hardware'])} beside other work"
@@ -121,10 +124,10 @@ def gain_of(own: BySeed, other: BySeed) -> Gain | None:
 
 
 def verdict(gain: Gain, claimed: float) -> str:
-    """Compare a gain with the direction of the paper's: "agrees", "contradicts" or "cannot tell"."""
+    """Compare the sign of a gain with the paper's: "same sign", "other sign" or "cannot tell"."""
     if not gain.sign:
         return "cannot tell"
-    return "agrees" if gain.sign == (1 if claimed > 0 else -1) else "contradicts"
+    return "same sign" if gain.sign == (1 if claimed > 0 else -1) else "other sign"
 
 
 def _points(gain: Gain | None, most: int = 0) -> str:
@@ -142,11 +145,13 @@ def short_commit(provenance: dict[str, Any]) -> str:
 
 
 def _percent(own: BySeed | None, most: int = 0) -> str:
-    """Format accuracies, with their number if it is below `most`."""
+    """Format accuracies, with their number, or the seeds if they are not the first ones, if it is below `most`."""
     if not own:
         return "–"
-    number = f" (n = {len(own)})" if len(own) < most else ""
-    return accuracy.in_percent(list(own.values())) + number
+    number = f" (n = {len(own)})"
+    if sorted(map(int, own)) != list(range(len(own))):
+        number = f" (seeds {', '.join(own)})"
+    return accuracy.in_percent(list(own.values())) + (number if len(own) < most else "")
 
 
 def _name(method: str) -> str:
@@ -328,13 +333,18 @@ def _heterogeneity(found: dict[str, Summary]) -> str:
             changes = experiment["changes"]
             words = next((words for key, words in _EXPERIMENTS.items() if key in changes), "two domains")
             own = next(iter(experiment["accuracies"].values()))
-            gain = gain_of(own.get("feddifrc", {}), own.get("fedavg", {}))
             label = words.format(*(value for key, value in changes.items() if _EXPERIMENTS.get(key) == words))
-            cells = [_percent(own.get(method), most) for method in ("fedavg", "feddifrc")]
-            rows.append([label, *cells, _points(gain, most)])
+            row = [label, _percent(own.get("fedavg"), most)]
+            for method in _WEIGHTS:
+                gain = gain_of(own.get(method, {}), own.get("fedavg", {}))
+                row += [_percent(own.get(method), most), _points(gain, most)]
+            rows.append(row)
     if not rows:
         return "Not run yet."
-    return table(["setting", "FedAvg, %", "FedDifRC, %", "gain, points"], rows) + "\n".join(origins)
+    header = ["setting", "FedAvg, %"]
+    for words in _WEIGHTS.values():
+        header += [f"FedDifRC, {words}, %", "gain, points"]
+    return table(header, rows) + "\n".join(origins)
 
 
 def _cifar(found: dict[str, Summary]) -> str:
@@ -377,63 +387,76 @@ def _guides(found: dict[str, Summary]) -> str:
     if not points:
         return "Not run yet."
     rows = [
-        [label, f"{100 * own['probe']:.1f}", f"{own['margin'] + 0.0:.2g}", f"{own['separation']:.2g}", _points(gain)]
-        for label, own, gain in points
+        [
+            label,
+            f"{100 * own['probe']:.1f}",
+            f"{own['margin'] + 0.0:.2g}",
+            f"{own['separation']:.2g}",
+            *(_points(gains.get(method)) for method in _WEIGHTS),
+        ]
+        for label, own, gains in points
     ]
-    header = [
-        "features",
-        "probe, %",
-        "margin of the matching prompt",
-        "separation of prompts",
-        "gain over FedAvg, points",
-    ]
-    text = table(header, rows) + "![Gain against probe, margin and separation](gallery/guide-quality.svg)\n\n"
-    gains = [gain.mean for _, _, gain in points]
-    ranks = {name: spearmanr([own[name] for _, own, _ in points], gains).statistic for name in _QUALITIES}
-    text += "Spearman's rank correlation of the gain with each: "
-    text += ", ".join(f"{name} {rank:.2f}" for name, rank in ranks.items()) + "."
+    header = ["features", "probe, %", "margin of the matching prompt", "separation of prompts"]
+    text = table(header + [f"gain over FedAvg, {words}, points" for words in _WEIGHTS.values()], rows)
+    text += "![Gain against probe, margin and separation](gallery/guide-quality.svg)\n\n"
+    text += "Spearman's rank correlation of the gain with each:"
+    for method, words in _WEIGHTS.items():
+        known = [(own, gains[method].mean) for _, own, gains in points if method in gains]
+        means = [mean for _, mean in known]
+        ranks = {name: spearmanr([own[name] for own, _ in known], means).statistic for name in _QUALITIES}
+        text += f" with {words}, " + ", ".join(f"{name} {rank:.2f}" for name, rank in ranks.items()) + ";"
     origins = [name for name in ("digits-ablation", "digits-timesteps", "digits-guides") if name in found]
-    return text + "\n\n" + "\n".join(f"`{name}`: {caption(found[name])}" for name in origins)
+    return text[:-1] + ".\n\n" + "\n".join(f"`{name}`: {caption(found[name])}" for name in origins)
 
 
-def _quality(found: dict[str, Summary]) -> list[tuple[str, dict[str, float], Gain]]:
-    """Return label, probe and margin, and FedDifRC's gain over FedAvg for every feature set at NID1 0.05."""
+def _quality(found: dict[str, Summary]) -> list[tuple[str, dict[str, float], dict[str, Gain]]]:
+    """Return label, probe and margin, and the gain over FedAvg by method for every feature set at NID1 0.05."""
     if "digits-ablation" not in found:
         return []
     baseline = found["digits-ablation"]["experiments"][0]["accuracies"]["nid1_005"]["fedavg"]
     experiments = [one for _, one in _by_value(found, "digits-timesteps")]
     experiments += found.get("digits-guides", {}).get("experiments", [])
-    measured = [one for one in experiments if one["features"]]
-    runs = [one["accuracies"]["nid1_005"]["feddifrc"] for one in measured]
-    common = set(baseline).intersection(*runs)  # points of other seeds could not be compared
+    measured = [(one, one["accuracies"]["nid1_005"]) for one in experiments if one["features"]]
+    common = set(baseline).intersection(*(own["feddifrc"] for _, own in measured))  # other seeds cannot be compared
     points = []
-    for one, own in zip(measured, runs, strict=True):
-        gain = gain_of({seed: own[seed] for seed in own if seed in common}, baseline)
+    for one, runs in measured:
+        gains = {}
+        for method in _WEIGHTS:
+            own = {seed: value for seed, value in runs.get(method, {}).items() if seed in common}
+            if gain := gain_of(own, baseline):
+                gains[method] = gain
         changes = one["changes"]
         timestep = changes.get("extract_features.timestep")
         trained = changes.get("prepare_backbone.training", {}).get("denoiser_steps")
         label = f"tiny-sd, t = {timestep}" if timestep else f"guide of {trained} steps, t = 300"
-        if gain:
-            points.append((label, one["features"], gain))
+        if gains:
+            points.append((label, one["features"], gains))
     return points
 
 
 @plotting.svg
 def quality_picture(found: dict[str, Summary]) -> Figure:
-    """Draw the gain of FedDifRC against what analyze-features measures of its features."""
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    for axes, key in zip(figure.subplots(1, 3, sharey=True), _QUALITIES, strict=True):
-        unit = 100 if key == "probe" else 1
-        for label, features, gain in _quality(found):
-            place, colour = (unit * features[key], 100 * gain.mean), "#D55E00" if "guide" in label else "#0072B2"
-            half_width = None if gain.half_width is None else 100 * gain.half_width
-            axes.errorbar(*place, yerr=half_width, fmt="o", color=colour, ecolor=f"{colour}55", capsize=2)
-            short = label.replace("tiny-sd, ", "").replace("guide of ", "").replace(", t = 300", "")
-            axes.annotate(short, place, xytext=(4, 4), textcoords="offset points", fontsize=7)
-        axes.axhline(0, color=plotting.INK, lw=0.8)
-        axes.grid()
-        axes.set(xlabel=_QUALITIES[key])
-    figure.axes[0].set(ylabel="gain of FedDifRC over FedAvg, points")
+    """Draw the gain of FedDifRC against what analyze-features measures of its features, one row per weight."""
+    points = _quality(found)
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    grid = figure.subplots(len(_WEIGHTS), len(_QUALITIES), sharex="col", sharey="row")
+    for row, (method, words) in zip(grid, _WEIGHTS.items(), strict=True):
+        for axes, key in zip(row, _QUALITIES, strict=True):
+            unit = 100 if key == "probe" else 1
+            for label, features, gains in points:
+                if method not in gains:
+                    continue
+                gain, colour = gains[method], "#D55E00" if "guide" in label else "#0072B2"
+                place = unit * features[key], 100 * gain.mean
+                half_width = None if gain.half_width is None else 100 * gain.half_width
+                axes.errorbar(*place, yerr=half_width, fmt="o", color=colour, ecolor=f"{colour}55", capsize=2)
+                short = label.replace("tiny-sd, ", "").replace("guide of ", "").replace(", t = 300", "")
+                axes.annotate(short, place, xytext=(4, 4), textcoords="offset points", fontsize=7)
+            axes.axhline(0, color=plotting.INK, lw=0.8)
+            axes.grid()
+        row[0].set(ylabel=f"gain over FedAvg, points\n({words})")
+    for axes, words in zip(grid[-1], _QUALITIES.values(), strict=True):
+        axes.set(xlabel=words)
     return figure
 
 
@@ -479,6 +502,6 @@ SECTIONS: dict[str, Callable[[dict[str, Summary]], str]] = {
     "cifar10-mini-resnet10": _sweep("cifar10-mini-resnet10"),
     "cifar10-weights": _sweep("cifar10-weights"),
     "cifar10-guided": _sweep("cifar10-guided"),
-    "digits-weights": _sweep("digits-weights"),
+    "guidance-weights": _sweep("guidance-weights"),
     "digits-tuned": _sweep("digits-tuned"),
 }

@@ -163,7 +163,7 @@ def test_reproduction_pages_compare_seeds_that_both_methods_have(benchmark):
     assert gain.half_width == pytest.approx(half_width, rel=1e-4)
     surely = pages.gain_of({"0": 0.61, "1": 0.62, "2": 0.63}, {"0": 0.5, "1": 0.5, "2": 0.5})
     verdicts = [pages.verdict(gain, 2.0), pages.verdict(surely, 2.0), pages.verdict(surely, -2.0)]
-    assert verdicts == ["cannot tell", "agrees", "contradicts"]
+    assert verdicts == ["cannot tell", "same sign", "other sign"]
     page = "before\n<!-- x -->\nold\n<!-- /x -->\nafter\n"
     assert pages.put(page, "x", "new") == "before\n<!-- x -->\nnew\n<!-- /x -->\nafter\n"
     with pytest.raises(PipelineError, match="has no marks"):

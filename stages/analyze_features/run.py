@@ -69,13 +69,13 @@ def run(config: Config) -> Path:
     }
     by_chance = chance(rows.label, features.manifest.prompts_per_image, params.seed)
     scores = _scores(rows, columns, similar, params, by_chance["probe_accuracy"])
+    verdict = _verdict(scores[FUSED], by_chance)
     if content.added_noise:
-        log.warning(
-            "The set has %s, of which these numbers are, too: analyse the set that it was made from",
-            content.added_noise,
-        )
-    else:
-        _tell_whether_guidance_can_pay(scores[FUSED], by_chance["matching_nearest"])
+        noise = content.added_noise
+        text = f"The set has {noise}, of which these numbers are, too: analyse the set that it was made from."
+        verdict = [(logging.WARNING, text)]
+    for level, text in verdict:
+        log.log(level, "%s", text)
     folder = config.root / "analysis"
     folder.mkdir(exist_ok=True)
     for name in ("features.json", "details.json"):  # details.json is written last: it marks the figures as complete
@@ -89,6 +89,7 @@ def run(config: Config) -> Path:
         "feature_set": {"name": features.path.name, "fingerprint": features.manifest.fingerprint},
         "timestep": content.timestep,
         "images": len(rows.label),
+        "verdict": [text for _, text in verdict],
         "chance": by_chance,
         "layers": scores,
         "classes": {
@@ -127,23 +128,42 @@ def _scores(
     return found
 
 
-def _tell_whether_guidance_can_pay(fused: dict[str, Any], nearest_by_chance: float) -> None:
-    """Say whether TDCL can help. docs/reproduction.md has the measurements: gains by guides of different quality."""
-    separation, nearest, error = fused["separation"], fused["matching_nearest"], fused["nearest_error"]
-    if separation < _LEAST_SEPARATION:
-        log.warning(
-            "The model hardly tells prompts apart (separation %.2g, below %g): TDCL can add little to training. Choose "
-            "another timestep, other layers or a model that was trained longer, or use NDCR alone.",
-            separation,
-            _LEAST_SEPARATION,
+def _verdict(fused: dict[str, Any], by_chance: dict[str, float]) -> list[tuple[int, str]]:
+    """Say what the two losses can build on, as log levels and sentences.
+
+    docs/reproduction.md has the measurements behind them: gains by guides of different quality.
+    """
+    probe, least = fused["probe_accuracy"], by_chance["probe_accuracy"]
+    reached = (
+        f"a linear probe reaches {100 * probe:.1f} ± {100 * fused['probe_error']:.1f} % (chance {100 * least:.1f} %)"
+    )
+    if probe - 2 * fused["probe_error"] > least:
+        found = [(logging.INFO, f"The representations, with which NDCR aligns, hold the classes: {reached}.")]
+    else:
+        text = (
+            f"The representations, with which NDCR aligns, hold nothing of the classes that could be found: {reached}. "
+            "Guidance gains least with such features. Choose another timestep or other layers (`pipeline "
+            "sweep-features`) or another model."
         )
+        found = [(logging.WARNING, text)]
+    separation = fused["separation"]
+    if separation >= _LEAST_SEPARATION:
+        found.append((logging.INFO, f"The model tells prompts apart (separation {separation:.4f}), which TDCL needs."))
     else:
-        log.info("The model tells prompts apart (separation %.4f), which TDCL needs.", separation)
+        text = (
+            f"The model hardly tells prompts apart (separation {separation:.2g}, below {_LEAST_SEPARATION:g}): TDCL "
+            "can add little to training. Choose another timestep, other layers or a model that was trained longer, or "
+            "use NDCR alone (tdcl_weight: 0)."
+        )
+        found.append((logging.WARNING, text))
+    nearest, error = fused["matching_nearest"], fused["nearest_error"]
     share = f"The matching prompt is the nearest for {100 * nearest:.1f} ± {100 * error:.1f} % of the images"
-    if nearest + 2 * error < nearest_by_chance:
-        log.warning("%s, less often than by chance (%.1f %%): check the prompts.", share, 100 * nearest_by_chance)
+    by_prompts = 100 * by_chance["matching_nearest"]
+    if 100 * (nearest + 2 * error) < by_prompts:
+        found.append((logging.WARNING, f"{share}, less often than by chance ({by_prompts:.1f} %): check the prompts."))
     else:
-        log.info("%s (chance %.1f %%).", share, 100 * nearest_by_chance)
+        found.append((logging.INFO, f"{share} (chance {by_prompts:.1f} %)."))
+    return found
 
 
 def _draw(

@@ -7,6 +7,7 @@ import base64
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pipeline.io.system_errors import entries, reading
 from pipeline.settings.config import at
@@ -26,6 +27,7 @@ class Analysis:
     """Figures to show, as caption -> data URI."""
 
     of_set: dict[str, str] = field(default_factory=dict)  # of analyze-features
+    verdict: list[str] = field(default_factory=list)  # its sentences
     of_sweep: dict[str, str] = field(default_factory=dict)  # of sweep-features
     recommended: str = ""  # the preset that the sweep recommends
     omitted: list[str] = field(default_factory=list)  # results of the two that are not shown, with the reason
@@ -38,6 +40,7 @@ def read(root: Path, results: Results, with_sweep: bool) -> Analysis:
     if used and (analysed := _text_at(folder / "details.json", "feature_set.fingerprint")):
         if analysed in used:
             found.of_set = _pictures(folder, _OF_SET)
+            found.verdict = _texts_at(folder / "details.json", "verdict")
         else:
             described = f"analysis/ describes feature set {analysed[:8]}, which no run was trained on"
             found.omitted.append(f"{described}. Run `pipeline analyze-features`")
@@ -53,11 +56,20 @@ def read(root: Path, results: Results, with_sweep: bool) -> Analysis:
 
 def _text_at(file: Path, key: str) -> str | None:
     """Return the text at a dotted key of a JSON file, or None if there is no such file or text."""
+    found = _value_at(file, key)
+    return found if isinstance(found, str) else None
+
+
+def _texts_at(file: Path, key: str) -> list[str]:
+    found = _value_at(file, key)
+    return [text for text in found if isinstance(text, str)] if isinstance(found, list) else []
+
+
+def _value_at(file: Path, key: str) -> Any:
     try:
-        found = at(json.loads(_content(file) or b""), key)
+        return at(json.loads(_content(file) or b""), key)
     except (ValueError, RecursionError):  # not JSON, or nested too deeply
         return None
-    return found if isinstance(found, str) else None
 
 
 def _pictures(folder: Path, captions: dict[str, str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 
 from stages.analyze_features import tsne
-from stages.analyze_features.run import _tell_whether_guidance_can_pay
+from stages.analyze_features.run import _verdict
 from tests.analyze_features.test_probes import settings
 from tests.conftest import invoke
 
@@ -38,22 +38,35 @@ def test_the_analysis_covers_all_layers_and_classes_and_is_reproducible(project)
     assert min(classes) < found["layers"]["fused"]["margin"] < max(classes)
 
 
-def test_a_sentence_says_whether_the_prompts_are_told_apart(project, caplog):
-    separation = json.loads(analyse(project, "--images", "80")["details.json"])["layers"]["fused"]["separation"]
-    assert (
-        f"The model tells prompts apart (separation {separation:.4f}), which TDCL needs."
-        in invoke(project, "analyze-features", *FAST, "--images", "80").output
-    )
-    logger = logging.getLogger("stages.analyze_features.run")
-    logger.addHandler(caplog.handler)  # the command above has changed where messages go
-    _tell_whether_guidance_can_pay({"separation": 2e-6, "matching_nearest": 0.3, "nearest_error": 0.05}, 0.5)
-    _tell_whether_guidance_can_pay({"separation": 0.02, "matching_nearest": 0.41, "nearest_error": 0.05}, 0.5)
-    logger.removeHandler(caplog.handler)
-    apart, nearest, _, others = (record.getMessage() for record in caplog.records)
-    assert apart.startswith("The model hardly tells prompts apart (separation 2e-06, below 0.001)")
+def test_sentences_say_what_the_losses_can_build_on(project):
+    found = json.loads(analyse(project, "--images", "80")["details.json"])
+    fused, said = found["layers"]["fused"], invoke(project, "analyze-features", *FAST, "--images", "80").output
+    assert all(text in said for text in found["verdict"]) and len(found["verdict"]) == 3
+    probe, error = 100 * fused["probe_accuracy"], 100 * fused["probe_error"]
+    assert f"a linear probe reaches {probe:.1f} ± {error:.1f} % (chance " in found["verdict"][0]
+    separation = f"The model tells prompts apart (separation {fused['separation']:.4f}), which TDCL needs."
+    assert found["verdict"][1] == separation
+
+
+def test_sentences_warn_of_features_without_information():
+    chance = {"probe_accuracy": 0.25, "matching_nearest": 0.5}
+
+    def verdict(**of_set):
+        usual = {"probe_accuracy": 0.36, "probe_error": 0.05, "separation": 0.02}
+        return _verdict(usual | {"matching_nearest": 0.41, "nearest_error": 0.05} | of_set, chance)
+
     share = "The matching prompt is the nearest for {} ± 5.0 % of the images"
-    assert nearest == f"{share.format('30.0')}, less often than by chance (50.0 %): check the prompts."
-    assert others == f"{share.format('41.0')} (chance 50.0 %)."  # by 1.8 standard errors
+    levels, (probe, apart, nearest) = zip(*verdict(), strict=True)
+    assert levels == (logging.INFO,) * 3
+    assert probe.endswith("hold the classes: a linear probe reaches 36.0 ± 5.0 % (chance 25.0 %).")
+    assert nearest == f"{share.format('41.0')} (chance 50.0 %)."  # by 1.8 standard errors
+    level, text = verdict(probe_accuracy=0.34)[0]  # above chance by 1.8 standard errors
+    assert level == logging.WARNING and "could be found: a linear probe reaches 34.0 ± 5.0 %" in text
+    level, text = verdict(separation=2e-6)[1]
+    assert level == logging.WARNING and text.startswith("The model hardly tells prompts apart (separation 2e-06, below")
+    level, text = verdict(matching_nearest=0.3)[2]
+    assert level == logging.WARNING
+    assert text == f"{share.format('30.0')}, less often than by chance (50.0 %): check the prompts."
 
 
 def test_a_set_of_other_settings_or_images_is_named(project, tmp_path):
@@ -80,6 +93,8 @@ def test_numbers_of_a_set_with_noise_are_no_verdict(project, tmp_path):
     assert invoke(root, "features", "import", tar).exit_code == 0
     said = invoke(root, "analyze-features", *FAST).output
     assert "The set has noise of 8 standard deviations" in said and "tells prompts apart" not in said
+    (only,) = json.loads((root / "analysis" / "details.json").read_text())["verdict"]
+    assert only in said
 
 
 def test_missing_features_name_the_command_to_run(project):

@@ -23,7 +23,8 @@ def write_analysis(root, feature_set, dataset):
     (folder / "sweep").mkdir(parents=True, exist_ok=True)
     for name in ("clusters.svg", "prompts.svg", "tsne.svg", "sweep/sweep.svg", "sweep/maps-3.png", "sweep/maps-7.png"):
         (folder / name).write_text(f"picture {name}")
-    (folder / "details.json").write_text(json.dumps({"feature_set": {"fingerprint": feature_set}}))
+    details = {"feature_set": {"fingerprint": feature_set}, "verdict": ["It is <good>.", 3]}
+    (folder / "details.json").write_text(json.dumps(details))
     (folder / "sweep" / "sweep.json").write_text(json.dumps({"made_of": {"dataset": {"hash": dataset}}}))
     (folder / "sweep" / "recommended.yaml").write_text("extract_features:\n  timestep: 50 # <best>\n")
 
@@ -35,7 +36,9 @@ def report(root, *flags):
 
 
 def test_shows_both_analyses_with_the_maps_of_one_image_and_the_recommendation(project):
-    assert report(project)[0].count('src="data:image/svg+xml;base64,') == 3  # those that DVC's report stage depends on
+    page, _ = report(project)
+    assert page.count('src="data:image/svg+xml;base64,') == 3  # those that DVC's report stage depends on
+    assert "<ul><li>It is &lt;good&gt;.</li></ul>" in page
     page, output = report(project, "--sweep")
     assert page.count('src="data:image/svg+xml;base64,') == 4 and page.count('src="data:image/png;base64,') == 1
     assert "timestep: 50 # &lt;best&gt;" in page and "Not in the report" not in output
@@ -51,7 +54,7 @@ def test_shows_both_analyses_with_the_maps_of_one_image_and_the_recommendation(p
 def test_omits_an_analysis_of_other_data_and_says_why(project, feature_set, dataset, reason, left):
     write_analysis(project, feature_set, dataset)
     page, output = report(project, "--sweep")
-    assert page.count('<img alt="') == left
+    assert page.count('<img alt="') == left and ("It is" in page) == (feature_set == "f" * 64)
     assert f"Not in the report: {reason}" in output
     assert f"Not in this report: {reason}" in page
 
