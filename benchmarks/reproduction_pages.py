@@ -443,21 +443,38 @@ def quality_picture(found: dict[str, Summary]) -> Figure:
     for row, (method, words) in zip(grid, _WEIGHTS.items(), strict=True):
         for axes, key in zip(row, _QUALITIES, strict=True):
             unit = 100 if key == "probe" else 1
+            places = {}
             for label, features, gains in points:
                 if method not in gains:
                     continue
-                gain, colour = gains[method], "#D55E00" if "guide" in label else "#0072B2"
-                place = unit * features[key], 100 * gain.mean
+                gain, is_guide = gains[method], "guide" in label
+                place, colour = (unit * features[key], 100 * gain.mean), "#D55E00" if is_guide else "#0072B2"
                 half_width = None if gain.half_width is None else 100 * gain.half_width
                 axes.errorbar(*place, yerr=half_width, fmt="o", color=colour, ecolor=f"{colour}55", capsize=2)
-                short = label.replace("tiny-sd, ", "").replace("guide of ", "").replace(", t = 300", "")
-                axes.annotate(short, place, xytext=(4, 4), textcoords="offset points", fontsize=7)
+                places[label.replace("tiny-sd, ", "").replace("guide of ", "").replace(", t = 300", "")] = place
             axes.axhline(0, color=plotting.INK, lw=0.8)
             axes.grid()
+            for name, place in _apart(places).items():
+                axes.annotate(name, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
         row[0].set(ylabel=f"gain over FedAvg, points\n({words})")
     for axes, words in zip(grid[-1], _QUALITIES.values(), strict=True):
         axes.set(xlabel=words)
+    figure.suptitle("Blue: tiny-sd at seven timesteps; orange: six guides by training steps, t = 300", fontsize=10)
     return figure
+
+
+def _apart(places: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Return the places, by label, whose labels would not cover that of another place; the table has all of them."""
+
+    def is_near(one: tuple[float, float], other: tuple[float, float]) -> bool:
+        return abs(one[0] - other[0]) < 0.2 * width and abs(one[1] - other[1]) < 1
+
+    width = max(x for x, _ in places.values()) - min(x for x, _ in places.values()) if places else 0
+    return {
+        label: place
+        for label, place in places.items()
+        if not any(is_near(place, other) for name, other in places.items() if name != label)
+    }
 
 
 def _conditioning(found: dict[str, Summary]) -> str:
