@@ -521,4 +521,5 @@ SECTIONS: dict[str, Callable[[dict[str, Summary]], str]] = {
     "cifar10-guided": _sweep("cifar10-guided"),
     "guidance-weights": _sweep("guidance-weights"),
     "digits-tuned": _sweep("digits-tuned"),
+    "digits-long": _sweep("digits-long"),
 }
