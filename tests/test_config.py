@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.errors import PipelineError
 from pipeline.settings import config
+from pipeline.settings.params import METHODS, Guidance
 from tests.conftest import REPOSITORY, SMALL, invoke, write_params
 
 
@@ -343,6 +344,21 @@ def test_help_describes_allowed_values(file):
     words = " ".join(invoke(file.parent, "extract-features", "--help").output.split())
     assert "[auto or [A, B, ...]]" in words and "[all or an integer >= 1]" in words
     assert "a list in quotes: '[A, B]'" in words
+
+
+def test_list_of_methods_describes_every_key(file):
+    listed = invoke(file.parent, "train-fl", "--list-methods")
+    assert listed.exit_code == 0
+    sections = dict(part.split(":\n", 1) for part in listed.output.strip().split("\n\n"))
+    assert set(sections) == {*METHODS, "guidance of any method, and keys of feddifrc"}
+    keys = {
+        name: {line.split()[0] for line in text.splitlines() if line[:3].strip()} for name, text in sections.items()
+    }
+    assert keys["moon"] == {"contrastive_weight", "temperature"}  # the latter is also a key of the guidance
+    assert keys["feddifrc-self-supervised"] == {"knn_neighbours"} and keys["feddifrc"] == {"no"}  # "no keys of its own"
+    assert keys["guidance of any method, and keys of feddifrc"] == set(Guidance.model_fields)
+    words = " ".join(sections["moon"].split())
+    assert "temperature its temperature (T). [a number > 0; default 0.5]" in words
 
 
 def test_help_shows_examples_line_by_line(file):

@@ -37,6 +37,14 @@ _STARTED = time.perf_counter()  # for estimates, which count the time of the imp
 _DOT = "__"  # of a key, in the name of a flag's variable
 
 
+def _described(field: Any) -> str:
+    """Return the description of a key, the values that it may have, and its default."""
+    from pipeline.settings.error_messages import allowed
+
+    default = "" if field.is_required() else f"; default {'null' if field.default is None else field.default}"
+    return f"{field.description}.  [{allowed(field)}{default}]"
+
+
 class StageCommand(click.Command):
     """A command whose flags are the keys of one section of params.yaml; its function receives the checked `config`."""
 
@@ -47,7 +55,7 @@ class StageCommand(click.Command):
 
     @functools.cached_property
     def _flags(self) -> list[click.Option]:
-        from pipeline.settings.error_messages import allowed, inner_sections
+        from pipeline.settings.error_messages import inner_sections
         from pipeline.settings.params import Params, Section
 
         model = Params.model_fields[self._section].annotation
@@ -59,9 +67,7 @@ class StageCommand(click.Command):
         flags = []
         for key, field in fields.items():
             names = [f"--{key.replace('_', '-').replace('.', '-')}", f"key_{key.replace('.', _DOT)}"]
-            default = "" if field.is_required() else f"; default {'null' if field.default is None else field.default}"
-            text = f"{field.description}.  [{allowed(field)}{default}]"
-            flags.append(click.Option(names, metavar="VALUE", help=text))
+            flags.append(click.Option(names, metavar="VALUE", help=_described(field)))
         return flags
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
@@ -317,7 +323,36 @@ def _once(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -
     return values[0]
 
 
+def _describe_methods(context: click.Context, option: click.Parameter, wanted: bool) -> None:
+    """Print the keys of every method, and exit."""
+    if not wanted or context.resilient_parsing:
+        return
+    import stages.train_fl.methods  # noqa: F401  # registers the settings of every method
+    from pipeline.settings.params import METHODS, Guidance
+
+    listing = click.HelpFormatter()
+    for name, model in [*METHODS.items(), ("guidance of any method, and keys of feddifrc", Guidance)]:
+        shown_below = set(Guidance.model_fields) if Guidance in model.__mro__[1:] else set()
+        hidden = {"algorithm", "guidance", *shown_below}
+        keys = {key: field for key, field in model.model_fields.items() if key not in hidden}
+        with listing.section(name):
+            if keys:
+                listing.write_dl([(key, _described(field)) for key, field in keys.items()])
+            else:
+                listing.write_text("no keys of its own")
+    click.echo(listing.getvalue(), nl=False)
+    context.exit()
+
+
 @main.command("train-fl", cls=StageCommand, section="train_fl")
+@click.option(
+    "--list-methods",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_describe_methods,
+    help="Describe the keys of every method and of its guidance (`methods` in params.yaml), and exit.",
+)
 @click.option("--method", callback=_once, **_ONE, help="Name of an entry under methods in params.yaml.")
 @click.option("--partition", callback=_once, **_ONE, help="Name of an entry under partitions in params.yaml.")
 @click.option("--seed", "seeds", multiple=True, type=click.IntRange(0, 2**63 - 1), help=_SEED_HELP)
