@@ -167,11 +167,14 @@ def _experiments(work: Path, name: str, seeds: int | None, only: Sequence[str]) 
     file = work / f"{name}.yaml"
     shutil.copy(ROOT / "params.yaml", file)
     try:
-        listed = [{}] if name == DEFAULT else presets.apply(name, file, force=True).experiments
+        listed = [{}]
+        if name != DEFAULT:
+            merge = presets.merge(name, file)
+            atomic.write_text(file, merge.text)
+            listed = merge.experiments
     except ConfigError:
         file.unlink()
         raise
-    file.with_name(f"{file.name}.old").unlink(missing_ok=True)
     experiments = []
     for number, changes in enumerate(listed):
         params = YAML().load(file.read_text(encoding="utf-8"))

@@ -417,7 +417,8 @@ def _quality(found: dict[str, Summary]) -> list[tuple[str, dict[str, float], dic
     experiments = [one for _, one in _by_value(found, "digits-timesteps")]
     experiments += found.get("digits-guides", {}).get("experiments", [])
     measured = [(one, one["accuracies"]["nid1_005"]) for one in experiments if one["features"]]
-    common = set(baseline).intersection(*(own["feddifrc"] for _, own in measured))  # other seeds cannot be compared
+    known = [own[method] for _, own in measured for method in _WEIGHTS if method in own]
+    common = set(baseline).intersection(*known)  # other seeds cannot be compared
     points = []
     for one, runs in measured:
         gains = {}

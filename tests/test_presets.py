@@ -23,9 +23,15 @@ def project(tmp_path):
     return tmp_path
 
 
+def apply(name, params_file):
+    merge = presets.merge(name, params_file)
+    merge.write()
+    return merge
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_preset_is_valid(project, name):
-    experiments = presets.apply(name, project / "params.yaml").experiments
+    experiments = apply(name, project / "params.yaml").experiments
     made = config.load(project / "params.yaml")
     for method in made.params.sweep.methods:
         made.settings("methods", method)
@@ -39,7 +45,7 @@ def test_every_preset_is_valid(project, name):
 
 
 def test_cifar10_table_follows_the_paper(project):
-    presets.apply("cifar10-table", project / "params.yaml")
+    apply("cifar10-table", project / "params.yaml")
     train = config.load(project / "params.yaml").params.train_fl
     found = (train.model, train.num_clients, train.clients_per_round, train.num_rounds, train.local_epochs)
     assert found == ("resnet10", 10, 5, 50, 10)
@@ -62,9 +68,9 @@ def test_invalid_preset_changes_nothing(project):
     before = (project / "params.yaml").read_bytes()
     (project / "presets" / "wrong.yaml").write_text("base: digits\ntrain_fl: {num_rounds: 0}\n")
     with pytest.raises(PipelineError, match="preset wrong: train_fl.num_rounds = 0"):
-        presets.apply("wrong", project / "params.yaml")
+        apply("wrong", project / "params.yaml")
     with pytest.raises(PipelineError, match=r"Unknown preset digits-tabel\. Did you mean digits-table\?"):
-        presets.apply("digits-tabel", project / "params.yaml")
+        apply("digits-tabel", project / "params.yaml")
     assert (project / "params.yaml").read_bytes() == before
     assert not list(project.glob("*.tmp"))
 
@@ -127,7 +133,7 @@ def test_invalid_preset_is_one_line(project, text, message):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_overrides_of_experiments_are_what_dvc_reads(project, name):
-    experiments = presets.apply(name, project / "params.yaml").experiments
+    experiments = apply(name, project / "params.yaml").experiments
     before = config.read_yaml(project / "params.yaml")
     parser = OverridesParser.create()
     keys = {key for changes in experiments for key in changes}
@@ -156,7 +162,7 @@ def test_listed_experiments_replace_those_of_the_base(project):
     (project / "presets" / "one.yaml").write_text(
         "base: digits-timesteps\nexperiments: [{train_fl.num_rounds: 3, sweep.seeds: [1]}, {train_fl.num_rounds: 4}]\n"
     )
-    experiments = presets.apply("one", project / "params.yaml").experiments
+    experiments = apply("one", project / "params.yaml").experiments
     assert experiments == [{"train_fl.num_rounds": 3, "sweep.seeds": [1]}, {"train_fl.num_rounds": 4}]
 
 
@@ -241,14 +247,32 @@ def test_dry_run_counts_runs_and_changes_nothing(project):
     assert {file: file.read_bytes() for file in project.rglob("*") if file.is_file()} == before
 
 
+def test_dry_run_of_a_preset_that_would_be_refused(project):
+    git(project, "init")
+    git(project, "add", "params.yaml")
+    params = project / "params.yaml"
+    params.write_text(params.read_text().replace("num_rounds: ", "num_rounds: 1"))
+    result = invoke(project, "preset", "digits-tuned", "--run", "--dry-run")
+    assert result.exit_code == 0 and "federated runs: 150 in 2 experiments\n" in result.output
+    assert f"would overwrite uncommitted edits in {params} (train_fl.num_rounds). Without --dry-run" in result.output
+
+
 def test_experiments_need_a_git_repository(project):
+    def refused():
+        result = invoke(project, "preset", "digits-tuned", "--run")
+        assert result.exit_code == 1 and len(result.output.splitlines()) == 1
+        assert (project / "params.yaml").read_bytes() == before
+        return result.output
+
     before = (project / "params.yaml").read_bytes()
-    result = invoke(project, "preset", "digits-tuned", "--run")
-    assert result.exit_code == 1 and len(result.output.splitlines()) == 1
-    assert "need a git repository with a commit" in result.output and "dvc config --unset core.no_scm" in result.output
-    assert (project / "params.yaml").read_bytes() == before
-    git(project, "init")  # still without a commit
-    assert invoke(project, "preset", "digits-tuned", "--run").exit_code == 1
+    assert "need a git repository with a commit" in refused()
+    git(project, "init")
+    assert "`git init` and commit the project first" in refused()  # there is no commit
+    (project / ".dvc").mkdir()
+    (project / ".dvc" / "config").write_text("[core]\n    no_scm = true\n")
+    git(project, "add", "params.yaml")
+    git(project, "commit", "-m", "x")
+    assert "Run `dvc config --unset core.no_scm` first." in refused()
 
 
 def test_a_description_is_the_whole_comment(project):
@@ -257,7 +281,7 @@ def test_a_description_is_the_whole_comment(project):
 
 
 def test_digits_presets_are_the_cifar10_ones_scaled_down(project):
-    presets.apply("digits-layers", project / "params.yaml")
+    apply("digits-layers", project / "params.yaml")
     made = config.load(project / "params.yaml").params
     assert made.sweep.seeds == [0] and made.sweep.partitions == ["nid1_05"]
     assert made.methods["layers23"].layers == ["up_blocks.1", "up_blocks.2"]
@@ -266,14 +290,14 @@ def test_digits_presets_are_the_cifar10_ones_scaled_down(project):
 
 @pytest.mark.parametrize("name", ["cifar10", "digits"])
 def test_presets_of_the_protocol_have_the_papers_weights(project, name):
-    presets.apply(name, project / "params.yaml")
+    apply(name, project / "params.yaml")
     made = config.load(project / "params.yaml")
     guided = [made.settings("methods", "feddifrc"), made.settings("methods", "fedprox-feddifrc").guidance]
     assert [(own.tdcl_weight, own.ndcr_weight) for own in guided] == [(1.0, 1.0), (1.0, 1.0)]
 
 
 def test_what_is_shared_stays_so(project):
-    presets.apply("guidance-weights", project / "params.yaml")
+    apply("guidance-weights", project / "params.yaml")
     text = (project / "params.yaml").read_text()
     assert "    <<: &guidance\n" in text and "guidance: *guidance}" in text
 

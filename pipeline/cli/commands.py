@@ -15,6 +15,7 @@ import errno
 import functools
 import logging
 import os
+import re
 import shlex
 import time
 from pathlib import Path
@@ -446,24 +447,25 @@ def preset(params: Path, name: str | None, run_it: bool, dry_run: bool, force: b
         return
     import stages.train_fl.methods  # noqa: F401  # registers the settings of every method
 
-    applied = presets.apply(name, params.resolve(), force, dry_run=True)
-    if run_it and any(applied.experiments):
+    merge = presets.merge(name, params.resolve())
+    if run_it and any(merge.experiments) and not dry_run:
         _check_git(params.resolve().parent, name)
-    if not dry_run:
-        applied = presets.apply(name, params.resolve(), force)
-    for key, (old, new) in applied.changes.items():
+    undo = None if dry_run else merge.write(force)
+    for key, (old, new) in merge.changes.items():
         entry = "replaced" if old else "added"
         click.echo(f"{key}: {entry if isinstance(new, dict) else f'{json.dumps(old)} -> {json.dumps(new)}'}", err=True)
-    several = f" in {len(applied.experiments)} experiments" if len(applied.experiments) > 1 else ""
-    click.echo(f"federated runs: {applied.runs}{several}", err=True)
+    several = f" in {len(merge.experiments)} experiments" if len(merge.experiments) > 1 else ""
+    click.echo(f"federated runs: {merge.runs}{several}", err=True)
     if dry_run:
+        if edits := merge.edits_lost():
+            click.echo(f"{merge.refusal(edits)} Without --dry-run, it needs --force.", err=True)
         return
     click.echo(params)
-    if applied.undo:
-        click.echo(f"to undo: {applied.undo}", err=True)
+    if undo:
+        click.echo(f"to undo: {undo}", err=True)
     if not run_it:
         click.echo(f"next: dvc repro, or pipeline preset {name} --run", err=True)
-    for words in presets.overrides(applied.experiments, config.read_yaml(params)) if run_it else []:
+    for words in presets.overrides(merge.experiments, config.read_yaml(params)) if run_it else []:
         _dvc(params.resolve().parent, words)
 
 
@@ -471,19 +473,22 @@ main.add_command(features)
 
 
 def _check_git(root: Path, name: str) -> None:
-    """Refuse DVC experiments, which are commits, outside a git repository."""
+    """Refuse DVC experiments, which are commits, where DVC cannot make them."""
     import subprocess
 
     try:
-        answer = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], cwd=root, capture_output=True, check=False)
-        has_commit = answer.returncode == 0
-    except OSError:  # git is not installed
-        has_commit = False
-    if not has_commit:
-        raise ConfigError(
-            f"Preset {name} runs DVC experiments, which need a git repository with a commit, and {root} is not in one. "
-            "Run `git init`, `dvc config --unset core.no_scm`, `git add .` and `git commit` there first."
-        )
+        words = ["git", "rev-parse", "--verify", "HEAD"]
+        answer = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
+        error = answer.stderr.strip().partition("\n")[0] if answer.returncode else ""
+    except OSError:
+        error = "git is not installed"
+    folder = next((folder for folder in (root, *root.parents) if (folder / ".dvc").is_dir()), root)
+    files = [file for file in (folder / ".dvc" / "config", folder / ".dvc" / "config.local") if file.exists()]
+    needed = f"Preset {name} runs DVC experiments, which need a git repository with a commit"
+    if error:
+        raise ConfigError(f"{needed}, and {root} is in none ({error}). Run `git init` and commit the project first.")
+    if any(re.search(r"^\s*no_scm\s*=\s*true", file.read_text(encoding="utf-8"), re.MULTILINE) for file in files):
+        raise ConfigError(f"{needed}, and DVC is set to use none. Run `dvc config --unset core.no_scm` first.")
 
 
 def _dvc(root: Path, overrides: list[str]) -> None:

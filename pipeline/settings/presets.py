@@ -13,11 +13,13 @@ relative to the working folder or to the project. Edits of params.yaml that neit
 """
 
 import difflib
+import io
 import itertools
 import json
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,13 +42,52 @@ _UNKNOWN_TO_GIT = (
 
 
 @dataclass(frozen=True)
-class Applied:
-    """Result of a merge."""
+class Merge:
+    """A preset merged over a parameter file, which is not written yet.
 
-    changes: dict[str, tuple[Any, Any]]  # dotted key -> (old value, new value); None if the key was absent
-    experiments: list[dict[str, Any]]  # dotted key -> value; one without keys if the preset asks for none
-    runs: int  # federated runs of all experiments
-    undo: str | None  # the command that restores the file; None if nothing was changed
+    Attributes:
+        text: The new content of the file, which is valid with the values of every experiment.
+        changes: Dotted key -> old and new value; the old one is None if the key was absent.
+        absent: The keys that were absent.
+        experiments: Dotted key -> value; one without keys if the preset asks for none.
+        runs: Number of federated runs of all experiments.
+    """
+
+    name: str
+    params_file: Path
+    text: str
+    changes: dict[str, tuple[Any, Any]]
+    absent: frozenset[str]
+    experiments: list[dict[str, Any]]
+    runs: int
+
+    def edits_lost(self) -> list[str]:
+        """Return the keys that it would overwrite although neither git nor a preset has their values."""
+        return _only_here({k: old for k, (old, _) in self.changes.items() if k not in self.absent}, self.params_file)
+
+    def write(self, force: bool = False) -> str | None:
+        """Write the file, and return the command that restores the old one; None if nothing changes.
+
+        The file as it was is kept as params.yaml.old (params.yaml.old2 if there is one already), unless git has it.
+        `force` overwrites edits that git does not have. Raise ConfigError if it would overwrite any.
+        """
+        if not force and (edits := self.edits_lost()):
+            raise ConfigError(f"{self.refusal(edits)} Commit or `git add` them first, or pass --force.")
+        if not self.changes:
+            return None
+        try:
+            kept_by_git = _in_git(self.params_file) == config.read_yaml(self.params_file)
+        except ConfigError:  # git refuses the repository
+            kept_by_git = False
+        old_file = _unused(self.params_file.with_name(f"{self.params_file.name}.old"))
+        if not kept_by_git:
+            shutil.copyfile(self.params_file, old_file)
+        atomic.write_text(self.params_file, self.text)
+        return f"git checkout {self.params_file}" if kept_by_git else f"mv {old_file} {self.params_file}"
+
+    def refusal(self, edits: list[str]) -> str:
+        """Say which edits it would overwrite."""
+        return f"Preset {self.name} would overwrite uncommitted edits in {self.params_file} ({', '.join(edits)})."
 
 
 def describe(folder: Path) -> dict[str, str]:
@@ -65,51 +106,34 @@ def _files(folder: Path) -> dict[str, Path]:
     return dict(sorted({file.stem: file for file in found if file.suffix == ".yaml"}.items()))
 
 
-def apply(name: str, params_file: Path, force: bool = False, dry_run: bool = False) -> Applied:
-    """Merge a preset, by name or path, into params.yaml, or change nothing if the result would not be valid.
+def merge(name: str, params_file: Path) -> Merge:
+    """Merge a preset, by name or path, over params.yaml, without writing it.
 
-    The file as it was is kept as params.yaml.old (params.yaml.old2 if there is one already), unless git has it. `force`
-    overwrites edits that git does not have; `dry_run` changes nothing.
-    Raise ConfigError if there is no such preset, it is not valid, or it would overwrite such edits.
+    Raises:
+        ConfigError: There is no such preset, or it or the result is not valid.
     """
     config.load(params_file)  # so that an error that is already in the file is not blamed on the preset
-    folder = params_file.parent / "presets"
-    preset = _read(name, folder)
-    combinations = _combinations(name, preset.pop("experiments", {}))
+    preset = _read(name, params_file.parent / "presets")
+    experiments = _combinations(name, preset.pop("experiments", {}))
     before = config.read_yaml(params_file)
     new = {f"{section}.{key}": value for section, keys in preset.items() for key, value in keys.items()}
     changes = {key: (config.at(before, key), value) for key, value in new.items() if config.at(before, key) != value}
-    if not force and (edits := _only_here({key: old for key, (old, _) in changes.items()}, params_file)):
-        raise ConfigError(
-            f"Preset {name} would overwrite uncommitted edits in {params_file} ({', '.join(edits)}). Commit or "
-            "`git add` them first, or pass --force."
-        )
-    yaml = _round_trip()
+    yaml, stream = _round_trip(), io.StringIO()
     values = yaml.load(params_file.read_text(encoding="utf-8"))
     for dotted_key, (_, value) in changes.items():
         section, _, key = dotted_key.partition(".")
         values.setdefault(section, {})[key] = value
-    try:
-        kept_by_git = _in_git(params_file) == before
-    except ConfigError:  # git refuses the repository
-        kept_by_git = False
-    old_file = _unused(params_file.with_name(f"{params_file.name}.old"))
-    preview = params_file.with_name(f"{params_file.name}.preview")
-    try:
-        with atomic.replace_file(preview if dry_run else params_file) as temporary:
-            with temporary.open("w", encoding="utf-8") as stream:
-                yaml.dump(values, stream)
-            try:
-                runs = sum(_runs(config.load(temporary, combination)) for combination in combinations)
-            except PipelineError as error:
-                raise ConfigError(str(error).replace(str(temporary), f"preset {name}")) from None
-            if changes and not kept_by_git and not dry_run:
-                shutil.copyfile(params_file, old_file)
-    finally:
-        preview.unlink(missing_ok=True)
-    undo = f"git checkout {params_file}" if kept_by_git else f"mv {old_file} {params_file}"
-    shown = {key: (None if old is ... else old, value) for key, (old, value) in changes.items()}
-    return Applied(shown, combinations, runs, undo if changes else None)
+    yaml.dump(values, stream)
+    with tempfile.TemporaryDirectory() as folder:
+        merged = Path(folder) / params_file.name
+        merged.write_text(stream.getvalue(), encoding="utf-8")
+        try:
+            runs = sum(_runs(config.load(merged, changed)) for changed in experiments)
+        except PipelineError as error:
+            raise ConfigError(str(error).replace(str(merged), f"preset {name}")) from None
+    absent = frozenset(key for key, (old, _) in changes.items() if old is ...)
+    shown = {key: (None if key in absent else old, value) for key, (old, value) in changes.items()}
+    return Merge(name, params_file, stream.getvalue(), shown, absent, experiments, runs)
 
 
 def _runs(made: config.Config) -> int:
@@ -195,8 +219,7 @@ def _only_here(values: Mapping[str, Any], params_file: Path) -> list[str]:
         return []
     folder = params_file.parent / "presets"
     holders = [tracked, *(_read(name, folder) for name in _files(folder))]
-    present = {key: value for key, value in values.items() if value is not ...}
-    return [key for key, value in present.items() if not any(config.at(holder, key) == value for holder in holders)]
+    return [key for key, value in values.items() if not any(config.at(holder, key) == value for holder in holders)]
 
 
 def _in_git(file: Path) -> Any:

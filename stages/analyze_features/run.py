@@ -138,12 +138,14 @@ def _verdict(fused: dict[str, Any], by_chance: dict[str, float]) -> list[tuple[i
         f"a linear probe reaches {100 * probe:.1f} ± {100 * fused['probe_error']:.1f} % (chance {100 * least:.1f} %)"
     )
     if probe - 2 * fused["probe_error"] > least:
-        found = [(logging.INFO, f"The representations, with which NDCR aligns, hold the classes: {reached}.")]
+        found = [
+            (logging.INFO, f"The representations, with which NDCR aligns, tell something of the classes: {reached}.")
+        ]
     else:
         text = (
-            f"The representations, with which NDCR aligns, hold nothing of the classes that could be found: {reached}. "
-            "Guidance gains least with such features. Choose another timestep or other layers (`pipeline "
-            "sweep-features`) or another model."
+            f"The representations, with which NDCR aligns, tell nothing of the classes: {reached}. With the default "
+            "weights, guidance gained least with such features (digits). Choose another timestep or other layers "
+            "(`pipeline sweep-features`) or another model."
         )
         found = [(logging.WARNING, text)]
     separation = fused["separation"]

@@ -77,12 +77,18 @@ class Results:
     @property
     def at_chance(self) -> dict[str, list[str]]:
         """Partition -> methods whose mean accuracy is at most 1.1 times that of guessing among all classes."""
-        most = 1.1 / len(self.all_runs[0].class_names)
+        most = 1.1 / max(1, len(self.all_runs[0].class_names))
         return {
             partition: found
             for partition in self.partitions
             if (found := [m for m in self.methods if statistics.fmean(self.accuracies(partition, m)) <= most])
         }
+
+    @property
+    def has_variants(self) -> bool:
+        """Whether two guided methods differ in their guidance only."""
+        guided = [_identity(self._settings(method)) for method in self.methods if self.is_guided(method)]
+        return len(guided) > len(set(guided))
 
     def is_guided(self, method: str) -> bool:
         """Return whether cached features guide the method."""

@@ -58,10 +58,10 @@ def test_sentences_warn_of_features_without_information():
     share = "The matching prompt is the nearest for {} ± 5.0 % of the images"
     levels, (probe, apart, nearest) = zip(*verdict(), strict=True)
     assert levels == (logging.INFO,) * 3
-    assert probe.endswith("hold the classes: a linear probe reaches 36.0 ± 5.0 % (chance 25.0 %).")
+    assert probe.endswith("tell something of the classes: a linear probe reaches 36.0 ± 5.0 % (chance 25.0 %).")
     assert nearest == f"{share.format('41.0')} (chance 50.0 %)."  # by 1.8 standard errors
     level, text = verdict(probe_accuracy=0.34)[0]  # above chance by 1.8 standard errors
-    assert level == logging.WARNING and "could be found: a linear probe reaches 34.0 ± 5.0 %" in text
+    assert level == logging.WARNING and "tell nothing of the classes: a linear probe reaches 34.0 ± 5.0 %" in text
     level, text = verdict(separation=2e-6)[1]
     assert level == logging.WARNING and text.startswith("The model hardly tells prompts apart (separation 2e-06, below")
     level, text = verdict(matching_nearest=0.3)[2]
