@@ -57,6 +57,9 @@ _QUALITIES = {
 _WEIGHTS = {"feddifrc": "weights 1", "feddifrc-ndcr-tenfold": "NDCR's weight 10"}
 """The methods that differ in the weights of the guidance only."""
 
+_OVER_DEFAULT = "over tiny-sd, t = 300"
+"""The gain of features over the default ones, with NDCR's weight 10."""
+
 _EXPERIMENTS = {  # the first key that an experiment changes names it
     "train_fl.num_clients": "{} clients, 10 per round",
     "train_fl.imbalance_factor": "long tail, imbalance factor {}",
@@ -392,12 +395,13 @@ def _guides(found: dict[str, Summary]) -> str:
             f"{100 * own['probe']:.1f}",
             f"{own['margin'] + 0.0:.2g}",
             f"{own['separation']:.2g}",
-            *(_points(gains.get(method)) for method in _WEIGHTS),
+            *(_points(gains.get(method)) for method in [*_WEIGHTS, _OVER_DEFAULT]),
         ]
         for label, own, gains in points
     ]
     header = ["features", "probe, %", "margin of the matching prompt", "separation of prompts"]
-    text = table(header + [f"gain over FedAvg, {words}, points" for words in _WEIGHTS.values()], rows)
+    header += [f"gain over FedAvg, {words}, points" for words in _WEIGHTS.values()]
+    text = table([*header, "NDCR's weight 10: gain over tiny-sd, t = 300, points"], rows)
     text += "![Gain against probe, margin and separation](gallery/guide-quality.svg)\n\n"
     text += "Spearman's rank correlation of the gain with each:"
     for method, words in _WEIGHTS.items():
@@ -410,7 +414,10 @@ def _guides(found: dict[str, Summary]) -> str:
 
 
 def _quality(found: dict[str, Summary]) -> list[tuple[str, dict[str, float], dict[str, Gain]]]:
-    """Return label, probe and margin, and the gain over FedAvg by method for every feature set at NID1 0.05."""
+    """Return label, probe and margin, and gains for every feature set at NID1 0.05.
+
+    Gains are over FedAvg by method, and `_OVER_DEFAULT`.
+    """
     if "digits-ablation" not in found:
         return []
     baseline = found["digits-ablation"]["experiments"][0]["accuracies"]["nid1_005"]["fedavg"]
@@ -419,13 +426,16 @@ def _quality(found: dict[str, Summary]) -> list[tuple[str, dict[str, float], dic
     measured = [(one, one["accuracies"]["nid1_005"]) for one in experiments if one["features"]]
     known = [own[method] for _, own in measured for method in _WEIGHTS if method in own]
     common = set(baseline).intersection(*known)  # other seeds cannot be compared
-    points = []
+    points, tenfold = [], "feddifrc-ndcr-tenfold"
+    default = next((own for one, own in measured if one["changes"].get("extract_features.timestep") == 300), {})
     for one, runs in measured:
         gains = {}
         for method in _WEIGHTS:
             own = {seed: value for seed, value in runs.get(method, {}).items() if seed in common}
             if gain := gain_of(own, baseline):
                 gains[method] = gain
+        if runs is not default and (gain := gain_of(runs.get(tenfold, {}), default.get(tenfold, {}))):
+            gains[_OVER_DEFAULT] = gain
         changes = one["changes"]
         timestep = changes.get("extract_features.timestep")
         trained = changes.get("prepare_backbone.training", {}).get("denoiser_steps")
