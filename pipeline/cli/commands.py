@@ -329,10 +329,11 @@ def _describe_methods(context: click.Context, option: click.Parameter, wanted: b
     if not wanted or context.resilient_parsing:
         return
     import stages.train_fl.methods  # noqa: F401  # registers the settings of every method
-    from pipeline.settings.params import METHODS, Guidance
+    from pipeline.settings.params import METHODS, Guidance, Section
 
+    models: dict[str, type[Section]] = {**METHODS, "guidance of any method, and keys of feddifrc": Guidance}
     listing = click.HelpFormatter()
-    for name, model in [*METHODS.items(), ("guidance of any method, and keys of feddifrc", Guidance)]:
+    for name, model in models.items():
         shown_below = set(Guidance.model_fields) if Guidance in model.__mro__[1:] else set()
         hidden = {"algorithm", "guidance", *shown_below}
         keys = {key: field for key, field in model.model_fields.items() if key not in hidden}
