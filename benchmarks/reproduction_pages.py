@@ -328,11 +328,7 @@ def _by_value(found: dict[str, Summary], name: str) -> list[tuple[Any, Summary]]
 
 def _heterogeneity(found: dict[str, Summary]) -> str:
     rows, origins = [], []
-    names = "digits-heterogeneity", "digits-domains"
-    experiments = [one for name in names for one in found.get(name, {"experiments": []})["experiments"]]
-    trained = {method for one in experiments for own in one["accuracies"].values() for method in own}
-    weights = {method: words for method, words in _WEIGHTS.items() if method in trained}
-    for name in names:
+    for name in ("digits-heterogeneity", "digits-domains"):
         summary = found.get(name, {"experiments": []})
         origins += [f"`{name}`: {caption(summary)}"] if summary["experiments"] else []
         most = max(map(len, _cells(summary)), default=0)
@@ -342,14 +338,14 @@ def _heterogeneity(found: dict[str, Summary]) -> str:
             own = next(iter(experiment["accuracies"].values()))
             label = words.format(*(value for key, value in changes.items() if _EXPERIMENTS.get(key) == words))
             row = [label, _percent(own.get("fedavg"), most)]
-            for method in weights:
+            for method in _WEIGHTS:
                 gain = gain_of(own.get(method, {}), own.get("fedavg", {}))
                 row += [_percent(own.get(method), most), _points(gain, most)]
             rows.append(row)
     if not rows:
         return "Not run yet."
     header = ["setting", "FedAvg, %"]
-    for words in weights.values():
+    for words in _WEIGHTS.values():
         header += [f"FedDifRC, {words}, %", "gain, points"]
     return table(header, rows) + "\n".join(origins)
 

@@ -267,7 +267,7 @@ def test_experiments_need_a_git_repository(project):
     before = (project / "params.yaml").read_bytes()
     assert "need a git repository with a commit" in refused()
     git(project, "init")
-    assert "`git init` and commit the project first" in refused()  # there is no commit
+    assert "`git init` and commit the project first" in refused()  # before the first commit
     (project / ".dvc").mkdir()
     (project / ".dvc" / "config").write_text("[core]\n    no_scm = true\n")
     git(project, "add", "params.yaml")

@@ -110,7 +110,7 @@ def merge(name: str, params_file: Path) -> Merge:
     """Merge a preset, by name or path, over params.yaml, without writing it.
 
     Raises:
-        ConfigError: There is no such preset, or it or the result is not valid.
+        ConfigError: The preset does not exist, or it or the result is not valid.
     """
     config.load(params_file)  # so that an error that is already in the file is not blamed on the preset
     preset = _read(name, params_file.parent / "presets")

@@ -50,6 +50,13 @@ def _accuracy(results: Results) -> Table:
         if len(results.seeds) > 1:
             note += ". An interval that contains 0 does not tell whether there is a gain; more seeds make it narrower"
     note += "."
+    note += _cautions(results)
+    return _by_method("accuracy", "Accuracy", note, results, columns, cell)
+
+
+def _cautions(results: Results) -> str:
+    """Return sentences on how the methods were guided and what makes their comparison unfair or weak, or nothing."""
+    note = ""
     if weights := results.weights:
         named = "; ".join(f"{method}: {tdcl:g} and {ndcr:g}" for method, (tdcl, ndcr) in weights.items())
         note += f" Weights of TDCL and NDCR, which the paper sets to 1: {named}."
@@ -69,7 +76,7 @@ def _accuracy(results: Results) -> Table:
     if noise := results.noise:
         named = ", ".join(f"{method}: {scale:g}" for method, scale in noise.items())
         note += f" Guided by features with noise, in standard deviations ({named})."
-    return _by_method("accuracy", "Accuracy", note, results, columns, cell)
+    return note
 
 
 def _guidance(results: Results) -> Table | None:
