@@ -60,6 +60,17 @@ _WEIGHTS = {"feddifrc": "weights 1", "feddifrc-ndcr-tenfold": "NDCR's weight 10"
 _OVER_DEFAULT = "over tiny-sd, t = 300"
 """The gain of features over the default ones, with NDCR's weight 10."""
 
+_TRAINED = {  # the networks that the linear classifiers of features are compared with
+    "digits": (
+        "digits-tuned",
+        {"fedavg": "FedAvg", "fedavg-feddifrc": "FedDifRC", "fedavg-ndcr-tenfold": "FedDifRC, NDCR's weight 10"},
+    ),
+    "photographs": (
+        "cifar10-guided",
+        {"fedavg": "FedAvg", "feddifrc": "FedDifRC", "feddifrc-ndcr-tenfold": "FedDifRC, NDCR's weight 10"},
+    ),
+}
+
 _EXPERIMENTS = {  # the first key that an experiment changes names it
     "train_fl.num_clients": "{} clients, 10 per round",
     "train_fl.imbalance_factor": "long tail, imbalance factor {}",
@@ -511,6 +522,36 @@ def _conditioning(found: dict[str, Summary]) -> str:
     )
 
 
+def _linear_head(found: dict[str, Summary]) -> str:
+    parts = []
+    for data, (sweep, names) in _TRAINED.items():
+        if not {f"linear-head-{data}", sweep} <= found.keys():
+            continue
+        head, (experiment, *_) = found[f"linear-head-{data}"], found[sweep]["experiments"]
+        seeds, trained = head["seeds"], experiment["accuracies"][head["partition"]]
+        runs = {label: [trained[name][str(seed)] for seed in seeds] for name, label in names.items()}
+        for name, values in head["accuracies"].items():
+            words = (
+                "classifier of the features, centrally" if name == "central" else "classifier of the features, rate {}"
+            )
+            runs[words.format(name)] = values
+        base = runs["classifier of the features, rate 0.01"]
+        rows = [
+            [label, accuracy.in_percent(values), "" if values is base else _points(accuracy.gain(values, base))]
+            for label, values in runs.items()
+        ]
+        made = head["provenance"]
+        words = accuracy.in_words(head["num_rounds"], seeds)
+        gains = accuracy.gain_in_words(seeds).replace("*", "\\*")
+        hardware = f"{made['hardware']['cores']} cores of {made['hardware']['cpu']}"
+        parts.append(
+            table([f"{data}, NID1 with alpha 0.05", "accuracy, %", "gain over the classifier at rate 0.01"], rows)
+            + f"{words[0].upper()}{words[1:]}. Gains, in points, are {gains}. The classifiers: on {hardware}; torch "
+            f"{made['packages']['torch']}; commit {short_commit(made)}.\n"
+        )
+    return "\n".join(parts) or "Not run yet."
+
+
 def _against(runs: dict[str, list[float]], name: str, other: str) -> str:
     return "" if name == other else _points(accuracy.gain(runs[name], runs[other]))
 
@@ -526,6 +567,7 @@ SECTIONS: dict[str, Callable[[dict[str, Summary]], str]] = {
     "digits-synthetic": _sweep("digits-synthetic"),
     "digits-guides": _guides,
     "local-conditioning": _conditioning,
+    "linear-head": _linear_head,
     "cifar10-mini": _cifar,
     "cifar10-mini-resnet10": _sweep("cifar10-mini-resnet10"),
     "cifar10-weights": _sweep("cifar10-weights"),
