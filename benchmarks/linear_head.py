@@ -48,7 +48,7 @@ Client = tuple[Tensor, Tensor]
 @click.option("--partition", default="nid1_005", show_default=True)
 @click.option("--seeds", default=3, show_default=True, help="Seeds 0 to SEEDS - 1.")
 @click.option("--rounds", "num_rounds", type=int, help="Instead of train_fl.num_rounds.")
-@click.option("--rate", "rates", type=float, multiple=True, default=(0.01, 0.1, 1.0), show_default=True)
+@click.option("--rate", "rates", type=float, multiple=True, default=(0.001, 0.01, 0.1), show_default=True)
 @click.option("--result", type=click.Path(path_type=Path), help="Also write the numbers to this JSON file.")
 def main(
     file: Path, partition: str, seeds: int, num_rounds: int | None, rates: tuple[float, ...], result: Path | None

@@ -61,14 +61,8 @@ _OVER_DEFAULT = "over tiny-sd, t = 300"
 """The gain of features over the default ones, with NDCR's weight 10."""
 
 _TRAINED = {  # the networks that the linear classifiers of features are compared with
-    "digits": (
-        "digits-tuned",
-        {"fedavg": "FedAvg", "fedavg-feddifrc": "FedDifRC", "fedavg-ndcr-tenfold": "FedDifRC, NDCR's weight 10"},
-    ),
-    "photographs": (
-        "cifar10-guided",
-        {"fedavg": "FedAvg", "feddifrc": "FedDifRC", "feddifrc-ndcr-tenfold": "FedDifRC, NDCR's weight 10"},
-    ),
+    "digits": ("digits-tuned", ["fedavg", "fedavg-feddifrc", "fedavg-ndcr-tenfold", "scaffold-ndcr-tenfold"]),
+    "photographs": ("cifar10-guided", ["fedavg", "feddifrc", "feddifrc-ndcr-tenfold", "scaffold-ndcr-tenfold"]),
 }
 
 _EXPERIMENTS = {  # the first key that an experiment changes names it
@@ -512,12 +506,17 @@ def _conditioning(found: dict[str, Summary]) -> str:
         [label, accuracy.in_percent(runs[name]), *(_against(runs, name, other) for other in ("fedavg", "none"))]
         for name, label in names.items()
     ]
-    made = summary["provenance"]
-    words = accuracy.in_words(summary["num_rounds"], summary["seeds"])
-    gains = accuracy.gain_in_words(summary["seeds"]).replace("*", "\\*")
+    header = ["variant", "accuracy, %", "gain over FedAvg", "gain over prompts alone"]
+    return table(header, rows) + f"NID1 with alpha 0.05; {_origin(summary)}"
+
+
+def _origin(numbers: Summary) -> str:
+    """Describe the numbers of a benchmark that trains by itself, and where they come from."""
+    made, seeds = numbers["provenance"], numbers["seeds"]
+    gains = accuracy.gain_in_words(seeds).replace("*", "\\*")
     hardware = f"{made['hardware']['cores']} cores of {made['hardware']['cpu']}"
-    return table(["variant", "accuracy, %", "gain over FedAvg", "gain over prompts alone"], rows) + (
-        f"NID1 with alpha 0.05; {words}. Gains, in points, are {gains}. On {hardware}; torch "
+    return (
+        f"{accuracy.in_words(numbers['num_rounds'], seeds)}. Gains, in points, are {gains}. On {hardware}; torch "
         f"{made['packages']['torch']}; commit {short_commit(made)}.\n"
     )
 
@@ -529,26 +528,17 @@ def _linear_head(found: dict[str, Summary]) -> str:
             continue
         head, (experiment, *_) = found[f"linear-head-{data}"], found[sweep]["experiments"]
         seeds, trained = head["seeds"], experiment["accuracies"][head["partition"]]
-        runs = {label: [trained[name][str(seed)] for seed in seeds] for name, label in names.items()}
+        runs = {_name(name): [trained[name][str(seed)] for seed in seeds] for name in names}
         for name, values in head["accuracies"].items():
-            words = (
-                "classifier of the features, centrally" if name == "central" else "classifier of the features, rate {}"
-            )
-            runs[words.format(name)] = values
-        base = runs["classifier of the features, rate 0.01"]
+            how = "centrally" if name == "central" else f"rate {name}"
+            runs[f"classifier of the features, {how}"] = values
+        base = max((values for name, values in head["accuracies"].items() if name != "central"), key=statistics.fmean)
         rows = [
             [label, accuracy.in_percent(values), "" if values is base else _points(accuracy.gain(values, base))]
             for label, values in runs.items()
         ]
-        made = head["provenance"]
-        words = accuracy.in_words(head["num_rounds"], seeds)
-        gains = accuracy.gain_in_words(seeds).replace("*", "\\*")
-        hardware = f"{made['hardware']['cores']} cores of {made['hardware']['cpu']}"
-        parts.append(
-            table([f"{data}, NID1 with alpha 0.05", "accuracy, %", "gain over the classifier at rate 0.01"], rows)
-            + f"{words[0].upper()}{words[1:]}. Gains, in points, are {gains}. The classifiers: on {hardware}; torch "
-            f"{made['packages']['torch']}; commit {short_commit(made)}.\n"
-        )
+        header = [data, "accuracy, %", "gain over the classifier at its best rate"]
+        parts.append(table(header, rows) + f"NID1 with alpha 0.05; {_origin(head)}")
     return "\n".join(parts) or "Not run yet."
 
 
