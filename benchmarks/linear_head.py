@@ -70,14 +70,14 @@ def main(
             else:
                 schedule = dataclasses.replace(Schedule.of(project.params.train_fl, seed), learning_rate=float(name))
                 found[name].append(_federated(clients, test, schedule, project.params.train_fl))
-    for name, values in found.items():
-        click.echo(f"{name:8}{accuracy.in_percent(values):>16}")
     numbers = {"partition": partition, "seeds": list(range(seeds)), "num_rounds": project.params.train_fl.num_rounds}
     numbers |= {"dataset": plan.dataset.name, "timestep": plan.settings.timestep}
     numbers |= {"accuracies": found, "provenance": provenance.describe()}
-    click.echo(json.dumps(numbers))
     if result:
         atomic.write_json(result, numbers)
+    for name, values in found.items():
+        click.echo(f"{name:8}{accuracy.in_percent(values):>16}")
+    click.echo(json.dumps(numbers))
 
 
 def _held_out(plan: ExtractionPlan, features: FeatureSet) -> Client:
