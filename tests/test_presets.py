@@ -38,7 +38,7 @@ def test_every_preset_is_valid(project, name):
     for partition in made.params.sweep.partitions:
         made.settings("partitions", partition)
     several = {"digits-timesteps": 7, "cifar10-timesteps": 7, "digits-negatives": 2, "digits-heterogeneity": 5}
-    several |= {"digits-guides": 6, "digits-tuned": 2}
+    several |= {"digits-guides": 6, "digits-tuned": 2, "digits-many-clients": 2}
     assert len(experiments) == several.get(name, 1)
     for changes in experiments:
         config.load(project / "params.yaml", changes)
