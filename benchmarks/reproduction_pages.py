@@ -563,7 +563,6 @@ SECTIONS: dict[str, Callable[[dict[str, Summary]], str]] = {
     "cifar10-mini-resnet10": _sweep("cifar10-mini-resnet10"),
     "cifar10-weights": _sweep("cifar10-weights"),
     "cifar10-guided": _sweep("cifar10-guided"),
-    "cifar10-long": _sweep("cifar10-long"),
     "guidance-weights": _sweep("guidance-weights"),
     "digits-tuned": _sweep("digits-tuned"),
     "digits-long": _sweep("digits-long"),
