@@ -60,7 +60,7 @@ _WEIGHTS = {"feddifrc": "weights 1", "feddifrc-ndcr-tenfold": "NDCR's weight 10"
 _OVER_DEFAULT = "over tiny-sd, t = 300"
 """The gain of features over the default ones, with NDCR's weight 10."""
 
-_TRAINED = {  # the networks that the linear classifiers of features are compared with
+_COMPARED_NETWORKS = {  # the networks that the linear classifiers of features are compared with
     "digits": ("digits-tuned", ["fedavg", "fedavg-feddifrc", "fedavg-ndcr-tenfold", "scaffold-ndcr-tenfold"]),
     "photographs": ("cifar10-guided", ["fedavg", "feddifrc", "feddifrc-ndcr-tenfold", "scaffold-ndcr-tenfold"]),
 }
@@ -507,7 +507,7 @@ def _conditioning(found: dict[str, Summary]) -> str:
         for name, label in names.items()
     ]
     header = ["variant", "accuracy, %", "gain over FedAvg", "gain over prompts alone"]
-    return table(header, rows) + f"NID1 with alpha 0.05; {_origin(summary)}"
+    return table(header, rows) + f"NID1 with alpha 0.05; {_origin(summary)}\n"
 
 
 def _origin(numbers: Summary) -> str:
@@ -517,28 +517,29 @@ def _origin(numbers: Summary) -> str:
     hardware = f"{made['hardware']['cores']} cores of {made['hardware']['cpu']}"
     return (
         f"{accuracy.in_words(numbers['num_rounds'], seeds)}. Gains, in points, are {gains}. On {hardware}; torch "
-        f"{made['packages']['torch']}; commit {short_commit(made)}.\n"
+        f"{made['packages']['torch']}; commit {short_commit(made)}."
     )
 
 
 def _linear_head(found: dict[str, Summary]) -> str:
     parts = []
-    for data, (sweep, names) in _TRAINED.items():
+    for data, (sweep, names) in _COMPARED_NETWORKS.items():
         if not {f"linear-head-{data}", sweep} <= found.keys():
             continue
-        head, (experiment, *_) = found[f"linear-head-{data}"], found[sweep]["experiments"]
+        head, experiment = found[f"linear-head-{data}"], found[sweep]["experiments"][0]
         seeds, trained = head["seeds"], experiment["accuracies"][head["partition"]]
-        runs = {_name(name): [trained[name][str(seed)] for seed in seeds] for name in names}
-        for name, values in head["accuracies"].items():
-            how = "centrally" if name == "central" else f"rate {name}"
-            runs[f"classifier of the features, {how}"] = values
-        base = max((values for name, values in head["accuracies"].items() if name != "central"), key=statistics.fmean)
-        rows = [
-            [label, accuracy.in_percent(values), "" if values is base else _points(accuracy.gain(values, base))]
-            for label, values in runs.items()
-        ]
+        by_rate = {rate: dict(zip(map(str, seeds), own, strict=True)) for rate, own in head["accuracies"].items()}
+        best = max(by_rate.values(), key=lambda own: statistics.fmean(own.values()))
+        others = [(_name(name), trained[name]) for name in names]
+        others += [(f"classifier of the features, rate {rate}", own) for rate, own in by_rate.items()]
+        rows = [[name, _percent(own), "" if own is best else _points(gain_of(own, best))] for name, own in others]
+        rows.append(["classifier of the features, central", f"{100 * head['central']:.2f}", ""])
         header = [data, "accuracy, %", "gain over the classifier at its best rate"]
-        parts.append(table(header, rows) + f"NID1 with alpha 0.05; {_origin(head)}")
+        parts.append(
+            table(header, rows)
+            + f"NID1 with alpha 0.05; {_origin(head)} The networks are those of `{sweep}`, at a rate "
+            "of 0.01.\n"
+        )
     return "\n".join(parts) or "Not run yet."
 
 
