@@ -11,14 +11,19 @@ from dataclasses import replace
 import click
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from pipeline import memory
 from pipeline.data.datasets import PreparedDataset
 from pipeline.errors import PipelineError
 from pipeline.feature_store import FeatureSet
+from pipeline.progress import progress_bar
 from pipeline.settings import config
 from stages import prepare_data
+from stages.extract_features import plan as planning
+from stages.extract_features.extraction import Extraction
+from stages.extract_features.run import load as load_extraction
 from stages.train_fl import run
 from tests.conftest import REPOSITORY, invoke, write_params
 from tests.prepare_backbone.guides import write_corpus
@@ -220,6 +225,32 @@ def test_inversion_benchmark_attacks_and_trains_on_what_is_shared(benchmark, tmp
     assert row["recognised"] == row["identified"] and found["rows"]["as it is"]["recognised"] == 1
     noisy = inversion.SharedSet(project.features_dir, inversion.CHANGES["noise 1"])
     assert np.array_equal(noisy.read(np.array([3, 5])).prompted[1], noisy.read(np.array([5])).prompted[0])
+
+
+def test_linear_head_learns_from_features_whose_noise_no_training_image_has(benchmark, extracted, monkeypatch):
+    linear_head = benchmark("linear_head")
+    monkeypatch.setattr(linear_head, "RATES", (0.1,))
+    made = config.load(extracted / "params.yaml", {"train_fl.num_rounds": 3})
+    found = linear_head.measure(made, "iid", 1)
+    ((accuracy,),) = found["accuracies"].values()
+    assert accuracy > 0.3 and found["central"] > 0.3  # chance: 0.1
+    plan, features = planning.make(made), FeatureSet(made.features_dir)
+    values, labels = linear_head.held_out(plan, features)
+    extraction = Extraction(load_extraction(plan).session, plan.dataset.load("test"), plan.settings)
+    assert np.array_equal(labels, extraction.data.labels)
+    with torch.inference_mode(), progress_bar(0, "", "") as bar:
+        inputs = extraction.clean_inputs(np.arange(len(labels)))  # with the noise of the first training images
+        other = extraction.pooled(inputs, features.basis().layers, bar)
+    differences = np.abs(values.numpy() - (other - features.basis().mean) / features.basis().std)
+    assert differences.max(1).min() > 0.01 and differences.mean() < 1  # other noise on the same images
+
+
+def test_linear_head_names_what_is_missing(benchmark, project):
+    (project / "data").unlink()
+    result = CliRunner().invoke(benchmark("linear_head").main, ["--params", str(project / "params.yaml")])
+    assert (
+        result.exit_code == 1 and result.output.startswith("Error: ") and "Run `pipeline prepare-data`" in result.output
+    )
 
 
 def test_benchmark_of_sources_writes_what_prepare_data_reads(benchmark, tmp_path):
