@@ -3,8 +3,8 @@
 FedDifRC's networks see images, and the guide shapes their training only. Here a linear classifier sees the guide's
 fused denoising features, standardised per dimension, so the frozen model has to run for every test image, too. Clients,
 participants, rounds, epochs and batches are as many as in `train-fl`; features are cached, so nothing is augmented.
-Every learning rate is tried. "central" is one logistic regression (scikit-learn, C = 1, not tuned) on the features of
-all clients. Noise of the test images is drawn for positions after those of the training images.
+Every learning rate is tried. "central" is one logistic regression (scikit-learn, C = 1, not tuned) on the features of seed
+0's clients. Noise of the test images is drawn for positions after those of the training images.
 
     pipeline preset digits
     dvc repro extract-features
@@ -33,7 +33,7 @@ from pipeline.settings import config
 from pipeline.settings.config import Config
 from pipeline.settings.params import TrainFL
 from stages.extract_features import plan as planning
-from stages.extract_features.extraction import Extraction, HostInput
+from stages.extract_features.extraction import HostInput
 from stages.extract_features.plan import ExtractionPlan
 from stages.extract_features.run import load as load_extraction
 from stages.train_fl import data as run_data
@@ -101,7 +101,7 @@ def held_out(plan: ExtractionPlan, features: FeatureSet) -> Labelled:
     """Compute the features of the test images on the basis of a set."""
     images, basis = plan.dataset.load("test"), features.basis()
     with batching.reproducible(plan.device, getattr(torch, plan.settings.dtype)), torch.inference_mode():
-        extraction = Extraction(load_extraction(plan).session, images, plan.settings)
+        extraction = load_extraction(plan)
         parts = []
         with progress_bar(len(images), "test images", "image") as bar:
             for start in range(0, len(images), _AT_ONCE):
@@ -115,7 +115,7 @@ def held_out(plan: ExtractionPlan, features: FeatureSet) -> Labelled:
 
 
 def _clients(features: FeatureSet, data: FederatedData) -> list[Labelled]:
-    basis, rows = features.basis(), [features.read(part) for part in data.parts]
+    basis, rows = features.basis(), (features.read(part) for part in data.parts)
     return [(_standardised(own.denoised, basis), torch.from_numpy(own.label)) for own in rows]
 
 

@@ -62,7 +62,10 @@ _OVER_DEFAULT = "over tiny-sd, t = 300"
 
 _COMPARED_NETWORKS = {  # the networks that the linear classifiers of features are compared with
     "digits": ("digits-tuned", ["fedavg", "fedavg-feddifrc", "fedavg-ndcr-tenfold", "scaffold-ndcr-tenfold"]),
-    "photographs": ("cifar10-guided", ["fedavg", "feddifrc", "feddifrc-ndcr-tenfold", "scaffold-ndcr-tenfold"]),
+    "photographs": (
+        "cifar10-guided",
+        ["fedavg", "feddifrc", *(f"{method}-ndcr-tenfold" for method in ("feddifrc", "scaffold", "moon", "fedcr"))],
+    ),
 }
 
 _EXPERIMENTS = {  # the first key that an experiment changes names it
@@ -535,11 +538,9 @@ def _linear_head(found: dict[str, Summary]) -> str:
         rows = [[name, _percent(own), "" if own is best else _points(gain_of(own, best))] for name, own in others]
         rows.append(["classifier of the features, central", f"{100 * head['central']:.2f}", ""])
         header = [data, "accuracy, %", "gain over the classifier at its best rate"]
-        parts.append(
-            table(header, rows)
-            + f"NID1 with alpha 0.05; {_origin(head)} The networks are those of `{sweep}`, at a rate "
-            "of 0.01.\n"
-        )
+        assert head["partition"] == "nid1_005" and experiment["changes"].get("train_fl.learning_rate", 0.01) == 0.01
+        note = f"NID1 with alpha 0.05; {_origin(head)} The networks are those of `{sweep}`, at a rate of 0.01.\n"
+        parts.append(table(header, rows) + note)
     return "\n".join(parts) or "Not run yet."
 
 
