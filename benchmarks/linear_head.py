@@ -3,8 +3,8 @@
 FedDifRC's networks see images, and the guide shapes their training only. Here a linear classifier sees the guide's
 fused denoising features, standardised per dimension, so the frozen model has to run for every test image, too. Clients,
 participants, rounds, epochs and batches are as many as in `train-fl`; features are cached, so nothing is augmented.
-Every learning rate is tried. "central" is one logistic regression (scikit-learn, C = 1, not tuned) on the features of seed
-0's clients. Noise of the test images is drawn for positions after those of the training images.
+Every learning rate is tried. "central" is one logistic regression (scikit-learn, C = 1, not tuned) on the features of
+seed 0's clients. Noise of the test images is drawn for positions after those of the training images.
 
     pipeline preset digits
     dvc repro extract-features
